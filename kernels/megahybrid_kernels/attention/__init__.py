@@ -1,0 +1,83 @@
+"""Causal softmax attention, full or over a sliding window, over packed sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megahybrid_kernels.attention import reference
+from megahybrid_kernels.attention.reference import KeyValueCache
+from megahybrid_kernels.sequences import Sequences
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+__all__ = ["KeyValueCache", "attention", "attention_with_cache"]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window_size: int | None = None) -> Tensor:
+    """Causal grouped-query softmax attention (Ainslie et al., arXiv 2305.13245), each sequence on its own.
+
+    Args:
+        q: `[tokens, query_heads, head_dim]`.
+        k, v: `[tokens, kv_heads, head_dim]`; query head n uses KV head `n // (query_heads // kv_heads)`.
+        sequences: the borders of the packed sequences.
+        window_size: keys that a query sees, itself included; None for all before it.
+
+    Returns:
+        `[tokens, query_heads, head_dim]` in q's dtype; logits are scaled by `head_dim ** -0.5`. On a GPU in bf16 or
+        fp16 this is torch's variable-length flash attention, otherwise blocks of scaled_dot_product_attention.
+
+    Raises:
+        ValueError: shapes do not fit, or `window_size` is below 1.
+    """
+    _check(q, k, v, sequences, window_size)
+    if varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(q, k, v, sequences, window_size)
+    return reference.attention(q, k, v, sequences, window_size)
+
+
+def attention_with_cache(
+    q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache, sequences: Sequences, window_size: int | None = None
+) -> tuple[Tensor, KeyValueCache]:
+    """`attention` of new tokens to cached and new ones: prefill in pieces, and decode.
+
+    Args:
+        q, k, v, window_size: as for `attention`; the pieces may differ in length.
+        cache: of the sequences' earlier tokens, made with the same `window_size`; `KeyValueCache.empty` at first.
+        sequences: borders of the new tokens; `sequences.starts` says how many tokens of each the cache has seen.
+
+    Returns:
+        The new tokens' outputs as from `attention`, and a new cache; `cache` itself is left as it was. Without a
+        window the slots grow by the longest piece.
+
+    Raises:
+        ValueError: shapes do not fit, or the cache was made for another window or number of sequences.
+    """
+    _check(q, k, v, sequences, window_size)
+    if cache.positions.shape[0] != sequences.count:
+        raise ValueError(f"the cache holds {cache.positions.shape[0]} sequences, but {sequences.count} were given")
+    if window_size is not None and cache.positions.shape[1] != window_size:
+        raise ValueError(f"the cache has {cache.positions.shape[1]} slots, but the window is {window_size}")
+    return reference.attention_with_cache(q, k, v, cache, sequences, window_size)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window_size: int | None) -> Tensor:
+    # torch 2.11 has no grouped queries here, 2.14 asks for a flag that 2.11 does not know: repeat for both.
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    borders, longest = sequences.cu_seqlens, max(sequences.lengths)
+    left = -1 if window_size is None else window_size - 1
+    return varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(left, 0))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window_size: int | None) -> None:
+    if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit together")
+    if q.shape[0] != sequences.tokens:
+        raise ValueError(f"q has {q.shape[0]} tokens, but the sequences have {sequences.tokens}")
+    if window_size is not None and window_size < 1:
+        raise ValueError(f"window_size counts the query itself and must be at least 1, but is {window_size}")

@@ -1,0 +1,277 @@
+"""Attention over packed sequences in PyTorch: blocks of queries against the keys that they can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megahybrid_kernels.precision import at_least_fp32
+from megahybrid_kernels.sequences import Sequences
+
+QUERY_BLOCK = 128
+CACHED_QUERY_BLOCK = 256
+
+Columns = slice | Tensor
+"""Key rows of a block: a slice for all heads, or int64 `[kv_heads, columns]` for rows picked per head."""
+
+
+@dataclass(frozen=True)
+class KeyValueCache:
+    """Keys and values of earlier tokens, one row of slots a sequence.
+
+    Attributes:
+        k, v: `[sequences, kv_heads, slots, head_dim]`; a window's slots are a ring, slot = position % window_size.
+        positions: int64 `[sequences, slots]`, absolute position of each slot's token, -1 for a blank slot.
+    """
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        count: int,
+        heads: int,
+        head_dim: int,
+        window_size: int | None = None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> KeyValueCache:
+        """Cache of `count` sequences that have not begun; without a window it has no slots yet."""
+        slots = window_size or 0
+        k = torch.zeros(count, heads, slots, head_dim, dtype=dtype, device=device)
+        return cls(k, torch.zeros_like(k), torch.full((count, slots), -1, device=device))
+
+
+@lru_cache(maxsize=256)
+def query_blocks(lengths: tuple[int, ...], size: int) -> tuple[tuple[int, int, int], ...]:
+    """(first row, end row, first key) of blocks of about `size` queries: long sequences are cut evenly, short
+    neighbours share a block so that many of them cost no more than one long one."""
+    blocks: list[tuple[int, int, int]] = []
+    shared = row = 0
+    for length in lengths:
+        if row + length - shared > size:
+            if row > shared:
+                blocks.append((shared, row, shared))
+            shared = row
+        if length > size:
+            pieces = -(-length // size)
+            cuts = [row + length * piece // pieces for piece in range(pieces + 1)]
+            blocks += [(first, end, row) for first, end in pairwise(cuts)]
+            shared = row + length
+        row += length
+    if row > shared:
+        blocks.append((shared, row, shared))
+    return tuple(blocks)
+
+
+def window_start(sequences: Sequences, window_size: int | None) -> Tensor:
+    """int64 `[tokens]`: the first row that each token's window of `window_size` keys, itself included, reaches."""
+    first = sequences.cu_seqlens.long()[sequences.index]
+    if window_size is None:
+        return first
+    return torch.maximum(first, torch.arange(sequences.tokens, device=first.device) - window_size + 1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """Softmax attention under a boolean mask; every query must see at least one key.
+
+    Shapes: q `[N, queries, query_heads, D]`; k, v `[N, kv_heads, keys, D]`; visible `[N or 1, kv_heads or 1, queries,
+    keys]`; returns q's shape. The query heads of a group become rows, so keys are never repeated.
+    """
+    count, queries, query_heads, head_dim = q.shape
+    heads = k.shape[1]
+    groups = query_heads // heads
+    rows = q.view(count, queries, heads, groups, head_dim).permute(0, 2, 3, 1, 4)
+    if groups > 1:
+        visible = visible.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(2, 3)
+    o = F.scaled_dot_product_attention(rows.flatten(2, 3), k, v, attn_mask=visible)
+    return o.unflatten(2, (groups, queries)).permute(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def _flat(columns: Tensor) -> Tensor:
+    heads = columns.shape[0]
+    return (columns * heads + torch.arange(heads, device=columns.device)[:, None]).flatten()
+
+
+def _take(x: Tensor, columns: Columns) -> Tensor:
+    """`[tokens, heads, D]` -> `[heads, columns, D]`."""
+    if isinstance(columns, slice):
+        return x[columns].transpose(0, 1)
+    return x.reshape(-1, x.shape[-1])[_flat(columns)].unflatten(0, columns.shape)
+
+
+def _add(total: Tensor, columns: Columns, gradient: Tensor) -> None:
+    if isinstance(columns, slice):
+        total[columns] += gradient.transpose(0, 1)
+    else:
+        total.view(-1, total.shape[-1]).index_add_(0, _flat(columns), gradient.flatten(0, 1).to(total.dtype))
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """Each block keeps a graph of its own, and the gradients of keys that blocks share are added in place: autograd
+    alone would write a zero-filled gradient as long as the whole row for every block."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks, visible) -> Tensor:
+        ctx.parts, outputs = [], []
+        ctx.key_shape = k.shape
+        for rows, columns in blocks:
+            pieces = (q[rows], _take(k, columns), _take(v, columns))
+            leaves = tuple(piece.detach().requires_grad_() for piece in pieces)
+            with torch.enable_grad():
+                o = attend(*(leaf[None] for leaf in leaves), visible(rows, columns))
+            ctx.parts.append((rows, columns, leaves, o))
+            outputs.append(o.detach()[0])
+        return torch.cat(outputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        dk = torch.zeros(ctx.key_shape, dtype=at_least_fp32(grad).dtype, device=grad.device)
+        dv = torch.zeros_like(dk)
+        dqs = []
+        for rows, columns, leaves, o in ctx.parts:
+            dq, dk_block, dv_block = torch.autograd.grad(o, leaves, grad[rows][None])
+            dqs.append(dq)
+            _add(dk, columns, dk_block)
+            _add(dv, columns, dv_block)
+        ctx.parts.clear()
+        return torch.cat(dqs), dk.to(grad.dtype), dv.to(grad.dtype), None, None
+
+
+def blocked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Iterable[tuple[slice, Columns]],
+    visible: Callable[[slice, Columns], Tensor],
+) -> Tensor:
+    """Attention of q `[tokens, query_heads, D]` to k, v `[tokens, kv_heads, D]`, block by block.
+
+    `blocks` lists (query rows, key columns) with the rows in order and without gaps; `visible` gives each block's
+    mask, bool `[1, kv_heads or 1, rows, columns]`.
+    """
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _BlockedAttention.apply(q, k, v, blocks, visible)
+    parts = [
+        attend(q[rows][None], _take(k, columns)[None], _take(v, columns)[None], visible(rows, columns))[0]
+        for rows, columns in blocks
+    ]
+    return torch.cat(parts)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window_size: int | None = None) -> Tensor:
+    """See `megahybrid_kernels.attention.attention`."""
+    rows = torch.arange(sequences.tokens, device=q.device)
+    lower = window_start(sequences, window_size)
+    reach = sequences.tokens if window_size is None else window_size - 1
+    blocks = [
+        (slice(first, end), slice(max(first_key, first - reach), end))
+        for first, end, first_key in query_blocks(sequences.lengths, QUERY_BLOCK)
+    ]
+
+    def visible(queries: slice, keys: Columns) -> Tensor:
+        mask = (rows[keys] <= rows[queries, None]) & (rows[keys] >= lower[queries, None])
+        return mask[None, None]
+
+    return blocked_attention(q, k, v, blocks, visible)
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Index of a packed row as `[sequences, longest]`.
+
+    Attributes:
+        rows: int64, packed row of each entry (some valid row where padded); `packed[rows]` pads.
+        valid: bool, entries that are tokens.
+        positions: int64, absolute position of each entry, -1 where padded.
+        starts, ends: int64 `[sequences]`, position of the first token and the one after the last.
+    """
+
+    rows: Tensor
+    valid: Tensor
+    positions: Tensor
+    starts: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, sequences: Sequences) -> Padded:
+        lengths = sequences.cu_seqlens.diff().long()
+        offsets = torch.arange(max(sequences.lengths), device=lengths.device)
+        valid = offsets < lengths[:, None]
+        rows = (sequences.cu_seqlens[:-1, None] + offsets).clamp(max=sequences.tokens - 1)
+        starts = torch.zeros_like(lengths) if sequences.starts is None else sequences.starts
+        positions = torch.where(valid, starts[:, None] + offsets, -1)
+        return cls(rows, valid, positions, starts, starts + lengths)
+
+    def heads_first(self, x: Tensor) -> Tensor:
+        """`[tokens, heads, ...]` -> `[sequences, heads, longest, ...]`, padding not cleared."""
+        return x[self.rows].transpose(1, 2)
+
+
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, padded: Padded, visible: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Attention of new packed queries to k, v `[N, kv_heads, keys, D]`; `visible(positions)` is the mask."""
+    outputs = []
+    for first in range(0, padded.rows.shape[1], CACHED_QUERY_BLOCK):
+        block = slice(first, first + CACHED_QUERY_BLOCK)
+        # A padded query sees everything: a row without any key could turn gradients into NaN.
+        mask = visible(padded.positions[:, block]) | ~padded.valid[:, None, block, None]
+        outputs.append(attend(q[padded.rows[:, block]], k, v, mask))
+    return torch.cat(outputs, 1)[sequences.index, sequences.offsets]
+
+
+def ring_slots(padded: Padded, size: int) -> tuple[Tensor, Tensor]:
+    """(positions, sources), int64 `[sequences, size]`, of a ring of the last `size` tokens after the new ones.
+
+    `positions` is -1 for blanks; `sources` indexes the old ring followed by the new tokens.
+    """
+    slots = torch.arange(size, device=padded.rows.device)
+    last = padded.ends[:, None] - 1
+    positions = (last - (last - slots) % size).clamp(min=-1)
+    new = positions - padded.starts[:, None]
+    return positions, torch.where(new >= 0, size + new, slots)
+
+
+def gather_slots(x: Tensor, sources: Tensor) -> Tensor:
+    """Slots `sources` (`[N, n]` or per head `[N, heads, n]`) of x `[N, heads, slots, D]` or `[N, heads, slots]`."""
+    if sources.dim() == 2:
+        sources = sources[:, None].expand(-1, x.shape[1], -1)
+    if x.dim() == 4:
+        sources = sources[..., None].expand(-1, -1, -1, x.shape[-1])
+    return x.gather(2, sources)
+
+
+def attention_with_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: KeyValueCache,
+    sequences: Sequences,
+    window_size: int | None = None,
+) -> tuple[Tensor, KeyValueCache]:
+    """See `megahybrid_kernels.attention.attention_with_cache`."""
+    padded = Padded.of(sequences)
+    k = torch.cat([cache.k, padded.heads_first(k)], 2)
+    v = torch.cat([cache.v, padded.heads_first(v)], 2)
+    positions = torch.cat([cache.positions, padded.positions], 1)
+
+    def visible(queries: Tensor) -> Tensor:
+        distance = queries[:, :, None] - positions[:, None]
+        mask = (positions >= 0)[:, None] & (distance >= 0)
+        return (mask if window_size is None else mask & (distance < window_size))[:, None]
+
+    o = cached_attention(q, k, v, sequences, padded, visible)
+    if window_size is None:
+        return o, KeyValueCache(k, v, positions)
+    positions, sources = ring_slots(padded, window_size)
+    return o, KeyValueCache(gather_slots(k, sources), gather_slots(v, sources), positions)

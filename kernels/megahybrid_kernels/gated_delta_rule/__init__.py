@@ -1,0 +1,67 @@
+"""The gated delta rule, the recurrence of Gated DeltaNet."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megahybrid_kernels.gated_delta_rule import reference
+from megahybrid_kernels.sequences import Sequences
+
+__all__ = ["gated_delta_rule"]
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    sequences: Sequences,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Read and write a matrix-valued memory token by token, every sequence its own.
+
+        alpha_t = exp(-exp(A_log) softplus(a_t + dt_bias)),   beta_t = sigmoid(b_t)
+        S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
+        o_t = S_t^T q_t
+
+    with k_t divided by its L2 norm, x / sqrt(sum(x^2) + 1e-6), and q_t likewise and then scaled by Dk^-0.5: decay first,
+    then the memory's error about v_t is corrected (Yang et al., "Gated Delta Networks", arXiv 2412.06464, equation 10).
+    Arithmetic is in at least float32. Every argument but `sequences` is differentiable.
+
+    Args:
+        q, k: `[tokens, key_heads, Dk]`, not normalised.
+        v: `[tokens, value_heads, Dv]`; value head h uses q and k of head `h // (value_heads // key_heads)`.
+        a, b: `[tokens, value_heads]`, the raw projections that gate and write strength are made of.
+        A_log, dt_bias: `[value_heads]`.
+        sequences: which tokens belong together.
+        initial_state: `[sequences, value_heads, Dk, Dv]`, what an earlier call returned for the tokens before these;
+            None is an empty memory.
+
+    Returns:
+        o `[tokens, value_heads, Dv]` in v's dtype, and the memory after each sequence's last token
+        `[sequences, value_heads, Dk, Dv]` in at least float32.
+
+    Raises:
+        ValueError: a shape does not fit the others or `sequences`.
+    """
+    (tokens, key_heads, key_dim), (value_heads, value_dim) = k.shape, v.shape[1:]
+    if tokens != sequences.tokens:
+        raise ValueError(f"k has {tokens} tokens, but the sequences have {sequences.tokens}")
+    if value_heads % key_heads:
+        raise ValueError(f"the {value_heads} value heads are not a multiple of the {key_heads} key heads")
+    expected = {
+        "q": (q, (tokens, key_heads, key_dim)),
+        "v": (v, (tokens, value_heads, value_dim)),
+        "a": (a, (tokens, value_heads)),
+        "b": (b, (tokens, value_heads)),
+        "A_log": (A_log, (value_heads,)),
+        "dt_bias": (dt_bias, (value_heads,)),
+        "initial_state": (initial_state, (sequences.count, value_heads, key_dim, value_dim)),
+    }
+    for name, (x, shape) in expected.items():
+        if x is not None and x.shape != shape:
+            raise ValueError(f"{name} is {tuple(x.shape)}, but k, v and the sequences call for {shape}")
+    return reference.gated_delta_rule(q, k, v, a, b, A_log, dt_bias, sequences, initial_state)

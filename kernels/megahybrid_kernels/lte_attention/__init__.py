@@ -1,0 +1,112 @@
+"""Attention under learnable token eviction (LTE): an exact window, and beyond it what each head keeps."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megahybrid_kernels.lte_attention import reference
+from megahybrid_kernels.lte_attention.reference import LTECache
+from megahybrid_kernels.sequences import Sequences
+
+__all__ = ["LTECache", "lte_attention", "lte_attention_with_cache"]
+
+
+def lte_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Tensor,
+    sequences: Sequences,
+    window_size: int,
+    sink_size: int,
+    buffer_size: int | None = None,
+) -> Tensor:
+    """Causal attention to a window, the sinks and the tokens that each KV head retains.
+
+    He & Garner (arXiv 2510.20787), section 3 and equation 6. Query i of a document sees key j <= i iff
+    `i - j <= window_size`, or `j < sink_size`, or `score_j > 0` and `i < exit_j` (see `exit_positions`).
+    The mask has no gradient; instead the score receives that of a gate on the value: `d score_j = <dv_j, v_j>`, summed
+    over head_dim in at least fp32 and over all queries and query heads that see j.
+
+    Args:
+        q: `[tokens, query_heads, head_dim]`, rotated.
+        k, v: `[tokens, kv_heads, head_dim]`, k rotated; query head n uses KV head `n // (query_heads // kv_heads)`.
+        score: `[tokens, kv_heads]`, retention scores.
+        sequences: borders of the packed documents.
+        window_size: w; a query sees itself and the w keys before it.
+        sink_size: the first tokens of a document that all see.
+        buffer_size: at most so many keys, sinks included, beyond the window; None for no cap.
+
+    Returns:
+        `[tokens, query_heads, head_dim]` in q's dtype; logits are scaled by `head_dim ** -0.5`.
+
+    Raises:
+        ValueError: shapes do not fit, `window_size` or `sink_size` is negative, or the buffer cannot hold the sinks.
+    """
+    _check(q, k, v, score, sequences, window_size, sink_size, buffer_size)
+    return reference.lte_attention(q, k, v, score, sequences, window_size, sink_size, buffer_size)
+
+
+def lte_attention_with_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Tensor,
+    cache: LTECache,
+    sequences: Sequences,
+    window_size: int,
+    sink_size: int,
+    buffer_size: int,
+    delay: int,
+) -> tuple[Tensor, LTECache]:
+    """`lte_attention` with the cap, of new tokens to cached and new ones: prefill in pieces, and decode.
+
+    Every query sees exactly what `lte_attention` shows it, in whatever pieces the tokens come. Gradients reach q, k and
+    v, not the score.
+
+    Args:
+        q, k, v, window_size, sink_size, buffer_size: as for `lte_attention`.
+        score: `[tokens, kv_heads]`, streamed: the row of position p holds the score of position `p - delay`, as
+            `retention_logits_streamed` yields it; rows with `p < delay` are ignored.
+        cache: of the sequences' earlier tokens; `LTECache.empty` at first.
+        sequences: borders of the new tokens; `sequences.starts` says how many tokens of each the cache has seen.
+        delay: tokens by which scores are late, the router's margin.
+
+    Returns:
+        The new tokens' outputs, and a new cache; `cache` itself is left as it was.
+
+    Raises:
+        ValueError: as `lte_attention`, or the cache has other sizes, or a token would leave the window before its
+            score arrives (`window_size + 1 <= delay`).
+    """
+    _check(q, k, v, score, sequences, window_size, sink_size, buffer_size)
+    if window_size + 1 <= delay:
+        raise ValueError(f"a score comes {delay} tokens late: window_size + 1 must exceed it, but is {window_size + 1}")
+    expected = (sequences.count, k.shape[1], window_size + 1 + buffer_size)
+    actual = (*cache.k.shape[:2], cache.k.shape[2] + cache.buffer_k.shape[2])
+    if actual != expected or cache.k.shape[2] != window_size + 1:
+        raise ValueError(f"the cache has (sequences, heads, slots) {actual}, but {expected} are needed")
+    return reference.lte_attention_with_cache(
+        q, k, v, score, cache, sequences, window_size, sink_size, buffer_size, delay
+    )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Tensor,
+    sequences: Sequences,
+    window_size: int,
+    sink_size: int,
+    buffer_size: int | None,
+) -> None:
+    if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1] or score.shape != k.shape[:2]:
+        shapes = ", ".join(str(list(x.shape)) for x in (q, k, v, score))
+        raise ValueError(f"q, k, v and score do not fit together: {shapes}")
+    if q.shape[0] != sequences.tokens:
+        raise ValueError(f"q has {q.shape[0]} tokens, but the sequences have {sequences.tokens}")
+    if window_size < 0 or sink_size < 0:
+        raise ValueError(f"window_size {window_size} and sink_size {sink_size} must not be negative")
+    if buffer_size is not None and buffer_size < max(1, sink_size):
+        raise ValueError(f"buffer_size must hold the {sink_size} sinks and at least one token, but is {buffer_size}")

@@ -1,0 +1,226 @@
+"""Attention under learnable token eviction in PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megahybrid_kernels.attention.reference import (
+    QUERY_BLOCK,
+    Columns,
+    Padded,
+    blocked_attention,
+    cached_attention,
+    gather_slots,
+    query_blocks,
+    ring_slots,
+    window_start,
+)
+from megahybrid_kernels.exit_positions.reference import NEVER, exit_positions, exits_of_candidates
+from megahybrid_kernels.precision import at_least_fp32
+from megahybrid_kernels.sequences import Sequences
+
+
+@dataclass(frozen=True)
+class LTECache:
+    """What each KV head keeps of earlier tokens: an exact window and an eviction buffer.
+
+    Attributes:
+        k, v: `[sequences, kv_heads, window_size + 1, head_dim]`, ring of the last tokens, slot = position % slots.
+        positions: int64 `[sequences, window_size + 1]`, -1 for a blank slot.
+        score: `[sequences, kv_heads, window_size + 1]`, 0 where the score has not arrived yet.
+        buffer_k, buffer_v: `[sequences, kv_heads, buffer_size, head_dim]`, what the next query finds in the buffer.
+        buffer_score, buffer_positions: `[sequences, kv_heads, buffer_size]`, position -1 for a blank slot.
+    """
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+    score: Tensor
+    buffer_k: Tensor
+    buffer_v: Tensor
+    buffer_score: Tensor
+    buffer_positions: Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        count: int,
+        heads: int,
+        head_dim: int,
+        window_size: int,
+        buffer_size: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> LTECache:
+        """Cache of `count` sequences that have not begun."""
+        window = torch.zeros(count, heads, window_size + 1, head_dim, dtype=dtype, device=device)
+        buffer = torch.zeros(count, heads, buffer_size, head_dim, dtype=dtype, device=device)
+        return cls(
+            k=window,
+            v=torch.zeros_like(window),
+            positions=torch.full((count, window_size + 1), -1, device=device),
+            score=at_least_fp32(window[..., 0]),
+            buffer_k=buffer,
+            buffer_v=torch.zeros_like(buffer),
+            buffer_score=at_least_fp32(buffer[..., 0]),
+            buffer_positions=torch.full((count, heads, buffer_size), -1, device=device),
+        )
+
+
+class _MaskingGradient(torch.autograd.Function):
+    """v as it is; backward hands the gradient of a gate `gamma * v` at gamma = 1 to the score."""
+
+    @staticmethod
+    def forward(ctx, v: Tensor, score: Tensor) -> Tensor:
+        ctx.save_for_backward(v)
+        ctx.score_dtype = score.dtype
+        return v.view_as(v)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (v,) = ctx.saved_tensors
+        return grad, (at_least_fp32(grad) * at_least_fp32(v)).sum(-1).to(ctx.score_dtype)
+
+
+def _visible_until(
+    score: Tensor, sequences: Sequences, window_size: int, sink_size: int, buffer_size: int | None
+) -> Tensor:
+    """int64 `[tokens, heads]`: each key is visible beyond the window to the rows of its sequence before this one."""
+    end = sequences.cu_seqlens.long()[sequences.index + 1, None]
+    if buffer_size is None:
+        kept = (score > 0) | (sequences.positions < sink_size)[:, None]
+        return torch.where(kept, end, 0)
+    exits = exit_positions(score, sequences, window_size, sink_size, buffer_size)
+    origin = (torch.arange(sequences.tokens, device=score.device) - sequences.positions)[:, None]
+    return torch.minimum(exits, end - origin) + origin
+
+
+def _kept_columns(until: Tensor, first_key: int, first: int, end: int, window_size: int) -> Columns:
+    """Key rows that queries first:end need: the window, and per head what is kept before it."""
+    window = max(first_key, first - window_size)
+    everything = slice(first_key, end)
+    # Counting the kept keys would make a GPU wait for the host.
+    if until.is_cuda or window == first_key:
+        return everything
+    kept = first < until[first_key:window].T
+    longest = int(kept.sum(1).max())
+    if 4 * (window - first_key - longest) < end - first_key:
+        return everything
+    # Heads that keep fewer than the longest are filled up with keys that the mask hides.
+    far = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest] + first_key
+    near = torch.arange(window, end, device=until.device).expand(until.shape[1], -1)
+    return torch.cat([far, near], 1)
+
+
+def lte_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Tensor,
+    sequences: Sequences,
+    window_size: int,
+    sink_size: int,
+    buffer_size: int | None = None,
+) -> Tensor:
+    """See `megahybrid_kernels.lte_attention.lte_attention`."""
+    until = _visible_until(score.detach(), sequences, window_size, sink_size, buffer_size)
+    lower = window_start(sequences, window_size + 1)
+    rows = torch.arange(sequences.tokens, device=q.device)
+    blocks = [
+        (slice(first, end), _kept_columns(until, first_key, first, end, window_size))
+        for first, end, first_key in query_blocks(sequences.lengths, QUERY_BLOCK)
+    ]
+
+    def visible(queries: slice, keys: Columns) -> Tensor:
+        if isinstance(keys, slice):
+            columns, column_until = rows[keys], until[keys].T[:, None]
+        else:
+            columns, column_until = keys[:, None], until.T.gather(1, keys)[:, None]
+        queries_at = rows[queries, None]
+        return ((columns <= queries_at) & ((columns >= lower[queries, None]) | (queries_at < column_until)))[None]
+
+    return blocked_attention(q, k, _MaskingGradient.apply(v, score), blocks, visible)
+
+
+def lte_attention_with_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Tensor,
+    cache: LTECache,
+    sequences: Sequences,
+    window_size: int,
+    sink_size: int,
+    buffer_size: int,
+    delay: int,
+) -> tuple[Tensor, LTECache]:
+    """See `megahybrid_kernels.lte_attention.lte_attention_with_cache`."""
+    padded = Padded.of(sequences)
+    heads = k.shape[1]
+    starts, ends = padded.starts[:, None], padded.ends[:, None]
+    streamed = padded.heads_first(score.detach()).to(cache.score.dtype)
+
+    def arrived_scores(positions: Tensor, otherwise: Tensor) -> Tensor:
+        row = positions + delay
+        inside = (positions >= 0) & (row >= starts) & (row < ends)
+        found = gather_slots(streamed, (row - starts).clamp(0, streamed.shape[2] - 1))
+        return torch.where(inside[:, None], found, otherwise)
+
+    window_score = torch.cat(
+        [arrived_scores(cache.positions, cache.score), arrived_scores(padded.positions, torch.zeros_like(streamed))], 2
+    )
+    window_positions = torch.cat([cache.positions, padded.positions], 1)[:, None].expand(-1, heads, -1)
+    window_k = torch.cat([cache.k, padded.heads_first(k)], 2)
+    window_v = torch.cat([cache.v, padded.heads_first(v)], 2)
+
+    # Keys are the buffer, the old ring and the new tokens. What left the window before the first new query is in the
+    # buffer or gone, though the ring still holds its last one.
+    positions = torch.cat([cache.buffer_positions, window_positions], 2)
+    scores = torch.cat([cache.buffer_score, window_score], 2)
+    all_k, all_v = torch.cat([cache.buffer_k, window_k], 2), torch.cat([cache.buffer_v, window_v], 2)
+    in_buffer = torch.arange(positions.shape[2], device=k.device) < buffer_size
+    candidates = (positions >= 0) & ((scores > 0) | (positions < sink_size))
+    candidates &= in_buffer | (positions >= (starts - window_size)[:, :, None])
+
+    by_position = positions.argsort(dim=2, stable=True)
+    scores_in_order, positions_in_order, candidates_in_order = (
+        x.gather(2, by_position) for x in (scores, positions, candidates)
+    )
+    if max(sequences.lengths) == 1:
+        exits = torch.full_like(positions, NEVER)
+    else:
+        exits_in_order = exits_of_candidates(
+            *(x.flatten(0, 1) for x in (scores_in_order, positions_in_order, candidates_in_order)),
+            window_size,
+            sink_size,
+            buffer_size,
+        )
+        exits = torch.empty_like(positions).scatter_(2, by_position, exits_in_order.view_as(positions))
+
+    def visible(queries: Tensor) -> Tensor:
+        queries = queries[:, None, :, None]
+        distance = queries - positions[:, :, None]
+        beyond = (candidates[:, :, None]) & (queries < exits[:, :, None])
+        return (positions >= 0)[:, :, None] & (distance >= 0) & ((distance <= window_size) | beyond)
+
+    o = cached_attention(q, all_k, all_v, sequences, padded, visible)
+
+    arrived = candidates_in_order & (positions_in_order + window_size + 1 <= ends[:, :, None])
+    rank = torch.where(positions_in_order < sink_size, torch.inf, scores_in_order).masked_fill(~arrived, -torch.inf)
+    rank, best = rank.sort(2, descending=True, stable=True)
+    blank, best = rank[..., :buffer_size] == -torch.inf, by_position.gather(2, best[..., :buffer_size])
+    ring_positions, sources = ring_slots(padded, window_size + 1)
+    return o, LTECache(
+        k=gather_slots(window_k, sources),
+        v=gather_slots(window_v, sources),
+        positions=ring_positions,
+        score=gather_slots(window_score, sources),
+        buffer_k=gather_slots(all_k, best).masked_fill(blank[..., None], 0),
+        buffer_v=gather_slots(all_v, best).masked_fill(blank[..., None], 0),
+        buffer_score=scores.gather(2, best).masked_fill(blank, 0),
+        buffer_positions=positions.gather(2, best).masked_fill(blank, -1),
+    )

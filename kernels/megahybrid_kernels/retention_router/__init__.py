@@ -1,0 +1,96 @@
+"""The router that gives each token of each KV head its retention logit."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megahybrid_kernels.retention_router import reference
+from megahybrid_kernels.retention_router.reference import Dropout, RouterParameters, RouterState, margin
+from megahybrid_kernels.sequences import Sequences
+
+__all__ = [
+    "Dropout",
+    "RouterParameters",
+    "RouterState",
+    "margin",
+    "retention_logits",
+    "retention_logits_streamed",
+]
+
+
+def retention_logits(
+    k: Tensor,
+    v: Tensor,
+    parameters: RouterParameters,
+    sequences: Sequences,
+    dropout: Dropout | None = None,
+    dilation: int = 2,
+) -> Tensor:
+    """Retention logits from dilated convolutions over time, one independent network per KV head.
+
+    He & Garner (arXiv 2510.20787), section 3.2: `u = [k; v]` goes through convolutions with bias and SiLU, centred and
+    so not causal, each padded with zeros at the borders of every document, then through a linear map to one logit. The
+    score is `sigmoid(logit) - 1/2`; a token's logit depends on `margin(...)` tokens on either side.
+
+    Args:
+        k, v: `[tokens, kv_heads, head_dim]`, k before its rotation.
+        parameters: see `RouterParameters`; each layer's kernel size must be odd.
+        sequences: borders of the packed documents.
+        dropout: training only; applied before each convolution.
+        dilation: of every convolution.
+
+    Returns:
+        `[tokens, kv_heads]` in at least fp32, in which all is computed.
+
+    Raises:
+        ValueError: shapes do not fit, or a kernel size is even.
+    """
+    _check(k, v, parameters, sequences)
+    if dropout is not None and not 0 <= dropout.probability < 1:
+        raise ValueError(f"the dropout probability must lie in [0, 1), but is {dropout.probability}")
+    return reference.retention_logits(k, v, parameters, sequences, dropout, dilation)
+
+
+def retention_logits_streamed(
+    k: Tensor,
+    v: Tensor,
+    parameters: RouterParameters,
+    sequences: Sequences,
+    state: RouterState,
+    dilation: int = 2,
+) -> tuple[Tensor, RouterState]:
+    """`retention_logits` for prefill in pieces and decode: each row holds the logit of `margin(...)` tokens before.
+
+    A layer is computed as soon as its right context has come, from a few past rows of its input; every logit is final
+    when it appears. The last `margin(...)` tokens of a document, whose right context is cut, never get one.
+
+    Args:
+        k, v, parameters, dilation: as for `retention_logits`.
+        sequences: borders of the new tokens; `sequences.starts` says how many tokens of each came before.
+        state: from the sequences' earlier tokens; `RouterState.empty` at first.
+
+    Returns:
+        `[tokens, kv_heads]`, in the row of position p the logit of position `p - margin(...)`, without meaning where
+        that is negative; and the new state.
+
+    Raises:
+        ValueError: as `retention_logits`, or the state is of another number of sequences.
+    """
+    _check(k, v, parameters, sequences)
+    if state.rows[0].shape[0] != sequences.count:
+        raise ValueError(f"the state holds {state.rows[0].shape[0]} sequences, but {sequences.count} were given")
+    return reference.retention_logits_streamed(k, v, parameters, sequences, state, dilation)
+
+
+def _check(k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequences) -> None:
+    if k.shape != v.shape or k.shape[0] != sequences.tokens:
+        raise ValueError(f"k {list(k.shape)}, v {list(v.shape)} and {sequences.tokens} tokens do not fit together")
+    heads, channels = k.shape[1], 2 * k.shape[2]
+    for weight in parameters.weights:
+        if weight.shape[1] != channels or weight.shape[0] % heads:
+            raise ValueError(f"a weight is {list(weight.shape)}, but has {heads} heads of {channels} input channels")
+        if weight.shape[2] % 2 == 0:
+            raise ValueError(f"the kernel size must be odd, but is {weight.shape[2]}")
+        channels = weight.shape[0] // heads
+    if parameters.projection.shape != (heads, channels):
+        raise ValueError(f"the projection is {list(parameters.projection.shape)}, but must be {[heads, channels]}")

@@ -1,0 +1,140 @@
+"""The retention router in PyTorch, over whole documents and streamed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megahybrid_kernels.attention.reference import Padded
+from megahybrid_kernels.counter_dropout import keep_mask
+from megahybrid_kernels.precision import at_least_fp32
+from megahybrid_kernels.sequences import Sequences
+
+
+class RouterParameters(NamedTuple):
+    """Weights of one independent router per KV head, laid out head-major as those of a grouped Conv1d.
+
+    Attributes:
+        weights: `[kv_heads * channels_out, channels_in, kernel_size]` for each convolution.
+        biases: `[kv_heads * channels_out]` for each convolution.
+        projection: `[kv_heads, channels]`, from the last convolution's channels to a logit.
+        projection_bias: `[kv_heads]`.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    projection: Tensor
+    projection_bias: Tensor
+
+
+class Dropout(NamedTuple):
+    """Counter-based dropout before each convolution.
+
+    Attributes:
+        probability: of dropping an element.
+        keys: int64 `[tokens]`, 32 bits each, unique per (seed, step, layer, sample, position); see `fold`.
+        channel_offset: KV heads before this rank's first one, times 2 * head_dim: where its input channels begin. Later
+            layers, whose heads have fewer channels, scale it down.
+    """
+
+    probability: float
+    keys: Tensor
+    channel_offset: int = 0
+
+
+class RouterState(NamedTuple):
+    """The last inputs of each convolution: `[sequences, (kernel_size - 1) * dilation, kv_heads, channels_in]`."""
+
+    rows: tuple[Tensor, ...]
+
+    @classmethod
+    def empty(cls, count: int, parameters: RouterParameters, dilation: int = 2) -> RouterState:
+        """State of `count` sequences that have not begun."""
+        heads = parameters.projection.shape[0]
+        return cls(
+            tuple(
+                at_least_fp32(weight).new_zeros(count, (weight.shape[2] - 1) * dilation, heads, weight.shape[1])
+                for weight in parameters.weights
+            )
+        )
+
+
+def margin(kernel_size: int, dilation: int, layers: int = 3) -> int:
+    """Tokens of right context that a score needs, and so by which it is late when streamed."""
+    return layers * ((kernel_size - 1) // 2) * dilation
+
+
+def _per_head(weight: Tensor, heads: int) -> Tensor:
+    """`[heads * channels_out, channels_in, kernel]` -> `[heads, channels_in, kernel * channels_out]`, at least fp32."""
+    weight = at_least_fp32(weight).unflatten(0, (heads, -1))
+    return weight.permute(0, 2, 3, 1).flatten(2)
+
+
+def _logits(x: Tensor, parameters: RouterParameters) -> Tensor:
+    """`[heads, tokens, channels]` -> `[tokens, heads]`."""
+    projected = torch.bmm(x, at_least_fp32(parameters.projection)[:, :, None])[..., 0]
+    return projected.T + at_least_fp32(parameters.projection_bias)
+
+
+def retention_logits(
+    k: Tensor,
+    v: Tensor,
+    parameters: RouterParameters,
+    sequences: Sequences,
+    dropout: Dropout | None = None,
+    dilation: int = 2,
+) -> Tensor:
+    """See `megahybrid_kernels.retention_router.retention_logits`."""
+    heads = k.shape[1]
+    x = at_least_fp32(torch.cat([k, v], -1)).transpose(0, 1)
+    offsets, remaining = sequences.offsets[:, None], sequences.remaining[:, None]
+    for layer, (weight, bias) in enumerate(zip(parameters.weights, parameters.biases, strict=True)):
+        channels, kernel_size = weight.shape[1:]
+        if dropout is not None and dropout.probability > 0:
+            offset = dropout.channel_offset * channels // parameters.weights[0].shape[1]
+            numbers = torch.arange(offset, offset + heads * channels, device=k.device).view(heads, 1, channels)
+            keep = keep_mask(dropout.keys[:, None], layer, numbers, dropout.probability)
+            x = torch.where(keep, x * (1 / (1 - dropout.probability)), 0)
+        # Shifting after the product moves channels_out numbers a tap instead of channels_in, which are twice as many.
+        taps = torch.bmm(x, _per_head(weight, heads)).chunk(kernel_size, 2)
+        y = taps[kernel_size // 2] + at_least_fp32(bias).view(heads, 1, -1)
+        for tap, part in enumerate(taps):
+            shift = (tap - kernel_size // 2) * dilation
+            if shift:
+                outside = offsets < -shift if shift < 0 else remaining < shift
+                y = y + part.roll(-shift, 1).masked_fill(outside, 0)
+        x = F.silu(y)
+    return _logits(x, parameters)
+
+
+def retention_logits_streamed(
+    k: Tensor,
+    v: Tensor,
+    parameters: RouterParameters,
+    sequences: Sequences,
+    state: RouterState,
+    dilation: int = 2,
+) -> tuple[Tensor, RouterState]:
+    """See `megahybrid_kernels.retention_router.retention_logits_streamed`."""
+    heads = k.shape[1]
+    padded = Padded.of(sequences)
+    lengths = (padded.ends - padded.starts)[:, None]
+    x = at_least_fp32(torch.cat([k, v], -1))[padded.rows]
+    positions = padded.positions
+    rows = []
+    for weight, bias, past in zip(parameters.weights, parameters.biases, state.rows, strict=True):
+        kernel_size, new = weight.shape[2], x.shape[1]
+        x = torch.cat([past, x], 1)
+        last = lengths + torch.arange(past.shape[1], device=k.device)
+        rows.append(x.gather(1, last[..., None, None].expand(-1, -1, *x.shape[2:])))
+        taps = torch.einsum("nthc,hco->ntho", x, _per_head(weight, heads)).chunk(kernel_size, 3)
+        y = sum(part[:, tap * dilation : tap * dilation + new] for tap, part in enumerate(taps))
+        positions = positions - (kernel_size - 1) // 2 * dilation
+        # Before the document's start the next layer must find zeros, as its padding would be.
+        y = F.silu(y + at_least_fp32(bias).view(heads, -1)).masked_fill((positions < 0)[..., None, None], 0)
+        x = y
+    x = x[sequences.index, sequences.offsets]
+    return _logits(x.transpose(0, 1), parameters), RouterState(tuple(rows))

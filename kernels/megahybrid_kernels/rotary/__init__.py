@@ -1,0 +1,32 @@
+"""Rotary position embedding."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megahybrid_kernels.rotary import reference
+
+__all__ = ["rotary"]
+
+
+def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Turn each pair (x_i, x_{i + D/2}) by the angle position * theta^(-2i/D), over the whole head.
+
+    Su et al., "RoFormer", arXiv 2104.09864, equation 34, with the halves paired as GPT-NeoX does. Angles are float32,
+    float64 for a float64 x. x is differentiable.
+
+    Args:
+        x: `[tokens, heads, head_dim]`.
+        positions: int64 `[tokens]`, as `Sequences.positions`.
+        theta: base of the wavelengths.
+
+    Returns `[tokens, heads, head_dim]` in x's dtype.
+
+    Raises:
+        ValueError: an odd head_dim, or positions that are not one per token.
+    """
+    if x.shape[-1] % 2:
+        raise ValueError(f"rotary needs an even head_dim, not {x.shape[-1]}")
+    if positions.shape != x.shape[:1]:
+        raise ValueError(f"positions is {tuple(positions.shape)}, but x has {x.shape[0]} tokens")
+    return reference.rotary(x, positions, theta)

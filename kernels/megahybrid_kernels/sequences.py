@@ -1,0 +1,78 @@
+"""The borders of packed sequences, made once a micro-batch and read by every op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences laid end to end in one row of tokens, as `cu_seqlens` describes them.
+
+    Ops read `cu_seqlens` on the device and `lengths` on the host, so that none of them has to synchronise.
+
+    Attributes:
+        cu_seqlens: int32 `[sequences + 1]` on the ops' device; sequence n holds tokens `cu_seqlens[n]:cu_seqlens[n + 1]`.
+        lengths: the same on the host, tokens per sequence, every one at least 1.
+        starts: int64 `[sequences]`, the absolute position of each sequence's first token here when an earlier part of
+            it was already processed and its state is passed along; None when all begin at position 0.
+    """
+
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+    starts: Tensor | None = None
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu", starts: Tensor | None = None) -> Sequences:
+        """Sequences of the given lengths. Raises ValueError for an empty list or a length below 1."""
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"every sequence needs at least one token, but the lengths are {list(lengths)}")
+        borders = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
+        return cls(borders.to(device, non_blocking=True), tuple(lengths), starts)
+
+    @property
+    def count(self) -> int:
+        """Number of sequences."""
+        return len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens over all sequences."""
+        return sum(self.lengths)
+
+    @cached_property
+    def borders(self) -> tuple[int, ...]:
+        """`cu_seqlens` on the host."""
+        total, borders = 0, [0]
+        for length in self.lengths:
+            total += length
+            borders.append(total)
+        return tuple(borders)
+
+    @cached_property
+    def index(self) -> Tensor:
+        """int64 `[tokens]`: which sequence each token belongs to."""
+        counts = self.cu_seqlens.diff().long()
+        numbers = torch.arange(self.count, device=counts.device)
+        return torch.repeat_interleave(numbers, counts, output_size=self.tokens)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """int64 `[tokens]`: how many tokens of the same sequence precede each token here (`starts` not counted)."""
+        rows = torch.arange(self.tokens, device=self.cu_seqlens.device)
+        return rows - self.cu_seqlens.long()[self.index]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 `[tokens]`: absolute position of each token in its sequence, 0-based."""
+        return self.offsets if self.starts is None else self.offsets + self.starts[self.index]
+
+    @cached_property
+    def remaining(self) -> Tensor:
+        """int64 `[tokens]`: how many tokens of the same sequence follow each token here."""
+        return self.cu_seqlens.long()[self.index + 1] - 1 - torch.arange(self.tokens, device=self.cu_seqlens.device)

@@ -1,0 +1,114 @@
+"""The command line: one verb a thing to do. It parses, calls, and turns UserError into one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from megahybrid.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parsed = _parser().parse_args(arguments)
+    _quieten_libraries()
+    try:
+        parsed.run(parsed)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megahybrid: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("megahybrid: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    finally:
+        _leave_groups()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megahybrid", description="Pretrain hybrid linear + sparse attention models.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    recipes = {
+        "prepare": (_prepare, "text → tokenizer → shards"),
+        "train": (_train, "train, or go on from the newest checkpoint"),
+        "plan": (_plan, "parameters by part, steps and tokens; starts nothing"),
+    }
+    for name, (run, text) in recipes.items():
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/quickstart.yaml")
+        verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+        verb.set_defaults(run=run)
+    verb = verbs.add_parser("generate", help="text from a checkpoint")
+    verb.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory or a checkpoint in it")
+    verb.add_argument("--prompt", required=True, help="the text to continue")
+    verb.add_argument("--tokens", type=int, default=128, help="the most tokens to write (default 128)")
+    verb.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    verb.add_argument("--seed", type=int, default=0, help="of sampling")
+    verb.set_defaults(run=_generate)
+    verb = verbs.add_parser("plot", help="pictures and a summary from a run's metrics.jsonl")
+    verb.add_argument("path", type=Path, metavar="RUN", help="a run directory")
+    verb.set_defaults(run=_plot)
+    return parser
+
+
+def _prepare(parsed: argparse.Namespace) -> None:
+    from megahybrid.config import load_config
+    from megahybrid.data.prepare import prepare
+
+    prepare(load_config(parsed.recipe, parsed.overrides))
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    from megahybrid.config import load_config
+    from megahybrid.training.loop import train
+
+    train(load_config(parsed.recipe, parsed.overrides), report=lambda text: print(text, flush=True))
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    from megahybrid.config import load_config
+    from megahybrid.scaling.plan import describe
+
+    print(describe(load_config(parsed.recipe, parsed.overrides)))
+
+
+def _generate(parsed: argparse.Namespace) -> None:
+    from megahybrid.inference.generate import Generator
+
+    if parsed.tokens < 1 or parsed.temperature < 0:
+        raise UserError("--tokens must be at least 1 and --temperature at least 0.")
+    generator = Generator(parsed.path)
+    print(parsed.prompt, end="", flush=True)
+    for piece in generator.continue_text(parsed.prompt, parsed.tokens, parsed.temperature, parsed.seed):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _plot(parsed: argparse.Namespace) -> None:
+    from megahybrid.training.plots import plot_run
+    from megahybrid.training.report import summarise
+
+    for picture in plot_run(parsed.path):
+        print(picture)
+    print(summarise(parsed.path))
+
+
+def _quieten_libraries() -> None:
+    """Keep the libraries' own banners off the terminal; warnings come back with MEGAHYBRID_DEBUG=1."""
+    if not os.environ.get("MEGAHYBRID_DEBUG"):
+        warnings.filterwarnings("ignore")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        os.environ.setdefault("WANDB_SILENT", "true")
+
+
+def _leave_groups() -> None:
+    """Leave the process groups, if any were joined."""
+    if "megahybrid.parallel.groups" in sys.modules:
+        with contextlib.suppress(Exception):
+            sys.modules["megahybrid.parallel.groups"].shut_down()

@@ -1,0 +1,245 @@
+"""Every configuration key, its default and its meaning: the one place they are written down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives."""
+
+    dir: str = MISSING
+    """The run directory: config.yaml, metrics.jsonl, status.json, checkpoints/, logs/, wandb/."""
+
+
+@dataclass
+class GDNConfig:
+    """Gated DeltaNet (pattern letter G)."""
+
+    num_heads: int = 8
+    """Heads of queries, keys and values."""
+    head_dim: int = 128
+    """Channels of a query or key head."""
+    value_head_dim: int | None = None
+    """Channels of a value head; head_dim when left out."""
+    conv_size: int = 4
+    """Taps of the causal short convolution on q, k and v."""
+
+
+@dataclass
+class AttentionConfig:
+    """Softmax attention: full (F), sliding window (S), and the heads of LTE (L)."""
+
+    num_heads: int = 16
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key-value heads; num_heads when left out."""
+    head_dim: int = 64
+    """Channels of a head."""
+    window_size: int = 1024
+    """Keys that a sliding-window query (S) sees, itself included."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding."""
+
+
+@dataclass
+class RetentionLossConfig:
+    """The L1 term on retention scores and the controller of its weight lambda (method: multiplicative, per head)."""
+
+    update_interval: int = 32
+    """Optimizer steps between two updates of lambda."""
+    initial: float = 1e-9
+    """First non-zero lambda; a lambda that would fall below it becomes 0."""
+    maximum: float = 1.0
+    """Largest lambda."""
+    increase: float = 1.5
+    """Factor on lambda while more tokens are kept than the buffer holds."""
+    decrease: float = 2.0
+    """Divisor of lambda while fewer are kept than tolerance * buffer_size."""
+    tolerance: float = 0.95
+    """Lambda rests while the kept count is between tolerance * buffer_size and buffer_size."""
+
+
+@dataclass
+class LTEConfig:
+    """Sliding window attention with learnable token eviction (L); its heads are model.attention's."""
+
+    window_size: int = 768
+    """w: a query sees itself and the w tokens before it; older ones only if retained."""
+    buffer_size: int = 512
+    """b: retained tokens a head holds outside the window, sinks included; the target of the controller in training."""
+    sink_size: int = 4
+    """The first tokens of a document, always retained."""
+    conv_size: int = 3
+    """Taps of each of the router's three convolutions (odd)."""
+    conv_dilation: int = 2
+    """Dilation of the router's convolutions."""
+    dropout: float = 0.1
+    """Dropout before each of the router's convolutions, in training."""
+    train_cap: bool = False
+    """Train with the buffer's capacity enforced, as in inference, instead of leaving it to the L1 term alone."""
+    loss: RetentionLossConfig = field(default_factory=RetentionLossConfig)
+    """The L1 term and its controller."""
+
+
+@dataclass
+class ModelConfig:
+    """The architecture."""
+
+    pattern: str = MISSING
+    """One letter a layer: G Gated DeltaNet, L LTE, S sliding window, F full attention; (GL)*12 repeats, | begins a
+    pipeline stage."""
+    hidden_size: int = MISSING
+    """Width of the residual stream."""
+    vocab_size: int = MISSING
+    """Rows of the embedding; at least the tokenizer's vocabulary."""
+    intermediate_size: int | None = None
+    """Width inside the SwiGLU; 8/3 of hidden_size rounded up to a multiple of 256 when left out."""
+    tie_embeddings: bool = True
+    """Share the embedding with the output layer."""
+    norm_eps: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of normal initialisation; the projections that write to the residual stream take it divided
+    by sqrt(2 * layers)."""
+    gdn: GDNConfig = field(default_factory=GDNConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    lte: LTEConfig = field(default_factory=LTEConfig)
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is split; the data parallel size follows from the number of processes."""
+
+    tensor: int = 1
+    """Tensor parallel size (by heads, channels and vocabulary)."""
+    pipeline: int = 1
+    """Pipeline parallel size (by layers)."""
+    virtual_pipeline: int = 1
+    """Model chunks a pipeline stage holds (interleaved schedule)."""
+    sequence: bool = False
+    """Sequence parallelism: split the residual stream's tokens over the tensor parallel ranks."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage."""
+
+
+@dataclass
+class TrainConfig:
+    """The training loop."""
+
+    seq_length: int = MISSING
+    """Tokens a sample."""
+    micro_batch_size: int = MISSING
+    """Samples a process handles at once."""
+    global_batch_size: int = MISSING
+    """Samples a step, over all processes and micro-batches."""
+    steps: int = MISSING
+    """Optimizer steps of the whole run."""
+    seed: int = 42
+    """Of initialisation, data order and dropout."""
+    dtype: str = "bf16"
+    """bf16 (with fp32 master weights and gradient accumulation) or fp32."""
+    recompute: bool = False
+    """Recompute every layer's activations in the backward pass instead of keeping them."""
+    validate_every: int = 0
+    """Steps between two validations; 0 validates at the end only."""
+    validation_samples: int = 64
+    """Samples a validation reads, always the same ones."""
+    log_every: int = 10
+    """Steps between two lines on the terminal (metrics.jsonl has every step)."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning rate schedule."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    min_ratio: float = 0.1
+    """Learning rate at the end of the cosine, as a part of the peak."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the moments."""
+    eps: float = 1e-15
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Not applied to norms, biases, A_log and dt_bias."""
+    clip_grad_norm: float = 1.0
+    """Largest norm of the gradient."""
+
+
+@dataclass
+class SourceConfig:
+    """A folder of text files, a document each."""
+
+    path: str = MISSING
+    """The folder."""
+    include: list[str] = field(default_factory=lambda: ["*.txt"])
+    """Glob patterns on the file name."""
+    exclude: list[str] = field(default_factory=list)
+    """Folder names that are passed over wherever they stand."""
+
+
+@dataclass
+class DataConfig:
+    """Text, tokenizer and shards."""
+
+    path: str = MISSING
+    """Where `prepare` writes the tokenizer and the shards, and `train` reads them."""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Named sources of text."""
+    tokenizer: str | None = None
+    """A tokenizer.json (or a folder that holds one); when left out, `prepare` trains a byte-level BPE of
+    model.vocab_size on the sources."""
+    validation_fraction: float = 0.005
+    """Part of the documents held out for validation (by a hash of their name)."""
+    document_masking: bool = True
+    """Documents packed into one sample do not see each other."""
+    shuffle_block_size: int = 4096
+    """Samples within which the streamed order is shuffled (mosaicml-streaming, py1e)."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save."""
+
+    every: int = 1000
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints that stay on disk."""
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases."""
+
+    wandb: str = "offline"
+    """offline, online or disabled."""
+    project: str = "megahybrid"
+    """W&B project."""
+    name: str | None = None
+    """W&B run name; the run directory's name when left out."""
+
+
+@dataclass
+class Config:
+    """A complete recipe."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+def sections() -> dict[str, Any]:
+    """Section name → dataclass."""
+    return {name: f.default_factory for name, f in Config.__dataclass_fields__.items()}

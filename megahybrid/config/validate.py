@@ -1,0 +1,114 @@
+"""Refuse at load what cannot work, in one sentence that says what to change."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megahybrid_kernels.retention_router import margin
+
+from megahybrid.config.pattern import parse_pattern
+from megahybrid.config.schema import Config
+from megahybrid.errors import UserError
+
+_MAY_BE_ZERO = {
+    "train.seed",
+    "train.validate_every",
+    "optimizer.warmup_steps",
+    "optimizer.min_ratio",
+    "optimizer.weight_decay",
+    "model.lte.sink_size",
+    "model.lte.dropout",
+    "data.validation_fraction",
+}
+
+
+def validate(config: Config) -> None:
+    """Check ranges and combinations. Raises UserError at the first fault."""
+    _positive(config, "")
+    _choice("train.dtype", config.train.dtype, ("bf16", "fp32"))
+    _choice("tracking.wandb", config.tracking.wandb, ("offline", "online", "disabled"))
+    _model(config)
+    _layout(config)
+    _training(config)
+
+
+def _positive(section: Any, prefix: str) -> None:
+    for field in dataclasses.fields(section):
+        key, value = prefix + field.name, getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            _positive(value, f"{key}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            zero_fits = key in _MAY_BE_ZERO
+            if value < 0 or (value == 0 and not zero_fits):
+                raise UserError(f"{key} is {value}; it must be {'at least 0' if zero_fits else 'greater than 0'}.")
+
+
+def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{key} is '{value}'; choose one of {', '.join(choices)}.")
+
+
+def _model(config: Config) -> None:
+    model = config.model
+    letters = set(parse_pattern(model.pattern).letters)
+    heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads or model.attention.num_heads
+    if letters & set("LSF"):
+        if heads % kv_heads:
+            raise UserError(
+                f"model.attention.num_heads ({heads}) must be a multiple of model.attention.num_kv_heads ({kv_heads})."
+            )
+        if model.attention.head_dim % 2:
+            raise UserError("model.attention.head_dim must be even, since rotary embedding pairs its halves.")
+    if "L" in letters:
+        _lte(config)
+
+
+def _lte(config: Config) -> None:
+    lte = config.model.lte
+    if lte.conv_size % 2 == 0:
+        raise UserError(f"model.lte.conv_size is {lte.conv_size}; the router's convolutions are centred: use odd taps.")
+    needed = margin(lte.conv_size, lte.conv_dilation)
+    if lte.window_size <= needed:
+        raise UserError(
+            f"model.lte.window_size ({lte.window_size}) must be larger than the router's margin ({needed}), "
+            "or a token would leave the window before its score is final."
+        )
+    if lte.buffer_size < lte.sink_size:
+        raise UserError(
+            f"model.lte.buffer_size ({lte.buffer_size}) must hold the sinks (model.lte.sink_size = {lte.sink_size})."
+        )
+    if config.model.attention.head_dim % 4:
+        raise UserError("model.attention.head_dim must be a multiple of 4, since the router halves its channels.")
+    if lte.dropout >= 1:
+        raise UserError(f"model.lte.dropout is {lte.dropout}; it must be below 1.")
+    if lte.loss.update_interval < 2:
+        raise UserError("model.lte.loss.update_interval must be at least 2, since its moving average spans half of it.")
+    if lte.loss.increase <= 1 or lte.loss.decrease <= 1 or not lte.loss.tolerance < 1:
+        raise UserError("model.lte.loss needs increase and decrease above 1 and tolerance below 1.")
+
+
+def _layout(config: Config) -> None:
+    parallel = config.parallel
+    for key in ("tensor", "pipeline", "virtual_pipeline"):
+        if getattr(parallel, key) != 1:
+            raise UserError(f"parallel.{key} is {getattr(parallel, key)}; only 1 is supported so far.")
+    if parallel.sequence:
+        raise UserError("parallel.sequence is not supported so far; leave it false.")
+    if parallel.zero_stage != 1:
+        raise UserError(f"parallel.zero_stage is {parallel.zero_stage}; only stage 1 is supported so far.")
+
+
+def _training(config: Config) -> None:
+    train, optimizer = config.train, config.optimizer
+    if train.global_batch_size % train.micro_batch_size:
+        raise UserError(
+            f"train.global_batch_size ({train.global_batch_size}) must be a multiple of "
+            f"train.micro_batch_size ({train.micro_batch_size})."
+        )
+    if optimizer.min_ratio > 1:
+        raise UserError(f"optimizer.min_ratio is {optimizer.min_ratio}; it is a part of the peak, so at most 1.")
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise UserError(f"optimizer.betas is {list(optimizer.betas)}; each must be at least 0 and below 1.")
+    if config.data.validation_fraction >= 1:
+        raise UserError(f"data.validation_fraction is {config.data.validation_fraction}; it must be below 1.")

@@ -1,0 +1,1 @@
+"""The model: mixers, block, and the stack of layers that a pipeline stage holds."""

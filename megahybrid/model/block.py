@@ -1,0 +1,60 @@
+"""One layer: mixer and SwiGLU, each on a normalised input and added to the residual stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megahybrid_kernels.norm import rms_norm
+from megahybrid_kernels.swiglu import swiglu
+from torch import Tensor, nn
+
+from megahybrid.model.context import Aux, Context
+from megahybrid.model.mixers import MIXERS
+from megahybrid.model.settings import Settings
+from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter
+from megahybrid.parallel.parameters import constant, parameter
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation over the hidden dimension, `[…, hidden]` → the same."""
+
+    def __init__(self, settings: Settings):
+        super().__init__()
+        self.weight = parameter(settings.model.hidden_size, initializer=constant(1.0), weight_decay=False)
+        self.eps = settings.model.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)), the width inside split over tensor parallel ranks."""
+
+    def __init__(self, settings: Settings):
+        super().__init__()
+        hidden, inner = settings.model.hidden_size, settings.intermediate_size
+        self.settings = settings
+        self.gate_proj = ColumnLinear(hidden, inner, settings.projection)
+        self.up_proj = ColumnLinear(hidden, inner, settings.projection)
+        self.down_proj = RowLinear(inner, hidden, settings.output_projection, settings.sequence_parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = enter(x, self.settings.sequence_parallel)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """x ← x + mixer(norm(x)); x ← x + SwiGLU(norm(x))."""
+
+    def __init__(self, settings: Settings, layer: int):
+        super().__init__()
+        self.mixer_norm = RMSNorm(settings)
+        self.mixer = MIXERS[settings.pattern.letters[layer]](settings, layer)
+        self.mlp_norm = RMSNorm(settings)
+        self.mlp = SwiGLU(settings)
+
+    def forward(self, x: Tensor, context: Context, state: Any = None) -> tuple[Tensor, Aux | None, Any]:
+        """`[tokens, 1, hidden]` → (the same, the mixer's by-products, the mixer's next state)."""
+        y, aux, state = self.mixer(self.mixer_norm(x), context, state)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), aux, state

@@ -1,0 +1,47 @@
+"""What every layer of one micro-batch reads beside its input, and what it gives back beside its output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megahybrid_kernels import Sequences
+from megahybrid_kernels.counter_dropout import fold
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """One micro-batch, as every layer sees it.
+
+    Attributes:
+        sequences: the documents' borders.
+        dropout_keys: int64 `[tokens]`, a hash of (seed, step, sample, position) a token; None switches dropout off.
+        aux_scale: weight of the auxiliary loss beside the micro-batch's loss (1 / micro-batches of the step).
+    """
+
+    sequences: Sequences
+    dropout_keys: Tensor | None = None
+    aux_scale: float = 1.0
+
+    @property
+    def training(self) -> bool:
+        """Whether dropout and training's own visibility rule apply."""
+        return self.dropout_keys is not None
+
+
+def dropout_keys(seed: int, step: int, samples: Tensor, sample_positions: Tensor) -> Tensor:
+    """Keys for `Context.dropout_keys`, the same in every layout; `samples` and `sample_positions` are int64 [tokens]."""
+    return fold(fold(fold(samples, seed), step), sample_positions)
+
+
+class Aux(NamedTuple):
+    """A retention layer's training by-products.
+
+    Attributes:
+        loss: scalar, this rank's heads' part of the L1 term.
+        kept: int64 `[kv heads of this rank]`, positions with a positive score whose right context is whole.
+    """
+
+    loss: Tensor
+    kept: Tensor

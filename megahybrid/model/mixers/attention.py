@@ -1,0 +1,70 @@
+"""Softmax attention with grouped queries and rotary embedding: full and sliding window."""
+
+from __future__ import annotations
+
+from megahybrid_kernels.attention import KeyValueCache, attention, attention_with_cache
+from megahybrid_kernels.rotary import rotary
+from torch import Tensor, nn
+
+from megahybrid.model.context import Context
+from megahybrid.model.settings import Settings
+from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter
+
+
+class AttentionProjections(nn.Module):
+    """The q, k, v and o projections that all softmax mixers share; heads split over tensor parallel ranks."""
+
+    def __init__(self, settings: Settings, layer: int):
+        super().__init__()
+        config = settings.model.attention
+        self.settings, self.head_dim, self.theta = settings, config.head_dim, config.rope_theta
+        hidden, queries, keys = settings.model.hidden_size, config.num_heads, settings.kv_heads
+        self.q_proj = ColumnLinear(hidden, queries * self.head_dim, settings.projection)
+        self.k_proj = ColumnLinear(hidden, keys * self.head_dim, settings.projection)
+        self.v_proj = ColumnLinear(hidden, keys * self.head_dim, settings.projection)
+        self.o_proj = RowLinear(
+            queries * self.head_dim, hidden, settings.output_projection, settings.sequence_parallel
+        )
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[tokens, 1, hidden]` → q, k, v `[tokens, heads of this rank, head_dim]`, not yet rotated."""
+        x = enter(x, self.settings.sequence_parallel).squeeze(1)
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v
+
+    def rotate(self, x: Tensor, context: Context) -> Tensor:
+        """Rotary embedding at the tokens' positions in their documents."""
+        return rotary(x, context.sequences.positions, self.theta)
+
+    def output(self, o: Tensor) -> Tensor:
+        """`[tokens, heads of this rank, head_dim]` → `[tokens, 1, hidden]`."""
+        return self.o_proj(o.flatten(-2).unsqueeze(1))
+
+
+class FullAttention(AttentionProjections):
+    """Causal attention to the whole document."""
+
+    window_size: int | None = None
+
+    def forward(self, x: Tensor, context: Context, state: KeyValueCache | None = None):
+        """`[tokens, 1, hidden]` → (the same, None, the next state)."""
+        q, k, v = self.project(x)
+        q, k = self.rotate(q, context), self.rotate(k, context)
+        if state is None:
+            o = attention(q, k, v, context.sequences, self.window_size)
+        else:
+            o, state = attention_with_cache(q, k, v, state, context.sequences, self.window_size)
+        return self.output(o), None, state
+
+    def initial_state(self, sequences: int) -> KeyValueCache:
+        """The state before the first token of `sequences` sequences."""
+        like = self.k_proj.weight
+        return KeyValueCache.empty(sequences, like.shape[0] // self.head_dim, self.head_dim, like, self.window_size)
+
+
+class SlidingWindowAttention(FullAttention):
+    """Causal attention to the last `window_size` tokens of the document, the query's own included."""
+
+    def __init__(self, settings: Settings, layer: int):
+        super().__init__(settings, layer)
+        self.window_size = settings.model.attention.window_size

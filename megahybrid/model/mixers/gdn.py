@@ -1,0 +1,96 @@
+"""Gated DeltaNet (Yang et al., arXiv 2412.06464)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from megahybrid_kernels.causal_conv1d import causal_conv1d
+from megahybrid_kernels.gated_delta_rule import gated_delta_rule
+from megahybrid_kernels.norm import gated_rms_norm
+from torch import Tensor, nn
+
+from megahybrid.model.context import Context
+from megahybrid.model.settings import Settings
+from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter
+from megahybrid.parallel.parameters import (
+    constant,
+    inverse_softplus_of_log_uniform,
+    log_of_uniform,
+    parameter,
+    uniform,
+)
+
+
+class GDNState(NamedTuple):
+    """What a Gated DeltaNet layer remembers of each sequence.
+
+    Attributes:
+        recurrent: `[sequences, heads, head_dim, value_head_dim]`, at least fp32.
+        q, k, v: `[sequences, conv_size - 1, channels]`, the short convolutions' last inputs.
+    """
+
+    recurrent: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class GatedDeltaNet(nn.Module):
+    """Gated delta rule on short-convolved q, k, v, with an output gate; heads split over tensor parallel ranks."""
+
+    def __init__(self, settings: Settings, layer: int):
+        super().__init__()
+        config = settings.model.gdn
+        self.settings = settings
+        self.key_dim, self.value_dim = config.head_dim, config.value_head_dim or config.head_dim
+        hidden, heads, taps = settings.model.hidden_size, config.num_heads, config.conv_size
+        keys, values = heads * self.key_dim, heads * self.value_dim
+        project = settings.projection
+        self.q_proj = ColumnLinear(hidden, keys, project)
+        self.k_proj = ColumnLinear(hidden, keys, project)
+        self.v_proj = ColumnLinear(hidden, values, project)
+        self.g_proj = ColumnLinear(hidden, values, project)
+        self.a_proj = ColumnLinear(hidden, heads, project)
+        self.b_proj = ColumnLinear(hidden, heads, project)
+        conv = uniform(-(taps**-0.5), taps**-0.5)
+        self.q_conv = parameter(keys, taps, axis=0, initializer=conv)
+        self.k_conv = parameter(keys, taps, axis=0, initializer=conv)
+        self.v_conv = parameter(values, taps, axis=0, initializer=conv)
+        self.A_log = parameter(heads, axis=0, initializer=log_of_uniform(1e-4, 16), weight_decay=False)
+        steps = inverse_softplus_of_log_uniform(1e-3, 1e-1, floor=1e-4)
+        self.dt_bias = parameter(heads, axis=0, initializer=steps, weight_decay=False)
+        self.norm = parameter(self.value_dim, initializer=constant(1.0), weight_decay=False)
+        self.o_proj = RowLinear(values, hidden, settings.output_projection, settings.sequence_parallel)
+
+    def forward(self, x: Tensor, context: Context, state: GDNState | None = None):
+        """`[tokens, 1, hidden]` → (the same, None, the next state)."""
+        x, sequences = enter(x, self.settings.sequence_parallel).squeeze(1), context.sequences
+        before = state or (None, None, None, None)
+        q, q_rows = causal_conv1d(self.q_proj(x), self.q_conv, sequences, before[1])
+        k, k_rows = causal_conv1d(self.k_proj(x), self.k_conv, sequences, before[2])
+        v, v_rows = causal_conv1d(self.v_proj(x), self.v_conv, sequences, before[3])
+        o, recurrent = gated_delta_rule(
+            q.unflatten(-1, (-1, self.key_dim)),
+            k.unflatten(-1, (-1, self.key_dim)),
+            v.unflatten(-1, (-1, self.value_dim)),
+            self.a_proj(x),
+            self.b_proj(x),
+            self.A_log,
+            self.dt_bias,
+            sequences,
+            before[0],
+        )
+        gate = self.g_proj(x).unflatten(-1, (-1, self.value_dim))
+        o = gated_rms_norm(o, gate, self.norm, self.settings.model.norm_eps)
+        y = self.o_proj(o.flatten(-2).unsqueeze(1))
+        return y, None, None if state is None else GDNState(recurrent, q_rows, k_rows, v_rows)
+
+    def initial_state(self, sequences: int) -> GDNState:
+        """The state before the first token of `sequences` sequences."""
+        like, taps = self.q_conv, self.q_conv.shape[1]
+        heads = self.A_log.shape[0]
+        at_least_fp32 = torch.promote_types(like.dtype, torch.float32)
+        recurrent = like.new_zeros(sequences, heads, self.key_dim, self.value_dim, dtype=at_least_fp32)
+        rows = [like.new_zeros(sequences, taps - 1, conv.shape[0]) for conv in (self.q_conv, self.k_conv, self.v_conv)]
+        return GDNState(recurrent, *rows)

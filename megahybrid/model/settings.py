@@ -1,0 +1,59 @@
+"""What the layers are built from: the model's configuration with everything derived from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megahybrid.config.pattern import Pattern, parse_pattern
+from megahybrid.config.schema import Config, ModelConfig
+from megahybrid.parallel.parameters import Initializer, normal
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The architecture as its layers need it.
+
+    Attributes:
+        model: the configuration.
+        pattern: the parsed layer pattern.
+        intermediate_size: width inside the SwiGLU.
+        kv_heads: key-value heads of attention layers.
+        sequence_parallel: whether the residual stream is split over the tensor parallel ranks.
+        recompute: whether layers recompute their activations in the backward pass.
+    """
+
+    model: ModelConfig
+    pattern: Pattern
+    intermediate_size: int
+    kv_heads: int
+    sequence_parallel: bool
+    recompute: bool
+
+    @classmethod
+    def of(cls, config: Config) -> Settings:
+        """Derive the settings from a validated configuration."""
+        model = config.model
+        return cls(
+            model=model,
+            pattern=parse_pattern(model.pattern),
+            intermediate_size=model.intermediate_size or 256 * math.ceil((8 * model.hidden_size // 3) / 256),
+            kv_heads=model.attention.num_kv_heads or model.attention.num_heads,
+            sequence_parallel=config.parallel.sequence,
+            recompute=config.train.recompute,
+        )
+
+    @property
+    def projection(self) -> Initializer:
+        """Initial values of embeddings and of projections that read the residual stream."""
+        return normal(self.model.init_std)
+
+    @property
+    def output_projection(self) -> Initializer:
+        """Initial values of projections that write to the residual stream."""
+        return normal(self.model.init_std / math.sqrt(2 * len(self.pattern.letters)))
+
+    @property
+    def scores_per_token(self) -> int:
+        """Retention scores a token has over the whole model: LTE layers times key-value heads."""
+        return len(self.pattern.layers("L")) * self.kv_heads

@@ -1,0 +1,78 @@
+"""Process groups: torch.distributed first, then Megatron-core makes all model parallel groups."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megahybrid.config.schema import ParallelConfig
+from megahybrid.errors import UserError
+from megahybrid.parallel.cpu import prepare_cpu
+
+
+def initialize(parallel: ParallelConfig, seed: int = 0) -> None:
+    """Join the process group that the environment describes (torchrun's RANK, WORLD_SIZE, …), or a group of one.
+
+    Raises UserError where the number of processes is not a multiple of tensor * pipeline.
+    """
+    prepare_cpu()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        timeout = datetime.timedelta(minutes=10)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    model_size = parallel.tensor * parallel.pipeline
+    if dist.get_world_size() % model_size:
+        raise UserError(
+            f"{dist.get_world_size()} processes cannot be split into parallel.tensor * parallel.pipeline = {model_size}; "
+            "start a multiple of that."
+        )
+    virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+    parallel_state.initialize_model_parallel(
+        parallel.tensor,
+        parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def shut_down() -> None:
+    """Leave all groups; a later `initialize` may use another layout."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """This process's number on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def device() -> torch.device:
+    """The device this process computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def data_parallel() -> tuple[int, int]:
+    """Rank and size of this process among the data parallel replicas."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def sum_over_data_parallel(value: torch.Tensor) -> torch.Tensor:
+    """`value` summed in place over the data parallel replicas."""
+    dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
+    return value
+
+
+def is_main() -> bool:
+    """Whether this process writes the run's files."""
+    return dist.get_rank() == 0

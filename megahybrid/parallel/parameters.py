@@ -1,0 +1,115 @@
+"""What is known of every parameter: full shape, shard axis, initial value, weight decay.
+
+This table is the one source for initialisation, weight decay, checkpoints and export. A parameter is initialised in
+full from (seed, global name) and then sliced, so its value does not depend on the layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+Initializer = Callable[[tuple[int, ...], torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """A parameter as the whole model sees it.
+
+    Attributes:
+        shape: full shape, over all tensor parallel ranks.
+        axis: the axis that tensor parallel ranks split, or None when every rank holds the whole.
+        initializer: makes the full float32 value from shape and generator.
+        weight_decay: whether the optimizer decays it.
+    """
+
+    shape: tuple[int, ...]
+    axis: int | None
+    initializer: Initializer
+    weight_decay: bool
+
+    @property
+    def full_size(self) -> int:
+        """Number of elements over all tensor parallel ranks."""
+        return math.prod(self.shape)
+
+    def local_shape(self, size: int) -> tuple[int, ...]:
+        """The shape that one of `size` tensor parallel ranks holds."""
+        return tuple(n // size if i == self.axis else n for i, n in enumerate(self.shape))
+
+    def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
+        """The part of the full tensor that tensor parallel rank `rank` of `size` holds."""
+        return full if self.axis is None else full.chunk(size, self.axis)[rank]
+
+
+def parameter(
+    *shape: int, axis: int | None = None, initializer: Initializer, weight_decay: bool = True, dtype=None, device=None
+) -> nn.Parameter:
+    """An uninitialised parameter: this rank's part of `shape`, with its spec attached as `.spec`."""
+    spec = ParameterSpec(shape, axis, initializer, weight_decay)
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    if axis is not None and shape[axis] % size:
+        raise ValueError(f"axis {axis} of shape {shape} does not split over {size} tensor parallel ranks")
+    return attach_spec(nn.Parameter(torch.empty(spec.local_shape(size), dtype=dtype, device=device)), spec)
+
+
+def attach_spec(weight: nn.Parameter, spec: ParameterSpec) -> nn.Parameter:
+    """Tag a parameter that was made elsewhere (a Megatron-core layer's)."""
+    weight.spec = spec
+    weight.tensor_model_parallel = spec.axis is not None  # DeepSpeed's and Megatron-core's own mark
+    return weight
+
+
+def initialize_parameters(model: nn.Module, seed: int) -> None:
+    """Give every parameter its initial value from (seed, global name)."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            full = weight.spec.initializer(weight.spec.shape, generator)
+            weight.copy_(weight.spec.shard(full, rank, size))
+
+
+def normal(std: float) -> Initializer:
+    """N(0, std²)."""
+    return lambda shape, generator: torch.randn(shape, generator=generator) * std
+
+
+def constant(value: float) -> Initializer:
+    """The same value everywhere."""
+    return lambda shape, generator: torch.full(shape, value)
+
+
+def uniform(low: float, high: float) -> Initializer:
+    """U(low, high)."""
+    return lambda shape, generator: torch.rand(shape, generator=generator) * (high - low) + low
+
+
+def kaiming_normal(fan_in: int) -> Initializer:
+    """N(0, 2 / fan_in), as for a layer before a rectifier (He et al. 2015)."""
+    return normal(math.sqrt(2 / fan_in))
+
+
+def log_of_uniform(low: float, high: float) -> Initializer:
+    """log U(low, high); Gated DeltaNet's A_log."""
+    draw = uniform(low, high)
+    return lambda shape, generator: draw(shape, generator).log()
+
+
+def inverse_softplus_of_log_uniform(low: float, high: float, floor: float) -> Initializer:
+    """softplus⁻¹(dt) with dt log-uniform in [low, high], at least floor; Gated DeltaNet's dt_bias."""
+    draw = uniform(math.log(low), math.log(high))
+
+    def make(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        step = draw(shape, generator).exp().clamp(min=floor)
+        return step + torch.log(-torch.expm1(-step))
+
+    return make

@@ -1,0 +1,1 @@
+"""Training: engine, loop, controller, metrics, tracking and checkpoints."""

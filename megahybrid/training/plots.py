@@ -1,0 +1,140 @@
+"""Pictures of a run, drawn from its metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import yaml
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from megahybrid.config.pattern import parse_pattern
+from megahybrid.training.report import Metrics, read_metrics
+
+COLUMNS = 6  # layers side by side in the picture of the retention
+LEGEND_HEADS = 8  # more heads than this are told apart by a colour scale
+INK, ACCENT, GRID = "#1f3a5f", "#c8553d", "#d9d9d9"
+
+
+def plot_run(run_dir: Path) -> list[Path]:
+    """Draw loss.png and, for a model with LTE layers, retention.png into the run directory; returns their paths.
+
+    Raises UserError when the run has no finished step.
+    """
+    metrics = read_metrics(run_dir)
+    pictures = {"loss.png": loss_figure(metrics)}
+    if any(line.get("kept") for line in metrics):
+        model = yaml.safe_load((run_dir / "config.yaml").read_text())["model"]
+        layers = parse_pattern(model["pattern"]).layers("L")
+        pictures["retention.png"] = retention_figure(metrics, layers, model["lte"]["buffer_size"])
+    paths = []
+    for name, figure in pictures.items():
+        figure.savefig(run_dir / name, dpi=160)
+        paths.append(run_dir / name)
+    return paths
+
+
+def loss_figure(metrics: Metrics) -> Figure:
+    """Training loss, as it was and smoothed, and the validation losses over the trained tokens."""
+    tokens = np.array([line["tokens"] for line in metrics], dtype=float)
+    loss = np.array([line["loss"] for line in metrics], dtype=float)
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(tokens, loss, color=INK, alpha=0.25, linewidth=0.8)
+    axes.plot(tokens, smooth(loss), color=INK, linewidth=1.8, label="training")
+    validated = [line for line in metrics if line.get("validation_loss") is not None]
+    if validated:
+        axes.plot(
+            [line["tokens"] for line in validated],
+            [line["validation_loss"] for line in validated],
+            color=ACCENT,
+            marker="o",
+            markersize=4.5,
+            linewidth=1,
+            label=f"held out (last {validated[-1]['validation_loss']:.3f})",
+        )
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_xlabel("tokens")
+    axes.legend(frameon=False)
+    _tidy(axes)
+    return figure
+
+
+def retention_figure(metrics: Metrics, layers: list[int], buffer_size: int) -> Figure:
+    """Kept tokens a sequence (upper panels) and lambda (lower panels), a column a layer, a line a head.
+
+    Args:
+        layers: numbers of the LTE layers, in the metrics' order.
+        buffer_size: what the controller aims at, tokens.
+    """
+    lines = [line for line in metrics if line.get("kept")]
+    tokens = np.array([line["tokens"] for line in lines], dtype=float)
+    kept = np.array([line["kept"] for line in lines], dtype=float)
+    weight = np.array([line["lambda"] for line in lines], dtype=float)
+    heads = kept.shape[2]
+    columns = min(COLUMNS, len(layers))
+    blocks = -(-len(layers) // columns)
+    figure = Figure(figsize=(1.2 + max(2.6 * columns, 4.8), 4.8 * blocks), layout="constrained")
+    grid = figure.subplots(2 * blocks, columns, squeeze=False)
+    colors = colormaps["viridis"](np.linspace(0, 0.92, heads))
+    # Zero has no place on a log axis: where lambda is zero the line stops.
+    weight[weight <= 0] = np.nan
+    lowest, highest = (np.nanmin(weight), np.nanmax(weight)) if np.isfinite(weight).any() else (1e-9, 1.0)
+    for place in range(blocks * columns):
+        block, column = divmod(place, columns)
+        upper, lower = grid[2 * block, column], grid[2 * block + 1, column]
+        if place >= len(layers):
+            upper.set_visible(False)
+            lower.set_visible(False)
+            continue
+        for head in range(heads):
+            upper.plot(tokens, kept[:, place, head], color=colors[head], alpha=0.15, linewidth=0.6)
+            upper.plot(tokens, smooth(kept[:, place, head]), color=colors[head], linewidth=1.3, label=f"head {head}")
+            lower.plot(tokens, weight[:, place, head], color=colors[head], linewidth=1.3, drawstyle="steps-post")
+        upper.axhline(buffer_size, color=ACCENT, linestyle="--", linewidth=1.1, label=f"buffer size {buffer_size}")
+        upper.set_ylim(0, 1.05 * max(kept.max(), buffer_size))
+        lower.set_yscale("log")
+        lower.set_ylim(lowest / 2, highest * 2)
+        upper.set_title(f"layer {layers[place]}", fontsize=10)
+        lower.set_xlabel("tokens")
+        for axes, label in ((upper, "kept tokens a sequence"), (lower, "lambda")):
+            axes.set_xlim(0, tokens[-1])
+            _tidy(axes)
+            if column == 0:
+                axes.set_ylabel(label)
+            else:
+                axes.tick_params(labelleft=False)
+        upper.tick_params(labelbottom=False)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    if heads > LEGEND_HEADS:
+        handles, labels = [handles[0], handles[-2], handles[-1]], ["head 0", f"head {heads - 1}", labels[-1]]
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    return figure
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a centred window of about 4 % of the values, so that it does not lag; cut off at both ends."""
+    count = len(values)
+    reach = max(count // 50, 1)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    first = np.maximum(np.arange(count) - reach, 0)
+    after = np.minimum(np.arange(count) + reach + 1, count)
+    return (sums[after] - sums[first]) / (after - first)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(FuncFormatter(_short_number))
+
+
+def _short_number(value: float, _: int) -> str:
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= limit:
+            return f"{value / limit:g}{suffix}"
+    return f"{value:g}"

@@ -1,0 +1,107 @@
+"""What a run came to, in numbers: read from its metrics, its configuration and its held-out tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from megahybrid.errors import UserError
+
+Metrics = list[dict[str, Any]]
+
+
+def read_metrics(run_dir: Path) -> Metrics:
+    """The lines of metrics.jsonl, a dictionary a step; a last line that is still being written is left out.
+
+    Raises UserError when the file is missing, empty or broken elsewhere.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"There is no {path}; give the directory of a run that has trained.")
+    lines = path.read_bytes().splitlines()
+    metrics = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            metrics.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"Line {number} of {path} is not JSON; remove that line.") from error
+    if not metrics:
+        raise UserError(f"{path} holds no finished step yet; wait for the first one.")
+    return metrics
+
+
+def unigram_entropy(tokens: Any) -> float:
+    """Entropy in nats of the tokens' own frequencies: the loss of the best model that ignores all context.
+
+    Args:
+        tokens: integers of any shape, 0 or larger.
+
+    Raises:
+        ValueError: there is no token.
+    """
+    counts = np.bincount(np.asarray(tokens).reshape(-1))
+    counts = counts[counts > 0]
+    if not counts.size:
+        raise ValueError("the entropy of no tokens is not defined")
+    frequencies = counts / counts.sum()
+    return float(-(frequencies * np.log(frequencies)).sum()) + 0.0
+
+
+def held_out_tokens(run_dir: Path) -> np.ndarray:
+    """int64 `[tokens]`: the labels on which the run's validation loss is measured."""
+    from megahybrid.config import load_config
+    from megahybrid.data.loader import validation_batches
+
+    config = load_config(run_dir / "config.yaml")
+    labels = [batch.labels.reshape(-1).numpy() for batch in validation_batches(config)]
+    labels = np.concatenate(labels)
+    return labels[labels >= 0]  # negative: a label that the loss ignores
+
+
+def mean_tokens_per_second(metrics: Metrics) -> float:
+    """Trained tokens by the seconds that their steps took."""
+    tokens = np.diff([line["tokens"] for line in metrics], prepend=0)
+    return float(tokens.sum() / (tokens / [line["tokens_per_second"] for line in metrics]).sum())
+
+
+def kept_tokens(metrics: Metrics, steps: int = 32) -> np.ndarray | None:
+    """float64 `[LTE layers, heads]`: kept tokens a sequence, mean over the last steps; None without LTE layers."""
+    kept = [line["kept"] for line in metrics[-steps:] if line.get("kept")]
+    return np.mean(kept, axis=0) if kept else None
+
+
+def summarise(run_dir: Path) -> str:
+    """The run in a short table: held-out loss beside the unigram entropy of the same tokens, speed, kept tokens."""
+    metrics = read_metrics(run_dir)
+    rows = _loss_rows(run_dir, metrics)
+    last = metrics[-1]
+    rows.append(("tokens trained", f"{last['tokens']:,} in {last['step']:,} steps"))
+    rows.append(("mean speed", f"{mean_tokens_per_second(metrics):,.0f} tokens/s"))
+    kept = kept_tokens(metrics)
+    if kept is not None:
+        buffer_size = yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["lte"]["buffer_size"]
+        rows.append(("kept tokens", f"{kept.mean():.1f} a head and sequence, from {kept.min():.1f} to {kept.max():.1f}"))
+        rows.append(("buffer size", f"{buffer_size}"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _loss_rows(run_dir: Path, metrics: Metrics) -> list[tuple[str, str]]:
+    validated = [line for line in metrics if line.get("validation_loss") is not None]
+    if not validated:
+        return [("training loss", f"{metrics[-1]['loss']:.4f} nats a token"), ("held-out loss", "not measured yet")]
+    loss = validated[-1]["validation_loss"]
+    rows = [("held-out loss", f"{loss:.4f} nats a token, at step {validated[-1]['step']:,}")]
+    try:
+        tokens = held_out_tokens(run_dir)
+    except (UserError, OSError) as error:  # a run directory that was copied away from its data
+        return [*rows, ("unigram entropy", f"unknown without the data ({error})")]
+    entropy = unigram_entropy(tokens)
+    rows.append(("unigram entropy", f"{entropy:.4f} nats a token, of the same {tokens.size:,} tokens"))
+    rows.append(("gained by context", f"{entropy - loss:.4f} nats a token"))
+    return rows

@@ -1,0 +1,71 @@
+"""The run directory: where everything of a run lies, its metrics and its status."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from megahybrid.files import write_json, write_text
+
+
+class RunDirectory:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.status = self.path / "status.json"
+        self.checkpoints = self.path / "checkpoints"
+
+    def write_status(self, state: str, step: int, target: int, reason: str = "") -> None:
+        """state: running, done, stopped or failed; step of target; why, where there is something to say."""
+        write_json(
+            self.status,
+            {
+                "state": state,
+                "step": step,
+                "target": target,
+                "reason": reason,
+                "job": os.environ.get("SLURM_JOB_ID"),
+                "process": os.getpid(),
+                "time": time.time(),
+            },
+        )
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def cut_metrics(self, step: int) -> None:
+        """Remove the lines after `step`: training goes on from there."""
+        if self.metrics.exists():
+            kept = [line for line in read_metrics(self.metrics) if line["step"] <= step]
+            write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a line torn by a kill is left out."""
+    lines = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

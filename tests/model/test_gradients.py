@@ -1,0 +1,84 @@
+"""Gradients of tiny models against finite differences in float64, one direction a parameter."""
+
+import pytest
+import torch
+from tests.model import tiny
+
+import megahybrid.model.mixers.lte as lte_mixer
+
+
+def total_loss(model, tokens):
+    """Cross-entropy plus the auxiliary losses, as a plain sum for finite differences."""
+    out = model(tokens[:-1], tiny.training_context())
+    return model.losses(out.hidden, tokens[1:]).mean() + sum(each.loss for each in out.aux.values())
+
+
+def autograd_gradients(model, tokens):
+    """What training computes: the auxiliary loss comes in through the activations alone."""
+    model.zero_grad()
+    out = model(tokens[:-1], tiny.training_context())
+    model.losses(out.hidden, tokens[1:]).mean().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_gradients_match(model, tokens, gradients):
+    generator = torch.Generator().manual_seed(5)
+    step = 1e-6
+    for name, parameter in model.named_parameters():
+        direction = torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator)
+        direction /= direction.norm()
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(direction, alpha=sign * step)
+                values.append(total_loss(model, tokens))
+                parameter.sub_(direction, alpha=sign * step)
+        slope = ((values[0] - values[1]) / (2 * step)).item()
+        expected = (gradients[name] * direction).sum().item()
+        assert expected == pytest.approx(slope, rel=1e-5, abs=1e-8), name
+        assert gradients[name].abs().max() > 0, f"{name} gets no gradient"
+
+
+@pytest.mark.parametrize("pattern", ["G", "S", "F", "GSF"])
+def test_gradients_by_finite_differences(pattern):
+    model, tokens = tiny.model(pattern), tiny.tokens()
+    assert_gradients_match(model, tokens, autograd_gradients(model, tokens))
+
+
+@pytest.mark.parametrize("train_cap", [False, True])
+def test_lte_gradients_against_the_surrogate(train_cap, monkeypatch):
+    """With keep decisions frozen, LTE's gradient is that of attention to v' = (1 + r - r0) v, plus the L1 term."""
+    model, tokens = tiny.model("GL", train_cap=train_cap), tiny.tokens()
+    model.layers["1"].mixer.l1_lambda.copy_(torch.tensor([0.5, 0.8]))
+    gradients = autograd_gradients(model, tokens)
+    real, frozen = lte_mixer.lte_attention, []
+
+    def surrogate(q, k, v, scores, *rest):
+        if not frozen:
+            frozen.append(scores.detach().clone())
+        return real(q, k, v * (1 + scores - frozen[0]).unsqueeze(-1), frozen[0], *rest)
+
+    monkeypatch.setattr(lte_mixer, "lte_attention", surrogate)
+    with torch.no_grad():
+        total_loss(model, tokens)
+    assert (frozen[0] > 0).any() and (frozen[0] < 0).any()
+    assert_gradients_match(model, tokens, gradients)
+
+
+def test_l1_term_of_one_layer_by_hand(monkeypatch):
+    model, tokens, scores = tiny.model("GL"), tiny.tokens(), []
+    mixer = model.layers["1"].mixer
+    mixer.l1_lambda.copy_(torch.tensor([0.5, 0.8]))
+    real = mixer._aux
+    monkeypatch.setattr(mixer, "_aux", lambda each, context: scores.append(each) or real(each, context))
+    aux = model(tokens[:-1], tiny.training_context()).aux[1]
+    expected, kept, at = 0.0, [0, 0], 0
+    for length in tiny.LENGTHS:
+        for position in range(max(0, length - 6)):  # the last 6 positions of a document lack right context
+            for head, weight in enumerate((0.5, 0.8)):
+                score = scores[0][at + position, head].item()
+                expected += weight * max(score, 0.0)
+                kept[head] += score > 0
+        at += length
+    assert aux.loss.item() == pytest.approx(expected / (sum(tiny.LENGTHS) * 2), rel=1e-6)
+    assert aux.kept.tolist() == kept

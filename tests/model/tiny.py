@@ -1,0 +1,54 @@
+"""Tiny models and batches for the tests."""
+
+import torch
+from megahybrid_kernels import Sequences
+
+from megahybrid.config.schema import (
+    AttentionConfig,
+    Config,
+    GDNConfig,
+    LTEConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megahybrid.model.context import Context, dropout_keys
+from megahybrid.model.stack import build
+
+VOCAB = 40
+LENGTHS = (23, 1, 9, 40)
+
+
+def config(pattern, dropout=0.0, recompute=False, train_cap=False, tie_embeddings=True):
+    return Config(
+        run=RunConfig(dir="unused"),
+        model=ModelConfig(
+            pattern=pattern,
+            hidden_size=16,
+            vocab_size=VOCAB,
+            intermediate_size=24,
+            tie_embeddings=tie_embeddings,
+            init_std=0.3,  # large, so that every term of a gradient shows
+            gdn=GDNConfig(num_heads=2, head_dim=4, value_head_dim=6),
+            attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window_size=7),
+            lte=LTEConfig(window_size=7, buffer_size=5, sink_size=2, dropout=dropout, train_cap=train_cap),
+        ),
+        train=TrainConfig(
+            seq_length=64, micro_batch_size=1, global_batch_size=1, steps=1, dtype="fp32", recompute=recompute
+        ),
+    )
+
+
+def model(pattern, dtype=torch.float64, **options):
+    return build(config(pattern, **options), "cpu", dtype)
+
+
+def tokens(lengths=LENGTHS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (sum(lengths) + 1,), generator=generator)
+
+
+def training_context(lengths=LENGTHS, step=3):
+    count = sum(lengths)
+    keys = dropout_keys(11, step, torch.zeros(count, dtype=torch.int64), torch.arange(count))
+    return Context(Sequences.of(lengths), keys)

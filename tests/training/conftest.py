@@ -1,0 +1,66 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megahybrid.cli import main
+
+RECIPE = """
+run: {{dir: {run}}}
+model:
+  pattern: GLSF
+  hidden_size: 32
+  intermediate_size: 48
+  vocab_size: 384
+  gdn: {{num_heads: 2, head_dim: 16}}
+  attention: {{num_heads: 2, head_dim: 16, window_size: 24}}
+  lte: {{window_size: 15, buffer_size: 8, sink_size: 2, loss: {{update_interval: 2, initial: 1.0}}}}
+train: {{seq_length: 64, micro_batch_size: 2, global_batch_size: 8, steps: 20, dtype: fp32, validation_samples: 6}}
+optimizer: {{learning_rate: 0.01, warmup_steps: 4, eps: 1.0e-8}}
+data:
+  path: {data}
+  validation_fraction: 0.2
+  sources: {{python: {{path: {text}, include: ["*.py"]}}}}
+checkpoint: {{every: 5, keep: 2}}
+tracking: {{wandb: disabled}}
+"""
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A folder of real text: some small modules of the standard library."""
+    folder = tmp_path_factory.mktemp("text")
+    library = Path(os.__file__).parent
+    for name in ("abc", "bisect", "chunk", "code", "colorsys", "copy", "heapq", "keyword", "queue", "sched", "shlex"):
+        source = library / f"{name}.py"
+        if source.exists():
+            shutil.copy(source, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, text):
+    """A data folder that `prepare` has filled."""
+    folder = tmp_path_factory.mktemp("prepared")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE.format(run=folder / "run", data=folder / "data", text=text))
+    assert main(["prepare", str(recipe)]) == 0
+    return folder / "data"
+
+
+@pytest.fixture
+def recipe(tmp_path, text, prepared):
+    """A tiny recipe with all four mixers on prepared data, its run directory in tmp_path / "run"."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(run=tmp_path / "run", data=prepared, text=text))
+    return path
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl without what depends on time."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("tokens_per_second")
+    return lines

@@ -1,0 +1,152 @@
+"""Whole runs through the command line, on real text."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.training.conftest import metrics
+
+from megahybrid.cli import main
+from megahybrid.training.engine import Engine
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, text, prepared):
+    """An uninterrupted run of 20 steps on one process."""
+    from tests.training.conftest import RECIPE
+
+    folder = tmp_path_factory.mktemp("reference")
+    (folder / "recipe.yaml").write_text(RECIPE.format(run=folder / "run", data=prepared, text=text))
+    assert main(["train", str(folder / "recipe.yaml")]) == 0
+    return folder / "run"
+
+
+def test_it_learns_and_leaves_a_complete_run_directory(reference):
+    lines = metrics(reference)
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert [line["tokens"] for line in lines] == [512 * step for step in range(1, 21)]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 1.0
+    assert lines[-1]["validation_loss"] < lines[0]["loss"] - 0.8
+    assert {"loss", "grad_norm", "learning_rate", "kept", "lambda"} <= set(lines[0])
+    assert len(lines[0]["kept"]) == 1 and len(lines[0]["kept"][0]) == 2
+    status = json.loads((reference / "status.json").read_text())
+    assert (status["state"], status["step"], status["target"]) == ("done", 20, 20)
+    kept = sorted(path.name for path in (reference / "checkpoints").iterdir())
+    assert kept == ["latest", "step_00000015", "step_00000020"]
+    assert (reference / "config.yaml").exists()
+
+
+def test_a_finished_run_says_so(reference, capsys):
+    before = (reference / "metrics.jsonl").read_bytes()
+    assert main(["train", str(reference.parent / "recipe.yaml")]) == 0
+    assert "has done its 20 steps" in capsys.readouterr().out
+    assert (reference / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_interrupted_run_goes_on_with_the_same_losses(reference, recipe, tmp_path, monkeypatch):
+    """Interrupted in step 13, three steps after a checkpoint: metrics are cut and every line is as without it."""
+    real = Engine.step
+
+    def interrupted(self, batches, step):
+        if step == 13:
+            raise RuntimeError("the machine went away")
+        return real(self, batches, step)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    with pytest.raises(RuntimeError, match="went away"):
+        main(["train", str(recipe)])
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 12)
+    assert "went away" in status["reason"]
+    assert len(metrics(tmp_path / "run")) == 12
+    monkeypatch.setattr(Engine, "step", real)
+    assert main(["train", str(recipe)]) == 0
+    assert metrics(tmp_path / "run") == metrics(reference)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_give_the_same_losses(processes, reference, recipe, tmp_path):
+    """fp32 losses within 2e-6 relative over 20 steps; lambda and kept counts as on one process."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
+        *("-m", "megahybrid", "train", str(recipe), "train.micro_batch_size=1"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for ours, theirs in zip(metrics(reference), metrics(tmp_path / "run"), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=2e-6), ours["step"]
+        assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-5)
+        assert theirs["lambda"] == ours["lambda"]
+        assert theirs["kept"] == ours["kept"]
+    assert theirs["validation_loss"] == pytest.approx(ours["validation_loss"], rel=2e-6)
+
+
+def test_generate_continues_a_prompt_the_same_way_twice(reference, capsys):
+    outputs = []
+    for _ in range(2):
+        command = ["generate", str(reference), "--prompt", "def ", "--tokens", "40", "--seed", "3"]
+        assert main(command) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    assert outputs[0].startswith("def ") and len(outputs[0]) > 20
+
+
+def test_plan_counts_what_is_trained(recipe, reference, capsys):
+    from safetensors.torch import load_file
+
+    assert main(["plan", str(recipe)]) == 0
+    weights = load_file(reference / "checkpoints" / "step_00000020" / "weights.safetensors")
+    total = sum(weight.numel() for weight in weights.values())
+    assert f"{total:,}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("verb", "override", "reason"),
+    [
+        ("train", "data.path=/nowhere", "prepare"),
+        ("train", "model.vocab_size=100", "vocabulary"),
+        ("train", "model.patern=G", "did you mean model.pattern?"),
+        ("train", "train.seq_length=128", "seq_length"),
+        ("prepare", "data.sources.python.path=/nowhere", "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(verb, override, reason, recipe, tmp_path, capsys):
+    data = [] if override.startswith("data.path") or verb == "train" else [f"data.path={tmp_path / 'data'}"]
+    before = sorted(tmp_path.rglob("*"))
+    assert main([verb, str(recipe), override, *data]) == 2
+    captured = capsys.readouterr()
+    assert reason in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_missing_recipe_is_one_sentence_on_a_real_terminal(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    command = [sys.executable, "-m", "megahybrid", "train", "absent.yaml"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 2
+    assert "absent.yaml" in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_resume_with_another_model_is_refused(reference, capsys):
+    command = ["train", str(reference.parent / "recipe.yaml"), "train.steps=30", "model.hidden_size=64"]
+    assert main(command) == 2
+    assert "holds another model" in capsys.readouterr().err
+
+
+def test_a_changed_checkpoint_file_is_refused(recipe, tmp_path, capsys):
+    assert main(["train", str(recipe), "train.steps=2"]) == 0
+    file = tmp_path / "run" / "checkpoints" / "step_00000002" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    assert main(["train", str(recipe), "train.steps=4"]) == 2
+    assert "not what was saved" in capsys.readouterr().err
