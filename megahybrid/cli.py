@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 import warnings
@@ -57,25 +58,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prepare(parsed: argparse.Namespace) -> None:
+def _config(parsed: argparse.Namespace):
+    """The recipe, read before the heavy imports: a wrong one is refused at once."""
     from megahybrid.config import load_config
+
+    return load_config(parsed.recipe, parsed.overrides)
+
+
+def _prepare(parsed: argparse.Namespace) -> None:
+    config = _config(parsed)
     from megahybrid.data.prepare import prepare
 
-    prepare(load_config(parsed.recipe, parsed.overrides))
+    prepare(config)
 
 
 def _train(parsed: argparse.Namespace) -> None:
-    from megahybrid.config import load_config
+    config = _config(parsed)
     from megahybrid.training.loop import train
 
-    train(load_config(parsed.recipe, parsed.overrides), report=lambda text: print(text, flush=True))
+    train(config, report=lambda text: print(text, flush=True))
 
 
 def _plan(parsed: argparse.Namespace) -> None:
-    from megahybrid.config import load_config
+    config = _config(parsed)
     from megahybrid.scaling.plan import describe
 
-    print(describe(load_config(parsed.recipe, parsed.overrides)))
+    print(describe(config))
 
 
 def _generate(parsed: argparse.Namespace) -> None:
@@ -103,6 +111,7 @@ def _quieten_libraries() -> None:
     """Keep the libraries' own banners off the terminal; warnings come back with MEGAHYBRID_DEBUG=1."""
     if not os.environ.get("MEGAHYBRID_DEBUG"):
         warnings.filterwarnings("ignore")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         os.environ.setdefault("WANDB_SILENT", "true")
 

@@ -6,12 +6,14 @@ import heapq
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
 import torch
-from megahybrid_kernels import Sequences
 from torch import Tensor
+
+from megahybrid_kernels import Sequences
 
 Inputs = dict[str, Tensor]
 Op = Callable[..., Any]
@@ -106,7 +108,7 @@ def cases(size: Size) -> list[Case]:
     def router(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
         fans = [2 * size.head_dim >> halvings for halvings in range(4)]
         inputs = normal(dtype, generator, k=rows, v=rows)
-        for number, (fan, out) in enumerate(zip(fans, fans[1:], strict=False)):
+        for number, (fan, out) in enumerate(pairwise(fans)):
             weight = normal(dtype, generator, weight=(size.heads * out, fan, 3))["weight"]
             inputs[f"weight{number}"] = weight * (2 / (3 * fan)) ** 0.5
             inputs |= normal(dtype, generator, **{f"bias{number}": (size.heads * out,)})

@@ -17,7 +17,8 @@ class Sequences:
     Ops read `cu_seqlens` on the device and `lengths` on the host, so that none of them has to synchronise.
 
     Attributes:
-        cu_seqlens: int32 `[sequences + 1]` on the ops' device; sequence n holds tokens `cu_seqlens[n]:cu_seqlens[n + 1]`.
+        cu_seqlens: int32 `[sequences + 1]` on the ops' device; sequence n holds the tokens from `cu_seqlens[n]` to
+            before `cu_seqlens[n + 1]`.
         lengths: the same on the host, tokens per sequence, every one at least 1.
         starts: int64 `[sequences]`, the absolute position of each sequence's first token here when an earlier part of
             it was already processed and its state is passed along; None when all begin at position 0.

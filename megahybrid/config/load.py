@@ -60,6 +60,7 @@ def _merge(tree: DictConfig, overrides: Sequence[str], recipe: str) -> Config:
         layers = [tree, OmegaConf.from_dotlist(list(overrides))]
         merged = OmegaConf.structured(Config)
         for layer in layers:
+            _require_sections(layer, Config, "")
             merged = OmegaConf.merge(merged, layer)
         return typing.cast(Config, OmegaConf.to_object(merged))
     except ConfigKeyError as error:
@@ -73,6 +74,19 @@ def _merge(tree: DictConfig, overrides: Sequence[str], recipe: str) -> Config:
         raise UserError(f"{where}{_first_line(error)}; give a value of that type.") from error
     except yaml.YAMLError as error:
         raise UserError(f"An override is not valid YAML: {_first_line(error)}.") from error
+
+
+def _require_sections(tree: DictConfig, schema: type, prefix: str) -> None:
+    """Refuse a plain value where the schema has a section; OmegaConf's own message does not name the key."""
+    hints = typing.get_type_hints(schema)
+    for key in tree:
+        section = hints.get(str(key))
+        if section is None or not dataclasses.is_dataclass(section):
+            continue
+        if not OmegaConf.is_dict(tree._get_node(key)):
+            example = dataclasses.fields(section)[0].name
+            raise UserError(f"{prefix}{key} is a section, not a value; set its keys, such as {prefix}{key}.{example}.")
+        _require_sections(tree[key], section, f"{prefix}{key}.")
 
 
 def _first_line(error: Exception) -> str:

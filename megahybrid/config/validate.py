@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from megahybrid_kernels.retention_router import margin
-
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config
 from megahybrid.errors import UserError
+from megahybrid_kernels.retention_router import margin
 
 _MAY_BE_ZERO = {
     "train.seed",

@@ -61,7 +61,7 @@ def list_documents(name: str, source: SourceConfig, skipped: Skipped) -> list[Do
                 documents.append(Document(name, path.relative_to(root).as_posix(), path, size))
     if not documents:
         raise UserError(
-            f"data.sources.{name} finds no text in '{source.path}' that matches {', '.join(source.include) or 'nothing'}; "
+            f"data.sources.{name} finds no text in '{source.path}' that matches [{', '.join(source.include)}]; "
             "change its path, include or exclude."
         )
     return sorted(documents, key=lambda document: (document.draw("order"), document.name))

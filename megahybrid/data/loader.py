@@ -40,9 +40,8 @@ class TrainingData:
                 f"({train.global_batch_size}); set it back to what the run began with."
             )
         self.prepared: Prepared = open_prepared(config)
-        samples = self.prepared.samples(TRAIN)
-        self._order = SampleOrder(lambda epoch: self._reader.order(epoch), samples, train.global_batch_size)
         self._reader = _open(config, self.prepared, TRAIN)
+        self._order = SampleOrder(self._reader.order, self.prepared.samples(TRAIN), train.global_batch_size)
         self._config = config
         self._rank = dp_rank, dp_size
         self._consumed = consumed

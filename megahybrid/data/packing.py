@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -46,7 +47,8 @@ def pack(samples: Sequence[Mapping[str, NDArray]], indices: Sequence[int], docum
     length = rows.shape[1] - 1
     lengths: list[int] = []
     for sample in samples:
-        lengths += np.diff(sample["borders"], append=length).tolist() if document_masking else [length]
+        borders = sample["borders"].tolist() if document_masking else [0]
+        lengths += (end - begin for begin, end in pairwise([*borders, length]))
     return Batch(
         tokens=rows[:, :-1].reshape(-1),
         labels=rows[:, 1:].reshape(-1),

@@ -36,7 +36,7 @@ class SplitCounts:
 class Prepared:
     """Tokenised text as it lies in data.path.
 
-    `root/tokenizer/tokenizer.json` and `root/SOURCE/SPLIT/{index.json, shard.*.mds}`, where SPLIT is train or validation.
+    `root/tokenizer/tokenizer.json` and `root/SOURCE/SPLIT/{index.json, shard.*.mds}`; SPLIT is train or validation.
     """
 
     root: Path
@@ -121,7 +121,8 @@ def find_prepared(root: Path) -> Prepared | None:
 def open_prepared(config: Config) -> Prepared:
     """What `prepare` wrote for this recipe.
 
-    Raises UserError if there is nothing, or if it has another sequence length or more tokens than the model.
+    Raises UserError if there is nothing, if it has another sequence length or more tokens than the model, and if its
+    tokenizer is not the one that it was prepared with.
     """
     root = Path(config.data.path).expanduser()
     prepared = find_prepared(root)
@@ -129,13 +130,18 @@ def open_prepared(config: Config) -> Prepared:
         raise UserError(f"data.path '{config.data.path}' holds no prepared data; run `megahybrid prepare` first.")
     if prepared.seq_length != config.train.seq_length:
         raise UserError(
-            f"data.path '{config.data.path}' was prepared with train.seq_length = {prepared.seq_length}, but the recipe "
-            f"says {config.train.seq_length}; set it back, or prepare into another data.path."
+            f"data.path '{config.data.path}' was prepared with train.seq_length = {prepared.seq_length}, but the "
+            f"recipe says {config.train.seq_length}; set it back, or prepare into another data.path."
         )
     if prepared.vocab_size > config.model.vocab_size:
         raise UserError(
             f"data.path '{config.data.path}' has {prepared.vocab_size} tokens in its vocabulary, more than "
             f"model.vocab_size ({config.model.vocab_size}); raise model.vocab_size or prepare into another data.path."
+        )
+    if tokenizer_hash(prepared.tokenizer_file) != prepared.tokenizer_sha256:
+        raise UserError(
+            f"'{prepared.tokenizer_file}' is not the tokenizer that the data was prepared with; put it back, or remove "
+            f"'{root}' and run `megahybrid prepare` again."
         )
     return prepared
 

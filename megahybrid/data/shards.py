@@ -1,7 +1,7 @@
 """Reading MDS shards by index, safely. Importing this takes seconds (mosaicml-streaming): do it inside a function.
 
-mosaicml-streaming stores and caches; the order is ours (order.py). Left alone, it answers a missing or corrupt shard with
-a silent end or a hang, so every file is compared with its index before anything is read from it.
+mosaicml-streaming stores and caches; the order is ours (order.py). Left alone, it answers a missing or corrupt shard
+with a silent end or a hang, so every file is compared with its index before anything is read from it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _PREFIXES = 10**9
 class ShardReader(StreamingDataset):
     """The samples of one split over all sources, sources in the order of their names: `reader[i]` → columns.
 
-    Constructing it is collective when torch.distributed is initialised. Raises UserError, naming the file, for any fault
-    of the shards.
+    Constructing it is collective when torch.distributed is initialised. Raises UserError, naming the file, for any
+    fault of the shards.
     """
 
     def __init__(self, prepared: Prepared, split: str, seed: int, shuffle_block_size: int):
@@ -151,8 +151,8 @@ def _damaged(file: Path, fault: str) -> str:
 def _real_world() -> Iterator[None]:
     """Give streaming the processes as torch.distributed has them, and a shared memory prefix of this dataset's own.
 
-    Streaming reads the environment, which says nothing when the group was made without it, and it takes the first prefix
-    that is free, for which two jobs on a host race and where a killed job's leavings stand.
+    Streaming reads the environment, which says nothing when the group was made without it, and it takes the first
+    prefix that is free, for which two jobs on a host race and where a killed job's leavings stand.
     """
     layout, prefix = _layout()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")

@@ -22,9 +22,10 @@ def token_dtype(vocab_size: int) -> str:
 class SampleWriter:
     """Cuts a stream of documents into samples and writes them.
 
-    Sample i is `stream[i * L : (i + 1) * L + 1]` with L = seq_length, so that its last token is the next one's first and
-    only a label here. Columns: `tokens` `[L + 1]`, and `borders` int32, the offsets below L where a sequence begins:
-    0 first (MDS cannot store an empty array), then every document's first token. A tail shorter than L + 1 is dropped.
+    Sample i is `stream[i * L : (i + 1) * L + 1]` with L = seq_length, so that its last token is the next one's first
+    and only a label here. Columns: `tokens` `[L + 1]`, and `borders` int32, the offsets below L where a sequence
+    begins: 0 first (MDS cannot store an empty array), then every document's first token. A tail shorter than L + 1 is
+    dropped.
     """
 
     def __init__(self, folder: Path, seq_length: int, dtype: str):

@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from megahybrid_kernels import Sequences
 from torch import Tensor
 
 from megahybrid.config import load_config
 from megahybrid.config.schema import ParallelConfig
-from megahybrid.data.tokenizer import load_tokenizer
+from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import UserError
 from megahybrid.model.context import Context
 from megahybrid.model.stack import Stack
 from megahybrid.parallel import groups
 from megahybrid.training import checkpoint
+from megahybrid_kernels import Sequences
 
 
 class Generator:
@@ -26,12 +26,14 @@ class Generator:
         """Load a run directory's newest checkpoint, or a checkpoint folder inside one. Raises UserError."""
         folder = checkpoint.find(path)
         if folder is None:
-            raise UserError(f"There is no checkpoint in '{path}'; give a run directory that `megahybrid train` has saved in.")
-        config = load_config(folder.parent.parent / "config.yaml")
+            raise UserError(
+                f"There is no checkpoint in '{path}'; give a run directory that `megahybrid train` has saved in."
+            )
+        config = load_config(folder / "config.yaml")
         config.parallel = ParallelConfig()
         groups.initialize(config.parallel)
         self.device = groups.device()
-        self.tokenizer = load_tokenizer(config)
+        self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
         self.model = _load_weights(Stack(config), folder).to(self.device)
 
     @torch.inference_mode()
@@ -41,7 +43,7 @@ class Generator:
         temperature 0 takes the likeliest token, above that tokens are sampled.
         """
         random = torch.Generator().manual_seed(seed)
-        ids = [self.tokenizer.document_id, *self.tokenizer.encode_batch([prompt])[0]]
+        ids = [self.tokenizer.document_id, *self.tokenizer.encode(prompt)]
         states = self.model.initial_states(1)
         position, written, so_far = 0, [], ""
         for _ in range(tokens):

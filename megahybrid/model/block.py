@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from megahybrid_kernels.norm import rms_norm
-from megahybrid_kernels.swiglu import swiglu
 from torch import Tensor, nn
 
 from megahybrid.model.context import Aux, Context
@@ -13,6 +11,8 @@ from megahybrid.model.mixers import MIXERS
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter
 from megahybrid.parallel.parameters import constant, parameter
+from megahybrid_kernels.norm import rms_norm
+from megahybrid_kernels.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import Tensor
+
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.counter_dropout import fold
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Context:
 
 
 def dropout_keys(seed: int, step: int, samples: Tensor, sample_positions: Tensor) -> Tensor:
-    """Keys for `Context.dropout_keys`, the same in every layout; `samples` and `sample_positions` are int64 [tokens]."""
+    """Keys for `Context.dropout_keys`, the same in every layout; samples and sample_positions are int64 `[tokens]`."""
     return fold(fold(fold(samples, seed), step), sample_positions)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megahybrid_kernels.precision import at_least_fp32
 from megatron.core import parallel_state
 from torch import Tensor
+
+from megahybrid_kernels.precision import at_least_fp32
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):

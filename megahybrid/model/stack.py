@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -35,6 +36,8 @@ class StackOutput(NamedTuple):
 
 class Stack(nn.Module):
     """Embedding, layers, final norm and output layer. Parameter names carry global layer numbers."""
+
+    model_type = ModelType.encoder_or_decoder  # read by Megatron-core's schedules
 
     def __init__(self, config: Config):
         super().__init__()

@@ -19,6 +19,7 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> None:
 
     Raises UserError where the number of processes is not a multiple of tensor * pipeline.
     """
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     prepare_cpu()
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
@@ -32,8 +33,8 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> None:
     model_size = parallel.tensor * parallel.pipeline
     if dist.get_world_size() % model_size:
         raise UserError(
-            f"{dist.get_world_size()} processes cannot be split into parallel.tensor * parallel.pipeline = {model_size}; "
-            "start a multiple of that."
+            f"{dist.get_world_size()} processes cannot be split into parallel.tensor * parallel.pipeline = "
+            f"{model_size}; start a multiple of that."
         )
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     parallel_state.initialize_model_parallel(

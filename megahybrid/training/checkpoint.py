@@ -2,7 +2,8 @@
 
     checkpoints/step_00000100/
         weights.safetensors, exp_avg.safetensors, exp_avg_sq.safetensors
-        checkpoint.json     step, samples consumed, controller, configuration, sizes and hashes of the files
+        config.yaml, tokenizer.json
+        checkpoint.json     step, samples consumed, controller, sizes and hashes of the files
     checkpoints/latest      the name of the newest complete one
 
 A checkpoint is written under another name and renamed when it is durable, and `latest` moves after that, so a kill at
@@ -30,12 +31,11 @@ from deepspeed.utils import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megahybrid.config import save_config
 from megahybrid.errors import UserError
 from megahybrid.files import sync_folder, write_json, write_text
 from megahybrid.parallel import groups
-from megahybrid.training.engine import Engine
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from megahybrid.training.engine import MOMENTS, Engine
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Position:
     tracking_id: str | None = None
 
 
-def save(folder: Path, engine: Engine, position: Position, keep: int) -> None:
-    """Write `folder/step_…`, move `latest` to it, and remove all but the newest `keep`. Called by every process."""
+def save(folder: Path, engine: Engine, position: Position, tokenizer: Path) -> None:
+    """Write `folder/step_…`, move `latest` to it, and remove the oldest ones. Called by every process."""
     tensors = _gather(engine)
     if groups.is_main():
         name = f"step_{position.step:08d}"
@@ -70,13 +70,15 @@ def save(folder: Path, engine: Engine, position: Position, keep: int) -> None:
             "controller": {"layers": engine.lte_layers, **engine.controller.state()},
             "files": files,
         }
+        save_config(engine.config, part / "config.yaml")
+        shutil.copyfile(tokenizer, part / "tokenizer.json")
         write_json(part / "checkpoint.json", facts)
         sync_folder(part)
         shutil.rmtree(folder / name, ignore_errors=True)
         os.replace(part, folder / name)
         sync_folder(folder)
         write_text(folder / "latest", name + "\n")
-        _remove_old(folder, keep)
+        _remove_old(folder, engine.config.checkpoint.keep)
     dist.barrier()
 
 
@@ -93,8 +95,7 @@ def find(path: Path) -> Path | None:
 def load(path: Path, engine: Engine) -> Position:
     """Put a checkpoint's weights, moments and controller into the engine. Raises UserError if it does not fit."""
     facts = read_facts(path)
-    step = torch.tensor(float(facts["step"]))
-    _make_optimizer_state(engine, step)
+    engine.set_optimizer_steps(facts["step"])
     weights = read_tensors(path, "weights", facts)
     moments = {kind: read_tensors(path, kind, facts) for kind in MOMENTS}
     for name, parameter in engine.model.named_parameters():
@@ -145,18 +146,6 @@ def _gather(engine: Engine) -> dict[str, dict[str, Tensor]]:
             for kind, value in values.items():
                 tensors[kind][name] = value.detach().cpu().contiguous()
     return tensors
-
-
-def _make_optimizer_state(engine: Engine, step: Tensor) -> None:
-    """AdamW's state as after `step` steps, its moments still zero, linked to the parameters by DeepSpeed."""
-    zero = engine.deepspeed.optimizer
-    for group in zero.optimizer.param_groups:
-        for flat in group["params"]:
-            zero.optimizer.state[flat] = {
-                "step": step.clone(),
-                **{kind: torch.zeros_like(flat.data) for kind in MOMENTS},
-            }
-    zero._lazy_init_hp_params_optimizer_state()
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:

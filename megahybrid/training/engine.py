@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ from megahybrid.parallel import groups
 from megahybrid.parallel.mpu import ModelParallelUnit
 from megahybrid.training.controller import LambdaController
 from megahybrid.training.optimizer import learning_rate, make_optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Engine:
         model.config.no_sync_func = contextlib.nullcontext  # DeepSpeed reduces in its step, not in the backward pass
         self.optimizer = make_optimizer(model, config.optimizer)
         self.deepspeed = _deepspeed(config, model, self.optimizer)
+        self.set_optimizer_steps(0)
         self.run_schedule = get_forward_backward_func()
 
     def _make_controller(self) -> LambdaController:
@@ -60,6 +63,19 @@ class Engine:
         for mixer, row in zip(mixers, controller.lambdas, strict=True):
             mixer.l1_lambda = row
         return controller
+
+    def set_optimizer_steps(self, steps: int) -> None:
+        """AdamW's state as after `steps` steps, with moments of zero, linked to the parameters.
+
+        DeepSpeed would link the state in its first step, but then only that of the first parameter group.
+        """
+        zero = self.deepspeed.optimizer
+        for group in zero.optimizer.param_groups:
+            for flat in group["params"]:
+                moments = {kind: torch.zeros_like(flat.data) for kind in MOMENTS}
+                zero.optimizer.state[flat] = {"step": torch.tensor(float(steps)), **moments}
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
     def step(self, batches: Sequence[Batch], step: int) -> StepResult:
         """Train on this replica's micro-batches of the 1-based optimizer step."""
@@ -108,7 +124,7 @@ class Engine:
         return loss, retention_loss
 
     @torch.no_grad()
-    def validate(self, batches: Sequence[Batch]) -> float:
+    def validate(self, batches: Iterable[Batch]) -> float:
         """Mean negative log-likelihood a token over all replicas' batches, with the eviction cap enforced."""
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in batches:

@@ -52,12 +52,12 @@ class Trainer:
         replica, replicas = groups.data_parallel()
         # Data first: what is wrong with it is found before anything is written.
         self.data = TrainingData(config, replica, replicas, consumed=0)
-        self.validation = list(validation_batches(config, replica, replicas))
+        self.validation = validation_batches(config, replica, replicas)
         self.engine = Engine(config, build(config, groups.device()))
         self.position = Position(0, 0)
         if start is not None:
             self.position = checkpoint.load(start, self.engine)
-            self.data = TrainingData(config, replica, replicas, consumed=self.position.consumed)
+            self.data.seek(self.position.consumed)
             say(f"Going on from {start}.")
         if groups.is_main():
             run.cut_metrics(self.position.step)
@@ -84,7 +84,7 @@ class Trainer:
                 left = (time.perf_counter() - began) / (step - first) * (train.steps - step)
                 self.say(_line(metrics, train.steps, left))
             if step == train.steps or step % every == 0:
-                checkpoint.save(self.run.checkpoints, self.engine, self.position, self.config.checkpoint.keep)
+                checkpoint.save(self.run.checkpoints, self.engine, self.position, self.data.prepared.tokenizer_file)
                 self.write_status("running")
         self.write_status("done")
 

@@ -44,7 +44,7 @@ def unigram_entropy(tokens: Any) -> float:
     Raises:
         ValueError: there is no token.
     """
-    counts = np.bincount(np.asarray(tokens).reshape(-1))
+    counts = np.bincount(np.asarray(tokens, dtype=np.int64).reshape(-1))
     counts = counts[counts > 0]
     if not counts.size:
         raise ValueError("the entropy of no tokens is not defined")
@@ -58,7 +58,7 @@ def held_out_tokens(run_dir: Path) -> np.ndarray:
     from megahybrid.data.loader import validation_batches
 
     config = load_config(run_dir / "config.yaml")
-    labels = [batch.labels.reshape(-1).numpy() for batch in validation_batches(config)]
+    labels = [batch.labels.reshape(-1).numpy() for batch in validation_batches(config, dp_rank=0, dp_size=1)]
     labels = np.concatenate(labels)
     return labels[labels >= 0]  # negative: a label that the loss ignores
 
@@ -85,8 +85,8 @@ def summarise(run_dir: Path) -> str:
     kept = kept_tokens(metrics)
     if kept is not None:
         buffer_size = yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["lte"]["buffer_size"]
-        rows.append(("kept tokens", f"{kept.mean():.1f} a head and sequence, from {kept.min():.1f} to {kept.max():.1f}"))
-        rows.append(("buffer size", f"{buffer_size}"))
+        spread = f"from {kept.min():.1f} to {kept.max():.1f}"
+        rows.append(("kept tokens", f"{kept.mean():.1f} a head and sequence, {spread}; buffer size {buffer_size}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

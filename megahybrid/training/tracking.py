@@ -38,7 +38,7 @@ class Tracker:
         if self.run is None:
             return
         try:
-            self.run.finish(quiet=True)
+            self.run.finish()
         except Exception as error:
             log.warning("W&B could not be closed cleanly: %s", error)
 
@@ -56,7 +56,12 @@ def _start(config: Config, run_id: str | None, mode: str):
             mode=mode,
             config=dataclasses.asdict(config),
             settings=wandb.Settings(
-                silent=True, console="off", init_timeout=20, finish_timeout=30, x_disable_stats=True, x_disable_meta=True
+                silent=True,
+                console="off",
+                init_timeout=20,
+                finish_timeout=30,
+                x_disable_stats=True,
+                x_disable_meta=True,
             ),
         )
         run.define_metric("tokens")

@@ -36,7 +36,8 @@ def test_overrides_win_and_the_saved_config_loads_as_the_same(tmp_path):
         ("parallel.zero_stage=0", "zero_stage"),
         ("optimizer.betas=[0.9,1.0]", "below 1"),
         ("steps", "write key=value"),
-        ("run=3", "run"),
+        ("run=3", "run is a section"),
+        ("model.lte=null", "model.lte is a section"),
         ("model.hidden_size=null", "model.hidden_size"),
         ("data.path=${nothing}", "nothing"),
     ],
@@ -54,7 +55,8 @@ def test_window_just_above_the_margin_is_accepted():
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [("model: [", "not valid YAML"), ("- a", "sections"), ("model: 3", "model"), ("", "does not set")]
+    ("text", "reason"),
+    [("model: [", "not valid YAML"), ("- a", "sections"), ("model: 3", "model"), ("", "does not set")],
 )
 def test_bad_files_are_refused(tmp_path, text, reason):
     recipe = tmp_path / "recipe.yaml"

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.model import tiny
 
 import megahybrid.model.mixers.lte as lte_mixer
+from tests.model import tiny
 
 
 def total_loss(model, tokens):

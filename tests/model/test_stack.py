@@ -3,11 +3,11 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from megahybrid_kernels import Sequences
-from tests.model import tiny
 
 from megahybrid.model.context import Context
 from megahybrid.model.loss import attach_loss, cross_entropy
+from megahybrid_kernels import Sequences
+from tests.model import tiny
 
 PATTERNS = ["G", "L", "S", "F", "GLSF"]
 

@@ -1,7 +1,6 @@
 """Tiny models and batches for the tests."""
 
 import torch
-from megahybrid_kernels import Sequences
 
 from megahybrid.config.schema import (
     AttentionConfig,
@@ -14,6 +13,7 @@ from megahybrid.config.schema import (
 )
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.stack import build
+from megahybrid_kernels import Sequences
 
 VOCAB = 40
 LENGTHS = (23, 1, 9, 40)

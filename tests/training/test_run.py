@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.training.conftest import metrics
 
 from megahybrid.cli import main
 from megahybrid.training.engine import Engine
+from tests.training.conftest import metrics
 
 ROOT = Path(__file__).parents[2]
 

@@ -28,17 +28,15 @@ def causal_conv1d(
             None for sequences that begin here, which is the same as zeros.
 
     Returns:
-        y `[tokens, channels]` and the last width - 1 inputs of each sequence `[sequences, width - 1, channels]`, those of
-        initial_state included where a sequence is shorter; both in x's dtype.
+        y `[tokens, channels]`, and the last width - 1 inputs of each sequence `[sequences, width - 1, channels]`, with
+        those of initial_state where a sequence is shorter; both in x's dtype.
 
     Raises:
         ValueError: a shape does not fit the others or `sequences`.
     """
     channels, width = weight.shape
     if x.shape != (sequences.tokens, channels):
-        raise ValueError(
-            f"x is {tuple(x.shape)}, but weight and the sequences call for {(sequences.tokens, channels)}"
-        )
+        raise ValueError(f"x is {tuple(x.shape)}, but weight and the sequences call for {(sequences.tokens, channels)}")
     state_shape = (sequences.count, width - 1, channels)
     if initial_state is not None and initial_state.shape != state_shape:
         raise ValueError(

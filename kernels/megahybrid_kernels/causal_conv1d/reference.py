@@ -13,7 +13,7 @@ from megahybrid_kernels.sequences import Sequences
 def _correlate(x: Tensor, weight: Tensor) -> Tensor:
     """sum_i weight[:, i] x[t + i]: `[rows, channels]` and `[channels, width]` to `[rows - width + 1, channels]`."""
     # A channels-last image of height 1, for which CPUs have a fast depthwise convolution.
-    image, filters = x.T[None, :, None, :], weight[:, None, None, :]
+    image, filters = x[None, None].permute(0, 3, 1, 2), weight[:, None, None, :]
     return F.conv2d(image, filters.contiguous(memory_format=torch.channels_last), groups=len(weight))[0, :, 0].T
 
 

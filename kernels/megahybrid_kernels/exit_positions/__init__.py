@@ -11,9 +11,7 @@ from megahybrid_kernels.sequences import Sequences
 __all__ = ["NEVER", "exit_positions", "exits_of_candidates"]
 
 
-def exit_positions(
-    score: Tensor, sequences: Sequences, window_size: int, sink_size: int, buffer_size: int
-) -> Tensor:
+def exit_positions(score: Tensor, sequences: Sequences, window_size: int, sink_size: int, buffer_size: int) -> Tensor:
     """Position of the first query that no longer finds each token in a buffer of `buffer_size` tokens a head.
 
     He & Garner (arXiv 2510.20787) evict token by token; this is the same in closed form. Candidates, the sinks and the

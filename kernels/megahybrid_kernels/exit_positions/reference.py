@@ -67,9 +67,7 @@ def exits_of_candidates(
     return torch.empty_like(order).scatter_(1, order, exits).masked_fill(~candidates, 0)
 
 
-def exit_positions(
-    score: Tensor, sequences: Sequences, window_size: int, sink_size: int, buffer_size: int
-) -> Tensor:
+def exit_positions(score: Tensor, sequences: Sequences, window_size: int, sink_size: int, buffer_size: int) -> Tensor:
     """See `megahybrid_kernels.exit_positions.exit_positions`."""
     score = score.detach().T
     positions = sequences.positions.expand_as(score)

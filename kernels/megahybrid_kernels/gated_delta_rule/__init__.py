@@ -27,9 +27,9 @@ def gated_delta_rule(
         S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T
         o_t = S_t^T q_t
 
-    with k_t divided by its L2 norm, x / sqrt(sum(x^2) + 1e-6), and q_t likewise and then scaled by Dk^-0.5: decay first,
-    then the memory's error about v_t is corrected (Yang et al., "Gated Delta Networks", arXiv 2412.06464, equation 10).
-    Arithmetic is in at least float32. Every argument but `sequences` is differentiable.
+    with k_t and q_t divided by their L2 norms, x / sqrt(sum(x^2) + 1e-6), and q_t then scaled by Dk^-0.5. The memory
+    decays first, then its error about v_t is corrected (Yang et al., "Gated Delta Networks", arXiv 2412.06464,
+    equation 10). Arithmetic is in at least float32. Every argument but `sequences` is differentiable.
 
     Args:
         q, k: `[tokens, key_heads, Dk]`, not normalised.

@@ -1,4 +1,4 @@
-"""The gated delta rule in PyTorch: what needs no state for all chunks at once, then a scan over each sequence's chunks."""
+"""The gated delta rule in PyTorch: all chunks at once where no state is needed, then a scan over chunk indices."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """See `megahybrid_kernels.gated_delta_rule`.
 
-    With G_i the sum of a chunk's log-decays up to token i and S the state before it, the chunk's writes u_i solve a unit
-    lower triangular system, and outputs and the next state follow:
+    With G_i the sum of a chunk's log-decays up to token i and S the state before it, the chunk's writes u_i solve a
+    unit lower triangular system, and outputs and the next state follow:
         u_i + beta_i sum_{j<i} exp(G_i - G_j) (k_i . k_j) u_j = beta_i (v_i - exp(G_i) S^T k_i)
         o_i = exp(G_i) S^T q_i + sum_{j<=i} exp(G_i - G_j) (q_i . k_j) u_j
         S'  = exp(G_end) S + sum_j exp(G_end - G_j) k_j u_j^T

@@ -211,7 +211,7 @@ def lte_attention_with_cache(
 
     arrived = candidates_in_order & (positions_in_order + window_size + 1 <= ends[:, :, None])
     rank = torch.where(positions_in_order < sink_size, torch.inf, scores_in_order).masked_fill(~arrived, -torch.inf)
-    rank, best = rank.sort(2, descending=True, stable=True)
+    rank, best = rank.sort(dim=2, descending=True, stable=True)
     blank, best = rank[..., :buffer_size] == -torch.inf, by_position.gather(2, best[..., :buffer_size])
     ring_positions, sources = ring_slots(padded, window_size + 1)
     return o, LTECache(

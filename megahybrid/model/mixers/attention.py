@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from megahybrid_kernels.attention import KeyValueCache, attention, attention_with_cache
-from megahybrid_kernels.rotary import rotary
 from torch import Tensor, nn
 
 from megahybrid.model.context import Context
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter
+from megahybrid_kernels.attention import KeyValueCache, attention, attention_with_cache
+from megahybrid_kernels.rotary import rotary
 
 
 class AttentionProjections(nn.Module):
@@ -22,9 +22,7 @@ class AttentionProjections(nn.Module):
         self.q_proj = ColumnLinear(hidden, queries * self.head_dim, settings.projection)
         self.k_proj = ColumnLinear(hidden, keys * self.head_dim, settings.projection)
         self.v_proj = ColumnLinear(hidden, keys * self.head_dim, settings.projection)
-        self.o_proj = RowLinear(
-            queries * self.head_dim, hidden, settings.output_projection, settings.sequence_parallel
-        )
+        self.o_proj = RowLinear(queries * self.head_dim, hidden, settings.output_projection, settings.sequence_parallel)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[tokens, 1, hidden]` → q, k, v `[tokens, heads of this rank, head_dim]`, not yet rotated."""
@@ -59,7 +57,10 @@ class FullAttention(AttentionProjections):
     def initial_state(self, sequences: int) -> KeyValueCache:
         """The state before the first token of `sequences` sequences."""
         like = self.k_proj.weight
-        return KeyValueCache.empty(sequences, like.shape[0] // self.head_dim, self.head_dim, like, self.window_size)
+        heads = like.shape[0] // self.head_dim
+        return KeyValueCache.empty(
+            sequences, heads, self.head_dim, self.window_size, dtype=like.dtype, device=like.device
+        )
 
 
 class SlidingWindowAttention(FullAttention):

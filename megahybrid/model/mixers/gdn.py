@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from megahybrid_kernels.causal_conv1d import causal_conv1d
-from megahybrid_kernels.gated_delta_rule import gated_delta_rule
-from megahybrid_kernels.norm import gated_rms_norm
 from torch import Tensor, nn
 
 from megahybrid.model.context import Context
@@ -20,6 +17,9 @@ from megahybrid.parallel.parameters import (
     parameter,
     uniform,
 )
+from megahybrid_kernels.causal_conv1d import causal_conv1d
+from megahybrid_kernels.gated_delta_rule import gated_delta_rule
+from megahybrid_kernels.norm import gated_rms_norm
 
 
 class GDNState(NamedTuple):

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megahybrid.model.context import Aux, Context
+from megahybrid.model.mixers.attention import AttentionProjections
+from megahybrid.model.settings import Settings
+from megahybrid.parallel.parameters import constant, kaiming_normal, parameter, uniform
 from megahybrid_kernels.counter_dropout import fold
 from megahybrid_kernels.lte_attention import LTECache, lte_attention, lte_attention_with_cache
 from megahybrid_kernels.retention_router import (
@@ -15,13 +23,6 @@ from megahybrid_kernels.retention_router import (
     retention_logits,
     retention_logits_streamed,
 )
-from megatron.core import parallel_state
-from torch import Tensor, nn
-
-from megahybrid.model.context import Aux, Context
-from megahybrid.model.mixers.attention import AttentionProjections
-from megahybrid.model.settings import Settings
-from megahybrid.parallel.parameters import constant, kaiming_normal, parameter, uniform
 
 
 class LTEState(NamedTuple):
@@ -39,11 +40,9 @@ class Router(nn.Module):
         heads, taps = settings.kv_heads, settings.model.lte.conv_size
         channels = [2 * settings.model.attention.head_dim >> halvings for halvings in range(4)]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for fan, out in zip(channels, channels[1:], strict=False):
+        for fan, out in itertools.pairwise(channels):
             bound = (fan * taps) ** -0.5
-            self.weights.append(
-                parameter(heads * out, fan, taps, axis=0, initializer=kaiming_normal(fan * taps))
-            )
+            self.weights.append(parameter(heads * out, fan, taps, axis=0, initializer=kaiming_normal(fan * taps)))
             self.biases.append(parameter(heads * out, axis=0, initializer=uniform(-bound, bound), weight_decay=False))
         last = channels[-1]
         self.projection = parameter(heads, last, axis=0, initializer=kaiming_normal(last))
@@ -75,7 +74,9 @@ class LTEAttention(AttentionProjections):
         if state is not None:
             return self._continue(q, k, v, context, state)
         lte, sequences = self.lte, context.sequences
-        logits = retention_logits(k, v, self.router.parameters_for_op(), sequences, lte.conv_dilation, self._dropout(context))
+        logits = retention_logits(
+            k, v, self.router.parameters_for_op(), sequences, self._dropout(context), lte.conv_dilation
+        )
         scores = torch.sigmoid(logits) - 0.5
         cap = None if context.training and not lte.train_cap else lte.buffer_size
         q, k = self.rotate(q, context), self.rotate(k, context)
@@ -85,7 +86,7 @@ class LTEAttention(AttentionProjections):
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: LTEState):
         lte, sequences = self.lte, context.sequences
         logits, router = retention_logits_streamed(
-            k, v, self.router.parameters_for_op(), sequences, lte.conv_dilation, state.router
+            k, v, self.router.parameters_for_op(), sequences, state.router, lte.conv_dilation
         )
         scores = torch.sigmoid(logits) - 0.5
         q, k = self.rotate(q, context), self.rotate(k, context)
@@ -114,5 +115,9 @@ class LTEAttention(AttentionProjections):
     def initial_state(self, sequences: int) -> LTEState:
         """The state before the first token of `sequences` sequences."""
         like, lte = self.k_proj.weight, self.lte
-        cache = LTECache.empty(sequences, self.heads, self.head_dim, like, lte.window_size, lte.buffer_size)
+        cache = LTECache.empty(
+            *(sequences, self.heads, self.head_dim, lte.window_size, lte.buffer_size),
+            dtype=like.dtype,
+            device=like.device,
+        )
         return LTEState(cache, RouterState.empty(sequences, self.router.parameters_for_op(), lte.conv_dilation))

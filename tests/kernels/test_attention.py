@@ -1,0 +1,100 @@
+import pytest
+import torch
+from oracles_lte import (
+    BFLOAT16_TOLERANCE,
+    FLOAT32_TOLERANCE,
+    FLOAT64_TOLERANCE,
+    assert_same_gradients,
+    causal_mask,
+    cut,
+    dense_attention,
+    documents,
+    leaf,
+    random_pieces,
+)
+
+from megahybrid_kernels import Sequences
+from megahybrid_kernels.attention import KeyValueCache, attention, attention_with_cache
+from megahybrid_kernels.attention.reference import query_blocks
+
+TOLERANCES = {
+    torch.float64: FLOAT64_TOLERANCE,
+    torch.float32: FLOAT32_TOLERANCE,
+    torch.bfloat16: BFLOAT16_TOLERANCE,
+}
+
+
+def oracle(q, k, v, lengths, window_size):
+    return torch.cat(
+        [
+            dense_attention(
+                q[r], k[r], v[r], causal_mask(r.stop - r.start, window_size)[None].expand(k.shape[1], -1, -1)
+            )
+            for r in documents(lengths)
+        ]
+    )
+
+
+@pytest.mark.parametrize("window_size", [None, 1, 10, 64])
+@pytest.mark.parametrize("lengths", [(1,), (3, 1, 2, 40, 9), (131, 1, 300, 128), (129,)])
+@pytest.mark.parametrize(
+    "query_heads, heads, dtype",
+    [(2, 2, torch.float64), (6, 2, torch.float64), (6, 2, torch.float32), (4, 1, torch.bfloat16)],
+)
+def test_outputs_and_gradients(lengths, window_size, query_heads, heads, dtype):
+    tokens = sum(lengths)
+    q, k, v = (leaf(tokens, h, 8, seed=i, dtype=dtype) for i, h in enumerate((query_heads, heads, heads)))
+    o = attention(q[0], k[0], v[0], Sequences.of(lengths), window_size)
+    assert o.dtype == dtype
+    expected = oracle(q[1], k[1], v[1], lengths, window_size)
+    assert_same_gradients(o, expected, {"q": q, "k": k, "v": v}, TOLERANCES[dtype])
+    with torch.no_grad():
+        torch.testing.assert_close(attention(q[0], k[0], v[0], Sequences.of(lengths), window_size), o)
+
+
+@pytest.mark.parametrize("window_size", [None, 1, 10, 64])
+def test_pieces_with_a_cache_equal_one_pass(window_size):
+    pieces = random_pieces(count=3, rounds=14, seed=1)
+    lengths = tuple(map(sum, zip(*pieces, strict=True)))
+    q, k, v = (leaf(sum(lengths), h, 8, seed=i)[1].detach() for i, h in enumerate((4, 2, 2)))
+    expected = oracle(q, k, v, lengths, window_size)
+    cache = KeyValueCache.empty(3, 2, 8, window_size, dtype=q.dtype)
+    for sequences, rows in cut(pieces):
+        before = cache.positions.clone()
+        o, new = attention_with_cache(q[rows], k[rows], v[rows], cache, sequences, window_size)
+        assert torch.equal(cache.positions, before)
+        torch.testing.assert_close(o, expected[rows], rtol=FLOAT64_TOLERANCE, atol=FLOAT64_TOLERANCE)
+        cache = new
+
+
+@pytest.mark.parametrize("window_size", [None, 10])
+def test_gradients_through_the_cache(window_size):
+    lengths = (40, 3, 300)
+    pairs = {name: leaf(343, h, 8, seed=i) for i, (name, h) in enumerate({"q": 4, "k": 2, "v": 2}.items())}
+    cache = KeyValueCache.empty(3, 2, 8, window_size, dtype=torch.float64)
+    o, _ = attention_with_cache(*(p[0] for p in pairs.values()), cache, Sequences.of(lengths), window_size)
+    expected = oracle(*(p[1] for p in pairs.values()), lengths, window_size)
+    assert_same_gradients(o, expected, pairs, FLOAT64_TOLERANCE)
+
+
+def test_query_blocks_cover_every_row_once_with_all_its_keys():
+    lengths = (5, 300, 1, 1, 100, 60, 128, 129, 2)
+    documents_of = documents(lengths)
+    blocks = query_blocks(lengths, 128)
+    assert [b[0] for b in blocks] + [sum(lengths)] == [0] + [b[1] for b in blocks]
+    for first, end, first_key in blocks:
+        assert end - first <= 128
+        assert first_key == next(d.start for d in documents_of if d.start <= first < d.stop)
+    assert len(query_blocks((3,) * 1000, 128)) == 24
+
+
+def test_refuses_what_does_not_fit():
+    q, k = torch.zeros(5, 4, 8), torch.zeros(5, 2, 8)
+    with pytest.raises(ValueError, match="at least 1"):
+        attention(q, k, k, Sequences.of([5]), 0)
+    with pytest.raises(ValueError, match="5 tokens"):
+        attention(q, k, k, Sequences.of([6]))
+    with pytest.raises(ValueError, match="fit together"):
+        attention(q[:, :3], k, k, Sequences.of([5]))
+    with pytest.raises(ValueError, match="slots"):
+        attention_with_cache(q, k, k, KeyValueCache.empty(1, 2, 8, 4, dtype=q.dtype), Sequences.of([5]), 5)

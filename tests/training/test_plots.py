@@ -1,0 +1,96 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megahybrid.errors import UserError
+from megahybrid.training import report
+from megahybrid.training.plots import plot_run, retention_figure, smooth
+
+STEPS, LAYERS, HEADS, BUFFER = 30, [1, 3], 2, 64
+
+
+def write_run(run_dir: Path, retention: bool = True) -> None:
+    (run_dir / "config.yaml").write_text(f"model:\n  pattern: (GL)*2\n  lte:\n    buffer_size: {BUFFER}\n")
+    with open(run_dir / "metrics.jsonl", "w") as file:
+        for step in range(1, STEPS + 1):
+            line = {"step": step, "tokens": 100 * step, "loss": 5 - 0.1 * step, "tokens_per_second": 50.0 * step}
+            if retention:
+                line |= {"kept": [[90.0 - step, 70.0]] * 2, "lambda": [[0.0, 1e-3]] * 2}
+            if step % 10 == 0:
+                line["validation_loss"] = line["loss"] + 0.25
+            file.write(json.dumps(line) + "\n")
+        file.write('{"step": 31, "tok')
+
+
+def test_unigram_entropy_of_known_distributions():
+    assert report.unigram_entropy(np.repeat(np.arange(7), 5)) == pytest.approx(math.log(7), rel=1e-12)
+    assert report.unigram_entropy([[3, 3], [3, 3]]) == 0
+    expected = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert report.unigram_entropy([9, 0, 9, 9]) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="no tokens"):
+        report.unigram_entropy([])
+
+
+def test_a_torn_last_line_is_left_out_and_a_torn_inner_line_is_not(tmp_path):
+    write_run(tmp_path)
+    assert [line["step"] for line in report.read_metrics(tmp_path)] == list(range(1, STEPS + 1))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "to\n' + path.read_text())
+    with pytest.raises(UserError, match="Line 1 of"):
+        report.read_metrics(tmp_path)
+
+
+def test_mean_speed_is_tokens_by_time(tmp_path):
+    write_run(tmp_path)
+    seconds = sum(100 / (50 * step) for step in range(1, STEPS + 1))
+    assert report.mean_tokens_per_second(report.read_metrics(tmp_path)) == pytest.approx(100 * STEPS / seconds)
+
+
+def test_pictures_are_written(tmp_path):
+    write_run(tmp_path)
+    paths = plot_run(tmp_path)
+    assert [path.name for path in paths] == ["loss.png", "retention.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_without_lte_layers_there_is_no_picture_of_the_retention(tmp_path):
+    write_run(tmp_path, retention=False)
+    assert [path.name for path in plot_run(tmp_path)] == ["loss.png"]
+
+
+def test_retention_panels_show_the_kept_counts_and_the_buffer_size(tmp_path):
+    write_run(tmp_path)
+    figure = retention_figure(report.read_metrics(tmp_path), LAYERS, BUFFER)
+    upper = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
+    assert set(upper) == {"layer 1", "layer 3"}
+    lines = upper["layer 3"].get_lines()
+    drawn = {line.get_label(): line.get_ydata() for line in lines}
+    assert set(drawn["buffer size 64"]) == {BUFFER}
+    assert np.array_equal(lines[0].get_ydata(), 90.0 - np.arange(1, STEPS + 1))
+    assert np.allclose(drawn["head 1"], 70)
+    assert {axes.get_yscale() for axes in figure.axes} == {"linear", "log"}
+
+
+def test_smoothing_keeps_a_straight_line_and_the_mean_of_noise():
+    line = np.arange(500.0)
+    assert np.allclose(smooth(line)[10:-10], line[10:-10])
+    noise = np.random.default_rng(0).normal(size=500)
+    assert smooth(noise).std() < 0.4 * noise.std()
+
+
+def test_summary_compares_the_loss_with_the_entropy_of_the_held_out_tokens(tmp_path, monkeypatch):
+    write_run(tmp_path)
+    monkeypatch.setattr(report, "held_out_tokens", lambda run_dir: np.arange(100) % 20)
+    text = report.summarise(tmp_path)
+    loss, entropy = 5 - 0.1 * STEPS + 0.25, math.log(20)
+    for value in (
+        f"{loss:.4f}",
+        f"{entropy:.4f}",
+        f"{entropy - loss:.4f}",
+        f"{100 * STEPS:,}",
+        f"buffer size {BUFFER}",
+    ):
+        assert value in text
