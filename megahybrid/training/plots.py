@@ -9,7 +9,7 @@ import yaml
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.training.report import Metrics, read_metrics
@@ -97,7 +97,8 @@ def retention_figure(metrics: Metrics, layers: list[int], buffer_size: int) -> F
         upper.axhline(buffer_size, color=ACCENT, linestyle="--", linewidth=1.1, label=f"buffer size {buffer_size}")
         upper.set_ylim(0, 1.05 * max(kept.max(), buffer_size))
         lower.set_yscale("log")
-        lower.set_ylim(lowest / 2, highest * 2)
+        lower.yaxis.set_minor_formatter(NullFormatter())
+        lower.set_ylim(lowest / 5, highest * 5)
         upper.set_title(f"layer {layers[place]}", fontsize=10)
         lower.set_xlabel("tokens")
         for axes, label in ((upper, "kept tokens a sequence"), (lower, "lambda")):
@@ -106,7 +107,7 @@ def retention_figure(metrics: Metrics, layers: list[int], buffer_size: int) -> F
             if column == 0:
                 axes.set_ylabel(label)
             else:
-                axes.tick_params(labelleft=False)
+                axes.tick_params(which="both", labelleft=False)
         upper.tick_params(labelbottom=False)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     if heads > LEGEND_HEADS:

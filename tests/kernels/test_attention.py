@@ -98,3 +98,16 @@ def test_refuses_what_does_not_fit():
         attention(q[:, :3], k, k, Sequences.of([5]))
     with pytest.raises(ValueError, match="slots"):
         attention_with_cache(q, k, k, KeyValueCache.empty(1, 2, 8, 4, dtype=q.dtype), Sequences.of([5]), 5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window_size", [None, 10])
+@pytest.mark.parametrize("heads", [6, 2])
+def test_flash_attention_on_a_gpu(heads, window_size):
+    lengths = (131, 1, 300)
+    pairs = {name: leaf(432, h, 64, seed=i, dtype=torch.bfloat16) for i, (name, h) in
+             enumerate({"q": 6, "k": heads, "v": heads}.items())}  # fmt: skip
+    on_gpu = [pair[0].cuda() for pair in pairs.values()]
+    o = attention(*on_gpu, Sequences.of(lengths, "cuda"), window_size)
+    expected = oracle(*(pair[1] for pair in pairs.values()), lengths, window_size)
+    assert_same_gradients(o.cpu(), expected, pairs, BFLOAT16_TOLERANCE)

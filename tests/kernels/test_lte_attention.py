@@ -18,6 +18,7 @@ from test_retention_router import random_router
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.lte_attention import LTECache, lte_attention, lte_attention_with_cache
 from megahybrid_kernels.retention_router import (
+    RouterParameters,
     RouterState,
     margin,
     retention_logits,
@@ -173,3 +174,30 @@ def test_refuses_what_does_not_fit():
         lte_attention_with_cache(q, q, q, score, cache, sequences, 5, 4, 8, 6)
     with pytest.raises(ValueError, match="slots"):
         lte_attention_with_cache(q, q, q, score, cache, sequences, 9, 4, 8, 6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_waits_for_the_gpu():
+    lengths, (window_size, sink_size, buffer_size) = (131, 1, 290), (9, 4, 8)
+    sequences = Sequences.of(lengths, "cuda")
+    q, k, v = (leaf(422, h, 8, seed=i, dtype=torch.float32)[0].detach().cuda() for i, h in enumerate((4, 2, 2)))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    parameters = RouterParameters(
+        *torch.utils._pytree.tree_map(lambda x: x.float().cuda(), tuple(random_router(2, 8, 1)))
+    )
+    cache = LTECache.empty(3, 2, 8, window_size, buffer_size, dtype=q.dtype, device="cuda")
+    state = RouterState.empty(3, parameters)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        score = torch.sigmoid(retention_logits(k, v, parameters, sequences)) - 0.5
+        o = lte_attention(q, k, v, score, sequences, window_size, sink_size, buffer_size)
+        o.sum().backward()
+        logit, _ = retention_logits_streamed(k, v, parameters, sequences, state)
+        late = torch.sigmoid(logit) - 0.5
+        cached, _ = lte_attention_with_cache(
+            q, k, v, late, cache, sequences, window_size, sink_size, buffer_size, margin(3, 2)
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(cached, o, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -73,12 +73,22 @@ def query_blocks(lengths: tuple[int, ...], size: int) -> tuple[tuple[int, int, i
     return tuple(blocks)
 
 
-def window_start(sequences: Sequences, window_size: int | None) -> Tensor:
-    """int64 `[tokens]`: the first row that each token's window of `window_size` keys, itself included, reaches."""
-    first = sequences.cu_seqlens.long()[sequences.index]
+def window_end(sequences: Sequences, window_size: int | None) -> Tensor:
+    """int64 `[tokens]`: the row before which queries still find each key in their window of `window_size` keys."""
+    end = sequences.cu_seqlens.long()[sequences.index + 1]
     if window_size is None:
-        return first
-    return torch.maximum(first, torch.arange(sequences.tokens, device=first.device) - window_size + 1)
+        return end
+    return torch.minimum(end, torch.arange(sequences.tokens, device=end.device) + window_size)
+
+
+def between(keys: Tensor, until: Tensor, queries: Tensor) -> Tensor:
+    """bool `[..., queries, keys]`: whether the key's place <= the query's < the key's `until`.
+
+    A key is seen without a gap from its own place on: first in the window, then while it is kept.
+    """
+    keys, queries = keys.to(torch.int32)[..., None, :], queries.to(torch.int32)[..., None]
+    until = until.clamp(max=torch.iinfo(torch.int32).max).to(torch.int32)[..., None, :]
+    return (keys <= queries) & (queries < until)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -109,6 +119,14 @@ def _take(x: Tensor, columns: Columns) -> Tensor:
     return x.reshape(-1, x.shape[-1])[_flat(columns)].unflatten(0, columns.shape)
 
 
+def _mask(rows: slice, columns: Columns, until: Tensor) -> Tensor:
+    """bool `[1, heads or 1, rows, columns]` of a block."""
+    places = torch.arange(until.shape[0], device=until.device)
+    if isinstance(columns, slice):
+        return between(places[columns], until[columns].T, places[rows])[None]
+    return between(columns, until.T.gather(1, columns), places[rows])[None]
+
+
 def _add(total: Tensor, columns: Columns, gradient: Tensor) -> None:
     if isinstance(columns, slice):
         total[columns] += gradient.transpose(0, 1)
@@ -121,14 +139,14 @@ class _BlockedAttention(torch.autograd.Function):
     alone would write a zero-filled gradient as long as the whole row for every block."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks, visible) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks, until: Tensor) -> Tensor:
         ctx.parts, outputs = [], []
         ctx.key_shape = k.shape
         for rows, columns in blocks:
             pieces = (q[rows], _take(k, columns), _take(v, columns))
             leaves = tuple(piece.detach().requires_grad_() for piece in pieces)
             with torch.enable_grad():
-                o = attend(*(leaf[None] for leaf in leaves), visible(rows, columns))
+                o = attend(*(leaf[None] for leaf in leaves), _mask(rows, columns, until))
             ctx.parts.append((rows, columns, leaves, o))
             outputs.append(o.detach()[0])
         return torch.cat(outputs)
@@ -148,21 +166,17 @@ class _BlockedAttention(torch.autograd.Function):
 
 
 def blocked_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Iterable[tuple[slice, Columns]],
-    visible: Callable[[slice, Columns], Tensor],
+    q: Tensor, k: Tensor, v: Tensor, blocks: Iterable[tuple[slice, Columns]], until: Tensor
 ) -> Tensor:
     """Attention of q `[tokens, query_heads, D]` to k, v `[tokens, kv_heads, D]`, block by block.
 
-    `blocks` lists (query rows, key columns) with the rows in order and without gaps; `visible` gives each block's
-    mask, bool `[1, kv_heads or 1, rows, columns]`.
+    `blocks` lists (query rows, key columns) with the rows in order and without gaps. until: int64 `[tokens, kv_heads
+    or 1]`; each key is visible from its own row on to the rows before this one.
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _BlockedAttention.apply(q, k, v, blocks, visible)
+        return _BlockedAttention.apply(q, k, v, blocks, until)
     parts = [
-        attend(q[rows][None], _take(k, columns)[None], _take(v, columns)[None], visible(rows, columns))[0]
+        attend(q[rows][None], _take(k, columns)[None], _take(v, columns)[None], _mask(rows, columns, until))[0]
         for rows, columns in blocks
     ]
     return torch.cat(parts)
@@ -170,19 +184,12 @@ def blocked_attention(
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window_size: int | None = None) -> Tensor:
     """See `megahybrid_kernels.attention.attention`."""
-    rows = torch.arange(sequences.tokens, device=q.device)
-    lower = window_start(sequences, window_size)
     reach = sequences.tokens if window_size is None else window_size - 1
     blocks = [
         (slice(first, end), slice(max(first_key, first - reach), end))
         for first, end, first_key in query_blocks(sequences.lengths, QUERY_BLOCK)
     ]
-
-    def visible(queries: slice, keys: Columns) -> Tensor:
-        mask = (rows[keys] <= rows[queries, None]) & (rows[keys] >= lower[queries, None])
-        return mask[None, None]
-
-    return blocked_attention(q, k, v, blocks, visible)
+    return blocked_attention(q, k, v, blocks, window_end(sequences, window_size)[:, None])
 
 
 @dataclass(frozen=True)
@@ -218,15 +225,21 @@ class Padded:
 
 
 def cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, padded: Padded, visible: Callable[[Tensor], Tensor]
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, padded: Padded, positions: Tensor, until: Tensor
 ) -> Tensor:
-    """Attention of new packed queries to k, v `[N, kv_heads, keys, D]`; `visible(positions)` is the mask."""
+    """Attention of new packed queries to k, v `[N, kv_heads, slots, D]`, the cached keys followed by the new ones.
+
+    positions, until: int64 `[N, kv_heads or 1, slots]`; a key is visible to queries at `positions <= query < until`.
+    """
     outputs = []
-    for first in range(0, padded.rows.shape[1], CACHED_QUERY_BLOCK):
-        block = slice(first, first + CACHED_QUERY_BLOCK)
+    longest = padded.rows.shape[1]
+    for first in range(0, longest, CACHED_QUERY_BLOCK):
+        end = min(first + CACHED_QUERY_BLOCK, longest)
+        reach = k.shape[2] - longest + end
+        mask = between(positions[..., :reach], until[..., :reach], padded.positions[:, None, first:end])
         # A padded query sees everything: a row without any key could turn gradients into NaN.
-        mask = visible(padded.positions[:, block]) | ~padded.valid[:, None, block, None]
-        outputs.append(attend(q[padded.rows[:, block]], k, v, mask))
+        mask |= ~padded.valid[:, None, first:end, None]
+        outputs.append(attend(q[padded.rows[:, first:end]], k[:, :, :reach], v[:, :, :reach], mask))
     return torch.cat(outputs, 1)[sequences.index, sequences.offsets]
 
 
@@ -265,12 +278,9 @@ def attention_with_cache(
     v = torch.cat([cache.v, padded.heads_first(v)], 2)
     positions = torch.cat([cache.positions, padded.positions], 1)
 
-    def visible(queries: Tensor) -> Tensor:
-        distance = queries[:, :, None] - positions[:, None]
-        mask = (positions >= 0)[:, None] & (distance >= 0)
-        return (mask if window_size is None else mask & (distance < window_size))[:, None]
-
-    o = cached_attention(q, k, v, sequences, padded, visible)
+    until = torch.full_like(positions, torch.iinfo(torch.int32).max) if window_size is None else positions + window_size
+    until = until.masked_fill(positions < 0, 0)
+    o = cached_attention(q, k, v, sequences, padded, positions[:, None], until[:, None])
     if window_size is None:
         return o, KeyValueCache(k, v, positions)
     positions, sources = ring_slots(padded, window_size)

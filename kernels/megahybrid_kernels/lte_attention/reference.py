@@ -16,7 +16,7 @@ from megahybrid_kernels.attention.reference import (
     gather_slots,
     query_blocks,
     ring_slots,
-    window_start,
+    window_end,
 )
 from megahybrid_kernels.exit_positions.reference import NEVER, exit_positions, exits_of_candidates
 from megahybrid_kernels.precision import at_least_fp32
@@ -89,14 +89,15 @@ class _MaskingGradient(torch.autograd.Function):
 def _visible_until(
     score: Tensor, sequences: Sequences, window_size: int, sink_size: int, buffer_size: int | None
 ) -> Tensor:
-    """int64 `[tokens, heads]`: each key is visible beyond the window to the rows of its sequence before this one."""
+    """int64 `[tokens, heads]`: each key is visible from its own row on to the rows before this one."""
+    window = window_end(sequences, window_size + 1)[:, None]
     end = sequences.cu_seqlens.long()[sequences.index + 1, None]
     if buffer_size is None:
         kept = (score > 0) | (sequences.positions < sink_size)[:, None]
-        return torch.where(kept, end, 0)
+        return torch.where(kept, end, window)
     exits = exit_positions(score, sequences, window_size, sink_size, buffer_size)
     origin = (torch.arange(sequences.tokens, device=score.device) - sequences.positions)[:, None]
-    return torch.minimum(exits, end - origin) + origin
+    return torch.maximum(window, torch.minimum(exits, end - origin) + origin)
 
 
 def _kept_columns(until: Tensor, first_key: int, first: int, end: int, window_size: int) -> Columns:
@@ -128,22 +129,12 @@ def lte_attention(
 ) -> Tensor:
     """See `megahybrid_kernels.lte_attention.lte_attention`."""
     until = _visible_until(score.detach(), sequences, window_size, sink_size, buffer_size)
-    lower = window_start(sequences, window_size + 1)
-    rows = torch.arange(sequences.tokens, device=q.device)
     blocks = [
         (slice(first, end), _kept_columns(until, first_key, first, end, window_size))
         for first, end, first_key in query_blocks(sequences.lengths, QUERY_BLOCK)
     ]
 
-    def visible(queries: slice, keys: Columns) -> Tensor:
-        if isinstance(keys, slice):
-            columns, column_until = rows[keys], until[keys].T[:, None]
-        else:
-            columns, column_until = keys[:, None], until.T.gather(1, keys)[:, None]
-        queries_at = rows[queries, None]
-        return ((columns <= queries_at) & ((columns >= lower[queries, None]) | (queries_at < column_until)))[None]
-
-    return blocked_attention(q, k, _MaskingGradient.apply(v, score), blocks, visible)
+    return blocked_attention(q, k, _MaskingGradient.apply(v, score), blocks, until)
 
 
 def lte_attention_with_cache(
@@ -201,13 +192,8 @@ def lte_attention_with_cache(
         )
         exits = torch.empty_like(positions).scatter_(2, by_position, exits_in_order.view_as(positions))
 
-    def visible(queries: Tensor) -> Tensor:
-        queries = queries[:, None, :, None]
-        distance = queries - positions[:, :, None]
-        beyond = (candidates[:, :, None]) & (queries < exits[:, :, None])
-        return (positions >= 0)[:, :, None] & (distance >= 0) & ((distance <= window_size) | beyond)
-
-    o = cached_attention(q, all_k, all_v, sequences, padded, visible)
+    until = torch.maximum(positions + window_size + 1, torch.where(candidates, exits, 0)).masked_fill(positions < 0, 0)
+    o = cached_attention(q, all_k, all_v, sequences, padded, positions, until)
 
     arrived = candidates_in_order & (positions_in_order + window_size + 1 <= ends[:, :, None])
     rank = torch.where(positions_in_order < sink_size, torch.inf, scores_in_order).masked_fill(~arrived, -torch.inf)

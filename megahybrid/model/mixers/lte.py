@@ -98,7 +98,7 @@ class LTEAttention(AttentionProjections):
     def _dropout(self, context: Context) -> Dropout | None:
         if not context.training or self.lte.dropout == 0:
             return None
-        first = parallel_state.get_tensor_model_parallel_rank() * self.heads
+        first = parallel_state.get_tensor_model_parallel_rank() * self.heads * 2 * self.head_dim
         return Dropout(self.lte.dropout, fold(context.dropout_keys, self.layer), first)
 
     def _aux(self, scores: Tensor, context: Context) -> Aux:
