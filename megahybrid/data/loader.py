@@ -34,16 +34,20 @@ class TrainingData:
                 f"train.global_batch_size ({train.global_batch_size}) must be a multiple of train.micro_batch_size "
                 f"times the data parallel size ({train.micro_batch_size} * {dp_size})."
             )
-        if consumed % train.global_batch_size:
-            raise UserError(
-                f"The run has read {consumed:,} samples, not a multiple of train.global_batch_size "
-                f"({train.global_batch_size}); set it back to what the run began with."
-            )
         self.prepared: Prepared = open_prepared(config)
         self._reader = _open(config, self.prepared, TRAIN)
         self._order = SampleOrder(self._reader.order, self.prepared.samples(TRAIN), train.global_batch_size)
         self._config = config
         self._rank = dp_rank, dp_size
+        self.seek(consumed)
+
+    def seek(self, consumed: int) -> None:
+        """Go to where `consumed` samples have been read. Raises UserError if that is not a whole number of steps."""
+        if consumed % self._config.train.global_batch_size:
+            raise UserError(
+                f"The run has read {consumed:,} samples, not a multiple of train.global_batch_size "
+                f"({self._config.train.global_batch_size}); set it back to what the run began with."
+            )
         self._consumed = consumed
 
     @property

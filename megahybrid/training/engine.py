@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -160,7 +161,8 @@ def _deepspeed(config: Config, model: Stack, optimizer: torch.optim.Optimizer):
     if train.dtype == "bf16":
         settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=settings, mpu=ModelParallelUnit(), dist_init_required=False
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings, mpu=ModelParallelUnit(), dist_init_required=False
+        )
     return engine
