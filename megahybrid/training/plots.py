@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from megahybrid.config.pattern import parse_pattern
-from megahybrid.training.report import Metrics, read_metrics
+from megahybrid.training.run_directory import Metrics, read_metrics
 
 COLUMNS = 6  # layers side by side in the picture of the retention
 LEGEND_HEADS = 8  # more heads than this are told apart by a colour scale

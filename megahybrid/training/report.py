@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +9,7 @@ import numpy as np
 import yaml
 
 from megahybrid.errors import UserError
-
-Metrics = list[dict[str, Any]]
-
-
-def read_metrics(run_dir: Path) -> Metrics:
-    """The lines of metrics.jsonl, a dictionary a step; a last line that is still being written is left out.
-
-    Raises UserError when the file is missing, empty or broken elsewhere.
-    """
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"There is no {path}; give the directory of a run that has trained.")
-    lines = path.read_bytes().splitlines()
-    metrics = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            metrics.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"Line {number} of {path} is not JSON; remove that line.") from error
-    if not metrics:
-        raise UserError(f"{path} holds no finished step yet; wait for the first one.")
-    return metrics
+from megahybrid.training.run_directory import Metrics, read_metrics
 
 
 def unigram_entropy(tokens: Any) -> float:

@@ -9,7 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megahybrid.errors import UserError
 from megahybrid.files import write_json, write_text
+
+Metrics = list[dict[str, Any]]
 
 
 class RunDirectory:
@@ -45,21 +48,32 @@ class RunDirectory:
 
     def cut_metrics(self, step: int) -> None:
         """Remove the lines after `step`: training goes on from there."""
-        if self.metrics.exists():
-            kept = [line for line in read_metrics(self.metrics) if line["step"] <= step]
+        if step == 0:
+            self.metrics.unlink(missing_ok=True)
+        elif self.metrics.exists():
+            kept = [line for line in read_metrics(self.path) if line["step"] <= step]
             write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a line torn by a kill is left out."""
-    lines = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return lines
+def read_metrics(run_dir: Path) -> Metrics:
+    """The lines of metrics.jsonl, a dictionary a step; a last line that is still being written is left out.
+
+    Raises UserError when the file is missing, empty or broken elsewhere.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"There is no {path}; give the directory of a run that has trained.")
+    lines = path.read_bytes().splitlines()
+    metrics = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            metrics.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"Line {number} of {path} is not JSON; remove that line.") from error
+    if not metrics:
+        raise UserError(f"{path} holds no finished step yet; wait for the first one.")
+    return metrics
 
 
 def duration(seconds: float) -> str:
