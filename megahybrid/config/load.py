@@ -1,4 +1,4 @@
-"""Read a recipe: YAML, then key=value overrides, checked against the schema."""
+"""Read a recipe: the files it includes, its own YAML, then key=value overrides, checked against the schema."""
 
 from __future__ import annotations
 
@@ -31,18 +31,14 @@ OmegaConf.register_resolver("python_stdlib", lambda: str(Path(os.__file__).paren
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The recipe with `key=value` overrides applied, validated.
 
+    `include: FILE` or `include: [FILE, …]` at its top level names other files, relative to its own folder, whose keys
+    hold where the recipe has none; of two that set the same key the later one holds.
     Raises UserError for a missing or malformed file, an unknown key, a missing or impossible value.
     """
     path = Path(recipe)
     if not path.is_file():
         raise UserError(f"There is no recipe '{recipe}'; give the path of a YAML file such as recipes/quickstart.yaml.")
-    try:
-        tree = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"'{recipe}' is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(tree, DictConfig):
-        raise UserError(f"'{recipe}' must hold sections such as model: and train:, not a list or a single value.")
-    config = _merge(tree, overrides, str(recipe))
+    config = _merge(_with_includes(path, (), set()), overrides, str(recipe))
     validate(config)
     return config
 
@@ -52,12 +48,60 @@ def save_config(config: Config, path: Path) -> None:
     write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def _merge(tree: DictConfig, overrides: Sequence[str], recipe: str) -> Config:
+def _with_includes(path: Path, above: tuple[Path, ...], read: set[Path]) -> list[DictConfig]:
+    """The file's tree after those of the files it includes, each file once: one that two others share must not undo
+    what the first of them changed.
+
+    Args:
+        path: the file.
+        above: the files whose includes led here, outermost first.
+        read: resolved paths of all files read so far; this one's are added.
+    """
+    if path.resolve() in [each.resolve() for each in above]:
+        chain = " → ".join(f"'{each}'" for each in (*above, path))
+        raise UserError(f"A recipe cannot include itself: {chain}; remove one of these includes.")
+    if path.resolve() in read:
+        return []
+    read.add(path.resolve())
+    tree = _read(path)
+    includes = _pop_includes(tree, path)
+    trees = []
+    for name in includes:
+        included = path.parent / name
+        if not included.is_file():
+            raise UserError(f"'{path}' includes '{name}', but there is no file '{included}'; correct its include.")
+        trees += _with_includes(included, (*above, path), read)
+    return [*trees, tree]
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        tree = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(tree, DictConfig):
+        raise UserError(f"'{path}' must hold sections such as model: and train:, not a list or a single value.")
+    return tree
+
+
+def _pop_includes(tree: DictConfig, path: Path) -> list[str]:
+    """Take the `include` key out of the tree."""
+    if "include" not in tree:
+        return []
+    value = OmegaConf.to_container(tree)["include"]  # unresolved: what an interpolation gives is not known yet
+    names = value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"'{path}': include must be a file name or a list of file names, relative to that file.")
+    del tree["include"]
+    return names
+
+
+def _merge(trees: Sequence[DictConfig], overrides: Sequence[str], recipe: str) -> Config:
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise UserError(f"'{override}' is not an override; write key=value, such as train.steps=100.")
     try:
-        layers = [tree, OmegaConf.from_dotlist(list(overrides))]
+        layers = [*trees, OmegaConf.from_dotlist(list(overrides))]
         merged = OmegaConf.structured(Config)
         for layer in layers:
             _require_sections(layer, Config, "")

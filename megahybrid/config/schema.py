@@ -128,6 +128,23 @@ class ParallelConfig:
 
 
 @dataclass
+class SkipConfig:
+    """Steps that are left out: their update is dropped, they are counted, and many in a row stop the run.
+
+    A step whose loss or gradient is not finite is always left out.
+    """
+
+    spikes: bool = False
+    """Also leave out steps whose loss or gradient norm stands out from the last ones."""
+    sigma: float = 6.0
+    """By how many standard deviations it has to stand out."""
+    window: int = 128
+    """Over how many accepted steps mean and deviation are taken; until then no spike is seen."""
+    most_in_a_row: int = 20
+    """More steps left out in a row stop the run."""
+
+
+@dataclass
 class TrainConfig:
     """The training loop."""
 
@@ -145,6 +162,11 @@ class TrainConfig:
     """bf16 (with fp32 master weights and gradient accumulation) or fp32."""
     recompute: bool = False
     """Recompute every layer's activations in the backward pass instead of keeping them."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's normaliser (PaLM, arXiv 2204.02311, section 5)."""
+    init_from: str | None = None
+    """A checkpoint (or run directory) whose weights a new run starts from; nothing else of it is taken over."""
+    skip: SkipConfig = field(default_factory=SkipConfig)
     validate_every: int = 0
     """Steps between two validations; 0 validates at the end only."""
     validation_samples: int = 64
@@ -161,8 +183,12 @@ class OptimizerConfig:
     """Peak learning rate."""
     warmup_steps: int = 0
     """Steps of linear warm-up from 0."""
+    schedule: str = "cosine"
+    """After the warm-up: cosine down to min_ratio; wsd, constant and then linear down to min_ratio; or constant."""
+    decay_fraction: float = 0.2
+    """Part of all steps in which wsd decays."""
     min_ratio: float = 0.1
-    """Learning rate at the end of the cosine, as a part of the peak."""
+    """Learning rate at the end of cosine or wsd, as a part of the peak."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the moments."""
     eps: float = 1e-15
@@ -175,14 +201,21 @@ class OptimizerConfig:
 
 @dataclass
 class SourceConfig:
-    """A folder of text files, a document each."""
+    """A folder of documents."""
 
     path: str = MISSING
     """The folder."""
+    format: str = "text"
+    """text: a file is a document; jsonl: a line of a file is one, also in .gz and .zst."""
     include: list[str] = field(default_factory=lambda: ["*.txt"])
-    """Glob patterns on the file name."""
+    """Glob patterns on the file name; *.txt, or *.jsonl with .gz and .zst, when left out."""
     exclude: list[str] = field(default_factory=list)
     """Folder names that are passed over wherever they stand."""
+    weight: float | None = None
+    """Part of the training samples, relative to the other sources'; 0 leaves the source out. When no source says more
+    than 0, each counts by its size."""
+    field: str = "text"
+    """jsonl: the key of a line's text."""
 
 
 @dataclass
@@ -196,12 +229,20 @@ class DataConfig:
     tokenizer: str | None = None
     """A tokenizer.json (or a folder that holds one); when left out, `prepare` trains a byte-level BPE of
     model.vocab_size on the sources."""
+    workers: int | None = None
+    """Processes of `prepare`, as many as there are cores when left out; what it writes does not depend on it."""
+    remote: str | None = None
+    """A copy of data.path that `train` reads instead, such as s3://bucket/folder, or a folder on a shared disk."""
+    cache: str | None = None
+    """Where shards of data.remote are kept on every node: a folder on its own disk."""
+    cache_limit: float | None = None
+    """GB that data.cache may hold (the oldest shards go first); no limit when left out."""
     validation_fraction: float = 0.005
-    """Part of the documents held out for validation (by a hash of their name)."""
+    """Part of the documents held out for validation (by a hash of a text file's name, or of a line's text)."""
     document_masking: bool = True
     """Documents packed into one sample do not see each other."""
-    shuffle_block_size: int = 4096
-    """Samples within which the streamed order is shuffled (mosaicml-streaming, py1e)."""
+    shuffle_block_size: int = 16384
+    """Consecutive samples that are shuffled among each other; they come from shards in random order."""
 
 
 @dataclass
@@ -212,6 +253,8 @@ class CheckpointConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = 2
     """Newest checkpoints that stay on disk."""
+    milestone_every: int = 0
+    """Checkpoints whose step is a multiple of this stay for ever; 0 for none."""
 
 
 @dataclass
@@ -224,6 +267,10 @@ class TrackingConfig:
     """W&B project."""
     name: str | None = None
     """W&B run name; the run directory's name when left out."""
+    group: str | None = None
+    """W&B group, to find runs that belong together."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags."""
 
 
 @dataclass

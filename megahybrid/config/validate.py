@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from megahybrid.config.pattern import parse_pattern
@@ -13,7 +14,10 @@ from megahybrid_kernels.retention_router import margin
 _MAY_BE_ZERO = {
     "train.seed",
     "train.validate_every",
+    "train.z_loss",
+    "checkpoint.milestone_every",
     "optimizer.warmup_steps",
+    "parallel.zero_stage",
     "optimizer.min_ratio",
     "optimizer.weight_decay",
     "model.lte.sink_size",
@@ -26,10 +30,12 @@ def validate(config: Config) -> None:
     """Check ranges and combinations. Raises UserError at the first fault."""
     _positive(config, "")
     _choice("train.dtype", config.train.dtype, ("bf16", "fp32"))
+    _choice("optimizer.schedule", config.optimizer.schedule, ("cosine", "wsd", "constant"))
     _choice("tracking.wandb", config.tracking.wandb, ("offline", "online", "disabled"))
     _model(config)
     _layout(config)
     _training(config)
+    _data(config)
 
 
 def _positive(section: Any, prefix: str) -> None:
@@ -94,8 +100,10 @@ def _layout(config: Config) -> None:
             raise UserError(f"parallel.{key} is {getattr(parallel, key)}; only 1 is supported so far.")
     if parallel.sequence:
         raise UserError("parallel.sequence is not supported so far; leave it false.")
-    if parallel.zero_stage != 1:
-        raise UserError(f"parallel.zero_stage is {parallel.zero_stage}; only stage 1 is supported so far.")
+    if parallel.zero_stage not in (1, 2, 3):
+        raise UserError(
+            f"parallel.zero_stage is {parallel.zero_stage}; choose 1, 2 or 3 (0 miscounts the gradient norm)."
+        )
 
 
 def _training(config: Config) -> None:
@@ -107,7 +115,29 @@ def _training(config: Config) -> None:
         )
     if optimizer.min_ratio > 1:
         raise UserError(f"optimizer.min_ratio is {optimizer.min_ratio}; it is a part of the peak, so at most 1.")
+    if optimizer.decay_fraction > 1:
+        raise UserError(f"optimizer.decay_fraction is {optimizer.decay_fraction}; it is a part of the run: at most 1.")
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         raise UserError(f"optimizer.betas is {list(optimizer.betas)}; each must be at least 0 and below 1.")
-    if config.data.validation_fraction >= 1:
-        raise UserError(f"data.validation_fraction is {config.data.validation_fraction}; it must be below 1.")
+
+
+def _data(config: Config) -> None:
+    data = config.data
+    if data.validation_fraction >= 1:
+        raise UserError(f"data.validation_fraction is {data.validation_fraction}; it must be below 1.")
+    if "://" in data.path:
+        raise UserError(
+            f"data.path '{data.path}' must be a local folder; let `prepare` write one, copy it there and set data.remote."
+        )
+    if data.remote is not None and data.cache is None:
+        raise UserError("data.remote needs data.cache, a folder on each node's own disk for the shards in use.")
+    for name, source in data.sources.items():
+        _choice(f"data.sources.{name}.format", source.format, ("text", "jsonl"))
+        if source.weight is not None and not 0 <= source.weight < math.inf:
+            raise UserError(f"data.sources.{name}.weight is {source.weight}; it must be at least 0 and finite.")
+    weights = {name: source.weight for name, source in data.sources.items()}
+    if weights and not any(weight is None or weight > 0 for weight in weights.values()):
+        raise UserError("Every source in data.sources has weight 0; give at least one a weight above 0.")
+    if None in weights.values() and any(weights.values()):
+        unset = ", ".join(name for name, weight in weights.items() if weight is None)
+        raise UserError(f"data.sources has weights, but not for {unset}; give every source one, or none.")

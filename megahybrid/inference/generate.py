@@ -34,7 +34,9 @@ class Generator:
         groups.initialize(config.parallel)
         self.device = groups.device()
         self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        self.model = _load_weights(Stack(config), folder).to(self.device)
+        model = Stack(config)
+        checkpoint.load_weights(folder, model)
+        self.model = model.to(self.device)
 
     @torch.inference_mode()
     def continue_text(self, prompt: str, tokens: int, temperature: float, seed: int) -> Iterator[str]:
@@ -49,7 +51,7 @@ class Generator:
         for _ in range(tokens):
             starts = torch.tensor([position], device=self.device)
             context = Context(Sequences.of([len(ids)], self.device, starts))
-            out = self.model(torch.tensor(ids, device=self.device), context, states)
+            out = self.model(torch.tensor(ids, device=self.device), context, states=states)
             states, position = out.states, position + len(ids)
             token = _sample(self.model.logits(out.hidden[-1:])[0], temperature, random)
             if token == self.tokenizer.document_id:
@@ -60,14 +62,6 @@ class Generator:
             if not text.endswith("\ufffd"):  # a character may need more than one token
                 yield text[len(so_far) :]
                 so_far = text
-
-
-def _load_weights(model: Stack, folder: Path) -> Stack:
-    weights = checkpoint.read_tensors(folder, "weights", checkpoint.read_facts(folder))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(checkpoint.fitting(weights, name, parameter, folder))
-    return model
 
 
 def _sample(logits: Tensor, temperature: float, random: torch.Generator) -> int:

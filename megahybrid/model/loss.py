@@ -12,7 +12,7 @@ from megahybrid_kernels.precision import at_least_fp32
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         group = parallel_state.get_tensor_model_parallel_group()
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         wide = at_least_fp32(logits)
@@ -32,18 +32,19 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             total, target = both
         ctx.save_for_backward(exponentials.div_(total.unsqueeze(-1)), local, here)
         ctx.dtype = logits.dtype
-        return total.log() - target
+        logarithm = total.log()
+        return logarithm - target, logarithm + peak
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor, grad_normaliser: Tensor) -> tuple[Tensor, None]:
         probabilities, local, here = ctx.saved_tensors
-        slope = probabilities * grad.unsqueeze(-1)
+        slope = probabilities * (grad + grad_normaliser).unsqueeze(-1)
         slope.scatter_add_(-1, local.unsqueeze(-1), -(grad * here).unsqueeze(-1))
         return slope.to(ctx.dtype), None
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-likelihood a token in nats, `[tokens]` in at least fp32.
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood a token in nats and the log of the softmax's normaliser, `[tokens]` in at least fp32.
 
     Args:
         logits: `[tokens, vocabulary of this tensor parallel rank]`.

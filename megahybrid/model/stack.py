@@ -25,11 +25,15 @@ class StackOutput(NamedTuple):
 
     Attributes:
         hidden: `[tokens, 1, hidden]` after the final norm.
+        losses: negative log-likelihood of every label in nats, `[tokens]`, at least fp32, when labels were given.
+        normalisers: log of the softmax's normaliser, `[tokens]`, at least fp32, when labels were given.
         aux: by-products by LTE layer number, in training.
         states: the mixers' next states by layer number, when states were given.
     """
 
     hidden: Tensor
+    losses: Tensor | None
+    normalisers: Tensor | None
     aux: dict[int, Aux]
     states: dict[int, Any]
 
@@ -51,8 +55,14 @@ class Stack(nn.Module):
         if not settings.model.tie_embeddings:
             self.output = ColumnLinear(settings.model.hidden_size, settings.model.vocab_size, settings.projection)
 
-    def forward(self, tokens: Tensor, context: Context, states: dict[int, Any] | None = None) -> StackOutput:
-        """Tokens int64 `[tokens]` → hidden states, auxiliary losses attached to them, and the mixers' next states."""
+    def forward(
+        self,
+        tokens: Tensor,
+        context: Context,
+        labels: Tensor | None = None,
+        states: dict[int, Any] | None = None,
+    ) -> StackOutput:
+        """Tokens and labels int64 `[tokens]` → hidden states and losses, the auxiliary losses attached to them."""
         x = self.embedding(tokens)
         aux: dict[int, Aux] = {}
         after: dict[int, Any] = {}
@@ -66,16 +76,14 @@ class Stack(nn.Module):
                 aux[layer] = each
         if aux:
             x = attach_loss(x, torch.stack([each.loss for each in aux.values()]).sum(), context.aux_scale)
-        return StackOutput(self.final_norm(x), aux, after if states else {})
+        hidden = self.final_norm(x)
+        losses, normalisers = (None, None) if labels is None else cross_entropy(self.logits(hidden), labels)
+        return StackOutput(hidden, losses, normalisers, aux, after if states else {})
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[tokens, 1, hidden]` → `[tokens, vocabulary of this tensor parallel rank]`."""
         weight = self.embedding.weight if self.settings.model.tie_embeddings else self.output.weight
         return F.linear(enter(hidden, self.settings.sequence_parallel).squeeze(1), weight)
-
-    def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Negative log-likelihood of every label in nats, `[tokens]`, at least fp32."""
-        return cross_entropy(self.logits(hidden), labels)
 
     def initial_states(self, sequences: int) -> dict[int, Any]:
         """The mixers' states before the first token of `sequences` sequences."""

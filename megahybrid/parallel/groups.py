@@ -74,6 +74,20 @@ def sum_over_data_parallel(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def max_over_data_parallel(value: int) -> int:
+    """The largest `value` of the data parallel replicas."""
+    largest = torch.tensor(value, device=device())
+    dist.all_reduce(largest, dist.ReduceOp.MAX, parallel_state.get_data_parallel_group())
+    return int(largest)
+
+
+def agree(error: str | None) -> str | None:
+    """The main process's `error`, on every process: what only it can notice, all have to react to."""
+    box = [error]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def is_main() -> bool:
     """Whether this process writes the run's files."""
     return dist.get_rank() == 0

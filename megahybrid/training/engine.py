@@ -1,12 +1,14 @@
-"""One optimizer step: Megatron-core's schedule runs the micro-batches, DeepSpeed's ZeRO reduces, clips and steps."""
+"""One optimizer step: the micro-batches forward and backward, then ZeRO reduces, clips and steps.
+
+With ZeRO-1 Megatron-core's schedule runs the micro-batches, with ZeRO-2 and 3 DeepSpeed's engine does.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import io
-import logging
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +20,11 @@ from megahybrid.data.packing import Batch
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.stack import Stack
 from megahybrid.parallel import groups
-from megahybrid.parallel.mpu import ModelParallelUnit
+from megahybrid.training import zero
 from megahybrid.training.controller import LambdaController
+from megahybrid.training.guard import StepGuard
 from megahybrid.training.optimizer import learning_rate, make_optimizer
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from megahybrid_kernels import Sequences
 
 
 @dataclass(frozen=True)
@@ -32,29 +34,34 @@ class StepResult:
     Attributes:
         loss: mean negative log-likelihood a token, nats.
         retention_loss: the L1 term as it entered the loss.
-        grad_norm: norm of the gradient before clipping.
+        grad_norm: norm of the gradient before clipping; inf if it was not finite.
         learning_rate: the learning rate of this step.
+        skipped: why the update was left out, or None.
+        stop: whether any process was asked to stop.
     """
 
     loss: float
     retention_loss: float
     grad_norm: float
     learning_rate: float
+    skipped: str | None
+    stop: bool
 
 
 class Engine:
-    """The model with its optimizer and controller."""
+    """The model with its optimizer, its lambda controller and the guard against bad steps."""
 
     def __init__(self, config: Config, model: Stack):
         self.config, self.model, self.settings = config, model, model.settings
         self.device = groups.device()
         self.lte_layers = self.settings.pattern.layers("L")
         self.controller = self._make_controller()
+        self.guard = StepGuard(config.train.skip)
         model.config.no_sync_func = contextlib.nullcontext  # DeepSpeed reduces in its step, not in the backward pass
         self.optimizer = make_optimizer(model, config.optimizer)
-        self.deepspeed = _deepspeed(config, model, self.optimizer)
-        self.set_optimizer_steps(0)
-        self.run_schedule = get_forward_backward_func()
+        self.optimizer.accept = self._accept
+        self.deepspeed = zero.initialize(config, model, self.optimizer)
+        self._loss = 0.0
 
     def _make_controller(self) -> LambdaController:
         mixers = [self.model.layers[str(layer)].mixer for layer in self.lte_layers]
@@ -65,26 +72,42 @@ class Engine:
             mixer.l1_lambda = row
         return controller
 
-    def set_optimizer_steps(self, steps: int) -> None:
-        """AdamW's state as after `steps` steps, with moments of zero, linked to the parameters.
+    def step(self, batches: Sequence[Batch], step: int, stop: bool = False) -> StepResult:
+        """Train on this replica's micro-batches of the 1-based optimizer step.
 
-        DeepSpeed would link the state in its first step, but then only that of the first parameter group.
+        `stop` is this process's wish to stop; the result says whether any process has it.
         """
-        zero = self.deepspeed.optimizer
-        for group in zero.optimizer.param_groups:
-            for flat in group["params"]:
-                moments = {kind: torch.zeros_like(flat.data) for kind in MOMENTS}
-                zero.optimizer.state[flat] = {"step": torch.tensor(float(steps)), **moments}
-        zero._hp_optimizer_states_linked = False
-        zero._lazy_init_hp_params_optimizer_state()
-
-    def step(self, batches: Sequence[Batch], step: int) -> StepResult:
-        """Train on this replica's micro-batches of the 1-based optimizer step."""
         rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        reports = self.run_schedule(
-            forward_step_func=functools.partial(self._forward, step=step, micro_batches=len(batches)),
+        forward = functools.partial(self._forward, step=step, micro_batches=len(batches))
+        run = self._run_schedule if self.config.parallel.zero_stage == 1 else self._run_deepspeed
+        report = torch.stack(run(batches, forward)).sum(0)
+        report[2] = sum(self._counted_positions(batch) for batch in batches)
+        report[3] = stop
+        # In float64, where counts stay exact.
+        total = groups.sum_over_data_parallel(report).cpu()
+        _, replicas = groups.data_parallel()
+        self._loss, retention_loss = (total[:2] / (len(batches) * replicas)).tolist()
+        self.deepspeed.step()
+        norm = zero.grad_norm(self.deepspeed)
+        skipped = self.guard.reason(self._loss, norm)
+        kept = total[4:].view(self.controller.lambdas.shape)
+        self.controller.update(step, kept, 0 if skipped else int(total[2]))
+        self.guard.record(self._loss, norm, skipped)
+        return StepResult(self._loss, retention_loss, norm, rate, skipped, bool(total[3]))
+
+    def _accept(self) -> bool:
+        """Called between the gradient's norm and the optimizer's update."""
+        return self.guard.reason(self._loss, zero.grad_norm(self.deepspeed)) is None
+
+    def _run_schedule(self, batches: Sequence[Batch], forward) -> list[Tensor]:
+        def step_function(iterator, model):
+            loss, report = forward(next(iterator), model)
+            return loss, lambda output: (output, report)
+
+        return get_forward_backward_func()(
+            forward_step_func=step_function,
             data_iterator=iter(batches),
             model=self.model,
             num_microbatches=len(batches),
@@ -92,21 +115,30 @@ class Engine:
             micro_batch_size=1,
             forward_only=False,
         )
-        self.deepspeed.step()
-        positions = sum(self._counted_positions(batch) for batch in batches)
-        loss, retention_loss = self._reduce(torch.stack(list(reports)).sum(0), positions, len(batches), step)
-        return StepResult(loss, retention_loss, float(self.deepspeed.get_global_grad_norm()), rate)
 
-    def _forward(self, batches, model: Stack, step: int, micro_batches: int):
-        batch = next(batches).to(self.device)
+    def _run_deepspeed(self, batches: Sequence[Batch], forward) -> list[Tensor]:
+        reports = []
+        for number, batch in enumerate(batches, start=1):
+            loss, report = forward(batch, self.deepspeed)
+            self.deepspeed.backward(loss)
+            if number < len(batches):  # the last one is the caller's
+                self.deepspeed.step()
+            reports.append(report)
+        return reports
+
+    def _forward(self, batch: Batch, model, step: int, micro_batches: int) -> tuple[Tensor, Tensor]:
+        """A micro-batch's loss, and its report: loss, L1 term, two places for `step`, kept counts."""
+        batch = batch.to(self.device)
         keys = dropout_keys(self.config.train.seed, step, batch.samples, batch.sample_positions)
-        out = model(batch.tokens, Context(batch.sequences, keys, 1 / micro_batches))
-        loss = model.losses(out.hidden, batch.labels).mean()
-        report = [loss.detach().double().clone()]  # a clone: the schedule divides the loss in place
+        out = model(batch.tokens, Context(batch.sequences, keys, 1 / micro_batches), labels=batch.labels)
+        loss = out.losses.mean()
         aux = [out.aux[layer] for layer in self.lte_layers]
-        report.append(sum((each.loss.detach().double() for each in aux), torch.zeros_like(report[0])))
-        kept = torch.cat([each.kept for each in aux]).double() if aux else report[0].new_zeros(0)
-        return loss, lambda output: (output, torch.cat([torch.stack(report), kept]))
+        retention = sum((each.loss.detach().double() for each in aux), out.losses.new_zeros((), dtype=torch.float64))
+        report = torch.stack([loss.detach().double(), retention, *2 * [torch.zeros_like(retention)]])
+        report = torch.cat([report, *(each.kept.double() for each in aux)])
+        if self.config.train.z_loss:
+            loss = loss + self.config.train.z_loss * out.normalisers.square().mean()
+        return loss, report
 
     def _counted_positions(self, batch: Batch) -> int:
         """Positions whose right context is whole: those the mixers count."""
@@ -115,54 +147,24 @@ class Engine:
         margin = self.model.layers[str(self.lte_layers[0])].mixer.margin
         return sum(max(0, length - margin) for length in batch.sequences.lengths)
 
-    def _reduce(self, report: Tensor, positions: int, micro_batches: int, step: int) -> tuple[float, float]:
-        """Sum the step's report over replicas (float64: counts stay exact) and hand the counts to the controller."""
-        _, replicas = groups.data_parallel()
-        report = torch.cat([report, report.new_tensor([positions])])
-        total = groups.sum_over_data_parallel(report).cpu()
-        self.controller.update(step, total[2:-1].view(self.controller.lambdas.shape), int(total[-1]))
-        loss, retention_loss = (total[:2] / (micro_batches * replicas)).tolist()
-        return loss, retention_loss
-
     @torch.no_grad()
-    def validate(self, batches: Iterable[Batch]) -> float:
-        """Mean negative log-likelihood a token over all replicas' batches, with the eviction cap enforced."""
+    def validate(self, batches: Collection[Batch]) -> float | None:
+        """Mean negative log-likelihood a token over all replicas' batches, with the eviction cap enforced.
+
+        Replicas may hold unequally many batches, or none; with no batch at all there is nothing to say: None.
+        """
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in batches:
-            batch = batch.to(self.device)
-            out = self.model(batch.tokens, Context(batch.sequences))
-            losses = self.model.losses(out.hidden, batch.labels)
-            total += torch.stack([losses.double().sum(), total.new_tensor(float(len(losses)))])
+        rounds = groups.max_over_data_parallel(len(batches))
+        # With ZeRO-3 a forward pass is collective: who has no batch left runs one that does not count.
+        filler = itertools.repeat(None, rounds - len(batches))
+        for batch in itertools.chain(batches, filler):
+            counted, batch = batch is not None, (batch or _one_token()).to(self.device)
+            out = self.model(batch.tokens, Context(batch.sequences), labels=batch.labels)
+            total += counted * torch.stack([out.losses.double().sum(), total.new_tensor(float(len(out.losses)))])
         nats, tokens = groups.sum_over_data_parallel(total).tolist()
-        return nats / tokens
+        return nats / tokens if tokens else None
 
 
-def _deepspeed(config: Config, model: Stack, optimizer: torch.optim.Optimizer):
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    train = config.train
-    _, replicas = groups.data_parallel()
-    settings = {
-        # To DeepSpeed the schedule's micro-batches are one: it accumulates, DeepSpeed only steps.
-        "train_micro_batch_size_per_gpu": train.global_batch_size // replicas,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.optimizer.clip_grad_norm,
-        "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": config.parallel.zero_stage,
-            "overlap_comm": False,
-            "contiguous_gradients": False,
-        },
-    }
-    if train.dtype == "bf16":
-        settings["bf16"] = {"enabled": True, "immediate_grad_update": True}
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, mpu=ModelParallelUnit(), dist_init_required=False
-        )
-    return engine
+def _one_token() -> Batch:
+    zero = torch.zeros(1, dtype=torch.int64)
+    return Batch(zero, zero, Sequences.of([1]), zero, zero)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megahybrid.config import Config, save_config
+from megahybrid.config import Config, load_config, save_config
 from megahybrid.data.loader import TrainingData, validation_batches
 from megahybrid.errors import UserError
 from megahybrid.model.stack import build
@@ -15,118 +17,162 @@ from megahybrid.parallel import groups
 from megahybrid.training import checkpoint
 from megahybrid.training.checkpoint import Position
 from megahybrid.training.engine import Engine, StepResult
+from megahybrid.training.resume import check_resume, fingerprint
 from megahybrid.training.run_directory import RunDirectory, duration
+from megahybrid.training.signals import StopRequest
+from megahybrid.training.speed import memory, model_flops_utilization
 from megahybrid.training.tracking import Tracker
 
 Report = Callable[[str], None]
+
+_SECONDS_BETWEEN_STATUS = 10.0
 
 
 def train(config: Config, report: Report = print) -> None:
     """Train the configuration to its last step, from its newest checkpoint if there is one.
 
+    SIGTERM or SIGUSR1 to any process ends the step in hand, saves, and returns; the same call goes on.
     Raises UserError for what the configuration, the data or a checkpoint make impossible.
     """
     groups.initialize(config.parallel, config.train.seed)
     run = RunDirectory(config.run.dir)
     say = report if groups.is_main() else _nothing
     start = checkpoint.find(run.path)
-    if start is not None and checkpoint.read_facts(start)["step"] >= config.train.steps:
-        say(f"{run.path} has done its {config.train.steps} steps; a larger train.steps goes on from there.")
-        return
-    trainer = Trainer(config, run, start, say)
-    try:
-        trainer.run_to_the_end()
-    except BaseException as error:
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        trainer.write_status("failed", reason)
-        raise
-    finally:
-        trainer.tracker.finish()
+    if start is not None:
+        check_resume(load_config(start / "config.yaml"), config, str(start))
+        if checkpoint.read_facts(start)["position"]["step"] >= config.train.steps:
+            say(f"{run.path} has done its {config.train.steps} steps; a larger train.steps goes on from there.")
+            return
+    with contextlib.ExitStack() as resources:
+        trainer = Trainer(config, run, start, say, resources)
+        try:
+            trainer.run_until_told()
+        except BaseException as error:
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            trainer.write_status("failed", reason)
+            raise
 
 
 class Trainer:
     """A run in progress: built at the position of a checkpoint, or at the start."""
 
-    def __init__(self, config: Config, run: RunDirectory, start: Path | None, say: Report):
+    def __init__(self, config: Config, run: RunDirectory, start: Path | None, say: Report, resources: Any):
         self.config, self.run, self.say = config, run, say
         replica, replicas = groups.data_parallel()
         # Data first: what is wrong with it is found before anything is written.
-        self.data = TrainingData(config, replica, replicas, consumed=0)
-        self.validation = validation_batches(config, replica, replicas)
-        self.engine = Engine(config, build(config, groups.device()))
-        self.position = Position(0, 0)
+        self.data = resources.enter_context(TrainingData(config, replica, replicas))
+        self.validation = resources.enter_context(validation_batches(config, replica, replicas))
+        self.engine = self._build(start)
+        data = fingerprint(self.data.prepared)
+        self.position = Position(0, 0, data)
         if start is not None:
             self.position = checkpoint.load(start, self.engine)
+            if self.position.data != data:
+                raise UserError(f"'{start}' was trained on other data than '{config.data.path}' holds; set it back.")
             self.data.seek(self.position.consumed)
             say(f"Going on from {start}.")
         if groups.is_main():
             run.cut_metrics(self.position.step)
             save_config(config, run.config)
         self.tracker = Tracker(config if groups.is_main() else None, self.position.tracking_id)
+        resources.callback(self.tracker.finish)
+        self.stop_request = resources.enter_context(StopRequest())
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_length
+        self._status_written = 0.0
 
-    def run_to_the_end(self) -> None:
-        """All remaining steps, with validations and checkpoints on the way and at the end."""
+    def _build(self, start: Path | None) -> Engine:
+        model = build(self.config, groups.device())
+        init_from = self.config.train.init_from
+        if start is None and init_from is not None:
+            folder = checkpoint.find(Path(init_from))
+            if folder is None:
+                raise UserError(f"train.init_from: there is no checkpoint in '{init_from}'.")
+            checkpoint.load_weights(folder, model)
+            self.say(f"Starting from the weights of {folder}.")
+        return Engine(self.config, model)
+
+    def run_until_told(self) -> None:
+        """The remaining steps, with validations and checkpoints on the way; ends early when asked to stop."""
         train, every = self.config.train, self.config.checkpoint.every
         self.write_status("running")
-        began = time.perf_counter()
-        first = self.position.step
+        began, first = time.perf_counter(), self.position.step
         for step in range(first + 1, train.steps + 1):
-            started = time.perf_counter()
-            result = self.engine.step(self.data.next_step(), step)
-            seconds = time.perf_counter() - started
-            self.position = Position(step, self.data.consumed, self.tracker.id)
-            metrics = self._metrics(result, seconds)
-            if step == train.steps or (train.validate_every and step % train.validate_every == 0):
+            result, metrics = self._step(step)
+            last = step == train.steps
+            if last or (train.validate_every and step % train.validate_every == 0):
                 metrics["validation_loss"] = self.engine.validate(self.validation)
             self._record(metrics)
-            if step == first + 1 or step % train.log_every == 0 or "validation_loss" in metrics:
+            if step == first + 1 or step % train.log_every == 0 or "validation_loss" in metrics or result.skipped:
                 left = (time.perf_counter() - began) / (step - first) * (train.steps - step)
-                self.say(_line(metrics, train.steps, left))
-            if step == train.steps or step % every == 0:
-                checkpoint.save(self.run.checkpoints, self.engine, self.position, self.data.prepared.tokenizer_file)
-                self.write_status("running")
+                self.say(_line(metrics, result, train.steps, left))
+            if last or result.stop or step % every == 0:
+                self._save()
+            if result.stop and not last:
+                reason = self.stop_request.signal or "a signal to another process"
+                self.write_status("stopped", reason)
+                self.say(f"Stopped by {reason} after step {step}; the same command goes on.")
+                return
         self.write_status("done")
 
     def write_status(self, state: str, reason: str = "") -> None:
-        """Write status.json, on the main process."""
+        """Write status.json, on the main process, if the disk takes it."""
+        self._status_written = time.monotonic()
         if groups.is_main():
-            self.run.write_status(state, self.position.step, self.config.train.steps, reason)
+            with contextlib.suppress(OSError):
+                self.run.write_status(state, self.position.step, self.config.train.steps, reason)
 
-    def _record(self, metrics: dict[str, Any]) -> None:
-        if groups.is_main():
-            self.run.log(metrics)
-            self.tracker.log(metrics)
-
-    def _metrics(self, result: StepResult, seconds: float) -> dict[str, Any]:
+    def _step(self, step: int) -> tuple[StepResult, dict[str, Any]]:
+        started = time.perf_counter()
+        batches = self.data.next_step()
+        loaded = time.perf_counter()
+        result = self.engine.step(batches, step, stop=self.stop_request.signal is not None)
+        seconds = time.perf_counter() - started
+        self.position = replace(
+            self.position,
+            step=step,
+            consumed=self.data.consumed,
+            tracking_id=self.tracker.id,
+        )
+        speed = self.tokens_per_step / seconds
         metrics: dict[str, Any] = {
-            "step": self.position.step,
-            "tokens": self.position.step * self.tokens_per_step,
+            "step": step,
+            "tokens": step * self.tokens_per_step,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
-            "tokens_per_second": self.tokens_per_step / seconds,
+            "tokens_per_second": speed,
+            "data_seconds": loaded - started,
+            "skipped": self.engine.guard.skipped,
+            **model_flops_utilization(self.config, speed),
+            **memory(),
         }
         if self.engine.lte_layers:
             metrics["retention_loss"] = result.retention_loss
             metrics["kept"] = self.engine.controller.kept_now.tolist()
             metrics["lambda"] = self.engine.controller.lambdas.tolist()
-        return metrics
+        return result, metrics
+
+    def _save(self) -> None:
+        checkpoint.save(self.run.checkpoints, self.engine, self.position, self.data.prepared.tokenizer_file)
+
+    def _record(self, metrics: dict[str, Any]) -> None:
+        if groups.is_main():
+            self.run.log(metrics)
+            self.tracker.log(metrics)
+        if time.monotonic() - self._status_written > _SECONDS_BETWEEN_STATUS:
+            self.write_status("running")
 
 
-def _line(metrics: dict[str, Any], steps: int, left: float) -> str:
-    parts = [
-        f"step {metrics['step']:>{len(str(steps))}}/{steps}",
-        f"loss {metrics['loss']:.4f}",
-        f"{metrics['tokens_per_second']:,.0f} tokens/s",
-        f"{duration(left)} left",
-    ]
-    if "validation_loss" in metrics:
-        parts.insert(2, f"validation {metrics['validation_loss']:.4f}")
+def _line(metrics: dict[str, Any], result: StepResult, steps: int, left: float) -> str:
+    parts = [f"step {metrics['step']:>{len(str(steps))}}/{steps}", f"loss {metrics['loss']:.4f}"]
+    if metrics.get("validation_loss") is not None:
+        parts.append(f"validation {metrics['validation_loss']:.4f}")
+    if result.skipped:
+        parts.append(f"left out: {result.skipped}")
     if "kept" in metrics:
         heads = [head for layer in metrics["kept"] for head in layer]
-        parts.insert(-2, f"kept {min(heads):.0f}–{max(heads):.0f} a head")
-    return " · ".join(parts)
+        parts.append(f"kept {min(heads):.0f}–{max(heads):.0f} a head")
+    return " · ".join([*parts, f"{metrics['tokens_per_second']:,.0f} tokens/s", f"{duration(left)} left"])
 
 
 def _nothing(text: str) -> None:

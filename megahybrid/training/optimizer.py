@@ -1,8 +1,9 @@
-"""AdamW's parameter groups and the learning rate schedule."""
+"""AdamW with steps that can be left out, its parameter groups, and the learning rate schedule."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -10,18 +11,40 @@ from torch import nn
 from megahybrid.config.schema import OptimizerConfig
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+class SkippableAdamW(torch.optim.AdamW):
+    """AdamW that asks `accept` before every update, and without it changes nothing, its step count included.
+
+    DeepSpeed computes the gradient's norm inside its own step, so this is the place between norm and update.
+    """
+
+    accept: Callable[[], bool] = staticmethod(lambda: True)
+
+    def step(self, closure=None):
+        return super().step(closure) if self.accept() else None
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> SkippableAdamW:
     """AdamW with weight decay on the parameters whose spec asks for it."""
     decayed = [p for p in model.parameters() if p.spec.weight_decay]
     plain = [p for p in model.parameters() if not p.spec.weight_decay]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps)
+    return SkippableAdamW(groups, lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps)
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of the 1-based optimizer step: linear warm-up to the peak, then a cosine to min_ratio of it."""
+    """Learning rate of the 1-based optimizer step: linear warm-up to the peak, then `schedule` to the last step.
+
+    cosine falls to min_ratio of the peak; wsd (warm-up, stable, decay) rests and in the last decay_fraction of all
+    steps falls linearly to min_ratio; constant rests.
+    """
     if step < config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.learning_rate * (config.min_ratio + (1 - config.min_ratio) * cosine)
+    if config.schedule == "constant":
+        return config.learning_rate
+    if config.schedule == "cosine":
+        progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        shape = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    else:
+        decay = config.decay_fraction * steps
+        shape = min(1.0, max(0.0, (steps - step) / decay))
+    return config.learning_rate * (config.min_ratio + (1 - config.min_ratio) * shape)

@@ -26,7 +26,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
 
     def write_status(self, state: str, step: int, target: int, reason: str = "") -> None:
-        """state: running, done, stopped or failed; step of target; why, where there is something to say."""
+        """state: running, stopped (asked to, will go on), done or failed; step of target; why, if there is a why."""
         write_json(
             self.status,
             {

@@ -9,15 +9,15 @@ from tests.model import tiny
 
 def total_loss(model, tokens):
     """Cross-entropy plus the auxiliary losses, as a plain sum for finite differences."""
-    out = model(tokens[:-1], tiny.training_context())
-    return model.losses(out.hidden, tokens[1:]).mean() + sum(each.loss for each in out.aux.values())
+    out = model(tokens[:-1], tiny.training_context(), tokens[1:])
+    return out.losses.mean() + sum(each.loss for each in out.aux.values())
 
 
 def autograd_gradients(model, tokens):
     """What training computes: the auxiliary loss comes in through the activations alone."""
     model.zero_grad()
-    out = model(tokens[:-1], tiny.training_context())
-    model.losses(out.hidden, tokens[1:]).mean().backward()
+    out = model(tokens[:-1], tiny.training_context(), tokens[1:])
+    out.losses.mean().backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 

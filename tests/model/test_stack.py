@@ -36,7 +36,7 @@ def test_pieces_with_state_equal_one_pass(pattern, prompt):
     while at < count:
         piece = torch.cat([row[at : at + size] for row in rows])
         sequences = Sequences.of([len(piece) // 2] * 2, starts=torch.tensor([at, at]))
-        out = model(piece, Context(sequences), states)
+        out = model(piece, Context(sequences), states=states)
         states = out.states
         for row, expected in zip(model.logits(out.hidden).chunk(2), whole, strict=True):
             assert torch.allclose(row, expected[at : at + size], rtol=0, atol=1e-9), at
@@ -71,8 +71,8 @@ def test_recompute_gives_the_same_gradients():
         model, tokens = tiny.model("GLSF", dropout=0.3, recompute=recompute), tiny.tokens()
         for layer in "1":
             model.layers[layer].mixer.l1_lambda.fill_(0.7)
-        out = model(tokens[:-1], tiny.training_context())
-        model.losses(out.hidden, tokens[1:]).mean().backward()
+        out = model(tokens[:-1], tiny.training_context(), tokens[1:])
+        out.losses.mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
@@ -121,9 +121,14 @@ def test_cross_entropy_and_its_gradient():
     weights = torch.randn(9, dtype=torch.float64, generator=generator)
     expected = F.cross_entropy(scores, labels, reduction="none")
     (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), scores)
-    found = cross_entropy(scores, labels)
-    (gradient,) = torch.autograd.grad((found * weights).sum(), scores)
+    found, normaliser = cross_entropy(scores, labels)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), scores, retain_graph=True)
     assert torch.allclose(found, expected, rtol=1e-12)
+    assert torch.allclose(gradient, expected_gradient, rtol=0, atol=1e-12)
+    expected_normaliser = torch.logsumexp(scores, -1)
+    (expected_gradient,) = torch.autograd.grad((expected_normaliser.square() * weights).sum(), scores)
+    (gradient,) = torch.autograd.grad((normaliser.square() * weights).sum(), scores)
+    assert torch.allclose(normaliser, expected_normaliser, rtol=1e-12)
     assert torch.allclose(gradient, expected_gradient, rtol=0, atol=1e-12)
 
 

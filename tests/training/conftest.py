@@ -58,9 +58,29 @@ def recipe(tmp_path, text, prepared):
     return path
 
 
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory, text, prepared):
+    """An uninterrupted run of 20 steps on one process."""
+    folder = tmp_path_factory.mktemp("reference")
+    (folder / "recipe.yaml").write_text(RECIPE.format(run=folder / "run", data=prepared, text=text))
+    assert main(["train", str(folder / "recipe.yaml")]) == 0
+    return folder / "run"
+
+
 def metrics(run: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl without what depends on time."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        line.pop("tokens_per_second")
+        del line["tokens_per_second"], line["data_seconds"]
     return lines
+
+
+def assert_same_run(found: list[dict], expected: list[dict]) -> None:
+    """fp32 losses within 2e-6 relative, gradient norms within 1e-5, lambda and kept counts equal."""
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-6), ours["step"]
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5), ours["step"]
+        assert ours["lambda"] == theirs["lambda"], ours["step"]
+        assert ours["kept"] == theirs["kept"], ours["step"]
+    assert found[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=2e-6)

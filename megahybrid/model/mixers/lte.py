@@ -13,6 +13,7 @@ from megahybrid.model.context import Aux, Context
 from megahybrid.model.mixers.attention import AttentionProjections
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.parameters import constant, kaiming_normal, parameter, uniform
+from megahybrid_kernels import Sequences
 from megahybrid_kernels.counter_dropout import fold
 from megahybrid_kernels.lte_attention import LTECache, lte_attention, lte_attention_with_cache
 from megahybrid_kernels.retention_router import (
@@ -33,25 +34,51 @@ class LTEState(NamedTuple):
 
 
 class Router(nn.Module):
-    """The parameters of the retention router: one stack of three convolutions and a projection a key-value head."""
+    """Retention router: a stack of three convolutions and a projection a key-value head.
+
+    Its parameters are attributes of the module that uses them, since ZeRO-3 gathers a module's own parameters only.
+    """
 
     def __init__(self, settings: Settings):
         super().__init__()
-        heads, taps = settings.kv_heads, settings.model.lte.conv_size
+        heads, lte = settings.kv_heads, settings.model.lte
+        self.dilation = lte.conv_dilation
         channels = [2 * settings.model.attention.head_dim >> halvings for halvings in range(4)]
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for fan, out in itertools.pairwise(channels):
-            bound = (fan * taps) ** -0.5
-            self.weights.append(parameter(heads * out, fan, taps, axis=0, initializer=kaiming_normal(fan * taps)))
-            self.biases.append(parameter(heads * out, axis=0, initializer=uniform(-bound, bound), weight_decay=False))
-        last = channels[-1]
-        self.projection = parameter(heads, last, axis=0, initializer=kaiming_normal(last))
+        for number, (fan, out) in enumerate(itertools.pairwise(channels)):
+            fan_in = fan * lte.conv_size
+            bound = fan_in**-0.5
+            weight = parameter(heads * out, fan, lte.conv_size, axis=0, initializer=kaiming_normal(fan_in))
+            bias = parameter(heads * out, axis=0, initializer=uniform(-bound, bound), weight_decay=False)
+            self.register_parameter(f"conv{number}_weight", weight)
+            self.register_parameter(f"conv{number}_bias", bias)
+        self.projection = parameter(heads, channels[-1], axis=0, initializer=kaiming_normal(channels[-1]))
         # Positive: at first most tokens are kept, and the L1 term prunes.
         self.projection_bias = parameter(heads, axis=0, initializer=constant(0.5), weight_decay=False)
 
+    def forward(
+        self,
+        k: Tensor,
+        v: Tensor,
+        sequences: Sequences,
+        dropout: Dropout | None = None,
+        state: RouterState | None = None,
+    ) -> tuple[Tensor, RouterState | None]:
+        """Scores in (-1/2, 1/2) `[tokens, kv heads of this rank]`; with a state they come `margin` tokens later."""
+        parameters = self.parameters_for_op()
+        if state is None:
+            logits = retention_logits(k, v, parameters, sequences, dropout, self.dilation)
+        else:
+            logits, state = retention_logits_streamed(k, v, parameters, sequences, state, self.dilation)
+        return torch.sigmoid(logits) - 0.5, state
+
     def parameters_for_op(self) -> RouterParameters:
         """The op's view of the parameters."""
-        return RouterParameters(tuple(self.weights), tuple(self.biases), self.projection, self.projection_bias)
+        return RouterParameters(
+            (self.conv0_weight, self.conv1_weight, self.conv2_weight),
+            (self.conv0_bias, self.conv1_bias, self.conv2_bias),
+            self.projection,
+            self.projection_bias,
+        )
 
 
 class LTEAttention(AttentionProjections):
@@ -64,7 +91,7 @@ class LTEAttention(AttentionProjections):
         super().__init__(settings, layer)
         self.layer, self.lte = layer, settings.model.lte
         self.router = Router(settings)
-        self.heads = self.router.projection.shape[0]
+        self.heads = settings.kv_heads // parallel_state.get_tensor_model_parallel_world_size()
         self.margin = margin(self.lte.conv_size, self.lte.conv_dilation)
         self.l1_lambda = torch.zeros(self.heads)
 
@@ -74,10 +101,7 @@ class LTEAttention(AttentionProjections):
         if state is not None:
             return self._continue(q, k, v, context, state)
         lte, sequences = self.lte, context.sequences
-        logits = retention_logits(
-            k, v, self.router.parameters_for_op(), sequences, self._dropout(context), lte.conv_dilation
-        )
-        scores = torch.sigmoid(logits) - 0.5
+        scores, _ = self.router(k, v, sequences, self._dropout(context))
         cap = None if context.training and not lte.train_cap else lte.buffer_size
         q, k = self.rotate(q, context), self.rotate(k, context)
         o = lte_attention(q, k, v, scores, sequences, lte.window_size, lte.sink_size, cap)
@@ -85,10 +109,7 @@ class LTEAttention(AttentionProjections):
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: LTEState):
         lte, sequences = self.lte, context.sequences
-        logits, router = retention_logits_streamed(
-            k, v, self.router.parameters_for_op(), sequences, state.router, lte.conv_dilation
-        )
-        scores = torch.sigmoid(logits) - 0.5
+        scores, router = self.router(k, v, sequences, state=state.router)
         q, k = self.rotate(q, context), self.rotate(k, context)
         o, cache = lte_attention_with_cache(
             q, k, v, scores, state.cache, sequences, lte.window_size, lte.sink_size, lte.buffer_size, self.margin

@@ -1,0 +1,63 @@
+"""Which steps are left out: those that are not finite, and, if asked for, those that stand out from the last ones."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+
+from megahybrid.config.schema import SkipConfig
+from megahybrid.errors import UserError
+
+
+class StepGuard:
+    """Judges every step by its loss and gradient norm, the same on every process.
+
+    Attributes:
+        skipped: steps left out so far.
+        in_a_row: steps left out since the last accepted one.
+    """
+
+    def __init__(self, config: SkipConfig):
+        self.config = config
+        self.skipped = self.in_a_row = 0
+        self._accepted: dict[str, deque[float]] = {
+            name: deque(maxlen=config.window) for name in ("loss", "gradient norm")
+        }
+
+    def reason(self, loss: float, grad_norm: float) -> str | None:
+        """Why this step has to be left out, or None. Changes nothing."""
+        for (name, window), value in zip(self._accepted.items(), (loss, grad_norm), strict=True):
+            if not math.isfinite(value):
+                return f"its {name} is {value}"
+            if self.config.spikes and len(window) == self.config.window:
+                mean, deviation = statistics.fmean(window), statistics.pstdev(window)
+                if value > mean + self.config.sigma * deviation:
+                    return f"its {name} is {value:.4g}, over {mean:.4g} by more than {self.config.sigma:g} deviations"
+        return None
+
+    def record(self, loss: float, grad_norm: float, reason: str | None) -> None:
+        """Take the judged step in. Raises UserError after too many left out in a row."""
+        if reason is None:
+            self.in_a_row = 0
+            for window, value in zip(self._accepted.values(), (loss, grad_norm), strict=True):
+                window.append(value)
+            return
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row > self.config.most_in_a_row:
+            raise UserError(
+                f"{self.in_a_row} steps in a row had to be left out, the last because {reason}; "
+                "go back to an older checkpoint with a lower optimizer.learning_rate, or look at the data."
+            )
+
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        accepted = {name: list(window) for name, window in self._accepted.items()}
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "accepted": accepted}
+
+    def load_state(self, state: dict) -> None:
+        """Take over a state that `state` gave."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        for name, window in self._accepted.items():
+            window.extend(state["accepted"][name])

@@ -1,0 +1,132 @@
+import errno
+import json
+import os
+import shutil
+
+import pytest
+
+import megahybrid.training.checkpoint as checkpoint
+from megahybrid.cli import main
+from megahybrid.training.engine import Engine
+from tests.training.conftest import metrics
+
+
+def names(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def weights(run, step):
+    return (run / "checkpoints" / f"step_{step:08d}" / "weights.safetensors").read_bytes()
+
+
+def test_keep_and_milestones(recipe, tmp_path):
+    overrides = ["train.steps=7", "checkpoint.every=1", "checkpoint.keep=2", "checkpoint.milestone_every=3"]
+    assert main(["train", str(recipe), *overrides]) == 0
+    assert names(tmp_path / "run") == ["latest"] + [f"step_0000000{step}" for step in (3, 5, 6, 7)]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(recipe, tmp_path, monkeypatch, capsys, reference):
+    real = checkpoint.save_file
+
+    def full(tensors, file):
+        if "step_00000010" in str(file) and "exp_avg_sq" in str(file):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(tensors, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert main(["train", str(recipe)]) == 2
+    message = capsys.readouterr().err
+    assert "checkpoint of step 10" in message and "No space left on device" in message
+    assert names(tmp_path / "run") == ["latest", "step_00000005"]
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    assert main(["train", str(recipe)]) == 0
+    assert metrics(tmp_path / "run") == metrics(reference)
+
+
+def test_a_checkpoint_without_its_files_names_an_older_one(recipe, tmp_path, capsys):
+    assert main(["train", str(recipe), "train.steps=10"]) == 0
+    last = tmp_path / "run" / "checkpoints" / "step_00000010"
+    (last / "exp_avg.safetensors").unlink()
+    assert main(["train", str(recipe)]) == 2
+    message = capsys.readouterr().err
+    assert "exp_avg.safetensors' is missing" in message and "write step_00000005 into" in message
+    shutil.rmtree(last)
+    assert main(["train", str(recipe)]) == 2
+    assert "step_00000010' is not whole" in capsys.readouterr().err
+
+
+def test_more_steps_go_on_and_fewer_are_done(recipe, tmp_path, capsys):
+    schedule = "optimizer.schedule=constant"
+    assert main(["train", str(recipe), "train.steps=4", schedule]) == 0
+    assert main(["train", str(recipe), "train.steps=6", schedule]) == 0
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert main(["train", str(recipe), "train.steps=5", schedule]) == 0
+    assert "has done its 5 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "refused"),
+    [
+        ("train.seq_length=32", True),
+        ("train.seed=1", True),
+        ("train.global_batch_size=4", True),
+        ("data.document_masking=false", True),
+        ("model.lte.buffer_size=9", True),
+        ("optimizer.learning_rate=0.001", False),
+        ("train.micro_batch_size=1", False),
+        ("checkpoint.keep=1", False),
+    ],
+)
+def test_which_keys_may_change_on_resume(override, refused, recipe, tmp_path, capsys):
+    assert main(["train", str(recipe), "train.steps=2"]) == 0
+    assert main(["train", str(recipe), "train.steps=3", override]) == (2 if refused else 0)
+    if refused:
+        assert f"was trained with {override.split('=')[0]} = " in capsys.readouterr().err
+        assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_init_from_takes_weights_and_nothing_else(recipe, reference, tmp_path):
+    overrides = ["train.steps=1", f"train.init_from={reference}", "optimizer.learning_rate=1e-12"]
+    assert main(["train", str(recipe), *overrides]) == 0
+    line = metrics(tmp_path / "run")[0]
+    assert line["step"] == 1
+    assert line["loss"] < metrics(reference)[0]["loss"] - 1.0
+    assert all(value == 0 for head in line["lambda"] for value in head)
+    assert line["validation_loss"] == pytest.approx(metrics(reference)[-1]["validation_loss"], rel=1e-5)
+
+
+def test_bf16_resumes_bit_equal(recipe, tmp_path, monkeypatch):
+    runs = []
+    for stop in (None, 4):
+        run = tmp_path / f"run_{stop}"
+        command = ["train", str(recipe), "train.dtype=bf16", "train.steps=8", "checkpoint.every=3", f"run.dir={run}"]
+        if stop:
+            real = Engine.step
+
+            def dies(self, batches, step, stop=False, real=real):
+                if step == 5:
+                    raise RuntimeError("the machine went away")
+                return real(self, batches, step, stop)
+
+            monkeypatch.setattr(Engine, "step", dies)
+            with pytest.raises(RuntimeError):
+                main(command)
+            monkeypatch.setattr(Engine, "step", real)
+        assert main(command) == 0
+        runs.append(run)
+    assert metrics(runs[0]) == metrics(runs[1])
+    assert weights(runs[0], 8) == weights(runs[1], 8)
+
+
+def test_bf16_learns_as_fp32_does(recipe, reference, tmp_path):
+    assert main(["train", str(recipe), "train.dtype=bf16"]) == 0
+    ours, theirs = metrics(tmp_path / "run")[-1], metrics(reference)[-1]
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.03)
+
+
+def test_z_loss_pulls_the_normaliser_and_leaves_the_reported_loss_alone(recipe, reference, tmp_path):
+    assert main(["train", str(recipe), "train.z_loss=0.1"]) == 0
+    ours, theirs = metrics(tmp_path / "run"), metrics(reference)
+    assert ours[0]["loss"] == theirs[0]["loss"]
+    assert ours[0]["grad_norm"] > 1.05 * theirs[0]["grad_norm"]

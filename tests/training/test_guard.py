@@ -1,0 +1,101 @@
+import math
+
+import pytest
+import torch
+
+from megahybrid.cli import main
+from megahybrid.config.schema import SkipConfig
+from megahybrid.errors import UserError
+from megahybrid.model.stack import Stack
+from megahybrid.training.guard import StepGuard
+from tests.training.conftest import metrics
+
+
+def settled(**options) -> StepGuard:
+    """A guard that has seen losses of 2.0 ± 0.1 and gradient norms of 1.0 ± 0.1."""
+    guard = StepGuard(SkipConfig(window=10, **options))
+    for step in range(10):
+        sign = 1 if step % 2 else -1
+        guard.record(2.0 + 0.1 * sign, 1.0 + 0.1 * sign, None)
+    return guard
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan), (2.0, math.inf)])
+def test_what_is_not_finite_is_left_out(loss, norm):
+    assert "is" in StepGuard(SkipConfig()).reason(loss, norm)
+
+
+def test_spikes_are_left_out_only_if_asked_for_and_only_beyond_sigma():
+    assert settled().reason(100.0, 100.0) is None
+    guard = settled(spikes=True, sigma=6)
+    assert guard.reason(2.59, 1.59) is None
+    assert "its loss is 2.61" in guard.reason(2.61, 1.0)
+    assert "its gradient norm is 1.61" in guard.reason(2.0, 1.61)
+    assert guard.reason(0.5, 0.1) is None  # lower is no spike
+
+
+def test_no_spike_before_the_window_is_full():
+    guard = StepGuard(SkipConfig(window=10, spikes=True))
+    guard.record(2.0, 1.0, None)
+    assert guard.reason(100.0, 100.0) is None
+
+
+def test_many_in_a_row_stop_the_run_and_an_accepted_step_starts_the_count_again():
+    guard = StepGuard(SkipConfig(most_in_a_row=2))
+    for _ in range(3):
+        guard.record(math.nan, 1.0, "its loss is nan")
+        guard.record(math.nan, 1.0, "its loss is nan")
+        guard.record(1.0, 1.0, None)
+    assert guard.skipped == 6
+    guard.record(math.nan, 1.0, "its loss is nan")
+    guard.record(math.nan, 1.0, "its loss is nan")
+    with pytest.raises(UserError, match="3 steps in a row had to be left out, the last because its loss is nan"):
+        guard.record(math.nan, 1.0, "its loss is nan")
+
+
+def test_a_left_out_spike_does_not_enter_the_window():
+    guard = settled(spikes=True)
+    guard.record(50.0, 1.0, guard.reason(50.0, 1.0))
+    assert guard.reason(2.61, 1.0) is not None
+
+
+def test_state_survives():
+    guard, other = settled(spikes=True), StepGuard(SkipConfig(window=10, spikes=True))
+    guard.record(math.inf, 1.0, "its loss is inf")
+    other.load_state(guard.state())
+    assert (other.skipped, other.in_a_row) == (1, 1)
+    assert other.reason(2.61, 1.0) == guard.reason(2.61, 1.0)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_bad_step_changes_no_weight_and_is_counted(stage, fault, recipe, tmp_path, monkeypatch):
+    """Step 3 turns out NaN; the weights after it are those after step 2."""
+    real, calls = Stack.forward, []
+
+    def forward(self, *arguments, **options):
+        out = real(self, *arguments, **options)
+        if torch.is_grad_enabled():
+            calls.append(None)
+        if torch.is_grad_enabled() and len(calls) == 9:  # the first of the third step's four micro-batches
+            if fault == "loss":
+                return out._replace(losses=out.losses * math.nan)
+            out.losses.register_hook(lambda gradient: gradient * math.inf)
+        return out
+
+    monkeypatch.setattr(Stack, "forward", forward)
+    overrides = [f"parallel.zero_stage={stage}", "checkpoint.every=1", "checkpoint.keep=4", "train.steps=4"]
+    assert main(["train", str(recipe), *overrides]) == 0
+    assert [line["skipped"] for line in metrics(tmp_path / "run")] == [0, 0, 1, 1]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    content = [(checkpoints / f"step_0000000{step}" / "weights.safetensors").read_bytes() for step in (2, 3, 4)]
+    assert content[0] == content[1]
+    assert content[1] != content[2]
+
+
+def test_a_run_of_bad_steps_ends_with_one_sentence(recipe, tmp_path, monkeypatch, capsys):
+    real = Stack.forward
+    monkeypatch.setattr(Stack, "forward", lambda *a, **o: (out := real(*a, **o))._replace(losses=out.losses * math.nan))
+    assert main(["train", str(recipe), "train.skip.most_in_a_row=3"]) == 2
+    assert "4 steps in a row had to be left out" in capsys.readouterr().err
+    assert '"state": "failed"' in (tmp_path / "run" / "status.json").read_text()

@@ -1,0 +1,79 @@
+"""A pool of processes that join a new process group for every call: importing everything costs each once only."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import socket
+import time
+import traceback
+from typing import Any
+
+import torch.multiprocessing as multiprocessing
+
+
+class Workers:
+    """`count` processes; `run` calls a function on the first `world` of them as ranks of one group."""
+
+    def __init__(self, count: int):
+        self._count, self._context = count, multiprocessing.get_context("spawn")
+        self._processes: list[tuple[Any, Any]] = []
+
+    def run(self, world: int, function: str, *arguments: Any, timeout: float = 180) -> list[Any]:
+        """`function` is "module:name"; returns every rank's result. Raises AssertionError when one fails."""
+        if not self._processes:
+            self._start()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank, (_, pipe) in enumerate(self._processes[:world]):
+            pipe.send((function, arguments, rank, world, port))
+        results, faults, deadline = [], [], time.monotonic() + timeout
+        for rank, (_, pipe) in enumerate(self._processes[:world]):
+            try:
+                wait = 5 if faults else max(0.1, deadline - time.monotonic())
+                done, value = pipe.recv() if pipe.poll(wait) else (False, "timed out")
+            except EOFError:
+                done, value = False, "the process died"
+            if done:
+                results.append(value)
+            else:
+                faults.append(f"rank {rank} of {world}: {value}")
+        if faults:
+            self.close()
+            raise AssertionError("\n".join(faults))
+        return results
+
+    def close(self) -> None:
+        for process, _ in self._processes:
+            process.kill()
+            process.join()
+        self._processes = []
+
+    def _start(self) -> None:
+        for _ in range(self._count):
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append((process, ours))
+
+
+def _serve(pipe: Any) -> None:
+    while True:
+        function, arguments, rank, world, port = pipe.recv()
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+        try:
+            module, name = function.split(":")
+            pipe.send((True, getattr(importlib.import_module(module), name)(*arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+        finally:
+            with contextlib.suppress(Exception):
+                from megahybrid.parallel import groups
+
+                groups.shut_down()
