@@ -207,7 +207,7 @@ class SourceConfig:
     """The folder."""
     format: str = "text"
     """text: a file is a document; jsonl: a line of a file is one, also in .gz and .zst."""
-    include: list[str] = field(default_factory=lambda: ["*.txt"])
+    include: list[str] = field(default_factory=list)
     """Glob patterns on the file name; *.txt, or *.jsonl with .gz and .zst, when left out."""
     exclude: list[str] = field(default_factory=list)
     """Folder names that are passed over wherever they stand."""

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import distributed as dist
 
 from megahybrid.config.schema import Config
-from megahybrid.data.order import SampleOrder
+from megahybrid.data.documents import TRAIN, VALIDATION
+from megahybrid.data.order import OrderedSource, SampleOrder, apportion
 from megahybrid.data.packing import Batch, pack
-from megahybrid.data.prepared import TRAIN, VALIDATION, Prepared, open_prepared
+from megahybrid.data.prepared import Prepared, open_prepared, open_store
+from megahybrid.data.shards import ShardReader
 from megahybrid.errors import UserError
-
-if TYPE_CHECKING:
-    from megahybrid.data.shards import ShardReader
 
 
 class TrainingData:
     """One data parallel rank's part of every global batch, from any position.
 
-    Ranks that share `dp_rank` (tensor and pipeline parallel) read the same. Constructing it is collective when
-    torch.distributed is initialised.
+    Ranks that share `dp_rank` (tensor and pipeline parallel) read the same. The order (order.py) knows no ranks and
+    no steps: its state is the number of samples consumed. Constructing it is collective when torch.distributed is
+    initialised: what one rank finds wrong is raised on all.
     """
 
     def __init__(self, config: Config, dp_rank: int, dp_size: int, consumed: int = 0):
         """`consumed`: samples that all ranks together have read before, the whole resume state.
 
-        Raises UserError if data.path is not prepared for this recipe, is damaged, or does not fill a global batch, and
-        if the batch sizes do not divide.
+        Raises UserError if data.path is not prepared for this recipe, is damaged, or does not fill a global batch, if
+        the batch sizes do not divide, and if ranks find different data.
         """
+        self._config = config
+        self._rank = dp_rank, dp_size
+        _on_all_ranks(self._open)
+        self.seek(consumed)
+
+    def _open(self) -> str:
+        config, dp_size = self._config, self._rank[1]
         train = config.train
         if train.global_batch_size % (train.micro_batch_size * dp_size):
             raise UserError(
@@ -35,11 +43,19 @@ class TrainingData:
                 f"times the data parallel size ({train.micro_batch_size} * {dp_size})."
             )
         self.prepared: Prepared = open_prepared(config)
-        self._reader = _open(config, self.prepared, TRAIN)
-        self._order = SampleOrder(self._reader.order, self.prepared.samples(TRAIN), train.global_batch_size)
-        self._config = config
-        self._rank = dp_rank, dp_size
-        self.seek(consumed)
+        """What `prepare` wrote."""
+        weights = _weights(config, self.prepared)
+        self._reader = ShardReader(self.prepared, open_store(config), TRAIN, weights, train.seq_length)
+        samples = self._reader.shard_samples
+        sources = [OrderedSource(name, samples[name], weight) for name, weight in weights.items()]
+        self._order = SampleOrder(sources, train.seed, config.data.shuffle_block_size)
+        if self.samples_per_epoch < train.global_batch_size:
+            raise UserError(
+                f"The prepared text holds {self.samples_per_epoch:,} samples, fewer than train.global_batch_size "
+                f"({train.global_batch_size:,}); add text or lower it."
+            )
+        self._require_cache(weights)
+        return self.prepared.identity
 
     def seek(self, consumed: int) -> None:
         """Go to where `consumed` samples have been read. Raises UserError if that is not a whole number of steps."""
@@ -49,6 +65,8 @@ class TrainingData:
                 f"({self._config.train.global_batch_size}); set it back to what the run began with."
             )
         self._consumed = consumed
+        self._ahead: tuple[int, int] | None = None
+        self._look_ahead()
 
     @property
     def consumed(self) -> int:
@@ -56,20 +74,25 @@ class TrainingData:
         return self._consumed
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Global batches before a sample comes again."""
-        return self._order.steps_per_epoch
+    def samples_per_epoch(self) -> int:
+        """Samples of the sources in use; consumed // samples_per_epoch is the epoch, in the sense of order.py."""
+        return self._order.samples_per_epoch
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch. Raises UserError for a damaged shard."""
-        global_batch_size = self._config.train.global_batch_size
-        indices = self._order.batch(self._consumed // global_batch_size, *self._rank)
+        train = self._config.train
+        rank, size = self._rank
+        self._look_ahead()
+        indices = self._order.indices(self._consumed, train.global_batch_size)[rank::size]
         batches = list(_micro_batches(self._reader, indices.tolist(), self._config))
-        self._consumed += global_batch_size
+        read = sum(len(batch.tokens) for batch in batches)
+        if read * size != train.global_batch_size * train.seq_length:
+            raise RuntimeError(f"read {read} tokens of a global batch of {train.global_batch_size} samples")
+        self._consumed += train.global_batch_size
         return batches
 
     def close(self) -> None:
-        """Release what the shards hold. Nothing can be read afterwards."""
+        """End the background threads. Nothing can be read afterwards."""
         self._reader.close()
 
     def __enter__(self) -> TrainingData:
@@ -78,35 +101,74 @@ class TrainingData:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def _look_ahead(self) -> None:
+        """Have the shards made ready that this step's blocks and the next one's need."""
+        blocks = list(self._order.blocks(self._consumed, self._config.train.global_batch_size))
+        if blocks[-1] != self._ahead:
+            self._ahead = blocks[-1]
+            blocks.append(self._order.following(*blocks[-1]))
+            self._reader.look_ahead(shard for block in blocks for shard in self._order.shards(*block))
+
+    def _require_cache(self, weights: dict[str, float]) -> None:
+        """Refuse a cache that cannot hold the shards in use at once: every step would fetch them again."""
+        limit = self._config.data.cache_limit
+        if self._config.data.remote is None or limit is None:
+            return
+        needed, first = 0, 0
+        blocks = 2 + self._config.train.global_batch_size // self._config.data.shuffle_block_size
+        for number, samples in enumerate(self._reader.shard_samples.values()):
+            sizes = [shard.file.bytes for shard in self._reader.shards[first : first + len(samples)]]
+            first += len(samples)
+            a_sample = max(size / count for size, count in zip(sizes, samples.tolist(), strict=True))
+            span = blocks * self._order.largest_share(number) * a_sample + 2 * max(sizes)
+            needed += min(int(span), sum(sizes))
+        if limit * 1e9 < needed:
+            raise UserError(
+                f"data.cache_limit is {limit:g} GB, but the shards in use at once take {needed / 1e9:.3g} GB; raise it "
+                "or lower data.shuffle_block_size."
+            )
+
 
 class ValidationData:
     """One rank's part of the validation set, as micro-batches: iterate it as often as needed.
 
-    The set is the first train.validation_samples samples of the validation split, always; each belongs to one rank,
-    so ranks may have unequally many (or none). Constructing it is collective when torch.distributed is initialised.
+    The set is train.validation_samples samples of the validation split, always the same: the first ones of every
+    source in use, of each as many as its share of the split. Each belongs to one rank, so ranks may have unequally
+    many (or none). Constructing it is collective when torch.distributed is initialised.
     """
 
     def __init__(self, config: Config, dp_rank: int, dp_size: int):
         """Raises UserError if data.path is not prepared for this recipe or is damaged."""
-        prepared = open_prepared(config)
-        self.samples = min(config.train.validation_samples, prepared.samples(VALIDATION))
-        """Over all ranks."""
-        self._indices = range(self.samples)[dp_rank::dp_size]
-        self._reader = _open(config, prepared, VALIDATION) if self.samples else None
         self._config = config
+        _on_all_ranks(self._open)
+        self._indices = self._set[dp_rank::dp_size]
+
+    def _open(self) -> str:
+        prepared = open_prepared(self._config)
+        held = prepared.sources_of(VALIDATION)
+        sources = [name for name in _weights(self._config, prepared) if name in held]
+        length = self._config.train.seq_length
+        self._reader = ShardReader(prepared, open_store(self._config), VALIDATION, sources, length)
+        sizes = [int(samples.sum()) for samples in self._reader.shard_samples.values()]
+        self.samples = min(self._config.train.validation_samples, sum(sizes))
+        """Over all ranks."""
+        first, self._set = 0, []
+        for size, count in zip(sizes, apportion(self.samples, sizes) if sizes else [], strict=True):
+            self._set += range(first, first + count)
+            first += size
+        return prepared.identity
 
     def __len__(self) -> int:
         """Micro-batches of this rank; the last may hold fewer samples than the others."""
         return -(-len(self._indices) // self._config.train.micro_batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._reader is not None:
-            yield from _micro_batches(self._reader, self._indices, self._config)
+        self._reader.look_ahead(self._reader.shards_of(self._indices))
+        yield from _micro_batches(self._reader, self._indices, self._config)
 
     def close(self) -> None:
-        """Release what the shards hold. Nothing can be read afterwards."""
-        if self._reader is not None:
-            self._reader.close()
+        """End the background threads. Nothing can be read afterwards."""
+        self._reader.close()
 
     def __enter__(self) -> ValidationData:
         return self
@@ -120,10 +182,26 @@ def validation_batches(config: Config, dp_rank: int, dp_size: int) -> Validation
     return ValidationData(config, dp_rank, dp_size)
 
 
-def _open(config: Config, prepared: Prepared, split: str) -> ShardReader:
-    from megahybrid.data.shards import ShardReader  # takes seconds, and only readers need it
+def _weights(config: Config, prepared: Prepared) -> dict[str, float]:
+    """The sources in use, sorted by name, with their weights: those of the recipe, or their sizes.
 
-    return ShardReader(prepared, split, config.train.seed, config.data.shuffle_block_size)
+    Raises UserError for a source with a weight and without samples, and if no source is left.
+    """
+    sizes = prepared.sources_of(TRAIN)
+    given = {name: source.weight for name, source in config.data.sources.items() if source.weight is not None}
+    for name, weight in given.items():
+        if weight > 0 and name not in sizes:
+            raise UserError(
+                f"data.sources.{name} has a weight but less than one sample of text; add text or set its weight to 0."
+            )
+    if any(given.values()):
+        weights = {name: given.get(name, 0.0) for name in sizes}
+    else:
+        weights = {name: float(size) for name, size in sizes.items() if name not in given}
+    weights = {name: weight for name, weight in weights.items() if weight > 0}
+    if not weights:
+        raise UserError("No source is left to train on; give one that has samples a weight above 0.")
+    return weights
 
 
 def _micro_batches(reader: ShardReader, indices: Sequence[int], config: Config) -> Iterator[Batch]:
@@ -131,3 +209,24 @@ def _micro_batches(reader: ShardReader, indices: Sequence[int], config: Config) 
     for begin in range(0, len(indices), size):
         part = indices[begin : begin + size]
         yield pack([reader[index] for index in part], part, config.data.document_masking)
+
+
+def _on_all_ranks(open_data: Callable[[], str]) -> None:
+    """Open data on every rank; if that fails on one, or ranks find different data, raise on all."""
+    error, identity = None, ""
+    try:
+        identity = open_data()
+    except Exception as caught:
+        error = caught
+    if dist.is_available() and dist.is_initialized():
+        found: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
+        dist.all_gather_object(found, (f"{error}" if error else "", identity))
+        first = next((message for message, _ in found if message), "")
+        if error is None and first:
+            raise UserError(first)
+        if error is None and len({name for _, name in found}) > 1:
+            raise UserError(
+                "The processes do not find the same prepared data in data.path; give all nodes the same copy."
+            )
+    if error is not None:
+        raise error

@@ -1,50 +1,47 @@
-"""`megahybrid prepare`: text → tokenizer → MDS shards, whole or not at all."""
+"""`megahybrid prepare`: text → tokenizer → MDS shards, whole or not at all, and going on where it was stopped."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
-import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from megahybrid.config.schema import Config
-from megahybrid.data.documents import Document, Skipped, list_documents, read_documents, split_documents
-from megahybrid.data.prepared import (
-    TRAIN,
-    VALIDATION,
-    Prepared,
-    SplitCounts,
-    differences,
-    find_prepared,
-    prepare_settings,
-)
+from megahybrid.data import writing
+from megahybrid.data.assembly import assemble
+from megahybrid.data.documents import TRAIN, VALIDATION, Skipped, Unit, read_unit
+from megahybrid.data.planning import fingerprint, plan
+from megahybrid.data.prepared import Prepared, SplitCounts, differences, find_prepared, prepare_settings
+from megahybrid.data.progress import progress
 from megahybrid.data.tokenizer import Tokenizer, tokenizer_file, tokenizer_hash
-from megahybrid.data.writing import SampleWriter, token_dtype
+from megahybrid.data.units import Format, UnitCounts, finished_unit
+from megahybrid.data.workers import write_units
+from megahybrid.data.writing import token_dtype
 from megahybrid.errors import UserError
-from megahybrid.files import sync_folder
+from megahybrid.files import sync_folder, write_json
 
 Report = Callable[[str], Any]
 
 # More text than this makes tokenizer training longer, not better.
 _TOKENIZER_BYTES = 20_000_000
-# Text that is tokenised at once: enough for all cores, little enough for memory.
-_BATCH_BYTES = 4_000_000
-_SECONDS_BETWEEN_LINES = 10.0
+# Less text than this is tokenised before more processes have started.
+_LITTLE_BYTES = 8_000_000
+# Of everything that a finished unit depends on and its plan does not show.
+_VERSION = 1
 
 
 def prepare(config: Config, report: Report = print) -> Prepared:
     """Tokenise the recipe's sources into data.path; does nothing if that was done before with the same settings.
 
-    data.path appears in one rename when everything is written. Call it from one process.
+    data.path appears in one rename when everything is written. Until then the finished parts wait in a hidden folder
+    beside it; the next prepare with the same settings and files goes on from there, to the same result byte for byte.
+    What is written does not depend on data.workers. Call it from one process.
     Raises UserError for sources without text, for a tokenizer that does not fit, and if data.path holds anything else.
     """
     settings = prepare_settings(config)
@@ -53,37 +50,32 @@ def prepare(config: Config, report: Report = print) -> Prepared:
         report(f"{target} is already prepared: {prepared.samples(TRAIN):,} samples to train on.")
         return prepared
     skipped = Skipped()
-    sources = _split_sources(config, skipped)
-    with _appearing(target) as part:
-        tokenizer = _tokenizer(config, sources, part / "tokenizer" / "tokenizer.json", report)
-        counts = _write(config, sources, tokenizer, part, skipped, report)
+    units = plan(config, skipped)
+    with _workplace(target) as place:
+        _begin(place, {"version": _VERSION, "settings": settings, "files": fingerprint(units)}, report)
+        tokenizer = _tokenizer(config, units, place / "tokenizer" / "tokenizer.json", report)
+        counts = _write(config, units, tokenizer, place, report)
+        for each in (each for source in counts.values() for each in source):
+            skipped.add(each.skipped)
+        _report_skipped(skipped, report)
+        _require_text(config, units, counts)
+        splits = _assemble(config, units, tokenizer, counts, place)
         prepared = Prepared(
-            root=part,
+            root=place / "final",
             seq_length=config.train.seq_length,
             vocab_size=tokenizer.vocab_size,
             document_id=tokenizer.document_id,
             token_dtype=token_dtype(tokenizer.vocab_size),
-            tokenizer_sha256=tokenizer_hash(part / "tokenizer" / "tokenizer.json"),
+            tokenizer_sha256=tokenizer_hash(place / "tokenizer" / "tokenizer.json"),
             settings=settings,
-            sources=counts,
+            sources=splits,
         )
-        _summary(prepared, skipped, report)
+        _summary(prepared, report)
         prepared.save()
+        _appear(place / "final", target)
     prepared.root = target
     report(f"Prepared {target}.")
     return prepared
-
-
-@dataclass
-class _Source:
-    """The documents of one source."""
-
-    train: list[Document]
-    validation: list[Document]
-
-    def splits(self) -> Iterator[tuple[str, list[Document]]]:
-        yield TRAIN, self.train
-        yield VALIDATION, self.validation
 
 
 def _already(target: Path, settings: dict[str, Any]) -> Prepared | None:
@@ -98,113 +90,160 @@ def _already(target: Path, settings: dict[str, Any]) -> Prepared | None:
     return prepared
 
 
-def _split_sources(config: Config, skipped: Skipped) -> dict[str, _Source]:
-    if not config.data.sources:
-        raise UserError("data.sources is empty; name at least one folder of text, such as data.sources.books.path=DIR.")
-    sources = {}
-    for name, source in sorted(config.data.sources.items()):
-        if not re.fullmatch(r"\w[\w.-]*", name) or name in ("tokenizer", "dataset.json"):
-            raise UserError(f"data.sources.{name} needs another name, one that can name a folder beside tokenizer/.")
-        documents = list_documents(name, source, skipped)
-        sources[name] = _Source(*split_documents(documents, config.data.validation_fraction))
-    return sources
+def _begin(place: Path, facts: dict[str, Any], report: Report) -> None:
+    """Keep what an earlier prepare has finished if it was the same; sweep everything else."""
+    file = place / "plan.json"
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(file.read_text(encoding="utf-8")) == facts:
+            shutil.rmtree(place / "final", ignore_errors=True)
+            report(f"Going on from the finished parts in {place}.")
+            return
+    for path in place.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    write_json(file, facts)
 
 
-def _tokenizer(config: Config, sources: dict[str, _Source], file: Path, report: Report) -> Tokenizer:
+def _tokenizer(config: Config, units: dict[str, list[Unit]], file: Path, report: Report) -> Tokenizer:
     if config.data.tokenizer is not None:
         given = tokenizer_file(config.data.tokenizer)
         tokenizer = Tokenizer.load(given)
         tokenizer.require_fit(config.model.vocab_size)
-        file.parent.mkdir()
+        file.parent.mkdir(exist_ok=True)
         shutil.copyfile(given, file)
         return tokenizer
-    start, size = time.perf_counter(), 0
+    if not file.exists():  # it appears whole
+        size = 0
 
-    def texts() -> Iterator[str]:
-        nonlocal size
-        for document, text in read_documents(_sample(sources), Skipped()):
-            size += document.bytes
-            yield text
+        def texts() -> Iterator[str]:
+            nonlocal size
+            for text in _sample(units):
+                size += len(text)
+                yield text
 
-    tokenizer = Tokenizer.train(texts(), config.model.vocab_size)
+        tokenizer = Tokenizer.train(texts(), config.model.vocab_size)
+        tokenizer.save(file)
+        report(f"Trained a tokenizer of {tokenizer.vocab_size:,} tokens on {size / 1e6:.1f} M characters.")
+    tokenizer = Tokenizer.load(file)
     tokenizer.require_fit(config.model.vocab_size)
-    tokenizer.save(file)
-    seconds = time.perf_counter() - start
-    report(f"Trained a tokenizer of {tokenizer.vocab_size:,} tokens on {size / 1e6:.1f} MB in {seconds:.1f} s.")
     return tokenizer
 
 
-def _sample(sources: dict[str, _Source]) -> Iterator[Document]:
+def _sample(units: dict[str, list[Unit]]) -> Iterator[str]:
     """Of every source, training documents in proportion to its size, `_TOKENIZER_BYTES` over all."""
-    total = sum(document.bytes for source in sources.values() for document in source.train)
+    total = sum(unit.bytes for each in units.values() for unit in each)
     part = min(1.0, _TOKENIZER_BYTES / total)
-    for source in sources.values():
-        room = part * sum(document.bytes for document in source.train)
-        for document in source.train:
-            if room <= 0:
+    for each in units.values():
+        room = part * sum(unit.bytes for unit in each)
+        for text, size in _training_texts(each):
+            if part < 1 and room <= 0:
                 break
-            room -= document.bytes
-            yield document
+            room -= size
+            yield text
+
+
+def _training_texts(units: list[Unit]) -> Iterator[tuple[str, int]]:
+    for unit in units:
+        for texts, _ in read_unit(unit, Skipped()):
+            yield from ((text.text, text.bytes) for text in texts if text.split == TRAIN)
 
 
 def _write(
-    config: Config, sources: dict[str, _Source], tokenizer: Tokenizer, part: Path, skipped: Skipped, report: Report
+    config: Config, units: dict[str, list[Unit]], tokenizer: Tokenizer, place: Path, report: Report
+) -> dict[str, list[UnitCounts]]:
+    """Write all units that are not finished; what each has come to."""
+    made = Format(
+        tokenizer=str(place / "tokenizer" / "tokenizer.json"),
+        seq_length=config.train.seq_length,
+        dtype=token_dtype(tokenizer.vocab_size),
+        shard_bytes=writing.SHARD_BYTES,
+    )
+    everything = [unit for each in units.values() for unit in each]
+    missing = [unit for unit in everything if finished_unit(_folder(place, unit)) is None]
+    if len(missing) < len(everything):
+        report(f"{len(everything) - len(missing):,} of {len(everything):,} parts were finished before.")
+    total = sum(unit.bytes for unit in missing)
+    workers = config.data.workers or (1 if total < _LITTLE_BYTES else len(os.sched_getaffinity(0)))
+    with progress(total, report) as advance:
+        write_units([(unit, _folder(place, unit)) for unit in missing], made, workers, advance)
+    counts: dict[str, list[UnitCounts]] = {}
+    for name, each in units.items():
+        counts[name] = []
+        for unit in each:
+            found = finished_unit(_folder(place, unit))
+            if found is None:
+                raise OSError(f"'{_folder(place, unit)}' is not what was written a moment ago")
+            counts[name].append(found)
+    return counts
+
+
+def _assemble(
+    config: Config, units: dict[str, list[Unit]], tokenizer: Tokenizer, counts: dict[str, list[UnitCounts]], place: Path
 ) -> dict[str, dict[str, SplitCounts]]:
-    total = sum(document.bytes for source in sources.values() for _, side in source.splits() for document in side)
-    counts: dict[str, dict[str, SplitCounts]] = {}
-    with _progress(total, report) as advance:
-        for name, source in sources.items():
-            counts[name] = {}
-            for split, documents in source.splits():
-                folder = part / name / split
-                counts[name][split] = _write_split(config, documents, tokenizer, folder, skipped, advance)
-    return counts
+    final, dtype = place / "final", token_dtype(tokenizer.vocab_size)
+    final.mkdir()
+    (final / "tokenizer").mkdir()
+    shutil.copyfile(place / "tokenizer" / "tokenizer.json", final / "tokenizer" / "tokenizer.json")
+    splits: dict[str, dict[str, SplitCounts]] = {}
+    for name, each in units.items():
+        folders = [_folder(place, unit) for unit in each]
+        samples = assemble(folders, final / name, config.train.seq_length, dtype, tokenizer.document_id)
+        splits[name] = {
+            split: SplitCounts(
+                documents=sum(count.documents[split] for count in counts[name]),
+                bytes=sum(count.bytes[split] for count in counts[name]),
+                tokens=sum(count.tokens[split] for count in counts[name]),
+                samples=samples[split],
+                index_sha256=hashlib.sha256((final / name / split / "index.json").read_bytes()).hexdigest(),
+            )
+            for split in (TRAIN, VALIDATION)
+        }
+    return splits
 
 
-def _write_split(
-    config: Config,
-    documents: list[Document],
-    tokenizer: Tokenizer,
-    folder: Path,
-    skipped: Skipped,
-    advance: Callable[[int], None],
-) -> SplitCounts:
-    counts = SplitCounts()
-    with SampleWriter(folder, config.train.seq_length, token_dtype(tokenizer.vocab_size)) as writer:
-        for batch in _batches(documents, skipped):
-            encoded = tokenizer.encode_batch([text for _, text in batch])
-            writer.add([[tokenizer.document_id, *ids] for ids in encoded])
-            size = sum(document.bytes for document, _ in batch)
-            counts.documents += len(batch)
-            counts.bytes += size
-            counts.tokens += sum(map(len, encoded)) + len(encoded)
-            advance(size)
-    counts.samples = writer.samples
-    return counts
+def _folder(place: Path, unit: Unit) -> Path:
+    return place / "units" / unit.source / f"{unit.number:06}"
 
 
-def _batches(documents: list[Document], skipped: Skipped) -> Iterator[list[tuple[Document, str]]]:
-    batch: list[tuple[Document, str]] = []
-    size = 0
-    for document, text in read_documents(documents, skipped):
-        batch.append((document, text))
-        size += document.bytes
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _report_skipped(skipped: Skipped, report: Report) -> None:
+    named = {
+        "empty": skipped.empty,
+        "not UTF-8": skipped.not_utf8,
+        "not JSON objects": skipped.not_json,
+        "without the field": skipped.no_text,
+    }
+    if any(named.values()):
+        found = ", ".join(f"{count:,} {kind}" for kind, count in named.items() if count)
+        report(f"Passed over files or lines: {found}{f' (the first: {skipped.example})' if skipped.example else ''}.")
 
 
-def _summary(prepared: Prepared, skipped: Skipped, report: Report) -> None:
+def _require_text(config: Config, units: dict[str, list[Unit]], counts: dict[str, list[UnitCounts]]) -> None:
+    """Refuse a source without a document."""
+    for name, each in counts.items():
+        if any(sum(count.documents.values()) for count in each):
+            continue
+        skipped = Skipped()
+        for count in each:
+            skipped.add(count.skipped)
+        source = config.data.sources[name]
+        if source.format == "jsonl" and skipped.bad:
+            raise UserError(
+                f"data.sources.{name} has no line with a text under '{source.field}' ({skipped.not_json:,} are not "
+                f"JSON objects, {skipped.no_text:,} lack it, {skipped.not_utf8:,} are not UTF-8; the first: "
+                f"{skipped.example}); set data.sources.{name}.field, or its path."
+            )
+        raise UserError(
+            f"data.sources.{name} holds no text in its {sum(len(unit.pieces) for unit in units[name]):,} files "
+            f"({skipped.not_utf8:,} are not UTF-8); change its path, include or exclude."
+        )
+
+
+def _summary(prepared: Prepared, report: Report) -> None:
     for name, splits in prepared.sources.items():
         for split, counts in splits.items():
             report(
                 f"{name}/{split}: {counts.samples:,} samples of {prepared.seq_length:,} tokens, "
                 f"from {counts.tokens:,} tokens in {counts.documents:,} documents ({counts.bytes / 1e6:.1f} MB)."
             )
-    if skipped.not_utf8 or skipped.empty:
-        report(f"Passed over {skipped.empty:,} empty files and {skipped.not_utf8:,} that are not UTF-8.")
     if not prepared.samples(TRAIN):
         tokens = sum(splits[TRAIN].tokens for splits in prepared.sources.values())
         raise UserError(
@@ -216,47 +255,23 @@ def _summary(prepared: Prepared, skipped: Skipped, report: Report) -> None:
 
 
 @contextlib.contextmanager
-def _progress(total: int, report: Report) -> Iterator[Callable[[int], None]]:
-    """`advance(bytes)`: a bar on a terminal, now and then a line elsewhere, the speed at the end."""
-    console, start = Console(), time.perf_counter()
-    done, last_line = 0, start
-    columns = TextColumn("Tokenising"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-
-        def advance(size: int) -> None:
-            nonlocal done, last_line
-            done += size
-            bar.advance(task, size)
-            now = time.perf_counter()
-            if not console.is_terminal and now - last_line >= _SECONDS_BETWEEN_LINES:
-                last_line = now
-                report(f"Tokenised {done / 1e6:.1f} of {total / 1e6:.1f} MB ({done / 1e6 / (now - start):.1f} MB/s).")
-
-        yield advance
-    seconds = time.perf_counter() - start
-    report(f"Tokenised and wrote {done / 1e6:.1f} MB in {seconds:.1f} s ({done / 1e6 / seconds:.1f} MB/s).")
-
-
-@contextlib.contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """A hidden sibling folder to fill, which becomes `target` if the block succeeds and disappears if not."""
-    part = target.with_name(f".{target.name}.part")
+def _workplace(target: Path) -> Iterator[Path]:
+    """A hidden sibling folder. It stays if the block is stopped or the disk fails, so that the next prepare can go on,
+    and disappears if the block succeeds or the recipe is at fault."""
+    place = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _only_one(target):
+            place.mkdir(exist_ok=True)
             try:
-                shutil.rmtree(part, ignore_errors=True)  # of a killed run
-                part.mkdir()
-                yield part
-                _sync(part)
-                os.replace(part, target)
-                sync_folder(target.parent)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
+                yield place
+            except UserError:
+                shutil.rmtree(place, ignore_errors=True)
+                raise
+            shutil.rmtree(place, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"data.path '{target}' cannot be written: {error.strerror or error}; choose another data.path."
+            f"data.path '{target}' cannot be written: {error.strerror or error}; make room or choose another data.path."
         ) from error
 
 
@@ -276,11 +291,13 @@ def _only_one(target: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def _sync(folder: Path) -> None:
-    """Make all files durable before the rename that declares them whole."""
-    for path in folder.rglob("*"):
+def _appear(final: Path, target: Path) -> None:
+    """Make all files durable, then let them appear in one rename: data.path is whole or absent."""
+    for path in final.rglob("*"):
         if path.is_dir():
             sync_folder(path)
         else:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
+    os.replace(final, target)
+    sync_folder(target.parent)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megahybrid.config.schema import Config
+from megahybrid.config.schema import Config, SourceConfig
+from megahybrid.data.stores import Folder, Remote, Store
 from megahybrid.data.tokenizer import tokenizer_file, tokenizer_hash
 from megahybrid.errors import UserError
 from megahybrid.files import write_json
 
-TRAIN, VALIDATION = "train", "validation"
-
 _FILE = "dataset.json"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass
@@ -30,6 +31,8 @@ class SplitCounts:
     """Of these texts, document tokens included, before the tail shorter than a sample is dropped."""
     samples: int = 0
     """Of seq_length + 1 tokens, overlapping by one."""
+    index_sha256: str = ""
+    """Of index.json, which has the size and the hash of every shard: dataset.json vouches for all files."""
 
 
 @dataclass
@@ -71,6 +74,13 @@ class Prepared:
             name: counts[split].samples for name, counts in sorted(self.sources.items()) if counts[split].samples > 0
         }
 
+    @property
+    def identity(self) -> str:
+        """Short hash of every token and its place: of the tokenizer, and of all shards through their indices."""
+        indices = {name: {split: each.index_sha256 for split, each in s.items()} for name, s in self.sources.items()}
+        facts = json.dumps([self.tokenizer_sha256, self.seq_length, indices], sort_keys=True)
+        return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
+
     def save(self) -> None:
         """Write dataset.json, atomically; its presence means that everything else is there."""
         fields = asdict(self)
@@ -91,18 +101,32 @@ def prepare_settings(config: Config) -> dict[str, Any]:
         settings["data.tokenizer"] = f"sha256:{tokenizer_hash(tokenizer_file(data.tokenizer))}"
     for name, source in sorted(data.sources.items()):
         settings[f"data.sources.{name}.path"] = str(Path(source.path).expanduser().absolute())
-        settings[f"data.sources.{name}.include"] = list(source.include)
+        settings[f"data.sources.{name}.format"] = source.format
+        settings[f"data.sources.{name}.include"] = include_patterns(source)
         settings[f"data.sources.{name}.exclude"] = list(source.exclude)
+        if source.format == "jsonl":
+            settings[f"data.sources.{name}.field"] = source.field
     return settings
 
 
+def include_patterns(source: SourceConfig) -> list[str]:
+    """The file names that a source takes."""
+    if source.include:
+        return list(source.include)
+    return ["*.txt"] if source.format == "text" else ["*.jsonl", "*.jsonl.gz", "*.jsonl.zst"]
+
+
 def find_prepared(root: Path) -> Prepared | None:
-    """What lies in `root`, or None. Raises UserError if dataset.json is there but unreadable."""
+    """What lies in a folder, or None. Raises UserError if dataset.json is there but unreadable."""
     file = root / _FILE
     if not file.is_file():
         return None
+    return _parse(Folder(root), f"remove '{root}' and run `megahybrid prepare` again")
+
+
+def _parse(store: Store, remedy: str) -> Prepared:
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(store.read(_FILE, None))
         version = fields.pop("version")
         if version != _VERSION:
             raise ValueError(f"it has version {version}, not {_VERSION}")
@@ -110,40 +134,72 @@ def find_prepared(root: Path) -> Prepared | None:
             name: {split: SplitCounts(**counts) for split, counts in splits.items()}
             for name, splits in fields["sources"].items()
         }
-        return Prepared(root=root, **fields)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return Prepared(root=store.root, **fields)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"'{file}' is not readable ({' '.join(str(error).split())}); remove '{root}' and run `megahybrid prepare` "
-            "again."
+            f"{store.describe(_FILE)} is not readable ({' '.join(str(error).split())}); {remedy}."
         ) from error
 
 
-def open_prepared(config: Config) -> Prepared:
-    """What `prepare` wrote for this recipe.
+def open_store(config: Config) -> Store:
+    """Where training reads from: data.path, or data.remote through data.cache. Raises UserError."""
+    data = config.data
+    if data.remote is None:
+        return Folder(Path(data.path).expanduser())
+    limit = None if data.cache_limit is None else int(data.cache_limit * 1e9)
+    return Remote(data.remote, Path(str(data.cache)).expanduser().absolute(), limit)
 
-    Raises UserError if there is nothing, if it has another sequence length or more tokens than the model, and if its
-    tokenizer is not the one that it was prepared with.
+
+def open_prepared(config: Config) -> Prepared:
+    """What `prepare` wrote for this recipe, in data.path or as a copy at data.remote.
+
+    Raises UserError if there is nothing, if its samples are shorter than train.seq_length or no multiple of it, if it
+    has more tokens than the model or other sources than the recipe, and if its tokenizer is not the one that it was
+    prepared with.
     """
-    root = Path(config.data.path).expanduser()
-    prepared = find_prepared(root)
-    if prepared is None:
-        raise UserError(f"data.path '{config.data.path}' holds no prepared data; run `megahybrid prepare` first.")
-    if prepared.seq_length != config.train.seq_length:
+    store = open_store(config)
+    where = f"data.path '{config.data.path}'" if config.data.remote is None else f"data.remote '{config.data.remote}'"
+    if config.data.remote is None and not (store.root / _FILE).is_file():
+        raise UserError(f"{where} holds no prepared data; run `megahybrid prepare` first.")
+    prepared = _parse(store, store.remedy())
+    _check_fit(prepared, config, where)
+    try:
+        store.read("tokenizer/tokenizer.json", prepared.tokenizer_sha256)
+    except UserError as error:
         raise UserError(
-            f"data.path '{config.data.path}' was prepared with train.seq_length = {prepared.seq_length}, but the "
-            f"recipe says {config.train.seq_length}; set it back, or prepare into another data.path."
+            f"{store.describe('tokenizer/tokenizer.json')} is missing or not the tokenizer that the data was prepared "
+            f"with; put it back, or {store.remedy()}."
+        ) from error
+    return prepared
+
+
+def _check_fit(prepared: Prepared, config: Config, where: str) -> None:
+    length = config.train.seq_length
+    if length > prepared.seq_length:
+        raise UserError(
+            f"{where} was prepared with samples of {prepared.seq_length} tokens, shorter than train.seq_length "
+            f"({length}); lower it, or prepare into another data.path."
+        )
+    if prepared.seq_length % length:
+        raise UserError(
+            f"{where} was prepared with samples of {prepared.seq_length} tokens, which train.seq_length ({length}) "
+            "does not divide; change it, or prepare into another data.path."
         )
     if prepared.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"data.path '{config.data.path}' has {prepared.vocab_size} tokens in its vocabulary, more than "
+            f"{where} has {prepared.vocab_size} tokens in its vocabulary, more than "
             f"model.vocab_size ({config.model.vocab_size}); raise model.vocab_size or prepare into another data.path."
         )
-    if tokenizer_hash(prepared.tokenizer_file) != prepared.tokenizer_sha256:
+    named = set(config.data.sources)
+    if named and named != set(prepared.sources):
         raise UserError(
-            f"'{prepared.tokenizer_file}' is not the tokenizer that the data was prepared with; put it back, or remove "
-            f"'{root}' and run `megahybrid prepare` again."
+            f"{where} was prepared from {_listed(prepared.sources)}, but data.sources names {_listed(named)}; prepare "
+            "into another data.path, or leave a source out by weight 0."
         )
-    return prepared
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def differences(prepared: Prepared, settings: dict[str, Any]) -> list[str]:

@@ -1,186 +1,175 @@
-"""Reading MDS shards by index, safely. Importing this takes seconds (mosaicml-streaming): do it inside a function.
+"""Reading MDS shards by index, safely.
 
-mosaicml-streaming stores and caches; the order is ours (order.py). Left alone, it answers a missing or corrupt shard
-with a silent end or a hang, so every file is compared with its index before anything is read from it.
+The format, its writer and the downloaders are mosaicml-streaming's; its StreamingDataset is not used. It answers a
+missing or corrupt shard with a silent end or a hang, keeps its state in shared memory that outlives a killed run, and
+orders samples by itself. Here every file is compared with its index before anything is read from it, the order is
+order.py's, and the only state is the files.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import itertools
 import json
-import os
-import secrets
-import socket
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import streaming.base.shared.prefix as shared_prefix
 from numpy.typing import NDArray
-from streaming import Stream, StreamingDataset
-from streaming.base.batching import generate_work
-from streaming.base.hashing import get_hash
-from streaming.base.world import World
-from torch import distributed as dist
 
+from megahybrid.data.fetching import Fetcher
 from megahybrid.data.prepared import Prepared
+from megahybrid.data.stores import HASH, File, Store
 from megahybrid.errors import UserError
 
-# How many separate paths through the shards an epoch interleaves. Part of the order: never change it.
-_CANONICAL_NODES = 8
-_PREFIXES = 10**9
+# Longer than a store's own deadlines: what hangs is named by the store where that is possible.
+_SECONDS = 900.0
+_SECONDS_BETWEEN_TOUCHES = 30.0
+# A shard that another process throws out of the cache while we read is fetched again so many times.
+_ATTEMPTS = 5
 
 
-class ShardReader(StreamingDataset):
-    """The samples of one split over all sources, sources in the order of their names: `reader[i]` → columns.
+@dataclass(frozen=True)
+class Shard:
+    """A file of samples."""
 
-    Constructing it is collective when torch.distributed is initialised. Raises UserError, naming the file, for any
-    fault of the shards.
+    file: File
+    """Where it lies."""
+    samples: int
+    """Samples as stored."""
+    facts: dict[str, Any]
+    """Its entry in index.json."""
+
+
+class ShardReader:
+    """The samples of one split, of the sources given in their order: `reader[i]` → columns.
+
+    A stored sample may be read in equal pieces, which are then what the index counts. Every shard is compared with
+    its size and hash when this process first reads from it.
     """
 
-    def __init__(self, prepared: Prepared, split: str, seed: int, shuffle_block_size: int):
-        sources = prepared.sources_of(split)
-        for source, samples in sources.items():
-            _check_files(prepared.root / source / split, samples)
-        with _real_world():
-            super().__init__(
-                streams=[Stream(local=str(prepared.root / source), split=split) for source in sources],
-                batch_size=1,  # the order does not depend on it
-                shuffle=True,
-                shuffle_algo="py1e",
-                shuffle_seed=seed,
-                shuffle_block_size=shuffle_block_size,
-                num_canonical_nodes=min(_CANONICAL_NODES, sum(sources.values())),
-            )
-        self._whole: set[int] = set()
+    def __init__(self, prepared: Prepared, store: Store, split: str, sources: Iterable[str], seq_length: int):
+        """`seq_length`: tokens of a piece, a divisor of prepared.seq_length.
 
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """All sample indices, each once, in the order of this epoch; the same on every layout."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that shards larger than the block are shuffled by themselves
-            order = generate_work("random", self, World(1, 1, 1, 0), epoch, 0).reshape(-1)
-        # Canonical nodes hold equally many samples only because short ones repeat their last: drop the repeats.
-        nodes = self.num_canonical_nodes
-        borders = np.arange(nodes + 1) * self.epoch_size // nodes
-        short = np.diff(borders) < -(-self.epoch_size // nodes)
-        return np.concatenate([order[:-nodes], order[-nodes:][~short]])
+        Raises UserError, naming the file, for an index or a size that is not what was prepared.
+        """
+        self.shards: list[Shard] = []
+        """All shards, source after source."""
+        self.shard_samples: dict[str, NDArray[np.int64]] = {}
+        """Source → `[shards]`: pieces that each of its shards holds."""
+        self._store = store
+        self._length = seq_length
+        self._pieces = prepared.seq_length // seq_length
+        for source in sources:
+            shards = _index(prepared, store, source, split)
+            self.shards += shards
+            self.shard_samples[source] = np.array([shard.samples for shard in shards], np.int64) * self._pieces
+        store.check_sizes([shard.file for shard in self.shards])
+        self._ends = np.cumsum([shard.samples for shard in self.shards])
+        self._readers: dict[int, Any] = {}
+        self._touched: dict[int, float] = {}
+        self._fetcher = Fetcher(
+            lambda number: store.fetch(self.shards[number].file),
+            lambda number: store.describe(self.shards[number].file.name),
+            store.threads,
+            _SECONDS,
+        )
 
-    def get_item(self, sample_id: int, retry: int = 7) -> Any:
-        """One sample; its shard's hash is verified when this process first reads from it."""
-        shard_id, _ = self.spanner[sample_id]
-        if shard_id not in self._whole:
-            self._verify(shard_id)
-            self._whole.add(shard_id)
-        try:
-            return super().get_item(sample_id, retry)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(_damaged(self._file(shard_id), f"cannot be read ({error})")) from error
+    def __len__(self) -> int:
+        return int(self._ends[-1]) * self._pieces if len(self._ends) else 0
 
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Called by streaming for a shard that is not there; nothing can bring back a local one."""
-        raise UserError(_damaged(self._file(shard_id), "is missing"))
+    def __getitem__(self, index: int) -> dict[str, NDArray]:
+        """`tokens` `[L + 1]` and `borders`, offsets below L where a sequence begins, 0 first; L is the seq_length.
+
+        Raises UserError for a damaged shard, IndexError beyond the end.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        stored, piece = divmod(int(index), self._pieces)
+        number = int(np.searchsorted(self._ends, stored, side="right"))
+        shard = self.shards[number]
+        sample = self._read(number, stored - (int(self._ends[number]) - shard.samples))
+        if self._pieces == 1:
+            return sample
+        begin = piece * self._length
+        inside = sample["borders"][(sample["borders"] > begin) & (sample["borders"] < begin + self._length)] - begin
+        return {
+            "tokens": sample["tokens"][begin : begin + self._length + 1],
+            "borders": np.concatenate([np.zeros(1, np.int32), inside.astype(np.int32)]),
+        }
+
+    def shards_of(self, indices: Iterable[int]) -> list[int]:
+        """The shards that hold these samples, each once, in the order of first use."""
+        stored = np.asarray(list(indices), np.int64) // self._pieces
+        return list(dict.fromkeys(np.searchsorted(self._ends, stored, side="right").tolist()))
+
+    def look_ahead(self, shards: Iterable[int]) -> None:
+        """Make these shards ready in the background, in this order."""
+        self._fetcher.look_ahead(shards)
 
     def close(self) -> None:
-        """Release the shared memory. Nothing can be read afterwards."""
-        for memory in (
-            self._locals_shm,
-            self._shared_barrier._arr.shm,
-            self._next_epoch.arr.shm,
-            self._cache_usage.arr.shm,
-            self._shard_states.shm,
-            self._shard_access_times.shm,
-        ):
-            memory.cleanup()
-            atexit.unregister(memory.cleanup)
+        """End the background threads. Nothing can be read afterwards."""
+        self._fetcher.close()
 
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # half-constructed, or closed before
-            self.close()
+    def _read(self, number: int, index: int) -> dict[str, NDArray]:
+        shard = self.shards[number]
+        for _ in range(_ATTEMPTS):
+            self._fetcher.require(number)
+            self._touch(number)
+            try:
+                sample = self._reader(number)[index]
+            except FileNotFoundError:
+                self._fetcher.forget(number)
+                continue
+            except Exception as error:
+                raise self._damaged(shard, f"cannot be read ({error})") from error
+            if sample["tokens"].shape != (self._length * self._pieces + 1,):
+                raise self._damaged(shard, f"holds samples of {len(sample['tokens'])} tokens")
+            return sample
+        raise UserError(
+            f"{self._store.describe(shard.file.name)} leaves the cache as soon as it is there; raise data.cache_limit."
+        )
 
-    def _file(self, shard_id: int) -> Path:
-        shard = self.shards[shard_id]
-        return Path(shard.dirname, shard.split, shard.raw_data.basename)
+    def _reader(self, number: int) -> Any:
+        if number not in self._readers:
+            from streaming.base.format import reader_from_json  # takes seconds, which only reading should cost
 
-    def _verify(self, shard_id: int) -> None:
-        file, info = self._file(shard_id), self.shards[shard_id].raw_data
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise UserError(_damaged(file, f"cannot be read ({error.strerror})")) from error
-        if len(data) != info.bytes:
-            raise UserError(_damaged(file, f"has {len(data)} bytes, not {info.bytes}"))
-        for algorithm, expected in info.hashes.items():
-            if get_hash(algorithm, data) != expected:
-                raise UserError(_damaged(file, f"does not match its {algorithm} hash"))
+            shard = self.shards[number]
+            folder = self._store.root / shard.file.name
+            self._readers[number] = reader_from_json(str(folder.parent), "", shard.facts)
+        return self._readers[number]
+
+    def _touch(self, number: int) -> None:
+        now = time.monotonic()
+        if now - self._touched.get(number, -_SECONDS_BETWEEN_TOUCHES) >= _SECONDS_BETWEEN_TOUCHES:
+            self._touched[number] = now
+            self._store.touch(self.shards[number].file)
+
+    def _damaged(self, shard: Shard, fault: str) -> UserError:
+        return UserError(f"{self._store.describe(shard.file.name)} {fault}; {self._store.remedy()}.")
 
 
-def _check_files(folder: Path, samples: int) -> None:
-    """Compare the index with dataset.json and every shard's size with the index."""
-    index = folder / "index.json"
+def _index(prepared: Prepared, store: Store, source: str, split: str) -> list[Shard]:
+    """The shards that index.json lists, if it is the one that dataset.json names."""
+    counts = prepared.sources[source][split]
+    name = f"{source}/{split}/index.json"
+    data = store.read(name, counts.index_sha256)
     try:
-        shards = json.loads(index.read_text(encoding="utf-8"))["shards"]
-        found = sum(shard["samples"] for shard in shards)
-        files = [(folder / shard["raw_data"]["basename"], shard["raw_data"]) for shard in shards]
-        expected = [(file, info["bytes"], info["hashes"]) for file, info in files]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(_damaged(index, "is missing or unreadable")) from error
-    if found != samples:
-        raise UserError(_damaged(index, f"lists {found} samples, not {samples}"))
-    for file, size, hashes in expected:
-        if not hashes:
-            raise UserError(_damaged(index, f"has no hash of {file.name}"))
-        try:
-            actual = file.stat().st_size
-        except OSError as error:
-            raise UserError(_damaged(file, "is missing")) from error
-        if actual != size:
-            raise UserError(_damaged(file, f"has {actual} bytes, not {size}"))
-
-
-def _damaged(file: Path, fault: str) -> str:
-    return f"'{file}' {fault}; remove the data folder and run `megahybrid prepare` again."
-
-
-@contextlib.contextmanager
-def _real_world() -> Iterator[None]:
-    """Give streaming the processes as torch.distributed has them, and a shared memory prefix of this dataset's own.
-
-    Streaming reads the environment, which says nothing when the group was made without it, and it takes the first
-    prefix that is free, for which two jobs on a host race and where a killed job's leavings stand.
-    """
-    layout, prefix = _layout()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    before = {name: os.environ.get(name) for name in names}
-    search = shared_prefix._each_prefix_int
-    os.environ.update(zip(names, map(str, layout), strict=True))
-    shared_prefix._each_prefix_int = lambda: itertools.count(prefix)
-    try:
-        yield
-    finally:
-        shared_prefix._each_prefix_int = search
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _layout() -> tuple[tuple[int, int, int, int], int]:
-    """(rank, world size, local rank, local world size), and a prefix that all processes agree on."""
-    prefix = secrets.randbelow(_PREFIXES)
-    if not (dist.is_available() and dist.is_initialized()):
-        return (0, 1, 0, 1), prefix
-    rank, size = dist.get_rank(), dist.get_world_size()
-    everyone: list[Any] = [None] * size
-    dist.all_gather_object(everyone, (socket.gethostname(), prefix))
-    hosts = [host for host, _ in everyone]
-    local = hosts.count(hosts[0])
-    if hosts != [hosts[i - i % local] for i in range(size)] or len(set(hosts)) * local != size:
-        raise UserError("Every host must run equally many processes, of consecutive ranks; change the launch command.")
-    return (rank, size, rank % local, local), everyone[0][1]
+        shards = [
+            Shard(
+                File(
+                    f"{source}/{split}/{facts['raw_data']['basename']}",
+                    facts["raw_data"]["bytes"],
+                    facts["raw_data"]["hashes"][HASH],
+                ),
+                facts["samples"],
+                facts,
+            )
+            for facts in json.loads(data)["shards"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{store.describe(name)} is unreadable; {store.remedy()}.") from error
+    found = sum(shard.samples for shard in shards)
+    if found != counts.samples:
+        raise UserError(f"{store.describe(name)} lists {found} samples, not {counts.samples}; {store.remedy()}.")
+    return shards

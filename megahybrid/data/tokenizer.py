@@ -11,8 +11,12 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megahybrid.errors import UserError
+from megahybrid.files import write_text
 
 END_OF_TEXT = "<|endoftext|>"
+
+# Of tokenizers that are not in the one-file format.
+_SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
 
 # What published tokenizers call the token between documents, most specific first.
 _DOCUMENT_TOKENS = (
@@ -86,9 +90,8 @@ class Tokenizer:
         return cls(backend, f"'{file}'")
 
     def save(self, path: Path) -> None:
-        """Write tokenizer.json."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        """Write tokenizer.json, atomically."""
+        write_text(path, self._backend.to_str(pretty=True))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -119,8 +122,15 @@ class Tokenizer:
 def tokenizer_file(path: str | Path) -> Path:
     """The tokenizer.json that `path` names or holds. Raises UserError if there is none."""
     file = Path(path).expanduser()
+    folder = file if file.is_dir() else file.parent
     if file.is_dir():
         file = file / "tokenizer.json"
+    slow = [name for name in _SLOW_FILES if (folder / name).is_file()]
+    if slow and (not file.is_file() or file.name in _SLOW_FILES):
+        raise UserError(
+            f"'{folder}' has {' and '.join(slow)} but no tokenizer.json; make one with transformers: "
+            f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')."
+        )
     if not file.is_file():
         raise UserError(f"There is no tokenizer '{file}'; set data.tokenizer to a tokenizer.json or leave it out.")
     return file

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megahybrid.config.schema import Config, SourceConfig
-from megahybrid.data import prepare
+from megahybrid.data.prepare import prepare
 from tests.data.corpora import make_config, silent, write_texts
 
 

@@ -36,7 +36,7 @@ def make_config(root: Path, sources: dict[str, SourceConfig] | None = None, **da
         train=TrainConfig(
             seq_length=SEQ_LENGTH, micro_batch_size=2, global_batch_size=8, steps=1, validation_samples=7
         ),
-        data=DataConfig(path=str(root / "data"), sources=sources, **{"validation_fraction": 0.1, **data}),
+        data=DataConfig(path=str(root / "data"), sources=sources, **{"validation_fraction": 0.1, "workers": 1, **data}),
     )
 
 

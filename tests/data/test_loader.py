@@ -12,10 +12,8 @@ import pytest
 import torch
 
 from megahybrid.config.schema import SourceConfig
-from megahybrid.data import TrainingData, open_prepared, pack, prepare, validation_batches
-from megahybrid.data.prepared import Prepared, SplitCounts
-from megahybrid.data.shards import ShardReader
-from megahybrid.data.writing import SampleWriter
+from megahybrid.data import TrainingData, open_prepared, pack, validation_batches
+from megahybrid.data.prepare import prepare
 from megahybrid.errors import UserError
 from tests.data.corpora import SEQ_LENGTH, make_config, silent, write_texts
 
@@ -38,31 +36,11 @@ def steps(config, dp_rank, dp_size, count, consumed=0):
         return [rows(data.next_step()) for _ in range(count)]
 
 
-def small_dataset(root: Path, samples: int) -> Prepared:
-    """A source of `samples` samples of 4 tokens."""
-    with SampleWriter(root / "s" / "train", 4, "uint16") as writer:
-        writer.add([range(samples * 4 + 1)])
-    counts = {"s": {"train": SplitCounts(samples=samples)}}
-    return Prepared(root, 4, 1 << 16, 0, "uint16", "", {}, counts)
-
-
-@pytest.mark.parametrize("samples", [1, 5, 8, 9, 23, 64])
-def test_an_epoch_has_every_sample_once(tmp_path, samples):
-    reader = ShardReader(small_dataset(tmp_path, samples), "train", seed=3, shuffle_block_size=16)
-    orders = [reader.order(epoch).tolist() for epoch in range(3)]
-    assert all(sorted(order) == list(range(samples)) for order in orders)
-    if samples > 20:
-        assert len({tuple(order) for order in orders}) == 3
-        assert orders[0] != sorted(orders[0])
-        other = ShardReader(small_dataset(tmp_path / "b", samples), "train", seed=4, shuffle_block_size=16)
-        assert other.order(0).tolist() != orders[0]
-
-
 @pytest.mark.parametrize("dp_size", [2, 4])
 def test_all_layouts_have_the_same_global_batches(corpus, dp_size):
     config, _ = corpus
     with TrainingData(config, 0, 1) as data:
-        count = 2 * data.steps_per_epoch + 1
+        count = 2 * data.samples_per_epoch // 8 + 1
     alone = steps(config, 0, 1, count)
     ranks = [steps(config, rank, dp_size, count) for rank in range(dp_size)]
     for step in range(count):
@@ -81,17 +59,18 @@ def test_micro_batches_cut_the_ranks_samples_in_order(corpus):
     assert [batch.samples[::SEQ_LENGTH].tolist() for batch in batches] == [everything[1::2][:2], everything[1::2][2:]]
 
 
-def test_epochs_differ_and_drop_the_tail(corpus):
+def test_every_sample_comes_once_in_every_epoch(corpus):
     config, _ = corpus
     with TrainingData(config, 0, 1) as data:
-        length = data.steps_per_epoch
-        samples = data.prepared.samples("train")
-        assert length == samples // 8 and samples % 8
-        epochs = [[list(rows(data.next_step())) for _ in range(length)] for _ in range(2)]
-        assert data.consumed == 2 * length * 8
-    for epoch in epochs:
-        assert len({index for step in epoch for index in step}) == length * 8
-    assert epochs[0] != epochs[1]
+        samples = data.samples_per_epoch
+        assert samples == data.prepared.samples("train") and samples % 8
+        seen = [int(i) for _ in range(3 * samples // 8) for b in data.next_step() for i in b.samples[::SEQ_LENGTH]]
+        assert data.consumed == len(seen)
+    epochs = [seen[begin : begin + samples] for begin in range(0, 2 * samples + 1, samples)]
+    for epoch in epochs[:2]:
+        assert sorted(epoch) == list(range(samples))
+    assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0])
+    assert not set(epochs[2]) - set(range(samples)) and len(set(epochs[2])) == len(epochs[2])
 
 
 def test_resuming_anywhere_continues_the_same(corpus):
@@ -122,7 +101,7 @@ def test_labels_follow_and_stop_at_documents(corpus):
     config, _ = corpus
     document_id = open_prepared(config).document_id
     with TrainingData(config, 0, 1) as data:
-        batches = [batch for _ in range(data.steps_per_epoch) for batch in data.next_step()]
+        batches = [batch for _ in range(data.samples_per_epoch // 8) for batch in data.next_step()]
     ends = 0
     for batch in batches:
         assert {tensor.dtype for tensor in (batch.tokens, batch.labels, batch.samples)} == {torch.int64}
@@ -167,7 +146,7 @@ def test_sources_are_laid_together(tmp_path):
     first = prepared.sources["first"]["train"].samples
     with TrainingData(config, 0, 1) as data:
         found = {}
-        for _ in range(data.steps_per_epoch):
+        for _ in range(data.samples_per_epoch // 8 + 1):
             found |= rows(data.next_step())
         assert max(found) < prepared.samples("train")
     assert min(found) < first <= max(found)
@@ -213,9 +192,9 @@ def test_missing_and_cut_files_are_named_at_once(copy):
     shard.write_bytes(content)
     index = (folder / "index.json").read_text()
     (folder / "index.json").write_text(index[:-5])
+    assert "index.json' is not the one that dataset.json names" in _refused(lambda: TrainingData(copy, 0, 1))
+    (folder / "index.json").unlink()
     assert "index.json' is missing or unreadable" in _refused(lambda: TrainingData(copy, 0, 1))
-    (folder / "index.json").write_text(index.replace('"samples": ', '"samples": 1'))
-    assert "index.json' lists" in _refused(lambda: TrainingData(copy, 0, 1))
 
 
 def test_a_flipped_bit_is_named_before_its_tokens_are_used(copy):
@@ -226,7 +205,7 @@ def test_a_flipped_bit_is_named_before_its_tokens_are_used(copy):
     with TrainingData(copy, 0, 1) as data:
 
         def epoch():
-            for _ in range(data.steps_per_epoch):
+            for _ in range(data.samples_per_epoch // 8 + 1):
                 before = data.consumed
                 data.next_step()
                 assert data.consumed == before + 8
@@ -237,7 +216,7 @@ def test_a_flipped_bit_is_named_before_its_tokens_are_used(copy):
 def test_a_shard_that_vanishes_or_shrinks_later_is_named(copy):
     shards = sorted((Path(copy.data.path) / "small" / "train").glob("*.mds"))
     with TrainingData(copy, 0, 1) as data:
-        for _ in range(data.steps_per_epoch):
+        for _ in range(data.samples_per_epoch // 8 + 1):
             data.next_step()  # every shard has been verified
         for shard in shards:
             shard.write_bytes(shard.read_bytes()[:40])
@@ -252,7 +231,9 @@ def test_what_does_not_fit_the_prepared_data_is_refused(copy):
         return replace(copy, **{section: replace(getattr(copy, section), **changes)})
 
     assert "run `megahybrid prepare`" in _refused(lambda: TrainingData(recipe("data", path="/nowhere"), 0, 1))
-    assert "train.seq_length = 32" in _refused(lambda: TrainingData(recipe("train", seq_length=16), 0, 1))
+    longer = _refused(lambda: TrainingData(recipe("train", seq_length=64), 0, 1))
+    assert "samples of 32 tokens, shorter than train.seq_length (64)" in longer
+    assert "(24) does not divide" in _refused(lambda: TrainingData(recipe("train", seq_length=24), 0, 1))
     assert "model.vocab_size (258)" in _refused(lambda: TrainingData(recipe("model", vocab_size=258), 0, 1))
     assert "fewer than train.global_batch_size (4,096)" in _refused(
         lambda: TrainingData(recipe("train", global_batch_size=4096), 0, 1)
@@ -261,6 +242,6 @@ def test_what_does_not_fit_the_prepared_data_is_refused(copy):
     assert "has read 12 samples" in _refused(lambda: TrainingData(copy, 0, 1, consumed=12))
     tokenizer = Path(copy.data.path) / "tokenizer" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + " ")
-    assert "is not the tokenizer" in _refused(lambda: TrainingData(copy, 0, 1))
+    assert "not the tokenizer" in _refused(lambda: TrainingData(copy, 0, 1))
     (Path(copy.data.path) / "dataset.json").write_text("{")
     assert "dataset.json' is not readable" in _refused(lambda: TrainingData(copy, 0, 1))

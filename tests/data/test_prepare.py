@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from streaming import MDSWriter, StreamingDataset
 
+from megahybrid.config import save_config
 from megahybrid.config.schema import SourceConfig
-from megahybrid.data import Tokenizer, open_prepared, prepare
-from megahybrid.data.documents import Document, Skipped, list_documents, split_documents
+from megahybrid.data import Tokenizer, open_prepared
+from megahybrid.data.documents import Skipped, split_names
+from megahybrid.data.planning import plan
+from megahybrid.data.prepare import prepare
+from megahybrid.data.prepared import open_store
 from megahybrid.data.shards import ShardReader
+from megahybrid.data.units import Format
+from megahybrid.data.workers import write_units
 from megahybrid.data.writing import SampleWriter, token_dtype
 from megahybrid.errors import UserError
 from tests.data.corpora import SEQ_LENGTH, make_config, silent, write_texts
@@ -22,8 +33,8 @@ from tests.data.corpora import SEQ_LENGTH, make_config, silent, write_texts
 def read_stream(config, split):
     """The split's token stream, put together again, and its borders as positions in it."""
     prepared = open_prepared(config)
-    reader = ShardReader(prepared, split, seed=1, shuffle_block_size=64)
-    samples = [reader[i] for i in range(reader.size)]
+    reader = ShardReader(prepared, open_store(config), split, ["small"], prepared.seq_length)
+    samples = [reader[i] for i in range(len(reader))]
     for first, second in pairwise(samples):
         assert first["tokens"][-1] == second["tokens"][0]
     stream = np.concatenate([sample["tokens"][:-1] for sample in samples] + [samples[-1]["tokens"][-1:]])
@@ -47,13 +58,11 @@ def test_the_shards_decode_to_the_documents(corpus):
     config, texts = corpus
     tokenizer = Tokenizer.load(Path(config.data.path) / "tokenizer")
     found = {split: documents_of(read_stream(config, split)[0], tokenizer) for split in ("train", "validation")}
-    ordered = list_documents("small", config.data.sources["small"], Skipped())
-    ordered = [document for document in ordered if document.name != "latin.txt"]
-    assert sorted(document.name for document in ordered) == sorted(texts)
-    assert [document.name for document in ordered] != sorted(texts)
-    sides = split_documents(ordered, config.data.validation_fraction)
-    for split, side in zip(("train", "validation"), sides, strict=True):
-        expected = [texts[document.name] for document in side]
+    pieces = [piece for unit in plan(config, Skipped())["small"] for piece in unit.pieces if piece.name != "latin.txt"]
+    assert sorted(piece.name for piece in pieces) == sorted(texts)
+    assert [piece.name for piece in pieces] != sorted(texts)
+    for split in ("train", "validation"):
+        expected = [texts[piece.name] for piece in pieces if piece.split == split]
         kept = found[split]
         lost = expected[len(kept) :]  # the tail that did not fill a sample
         assert sum(len(tokenizer.encode(text)) + 1 for text in lost) <= SEQ_LENGTH
@@ -88,16 +97,32 @@ def test_cutting_does_not_depend_on_the_batches(tmp_path, pieces):
     rng = np.random.default_rng(0)
     documents = [[0, *rng.integers(1, 9, size)] for size in (0, 3, 0, 11, 4, 7, 8, 1, 3, 16)]
     flat = [token for document in documents for token in document]
-    written = []
     with SampleWriter(tmp_path / "out", 4, "uint16") as writer:
-        write = writer._writer.write
-        writer._writer.write = lambda sample: (written.append(sample), write(sample))
         for size in pieces:
             writer.add(documents[:size])
             documents = documents[size:]
+    written = list(StreamingDataset(local=str(tmp_path / "out"), batch_size=1))
     assert [sample["tokens"].tolist() for sample in written] == [flat[i : i + 5] for i in range(0, len(flat) - 4, 4)]
     for sample in written:
         assert sample["borders"].tolist() == [0] + [i for i in (1, 2, 3) if sample["tokens"][i] == 0]
+
+
+def test_the_shards_are_those_of_the_librarys_writer(tmp_path):
+    """Byte for byte, with one, two and four bytes for the number of borders."""
+    rng = np.random.default_rng(1)
+    length = 70_000
+    columns = {"tokens": f"ndarray:uint16:{length + 1}", "borders": "ndarray:int32"}
+    documents = [np.concatenate([[0], rng.integers(1, 9, size)]) for size in [5] * 40 + [300_000, *[0] * 300_000, 9]]
+    stream = np.concatenate(documents).astype(np.uint16)
+    with SampleWriter(tmp_path / "ours", length, "uint16", shard_bytes=600_000) as writer:
+        writer.add(documents)
+    with MDSWriter(columns=columns, out=str(tmp_path / "theirs"), hashes=["xxh64"], size_limit=600_000) as theirs:
+        for begin in range(0, len(stream) - length, length):
+            inside = np.flatnonzero(stream[begin : begin + length] == 0)
+            borders = np.unique([0, *inside]).astype(np.int32)
+            theirs.write({"tokens": stream[begin : begin + length + 1], "borders": borders})
+    assert writer.samples == (len(stream) - 1) // length
+    assert_same_files(tmp_path / "ours", tmp_path / "theirs")
 
 
 def test_token_dtype_follows_the_vocabulary(tmp_path):
@@ -111,16 +136,14 @@ def test_token_dtype_follows_the_vocabulary(tmp_path):
 
 
 def test_the_split_depends_on_names_only_and_leaves_no_side_empty():
-    documents = [Document("s", f"{i}.txt", Path("/nowhere"), 1) for i in range(1000)]
-    train, validation = split_documents(documents, 0.1)
-    assert 60 < len(validation) < 140
-    assert sorted([*train, *validation], key=documents.index) == documents
-    fewer = documents[::2]
-    assert split_documents(fewer, 0.1)[1] == [document for document in validation if document in fewer]
-    assert split_documents(documents, 0.0) == (documents, [])
-    assert len(split_documents(documents[:50], 1e-9)[1]) == 1
-    assert [len(side) for side in split_documents(documents[:2], 0.999)] == [1, 1]
-    assert split_documents(documents[:1], 0.5) == (documents[:1], [])
+    names = [f"{i}.txt" for i in range(1000)]
+    held = split_names("s", names, 0.1)
+    assert 60 < len(held) < 140 and held != split_names("t", names, 0.1)
+    assert split_names("s", names[::2], 0.1) == held & set(names[::2])
+    assert split_names("s", names, 0.0) == set()
+    assert len(split_names("s", names[:50], 1e-9)) == 1
+    assert len(split_names("s", names[:2], 0.999)) == 1
+    assert split_names("s", names[:1], 0.5) == set()
 
 
 def test_the_same_text_gives_the_same_files(corpus, tmp_path, monkeypatch):
@@ -147,34 +170,124 @@ def test_a_second_prepare_does_nothing_and_other_settings_are_refused(corpus):
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_an_interrupted_prepare_leaves_nothing(tmp_path, monkeypatch, fault):
-    write_texts(tmp_path / "text", 20)
+def test_an_interrupted_prepare_is_not_trusted_and_goes_on(tmp_path, monkeypatch, fault):
+    write_texts(tmp_path / "text", 60)
+    monkeypatch.setattr("megahybrid.data.planning._SMALLEST_UNIT", 4000)
     config = make_config(tmp_path)
+    whole = replace(config, data=replace(config.data, path=str(tmp_path / "whole")))
+    prepare(whole, silent)
     add, calls = SampleWriter.add, []
 
     def fail(self, documents):
         add(self, documents)
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 4:
             raise fault
 
-    monkeypatch.setattr(SampleWriter, "add", fail)
-    with pytest.raises((UserError, KeyboardInterrupt)):
-        prepare(config, silent)
-    assert len(calls) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleWriter, "add", fail)
+        with pytest.raises((UserError, KeyboardInterrupt)):
+            prepare(config, silent)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".data.part", "text", "whole"]
     with pytest.raises(UserError, match="megahybrid prepare"):
         open_prepared(config)
+    lines = []
+    prepare(config, lines.append)
+    assert any(line.startswith("3 of ") and line.endswith("parts were finished before.") for line in lines)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "text", "whole"]
+    assert_same_files(tmp_path / "data", tmp_path / "whole")
 
 
-def test_what_a_killed_prepare_left_is_swept(tmp_path):
-    write_texts(tmp_path / "text", 20)
-    (tmp_path / ".data.part" / "small" / "train").mkdir(parents=True)
-    (tmp_path / ".data.part" / "small" / "train" / "shard.00000.mds").write_text("half")
+def assert_same_files(one: Path, other: Path):
+    def files(root):
+        return {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
+
+    assert files(one) == files(other) and len(files(one)) > 2
+    for name in files(one):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_finished_parts_that_were_damaged_or_belong_to_other_text_are_made_anew(tmp_path, monkeypatch):
+    texts = write_texts(tmp_path / "text", 60)
+    monkeypatch.setattr("megahybrid.data.planning._SMALLEST_UNIT", 4000)
+    config = make_config(tmp_path)
+    whole = replace(config, data=replace(config.data, path=str(tmp_path / "whole")))
+    prepare(whole, silent)
+
+    def stop_at_assembly(*_):
+        raise KeyboardInterrupt
+
+    def stopped():
+        with monkeypatch.context() as patch:
+            patch.setattr("megahybrid.data.prepare.assemble", stop_at_assembly)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(config, silent)
+        return sorted((tmp_path / ".data.part" / "units" / "small").iterdir())
+
+    first, second, third, *others = stopped()
+    shard = next(first.rglob("*.mds"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    (second / "rest.bin").write_bytes(b"")
+    (third / "done.json").unlink()
+    (third.parent / ".000099.1.part").mkdir()
     (tmp_path / ".data.part" / "junk").write_text("junk")
-    prepare(make_config(tmp_path), silent)
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["dataset.json", "small", "tokenizer"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "text"]
+    lines = []
+    prepare(config, lines.append)
+    assert f"{len(others)} of {len(others) + 3} parts were finished before." in lines
+    assert_same_files(tmp_path / "data", tmp_path / "whole")
+
+    (tmp_path / "data").rename(tmp_path / "old")
+    stopped()
+    name = max(texts, key=lambda name: len(texts[name]))
+    (tmp_path / "text" / name).write_text("other " + texts[name][6:])  # as long as before
+    lines = []
+    prepare(config, lines.append)
+    assert not any("finished before" in line for line in lines)
+
+
+def test_the_result_does_not_depend_on_the_workers_or_on_kills(tmp_path, monkeypatch):
+    """Two processes, the parent killed in the middle, then one process: the same bytes as one process at once."""
+    write_texts(tmp_path / "text", 150)
+    monkeypatch.setattr("megahybrid.data.planning._SMALLEST_UNIT", 4000)
+    config = make_config(tmp_path)
+    whole = replace(config, data=replace(config.data, path=str(tmp_path / "whole")))
+    prepare(whole, silent)
+    recipe = tmp_path / "recipe.yaml"
+    save_config(replace(config, data=replace(config.data, workers=2)), recipe)
+    script = (
+        "import sys; from megahybrid.config import load_config; from megahybrid.data import planning;"
+        "from megahybrid.data.prepare import prepare; planning._SMALLEST_UNIT = 4000; prepare(load_config(sys.argv[1]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen([sys.executable, "-c", script, str(recipe)], env=environment, stdout=subprocess.PIPE)
+    units = tmp_path / ".data.part" / "units" / "small"
+    deadline = time.monotonic() + 60
+    while not list(units.glob("0*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert list(units.glob("0*"))
+    lines = []
+    prepare(config, lines.append)
+    assert any(line.endswith("parts were finished before.") for line in lines)
+    assert_same_files(tmp_path / "data", tmp_path / "whole")
+
+
+def test_a_worker_that_fails_or_dies_is_named(tmp_path, monkeypatch):
+    write_texts(tmp_path / "text", 20)
+    (tmp_path / "data").mkdir()
+    units = plan(make_config(tmp_path), Skipped())["small"]
+    Tokenizer.train(["text"], 257).save(tmp_path / "tokenizer.json")
+    made = Format(str(tmp_path / "tokenizer.json"), SEQ_LENGTH, "uint16", 4000)
+    absent = replace(units[0], root=str(tmp_path / "absent"))
+    jobs = [(absent, tmp_path / "u" / "0"), (absent, tmp_path / "u" / "1")]
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        write_units(jobs, made, 2, lambda size: None)
+    monkeypatch.setattr("megahybrid.data.workers.sys.executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="process of prepare died"):
+        write_units(jobs, made, 2, lambda size: None)
 
 
 def test_two_prepares_at_once(tmp_path, monkeypatch):
@@ -204,6 +317,8 @@ def test_bad_inputs_are_refused_in_one_sentence(tmp_path):
     (tmp_path / "bytes").mkdir()
     (tmp_path / "bytes" / "latin.txt").write_bytes(b"\xe9" * 500)
     (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "tokenizer.model").touch()
     text = str(tmp_path / "text")
 
     def config(sources=None, seq_length=SEQ_LENGTH, vocab_size=300, **data):
@@ -218,10 +333,11 @@ def test_bad_inputs_are_refused_in_one_sentence(tmp_path):
         r"matches \[\*\.py\]": config({"x": SourceConfig(text, include=["*.py"])}),
         "needs another name": config({"tokenizer": SourceConfig(text)}),
         "a folder beside": config({"../x": SourceConfig(text)}),
-        "0 tokens to train on": config({"x": SourceConfig(str(tmp_path / "bytes"))}),
+        r"holds no text in its 1 files \(1 are not UTF-8": config({"x": SourceConfig(str(tmp_path / "bytes"))}),
         "less than one sample": config(seq_length=100_000),
         "needs at least 257": config(vocab_size=256),
         "There is no tokenizer": config(tokenizer=str(tmp_path / "nothing")),
+        r"has tokenizer.model but no tokenizer.json; make one": config(tokenizer=str(tmp_path / "slow")),
         "not a readable tokenizer": config(tokenizer=str(tmp_path / "bad.json")),
     }
     for expected, recipe in cases.items():

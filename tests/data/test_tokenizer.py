@@ -9,7 +9,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from megahybrid.data import Tokenizer, prepare
+from megahybrid.data import Tokenizer
+from megahybrid.data.prepare import prepare
 from megahybrid.errors import UserError
 from tests.data.corpora import make_config, silent, write_texts
 

@@ -1,0 +1,90 @@
+"""The units of work of `prepare`: the same for any number of workers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from megahybrid.config.schema import Config
+from megahybrid.data.documents import (
+    TRAIN,
+    VALIDATION,
+    Piece,
+    Skipped,
+    Unit,
+    draw,
+    is_compressed,
+    list_files,
+    split_names,
+)
+from megahybrid.data.prepared import include_patterns
+from megahybrid.errors import UserError
+
+# A unit is lost when `prepare` is killed, and its shards end with a short one: about a minute of a core, some shards.
+_LARGEST_UNIT = 1 << 28
+_SMALLEST_UNIT = 1 << 20
+_UNITS = 64
+
+
+def plan(config: Config, skipped: Skipped) -> dict[str, list[Unit]]:
+    """Source → its units, in an order that depends on names and sizes only.
+
+    Raises UserError for sources without text or with an unfit name.
+    """
+    if not config.data.sources:
+        raise UserError("data.sources is empty; name at least one folder of text, such as data.sources.books.path=DIR.")
+    units = {}
+    for name, source in sorted(config.data.sources.items()):
+        if not re.fullmatch(r"\w[\w.-]*", name) or name in ("tokenizer", "dataset.json"):
+            raise UserError(f"data.sources.{name} needs another name, one that can name a folder beside tokenizer/.")
+        root = Path(source.path).expanduser()
+        files = list_files(name, root, include_patterns(source), source.exclude, skipped)
+        size = min(max(sum(files.values()) // _UNITS, _SMALLEST_UNIT), _LARGEST_UNIT)
+        if source.format == "text":
+            pieces = _files(name, files, config.data.validation_fraction)
+        else:
+            pieces = _parts(name, files, size)
+        facts = str(root.absolute()), source.format, source.field, config.data.validation_fraction
+        units[name] = [Unit(name, number, *facts, group) for number, group in enumerate(_grouped(pieces, size))]
+    return units
+
+
+def fingerprint(units: dict[str, list[Unit]]) -> str:
+    """Hash of all that the units read, with the time of the files' last change."""
+    digest = hashlib.sha256()
+    for unit in (unit for each in units.values() for unit in each):
+        changed = [Path(unit.root, piece.name).stat().st_mtime_ns for piece in unit.pieces]
+        digest.update(json.dumps([unit.to_json(), changed], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _files(source: str, files: dict[str, int], fraction: float) -> list[Piece]:
+    """A document each, in an order that depends on their names only."""
+    names = sorted(files, key=lambda name: (draw("order", source, name), name))
+    held = split_names(source, names, fraction)
+    return [Piece(name, 0, files[name], VALIDATION if name in held else TRAIN) for name in names]
+
+
+def _parts(source: str, files: dict[str, int], size: int) -> list[Piece]:
+    """Parts of at most `size` bytes, except of compressed files, in an order that depends on names and sizes."""
+    pieces = []
+    for name, total in files.items():
+        step = total if is_compressed(name) else size
+        pieces += [Piece(name, begin, min(begin + step, total)) for begin in range(0, total, step)]
+    return sorted(pieces, key=lambda piece: (draw("order", source, piece.name, str(piece.begin)), piece.name))
+
+
+def _grouped(pieces: list[Piece], size: int) -> Iterator[list[Piece]]:
+    group: list[Piece] = []
+    total = 0
+    for piece in pieces:
+        group.append(piece)
+        total += piece.end - piece.begin
+        if total >= size:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group

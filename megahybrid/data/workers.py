@@ -1,0 +1,149 @@
+"""Processes that turn units into shards.
+
+Each reads a unit a line from its input and answers a message a line, so that it shares nothing with its parent, is
+started the same way from everywhere, and ends when the parent does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from megahybrid.data.documents import Unit
+from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.data.units import Format, write_unit
+from megahybrid.errors import UserError
+
+Advance = Callable[[int], Any]
+
+
+def write_units(units: Iterable[tuple[Unit, Path]], made: Format, workers: int, advance: Advance) -> None:
+    """Write every unit into its folder, by so many processes (one: this one). `advance(bytes)` hears of the progress.
+
+    Raises UserError for what a source makes impossible, OSError for the disk's faults, RuntimeError if a worker dies.
+    """
+    jobs = list(units)
+    workers = min(workers, len(jobs))
+    if workers <= 1:
+        tokenizer = Tokenizer.load(made.tokenizer)
+        for unit, folder in jobs:
+            write_unit(unit, made, tokenizer, folder, advance)
+        return
+    waiting: queue.SimpleQueue[tuple[Unit, Path]] = queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+    told: queue.SimpleQueue[int | Exception | None] = queue.SimpleQueue()
+    processes = [_start(made) for _ in range(workers)]
+    threads = [threading.Thread(target=_drive, args=(process, waiting, told), daemon=True) for process in processes]
+    for thread in threads:
+        thread.start()
+    try:
+        running = workers
+        while running:
+            message = told.get()
+            if isinstance(message, Exception):
+                raise message
+            if message is None:
+                running -= 1
+            else:
+                advance(message)
+    finally:
+        for process in processes:
+            process.kill()  # idle, unless something went wrong
+            process.wait()
+        for thread in threads:
+            thread.join()
+        for pipe in (pipe for process in processes for pipe in (process.stdin, process.stdout) if pipe):
+            with contextlib.suppress(OSError):  # what was not sent any more
+                pipe.close()
+
+
+def _start(made: Format) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", "from megahybrid.data.workers import serve; serve()", json.dumps(asdict(made))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,  # an interrupt from the terminal is the parent's to handle
+    )
+
+
+def _drive(process: subprocess.Popen[str], waiting: queue.SimpleQueue, told: queue.SimpleQueue) -> None:
+    """Give a process unit after unit; tell of progress, of an error, and None at the end."""
+    assert process.stdin is not None and process.stdout is not None
+    while True:
+        try:
+            unit, folder = waiting.get_nowait()
+        except queue.Empty:
+            told.put(None)
+            return
+        try:
+            process.stdin.write(json.dumps([unit.to_json(), str(folder)]) + "\n")
+            process.stdin.flush()
+            for line in process.stdout:
+                message = json.loads(line)
+                if "error" in message:
+                    told.put(_exception(message))
+                    return
+                if "done" in message:
+                    break
+                told.put(message["advance"])
+            else:
+                raise BrokenPipeError
+        except OSError:
+            told.put(
+                RuntimeError(
+                    f"a process of prepare died (exit code {process.wait()}); if memory ran out, lower data.workers"
+                )
+            )
+            return
+
+
+def _exception(message: dict[str, Any]) -> Exception:
+    if message["error"] == "UserError":
+        return UserError(message["text"])
+    if message.get("errno") is not None:
+        return OSError(message["errno"], message["text"])
+    return RuntimeError(f"a process of prepare failed: {message['error']}: {message['text']}")
+
+
+def serve() -> None:
+    """The life of a worker."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever libraries print is no answer
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone
+        _serve(Format(**json.loads(sys.argv[1])), sys.stdin, answers)
+
+
+def _serve(made: Format, requests: IO[str], answers: IO[str]) -> None:
+    def answer(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    tokenizer = Tokenizer.load(made.tokenizer)
+    for line in requests:
+        values, folder = json.loads(line)
+        try:
+            write_unit(Unit.from_json(values), made, tokenizer, Path(folder), lambda size: answer({"advance": size}))
+        except Exception as error:
+            number = error.errno if isinstance(error, OSError) else None
+            text = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+            answer({"error": type(error).__name__, "text": text, "errno": number})
+            return
+        answer({"done": True})
