@@ -21,8 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.run(parsed)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"megahybrid: {error}", file=sys.stderr)
+        _say(error)
         return 2
     except KeyboardInterrupt:
         print("megahybrid: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
@@ -38,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     recipes = {
         "prepare": (_prepare, "text → tokenizer → shards"),
         "train": (_train, "train, or go on from the newest checkpoint"),
-        "plan": (_plan, "parameters by part, steps and tokens; starts nothing"),
+        "plan": (_plan, "parameters, FLOPs a token, tokens and memory a GPU; starts nothing"),
     }
     for name, (run, text) in recipes.items():
         verb = verbs.add_parser(name, help=text, description=text)
@@ -105,6 +104,16 @@ def _plot(parsed: argparse.Namespace) -> None:
     for picture in plot_run(parsed.path):
         print(picture)
     print(summarise(parsed.path))
+
+
+def _say(error: UserError) -> None:
+    """Print the sentence once: before the processes have joined, all of them found the same fault."""
+    rank = int(os.environ.get("RANK", "0"))
+    groups = sys.modules.get("megahybrid.parallel.groups")
+    if rank == 0:
+        print(f"megahybrid: {error}", file=sys.stderr)
+    elif groups is not None and groups.joined():
+        print(f"megahybrid (rank {rank}): {error}", file=sys.stderr)
 
 
 def _quieten_libraries() -> None:

@@ -46,6 +46,11 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
+def joined() -> bool:
+    """Whether this process is in a process group."""
+    return dist.is_initialized()
+
+
 def shut_down() -> None:
     """Leave all groups; a later `initialize` may use another layout."""
     parallel_state.destroy_model_parallel()

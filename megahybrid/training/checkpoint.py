@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megahybrid import __version__
+from megahybrid import code_version
 from megahybrid.config import save_config
 from megahybrid.config.schema import CheckpointConfig
 from megahybrid.errors import UserError
@@ -186,7 +186,7 @@ def _write(
     save_config(engine.config, part / "config.yaml")
     shutil.copyfile(tokenizer, part / "tokenizer.json")
     facts = {
-        "megahybrid": __version__,
+        "megahybrid": code_version(),
         "position": asdict(position),
         "layers": engine.settings.pattern.letters,
         "controller": engine.controller.state(),

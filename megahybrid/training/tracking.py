@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from typing import Any
 
+from megahybrid import code_version
 from megahybrid.config.schema import Config
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ def _start(config: Config, run_id: str | None, mode: str):
             resume="allow" if run_id and mode == "online" else None,
             dir=config.run.dir,
             mode=mode,
-            config=dataclasses.asdict(config),
+            group=config.tracking.group,
+            tags=config.tracking.tags or None,
+            config={**dataclasses.asdict(config), "code_version": code_version()},
             settings=wandb.Settings(
                 silent=True,
                 console="off",
