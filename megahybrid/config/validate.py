@@ -127,7 +127,7 @@ def _data(config: Config) -> None:
         raise UserError(f"data.validation_fraction is {data.validation_fraction}; it must be below 1.")
     if "://" in data.path:
         raise UserError(
-            f"data.path '{data.path}' must be a local folder; let `prepare` write one, copy it there and set data.remote."
+            f"data.path '{data.path}' must be a local folder; copy what `prepare` writes there and set data.remote."
         )
     if data.remote is not None and data.cache is None:
         raise UserError("data.remote needs data.cache, a folder on each node's own disk for the shards in use.")

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
@@ -198,9 +199,9 @@ def _documents(unit: Unit, skipped: Skipped) -> Iterator[tuple[Text | None, int]
                 yield _file(piece, path, skipped), piece.end - piece.begin
             else:
                 yield from _lines(unit, piece, path, skipped)
-        except OSError as error:
+        except (OSError, zlib.error) as error:
             raise UserError(
-                f"'{path}' cannot be read: {error.strerror or error}; make it readable or exclude it."
+                f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}; make it readable or exclude it."
             ) from error
         except EOFError as error:
             raise UserError(f"'{path}' ends too early; fetch it again or exclude it.") from error
@@ -270,15 +271,52 @@ def _line(unit: Unit, line: bytes, where: str, skipped: Skipped) -> Text | None:
 def _open(file: IO[bytes], path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
         return gzip.open(file)
-    if path.suffix == ".zst":
+    return io.BufferedReader(_Zstandard(file, path), 1 << 20) if path.suffix == ".zst" else file
+
+
+class _Zstandard(io.RawIOBase):
+    """Reads .zst, of one frame or several. The package's own reader takes a file that was cut for one that ended."""
+
+    def __init__(self, file: IO[bytes], path: Path):
         try:
             import zstandard
         except ImportError as error:
             raise UserError(
                 f"'{path}' needs the package zstandard; `pip install zstandard`, or compress it with gzip."
             ) from error
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
-    return file
+        self._library = zstandard
+        self._file = file
+        self._frame: Any = None
+        self._plain = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._plain:
+            more = self._file.read(1 << 18)
+            if not more:
+                if self._frame is not None:
+                    raise EOFError
+                return 0
+            self._plain = memoryview(self._decompress(more))
+        size = min(len(buffer), len(self._plain))
+        buffer[:size] = self._plain[:size]
+        self._plain = self._plain[size:]
+        return size
+
+    def _decompress(self, data: bytes) -> bytes:
+        parts = []
+        while data:
+            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+            try:
+                parts.append(self._frame.decompress(data))
+            except self._library.ZstdError as error:
+                raise OSError(str(error)) from error
+            data = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        return b"".join(parts)
 
 
 def is_compressed(name: str) -> bool:

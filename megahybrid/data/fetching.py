@@ -52,7 +52,7 @@ class Fetcher:
                 self._changed.notify_all()
             if not self._changed.wait_for(lambda: number in self._ready or number in self._errors, self._seconds):
                 raise UserError(
-                    f"{self._describe(number)} was not there after {self._seconds:.0f} s; check the connection and "
+                    f"{self._describe(number)} was not there after {self._seconds:g} s; check the connection and "
                     "start again."
                 )
             if number in self._errors:

@@ -49,6 +49,11 @@ class TrainingData:
         samples = self._reader.shard_samples
         sources = [OrderedSource(name, samples[name], weight) for name, weight in weights.items()]
         self._order = SampleOrder(sources, train.seed, config.data.shuffle_block_size)
+        if rare := [name for name, count in zip(weights, self._order.counts, strict=True) if count == 0]:
+            raise UserError(
+                f"data.sources.{rare[0]}.weight is so small that {self.samples_per_epoch:,} samples have none of it; "
+                "raise it, or set it to 0."
+            )
         if self.samples_per_epoch < train.global_batch_size:
             raise UserError(
                 f"The prepared text holds {self.samples_per_epoch:,} samples, fewer than train.global_batch_size "

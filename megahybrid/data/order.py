@@ -63,7 +63,8 @@ class SampleOrder:
         sizes = [source.samples for source in sources]
         self.samples_per_epoch = sum(sizes)
         """Samples before the order's next epoch begins."""
-        self._counts = apportion(self.samples_per_epoch, [source.weight for source in sources])
+        self.counts = apportion(self.samples_per_epoch, [source.weight for source in sources])
+        """Of each source, the samples in an epoch."""
         self._offsets = np.cumsum([0, *sizes]).tolist()
         self._shard_offsets = np.cumsum([0, *(len(source.shard_samples) for source in sources)]).tolist()
         self._seed = seed
@@ -104,17 +105,17 @@ class SampleOrder:
 
     def largest_share(self, source: int) -> int:
         """The most samples of a source in one block."""
-        return -(-self._counts[source] // self._blocks)
+        return -(-self.counts[source] // self._blocks)
 
     def _begin(self, block: int) -> int:
         """Samples of an epoch before a block."""
-        return sum(count * block // self._blocks for count in self._counts)
+        return sum(count * block // self._blocks for count in self.counts)
 
     def _shares(self, epoch: int, block: int) -> list[tuple[int, int]]:
         """For each source, the part of its endless sequence of passes that a block takes."""
         return [
             (epoch * count + count * block // self._blocks, epoch * count + count * (block + 1) // self._blocks)
-            for count in self._counts
+            for count in self.counts
         ]
 
     def _locate(self, position: int) -> tuple[int, int, int]:

@@ -53,6 +53,9 @@ class ShardReader:
 
         Raises UserError, naming the file, for an index or a size that is not what was prepared.
         """
+        from streaming.base.format import reader_from_json  # takes seconds, which only readers should pay
+
+        self._open = reader_from_json
         self.shards: list[Shard] = []
         """All shards, source after source."""
         self.shard_samples: dict[str, NDArray[np.int64]] = {}
@@ -132,11 +135,9 @@ class ShardReader:
 
     def _reader(self, number: int) -> Any:
         if number not in self._readers:
-            from streaming.base.format import reader_from_json  # takes seconds, which only reading should cost
-
             shard = self.shards[number]
-            folder = self._store.root / shard.file.name
-            self._readers[number] = reader_from_json(str(folder.parent), "", shard.facts)
+            file = self._store.root / shard.file.name
+            self._readers[number] = self._open(str(file.parent), "", shard.facts)
         return self._readers[number]
 
     def _touch(self, number: int) -> None:

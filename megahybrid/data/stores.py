@@ -244,7 +244,7 @@ class Remote:
                 except BlockingIOError:
                     if time.monotonic() > end:
                         raise UserError(
-                            f"Another process has been fetching {self.describe(name)} for {_LOCK_SECONDS:.0f} s; "
+                            f"Another process has been fetching {self.describe(name)} for {_LOCK_SECONDS:g} s; "
                             "check the connection and start again."
                         ) from None
                 time.sleep(0.02)
@@ -310,11 +310,16 @@ def _is_final(error: Exception) -> bool:
     """Whether trying again cannot help."""
     if isinstance(error, (FileNotFoundError, PermissionError)):
         return True
+    final = {"403", "404", "NoSuchKey", "NoSuchBucket", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
+    return _code(error) in final or "Credentials" in type(error).__name__
+
+
+def _code(error: Exception) -> str | None:
+    """What an S3 server answered."""
     response = getattr(error, "response", None)
-    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
-    return code in {"403", "404", "NoSuchKey", "NoSuchBucket", "AccessDenied"} or "Credentials" in type(error).__name__
+    return str(response.get("Error", {}).get("Code")) if isinstance(response, dict) else None
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip()
+    text = str(error).strip() if _code(error) is None else f"the server answered {_code(error)}"
     return " ".join(text.splitlines()[0].rstrip(".").split()) if text else type(error).__name__

@@ -74,9 +74,9 @@ def write_unit(unit: Unit, made: Format, tokenizer: Tokenizer, folder: Path, adv
             rest = np.concatenate([np.array([tokenizer.document_id], made.dtype), rest])
         (part / "rest.bin").write_bytes(rest.tobytes())
         _finish(part, counts)
-        if folder.exists():  # one that was there and not whole
-            shutil.rmtree(folder)
-        os.replace(part, folder)
+        if finished_unit(folder) is None:  # else a worker whose parent was killed came first, with the same
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(part, folder)
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)

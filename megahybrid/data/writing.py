@@ -79,8 +79,8 @@ class _Shards:
     """Writes the MDS format (mosaicml-streaming's, version 2) with the two columns of a sample, and its index.
 
     A shard is `[samples: uint32][offset of each sample and of the end: uint32][the columns as JSON][samples]`, a sample
-    `[bytes of borders: uint32][borders][tokens]`. The library's own writer takes half a gigabyte and five seconds to
-    import, in every process of `prepare`; the tests compare with it byte for byte.
+    `[bytes of borders: uint32][borders][tokens]`. The library's own writer takes 700 MB and five seconds to import,
+    in every process of `prepare`; the tests compare with it byte for byte.
     """
 
     def __init__(self, folder: Path, tokens: int, dtype: str, shard_bytes: int):

@@ -42,7 +42,7 @@ class Position:
     Attributes:
         step: optimizer steps done.
         consumed: samples of the training data consumed.
-        data: fingerprint of the data.
+        data: identity of the prepared data.
         tracking_id: the W&B run's id.
     """
 

@@ -17,7 +17,7 @@ from megahybrid.parallel import groups
 from megahybrid.training import checkpoint
 from megahybrid.training.checkpoint import Position
 from megahybrid.training.engine import Engine, StepResult
-from megahybrid.training.resume import check_resume, fingerprint
+from megahybrid.training.resume import check_resume
 from megahybrid.training.run_directory import RunDirectory, duration
 from megahybrid.training.signals import StopRequest
 from megahybrid.training.speed import memory, model_flops_utilization
@@ -63,7 +63,7 @@ class Trainer:
         self.data = resources.enter_context(TrainingData(config, replica, replicas))
         self.validation = resources.enter_context(validation_batches(config, replica, replicas))
         self.engine = self._build(start)
-        data = fingerprint(self.data.prepared)
+        data = self.data.prepared.identity
         self.position = Position(0, 0, data)
         if start is not None:
             self.position = checkpoint.load(start, self.engine)

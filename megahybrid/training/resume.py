@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from megahybrid.config import Config
-from megahybrid.data.prepared import Prepared
 from megahybrid.errors import UserError
 
 # Everything else decides the model or which samples a step reads.
@@ -54,13 +51,6 @@ def check_resume(saved: Config, now: Config, checkpoint: str) -> None:
             f"'{checkpoint}' was trained with {key} = {before.get(key)}, not {after.get(key)}; "
             "set it back, or train in another run.dir."
         )
-
-
-def fingerprint(prepared: Prepared) -> str:
-    """Short hash of what training reads: the tokenizer and every source's samples."""
-    counts = {name: {split: each.samples for split, each in s.items()} for name, s in prepared.sources.items()}
-    facts = json.dumps([prepared.tokenizer_sha256, prepared.seq_length, counts], sort_keys=True)
-    return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -21,6 +21,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, 
     (root / "text" / "cache" / "x.txt").write_text("excluded folder")
     config = make_config(root, {"small": SourceConfig(str(root / "text"), exclude=["cache"])})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megahybrid.data.writing.SHARD_BYTES", 4000)
+        patch.setattr("megahybrid.data.writing.SHARD_BYTES", 2000)
         prepare(config, silent)
     return config, texts

@@ -112,7 +112,9 @@ def test_the_shards_are_those_of_the_librarys_writer(tmp_path):
     rng = np.random.default_rng(1)
     length = 70_000
     columns = {"tokens": f"ndarray:uint16:{length + 1}", "borders": "ndarray:int32"}
-    documents = [np.concatenate([[0], rng.integers(1, 9, size)]) for size in [5] * 40 + [300_000, *[0] * 300_000, 9]]
+    sizes = [size for borders in (255, 256, 65_535, 65_536) for size in [*[0] * (borders - 1), length - borders]]
+    sizes += [5] * 40 + [300_000, 9]
+    documents = [np.concatenate([[0], rng.integers(1, 9, size)]) for size in sizes]
     stream = np.concatenate(documents).astype(np.uint16)
     with SampleWriter(tmp_path / "ours", length, "uint16", shard_bytes=600_000) as writer:
         writer.add(documents)
@@ -148,7 +150,7 @@ def test_the_split_depends_on_names_only_and_leaves_no_side_empty():
 
 def test_the_same_text_gives_the_same_files(corpus, tmp_path, monkeypatch):
     config, _ = corpus
-    monkeypatch.setattr("megahybrid.data.writing.SHARD_BYTES", 4000)
+    monkeypatch.setattr("megahybrid.data.writing.SHARD_BYTES", 2000)
     again = replace(config, data=replace(config.data, path=str(tmp_path / "data")))
     prepare(again, silent)
     files = {file.relative_to(config.data.path): file for file in Path(config.data.path).rglob("*") if file.is_file()}

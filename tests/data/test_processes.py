@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -32,19 +34,35 @@ print(json.dumps([steps, held]))
 
 
 def start(recipe, store, world, mode):
-    """One job of `world` processes, which know their ranks from torch.distributed alone."""
+    """One job of `world` processes, which know their ranks from torch.distributed alone; a recipe, or one each."""
+    recipes = recipe if isinstance(recipe, list) else [recipe] * world
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     return [
         subprocess.Popen(
-            [sys.executable, "-c", _WORKER, str(recipe), str(store), str(rank), str(world), mode],
+            [sys.executable, "-c", _WORKER, str(recipes[rank]), str(store), str(rank), str(world), mode],
             env=environment,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(world)
     ]
+
+
+@pytest.mark.slow
+def test_what_one_process_finds_wrong_is_raised_on_all(corpus, tmp_path):
+    config, _ = corpus
+    shutil.copytree(config.data.path, tmp_path / "data")
+    (tmp_path / "data" / "small" / "train" / "shard.00001.mds").unlink()
+    names = [tmp_path / "whole.yaml", tmp_path / "damaged.yaml"]
+    save_config(config, names[0])
+    save_config(replace(config, data=replace(config.data, path=str(tmp_path / "data"))), names[1])
+    for process in start(names, tmp_path / "store", 2, "end"):
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode
+        assert f"UserError: '{tmp_path}/data/small/train/shard.00001.mds' is missing" in said
 
 
 @pytest.mark.slow
