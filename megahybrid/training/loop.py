@@ -14,6 +14,7 @@ from megahybrid.data.loader import TrainingData, validation_batches
 from megahybrid.errors import UserError
 from megahybrid.model.stack import build
 from megahybrid.parallel import groups
+from megahybrid.scaling.flops import flops_per_token
 from megahybrid.training import checkpoint
 from megahybrid.training.checkpoint import Position
 from megahybrid.training.engine import Engine, StepResult
@@ -56,7 +57,9 @@ def train(config: Config, report: Report = print) -> None:
 class Trainer:
     """A run in progress: built at the position of a checkpoint, or at the start."""
 
-    def __init__(self, config: Config, run: RunDirectory, start: Path | None, say: Report, resources: Any):
+    def __init__(
+        self, config: Config, run: RunDirectory, start: Path | None, say: Report, resources: contextlib.ExitStack
+    ):
         self.config, self.run, self.say = config, run, say
         replica, replicas = groups.data_parallel()
         # Data first: what is wrong with it is found before anything is written.
@@ -77,6 +80,7 @@ class Trainer:
         self.tracker = Tracker(config if groups.is_main() else None, self.position.tracking_id)
         resources.callback(self.tracker.finish)
         self.stop_request = resources.enter_context(StopRequest())
+        self.flops_per_token = flops_per_token(config).training
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_length
         self._status_written = 0.0
 
@@ -143,7 +147,7 @@ class Trainer:
             "tokens_per_second": speed,
             "data_seconds": loaded - started,
             "skipped": self.engine.guard.skipped,
-            **model_flops_utilization(self.config, speed),
+            **model_flops_utilization(self.flops_per_token, speed),
             **memory(),
         }
         if self.engine.lte_layers:

@@ -8,18 +8,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megahybrid.config import Config
-
 # Dense bf16 tensor core rate by part of the device's name, FLOP/s (vendors' data sheets).
 _PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 
 
-def model_flops_utilization(config: Config, tokens_per_second: float) -> dict[str, float]:
+def model_flops_utilization(flops_per_token: float, tokens_per_second: float) -> dict[str, float]:
     """`{"mfu": …}`: the model's FLOPs a second, as `plan` counts them, over the GPUs' peak; {} on an unknown device."""
     peak = _peak()
-    if peak is None:
-        return {}
-    return {"mfu": tokens_per_second * _flops_per_token(config) / (peak * dist.get_world_size())}
+    return {} if peak is None else {"mfu": tokens_per_second * flops_per_token / (peak * dist.get_world_size())}
 
 
 def memory() -> dict[str, Any]:
@@ -33,14 +29,3 @@ def _peak() -> float | None:
         return None
     name = torch.cuda.get_device_name()
     return next((peak for part, peak in _PEAKS.items() if part in name), None)
-
-
-_cached: dict[int, float] = {}
-
-
-def _flops_per_token(config: Config) -> float:
-    from megahybrid.scaling.flops import flops_per_token
-
-    if id(config) not in _cached:
-        _cached[id(config)] = flops_per_token(config).training
-    return _cached[id(config)]
