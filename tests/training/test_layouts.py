@@ -51,6 +51,13 @@ def test_losses_do_not_depend_on_the_layout(world, stage, workers, reference, re
     assert_same_run(metrics(tmp_path / "run"), metrics(reference))
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_recompute_changes_nothing(stage, workers, reference, recipe, tmp_path):
+    overrides = [f"parallel.zero_stage={stage}", "train.recompute=true"]
+    workers.run(2, "tests.training.test_layouts:train", str(recipe), *overrides)
+    assert_same_run(metrics(tmp_path / "run"), metrics(reference))
+
+
 @pytest.mark.parametrize(("before", "after"), RESUMES)
 def test_a_run_goes_on_in_another_layout(before, after, workers, reference, recipe, tmp_path):
     """Stopped by SIGTERM to one rank in step 10, gone on with other ranks and another ZeRO stage."""
