@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
 
@@ -285,8 +284,3 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-
-def sections() -> dict[str, Any]:
-    """Section name → dataclass."""
-    return {name: f.default_factory for name, f in Config.__dataclass_fields__.items()}

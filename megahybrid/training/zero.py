@@ -92,9 +92,10 @@ def write(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor) -> Non
         # DeepSpeed's own setter fails where a parameter does not divide by the ranks.
         key = None if kind == WEIGHTS else kind
         shard, _ = engine.optimizer._get_fp32_opt_state_partition(parameter, False, key)
-        _copy_part(shard, value, engine.optimizer._get_param_partition_rank(parameter))
+        rank = engine.optimizer._get_param_partition_rank(parameter)
+        _copy_part(shard, value, rank)
         if kind == WEIGHTS:
-            _copy_part(parameter.ds_tensor, value, engine.optimizer._get_param_partition_rank(parameter))
+            _copy_part(parameter.ds_tensor, value, rank)
             if parameter.data.shape == value.shape:  # small parameters stay gathered
                 parameter.data.copy_(value)
     elif kind == WEIGHTS:
