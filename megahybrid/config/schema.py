@@ -159,8 +159,9 @@ class TrainConfig:
     """Of initialisation, data order and dropout."""
     dtype: str = "bf16"
     """bf16 (with fp32 master weights and gradient accumulation) or fp32."""
-    recompute: bool = False
-    """Recompute every layer's activations in the backward pass instead of keeping them."""
+    recompute: str = "none"
+    """Layers that recompute their activations in the backward pass instead of keeping them: none, all, or the letters
+    of their kinds in the pattern, such as LF."""
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's normaliser (PaLM, arXiv 2204.02311, section 5)."""
     init_from: str | None = None

@@ -95,19 +95,73 @@ def _lte(config: Config) -> None:
 
 def _layout(config: Config) -> None:
     parallel = config.parallel
-    for key in ("tensor", "pipeline", "virtual_pipeline"):
-        if getattr(parallel, key) != 1:
-            raise UserError(f"parallel.{key} is {getattr(parallel, key)}; only 1 is supported so far.")
-    if parallel.sequence:
-        raise UserError("parallel.sequence is not supported so far; leave it false.")
     if parallel.zero_stage not in (1, 2, 3):
         raise UserError(
             f"parallel.zero_stage is {parallel.zero_stage}; choose 1, 2 or 3 (0 miscounts the gradient norm)."
+        )
+    _tensor(config)
+    if parallel.sequence and config.train.seq_length % parallel.tensor:
+        raise UserError(
+            f"parallel.sequence splits train.seq_length ({config.train.seq_length}) over parallel.tensor "
+            f"({parallel.tensor}) ranks, which does not come out even; change one of them."
+        )
+    _pipeline(config)
+
+
+def _tensor(config: Config) -> None:
+    model, tensor = config.model, config.parallel.tensor
+    letters = set(parse_pattern(model.pattern).letters)
+    split = {"model.vocab_size": model.vocab_size}
+    if model.intermediate_size:
+        split["model.intermediate_size"] = model.intermediate_size
+    if "G" in letters:
+        split["model.gdn.num_heads"] = model.gdn.num_heads
+    if letters & set("LSF"):
+        kv_heads = model.attention.num_kv_heads
+        split["model.attention.num_kv_heads" if kv_heads else "model.attention.num_heads"] = (
+            kv_heads or model.attention.num_heads
+        )
+    for key, count in split.items():
+        if count % tensor:
+            raise UserError(
+                f"parallel.tensor is {tensor}, which does not divide {key} ({count}); choose a divisor of it."
+            )
+
+
+def _pipeline(config: Config) -> None:
+    parallel, pattern = config.parallel, parse_pattern(config.model.pattern)
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    if chunks == 1:
+        return
+    if parallel.pipeline == 1:
+        raise UserError(
+            f"parallel.virtual_pipeline is {parallel.virtual_pipeline} without a pipeline; set parallel.pipeline to 2 "
+            "or more, or parallel.virtual_pipeline to 1."
+        )
+    if parallel.zero_stage > 1:
+        raise UserError(
+            f"parallel.zero_stage {parallel.zero_stage} does not go with parallel.pipeline {parallel.pipeline}: its "
+            "gradients would be reduced before the schedule has all of them; set parallel.zero_stage to 1."
+        )
+    if pattern.stage_starts and len(pattern.stage_starts) + 1 != chunks:
+        raise UserError(
+            f"model.pattern has {len(pattern.stage_starts) + 1} stages between its '|', but parallel.pipeline * "
+            f"parallel.virtual_pipeline is {chunks}; make them equal, or leave '|' out to have stages balanced."
+        )
+    if len(pattern.letters) < chunks:
+        raise UserError(
+            f"model.pattern has {len(pattern.letters)} layers, fewer than parallel.pipeline * "
+            f"parallel.virtual_pipeline ({chunks}); every stage needs a layer."
         )
 
 
 def _training(config: Config) -> None:
     train, optimizer = config.train, config.optimizer
+    letters = parse_pattern(config.model.pattern).letters
+    if train.recompute not in ("none", "all") and not set(train.recompute) <= set(letters):
+        raise UserError(
+            f"train.recompute is '{train.recompute}'; write none, all, or letters of model.pattern ({letters})."
+        )
     if train.global_batch_size % train.micro_batch_size:
         raise UserError(
             f"train.global_batch_size ({train.global_batch_size}) must be a multiple of "

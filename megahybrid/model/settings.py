@@ -20,7 +20,7 @@ class Settings:
         intermediate_size: width inside the SwiGLU.
         kv_heads: key-value heads of attention layers.
         sequence_parallel: whether the residual stream is split over the tensor parallel ranks.
-        recompute: whether layers recompute their activations in the backward pass.
+        recompute: letters of the layers that recompute their activations in the backward pass.
     """
 
     model: ModelConfig
@@ -28,19 +28,20 @@ class Settings:
     intermediate_size: int
     kv_heads: int
     sequence_parallel: bool
-    recompute: bool
+    recompute: str
 
     @classmethod
     def of(cls, config: Config) -> Settings:
         """Derive the settings from a validated configuration."""
-        model = config.model
+        model, pattern = config.model, parse_pattern(config.model.pattern)
+        recompute = {"none": "", "all": pattern.letters}.get(config.train.recompute, config.train.recompute)
         return cls(
             model=model,
-            pattern=parse_pattern(model.pattern),
+            pattern=pattern,
             intermediate_size=model.intermediate_size or 256 * math.ceil((8 * model.hidden_size // 3) / 256),
             kv_heads=model.attention.num_kv_heads or model.attention.num_heads,
             sequence_parallel=config.parallel.sequence,
-            recompute=config.train.recompute,
+            recompute=recompute,
         )
 
     @property

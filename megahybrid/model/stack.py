@@ -68,7 +68,7 @@ class Stack(nn.Module):
         after: dict[int, Any] = {}
         for name, block in self.layers.items():
             layer = int(name)
-            if self.settings.recompute and torch.is_grad_enabled():
+            if self.settings.pattern.letters[layer] in self.settings.recompute and torch.is_grad_enabled():
                 x, each = _recomputed(block, x, context)
             else:
                 x, each, after[layer] = block(x, context, states[layer] if states else None)

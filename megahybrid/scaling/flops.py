@@ -44,14 +44,18 @@ def flops_per_token(config: Config) -> Flops:
     """FLOPs a token of the model that the configuration describes."""
     settings = Settings.of(config)
     hidden, length = config.model.hidden_size, config.train.seq_length
-    mixers = {"G": gdn, "L": lte, "S": sliding_window, "F": full_attention}
     parts: Counter[str] = Counter()
     for letter in settings.pattern.letters:
-        for name, count in mixers[letter](settings, length).items():
-            parts[f"{LETTERS[letter]}: {name}"] += count
-        parts["SwiGLU"] += linear(hidden, 3 * settings.intermediate_size)
+        parts.update(layer(settings, letter, length))
     parts["output layer"] = linear(hidden, config.model.vocab_size)
     return Flops(dict(parts))
+
+
+def layer(settings: Settings, letter: str, length: int) -> dict[str, float]:
+    """A layer of the pattern: its mixer's parts and its SwiGLU."""
+    mixers = {"G": gdn, "L": lte, "S": sliding_window, "F": full_attention}
+    parts = {f"{LETTERS[letter]}: {name}": count for name, count in mixers[letter](settings, length).items()}
+    return parts | {"SwiGLU": linear(settings.model.hidden_size, 3 * settings.intermediate_size)}
 
 
 def linear(inputs: int, outputs: int) -> float:

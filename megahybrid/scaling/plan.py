@@ -89,9 +89,9 @@ def _memory(config: Config, parameters: int) -> str:
     for stage in ZERO_STAGES:
         per_size = (states(config, parameters, stage, size) for size in REPLICAS)
         rows.append((f"weights, gradients, optimizer: ZeRO {stage}", *map(_gib, per_size)))
-    stage, peak = config.parallel.zero_stage, saved.peak(train.recompute)
+    stage, peak = config.parallel.zero_stage, saved.peak(train.recompute != "none")
     totals = (_gib(states(config, parameters, stage, size) + peak) for size in REPLICAS)
-    how = "recomputed" if train.recompute else "kept"
+    how = "recomputed" if train.recompute != "none" else "kept"
     rows.append((f"this recipe: ZeRO {stage}, activations {how}", *totals))
     return _table(("GiB a GPU, by number of GPUs", *map(str, REPLICAS)), rows)
 

@@ -67,7 +67,7 @@ def test_training_without_cap_differs_from_inference_with_it():
 
 def test_recompute_gives_the_same_gradients():
     gradients = []
-    for recompute in (False, True):
+    for recompute in ("none", "all", "LG"):
         model, tokens = tiny.model("GLSF", dropout=0.3, recompute=recompute), tiny.tokens()
         for layer in "1":
             model.layers[layer].mixer.l1_lambda.fill_(0.7)
@@ -75,7 +75,7 @@ def test_recompute_gives_the_same_gradients():
         out.losses.mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]), name
+        assert torch.equal(gradient, gradients[1][name]) and torch.equal(gradient, gradients[2][name]), name
 
 
 def test_dropout_depends_on_the_step_and_not_on_packing():

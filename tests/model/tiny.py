@@ -19,7 +19,7 @@ VOCAB = 40
 LENGTHS = (23, 1, 9, 40)
 
 
-def config(pattern, dropout=0.0, recompute=False, train_cap=False, tie_embeddings=True):
+def config(pattern, dropout=0.0, recompute="none", train_cap=False, tie_embeddings=True):
     return Config(
         run=RunConfig(dir="unused"),
         model=ModelConfig(

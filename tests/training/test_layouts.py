@@ -53,7 +53,7 @@ def test_losses_do_not_depend_on_the_layout(world, stage, workers, reference, re
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_recompute_changes_nothing(stage, workers, reference, recipe, tmp_path):
-    overrides = [f"parallel.zero_stage={stage}", "train.recompute=true"]
+    overrides = [f"parallel.zero_stage={stage}", "train.recompute=all"]
     workers.run(2, "tests.training.test_layouts:train", str(recipe), *overrides)
     assert_same_run(metrics(tmp_path / "run"), metrics(reference))
 

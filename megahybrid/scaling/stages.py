@@ -1,0 +1,48 @@
+"""Which layers every pipeline stage holds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from megahybrid.config.schema import Config
+from megahybrid.model.settings import Settings
+from megahybrid.scaling.flops import layer, linear
+
+
+def stage_layers(config: Config) -> list[range]:
+    """Layers of every model chunk in the order in which a token passes them: parallel.pipeline of them, times
+    parallel.virtual_pipeline; chunk c belongs to pipeline rank c % parallel.pipeline.
+
+    A `|` in the pattern says where they begin. Without it the costliest chunk is as cheap as can be, by FLOPs a token,
+    the output layer counted with the last one.
+    """
+    settings, parallel = Settings.of(config), config.parallel
+    pattern, chunks = settings.pattern, parallel.pipeline * parallel.virtual_pipeline
+    if chunks == 1:
+        return [range(len(pattern.letters))]
+    if pattern.stage_starts:
+        return [range(*pair) for pair in itertools.pairwise((0, *pattern.stage_starts, len(pattern.letters)))]
+    costs = [sum(layer(settings, letter, config.train.seq_length).values()) for letter in pattern.letters]
+    costs[-1] += linear(config.model.hidden_size, config.model.vocab_size)
+    return balanced(costs, chunks)
+
+
+def balanced(costs: Sequence[float], parts: int) -> list[range]:
+    """The split of a sequence into `parts` consecutive, non-empty ranges whose largest sum is as small as possible."""
+    before = [0.0, *itertools.accumulate(costs)]
+    # best[n]: the largest sum of the first n costs in the parts so far; cuts[p][n]: where the last of p parts begins.
+    best, cuts = [0.0] + [math.inf] * len(costs), []
+    for _ in range(parts):
+        choices = [
+            min(((max(best[cut], before[end] - before[cut]), cut) for cut in range(end)), default=(math.inf, 0))
+            for end in range(len(costs) + 1)
+        ]
+        best, starts = (list(column) for column in zip(*choices, strict=True))
+        cuts.append(starts)
+    ranges, end = [], len(costs)
+    for starts in reversed(cuts):
+        ranges.append(range(starts[end], end))
+        end = starts[end]
+    return ranges[::-1]
