@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from megahybrid.model.context import Aux, Context
+from megahybrid.model.loss import attach_loss
 from megahybrid.model.mixers import MIXERS
 from megahybrid.model.settings import Settings
-from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter
+from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter, shared
 from megahybrid.parallel.parameters import constant, parameter
 from megahybrid_kernels.norm import rms_norm
 from megahybrid_kernels.swiglu import swiglu
@@ -21,10 +22,11 @@ class RMSNorm(nn.Module):
     def __init__(self, settings: Settings):
         super().__init__()
         self.weight = parameter(settings.model.hidden_size, initializer=constant(1.0), weight_decay=False)
-        self.eps = settings.model.norm_eps
+        self.settings = settings
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        weight = shared(self.weight) if self.settings.sequence_parallel else self.weight
+        return rms_norm(x, weight, self.settings.model.norm_eps)
 
 
 class SwiGLU(nn.Module):
@@ -56,5 +58,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Context, state: Any = None) -> tuple[Tensor, Aux | None, Any]:
         """`[tokens, 1, hidden]` → (the same, the mixer's by-products, the mixer's next state)."""
         y, aux, state = self.mixer(self.mixer_norm(x), context, state)
+        if aux is not None:
+            y = attach_loss(y, aux.loss, context.aux_scale)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), aux, state

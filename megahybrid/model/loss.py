@@ -69,6 +69,6 @@ class _AttachLoss(torch.autograd.Function):
 def attach_loss(x: Tensor, loss: Tensor, scale: float) -> Tensor:
     """`x` unchanged; the backward pass through it also adds `scale` times the gradient of the scalar `loss`.
 
-    A pipeline stage hands on activations, not losses: this is how its auxiliary loss reaches its parameters.
+    A pipeline stage hands on activations, not losses: this is how auxiliary losses reach its parameters.
     """
     return _AttachLoss.apply(x, loss, scale)

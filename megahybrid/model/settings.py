@@ -40,7 +40,7 @@ class Settings:
             pattern=pattern,
             intermediate_size=model.intermediate_size or 256 * math.ceil((8 * model.hidden_size // 3) / 256),
             kv_heads=model.attention.num_kv_heads or model.attention.num_heads,
-            sequence_parallel=config.parallel.sequence,
+            sequence_parallel=config.parallel.sequence and config.parallel.tensor > 1,
             recompute=recompute,
         )
 

@@ -1,7 +1,8 @@
-"""The stack of layers that a pipeline stage holds, with the embedding before it and the output after it."""
+"""The stack of layers, whole or as pipeline stages, with the embedding before it and the output after it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from megahybrid.config.schema import Config
 from megahybrid.model.block import Block, RMSNorm
 from megahybrid.model.context import Aux, Context
-from megahybrid.model.loss import attach_loss, cross_entropy
+from megahybrid.model.loss import cross_entropy
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.layers import ColumnLinear, VocabEmbedding, enter
 from megahybrid.parallel.parameters import initialize_parameters
@@ -24,9 +25,11 @@ class StackOutput(NamedTuple):
     """What a pass through the stack gives.
 
     Attributes:
-        hidden: `[tokens, 1, hidden]` after the final norm.
-        losses: negative log-likelihood of every label in nats, `[tokens]`, at least fp32, when labels were given.
-        normalisers: log of the softmax's normaliser, `[tokens]`, at least fp32, when labels were given.
+        hidden: `[tokens, 1, hidden]`, after the final norm where this is the last stage; with sequence parallelism
+            `[tokens / tensor, 1, hidden]`.
+        losses: negative log-likelihood of every label in nats, `[tokens]`, at least fp32, of the last stage, when
+            labels were given.
+        normalisers: log of the softmax's normaliser, `[tokens]`, at least fp32, likewise.
         aux: by-products by LTE layer number, in training.
         states: the mixers' next states by layer number, when states were given.
     """
@@ -39,21 +42,34 @@ class StackOutput(NamedTuple):
 
 
 class Stack(nn.Module):
-    """Embedding, layers, final norm and output layer. Parameter names carry global layer numbers."""
+    """Consecutive layers: a whole model, or the part of it that a pipeline stage holds.
+
+    The first stage also has the embedding, the last one the final norm and the output layer. Parameter names carry
+    global layer numbers, so that they are unique over all stages; but with tied embeddings the last stage has a copy of
+    the embedding under the same name; the schedule sums their gradients, which keeps them equal.
+    """
 
     model_type = ModelType.encoder_or_decoder  # read by Megatron-core's schedules
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, layers: range | None = None):
+        """`layers` are the numbers of the layers this stage holds, all of them when left out."""
         super().__init__()
         self.settings = settings = Settings.of(config)
         self.config = megatron_config(config)
-        self.embedding = VocabEmbedding(
-            settings.model.vocab_size, settings.model.hidden_size, settings.projection, self.config
-        )
-        self.layers = nn.ModuleDict({str(i): Block(settings, i) for i in range(len(settings.pattern.letters))})
-        self.final_norm = RMSNorm(settings)
-        if not settings.model.tie_embeddings:
-            self.output = ColumnLinear(settings.model.hidden_size, settings.model.vocab_size, settings.projection)
+        total, tied = len(settings.pattern.letters), settings.model.tie_embeddings
+        layers = range(total) if layers is None else layers
+        self.first, self.last = layers.start == 0, layers.stop == total
+        if self.first or (self.last and tied):
+            self.embedding = VocabEmbedding(
+                settings.model.vocab_size, settings.model.hidden_size, settings.projection, self.config
+            )
+            self.embedding.weight.ds_pipe_replicated = not self.first  # DeepSpeed's mark: its norm counts it once
+        self.layers = nn.ModuleDict({str(i): Block(settings, i) for i in layers})
+        if self.last:
+            self.final_norm = RMSNorm(settings)
+            if not tied:
+                self.output = ColumnLinear(settings.model.hidden_size, settings.model.vocab_size, settings.projection)
+        self._input: Tensor | None = None
 
     def forward(
         self,
@@ -62,8 +78,8 @@ class Stack(nn.Module):
         labels: Tensor | None = None,
         states: dict[int, Any] | None = None,
     ) -> StackOutput:
-        """Tokens and labels int64 `[tokens]` → hidden states and losses, the auxiliary losses attached to them."""
-        x = self.embedding(tokens)
+        """Tokens and labels int64 `[tokens]` → hidden states and, on the last stage, losses."""
+        x = self.embedding(tokens) if self.first else self._input
         aux: dict[int, Aux] = {}
         after: dict[int, Any] = {}
         for name, block in self.layers.items():
@@ -74,11 +90,12 @@ class Stack(nn.Module):
                 x, each, after[layer] = block(x, context, states[layer] if states else None)
             if each is not None:
                 aux[layer] = each
-        if aux:
-            x = attach_loss(x, torch.stack([each.loss for each in aux.values()]).sum(), context.aux_scale)
-        hidden = self.final_norm(x)
-        losses, normalisers = (None, None) if labels is None else cross_entropy(self.logits(hidden), labels)
-        return StackOutput(hidden, losses, normalisers, aux, after if states else {})
+        losses = normalisers = None
+        if self.last:
+            x = self.final_norm(x)
+            if labels is not None:
+                losses, normalisers = cross_entropy(self.logits(x), labels)
+        return StackOutput(x, losses, normalisers, aux, after if states else {})
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[tokens, 1, hidden]` → `[tokens, vocabulary of this tensor parallel rank]`."""
@@ -90,32 +107,70 @@ class Stack(nn.Module):
         return {int(name): block.mixer.initial_state(sequences) for name, block in self.layers.items()}
 
     def set_input_tensor(self, tensor: Any) -> None:
-        """Megatron-core's schedules hand every stage its input here; the first stage, so far the only one, has none."""
+        """Megatron-core's schedules hand every stage its input here; the first one's is None."""
+        self._input = tensor[0] if isinstance(tensor, list) else tensor
+
+
+class Stages(nn.Module):
+    """A rank's stages of an interleaved pipeline as one module: the same parameters under the same names."""
+
+    def __init__(self, stages: Sequence[Stack]):
+        super().__init__()
+        self.layers = nn.ModuleDict({name: block for stage in stages for name, block in stage.layers.items()})
+        for stage in stages:
+            for name, module in stage.named_children():
+                if name != "layers":
+                    self.add_module(name, module)
 
 
 def build(config: Config, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Stack:
-    """The model with its initial values from (train.seed, parameter name)."""
-    model = Stack(config).to(device=device, dtype=dtype)
-    initialize_parameters(model, config.train.seed)
-    return model
+    """The whole model with its initial values from (train.seed, parameter name)."""
+    (stage,) = build_stages(config, [None], device, dtype)
+    return stage
+
+
+def build_stages(
+    config: Config,
+    layers: Sequence[range | None],
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+) -> list[Stack]:
+    """This rank's stages, one for each entry of `layers`, with their initial values."""
+    stages = []
+    for number, each in enumerate(layers):
+        stage = Stack(config, each).to(device=device, dtype=dtype)
+        initialize_parameters(stage, config.train.seed)
+        if len(layers) > 1:
+            stage.vp_stage = number  # Megatron-core's interleaved schedule asks for it
+        stages.append(stage)
+    return stages
 
 
 def megatron_config(config: Config) -> TransformerConfig:
     """Megatron-core's configuration: what its layers and schedules read."""
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    parallel = config.parallel
+    interleaved = parallel.virtual_pipeline > 1
     return TransformerConfig(
-        num_layers=len(Settings.of(config).pattern.letters),
+        # Not read by what we use, but checked: it knows no stages of unequal size.
+        num_layers=parallel.pipeline * parallel.virtual_pipeline,
+        num_attention_heads=parallel.tensor,
         hidden_size=config.model.hidden_size,
-        num_attention_heads=config.model.attention.num_heads,
-        tensor_model_parallel_size=config.parallel.tensor,
-        pipeline_model_parallel_size=config.parallel.pipeline,
-        sequence_parallel=config.parallel.sequence,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
         use_cpu_initialization=True,
         perform_initialization=False,
         params_dtype=torch.float32,
         pipeline_dtype=dtype,
         bf16=config.train.dtype == "bf16",
         gradient_accumulation_fusion=False,
+        # With two stages, batched transfers of the interleaved schedule would mix up what is sent in one direction.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        # gloo sends in the background: a buffer freed after an overlapped send would be sent damaged.
+        deallocate_pipeline_outputs=parallel.pipeline > 1 and (not interleaved or torch.cuda.is_available()),
     )
 
 

@@ -7,7 +7,8 @@ import os
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.errors import UserError
@@ -43,7 +44,7 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> None:
         virtual_pipeline_model_parallel_size=virtual,
         create_gloo_process_groups=False,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
 
 
 def joined() -> bool:
@@ -73,16 +74,31 @@ def data_parallel() -> tuple[int, int]:
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
-def sum_over_data_parallel(value: torch.Tensor) -> torch.Tensor:
-    """`value` summed in place over the data parallel replicas."""
-    dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
+def tensor_parallel() -> tuple[int, int]:
+    """Rank and size of this process among those that split its layers."""
+    return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+
+
+def pipeline_parallel() -> tuple[int, int]:
+    """Rank and size of this process among the pipeline's."""
+    return parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_world_size()
+
+
+def is_first_of_replica() -> bool:
+    """Whether this process counts what all of its replica's processes know alike."""
+    return tensor_parallel()[0] == pipeline_parallel()[0] == 0
+
+
+def sum_over_all(value: torch.Tensor) -> torch.Tensor:
+    """`value` summed in place over all processes."""
+    dist.all_reduce(value)
     return value
 
 
-def max_over_data_parallel(value: int) -> int:
-    """The largest `value` of the data parallel replicas."""
+def max_over_all(value: int) -> int:
+    """The largest `value` of all processes."""
     largest = torch.tensor(value, device=device())
-    dist.all_reduce(largest, dist.ReduceOp.MAX, parallel_state.get_data_parallel_group())
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
 
 

@@ -22,6 +22,12 @@ def enter(x: Tensor, sequence_parallel: bool) -> Tensor:
     return mappings.copy_to_tensor_model_parallel_region(x)
 
 
+def shared(weight: Tensor) -> Tensor:
+    """`weight`, of which every tensor parallel rank has the whole but sees only a part of the uses: other tokens under
+    sequence parallelism, or its own heads. Its gradient is summed over these ranks."""
+    return mappings.copy_to_tensor_model_parallel_region(weight)
+
+
 class ColumnLinear(nn.Module):
     """y = x Wᵀ with W `[out, in]` split over its rows; x must have come through `enter`."""
 

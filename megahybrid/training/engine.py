@@ -1,30 +1,31 @@
 """One optimizer step: the micro-batches forward and backward, then ZeRO reduces, clips and steps.
 
-With ZeRO-1 Megatron-core's schedule runs the micro-batches, with ZeRO-2 and 3 DeepSpeed's engine does.
+With ZeRO-1 Megatron-core's schedules run the micro-batches, with ZeRO-2 and 3 DeepSpeed's engine does.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megahybrid.config.schema import Config
 from megahybrid.data.packing import Batch
+from megahybrid.errors import UserError
 from megahybrid.model.context import Context, dropout_keys
-from megahybrid.model.stack import Stack
+from megahybrid.model.stack import Stack, Stages
 from megahybrid.parallel import groups
-from megahybrid.training import zero
+from megahybrid.training import schedule, zero
 from megahybrid.training.controller import LambdaController
 from megahybrid.training.guard import StepGuard
 from megahybrid.training.optimizer import learning_rate, make_optimizer
+from megahybrid.training.step_report import StepReport
 from megahybrid_kernels import Sequences
+from megahybrid_kernels.retention_router import margin
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class StepResult:
         learning_rate: the learning rate of this step.
         skipped: why the update was left out, or None.
         stop: whether any process was asked to stop.
+        saving: whether any process is still writing a checkpoint.
     """
 
     loss: float
@@ -46,106 +48,121 @@ class StepResult:
     learning_rate: float
     skipped: str | None
     stop: bool
+    saving: bool
 
 
 class Engine:
-    """The model with its optimizer, its lambda controller and the guard against bad steps."""
+    """The model with its optimizer, its lambda controller and the guard against bad steps.
 
-    def __init__(self, config: Config, model: Stack):
-        self.config, self.model, self.settings = config, model, model.settings
+    Attributes:
+        stages: this rank's pipeline stages.
+        model: one module with all their parameters.
+    """
+
+    def __init__(self, config: Config, stages: Sequence[Stack]):
+        """Raises UserError where the micro-batches do not fit the pipeline's schedule."""
+        self.config, self.stages, self.settings = config, stages, stages[0].settings
+        self.model = stages[0] if len(stages) == 1 else Stages(stages)
         self.device = groups.device()
+        _check_micro_batches(config)
         self.lte_layers = self.settings.pattern.layers("L")
         self.controller = self._make_controller()
         self.guard = StepGuard(config.train.skip)
-        model.config.no_sync_func = contextlib.nullcontext  # DeepSpeed reduces in its step, not in the backward pass
-        self.optimizer = make_optimizer(model, config.optimizer)
+        for stage in stages:  # DeepSpeed reduces in its step, not in the backward pass
+            stage.config.no_sync_func = contextlib.nullcontext
+        self.optimizer = make_optimizer(self.model, config.optimizer)
         self.optimizer.accept = self._accept
-        self.deepspeed = zero.initialize(config, model, self.optimizer)
+        self.deepspeed = zero.initialize(config, self.model, self.optimizer)
         self._loss = 0.0
 
     def _make_controller(self) -> LambdaController:
-        mixers = [self.model.layers[str(layer)].mixer for layer in self.lte_layers]
-        heads = mixers[0].heads if mixers else 0
+        """The controller of the whole model; this rank's mixers get their heads' lambdas."""
         train, lte = self.config.train, self.config.model.lte
-        controller = LambdaController(lte, train.seq_length, len(mixers), heads, self.device)
-        for mixer, row in zip(mixers, controller.lambdas, strict=True):
-            mixer.l1_lambda = row
+        controller = LambdaController(lte, train.seq_length, len(self.lte_layers), self._kv_heads, self.device)
+        for row, layer in zip(controller.lambdas, self.lte_layers, strict=True):
+            if str(layer) in self.model.layers:
+                self.model.layers[str(layer)].mixer.l1_lambda = row[self._heads]
         return controller
 
-    def step(self, batches: Sequence[Batch], step: int, stop: bool = False) -> StepResult:
+    @property
+    def _kv_heads(self) -> int:
+        """Heads of an LTE layer over all ranks."""
+        return self.settings.kv_heads if self.lte_layers else 0
+
+    @property
+    def _heads(self) -> slice:
+        """This rank's among them."""
+        rank, size = groups.tensor_parallel()
+        heads = self._kv_heads // size
+        return slice(rank * heads, (rank + 1) * heads)
+
+    def step(self, batches: Sequence[Batch], step: int, stop: bool = False, saving: bool = False) -> StepResult:
         """Train on this replica's micro-batches of the 1-based optimizer step.
 
-        `stop` is this process's wish to stop; the result says whether any process has it.
+        `stop` is this process's wish to stop, `saving` whether it is still writing a checkpoint; the result says
+        whether any process is.
         """
         rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        forward = functools.partial(self._forward, step=step, micro_batches=len(batches))
-        run = self._run_schedule if self.config.parallel.zero_stage == 1 else self._run_deepspeed
-        report = torch.stack(run(batches, forward)).sum(0)
-        report[2] = sum(self._counted_positions(batch) for batch in batches)
-        report[3] = stop
-        # In float64, where counts stay exact.
-        total = groups.sum_over_data_parallel(report).cpu()
+        report = StepReport(self.lte_layers, self._kv_heads, self._heads, self.device)
+        self._run(batches, step, report)
+        report.stop += stop
+        report.saving += saving
+        if groups.is_first_of_replica():
+            report.positions += sum(self._counted_positions(batch) for batch in batches)
+        report.sum_over_all()
         _, replicas = groups.data_parallel()
-        self._loss, retention_loss = (total[:2] / (len(batches) * replicas)).tolist()
+        self._loss = float(report.loss) / (len(batches) * replicas)
+        retention_loss = float(report.retention_loss) / (len(batches) * replicas)
         self.deepspeed.step()
         norm = zero.grad_norm(self.deepspeed)
         skipped = self.guard.reason(self._loss, norm)
-        kept = total[4:].view(self.controller.lambdas.shape)
-        self.controller.update(step, kept, 0 if skipped else int(total[2]))
+        self.controller.update(step, report.kept, 0 if skipped else int(report.positions))
         self.guard.record(self._loss, norm, skipped)
-        return StepResult(self._loss, retention_loss, norm, rate, skipped, bool(total[3]))
+        return StepResult(
+            self._loss, retention_loss, norm, rate, skipped, stop=bool(report.stop), saving=bool(report.saving)
+        )
 
     def _accept(self) -> bool:
         """Called between the gradient's norm and the optimizer's update."""
         return self.guard.reason(self._loss, zero.grad_norm(self.deepspeed)) is None
 
-    def _run_schedule(self, batches: Sequence[Batch], forward) -> list[Tensor]:
-        def step_function(iterator, model):
-            loss, report = forward(next(iterator), model)
-            return loss, lambda output: (output, report)
+    def _run(self, batches: Sequence[Batch], step: int, report: StepReport) -> None:
+        """All micro-batches forward and backward."""
 
-        return get_forward_backward_func()(
-            forward_step_func=step_function,
-            data_iterator=iter(batches),
-            model=self.model,
-            num_microbatches=len(batches),
-            seq_length=len(batches[0].tokens),
-            micro_batch_size=1,
-            forward_only=False,
-        )
+        def forward(model, batch: Batch) -> Tensor:
+            return self._forward(model, batch, step, len(batches), report)
 
-    def _run_deepspeed(self, batches: Sequence[Batch], forward) -> list[Tensor]:
-        reports = []
+        if self.config.parallel.zero_stage == 1:
+            schedule.run(self.stages, batches, len(batches[0].tokens), forward)
+            return
         for number, batch in enumerate(batches, start=1):
-            loss, report = forward(batch, self.deepspeed)
-            self.deepspeed.backward(loss)
+            self.deepspeed.backward(forward(self.deepspeed, batch))
             if number < len(batches):  # the last one is the caller's
                 self.deepspeed.step()
-            reports.append(report)
-        return reports
 
-    def _forward(self, batch: Batch, model, step: int, micro_batches: int) -> tuple[Tensor, Tensor]:
-        """A micro-batch's loss, and its report: loss, L1 term, two places for `step`, kept counts."""
+    def _forward(self, model, batch: Batch, step: int, micro_batches: int, report: StepReport) -> Tensor:
+        """A micro-batch through one stage: its hidden states, or its loss where the stage is the last one."""
         batch = batch.to(self.device)
         keys = dropout_keys(self.config.train.seed, step, batch.samples, batch.sample_positions)
         out = model(batch.tokens, Context(batch.sequences, keys, 1 / micro_batches), labels=batch.labels)
+        for layer, aux in out.aux.items():
+            report.add(layer, aux)
+        if out.losses is None:
+            return out.hidden
         loss = out.losses.mean()
-        aux = [out.aux[layer] for layer in self.lte_layers]
-        retention = sum((each.loss.detach().double() for each in aux), out.losses.new_zeros((), dtype=torch.float64))
-        report = torch.stack([loss.detach().double(), retention, *2 * [torch.zeros_like(retention)]])
-        report = torch.cat([report, *(each.kept.double() for each in aux)])
+        if groups.tensor_parallel()[0] == 0:
+            report.loss += loss.detach()
         if self.config.train.z_loss:
             loss = loss + self.config.train.z_loss * out.normalisers.square().mean()
-        return loss, report
+        return loss
 
     def _counted_positions(self, batch: Batch) -> int:
         """Positions whose right context is whole: those the mixers count."""
-        if not self.lte_layers:
-            return 0
-        margin = self.model.layers[str(self.lte_layers[0])].mixer.margin
-        return sum(max(0, length - margin) for length in batch.sequences.lengths)
+        lte = self.config.model.lte
+        cut = margin(lte.conv_size, lte.conv_dilation)
+        return sum(max(0, length - cut) for length in batch.sequences.lengths)
 
     @torch.no_grad()
     def validate(self, batches: Collection[Batch]) -> float | None:
@@ -154,17 +171,50 @@ class Engine:
         Replicas may hold unequally many batches, or none; with no batch at all there is nothing to say: None.
         """
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        rounds = groups.max_over_data_parallel(len(batches))
-        # With ZeRO-3 a forward pass is collective: who has no batch left runs one that does not count.
-        filler = itertools.repeat(None, rounds - len(batches))
-        for batch in itertools.chain(batches, filler):
-            counted, batch = batch is not None, (batch or _one_token()).to(self.device)
-            out = self.model(batch.tokens, Context(batch.sequences), labels=batch.labels)
-            total += counted * torch.stack([out.losses.double().sum(), total.new_tensor(float(len(out.losses)))])
-        nats, tokens = groups.sum_over_data_parallel(total).tolist()
+
+        def forward(stage: Stack, counted_batch: tuple[bool, Batch]) -> Tensor:
+            counted, batch = counted_batch[0], counted_batch[1].to(self.device)
+            out = stage(batch.tokens, Context(batch.sequences), labels=batch.labels)
+            if out.losses is None:
+                return out.hidden
+            if counted and groups.tensor_parallel()[0] == 0:
+                total.add_(torch.stack([out.losses.double().sum(), total.new_tensor(float(len(out.losses)))]))
+            return out.losses.mean()
+
+        for group in self._validation_groups(batches):
+            schedule.run(self.stages, group, len(group[0][1].tokens), forward, backward=False)
+        nats, tokens = groups.sum_over_all(total).tolist()
         return nats / tokens if tokens else None
 
+    def _validation_groups(self, batches: Collection[Batch]) -> Iterator[list[tuple[bool, Batch]]]:
+        """The batches as the schedules can take them, each with whether it counts.
 
-def _one_token() -> Batch:
-    zero = torch.zeros(1, dtype=torch.int64)
-    return Batch(zero, zero, Sequences.of([1]), zero, zero)
+        A pipeline passes on tensors of one size, and an interleaved one a multiple of its size. With ZeRO-3 a forward
+        pass is a collective of all replicas: who has no batch left runs one that does not count.
+        """
+        if self.config.parallel.pipeline == 1:
+            missing = groups.max_over_all(len(batches)) - len(batches)
+            filler = [(False, _zeros(self.config.parallel.tensor))] * missing
+            if group := [(True, batch) for batch in batches] + filler:
+                yield group
+            return
+        multiple = self.config.parallel.pipeline if len(self.stages) > 1 else 1
+        for _, same in itertools.groupby(batches, key=lambda batch: len(batch.tokens)):
+            group = [(True, batch) for batch in same]
+            yield group + [(False, group[0][1])] * (-len(group) % multiple)
+
+
+def _check_micro_batches(config: Config) -> None:
+    parallel, train = config.parallel, config.train
+    _, replicas = groups.data_parallel()
+    count = train.global_batch_size // (train.micro_batch_size * replicas)
+    if parallel.virtual_pipeline > 1 and count % parallel.pipeline:
+        raise UserError(
+            f"With parallel.virtual_pipeline a replica's micro-batches a step ({count}) must be a multiple of "
+            f"parallel.pipeline ({parallel.pipeline}); change train.global_batch_size or train.micro_batch_size."
+        )
+
+
+def _zeros(tokens: int) -> Batch:
+    zeros = torch.zeros(tokens, dtype=torch.int64)
+    return Batch(zeros, zeros, Sequences.of([tokens]), zeros, zeros)

@@ -12,9 +12,10 @@ from typing import Any
 from megahybrid.config import Config, load_config, save_config
 from megahybrid.data.loader import TrainingData, validation_batches
 from megahybrid.errors import UserError
-from megahybrid.model.stack import build
+from megahybrid.model.stack import build_stages
 from megahybrid.parallel import groups
 from megahybrid.scaling.flops import flops_per_token
+from megahybrid.scaling.stages import stage_layers
 from megahybrid.training import checkpoint
 from megahybrid.training.checkpoint import Position
 from megahybrid.training.engine import Engine, StepResult
@@ -85,15 +86,17 @@ class Trainer:
         self._status_written = 0.0
 
     def _build(self, start: Path | None) -> Engine:
-        model = build(self.config, groups.device())
+        rank, size = groups.pipeline_parallel()
+        stages = build_stages(self.config, stage_layers(self.config)[rank::size], groups.device())
         init_from = self.config.train.init_from
         if start is None and init_from is not None:
             folder = checkpoint.find(Path(init_from))
             if folder is None:
                 raise UserError(f"train.init_from: there is no checkpoint in '{init_from}'.")
-            checkpoint.load_weights(folder, model)
+            for stage in stages:
+                checkpoint.load_weights(folder, stage)
             self.say(f"Starting from the weights of {folder}.")
-        return Engine(self.config, model)
+        return Engine(self.config, stages)
 
     def run_until_told(self) -> None:
         """The remaining steps, with validations and checkpoints on the way; ends early when asked to stop."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megahybrid.model.context import Context
 from megahybrid.model.settings import Settings
-from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter
+from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter, shared
 from megahybrid.parallel.parameters import (
     constant,
     inverse_softplus_of_log_uniform,
@@ -82,7 +82,7 @@ class GatedDeltaNet(nn.Module):
             before[0],
         )
         gate = self.g_proj(x).unflatten(-1, (-1, self.value_dim))
-        o = gated_rms_norm(o, gate, self.norm, self.settings.model.norm_eps)
+        o = gated_rms_norm(o, gate, shared(self.norm), self.settings.model.norm_eps)
         y = self.o_proj(o.flatten(-2).unsqueeze(1))
         return y, None, None if state is None else GDNState(recurrent, q_rows, k_rows, v_rows)
 

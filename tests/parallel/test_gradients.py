@@ -1,0 +1,151 @@
+"""Every parameter's gradient, in float64 and without DeepSpeed, in every layout of up to four processes."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megahybrid.config.schema import ParallelConfig
+from megahybrid.config.validate import validate
+from tests.workers import Workers
+
+PATTERN, HEADS, MICRO_BATCHES, TOKENS = "GLSFGL", 4, 8, 96
+# tensor, pipeline, virtual pipeline, sequence, tied embeddings; and the data parallel size.
+LAYOUTS = [
+    ((tensor, pipeline, virtual, sequence, tied), data)
+    for tensor, pipeline, virtual in [
+        *itertools.product((1, 2, 4), (1, 2, 4), (1,)),
+        *((1, 2, 2), (1, 2, 3), (2, 2, 2), (2, 2, 3)),
+    ]
+    for sequence in (False, True)
+    for tied in (True, False)
+    for data in (1, 2, 4)
+    if tensor * pipeline * data <= 4 and (tensor > 1 or not sequence)
+]
+
+
+@pytest.fixture(scope="module")
+def workers():
+    pool = Workers(4)
+    yield pool
+    pool.close()
+
+
+def config_of(layout):
+    from tests.model import tiny
+
+    tensor, pipeline, virtual, sequence, tied = layout
+    config = tiny.config(PATTERN, dropout=0.3, tie_embeddings=tied)
+    config.model.gdn.num_heads = config.model.attention.num_heads = HEADS
+    config.model.attention.num_kv_heads = None
+    config.train.seq_length = TOKENS
+    config.train.global_batch_size = MICRO_BATCHES
+    config.parallel = ParallelConfig(tensor, pipeline, virtual, sequence)
+    config.data.path = "unused"
+    validate(config)
+    return config
+
+
+def micro_batch(number):
+    """The packed documents of a sample, with everything that a layout must not change."""
+    from megahybrid.model.context import Context, dropout_keys
+    from megahybrid_kernels import Sequences
+    from tests.model import tiny
+
+    tokens = torch.randint(0, tiny.VOCAB, (TOKENS + 1,), generator=torch.Generator().manual_seed(number))
+    lengths = [23 + number, 1, 72 - number]
+    keys = dropout_keys(11, 3, torch.full((TOKENS,), number), torch.arange(TOKENS))
+    return tokens[:-1], tokens[1:], Sequences.of(lengths), keys, Context
+
+
+def gradients(layout):
+    """This rank's pipeline stages: {name: gradient at full shape}, {LTE layer: kept tokens}, sum of losses."""
+    from megahybrid.model.stack import build_stages
+    from megahybrid.parallel import groups
+    from megahybrid.scaling.stages import stage_layers
+    from megahybrid.training import schedule
+
+    config = config_of(layout)
+    groups.initialize(config.parallel)
+    rank, size = groups.pipeline_parallel()
+    stages = build_stages(config, stage_layers(config)[rank::size], "cpu", torch.float64)
+    for stage in stages:
+        stage.config.pipeline_dtype = torch.float64
+        set_lambdas(stage)
+    replica, replicas = groups.data_parallel()
+    kept, losses = {}, torch.zeros((), dtype=torch.float64)
+
+    def forward(stage, batch):
+        tokens, labels, sequences, keys, context = batch
+        out = stage(tokens, context(sequences, keys, replicas / MICRO_BATCHES), labels=labels)
+        for layer, aux in out.aux.items():
+            kept[layer] = kept.get(layer, 0) + aux.kept
+        if out.losses is None:
+            return out.hidden
+        losses.add_(out.losses.detach().mean())
+        return out.losses.mean() + 0.1 * out.normalisers.square().mean()
+
+    batches = [micro_batch(number) for number in range(MICRO_BATCHES)][replica::replicas]
+    schedule.run(stages, batches, TOKENS, forward)
+    found = {name: whole_gradient(p) for stage in stages for name, p in stage.named_parameters()}
+    dist.all_reduce(losses)
+    return found, {layer: whole(count, 0, sum_over_replicas=True) for layer, count in kept.items()}, float(losses)
+
+
+def set_lambdas(stage):
+    from megahybrid.parallel import groups
+
+    rank, size = groups.tensor_parallel()
+    for name, block in stage.layers.items():
+        if hasattr(block.mixer, "l1_lambda"):
+            lambdas = torch.linspace(0.3, 2.0, HEADS) * (1 + int(name))
+            block.mixer.l1_lambda = lambdas.chunk(size)[rank]
+
+
+def whole_gradient(parameter):
+    """Over all ranks: replicas' mean, tensor parallel parts joined, replicated ones the same on every rank."""
+    from megahybrid.parallel import groups
+
+    gradient = whole(parameter.grad, parameter.spec.axis, sum_over_replicas=True) / groups.data_parallel()[1]
+    assert gradient.shape == parameter.spec.shape
+    return gradient
+
+
+def whole(value, axis, sum_over_replicas):
+    from megatron.core import parallel_state
+
+    value = value.detach().clone()
+    dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
+    group = parallel_state.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, value, group=group)
+    if axis is None:
+        assert all(torch.allclose(part, parts[0], rtol=1e-13, atol=1e-15) for part in parts)
+        return parts[0]
+    return torch.cat(parts, axis)
+
+
+@pytest.fixture(scope="module")
+def expected(workers):
+    """One process's, with embeddings tied and not."""
+    run = "tests.parallel.test_gradients:gradients"
+    return {tied: workers.run(1, run, (1, 1, 1, False, tied))[0] for tied in (True, False)}
+
+
+@pytest.mark.parametrize(("layout", "data"), LAYOUTS, ids=str)
+def test_every_gradient_is_one_processs(layout, data, workers, expected):
+    world = layout[0] * layout[1] * data
+    gradient, kept, losses = expected[layout[-1]]
+    names, layers = set(), set()
+    for found, found_kept, found_losses in workers.run(world, "tests.parallel.test_gradients:gradients", layout):
+        assert found_losses / layout[0] == pytest.approx(losses, rel=1e-12)
+        for name, value in found.items():
+            scale = gradient[name].abs().max()
+            assert scale > 1e-9, f"{name} has no gradient to compare"
+            assert (value - gradient[name]).abs().max() < 1e-10 * scale, name
+        for layer, count in found_kept.items():
+            assert torch.equal(count, kept[layer]), layer
+        names |= found.keys()
+        layers |= found_kept.keys()
+    assert names == gradient.keys() and layers == kept.keys()
