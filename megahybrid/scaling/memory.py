@@ -4,6 +4,10 @@ Activations are counted tensor by tensor as the ops in PyTorch save them, per to
 wider only: what is smaller (norms' factors, indices, dropout keys) and the allocator's slack add a few per cent.
 Letters in the formulas: h hidden size, w bytes of an activation (2 in bf16, 4 in fp32), K and V widths of keys and
 values over all heads, Q of queries, I of the SwiGLU. What an op widens to fp32 takes 4 in either case.
+
+With t tensor parallel ranks K, V, Q, I, the number of heads and the vocabulary are a rank's own, so 1 / t. The residual
+stream is whole on every rank, or with sequence parallelism 1 / t of the tokens; s is that divisor, 1 or t. What
+projections read was gathered once and is kept whole.
 """
 
 from __future__ import annotations
@@ -13,6 +17,9 @@ from dataclasses import dataclass
 from megahybrid.config.schema import Config
 from megahybrid.model.settings import Settings
 from megahybrid.scaling.flops import mean_of_min
+from megahybrid.scaling.parameters import parameters_by_rank
+from megahybrid.scaling.schedule import in_flight, micro_batches
+from megahybrid.scaling.stages import stage_layers
 from megahybrid_kernels.attention.reference import QUERY_BLOCK
 from megahybrid_kernels.gated_delta_rule.reference import CHUNK
 
@@ -32,50 +39,104 @@ def states(config: Config, parameters: int, zero_stage: int, replicas: int) -> f
     return parameters * (weights + gradients + 12 / replicas)
 
 
+def peak_bytes(config: Config, replicas: int) -> list[float]:
+    """Most bytes that a GPU holds in a step, by pipeline rank, with `replicas` data parallel ones.
+
+    Beside its states that is the activations, or what the update takes when they are gone.
+    """
+    stage = config.parallel.zero_stage
+    return [
+        states(config, count, stage, replicas) + max(activations(config, replicas, rank), update(count, replicas))
+        for rank, count in enumerate(parameters_by_rank(config))
+    ]
+
+
+def update(parameters: int, replicas: int) -> float:
+    """AdamW's temporary, the root of the second moment, 4 a parameter that the optimizer of this replica has."""
+    return 4 * parameters / replicas
+
+
+def activations(config: Config, replicas: int, rank: int) -> float:
+    """Most bytes of activations that a GPU of pipeline rank `rank` holds: those of all micro-batches in flight, and
+    what the backward pass of the chunk at work adds."""
+    chunks = _chunks(config)[rank :: config.parallel.pipeline]
+    moments = set(in_flight(config.parallel, rank, micro_batches(config, replicas)))
+    return max(
+        sum(count * chunk.held for count, chunk in zip(held, chunks, strict=True)) + chunks[at].backward
+        for at, held in moments
+    )
+
+
 @dataclass(frozen=True)
-class Activations:
-    """Bytes that one micro-batch holds at the peak, between forward and backward pass.
+class Chunk:
+    """Bytes of one micro-batch in one model chunk.
 
     Attributes:
-        kept: all layers' saved tensors.
-        recomputed: the same with train.recompute: every layer's input, and one layer's saved tensors at a time.
-        output: final norm, logits and loss.
+        held: what is kept from its forward to its backward pass.
+        backward: what the backward pass has beyond that at its peak.
     """
 
-    kept: float
-    recomputed: float
-    output: float
-
-    def peak(self, recompute: bool) -> float:
-        """Bytes in all."""
-        return (self.recomputed if recompute else self.kept) + self.output
+    held: float
+    backward: float
 
 
-def activations(config: Config) -> Activations:
-    """Activation memory of the recipe's micro-batch."""
-    settings, width = Settings.of(config), _width(config)
+def _chunks(config: Config) -> list[Chunk]:
+    """All model chunks, in the order in which a token passes them.
+
+    Between chunks goes a tensor of w h / s, which the one that receives it and the one that sends it both keep.
+    """
+    settings, every = Settings.of(config), stage_layers(config)
     tokens = config.train.micro_batch_size * config.train.seq_length
+    chunks = []
+    for number, layers in enumerate(every):
+        first, last = number == 0, number == len(every) - 1
+        sent = ((not first) + (not last)) * residual(config, settings)
+        output = norm(config, settings) + logits(config, settings) if last else 0
+        chunk = _chunk(config, settings, settings.pattern.letters[layers.start : layers.stop], output)
+        chunks.append(Chunk(tokens * (sent + chunk.held), tokens * chunk.backward))
+    return chunks
+
+
+def _chunk(config: Config, settings: Settings, letters: str, output: float) -> Chunk:
+    """Bytes a token of consecutive layers; `output` is what comes after them and is gone before their backward pass.
+
+    A layer that recomputes keeps its input alone, w h / s, and in its backward pass has all its saved tensors. By then
+    the layers behind it have none left. On top of its saved tensors a layer's backward pass has at most 12 I, the fp32
+    gradients of the SwiGLU's product and both factors, with which it begins.
+    """
+    held, peak = 0.0, 0.0
+    for letter in letters:
+        saved, again = layer(config, settings, letter), letter in settings.recompute
+        held += residual(config, settings) if again else saved
+        peak = max(peak, held + saved * again + 12 * settings.intermediate_size / config.parallel.tensor)
+    return Chunk(held, max(peak, held + output) - held)
+
+
+def layer(config: Config, settings: Settings, letter: str) -> float:
+    """All that a layer saves: mixer, SwiGLU and the norms before them."""
     mixers = {
-        "G": gdn(config, settings),
-        "L": lte(config, settings),
-        "S": attention(config, settings, settings.model.attention.window_size),
-        "F": attention(config, settings, None),
+        "G": lambda: gdn(config, settings),
+        "L": lambda: lte(config, settings),
+        "S": lambda: attention(config, settings, settings.model.attention.window_size),
+        "F": lambda: attention(config, settings, None),
     }
-    rest = 2 * norm(settings) + swiglu(settings, width)
-    layers = [mixers[letter] + rest for letter in settings.pattern.letters]
-    inputs = len(layers) * width * settings.model.hidden_size
-    output = norm(settings) + logits(settings, width)
-    return Activations(tokens * sum(layers), tokens * (inputs + max(layers)), tokens * output)
+    return mixers[letter]() + 2 * norm(config, settings) + swiglu(config, settings)
 
 
-def norm(settings: Settings) -> float:
-    """RMSNorm: its input in fp32 and the normalised input, 8 h; its output is counted where it enters."""
-    return 8 * settings.model.hidden_size
+def residual(config: Config, settings: Settings) -> float:
+    """The residual stream at one place, w h / s."""
+    return _width(config) * settings.model.hidden_size / _stream_ranks(config)
 
 
-def swiglu(settings: Settings, width: int) -> float:
+def norm(config: Config, settings: Settings) -> float:
+    """RMSNorm: its input in fp32 and the normalised input, 8 h / s; its output is counted where it enters."""
+    return 8 * settings.model.hidden_size / _stream_ranks(config)
+
+
+def swiglu(config: Config, settings: Settings) -> float:
     """Input w h; gate, silu(gate) and up in fp32, 12 I; their product, w I."""
-    return width * settings.model.hidden_size + (12 + width) * settings.intermediate_size
+    inner = settings.intermediate_size / config.parallel.tensor
+    return _width(config) * settings.model.hidden_size + (12 + _width(config)) * inner
 
 
 def gdn(config: Config, settings: Settings) -> float:
@@ -91,10 +152,11 @@ def gdn(config: Config, settings: Settings) -> float:
     """
     model, width = settings.model.gdn, _width(config)
     value_dim = model.value_head_dim or model.head_dim
-    keys, values = model.num_heads * model.head_dim, model.num_heads * value_dim
+    heads = model.num_heads / config.parallel.tensor
+    keys, values = heads * model.head_dim, heads * value_dim
     chunk = min(CHUNK, config.train.seq_length)
     wide = (8 + width) * (2 * keys + values) + 28 * keys + 8 * values + 20 * values
-    within_chunks = 24 * chunk * model.num_heads + 4 * keys * value_dim / chunk
+    within_chunks = 24 * chunk * heads + 4 * keys * value_dim / chunk
     return width * (settings.model.hidden_size + values) + wide + within_chunks
 
 
@@ -107,7 +169,8 @@ def attention(config: Config, settings: Settings, window_size: int | None) -> fl
     heads = settings.model.attention
     if _width(config) == 4:
         return _blocked(config, settings, window_size, mask_heads=heads.num_heads // settings.kv_heads)
-    return 2 * (settings.model.hidden_size + 4 * heads.num_heads * heads.head_dim) + 8 * heads.head_dim
+    queries = heads.num_heads * heads.head_dim / config.parallel.tensor
+    return 2 * (settings.model.hidden_size + 4 * queries) + 8 * heads.head_dim
 
 
 def lte(config: Config, settings: Settings) -> float:
@@ -117,12 +180,13 @@ def lte(config: Config, settings: Settings) -> float:
     the channels, and with dropout a byte a channel of the mask: 6 or 7 a channel, 7/4 U channels in all. SiLU's last
     output takes 4 U / 8.
     """
-    channels = 2 * settings.kv_heads * settings.model.attention.head_dim
+    heads, tensor = settings.model.attention, config.parallel.tensor
+    channels = 2 * settings.kv_heads * heads.head_dim / tensor
     router = ((7 if settings.model.lte.dropout else 6) * 7 / 4 + 1 / 2) * channels
-    return router + _blocked(config, settings, None, mask_heads=settings.model.attention.num_heads)
+    return router + _blocked(config, settings, None, mask_heads=heads.num_heads / tensor)
 
 
-def _blocked(config: Config, settings: Settings, reach: int | None, mask_heads: int) -> float:
+def _blocked(config: Config, settings: Settings, reach: int | None, mask_heads: float) -> float:
     """`attention.reference` on a GPU, for a document as long as the sample, the most that there can be.
 
     Input w h; q, output before and after it is joined, w Q each, and with grouped queries two copies more; k and v,
@@ -130,18 +194,26 @@ def _blocked(config: Config, settings: Settings, reach: int | None, mask_heads: 
     where a block of queries has the columns that its last query reaches.
     """
     heads, width, length = settings.model.attention, _width(config), config.train.seq_length
-    queries, keys = heads.num_heads * heads.head_dim, settings.kv_heads * heads.head_dim
+    a_head = heads.head_dim / config.parallel.tensor
+    queries, keys = heads.num_heads * a_head, settings.kv_heads * a_head
     copies = 3 if heads.num_heads == settings.kv_heads else 5
     columns = mean_of_min(length, reach or length) + min(QUERY_BLOCK, length) / 2
     own = settings.model.hidden_size + copies * queries + 2 * keys + mask_heads * columns
     return width * own + 8 * heads.head_dim
 
 
-def logits(settings: Settings, width: int) -> float:
+def logits(config: Config, settings: Settings) -> float:
     """The final norm's output, w h; and two tensors in fp32 as wide as the vocabulary, in the forward pass as in the
     backward pass, with the logits or their gradient beside them in bf16: 8 or 10 a word."""
-    return width * settings.model.hidden_size + (10 if width == 2 else 8) * settings.model.vocab_size
+    width = _width(config)
+    words = settings.model.vocab_size / config.parallel.tensor
+    return width * settings.model.hidden_size + (10 if width == 2 else 8) * words
 
 
 def _width(config: Config) -> int:
     return 2 if config.train.dtype == "bf16" else 4
+
+
+def _stream_ranks(config: Config) -> int:
+    """Over how many ranks the residual stream's tokens are split."""
+    return config.parallel.tensor if config.parallel.sequence else 1

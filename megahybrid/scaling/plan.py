@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-
-import torch
-from megatron.core import parallel_state
+from collections.abc import Sequence
+from dataclasses import replace
 
 from megahybrid.config import Config
 from megahybrid.config.pattern import LETTERS
-from megahybrid.model.stack import Stack
+from megahybrid.model.settings import Settings
 from megahybrid.scaling.flops import flops_per_token
-from megahybrid.scaling.memory import ZERO_STAGES, activations, states
+from megahybrid.scaling.memory import ZERO_STAGES, activations, peak_bytes, states
+from megahybrid.scaling.parameters import parameter_specs, parameters_by_rank
+from megahybrid.scaling.stages import layer_costs, stage_layers
 
 REPLICAS = (1, 8, 64)
 """Data parallel sizes that the plan shows."""
@@ -22,33 +21,16 @@ _GIB = 2**30
 
 def parameters_by_part(config: Config) -> Counter[str]:
     """Number of parameters of every part of the model, over all tensor parallel ranks."""
-    with _unsplit(), torch.device("meta"):
-        model = Stack(config)
-    letters = model.settings.pattern.letters
+    letters = Settings.of(config).pattern.letters
     parts: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        parts[_part(name, letters)] += parameter.spec.full_size
+    for name, spec in parameter_specs(config).items():
+        parts[_part(name, letters)] += spec.full_size
     return parts
 
 
-@contextlib.contextmanager
-def _unsplit() -> Iterator[None]:
-    """Where no process groups were made, let layers take their whole parameters without any: groups, and DeepSpeed's
-    import with them, cost seconds that a plan does not need."""
-    if parallel_state.model_parallel_is_initialized():
-        yield
-        return
-    parallel_state.set_tensor_model_parallel_world_size(1)
-    parallel_state.set_tensor_model_parallel_rank(0)
-    try:
-        yield
-    finally:  # these would also override groups that are made later
-        parallel_state.set_tensor_model_parallel_world_size(None)
-        parallel_state.set_tensor_model_parallel_rank(None)
-
-
 def describe(config: Config) -> str:
-    """Tables of the model's parameters and FLOPs by part, the run's steps and tokens, and its memory a GPU."""
+    """Tables of the model's parameters and FLOPs by part, the run's steps and tokens, its pipeline's stages, and its
+    memory a GPU."""
     parameters = parameters_by_part(config)
     total = sum(parameters.values())
     rows = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in parameters.items()]
@@ -56,7 +38,8 @@ def describe(config: Config) -> str:
         _table(("parameters", "number", "part"), [*rows, ("total", f"{total:,}", "")]),
         _flops(config),
         _run(config),
-        _memory(config, total),
+        *([_stages(config)] if config.parallel.pipeline > 1 else []),
+        _memory(config),
     ]
     return "\n\n".join(sections)
 
@@ -77,23 +60,51 @@ def _run(config: Config) -> str:
     return f"{train.steps:,} steps of {step:,} tokens: {tokens:,} tokens, {flops:.3g} FLOPs"
 
 
-def _memory(config: Config, parameters: int) -> str:
-    train, saved = config.train, activations(config)
-    micro_batch = f"{train.micro_batch_size} × {train.seq_length} tokens"
-    fixed = {
-        f"activations, {micro_batch}": saved.kept,
-        "  or with train.recompute": saved.recomputed,
-        "logits and loss": saved.output,
-    }
-    rows = [(name, *[_gib(count)] * len(REPLICAS)) for name, count in fixed.items()]
-    for stage in ZERO_STAGES:
-        per_size = (states(config, parameters, stage, size) for size in REPLICAS)
+def _stages(config: Config) -> str:
+    """What every pipeline rank holds, and its memory with one data parallel replica."""
+    pipeline, costs = config.parallel.pipeline, layer_costs(config)
+    every, parameters = stage_layers(config), parameters_by_rank(config)
+    rows = []
+    for rank, peak in enumerate(peak_bytes(config, 1)):
+        chunks = every[rank::pipeline]
+        layers = ", ".join("-".join(map(str, sorted({chunk[0], chunk[-1]}))) for chunk in chunks)
+        part = sum(sum(costs[chunk.start : chunk.stop]) for chunk in chunks) / sum(costs)
+        rows.append((str(rank), layers, f"{part:.1%}", f"{parameters[rank]:,}", _gib(peak)))
+    gpus = pipeline * config.parallel.tensor
+    return _table(("pipeline rank", "layers", "FLOPs", "parameters a GPU", f"GiB, {gpus} GPUs"), rows)
+
+
+def _memory(config: Config) -> str:
+    """Parts of the memory on the pipeline rank that needs most, and what other choices of train.recompute need."""
+    train, parallel, parameters = config.train, config.parallel, parameters_by_rank(config)
+    peaks = [peak_bytes(config, size) for size in REPLICAS]
+    fullest = list(zip(REPLICAS, (each.index(max(each)) for each in peaks), strict=True))
+    saved = (_gib(activations(config, size, rank)) for size, rank in fullest)
+    rows = [(f"activations and logits, {train.micro_batch_size} × {train.seq_length} tokens", *saved)]
+    for stage in ZERO_STAGES if parallel.pipeline == 1 else (1,):
+        per_size = (states(config, parameters[rank], stage, size) for size, rank in fullest)
         rows.append((f"weights, gradients, optimizer: ZeRO {stage}", *map(_gib, per_size)))
-    stage, peak = config.parallel.zero_stage, saved.peak(train.recompute != "none")
-    totals = (_gib(states(config, parameters, stage, size) + peak) for size in REPLICAS)
-    how = "recomputed" if train.recompute != "none" else "kept"
-    rows.append((f"this recipe: ZeRO {stage}, activations {how}", *totals))
-    return _table(("GiB a GPU, by number of GPUs", *map(str, REPLICAS)), rows)
+    totals = (_gib(max(each)) for each in peaks)
+    rows.append((f"this recipe: ZeRO {parallel.zero_stage}, train.recompute={train.recompute}", *totals))
+    for other in _other_recomputes(config):
+        totals = (_gib(max(peak_bytes(other, size))) for size in REPLICAS)
+        rows.append((f"  or with train.recompute={other.train.recompute}", *totals))
+    if parallel.pipeline > 1:
+        rows.append(("pipeline rank that needs most", *(str(rank) for _, rank in fullest)))
+    gpus = (str(size * parallel.tensor * parallel.pipeline) for size in REPLICAS)
+    return _table(("GiB a GPU, by number of GPUs", *gpus), rows)
+
+
+def _other_recomputes(config: Config) -> list[Config]:
+    """The recipe with every other train.recompute that is none, all or a letter."""
+    letters, seen, others = Settings.of(config).pattern.letters, {frozenset(Settings.of(config).recompute)}, []
+    for choice in ("none", "all", *dict.fromkeys(letters)):
+        other = replace(config, train=replace(config.train, recompute=choice))
+        recomputed = frozenset(Settings.of(other).recompute)
+        if recomputed not in seen:
+            seen.add(recomputed)
+            others.append(other)
+    return others
 
 
 def _gib(count: float) -> str:

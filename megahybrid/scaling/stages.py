@@ -18,15 +18,26 @@ def stage_layers(config: Config) -> list[range]:
     A `|` in the pattern says where they begin. Without it the costliest chunk is as cheap as can be, by FLOPs a token,
     the output layer counted with the last one.
     """
-    settings, parallel = Settings.of(config), config.parallel
-    pattern, chunks = settings.pattern, parallel.pipeline * parallel.virtual_pipeline
+    pattern, parallel = Settings.of(config).pattern, config.parallel
+    chunks = parallel.pipeline * parallel.virtual_pipeline
     if chunks == 1:
         return [range(len(pattern.letters))]
     if pattern.stage_starts:
         return [range(*pair) for pair in itertools.pairwise((0, *pattern.stage_starts, len(pattern.letters)))]
-    costs = [sum(layer(settings, letter, config.train.seq_length).values()) for letter in pattern.letters]
+    return balanced(layer_costs(config), chunks)
+
+
+def layer_costs(config: Config) -> list[float]:
+    """FLOPs a token of every layer's forward pass, the output layer counted with the last one."""
+    settings = Settings.of(config)
+    costs = [sum(layer(settings, letter, config.train.seq_length).values()) for letter in settings.pattern.letters]
     costs[-1] += linear(config.model.hidden_size, config.model.vocab_size)
-    return balanced(costs, chunks)
+    return costs
+
+
+def layer_ranks(config: Config) -> list[int]:
+    """The pipeline rank that holds each layer."""
+    return [chunk % config.parallel.pipeline for chunk, layers in enumerate(stage_layers(config)) for _ in layers]
 
 
 def balanced(costs: Sequence[float], parts: int) -> list[range]:

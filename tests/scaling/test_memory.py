@@ -1,37 +1,53 @@
 """Memory estimates against what a forward pass really leaves allocated."""
 
+import itertools
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megahybrid.config.schema import AttentionConfig, Config, GDNConfig, LTEConfig, ModelConfig, RunConfig, TrainConfig
+from megahybrid.config.schema import (
+    AttentionConfig,
+    Config,
+    GDNConfig,
+    LTEConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megahybrid.model.context import Context, dropout_keys
+from megahybrid.model.settings import Settings
 from megahybrid.model.stack import build
+from megahybrid.parallel import groups
 from megahybrid.scaling import memory
+from megahybrid.scaling.parameters import parameters_by_rank
 from megahybrid_kernels import Sequences
+from tests.workers import Workers
 
 LENGTH = 512
 
 
-def config_of(pattern, dtype="bf16", recompute="none", dropout=0.1, kv_heads=4):
+def config_of(pattern, dtype="bf16", recompute="none", dropout=0.1, kv_heads=4, vocab=1024, **parallel):
     return Config(
         run=RunConfig(dir="unused"),
         model=ModelConfig(
             pattern=pattern,
             hidden_size=256,
-            vocab_size=1024,
+            vocab_size=vocab,
             gdn=GDNConfig(num_heads=4, head_dim=64, value_head_dim=96),
             attention=AttentionConfig(num_heads=4, num_kv_heads=kv_heads, head_dim=64, window_size=100),
             lte=LTEConfig(window_size=63, buffer_size=64, dropout=dropout),
         ),
         train=TrainConfig(
-            seq_length=LENGTH, micro_batch_size=1, global_batch_size=1, steps=1, dtype=dtype, recompute=recompute
+            seq_length=LENGTH, micro_batch_size=1, global_batch_size=8, steps=1, dtype=dtype, recompute=recompute
         ),
+        parallel=ParallelConfig(**parallel),
     )
 
 
-def kept_bytes(config):
-    """Bytes that are allocated in a forward pass and still held after it."""
+def step_of(config):
+    """A model and a function that runs its forward pass, warmed up: what is cached for later passes does not count."""
     model = build(config, "cpu", torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
     for name, weight in model.named_parameters():
         if name.endswith("projection_bias"):
@@ -39,21 +55,67 @@ def kept_bytes(config):
     tokens = torch.arange(LENGTH + 1) % config.model.vocab_size
     keys = dropout_keys(0, 1, torch.zeros(LENGTH, dtype=torch.int64), torch.arange(LENGTH))
     context = Context(Sequences.of((LENGTH,)), keys)
-    model(tokens[:-1], context, tokens[1:])  # what is cached for later passes does not count
+
+    def forward():
+        return model(tokens[:-1], context, tokens[1:])
+
+    forward().losses.mean().backward()  # makes the gradients, which stay
+    return forward
+
+
+def kept_bytes(config):
+    """Bytes that are allocated in a forward pass and still held after it."""
+    forward = step_of(config)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        out = model(tokens[:-1], context, tokens[1:])
+        out = forward()
     assert out.losses.requires_grad
     return sum(event.self_cpu_memory_usage for event in profiled.key_averages())
 
 
-def layer_bytes(letter, **options):
+def most_bytes(config):
+    """Most bytes that a forward and backward pass has allocated at a time."""
+    forward = step_of(config)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        forward().losses.mean().backward()
+    return most_allocated(profiled)
+
+
+def most_allocated(profiled):
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(changes))
+
+
+def saved_bytes(config):
+    """Bytes of all storage that autograd saves: beside collectives, whose threads free what the profiler misses."""
+    forward, storages = step_of(config), {}
+
+    def pack(tensor):
+        if not isinstance(tensor, torch.nn.Parameter) and not isinstance(tensor._base, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = forward()
+    assert out.losses.requires_grad
+    return sum(storages.values())
+
+
+def layer_bytes(letter, counted=kept_bytes, **options):
     """What one layer more keeps."""
-    return kept_bytes(config_of(letter * 3, **options)) - kept_bytes(config_of(letter * 2, **options))
+    return counted(config_of(letter * 3, **options)) - counted(config_of(letter * 2, **options))
+
+
+def layer_bytes_of_a_rank(letter, options):
+    groups.initialize(config_of(letter, **options).parallel)
+    return layer_bytes(letter, saved_bytes, **options)
 
 
 def estimated(letter, **options):
-    more, fewer = (memory.activations(config_of(letter * count, **options)) for count in (3, 2))
-    return more.kept - fewer.kept
+    """A layer's bytes by the formulas."""
+    config = config_of(letter, **options)
+    return LENGTH * memory.layer(config, Settings.of(config), letter)
 
 
 # On a GPU in bf16 attention without eviction is another op than here; fp32 is the same everywhere.
@@ -75,11 +137,56 @@ def test_a_layers_activations_are_what_it_leaves_allocated(letter, options):
     assert layer_bytes(letter, **options) == pytest.approx(estimated(letter, **options), rel=0.05)
 
 
-def test_with_recompute_a_layer_keeps_its_input():
-    assert layer_bytes("G", recompute="all") == pytest.approx(2 * 256 * LENGTH, rel=0.05)
-    three, two = (memory.activations(config_of("G" * count)) for count in (3, 2))
-    assert three.recomputed - two.recomputed == 2 * 256 * LENGTH
-    assert three.peak(recompute=True) < three.peak(recompute=False)
+@pytest.fixture(scope="module")
+def workers():
+    pool = Workers(2)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize(
+    ("letter", "options"),
+    [
+        ("G", {"dtype": "bf16"}),
+        ("L", {"dtype": "bf16", "kv_heads": 2}),
+        ("S", {"dtype": "fp32"}),
+        ("F", {"dtype": "fp32"}),
+    ],
+)
+def test_a_tensor_parallel_rank_keeps_its_part(letter, options, sequence, workers):
+    options = {**options, "tensor": 2, "sequence": sequence}
+    expected = pytest.approx(estimated(letter, **options), rel=0.05)
+    assert workers.run(2, "tests.scaling.test_memory:layer_bytes_of_a_rank", letter, options) == [expected] * 2
+
+
+@pytest.mark.parametrize("letter", "GLSF")
+def test_with_recompute_a_layer_keeps_its_input(letter):
+    assert layer_bytes(letter, recompute="all") == pytest.approx(2 * 256 * LENGTH, rel=0.1)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_with_recompute_a_tensor_parallel_rank_keeps_its_part_of_the_stream(sequence, workers):
+    options = {"recompute": "all", "tensor": 2, "sequence": sequence}
+    expected = pytest.approx(2 * 256 * LENGTH / (2 if sequence else 1), rel=0.1)
+    assert workers.run(2, "tests.scaling.test_memory:layer_bytes_of_a_rank", "G", options) == [expected] * 2
+
+
+# The vocabulary decides whether the peak is at the loss or in a layer's backward pass.
+@pytest.mark.parametrize("vocab", [1024, 8192])
+@pytest.mark.parametrize(
+    ("pattern", "recompute"),
+    [("GLGL", "none"), ("GLGL", "all"), ("GLGL", "G"), ("GLGL", "L"), ("LLGG", "G"), ("GGLL", "G")],
+)
+def test_the_peak_is_what_a_pass_has_allocated(pattern, recompute, vocab):
+    config = config_of(pattern, recompute=recompute, vocab=vocab)
+    assert memory.activations(config, 1, 0) == pytest.approx(most_bytes(config), rel=0.06)
+
+
+@pytest.mark.parametrize(("pattern", "recompute"), [("SFSF", "none"), ("SFSF", "F"), ("SFSF", "all"), ("FFSS", "F")])
+def test_the_peak_of_attention_in_fp32(pattern, recompute):
+    config = config_of(pattern, dtype="fp32", recompute=recompute)
+    assert memory.activations(config, 1, 0) == pytest.approx(most_bytes(config), rel=0.06)
 
 
 def test_zero_splits_what_its_stage_says():
@@ -89,3 +196,62 @@ def test_zero_splits_what_its_stage_says():
     assert memory.states(bf16, 1000, 2, 8) == 1000 * (2 + 0.5 + 1.5)
     assert memory.states(bf16, 1000, 3, 8) == 1000 * 18 / 8
     assert memory.states(fp32, 1000, 1, 8) == 1000 * (4 + 4 + 1.5)
+
+
+STREAM = 2 * 256 * LENGTH
+"""Bytes of the residual stream at one place."""
+
+
+@pytest.mark.parametrize(("replicas", "held"), [(1, (4, 3, 2, 1)), (4, (2, 2, 2, 1)), (8, (1, 1, 1, 1))])
+def test_a_pipeline_rank_holds_the_micro_batches_in_flight(replicas, held):
+    """Eight micro-batches over the replicas; every rank has two layers, and one's SwiGLU begins the backward pass."""
+    config = config_of("GG|GG|GG|GG", pipeline=4)
+    for rank, (count, borders) in enumerate(zip(held[:3], (1, 2, 2), strict=True)):
+        expected = count * (2 * estimated("G") + borders * STREAM) + 12 * 768 * LENGTH
+        assert memory.activations(config, replicas, rank) == pytest.approx(expected)
+    whole = memory.activations(config_of("GG", vocab=8192), 1, 0)
+    last = memory.activations(config_of("GG|GG|GG|GG", pipeline=4, vocab=8192), replicas, 3)
+    assert last == pytest.approx(whole + STREAM)
+
+
+def test_uneven_stages_and_the_fullest_rank():
+    config = config_of("G|GGGGG", pipeline=2, vocab=8192)
+    first, last = (memory.activations(config, 1, rank) for rank in (0, 1))
+    assert first == pytest.approx(2 * (estimated("G") + STREAM) + 12 * 768 * LENGTH)
+    assert last == pytest.approx(memory.activations(config_of("GGGGG", vocab=8192), 1, 0) + STREAM)
+    assert max(memory.peak_bytes(config, 1)) == memory.peak_bytes(config, 1)[1]
+
+
+def test_interleaved_chunks_hold_more_than_one_stage():
+    """Rank 0 of 2 with 2 chunks: five passes are in flight, of the chunks 3 and 2 after the warm-up, then 4 and 1.
+
+    With f and b for forward and backward passes of chunks 0 and 1 the schedule begins f0 f0 f1 f1 f0 b1 f0 b1.
+    """
+    config = config_of("GG|G|G|G", pipeline=2, virtual_pipeline=2)
+    first, second = 2 * estimated("G") + STREAM, estimated("G") + 2 * STREAM
+    expected = 4 * first + second + 12 * 768 * LENGTH
+    assert memory.activations(config, 1, 0) == pytest.approx(expected)
+
+
+def test_the_update_takes_what_adamw_allocates():
+    weight = torch.zeros(2**20, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.AdamW([weight], foreach=True)  # as it is by default on GPUs
+    optimizer.step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        optimizer.step()
+    assert memory.update(4 * 2**20, 4) == pytest.approx(most_allocated(profiled), rel=0.01)
+
+
+def test_without_activations_the_update_is_the_peak():
+    config = config_of("GL", recompute="all", vocab=2**15)
+    config.train.seq_length = 64
+    (count,) = parameters_by_rank(config)
+    assert memory.peak_bytes(config, 1) == [count * (18 + 4)]
+
+
+def test_the_peak_adds_states_and_activations():
+    config = config_of("GL", zero_stage=2, tensor=2)
+    (count,) = parameters_by_rank(config)
+    (peak,) = memory.peak_bytes(config, 4)
+    assert peak == count * (2 + 4 / 4 + 12 / 4) + memory.activations(config, 4, 0)

@@ -7,6 +7,8 @@ from megahybrid.config import load_config
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.parallel import groups
+from megahybrid.scaling.memory import peak_bytes
+from megahybrid.scaling.parameters import parameters_by_rank
 from megahybrid.scaling.plan import describe, parameters_by_part
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -80,3 +82,33 @@ def test_every_recipe_has_a_plan(path):
         (row,) = (line for line in lines if line.startswith(f"weights, gradients, optimizer: ZeRO {stage}"))
         one, eight, many = (float(word) for word in row.split()[-3:])
         assert one >= eight >= many
+
+
+def rows_after(text, start):
+    lines = text.splitlines()
+    (at,) = (number for number, line in enumerate(lines) if line.startswith(start))
+    return [line.split() for line in lines[at:]]
+
+
+def test_columns_are_numbers_of_gpus_and_rows_the_choices_of_recompute():
+    config = load_config(RECIPES / "lalte-0.4b.yaml", ["parallel.tensor=2", "train.recompute=L"])
+    head, activations, *rest = rows_after(describe(config), "GiB a GPU, by number of GPUs")
+    assert head[-3:] == ["2", "16", "128"]
+    assert [row[-4] for row in rest[3:]] == [f"train.recompute={choice}" for choice in ("L", "none", "all", "G")]
+    for size, states, saved, peak in zip((1, 8, 64), rest[0][-3:], activations[-3:], rest[3][-3:], strict=True):
+        assert float(peak) == pytest.approx(peak_bytes(config, size)[0] / 2**30, abs=0.06)
+        assert float(states) + float(saved) == pytest.approx(float(peak), abs=0.11)
+
+
+def test_a_pipelines_stages_are_listed():
+    overrides = ["parallel.pipeline=3", "parallel.tensor=2", "model.pattern=GL|G|LGL"]
+    config = load_config(RECIPES / "lalte-0.4b.yaml", overrides)
+    _, *rows = rows_after(describe(config), "pipeline rank  ")
+    parameters, peaks = parameters_by_rank(config), peak_bytes(config, 1)
+    assert [row[1] for row in rows[:3]] == ["0-1", "2", "3-5"]
+    assert sum(float(row[2].rstrip("%")) for row in rows[:3]) == pytest.approx(100, abs=0.2)
+    assert [row[3:] for row in rows[:3]] == [
+        [f"{count:,}", f"{peak / 2**30:.1f}"] for count, peak in zip(parameters, peaks, strict=True)
+    ]
+    (worst,) = (row for row in rows if row[:4] == ["pipeline", "rank", "that", "needs"])
+    assert worst[5] == str(peaks.index(max(peaks)))
