@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -100,6 +101,28 @@ def max_over_all(value: int) -> int:
     largest = torch.tensor(value, device=device())
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
+
+
+def world() -> tuple[int, int]:
+    """Rank and number of all processes."""
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's `value`, by rank, on every process."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_tensor_parallel(part: torch.Tensor, axis: int | None) -> torch.Tensor:
+    """The whole of a tensor of which every tensor parallel rank holds a part along `axis`, or all of it for None."""
+    _, size = tensor_parallel()
+    if axis is None or size == 1:
+        return part
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(size)]
+    dist.all_gather(parts, part.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(parts, axis)
 
 
 def agree(error: str | None) -> str | None:

@@ -1,38 +1,32 @@
 """Checkpoints in canonical form: every parameter's fp32 weight and moments at full shape, whatever the layout.
 
     checkpoints/step_00000100/
-        weights.safetensors, exp_avg.safetensors, exp_avg_sq.safetensors
+        weights-00000.safetensors, exp_avg-00000.safetensors, exp_avg_sq-00000.safetensors,
+        weights-00001.safetensors, …            the parameters, each in one of the numbered files
         config.yaml, tokenizer.json
-        checkpoint.json     position, controller, guard, sizes and hashes of the files
+        checkpoint.json     position, controller, guard, layout, each parameter's shape and file, the files' hashes
     checkpoints/latest      the name of the newest complete one
 
-A checkpoint is written under another name and renamed when it is durable, and `latest` moves after that, so a kill at
-any moment leaves the last good one current. There is no random state to keep: data order and dropout are counted.
+Written by saver.py under another name and renamed when it is durable; `latest` moves after that, so a kill at any
+moment leaves the last good one current. There is no random state to keep: data order and dropout are counted.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
-import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megahybrid import code_version
-from megahybrid.config import save_config
-from megahybrid.config.schema import CheckpointConfig
 from megahybrid.errors import UserError
-from megahybrid.files import sync_folder, write_json, write_text
 from megahybrid.parallel import groups
 from megahybrid.training import zero
 from megahybrid.training.engine import Engine
+from megahybrid.training.tensor_files import facts_of, read_part
 
 
 @dataclass(frozen=True)
@@ -52,31 +46,9 @@ class Position:
     tracking_id: str | None = None
 
 
-def save(folder: Path, engine: Engine, position: Position, tokenizer: Path) -> None:
-    """Write `folder/step_…`, move `latest` to it, and remove what need not be kept. Called by every process.
-
-    Raises UserError, on every process, where the disk does not take it; the last checkpoint then stays current.
-    """
-    tensors = _gather(engine)
-    error = None
-    if groups.is_main():
-        name = f"step_{position.step:08d}"
-        part = folder / f".{name}.part"
-        try:
-            _write(part, engine, position, tokenizer, tensors)
-            shutil.rmtree(folder / name, ignore_errors=True)
-            os.replace(part, folder / name)
-            sync_folder(folder)
-            write_text(folder / "latest", name + "\n")
-            _remove_old(folder, engine.config.checkpoint)
-        except OSError as fault:
-            shutil.rmtree(part, ignore_errors=True)
-            error = (
-                f"The checkpoint of step {position.step} could not be written to '{folder}' ({fault.strerror or fault})"
-            )
-    error = groups.agree(error)
-    if error is not None:
-        raise UserError(f"{error}; make room and start again: training goes on from the checkpoint before.")
+def file_name(kind: str, number: int) -> str:
+    """The file of weights or moments that process `number` wrote."""
+    return f"{kind}-{number:05d}.safetensors"
 
 
 def find(path: Path) -> Path | None:
@@ -96,13 +68,16 @@ def find(path: Path) -> Path | None:
 
 
 def load(path: Path, engine: Engine) -> Position:
-    """Put a checkpoint's weights, moments, controller and guard into the engine. Raises UserError if it is damaged."""
+    """Put a checkpoint's weights, moments, controller and guard into the engine. Called by every process.
+
+    Raises UserError, on every process, if it is damaged or of another model.
+    """
     facts = read_facts(path)
+    _verify(path, facts, engine.model, zero.KINDS)
     zero.reset_optimizer_state(engine.deepspeed, facts["position"]["step"])
-    for kind in zero.KINDS:
-        tensors = read_tensors(path, kind, facts)
-        for name, parameter in engine.model.named_parameters():
-            value = fitting(tensors, name, parameter, path).to(engine.device)
+    for name, parameter in engine.model.named_parameters():
+        for kind in zero.KINDS:
+            value = _read(path, facts, kind, name, parameter).to(engine.device)
             zero.write(engine.deepspeed, parameter, kind, value)
     engine.controller.load_state(facts["controller"])
     engine.guard.load_state(facts["guard"])
@@ -110,11 +85,12 @@ def load(path: Path, engine: Engine) -> Position:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Put a checkpoint's weights into a model that no optimizer owns yet. Raises UserError if they do not fit."""
-    weights = read_tensors(path, zero.WEIGHTS, read_facts(path))
+    """Put a checkpoint's weights into a model that no optimizer owns yet. Called by every process; raises as `load`."""
+    facts = read_facts(path)
+    _verify(path, facts, model, [zero.WEIGHTS])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(fitting(weights, name, parameter, path))
+            parameter.copy_(_read(path, facts, zero.WEIGHTS, name, parameter))
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -125,24 +101,40 @@ def read_facts(path: Path) -> dict[str, Any]:
         raise UserError(f"'{path}' is not a readable checkpoint; {_older(path)}.") from error
 
 
-def read_tensors(path: Path, kind: str, facts: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of `kind`.safetensors by parameter name. Raises UserError if the file is not what was saved."""
-    file = path / f"{kind}.safetensors"
-    if not file.is_file() or _facts_of(file) != facts["files"][file.name]:
-        raise UserError(f"'{file}' is missing or not what was saved; {_older(path)}.")
-    return load_file(file)
+def _verify(path: Path, facts: dict[str, Any], model: nn.Module, kinds: Sequence[str]) -> None:
+    """Raise UserError, on all processes, unless the model fits and the files of `kinds` are what was saved."""
+    error = _other_model(path, facts, model) or _damage(path, facts, kinds)
+    errors = [each for each in groups.gather(error) if each]
+    if errors:
+        raise UserError(errors[0])
 
 
-def fitting(tensors: dict[str, Tensor], name: str, parameter: nn.Parameter, path: Path) -> Tensor:
-    """The named tensor, if its shape is the parameter's."""
-    value, shape = tensors.get(name), parameter.spec.shape
-    if value is None or tuple(value.shape) != shape:
-        found = "none" if value is None else f"{list(value.shape)}"
-        raise UserError(
-            f"'{path}' holds another model: {name} should be {list(shape)}, it has {found}; "
-            "use the configuration it was trained with."
-        )
-    return value
+def _other_model(path: Path, facts: dict[str, Any], model: nn.Module) -> str | None:
+    for name, parameter in model.named_parameters():
+        shape, found = list(parameter.spec.shape), facts["parameters"].get(name, {}).get("shape")
+        if shape != found:
+            return (
+                f"'{path}' holds another model: {name} should be {shape}, it has {found or 'none'}; "
+                "use the configuration it was trained with."
+            )
+    return None
+
+
+def _damage(path: Path, facts: dict[str, Any], kinds: Sequence[str]) -> str | None:
+    """Compare this process's share of the files with their hashes."""
+    rank, world = groups.world()
+    names = [name for name in sorted(facts["files"]) if name.rpartition("-")[0] in kinds]
+    for name in names[rank::world]:
+        file = path / name
+        if not file.is_file() or facts_of(file) != facts["files"][name]:
+            return f"'{file}' is missing or not what was saved; {_older(path)}."
+    return None
+
+
+def _read(path: Path, facts: dict[str, Any], kind: str, name: str, parameter: nn.Parameter) -> Tensor:
+    """This tensor parallel rank's part of a weight or moment."""
+    file = path / file_name(kind, facts["parameters"][name]["file"])
+    return read_part(file, name, parameter.spec, *groups.tensor_parallel())
 
 
 def _older(path: Path) -> str:
@@ -153,63 +145,3 @@ def _older(path: Path) -> str:
     if whole:
         return f"write {whole[-1].name} into '{path.parent / 'latest'}' to go on from there"
     return "there is no other one beside it: start again in another run.dir"
-
-
-def _gather(engine: Engine) -> dict[str, dict[str, Tensor]]:
-    """Weights and moments by kind and parameter name on the main process; a collective of all."""
-    tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in zero.KINDS}
-    for name, parameter in engine.model.named_parameters():
-        for kind in zero.KINDS:
-            value = zero.read(engine.deepspeed, parameter, kind)
-            if groups.is_main():
-                tensors[kind][name] = value.detach().cpu().view(parameter.spec.shape).contiguous()
-    return tensors
-
-
-def _write(
-    part: Path, engine: Engine, position: Position, tokenizer: Path, tensors: dict[str, dict[str, Tensor]]
-) -> None:
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    files = {}
-    for kind, each in tensors.items():
-        file = part / f"{kind}.safetensors"
-        try:
-            save_file(each, file)
-        except OSError:
-            raise
-        except Exception as error:  # safetensors reports a full disk as an error of its own
-            raise OSError(str(error)) from error
-        with open(file, "rb+") as handle:
-            os.fsync(handle.fileno())
-        files[file.name] = _facts_of(file)
-    save_config(engine.config, part / "config.yaml")
-    shutil.copyfile(tokenizer, part / "tokenizer.json")
-    facts = {
-        "megahybrid": code_version(),
-        "position": asdict(position),
-        "layers": engine.settings.pattern.letters,
-        "controller": engine.controller.state(),
-        "guard": engine.guard.state(),
-        "files": files,
-    }
-    write_json(part / "checkpoint.json", facts)
-    sync_folder(part)
-
-
-def _facts_of(file: Path) -> dict[str, Any]:
-    with open(file, "rb") as handle:
-        return {"bytes": file.stat().st_size, "blake2b": hashlib.file_digest(handle, "blake2b").hexdigest()}
-
-
-def _remove_old(folder: Path, config: CheckpointConfig) -> None:
-    passing = [
-        each
-        for each in sorted(folder.glob("step_*"))
-        if not config.milestone_every or int(each.name.removeprefix("step_")) % config.milestone_every
-    ]
-    for old in passing[: -config.keep]:
-        trash = folder / f".{old.name}.old"
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(old, trash)  # never half a checkpoint under its own name
-        shutil.rmtree(trash, ignore_errors=True)

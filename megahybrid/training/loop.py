@@ -21,6 +21,7 @@ from megahybrid.training.checkpoint import Position
 from megahybrid.training.engine import Engine, StepResult
 from megahybrid.training.resume import check_resume
 from megahybrid.training.run_directory import RunDirectory, duration
+from megahybrid.training.saver import Saver
 from megahybrid.training.signals import StopRequest
 from megahybrid.training.speed import memory, model_flops_utilization
 from megahybrid.training.tracking import Tracker
@@ -70,17 +71,19 @@ class Trainer:
         data = self.data.prepared.identity
         self.position = Position(0, 0, data)
         if start is not None:
+            began = time.perf_counter()
             self.position = checkpoint.load(start, self.engine)
             if self.position.data != data:
                 raise UserError(f"'{start}' was trained on other data than '{config.data.path}' holds; set it back.")
             self.data.seek(self.position.consumed)
-            say(f"Going on from {start}.")
+            say(f"Going on from {start} (loaded in {time.perf_counter() - began:.1f} s).")
         if groups.is_main():
             run.cut_metrics(self.position.step)
             save_config(config, run.config)
         self.tracker = Tracker(config if groups.is_main() else None, self.position.tracking_id)
         resources.callback(self.tracker.finish)
         self.stop_request = resources.enter_context(StopRequest())
+        self.saver = Saver(run.checkpoints, self.engine, self.data.prepared.tokenizer_file)
         self.flops_per_token = flops_per_token(config).training
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_length
         self._status_written = 0.0
@@ -108,17 +111,21 @@ class Trainer:
             last = step == train.steps
             if last or (train.validate_every and step % train.validate_every == 0):
                 metrics["validation_loss"] = self.engine.validate(self.validation)
+            if self.saver.pending and not result.saving:
+                self.saver.finish()
+            if last or result.stop or step % every == 0:
+                metrics["checkpoint_seconds"] = self.saver.start(self.position)
             self._record(metrics)
             if step == first + 1 or step % train.log_every == 0 or "validation_loss" in metrics or result.skipped:
                 left = (time.perf_counter() - began) / (step - first) * (train.steps - step)
                 self.say(_line(metrics, result, train.steps, left))
-            if last or result.stop or step % every == 0:
-                self._save()
             if result.stop and not last:
+                self.saver.finish()
                 reason = self.stop_request.signal or "a signal to another process"
                 self.write_status("stopped", reason)
                 self.say(f"Stopped by {reason} after step {step}; the same command goes on.")
                 return
+        self.saver.finish()
         self.write_status("done")
 
     def write_status(self, state: str, reason: str = "") -> None:
@@ -132,7 +139,8 @@ class Trainer:
         started = time.perf_counter()
         batches = self.data.next_step()
         loaded = time.perf_counter()
-        result = self.engine.step(batches, step, stop=self.stop_request.signal is not None)
+        stop = self.stop_request.signal is not None
+        result = self.engine.step(batches, step, stop, saving=self.saver.writing)
         seconds = time.perf_counter() - started
         self.position = replace(
             self.position,
@@ -158,9 +166,6 @@ class Trainer:
             metrics["kept"] = self.engine.controller.kept_now.tolist()
             metrics["lambda"] = self.engine.controller.lambdas.tolist()
         return result, metrics
-
-    def _save(self) -> None:
-        checkpoint.save(self.run.checkpoints, self.engine, self.position, self.data.prepared.tokenizer_file)
 
     def _record(self, metrics: dict[str, Any]) -> None:
         if groups.is_main():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megahybrid.config import Config
+from megahybrid.config.pattern import parse_pattern
 from megahybrid.errors import UserError
 
 # Everything else decides the model or which samples a step reads.
@@ -41,8 +42,9 @@ MAY_CHANGE = (
 
 def check_resume(saved: Config, now: Config, checkpoint: str) -> None:
     """Raises UserError for the first key that differs and may not."""
-    before = dict(_flat(dataclasses.asdict(saved)))
-    after = dict(_flat(dataclasses.asdict(now)))
+    before, after = (dict(_flat(dataclasses.asdict(config))) for config in (saved, now))
+    for keys in (before, after):  # where pipeline stages begin is part of the layout
+        keys["model.pattern"] = parse_pattern(keys["model.pattern"]).letters
     for key in sorted(before.keys() | after.keys()):
         source_path = key.startswith("data.sources.") and key.endswith(".path")
         if before.get(key) == after.get(key) or source_path or key.startswith(MAY_CHANGE):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-import megahybrid.training.checkpoint as checkpoint
+import megahybrid.training.saver as saver
 from megahybrid.cli import main
 from megahybrid.training.engine import Engine
 from tests.training.conftest import metrics
@@ -16,7 +16,7 @@ def names(run):
 
 
 def weights(run, step):
-    return (run / "checkpoints" / f"step_{step:08d}" / "weights.safetensors").read_bytes()
+    return (run / "checkpoints" / f"step_{step:08d}" / "weights-00000.safetensors").read_bytes()
 
 
 def test_keep_and_milestones(recipe, tmp_path):
@@ -26,20 +26,20 @@ def test_keep_and_milestones(recipe, tmp_path):
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(recipe, tmp_path, monkeypatch, capsys, reference):
-    real = checkpoint.save_file
+    real = saver.write_tensors
 
-    def full(tensors, file):
+    def full(file, tensors):
         if "step_00000010" in str(file) and "exp_avg_sq" in str(file):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(tensors, file)
+        return real(file, tensors)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(saver, "write_tensors", full)
     assert main(["train", str(recipe)]) == 2
     message = capsys.readouterr().err
-    assert "checkpoint of step 10" in message and "No space left on device" in message
+    assert "checkpoint step_00000010 could not be written" in message and "No space left on device" in message
     assert names(tmp_path / "run") == ["latest", "step_00000005"]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
-    monkeypatch.setattr(checkpoint, "save_file", real)
+    monkeypatch.setattr(saver, "write_tensors", real)
     assert main(["train", str(recipe)]) == 0
     assert metrics(tmp_path / "run") == metrics(reference)
 
@@ -47,10 +47,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(recipe, tmp_path, monkeypatch, ca
 def test_a_checkpoint_without_its_files_names_an_older_one(recipe, tmp_path, capsys):
     assert main(["train", str(recipe), "train.steps=10"]) == 0
     last = tmp_path / "run" / "checkpoints" / "step_00000010"
-    (last / "exp_avg.safetensors").unlink()
+    (last / "exp_avg-00000.safetensors").unlink()
     assert main(["train", str(recipe)]) == 2
     message = capsys.readouterr().err
-    assert "exp_avg.safetensors' is missing" in message and "write step_00000005 into" in message
+    assert "exp_avg-00000.safetensors' is missing" in message and "write step_00000005 into" in message
     shutil.rmtree(last)
     assert main(["train", str(recipe)]) == 2
     assert "step_00000010' is not whole" in capsys.readouterr().err
@@ -104,10 +104,10 @@ def test_bf16_resumes_bit_equal(recipe, tmp_path, monkeypatch):
         if stop:
             real = Engine.step
 
-            def dies(self, batches, step, stop=False, real=real):
+            def dies(self, batches, step, *flags, real=real, **others):
                 if step == 5:
                     raise RuntimeError("the machine went away")
-                return real(self, batches, step, stop)
+                return real(self, batches, step, *flags, **others)
 
             monkeypatch.setattr(Engine, "step", dies)
             with pytest.raises(RuntimeError):

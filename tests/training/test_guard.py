@@ -88,7 +88,7 @@ def test_a_bad_step_changes_no_weight_and_is_counted(stage, fault, recipe, tmp_p
     assert main(["train", str(recipe), *overrides]) == 0
     assert [line["skipped"] for line in metrics(tmp_path / "run")] == [0, 0, 1, 1]
     checkpoints = tmp_path / "run" / "checkpoints"
-    content = [(checkpoints / f"step_0000000{step}" / "weights.safetensors").read_bytes() for step in (2, 3, 4)]
+    content = [(checkpoints / f"step_0000000{step}" / "weights-00000.safetensors").read_bytes() for step in (2, 3, 4)]
     assert content[0] == content[1]
     assert content[1] != content[2]
 

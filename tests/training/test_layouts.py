@@ -1,15 +1,71 @@
-"""The same run on 1, 2 and 4 ranks with ZeRO 1, 2 and 3, and resumed from any of them on any other."""
+"""The same run in every layout of up to four processes, and resumed from one layout in another."""
 
+import itertools
+import json
 import os
 import signal
+from typing import NamedTuple
 
 import pytest
 
 from tests.training.conftest import assert_same_run, metrics
 from tests.workers import Workers
 
-LAYOUTS = [(world, stage) for world in (1, 2, 4) for stage in (1, 2, 3)]
-RESUMES = [((2, 1), (1, 3)), ((1, 3), (4, 1)), ((4, 3), (2, 2)), ((2, 2), (2, 3))]
+
+class Layout(NamedTuple):
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    sequence: bool = False
+    data: int = 1
+    zero_stage: int = 1
+
+    @property
+    def world(self):
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def overrides(self):
+        return [f"parallel.{key}={value}" for key, value in self._asdict().items() if key != "data"]
+
+    def __str__(self):
+        parts = [f"tp{self.tensor}", f"pp{self.pipeline}", f"dp{self.data}", f"zero{self.zero_stage}"]
+        return "-".join(parts + ["sp"] * self.sequence + [f"vp{self.virtual_pipeline}"] * (self.virtual_pipeline > 1))
+
+
+POSSIBLE = [
+    Layout(*each)
+    for each in itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (False, True), (1, 2, 4), (1, 2, 3))
+    if each[0] * each[1] * each[4] <= 4  # processes
+    and each[1] * each[2] <= 5  # layers of the tiny model
+    and not (each[2] > 1 and each[1] == 1)
+    and not (each[3] and each[0] == 1)
+    and not (each[5] > 1 and each[1] > 1)
+]
+# One of every kind, and pairs of kinds; --slow runs all.
+REPRESENTATIVE = {
+    Layout(data=4, zero_stage=2),
+    Layout(data=2, zero_stage=3),
+    Layout(tensor=4, sequence=True),
+    Layout(tensor=2, data=2, zero_stage=3),
+    Layout(tensor=2, sequence=True, data=2, zero_stage=2),
+    Layout(pipeline=4),
+    Layout(pipeline=2, virtual_pipeline=2, data=2),
+    Layout(tensor=2, pipeline=2, sequence=True),
+    Layout(tensor=2, pipeline=2, virtual_pipeline=2),
+}
+RESUMES = [
+    (Layout(data=2), Layout(zero_stage=3)),
+    (Layout(zero_stage=3), Layout(data=4)),
+    (Layout(data=4, zero_stage=3), Layout(tensor=2, sequence=True, data=2, zero_stage=2)),
+    (Layout(tensor=2, zero_stage=2), Layout(pipeline=2, virtual_pipeline=2, data=2)),
+    (Layout(tensor=2, pipeline=2, sequence=True), Layout()),
+    (Layout(), Layout(tensor=4, sequence=True)),
+    (Layout(pipeline=4), Layout(tensor=2, data=2, zero_stage=3)),
+    (Layout(tensor=2, data=2, zero_stage=3), Layout(pipeline=2, data=2)),
+    (Layout(pipeline=2, virtual_pipeline=2), Layout(tensor=2, pipeline=2)),
+    (Layout(tensor=4), Layout(pipeline=4)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,28 +100,41 @@ def train_and_stop(recipe: str, stop_after: int, *overrides: str) -> None:
     train(recipe, *overrides, stop_after=stop_after)
 
 
-@pytest.mark.parametrize(("world", "stage"), LAYOUTS)
-def test_losses_do_not_depend_on_the_layout(world, stage, workers, reference, recipe, tmp_path):
-    overrides = [f"parallel.zero_stage={stage}", f"train.micro_batch_size={1 if stage == 2 else 2}"]
-    workers.run(world, "tests.training.test_layouts:train", str(recipe), *overrides)
+def possibly_slow(layout):
+    return pytest.param(layout, id=str(layout), marks=[] if layout in REPRESENTATIVE else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("layout", [possibly_slow(layout) for layout in POSSIBLE])
+def test_losses_do_not_depend_on_the_layout(layout, workers, reference, recipe, tmp_path):
+    overrides = [*layout.overrides, f"train.micro_batch_size={1 if layout.zero_stage == 2 else 2}"]
+    if layout.pipeline > 1:
+        overrides.append("train.micro_batch_size=1")  # more micro-batches than stages
+    workers.run(layout.world, "tests.training.test_layouts:train", str(recipe), *overrides)
     assert_same_run(metrics(tmp_path / "run"), metrics(reference))
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_recompute_changes_nothing(stage, workers, reference, recipe, tmp_path):
-    overrides = [f"parallel.zero_stage={stage}", "train.recompute=all"]
-    workers.run(2, "tests.training.test_layouts:train", str(recipe), *overrides)
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    [
+        (Layout(data=2), "all"),
+        (Layout(data=2, zero_stage=3), "all"),
+        (Layout(tensor=2, sequence=True), "LG"),
+        (Layout(pipeline=2), "L"),
+    ],
+    ids=str,
+)
+def test_recompute_changes_nothing(layout, recompute, workers, reference, recipe, tmp_path):
+    overrides = [*layout.overrides, f"train.recompute={recompute}"]
+    workers.run(layout.world, "tests.training.test_layouts:train", str(recipe), *overrides)
     assert_same_run(metrics(tmp_path / "run"), metrics(reference))
 
 
-@pytest.mark.parametrize(("before", "after"), RESUMES)
+@pytest.mark.parametrize(("before", "after"), RESUMES, ids=str)
 def test_a_run_goes_on_in_another_layout(before, after, workers, reference, recipe, tmp_path):
-    """Stopped by SIGTERM to one rank in step 10, gone on with other ranks and another ZeRO stage."""
-    import json
-
-    at = "tests.training.test_layouts:train_and_stop", str(recipe), 10, f"parallel.zero_stage={before[1]}"
-    workers.run(before[0], *at)
+    """Stopped by SIGTERM to one rank in step 10, gone on in another layout."""
+    at = "tests.training.test_layouts:train_and_stop", str(recipe), 10, *before.overrides
+    workers.run(before.world, *at)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["step"]) == ("stopped", 10)
-    workers.run(after[0], "tests.training.test_layouts:train", str(recipe), f"parallel.zero_stage={after[1]}")
+    workers.run(after.world, "tests.training.test_layouts:train", str(recipe), *after.overrides)
     assert_same_run(metrics(tmp_path / "run"), metrics(reference))

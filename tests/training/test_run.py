@@ -41,10 +41,10 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(reference, recipe, tmp_
     """Interrupted in step 13, three steps after a checkpoint: metrics are cut and every line is as without it."""
     real = Engine.step
 
-    def interrupted(self, batches, step, stop=False):
+    def interrupted(self, batches, step, *flags, **others):
         if step == 13:
             raise RuntimeError("the machine went away")
-        return real(self, batches, step, stop)
+        return real(self, batches, step, *flags, **others)
 
     monkeypatch.setattr(Engine, "step", interrupted)
     with pytest.raises(RuntimeError, match="went away"):
@@ -85,7 +85,7 @@ def test_plan_counts_what_is_trained(recipe, reference, capsys):
     from safetensors.torch import load_file
 
     assert main(["plan", str(recipe)]) == 0
-    weights = load_file(reference / "checkpoints" / "step_00000020" / "weights.safetensors")
+    weights = load_file(reference / "checkpoints" / "step_00000020" / "weights-00000.safetensors")
     total = sum(weight.numel() for weight in weights.values())
     assert f"{total:,}" in capsys.readouterr().out
 
@@ -127,7 +127,7 @@ def test_resume_with_another_model_is_refused(reference, capsys):
 
 def test_a_changed_checkpoint_file_is_refused(recipe, tmp_path, capsys):
     assert main(["train", str(recipe), "train.steps=2"]) == 0
-    file = tmp_path / "run" / "checkpoints" / "step_00000002" / "weights.safetensors"
+    file = tmp_path / "run" / "checkpoints" / "step_00000002" / "weights-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(bytes(content))
