@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,10 +125,15 @@ def _damage(path: Path, facts: dict[str, Any], kinds: Sequence[str]) -> str | No
     """Compare this process's share of the files with their hashes."""
     rank, world = groups.world()
     names = [name for name in sorted(facts["files"]) if name.rpartition("-")[0] in kinds]
-    for name in names[rank::world]:
-        file = path / name
-        if not file.is_file() or facts_of(file) != facts["files"][name]:
-            return f"'{file}' is missing or not what was saved; {_older(path)}."
+
+    def is_whole(name: str) -> bool:
+        return (path / name).is_file() and facts_of(path / name) == facts["files"][name]
+
+    mine = names[rank::world]
+    with ThreadPoolExecutor() as pool:
+        for name, whole in zip(mine, pool.map(is_whole, mine), strict=True):
+            if not whole:
+                return f"'{path / name}' is missing or not what was saved; {_older(path)}."
     return None
 
 

@@ -37,7 +37,10 @@ class Saver:
 
     def __init__(self, folder: Path, engine: Engine, tokenizer: Path):
         self._folder, self._engine, self._tokenizer = folder, engine, tokenizer
-        self._host: dict[tuple[str, str], Tensor] = {}  # pinned memory is slow to get: kept from save to save
+        self._mine = owned_parameters(engine.model)
+        self._host: dict[tuple[str, str], Tensor] = {}  # by kind and name, kept from save to save
+        self._allocation = threading.Thread(target=self._allocate, daemon=True)
+        self._allocation.start()
         self._part = Path()
         self._facts: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
@@ -105,26 +108,27 @@ class Saver:
             "make room and start again: training goes on from the checkpoint before."
         )
 
+    def _allocate(self) -> None:
+        """Get the host memory of all saves, beside the first steps: pinning it takes seconds for some GB."""
+        for name, parameter in saved_parameters(self._engine.model):
+            for kind in zero.KINDS if name in self._mine else ():
+                shape, pinned = parameter.spec.shape, torch.cuda.is_available()
+                self._host[kind, name] = torch.empty(shape, dtype=torch.float32, pin_memory=pinned)
+
     def _snapshot(self) -> dict[str, dict[str, Tensor]]:
         """This process's share of its stage's state in host memory, by kind and parameter name."""
         shares: dict[str, dict[str, Tensor]] = {kind: {} for kind in zero.KINDS}
-        tensor_rank, tensor_size = groups.tensor_parallel()
-        replica, replicas = groups.data_parallel()
-        member = owners(self._engine.model, tensor_size * replicas)
+        self._allocation.join()
+        _, size = groups.tensor_parallel()
         for name, parameter in saved_parameters(self._engine.model):
             for kind in zero.KINDS:
-                local = zero.read(self._engine.deepspeed, parameter, kind).view(parameter.spec.local_shape(tensor_size))
+                local = zero.read(self._engine.deepspeed, parameter, kind).view(parameter.spec.local_shape(size))
                 value = groups.gather_tensor_parallel(local, parameter.spec.axis)
-                if member[name] == replica * tensor_size + tensor_rank:
-                    shares[kind][name] = self._to_host(kind, name, value)
+                if name in self._mine:
+                    shares[kind][name] = self._host[kind, name].copy_(value.detach(), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return shares
-
-    def _to_host(self, kind: str, name: str, value: Tensor) -> Tensor:
-        if (kind, name) not in self._host:
-            self._host[kind, name] = torch.empty(value.shape, dtype=torch.float32, pin_memory=value.is_cuda)
-        return self._host[kind, name].copy_(value.detach(), non_blocking=True)
 
     def _facts_at(self, position: Position) -> dict[str, Any]:
         _, replicas = groups.data_parallel()
@@ -178,6 +182,14 @@ def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if not getattr(parameter, "ds_pipe_replicated", False):
             yield name, parameter
+
+
+def owned_parameters(model: nn.Module) -> set[str]:
+    """Names of what this process saves of its stage."""
+    tensor_rank, tensor_size = groups.tensor_parallel()
+    replica, replicas = groups.data_parallel()
+    member = replica * tensor_size + tensor_rank
+    return {name for name, owner in owners(model, tensor_size * replicas).items() if owner == member}
 
 
 def owners(model: nn.Module, members: int) -> dict[str, int]:

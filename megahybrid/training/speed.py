@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megahybrid.parallel import groups
+
 # Dense bf16 tensor core rate by part of the device's name, FLOP/s (vendors' data sheets).
 _PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 
@@ -19,8 +21,10 @@ def model_flops_utilization(flops_per_token: float, tokens_per_second: float) ->
 
 
 def memory() -> dict[str, Any]:
-    """`{"memory_bytes": …}`: the most GPU memory this process has had allocated; {} without a GPU."""
-    return {"memory_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
+    """`{"memory_bytes": …}`: the most GPU memory that any process has had allocated; {} without a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"memory_bytes": groups.max_over_all(torch.cuda.max_memory_allocated())}
 
 
 @functools.cache
