@@ -14,11 +14,13 @@ from megahybrid.data.loader import TrainingData, validation_batches
 from megahybrid.errors import UserError
 from megahybrid.model.stack import build_stages
 from megahybrid.parallel import groups
+from megahybrid.parallel.peers import PeerWatch
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.stages import stage_layers
 from megahybrid.training import checkpoint
 from megahybrid.training.checkpoint import Position
 from megahybrid.training.engine import Engine, StepResult
+from megahybrid.training.logs import log, rank_log
 from megahybrid.training.resume import check_resume
 from megahybrid.training.run_directory import RunDirectory, duration
 from megahybrid.training.saver import Saver
@@ -47,13 +49,20 @@ def train(config: Config, report: Report = print) -> None:
             say(f"{run.path} has done its {config.train.steps} steps; a larger train.steps goes on from there.")
             return
     with contextlib.ExitStack() as resources:
+        peers = resources.enter_context(PeerWatch())
         trainer = Trainer(config, run, start, say, resources)
+        peers.last_words = lambda cause: trainer.write_status("failed", cause)
         try:
             trainer.run_until_told()
         except BaseException as error:
-            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            log.info("Ended by an error.", exc_info=True)
+            cause = peers.explain(error)
+            reason = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"
+            log.info(reason)
             trainer.write_status("failed", reason)
-            raise
+            if cause is error:
+                raise
+            raise cause from error
 
 
 class Trainer:
@@ -67,6 +76,7 @@ class Trainer:
         # Data first: what is wrong with it is found before anything is written.
         self.data = resources.enter_context(TrainingData(config, replica, replicas))
         self.validation = resources.enter_context(validation_batches(config, replica, replicas))
+        resources.enter_context(rank_log(run.logs))
         self.engine = self._build(start)
         data = self.data.prepared.identity
         self.position = Position(0, 0, data)
@@ -76,7 +86,7 @@ class Trainer:
             if self.position.data != data:
                 raise UserError(f"'{start}' was trained on other data than '{config.data.path}' holds; set it back.")
             self.data.seek(self.position.consumed)
-            say(f"Going on from {start} (loaded in {time.perf_counter() - began:.1f} s).")
+            self._tell(f"Going on from {start} (loaded in {time.perf_counter() - began:.1f} s).")
         if groups.is_main():
             run.cut_metrics(self.position.step)
             save_config(config, run.config)
@@ -123,10 +133,11 @@ class Trainer:
                 self.saver.finish()
                 reason = self.stop_request.signal or "a signal to another process"
                 self.write_status("stopped", reason)
-                self.say(f"Stopped by {reason} after step {step}; the same command goes on.")
+                self._tell(f"Stopped by {reason} after step {step}; the same command goes on.")
                 return
         self.saver.finish()
         self.write_status("done")
+        log.info("Done after step %d.", train.steps)
 
     def write_status(self, state: str, reason: str = "") -> None:
         """Write status.json, on the main process, if the disk takes it."""
@@ -134,6 +145,10 @@ class Trainer:
         if groups.is_main():
             with contextlib.suppress(OSError):
                 self.run.write_status(state, self.position.step, self.config.train.steps, reason)
+
+    def _tell(self, text: str) -> None:
+        log.info(text)
+        self.say(text)
 
     def _step(self, step: int) -> tuple[StepResult, dict[str, Any]]:
         started = time.perf_counter()

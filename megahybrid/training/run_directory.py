@@ -24,6 +24,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.status = self.path / "status.json"
         self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
 
     def write_status(self, state: str, step: int, target: int, reason: str = "") -> None:
         """state: running, stopped (asked to, will go on), done or failed; step of target; why, if there is a why."""
