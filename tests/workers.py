@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import random
 import socket
 import time
 import traceback
@@ -24,9 +25,7 @@ class Workers:
         """`function` is "module:name"; returns every rank's result. Raises AssertionError when one fails."""
         if not self._processes:
             self._start()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = _free_port()
         for rank, (_, pipe) in enumerate(self._processes[:world]):
             pipe.send((function, arguments, rank, world, port))
         results, faults, deadline = [], [], time.monotonic() + timeout
@@ -58,6 +57,15 @@ class Workers:
             process.start()
             theirs.close()
             self._processes.append((process, ours))
+
+
+def _free_port() -> int:
+    """Outside the range from which the system gives ports to connections: nobody takes it before we do."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def _serve(pipe: Any) -> None:

@@ -1,0 +1,123 @@
+import errno
+import json
+import os
+import threading
+from collections import Counter
+
+import pytest
+from safetensors import safe_open
+
+import megahybrid.training.saver as saver
+from megahybrid.cli import main
+from megahybrid.config.schema import ParallelConfig
+from megahybrid.parallel import groups
+from megahybrid.training.engine import Engine
+from tests.model import tiny
+from tests.training.conftest import metrics
+from tests.workers import Workers
+
+
+@pytest.fixture(scope="module")
+def workers():
+    pool = Workers(2)
+    yield pool
+    pool.close()
+
+
+def train_with_full_disk(recipe, full_rank, *overrides):
+    """One rank of a run on whose rank `full_rank` the second checkpoint does not fit; what it was told."""
+    from megahybrid.config import load_config
+    from megahybrid.errors import UserError
+    from megahybrid.training.loop import train
+
+    real = saver.write_tensors
+
+    def full(file, tensors):
+        if "step_00000010" in str(file) and int(os.environ["RANK"]) == full_rank:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(file, tensors)
+
+    saver.write_tensors = full
+    try:
+        train(load_config(recipe, overrides))
+    except UserError as error:
+        return str(error)
+    finally:
+        saver.write_tensors = real
+
+
+@pytest.mark.parametrize("full_rank", [0, 1])
+def test_a_disk_that_is_full_for_one_rank_ends_all_and_keeps_the_last_checkpoint(
+    full_rank, workers, recipe, reference, tmp_path
+):
+    layout = ["parallel.pipeline=2", "train.micro_batch_size=1"]
+    run = "tests.training.test_saver:train_with_full_disk"
+    told = workers.run(2, run, str(recipe), full_rank, *layout)
+    assert all("step_00000010 could not be written" in each and "No space left" in each for each in told)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000005"]
+    assert workers.run(2, run, str(recipe), -1, *layout) == [None, None]
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 21))
+
+
+def test_every_parameter_is_written_once_by_one_of_the_ranks(workers, recipe, reference, tmp_path):
+    layout = ["parallel.pipeline=2", "train.steps=1"]
+    workers.run(2, "tests.training.test_saver:train_with_full_disk", str(recipe), -1, *layout)
+    folders = tmp_path / "run" / "checkpoints" / "step_00000001", reference / "checkpoints" / "step_00000020"
+    ours, theirs = (names(folder, "exp_avg") for folder in folders)
+    assert len(list(folders[0].glob("exp_avg-*"))) == 2
+    assert ours == theirs and set(ours.values()) == {1}
+    facts = json.loads((folders[0] / "checkpoint.json").read_text())
+    assert facts["layout"]["pipeline"] == 2 and facts["parameters"].keys() == ours.keys()
+
+
+def names(folder, kind):
+    found = Counter()
+    for file in folder.glob(f"{kind}-*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            found.update(tensors.keys())
+    return found
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(recipe, reference, tmp_path, monkeypatch):
+    """The write of step 5 is held back until step 8: `latest` comes after that, the losses stay."""
+    go_on, latest, seen = threading.Event(), tmp_path / "run" / "checkpoints" / "latest", {}
+    real_write, real_step = saver.write_tensors, Engine.step
+
+    def held_back(file, tensors):
+        assert go_on.wait(60)
+        return real_write(file, tensors)
+
+    def step(self, batches, step, *flags, **others):
+        if step == 8:
+            go_on.set()
+        result = real_step(self, batches, step, *flags, **others)
+        seen[step] = latest.exists(), result.saving
+        return result
+
+    monkeypatch.setattr(saver, "write_tensors", held_back)
+    monkeypatch.setattr(Engine, "step", step)
+    assert main(["train", str(recipe)]) == 0
+    assert [seen[number] for number in (5, 6, 7)] == [(False, False), (False, True), (False, True)]
+    assert latest.read_text() == "step_00000020\n"
+    assert metrics(tmp_path / "run") == metrics(reference)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "checkpoint_seconds" in line] == [5, 10, 15, 20]
+
+
+@pytest.fixture
+def one_process():
+    groups.initialize(ParallelConfig())
+    yield
+    groups.shut_down()
+
+
+@pytest.mark.parametrize("members", [1, 2, 5])
+@pytest.mark.usefixtures("one_process")
+def test_ranks_have_about_equally_much_to_write(members):
+    model = tiny.model("GLSFG")
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    owner = saver.owners(model, members)
+    load = [sum(sizes[name] for name in owner if owner[name] == member) for member in range(members)]
+    assert owner.keys() == sizes.keys()
+    assert max(load) - min(load) <= max(sizes.values())
