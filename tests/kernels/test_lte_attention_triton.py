@@ -71,7 +71,7 @@ def test_outputs_and_gradients(lengths, window_size, sink_size, buffer_size):
 @pytest.mark.parametrize("buffer_size", [None, 6])
 @pytest.mark.parametrize("query_heads, heads, head_dim", [(8, 2, 16), (3, 1, 24)])
 def test_grouped_heads_and_odd_head_dims(query_heads, heads, head_dim, buffer_size):
-    lengths = (90, 33)
+    lengths = (60, 23)
     check(inputs(lengths, query_heads, heads, head_dim), lengths, 11, 2, buffer_size)
 
 

@@ -37,8 +37,8 @@ def config_of(layout):
 
     tensor, pipeline, virtual, sequence, tied = layout
     config = tiny.config(PATTERN, dropout=0.3, tie_embeddings=tied)
-    config.model.gdn.num_heads = config.model.attention.num_heads = HEADS
-    config.model.attention.num_kv_heads = None
+    config.model.gdn.num_heads = config.model.attention.num_kv_heads = HEADS
+    config.model.attention.num_heads = 2 * HEADS
     config.train.seq_length = TOKENS
     config.train.global_batch_size = MICRO_BATCHES
     config.parallel = ParallelConfig(tensor, pipeline, virtual, sequence)

@@ -1,0 +1,64 @@
+"""Decoding with the Triton kernels: on a GPU where there is one, else on Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before the imports below
+
+from oracles_lte import FLOAT32_TOLERANCE, dense_lte_attention, leaf, streaming_buffer
+from test_exit_positions import tied_scores
+
+from megahybrid_kernels import Sequences
+from megahybrid_kernels.lte_attention import LTECache, lte_attention_with_cache, triton_decode
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("programs", [1, 24])
+@pytest.mark.parametrize("query_heads", [2, 6])
+@pytest.mark.parametrize(
+    "window_size, sink_size, buffer_size, delay", [(6, 4, 5, 6), (9, 0, 3, 6), (0, 1, 2, 0), (40, 2, 8, 6)]
+)
+def test_steps_equal_the_whole(window_size, sink_size, buffer_size, delay, query_heads, programs, monkeypatch):
+    monkeypatch.setattr(triton_decode, "_SLOTS", 16)
+    monkeypatch.setattr(triton_decode, "_PROGRAMS", programs)
+    heads, head_dim, total, count = 2, 16, 40, 2
+    lengths = (total,) * count
+    q, k, v = (
+        leaf(total * count, h, head_dim, seed=i, dtype=torch.float32)[0].detach()
+        for i, h in enumerate((query_heads, heads, heads))
+    )
+    score = tied_scores(total * count, heads, seed=5, levels=5)
+    expected = dense_lte_attention(
+        q.double(), k.double(), v.double(), score.double(), lengths, window_size, sink_size, buffer_size
+    )
+    rows = torch.arange(total * count).view(count, total)
+    # A score comes `delay` tokens late; before the first one there is nothing to be read.
+    late = torch.full((count, total, heads), torch.nan)
+    late[:, delay:] = score.view(count, total, heads)[:, : total - delay]
+    cache = LTECache.empty(count, heads, head_dim, window_size, buffer_size, dtype=torch.float32)
+    prefill = torch.tensor([7, 11])
+    parts = [rows[n, : prefill[n]] for n in range(count)]
+    first = torch.cat(parts)
+    sequences = Sequences.of(prefill.tolist(), starts=torch.zeros(count, dtype=torch.int64))
+    late_rows = late.flatten(0, 1)
+    _, cache = lte_attention_with_cache(
+        q[first], k[first], v[first], late_rows[first], cache, sequences, window_size, sink_size, buffer_size, delay
+    )
+    cache = LTECache(*(x.clone().to(DEVICE) for x in vars(cache).values()))
+    for step in range(total - int(prefill.max())):
+        positions = prefill + step
+        new = rows.gather(1, positions[:, None])[:, 0]
+        o = triton_decode.lte_attention_step(
+            *(x[new].to(DEVICE) for x in (q, k, v, late_rows)), cache, positions.to(DEVICE), sink_size, delay
+        )
+        torch.testing.assert_close(o.cpu().double(), expected[new], rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
+    for n in range(count):
+        for head in range(heads):
+            values = score.view(count, total, heads)[n, :, head].tolist()
+            held, _ = streaming_buffer(values, window_size, sink_size, buffer_size)
+            found = cache.buffer_positions[n, head].cpu()
+            assert sorted(found[found >= 0].tolist()) == held[int(positions[n]) + 1]
