@@ -25,7 +25,7 @@ class Workers:
         """`function` is "module:name"; returns every rank's result. Raises AssertionError when one fails."""
         if not self._processes:
             self._start()
-        port = _free_port()
+        port = free_port()
         for rank, (_, pipe) in enumerate(self._processes[:world]):
             pipe.send((function, arguments, rank, world, port))
         results, faults, deadline = [], [], time.monotonic() + timeout
@@ -59,7 +59,7 @@ class Workers:
             self._processes.append((process, ours))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Outside the range from which the system gives ports to connections: nobody takes it before we do."""
     while True:
         port = random.randrange(20000, 32000)

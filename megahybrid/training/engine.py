@@ -19,6 +19,7 @@ from megahybrid.errors import UserError
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.stack import Stack, Stages
 from megahybrid.parallel import groups
+from megahybrid.scaling.schedule import micro_batches
 from megahybrid.training import schedule, zero
 from megahybrid.training.controller import LambdaController
 from megahybrid.training.guard import StepGuard
@@ -205,9 +206,9 @@ class Engine:
 
 
 def _check_micro_batches(config: Config) -> None:
-    parallel, train = config.parallel, config.train
+    parallel = config.parallel
     _, replicas = groups.data_parallel()
-    count = train.global_batch_size // (train.micro_batch_size * replicas)
+    count = micro_batches(config, replicas)
     if parallel.virtual_pipeline > 1 and count % parallel.pipeline:
         raise UserError(
             f"With parallel.virtual_pipeline a replica's micro-batches a step ({count}) must be a multiple of "

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.workers import free_port
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import logging, sys, threading, time
@@ -35,10 +37,7 @@ time.sleep(1.0)
 
 
 def start(*behaviour: str) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
+    processes, port = [], free_port()
     for rank in range(len(behaviour)):
         environment = {
             **os.environ,
