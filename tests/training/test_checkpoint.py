@@ -72,6 +72,8 @@ def test_more_steps_go_on_and_fewer_are_done(recipe, tmp_path, capsys):
         ("train.seed=1", True),
         ("train.global_batch_size=4", True),
         ("data.document_masking=false", True),
+        ("model.pattern=GLSFG", True),
+        ("model.pattern=GL|SF|L", False),
         ("model.lte.buffer_size=9", True),
         ("optimizer.learning_rate=0.001", False),
         ("train.micro_batch_size=1", False),

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+
+from megahybrid.config import load_config
+from megahybrid.errors import UserError
+
+LALTE = Path(__file__).parents[2] / "recipes" / "lalte-1.4b.yaml"  # 24 layers, 8 Gated DeltaNet and 8 KV heads
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        ("parallel.tensor=16", "does not divide model.gdn.num_heads (8)"),
+        ("parallel.tensor=3", "does not divide model.vocab_size (32000)"),
+        ("parallel.tensor=4 model.attention.num_kv_heads=2", "does not divide model.attention.num_kv_heads (2)"),
+        ("parallel.tensor=8 parallel.sequence=true train.seq_length=4100", "does not come out even"),
+        ("parallel.pipeline=2 parallel.zero_stage=2", "set parallel.zero_stage to 1"),
+        ("parallel.pipeline=2 parallel.zero_stage=3", "set parallel.zero_stage to 1"),
+        ("parallel.virtual_pipeline=2", "without a pipeline"),
+        ("parallel.pipeline=25", "every stage needs a layer"),
+        ("parallel.pipeline=8 parallel.virtual_pipeline=4", "every stage needs a layer"),
+        ("parallel.pipeline=2 model.pattern=GL|GL|GL", "make them equal"),
+        ("parallel.zero_stage=0", "choose 1, 2 or 3"),
+        ("train.recompute=F", "letters of model.pattern"),
+        ("train.recompute=true", "letters of model.pattern"),
+    ],
+)
+def test_impossible_layouts_are_refused_in_one_sentence(overrides, reason):
+    with pytest.raises(UserError) as caught:
+        load_config(LALTE, overrides.split())
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "parallel.tensor=8 parallel.sequence=true parallel.zero_stage=3",
+        "parallel.pipeline=5",
+        "parallel.pipeline=4 parallel.virtual_pipeline=3 parallel.tensor=2",
+        "model.pattern=GL|GL|GL",
+        "train.recompute=GL",
+    ],
+)
+def test_possible_layouts_are_taken(overrides):
+    load_config(LALTE, overrides.split())
