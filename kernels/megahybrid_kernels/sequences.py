@@ -74,6 +74,16 @@ class Sequences:
         return self.offsets if self.starts is None else self.offsets + self.starts[self.index]
 
     @cached_property
+    def begins(self) -> Tensor:
+        """int32 `[tokens]`: the row of the first token of each token's sequence."""
+        return self.cu_seqlens.to(torch.int32)[self.index]
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """int32 `[tokens]`: the row after the last token of each token's sequence."""
+        return self.cu_seqlens.to(torch.int32)[self.index + 1]
+
+    @cached_property
     def remaining(self) -> Tensor:
         """int64 `[tokens]`: how many tokens of the same sequence follow each token here."""
         return self.cu_seqlens.long()[self.index + 1] - 1 - torch.arange(self.tokens, device=self.cu_seqlens.device)

@@ -1,13 +1,7 @@
 """The Triton kernels of LTE: on a GPU where there is one, else on Triton's interpreter with small shapes."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before the imports below
-
 from oracles_lte import FLOAT32_TOLERANCE, assert_same_gradients, dense_lte_attention, documents, leaf
 from test_exit_positions import tied_scores
 

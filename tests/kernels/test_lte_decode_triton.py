@@ -1,13 +1,7 @@
 """Decoding with the Triton kernels: on a GPU where there is one, else on Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before the imports below
-
 from oracles_lte import FLOAT32_TOLERANCE, dense_lte_attention, leaf, streaming_buffer
 from test_exit_positions import tied_scores
 

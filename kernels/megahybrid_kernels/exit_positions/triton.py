@@ -1,0 +1,147 @@
+"""When the capped eviction buffer lets go of each token, by counting in parallel.
+
+A candidate's exit is the arrival of the b-th candidate that outranks it, so nothing has to be played token by token:
+the candidates of a head, in order of arrival, are counted block by block from the first of the document on, until b of
+them outrank. For n candidates that is at most n^2 comparisons, without a dependency between them (8,192 candidates x 16
+heads: 1.1e9), and far fewer for all that are outranked early.
+
+Candidates' scores are positive, so the bits of their fp32 values compare as integers do; sinks take those of infinity.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megahybrid_kernels.exit_positions.reference import NEVER
+from megahybrid_kernels.prefix_sums import BLOCK, exclusive_prefix
+from megahybrid_kernels.sequences import Sequences
+
+# Candidates of a program, and of those that they are compared with at a time.
+_OWN, _OTHERS = 16, 512
+
+
+@triton.jit
+def _candidates(score, positions, tokens, sinks, BLOCK: tl.constexpr):
+    """Of this program's rows and head: the row, whether it is a candidate, and its rank among candidates as int32."""
+    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < tokens
+    value = tl.load(score + row.to(tl.int64) * heads + head, mask=inside, other=0).to(tl.float32)
+    is_sink = tl.load(positions + row, mask=inside, other=0) < sinks
+    key = tl.where(is_sink, float("inf"), value).to(tl.int32, bitcast=True)
+    return row, inside & (is_sink | (value > 0)), key
+
+
+@triton.jit
+def _count_candidates(score, positions, sums, exits, tokens, sinks, BLOCK: tl.constexpr):
+    """Sums over blocks for `exclusive_prefix`; the exit of those that are no candidates, 0, is written."""
+    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    row, is_candidate, _ = _candidates(score, positions, tokens, sinks, BLOCK)
+    tl.store(sums + head * tl.num_programs(0) + tl.program_id(0), tl.sum(is_candidate.to(tl.int32), 0))
+    zero = tl.zeros([BLOCK], tl.int64)
+    tl.store(exits + row.to(tl.int64) * heads + head, zero, mask=(row < tokens) & (is_candidate == 0))
+
+
+@triton.jit
+def _gather_candidates(score, positions, sums, rank, keys, rows, tokens, sinks, BLOCK: tl.constexpr):
+    """`[heads, tokens]`: rows and keys of each head's candidates, in order; rank `[heads, tokens + 1]` counts them."""
+    head, blocks = tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    row, is_candidate, key = _candidates(score, positions, tokens, sinks, BLOCK)
+    one = is_candidate.to(tl.int32)
+    slot = exclusive_prefix(one, sums + head * blocks, BLOCK)
+    rank += head * (tokens + 1) + row
+    tl.store(rank, slot, mask=row < tokens)
+    tl.store(rank + 1, slot + one, mask=row == tokens - 1)
+    tl.store(keys + head * tokens + slot, key, mask=is_candidate)
+    tl.store(rows + head * tokens + slot, row, mask=is_candidate)
+
+
+@triton.jit
+def _outranks(other_key, other, key, own, first, end):
+    """Whether the candidates `other` outrank `own`: of the same document, a higher score, or an equal one earlier."""
+    higher = (other_key > key) | ((other_key == key) & (other < own))
+    return higher & (other >= first) & (other < end)
+
+
+@triton.jit
+def _count_outranking(
+    keys, rows, rank, positions, begins, ends, exits, tokens, window, buffer, never,
+    OWN: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
+    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    keys += head * tokens
+    rows += head * tokens
+    rank += head * (tokens + 1)
+    total = tl.load(rank + tokens)
+    own = tl.program_id(0) * OWN + tl.arange(0, OWN)
+    if tl.program_id(0) * OWN < total:
+        exists = own < total
+        row = tl.load(rows + own, mask=exists, other=0)
+        key = tl.load(keys + own, mask=exists, other=0)
+        # The candidates of the own document.
+        first = tl.load(rank + tl.load(begins + row, mask=exists, other=0), mask=exists, other=0)
+        end = tl.load(rank + tl.load(ends + row, mask=exists, other=0), mask=exists, other=0)
+        overflows = exists & (end - first > buffer)
+        block = tl.min(tl.where(overflows, first, total), 0) // OTHERS * OTHERS
+        block_end = tl.max(tl.where(overflows, end, 0), 0)
+        # Where no border of documents lies, for any of the program's candidates.
+        plain_first = tl.max(tl.where(exists, first, 0), 0)
+        plain_end = tl.min(tl.where(exists, end, total), 0)
+        own_block = tl.program_id(0) * OWN // OTHERS
+        # `count` stands still once it would reach the buffer's size: `place` is then the block in which it does.
+        count = tl.zeros([OWN], tl.int32)
+        place = tl.zeros([OWN], tl.int32)
+        open_ = overflows
+        while (block < block_end) & (tl.max(open_.to(tl.int32), 0) > 0):
+            other = block + tl.arange(0, OTHERS)
+            other_key = tl.load(keys + other, mask=other < total, other=0)
+            if (block >= plain_first) & (block + OTHERS <= plain_end) & (block // OTHERS != own_block):
+                # One document, and all of them earlier or all of them later: an equal score wins if earlier.
+                least = tl.where(block // OTHERS < own_block, key - 1, key)
+                better = other_key[None, :] > least[:, None]
+            else:
+                better = _outranks(
+                    other_key[None, :], other[None, :], key[:, None], own[:, None], first[:, None], end[:, None]
+                )  # fmt: skip
+            new_count = count + tl.sum(better.to(tl.int32), 1)
+            stays_open = new_count < buffer
+            count = tl.where(open_ & stays_open, new_count, count)
+            place = tl.where(open_, block, place)
+            open_ = open_ & stays_open
+            block += OTHERS
+        leaves = overflows & (open_ == 0)
+        # Within its last block each counts on, one other after another, up to the b-th.
+        other = place[:, None] + tl.arange(0, OTHERS)[None, :]
+        other_key = tl.load(keys + other, mask=leaves[:, None] & (other < total), other=0)
+        better = _outranks(other_key, other, key[:, None], own[:, None], first[:, None], end[:, None])
+        running = count[:, None] + tl.cumsum(better.to(tl.int32), 1)
+        last = place + tl.sum((running < buffer).to(tl.int32), 1)
+        last_row = tl.load(rows + last, mask=leaves, other=0)
+        arrival = tl.load(positions + last_row, mask=leaves, other=0) + window + 1
+        exit = tl.where(leaves, arrival, never)
+        tl.store(exits + row.to(tl.int64) * heads + head, exit, mask=exists)
+
+
+def exit_positions(score: Tensor, sequences: Sequences, window_size: int, sink_size: int, buffer_size: int) -> Tensor:
+    """See `megahybrid_kernels.exit_positions.exit_positions`."""
+    score = score.detach().contiguous()
+    tokens, heads = score.shape
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=score.device)
+
+    exits = torch.empty(tokens, heads, dtype=torch.int64, device=score.device)
+    grid = (triton.cdiv(tokens, BLOCK), heads)
+    sums, rank = empty(heads, grid[0]), empty(heads, tokens + 1)
+    keys, rows = empty(heads, tokens), empty(heads, tokens)
+    places = (score, sequences.positions)
+    _count_candidates[grid](*places, sums, exits, tokens, sink_size, BLOCK=BLOCK)
+    _gather_candidates[grid](*places, sums, rank, keys, rows, tokens, sink_size, BLOCK=BLOCK)
+    _count_outranking[(triton.cdiv(tokens, _OWN), heads)](
+        keys, rows, rank, sequences.positions, sequences.begins, sequences.ends, exits, tokens, window_size,
+        buffer_size, NEVER, OWN=_OWN, OTHERS=_OTHERS,
+    )  # fmt: skip
+    return exits

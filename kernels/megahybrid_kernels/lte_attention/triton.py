@@ -1,0 +1,234 @@
+"""Attention under learnable token eviction in Triton: tile sizes, launches and the autograd function.
+
+Work per query head and token: `4 D` FLOPs forward and `14 D` backward for each visible key, since dq and dk, dv
+recompute the logits separately; tiles that are only partly visible add about a tenth at a window of 768. See
+`triton_columns` for how visibility is laid out, `triton_forward` and `triton_backward` for the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from megahybrid_kernels.exit_positions.triton import exit_positions
+from megahybrid_kernels.lte_attention.triton_backward import (
+    far_gradient_kernel,
+    key_gradient_kernel,
+    query_gradient_kernel,
+    sum_chunks_kernel,
+)
+from megahybrid_kernels.lte_attention.triton_columns import Columns, Partition, far_columns, partition
+from megahybrid_kernels.lte_attention.triton_forward import forward_kernel
+from megahybrid_kernels.sequences import Sequences
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's tile and how it is compiled.
+
+    Attributes:
+        step: of the loop: keys where a program owns queries, query rows where it owns keys.
+        warps, stages: Triton's num_warps and num_stages.
+    """
+
+    step: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Tiles of all kernels; what two kernels must agree on stands here once.
+
+    Attributes:
+        rows: query rows (tokens times packed heads) of a program of the forward and of dq; at least every `step` of
+            `near` and `far`.
+        keys: keys of a program of the near gradient, and so what near keys are aligned to; a multiple of the `step` of
+            `forward` and `dq`.
+        columns: far columns of a program.
+        forward, dq, near, far: the four kernels' launches.
+    """
+
+    rows: int
+    keys: int
+    columns: int
+    forward: Launch
+    dq: Launch
+    near: Launch
+    far: Launch
+
+
+def tuning(head_dim: int, dtype: torch.dtype) -> Tuning:
+    """Fixed by head dim and dtype, so that all ranks and lengths run the same code."""
+    if dtype == torch.float32:
+        # Without tf32 a product unrolls to single multiplications: larger tiles compile for minutes.
+        launch = Launch(16, 4, 1)
+        return Tuning(32, 16, 16, launch, launch, launch, launch)
+    if head_dim <= 64:
+        return Tuning(128, 64, 64, Launch(64, 4, 3), Launch(32, 8, 3), Launch(64, 4, 3), Launch(64, 4, 3))
+    if head_dim <= 128:
+        return Tuning(128, 64, 64, Launch(64, 8, 3), Launch(64, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2))
+    return Tuning(64, 32, 32, Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2))
+
+
+def _pack(groups: int, rows: int) -> int:
+    """Query heads of a KV head that share a tile: the largest power of two that divides them, 16 tokens a tile left."""
+    pack = groups & -groups
+    return min(pack, rows // 16)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What every launch needs to know of q, k and v."""
+
+    tokens: int
+    kv_heads: int
+    groups: int
+    head_dim: int
+    pack: int
+    tune: Tuning
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, tune: Tuning | None) -> _Shape:
+        groups = q.shape[1] // k.shape[1]
+        tune = tune or tuning(q.shape[2], q.dtype)
+        return cls(q.shape[0], k.shape[1], groups, q.shape[2], _pack(groups, tune.rows), tune)
+
+    @property
+    def queries(self) -> int:
+        """Tokens of a query tile."""
+        return self.tune.rows // self.pack
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.head_dim**-0.5
+
+    @property
+    def log2_scale(self) -> float:
+        return self.softmax_scale * math.log2(math.e)
+
+    def constants(self, dtype: torch.dtype) -> dict[str, object]:
+        """constexpr arguments that all kernels share."""
+        width = max(16, triton.next_power_of_2(self.head_dim))
+        precision = "ieee" if dtype == torch.float32 else "tf32"
+        sizes = {"HEAD_DIM": self.head_dim, "WIDTH": width, "PACK": self.pack, "GROUPS": self.groups // self.pack}
+        return sizes | {"PRECISION": precision}
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def _forward(
+    shape: _Shape, q: Tensor, k: Tensor, v: Tensor, columns: Columns, part: Partition
+) -> tuple[Tensor, Tensor]:
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    log_total = torch.empty(shape.kv_heads, shape.tokens, shape.groups, dtype=torch.float32, device=q.device)
+    launch = shape.tune.forward
+    forward_kernel[(part.tiles, shape.kv_heads * (shape.groups // shape.pack))](
+        q, k, v, o, log_total, columns.until, part.begins, part.ends, columns.tile_lists, columns.tile_first,
+        columns.tile_full, columns.tile_count, *_strides(q, k, v), shape.tokens, part.window, shape.log2_scale,
+        **shape.constants(q.dtype), QUERIES=part.queries, KEYS=part.keys, STEP=launch.step,
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return o, log_total
+
+
+def _query_gradient(shape: _Shape, saved: tuple[Tensor, ...], do: Tensor, columns: Columns, part: Partition):
+    q, k, v, o, log_total = saved
+    dq, delta = torch.empty_like(o), torch.empty_like(log_total)
+    launch = shape.tune.dq
+    query_gradient_kernel[(part.tiles, shape.kv_heads * (shape.groups // shape.pack))](
+        q, k, v, o, do, dq, log_total, delta, columns.until, part.begins, part.ends, columns.tile_lists,
+        columns.tile_first, columns.tile_full, columns.tile_count, *_strides(q, k, v), shape.tokens, part.window,
+        shape.log2_scale, shape.softmax_scale, **shape.constants(q.dtype), QUERIES=part.queries, KEYS=part.keys,
+        STEP=launch.step, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return dq, delta
+
+
+def _far_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Columns, part: Partition):
+    """fp32 `[kv_heads, partial_rows, head_dim]` each: dk / softmax_scale and dv of the far columns' far uses."""
+    q, k, v, _, log_total = saved
+    sums = (shape.kv_heads, columns.partial_rows, shape.head_dim)
+    dk, dv = (torch.empty(sums, dtype=torch.float32, device=q.device) for _ in range(2))
+    launch, constants = shape.tune.far, shape.constants(q.dtype)
+    chunks, capacity = columns.lists.shape[1:]
+    far_gradient_kernel[(triton.cdiv(capacity, shape.tune.columns), chunks, shape.kv_heads)](
+        q, k, v, do, dk, dv, log_total, delta, columns.until, columns.partial, columns.lists, columns.list_counts,
+        *_strides(q, k, v), shape.tokens, part.window, shape.log2_scale, part.chunk, capacity,
+        columns.list_counts.stride(0), columns.partial_rows,
+        **constants, PART_QUERIES=part.queries, PART_KEYS=part.keys, QUERIES=max(1, launch.step // shape.pack),
+        COLUMNS=shape.tune.columns, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    if columns.partial is not columns.rank:
+        sum_chunks_kernel[(triton.cdiv(shape.tokens, 32), shape.kv_heads)](
+            dk, dv, columns.all, columns.rank, columns.partial, shape.tokens, columns.partial_rows,
+            HEAD_DIM=shape.head_dim, WIDTH=constants["WIDTH"], COLUMNS=32,
+        )  # fmt: skip
+    return dk, dv
+
+
+def _key_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Columns, part: Partition):
+    """dk, dv and the masking gradient."""
+    q, k, v, _, log_total = saved
+    far_dk, far_dv = _far_gradient(shape, saved, do, delta, columns, part)
+    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    dscore = torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
+    launch = shape.tune.near
+    key_gradient_kernel[(triton.cdiv(shape.tokens, part.keys), shape.kv_heads)](
+        q, k, v, do, dk, dv, dscore, far_dk, far_dv, log_total, delta, columns.until, columns.rank, columns.partial,
+        part.begins, part.ends, *_strides(q, k, v), shape.tokens, part.window, shape.log2_scale, shape.softmax_scale,
+        columns.partial_rows, **shape.constants(q.dtype), PART_QUERIES=part.queries, KEYS=part.keys,
+        QUERIES=max(1, launch.step // shape.pack), num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return dk, dv, dscore
+
+
+class _LTEAttention(torch.autograd.Function):
+    """Saves q, k, v, o, the log-denominators and the index lists; the backward makes nothing quadratic either."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, score: Tensor, columns: Columns, part: Partition, shape: _Shape):
+        o, log_total = _forward(shape, q, k, v, columns, part)
+        ctx.save_for_backward(q, k, v, o, log_total)
+        ctx.columns, ctx.part, ctx.shape, ctx.score_dtype = columns, part, shape, score.dtype
+        return o
+
+    @staticmethod
+    def backward(ctx, do: Tensor):
+        saved, rest, do = ctx.saved_tensors, (ctx.columns, ctx.part), do.contiguous()
+        dq, delta = _query_gradient(ctx.shape, saved, do, *rest)
+        dk, dv, dscore = _key_gradient(ctx.shape, saved, do, delta, *rest)
+        return dq, dk, dv, dscore.to(ctx.score_dtype), None, None, None
+
+
+def lte_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Tensor,
+    sequences: Sequences,
+    window_size: int,
+    sink_size: int,
+    buffer_size: int | None = None,
+    *,
+    tune: Tuning | None = None,
+) -> Tensor:
+    """See `megahybrid_kernels.lte_attention.lte_attention`; float32, bfloat16 or float16, head dims up to 256.
+
+    tune: tile sizes for benchmarks; fixed by head dim and dtype when left out.
+    """
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    shape = _Shape.of(q, k, tune)
+    keys = score.detach().contiguous()
+    exits = None
+    if buffer_size is not None and max(sequences.lengths) > buffer_size + window_size + 1:
+        exits = exit_positions(keys, sequences, window_size, sink_size, buffer_size)
+    part = partition(sequences, window_size, shape.queries, shape.tune.keys, exits is not None)
+    columns = far_columns(keys, exits, sequences, part, sink_size, buffer_size)
+    return _LTEAttention.apply(q, k, v, score, columns, part, shape)

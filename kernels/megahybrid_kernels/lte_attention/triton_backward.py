@@ -1,0 +1,303 @@
+"""Backward kernels of attention under learnable token eviction.
+
+With s = scale q k^T, p = softmax(s) over the visible keys, o = p v and upstream gradient do:
+
+    dv_j = sum_i p_ij do_i                    delta_i = <do_i, o_i>
+    dp_ij = <do_i, v_j>                       ds_ij = p_ij (dp_ij - delta_i)
+    dq_i = scale sum_j ds_ij k_j              dk_j = scale sum_i ds_ij q_i
+    dr_j = <dv_j, v_j>    (He & Garner, arXiv 2510.20787, equation 6: the gradient of a gate on v where it is 1)
+
+p is computed again from the logits and the forward's log-denominators. dq goes by query tile, dk and dv by key tile,
+and every output is written by one program in a fixed order: no atomics, the same bits every time. A key's far uses are
+summed first, one row of fp32 partial sums for each chunk; its near uses are added to them where dk, dv and dr are
+written.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from megahybrid_kernels.lte_attention.triton_columns import far_begin
+from megahybrid_kernels.lte_attention.triton_forward import (
+    edge_keys,
+    edge_tiles,
+    load_all_rows,
+    load_rows,
+    near_tiles,
+    packed_rows,
+)
+
+
+@triton.jit
+def _query_step(
+    dq, q, do, k, v, log_total, delta, visible, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """dq of one tile of keys; without `scale`'s factor."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    p = tl.exp2(logits * scale - log_total[:, None])
+    if MASKED:
+        p = tl.where(visible, p, 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def query_gradient_kernel(
+    q, k, v, o, do, dq, log_total, delta, until, begins, ends, tile_lists, tile_first, tile_full, tile_count,
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, tokens, window, scale, softmax_scale,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, and delta (fp32, laid out as log_total) for the kernel after it; o, do, dq contiguous. Walks as the forward.
+
+    `scale` is head_dim ** -0.5 * log2(e), `softmax_scale` without the last factor.
+    """
+    ROWS: tl.constexpr = QUERIES * PACK
+    tiles = tl.num_programs(0)
+    tile = tiles - 1 - tl.program_id(0)
+    head, group = (tl.program_id(1) // GROUPS).to(tl.int64), tl.program_id(1) % GROUPS
+    i0 = tile * QUERIES
+    i1 = tl.minimum(i0 + QUERIES, tokens)
+    token, member, inside = packed_rows(i0, tokens, group, ROWS, PACK)
+    query_head = head * (GROUPS * PACK) + member
+    column = tl.arange(0, WIDTH)
+    q_mask = inside[:, None] & (column < HEAD_DIM)[None, :]
+    q_rows = token.to(tl.int64) * q_stride + query_head * q_head_stride
+    q_tile = tl.load(q + q_rows[:, None] + column[None, :], mask=q_mask, other=0)
+    o_rows = token.to(tl.int64) * (tl.num_programs(1) * PACK * HEAD_DIM) + query_head * HEAD_DIM
+    o_places = o_rows[:, None] + column[None, :]
+    do_tile = tl.load(do + o_places, mask=q_mask, other=0)
+    o_tile = tl.load(o + o_places, mask=q_mask, other=0)
+    row_delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
+    statistics = (head * tokens + token) * (GROUPS * PACK) + member
+    tl.store(delta + statistics, row_delta, mask=inside)
+    # Rows that do not exist get p = 0.
+    row_total = tl.load(log_total + statistics, mask=inside, other=float("inf"))
+    k += head * k_head_stride
+    v += head * v_head_stride
+    until += head * tokens
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    all_seen = inside[:, None]
+
+    far = tile_lists + tl.load(tile_first + head * tiles + tile)
+    count = tl.load(tile_count + head * tiles + tile)
+    full = tl.load(tile_full + head * tiles + tile) // STEP * STEP
+    for c in tl.range(0, full, STEP):
+        j = tl.load(far + c + tl.arange(0, STEP))
+        k_tile = load_all_rows(k, j, k_stride, HEAD_DIM, WIDTH)
+        v_tile = load_all_rows(v, j, v_stride, HEAD_DIM, WIDTH)
+        acc = _query_step(
+            acc, q_tile, do_tile, k_tile, v_tile, row_total, row_delta, all_seen, scale, False, PRECISION
+        )  # fmt: skip
+    first, inner, inner_end = near_tiles(i0, i1, window, begins, ends, KEYS, STEP)
+    for j0 in tl.range(inner, inner_end, STEP):
+        j = j0 + tl.arange(0, STEP)
+        k_tile = load_all_rows(k, j, k_stride, HEAD_DIM, WIDTH)
+        v_tile = load_all_rows(v, j, v_stride, HEAD_DIM, WIDTH)
+        acc = _query_step(
+            acc, q_tile, do_tile, k_tile, v_tile, row_total, row_delta, all_seen, scale, False, PRECISION
+        )  # fmt: skip
+    edges = edge_tiles(count - full, first, inner, inner_end, i1, STEP)
+    for edge in tl.range(0, edges):
+        j, listed = edge_keys(edge, far, full, count, first, inner, inner_end, i1, STEP)
+        seen_until = tl.load(until + j, mask=listed, other=0)
+        k_tile = load_rows(k, j, k_stride, listed, HEAD_DIM, WIDTH)
+        v_tile = load_rows(v, j, v_stride, listed, HEAD_DIM, WIDTH)
+        visible = (j[None, :] <= token[:, None]) & (token[:, None] < seen_until[None, :])
+        acc = _query_step(
+            acc, q_tile, do_tile, k_tile, v_tile, row_total, row_delta, visible, scale, True, PRECISION
+        )  # fmt: skip
+
+    tl.store(dq + o_places, (acc * softmax_scale).to(dq.dtype.element_ty), mask=q_mask)
+
+
+@triton.jit
+def _key_step(
+    dk, dv, k, v, i0, lower, upper, q, do, log_total, delta, q_stride, q_head_stride, o_stride, tokens, group, scale,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr,
+    QUERIES: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk (without `scale`'s factor) and dv of the rows [i0, i0 + QUERIES); key j is seen by `lower_j <= i < upper_j`.
+
+    Probabilities are computed transposed, keys by rows, so that both sums are plain products and nothing that a product
+    made is transposed.
+    """
+    ROWS: tl.constexpr = QUERIES * PACK
+    token, member, inside = packed_rows(i0, tokens, group, ROWS, PACK)
+    column = tl.arange(0, WIDTH)
+    q_places = (token.to(tl.int64) * q_stride + member * q_head_stride)[:, None] + column[None, :]
+    o_places = (token.to(tl.int64) * o_stride + member * HEAD_DIM)[:, None] + column[None, :]
+    statistics = token.to(tl.int64) * (GROUPS * PACK) + member
+    if MASKED:
+        mask = inside[:, None] & (column < HEAD_DIM)[None, :]
+        q_tile = tl.load(q + q_places, mask=mask, other=0)
+        do_tile = tl.load(do + o_places, mask=mask, other=0)
+        row_total = tl.load(log_total + statistics, mask=inside, other=float("inf"))
+        row_delta = tl.load(delta + statistics, mask=inside, other=0)
+    elif WIDTH != HEAD_DIM:
+        q_tile = tl.load(q + q_places, mask=(column < HEAD_DIM)[None, :], other=0)
+        do_tile = tl.load(do + o_places, mask=(column < HEAD_DIM)[None, :], other=0)
+        row_total, row_delta = tl.load(log_total + statistics), tl.load(delta + statistics)
+    else:
+        q_tile, do_tile = tl.load(q + q_places), tl.load(do + o_places)
+        row_total, row_delta = tl.load(log_total + statistics), tl.load(delta + statistics)
+    logits = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)
+    p = tl.exp2(logits * scale - row_total[None, :])
+    if MASKED:
+        p = tl.where((token[None, :] >= lower[:, None]) & (token[None, :] < upper[:, None]), p, 0.0)
+    dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(do_tile), input_precision=PRECISION)
+    ds = p * (dp - row_delta[None, :])
+    dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _sum_over_queries(
+    k, v, lower, upper, i0, inner, inner_end, i1, q, do, log_total, delta, q_stride, q_head_stride, o_stride, tokens,
+    scale, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr,
+    KEYS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv over the rows [i0, i1), of which all keys are seen by [inner, inner_end), in tiles of QUERIES."""
+    dk = tl.zeros([KEYS, WIDTH], tl.float32)
+    dv = tl.zeros([KEYS, WIDTH], tl.float32)
+    for group in tl.range(0, GROUPS):
+        for i in tl.range(inner, inner_end, QUERIES):
+            dk, dv = _key_step(
+                dk, dv, k, v, i, lower, upper, q, do, log_total, delta, q_stride, q_head_stride, o_stride, tokens,
+                group, scale, HEAD_DIM, WIDTH, GROUPS, PACK, QUERIES, False, PRECISION,
+            )  # fmt: skip
+        for step in tl.range(i0, i1 - (inner_end - inner), QUERIES):
+            i = tl.where(step < inner, step, step + inner_end - inner)
+            dk, dv = _key_step(
+                dk, dv, k, v, i, lower, upper, q, do, log_total, delta, q_stride, q_head_stride, o_stride, tokens,
+                group, scale, HEAD_DIM, WIDTH, GROUPS, PACK, QUERIES, True, PRECISION,
+            )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit
+def far_gradient_kernel(
+    q, k, v, do, dk_partial, dv_partial, log_total, delta, until, partial, lists, list_counts,
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, tokens, window, scale,
+    chunk, capacity, count_stride, partial_rows,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr,
+    PART_QUERIES: tl.constexpr, PART_KEYS: tl.constexpr, QUERIES: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk / softmax_scale and dv that COLUMNS far columns get from one chunk's rows, as rows of partial sums.
+
+    dk_partial, dv_partial: fp32 `[kv_heads, partial_rows, HEAD_DIM]`; column j's row of its n-th chunk is
+    `partial[j] + n`.
+    """
+    number, head, chunks = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    count = tl.load(list_counts + head * count_stride + number)
+    if tl.program_id(0) * COLUMNS < count:
+        listed = c < count
+        j = tl.load(lists + (head * chunks + number) * capacity + c, mask=listed, other=0)
+        k_tile = load_rows(k + head * k_head_stride, j, k_stride, listed, HEAD_DIM, WIDTH)
+        v_tile = load_rows(v + head * v_head_stride, j, v_stride, listed, HEAD_DIM, WIDTH)
+        begin = far_begin(j, window, PART_QUERIES, PART_KEYS)
+        lower = tl.maximum(begin, number * chunk)
+        upper = tl.minimum(tl.load(until + head * tokens + j, mask=listed, other=0), (number + 1) * chunk)
+        # All bounds are taken over the listed columns alone.
+        i0 = tl.min(tl.where(listed, lower, tokens), 0) // QUERIES * QUERIES
+        i1 = tl.max(tl.where(listed, upper, 0), 0)
+        inner = (tl.max(tl.where(listed, lower, 0), 0) + QUERIES - 1) // QUERIES * QUERIES
+        inner_end = tl.min(tl.where(listed, upper, tokens), 0) // QUERIES * QUERIES
+        some = inner_end > inner
+        inner, inner_end = tl.where(some, inner, i0), tl.where(some, inner_end, i0)
+        o_stride = tl.num_programs(2) * (GROUPS * PACK * HEAD_DIM)
+        dk, dv = _sum_over_queries(
+            k_tile, v_tile, lower, upper, i0, inner, inner_end, i1,
+            q + head * (GROUPS * PACK) * q_head_stride, do + head * (GROUPS * PACK * HEAD_DIM),
+            log_total + head * tokens * (GROUPS * PACK), delta + head * tokens * (GROUPS * PACK),
+            q_stride, q_head_stride, o_stride, tokens, scale,
+            HEAD_DIM, WIDTH, GROUPS, PACK, COLUMNS, QUERIES, PRECISION,
+        )  # fmt: skip
+        row = tl.load(partial + head * (tokens + 1) + j, mask=listed, other=0) + number - begin // chunk
+        column = tl.arange(0, WIDTH)
+        places = (head * partial_rows + row)[:, None] * HEAD_DIM + column[None, :]
+        mask = listed[:, None] & (column < HEAD_DIM)[None, :]
+        tl.store(dk_partial + places, dk, mask=mask)
+        tl.store(dv_partial + places, dv, mask=mask)
+
+
+@triton.jit
+def sum_chunks_kernel(
+    dk_partial, dv_partial, columns, counts, partial, tokens, partial_rows,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Adds up each far column's rows of partial sums into its first."""
+    head = tl.program_id(1).to(tl.int64)
+    count = tl.load(counts + head * (tokens + 1) + tokens)
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    if tl.program_id(0) * COLUMNS < count:
+        j = tl.load(columns + head * tokens + c, mask=c < count, other=0)
+        first = tl.load(partial + head * (tokens + 1) + j, mask=c < count, other=0)
+        rows = tl.load(partial + head * (tokens + 1) + j + 1, mask=c < count, other=0) - first
+        column = tl.arange(0, WIDTH)
+        start = (head * partial_rows + first)[:, None] * HEAD_DIM + column[None, :]
+        some = (rows > 1)[:, None] & (column < HEAD_DIM)[None, :]
+        dk, dv = tl.load(dk_partial + start, mask=some, other=0), tl.load(dv_partial + start, mask=some, other=0)
+        for n in range(1, tl.max(rows, 0)):
+            more = (n < rows)[:, None] & (column < HEAD_DIM)[None, :]
+            dk += tl.load(dk_partial + start + n * HEAD_DIM, mask=more, other=0)
+            dv += tl.load(dv_partial + start + n * HEAD_DIM, mask=more, other=0)
+        tl.store(dk_partial + start, dk, mask=some)
+        tl.store(dv_partial + start, dv, mask=some)
+
+
+@triton.jit
+def key_gradient_kernel(
+    q, k, v, do, dk, dv, dscore, dk_partial, dv_partial, log_total, delta, until, rank, partial, begins, ends,
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, tokens, window, scale, softmax_scale,
+    partial_rows,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr,
+    PART_QUERIES: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk, dv (contiguous, k's dtype) and dscore (fp32 `[tokens, kv_heads]`) of KEYS keys: near uses plus partial sums.
+
+    `near` and `far` uses of a key are told apart by query tiles of PART_QUERIES rows; see `triton_columns`.
+    """
+    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    j0 = tl.program_id(0) * KEYS
+    j = j0 + tl.arange(0, KEYS)
+    exists = j < tokens
+    k_tile = load_rows(k + head * k_head_stride, j, k_stride, exists, HEAD_DIM, WIDTH)
+    v_tile = load_rows(v + head * v_head_stride, j, v_stride, exists, HEAD_DIM, WIDTH)
+    upper = tl.load(until + head * tokens + j, mask=exists, other=0)
+    end = tl.load(ends + j0)
+    last = tl.load(ends + tl.minimum(j0 + KEYS, tokens) - 1)
+    i0 = j0 // QUERIES * QUERIES
+    i1 = tl.minimum(far_begin(j0, window, PART_QUERIES, KEYS), last)
+    inner = (j0 + KEYS - 1 + QUERIES - 1) // QUERIES * QUERIES
+    inner_end = tl.minimum(j0 + window + 1, end) // QUERIES * QUERIES
+    # With a border of documents among the keys every row needs the mask.
+    some = (inner_end > inner) & (end >= j0 + KEYS)
+    inner, inner_end = tl.where(some, inner, i0), tl.where(some, inner_end, i0)
+    dk_acc, dv_acc = _sum_over_queries(
+        k_tile, v_tile, j, upper, i0, inner, inner_end, i1,
+        q + head * (GROUPS * PACK) * q_head_stride, do + head * (GROUPS * PACK * HEAD_DIM),
+        log_total + head * tokens * (GROUPS * PACK), delta + head * tokens * (GROUPS * PACK),
+        q_stride, q_head_stride, heads * (GROUPS * PACK * HEAD_DIM), tokens, scale,
+        HEAD_DIM, WIDTH, GROUPS, PACK, KEYS, QUERIES, PRECISION,
+    )  # fmt: skip
+    ranks = rank + head * (tokens + 1) + j
+    is_far = tl.load(ranks + 1, mask=exists, other=0) > tl.load(ranks, mask=exists, other=0)
+    row = tl.load(partial + head * (tokens + 1) + j, mask=exists, other=0)
+    column = tl.arange(0, WIDTH)
+    far_places = (head * partial_rows + row)[:, None] * HEAD_DIM + column[None, :]
+    far_mask = is_far[:, None] & (column < HEAD_DIM)[None, :]
+    dk_acc += tl.load(dk_partial + far_places, mask=far_mask, other=0)
+    dv_acc += tl.load(dv_partial + far_places, mask=far_mask, other=0)
+
+    places = (j.to(tl.int64) * heads + head)[:, None] * HEAD_DIM + column[None, :]
+    mask = exists[:, None] & (column < HEAD_DIM)[None, :]
+    tl.store(dk + places, (dk_acc * softmax_scale).to(dk.dtype.element_ty), mask=mask)
+    tl.store(dv + places, dv_acc.to(dv.dtype.element_ty), mask=mask)
+    masking = tl.sum(dv_acc * v_tile.to(tl.float32), 1)
+    tl.store(dscore + j.to(tl.int64) * heads + head, masking, mask=exists)

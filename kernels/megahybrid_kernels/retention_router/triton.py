@@ -1,0 +1,373 @@
+"""The retention router in Triton, forward and backward, a launch a layer.
+
+A layer keeps its output before the activation, y `[kv_heads, tokens, channels_out]` in fp32; whoever reads it applies
+SiLU, so that nothing else is stored. With taps tau, shifts s_tau = (tau - taps // 2) * dilation, dropout mask m and
+x = SiLU(y of the layer before), or k and v side by side for the first, and with terms only within a document:
+
+    y_t = bias + sum_tau W_tau (m x)_{t + s_tau} / (1 - p)
+    dx_t = m_t / (1 - p) sum_tau W_tau^T dy_{t - s_tau}
+    dW_tau = sum_t dy_t (m x)_{t + s_tau}^T / (1 - p)
+    logit_t = <a, SiLU(y_t)> + c of the last layer, and so its dy_t = dlogit_t a SiLU'(y_t)
+
+The mask is a hash (see `counter_dropout`) and computed again. fp32 operands are multiplied as three tf32 products,
+which is nearly as exact as fp32; bf16 k and v with bf16 weights are exact in one. Weights' gradients are summed in a
+fixed order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megahybrid_kernels.counter_dropout import fold
+from megahybrid_kernels.retention_router.reference import Dropout, RouterParameters
+from megahybrid_kernels.sequences import Sequences
+
+_BLOCK = 64
+# Token ranges whose weight gradients are summed separately first.
+_SPLITS = 16
+
+
+@triton.jit
+def _keep(keys, channel_keys, threshold):
+    """`counter_dropout.keep_mask` of tokens by channels."""
+    x = keys.to(tl.uint32)[:, None] ^ channel_keys.to(tl.uint32)[None, :]
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return (x ^ (x >> 16)).to(tl.int64) >= threshold
+
+
+@triton.jit
+def _layer_input(
+    x, row, inside, stride, keys, channel_keys, threshold,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """What a layer multiplies, `[rows, WIDTH]`, but for dropout's factor 1 / (1 - p); zero where not inside."""
+    channel = tl.arange(0, WIDTH)
+    mask = inside[:, None] & (channel < CHANNELS)[None, :]
+    value = tl.load(x + row.to(tl.int64)[:, None] * stride + channel[None, :], mask=mask, other=0)
+    if ACTIVATE:
+        value = value * tl.sigmoid(value)
+    if DROPOUT:
+        token_keys = tl.load(keys + row, mask=inside, other=0)
+        channel_key = tl.load(channel_keys + channel, mask=channel < CHANNELS, other=0)
+        value = tl.where(_keep(token_keys, channel_key, threshold), value, 0)
+    return value
+
+
+@triton.jit
+def _forward_layer(
+    first, second, weight, bias, keys, channel_keys, begins, ends, y, projection, projection_bias, logits,
+    stride, head_stride, second_stride, second_head_stride, tokens, dilation, threshold, keep_scale,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, HALVES: tl.constexpr,
+    TAPS: tl.constexpr, ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y of a layer, and the logits of the last. weight: `[kv_heads, TAPS, HALVES * CHANNELS, OUT]`."""
+    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = row < tokens
+    begin = tl.load(begins + row, mask=exists, other=0)
+    end = tl.load(ends + row, mask=exists, other=0)
+    channel, out = tl.arange(0, WIDTH), tl.arange(0, OUT_WIDTH)
+    weight_mask = (channel < CHANNELS)[:, None] & (out < OUT)[None, :]
+    acc = tl.zeros([BLOCK, OUT_WIDTH], tl.float32)
+    for tap in tl.static_range(TAPS):
+        other = row + (tap - TAPS // 2) * dilation
+        inside = (other >= begin) & (other < end)
+        for half in tl.static_range(HALVES):
+            if half == 0:
+                source = first + head * head_stride
+                source_stride = stride
+            else:
+                source = second + head * second_head_stride
+                source_stride = second_stride
+            numbers = channel_keys + (head * HALVES + half) * CHANNELS
+            value = _layer_input(
+                source, other, inside, source_stride, keys, numbers, threshold, CHANNELS, WIDTH, ACTIVATE, DROPOUT
+            )
+            places = (((head * TAPS + tap) * HALVES + half) * CHANNELS + channel)[:, None] * OUT + out[None, :]
+            matrix = tl.load(weight + places, mask=weight_mask, other=0)
+            acc = tl.dot(value.to(matrix.dtype), matrix, acc, input_precision="tf32x3")
+    if DROPOUT:
+        acc *= keep_scale
+    acc += tl.load(bias + head * OUT + out, mask=out < OUT, other=0).to(tl.float32)[None, :]
+    mask = exists[:, None] & (out < OUT)[None, :]
+    tl.store(y + (head * tokens + row)[:, None] * OUT + out[None, :], acc, mask=mask)
+    if LAST:
+        vector = tl.load(projection + head * OUT + out, mask=out < OUT, other=0).to(tl.float32)
+        logit = tl.sum(acc * tl.sigmoid(acc) * vector[None, :], 1)
+        logit += tl.load(projection_bias + head).to(tl.float32)
+        tl.store(logits + row.to(tl.int64) * heads + head, logit, mask=exists)
+
+
+@triton.jit
+def _silu_gradient(y):
+    gate = tl.sigmoid(y)
+    return gate * (1 + y * (1 - gate))
+
+
+@triton.jit
+def _backward_projection(
+    y, dlogits, projection, dy, dprojection, tokens, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """dy of the last layer; dprojection: `[kv_heads, blocks, OUT]`, a sum for each block of tokens."""
+    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    out = tl.arange(0, OUT_WIDTH)
+    mask = (row < tokens)[:, None] & (out < OUT)[None, :]
+    places = (head * tokens + row)[:, None] * OUT + out[None, :]
+    value = tl.load(y + places, mask=mask, other=0)
+    grad = tl.load(dlogits + row.to(tl.int64) * heads + head, mask=row < tokens, other=0).to(tl.float32)
+    vector = tl.load(projection + head * OUT + out, mask=out < OUT, other=0).to(tl.float32)
+    tl.store(dy + places, grad[:, None] * vector[None, :] * _silu_gradient(value), mask=mask)
+    sums = tl.sum(grad[:, None] * value * tl.sigmoid(value), 0)
+    tl.store(dprojection + (head * tl.num_programs(0) + tl.program_id(0)) * OUT + out, sums, mask=out < OUT)
+
+
+@triton.jit
+def _backward_input(
+    dy, weight, y, dx, keys, channel_keys, begins, ends, stride, head_stride, tokens, dilation, threshold, keep_scale,
+    half, halves,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, TAPS: tl.constexpr,
+    ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dx of one half of the first layer's input (dk or dv), or with ACTIVATE dy of the layer before from its y."""
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = row < tokens
+    begin = tl.load(begins + row, mask=exists, other=0)
+    end = tl.load(ends + row, mask=exists, other=0)
+    channel, out = tl.arange(0, WIDTH), tl.arange(0, OUT_WIDTH)
+    weight_mask = (channel < CHANNELS)[:, None] & (out < OUT)[None, :]
+    acc = tl.zeros([BLOCK, WIDTH], tl.float32)
+    for tap in tl.static_range(TAPS):
+        other = row - (tap - TAPS // 2) * dilation
+        mask = ((other >= begin) & (other < end))[:, None] & (out < OUT)[None, :]
+        grad = tl.load(dy + (head * tokens + other)[:, None] * OUT + out[None, :], mask=mask, other=0)
+        places = (((head * TAPS + tap) * halves + half) * CHANNELS + channel)[:, None] * OUT + out[None, :]
+        matrix = tl.load(weight + places, mask=weight_mask, other=0).to(tl.float32)
+        acc = tl.dot(grad, tl.trans(matrix), acc, input_precision="tf32x3")
+    if DROPOUT:
+        token_keys = tl.load(keys + row, mask=exists, other=0)
+        numbers = channel_keys + (head * halves + half) * CHANNELS
+        channel_key = tl.load(numbers + channel, mask=channel < CHANNELS, other=0)
+        acc = tl.where(_keep(token_keys, channel_key, threshold), acc * keep_scale, 0)
+    mask = exists[:, None] & (channel < CHANNELS)[None, :]
+    places = head * head_stride + row.to(tl.int64)[:, None] * stride + channel[None, :]
+    if ACTIVATE:
+        acc *= _silu_gradient(tl.load(y + places, mask=mask, other=0))
+    tl.store(dx + places, acc.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_weight(
+    dy, x, dweight, dbias, keys, channel_keys, begins, ends, stride, head_stride, tokens, span, dilation, threshold,
+    keep_scale, half, halves,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, TAPS: tl.constexpr,
+    ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One tap's dW of one half over `span` tokens, and the bias's gradient.
+
+    dweight: `[splits, kv_heads, TAPS, halves * CHANNELS, OUT]`; dbias: `[splits, kv_heads, OUT]`.
+    """
+    # Taps run side by side: they read nearly the same tokens.
+    tap, split = tl.program_id(0), tl.program_id(1)
+    head, heads = tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    channel, out = tl.arange(0, WIDTH), tl.arange(0, OUT_WIDTH)
+    acc = tl.zeros([WIDTH, OUT_WIDTH], tl.float32)
+    bias = tl.zeros([OUT_WIDTH], tl.float32)
+    numbers = channel_keys + (head * halves + half) * CHANNELS
+    for start in tl.range(split * span, tl.minimum((split + 1) * span, tokens), BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        exists = row < tokens
+        begin = tl.load(begins + row, mask=exists, other=0)
+        end = tl.load(ends + row, mask=exists, other=0)
+        other = row + (tap - TAPS // 2) * dilation
+        inside = (other >= begin) & (other < end)
+        value = _layer_input(
+            x + head * head_stride, other, inside, stride, keys, numbers, threshold, CHANNELS, WIDTH, ACTIVATE, DROPOUT
+        ).to(tl.float32)
+        mask = exists[:, None] & (out < OUT)[None, :]
+        grad = tl.load(dy + (head * tokens + row)[:, None] * OUT + out[None, :], mask=mask, other=0)
+        acc = tl.dot(tl.trans(value), grad, acc, input_precision="tf32x3")
+        bias += tl.sum(grad, 0)
+    if DROPOUT:
+        acc *= keep_scale
+    places = ((((split * heads + head) * TAPS + tap) * halves + half) * CHANNELS + channel)[:, None] * OUT
+    mask = (channel < CHANNELS)[:, None] & (out < OUT)[None, :]
+    tl.store(dweight + places + out[None, :], acc, mask=mask)
+    tl.store(dbias + (split * heads + head) * OUT + out, bias, mask=(out < OUT) & (tap == 0) & (half == 0))
+
+
+@lru_cache(maxsize=64)
+def _channel_keys(layer: int, offset: int, count: int, device: torch.device) -> Tensor:
+    """int32 bits of each channel's part of the dropout hash."""
+    return fold(layer, torch.arange(offset, offset + count, device=device)).to(torch.int32)
+
+
+def _width(channels: int) -> int:
+    return max(16, triton.next_power_of_2(channels))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's sizes, and the launch arguments that its kernels share.
+
+    Attributes:
+        number: 0 for the first, which reads k and v as two halves of its channels.
+        heads, halves, channels, taps, out: the packed weight is `[heads, taps, halves * channels, out]`.
+        sequences, dilation: as of the op.
+        keys, channel_keys: of dropout; unused ones without it.
+        threshold, keep_scale: of dropout: the least hash that is kept, and 1 / (1 - p).
+        drops: whether there is dropout.
+    """
+
+    number: int
+    heads: int
+    halves: int
+    channels: int
+    taps: int
+    out: int
+    sequences: Sequences
+    dilation: int
+    keys: Tensor
+    channel_keys: Tensor
+    threshold: int
+    keep_scale: float
+    drops: bool
+
+    @classmethod
+    def of(
+        cls, number: int, parameters: RouterParameters, sequences: Sequences, dropout: Dropout | None, dilation: int
+    ) -> _Layer:
+        """Layer `number`, counted from 0."""
+        weight, heads, halves = parameters.weights[number], parameters.projection.shape[0], 1 if number else 2
+        drops = dropout is not None and dropout.probability > 0
+        keys, channel_keys, threshold, keep_scale = sequences.begins, sequences.begins, 0, 1.0
+        if drops:
+            offset = dropout.channel_offset * weight.shape[1] // parameters.weights[0].shape[1]
+            keys, keep_scale = dropout.keys, 1 / (1 - dropout.probability)
+            channel_keys = _channel_keys(number, offset, heads * weight.shape[1], keys.device)
+            threshold = min(round(dropout.probability * (1 << 32)), 0xFFFFFFFF)
+        return cls(
+            number, heads, halves, weight.shape[1] // halves, weight.shape[2], weight.shape[0] // heads, sequences,
+            dilation, keys, channel_keys, threshold, keep_scale, drops,
+        )  # fmt: skip
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """constexpr arguments of all kernels."""
+        sizes = {"CHANNELS": self.channels, "WIDTH": _width(self.channels), "OUT": self.out, "TAPS": self.taps}
+        flags = {"ACTIVATE": self.number > 0, "DROPOUT": self.drops, "BLOCK": _BLOCK}
+        return sizes | flags | {"OUT_WIDTH": _width(self.out)}
+
+    @property
+    def places(self) -> tuple[Tensor, ...]:
+        """Dropout's keys and the borders of documents."""
+        return self.keys, self.channel_keys, self.sequences.begins, self.sequences.ends
+
+    def strides(self, x: Tensor) -> tuple[int, int]:
+        """Of tokens and heads: y is `[heads, tokens, channels]`, k and v `[tokens, heads, channels]`."""
+        return (x.stride(1), x.stride(0)) if self.number else (x.stride(0), x.stride(1))
+
+    def packed(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """`[heads * out, channels, taps]` -> `[heads, taps, channels, out]`; in half precision if the input is, too."""
+        same = weight.dtype == dtype and self.number == 0
+        weight = weight.unflatten(0, (self.heads, self.out)).permute(0, 3, 2, 1)
+        return weight.to(dtype if same else torch.float32).contiguous()
+
+    def forward(self, inputs: tuple[Tensor, ...], weight, bias, projection, projection_bias, logits: Tensor | None):
+        """y from (k, v) or from the last y; logits are written if given."""
+        tokens = self.sequences.tokens
+        y = torch.empty(self.heads, tokens, self.out, dtype=torch.float32, device=weight.device)
+        first, second = inputs[0], inputs[-1]
+        _forward_layer[(triton.cdiv(tokens, _BLOCK), self.heads)](
+            first, second, self.packed(weight, first.dtype), bias, *self.places, y, projection, projection_bias,
+            y if logits is None else logits, *self.strides(first), *self.strides(second), tokens, self.dilation,
+            self.threshold, self.keep_scale, **self.constants, HALVES=self.halves, LAST=logits is not None,
+        )  # fmt: skip
+        return y
+
+    def backward(self, inputs: tuple[Tensor, ...], weight: Tensor, dy: Tensor):
+        """Gradients of the inputs (for a y of what comes before its activation), the weight and the bias."""
+        tokens, heads, packed = self.sequences.tokens, self.heads, self.packed(weight, inputs[0].dtype)
+        span = triton.cdiv(triton.cdiv(tokens, _SPLITS), _BLOCK) * _BLOCK
+        splits = triton.cdiv(tokens, span)
+        dweight = dy.new_empty(splits, heads, self.taps, self.halves * self.channels, self.out)
+        dbias = dy.new_empty(splits, heads, self.out)
+        scalars = (tokens, self.dilation, self.threshold, self.keep_scale)
+        gradients = []
+        for half, x in enumerate(inputs):
+            dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            x_strides = self.strides(x) if self.number == 0 else self.strides(dx)
+            _backward_input[(triton.cdiv(tokens, _BLOCK), heads)](
+                dy, packed, x, dx, *self.places, *self.strides(dx), *scalars, half, self.halves, **self.constants
+            )
+            _backward_weight[(self.taps, splits, heads)](
+                dy, x, dweight, dbias, *self.places, *x_strides, tokens, span, *scalars[1:], half, self.halves,
+                **self.constants,
+            )  # fmt: skip
+            gradients.append(dx)
+        dweight = dweight.sum(0).permute(0, 3, 2, 1).reshape(weight.shape).to(weight.dtype)
+        return gradients, dweight, dbias.sum(0).flatten()
+
+
+class _Router(torch.autograd.Function):
+    """Saves k, v, the parameters and every layer's y."""
+
+    @staticmethod
+    def forward(ctx, layers: list[_Layer], k: Tensor, v: Tensor, projection: Tensor, projection_bias: Tensor, *rest):
+        weights, biases = rest[: len(layers)], rest[len(layers) :]
+        logits = torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
+        inputs, ys = (k, v), []
+        for layer, weight, bias in zip(layers, weights, biases, strict=True):
+            out = logits if layer is layers[-1] else None
+            ys.append(layer.forward(inputs, weight, bias, projection, projection_bias, out))
+            inputs = (ys[-1],)
+        ctx.layers = layers
+        ctx.save_for_backward(k, v, projection, projection_bias, *weights, *biases, *ys)
+        return logits
+
+    @staticmethod
+    def backward(ctx, dlogits: Tensor):
+        k, v, projection, projection_bias, *rest = ctx.saved_tensors
+        layers, count = ctx.layers, len(ctx.layers)
+        weights, biases, ys = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        dlogits, tokens = dlogits.contiguous(), k.shape[0]
+        last, blocks = layers[-1], triton.cdiv(tokens, _BLOCK)
+        dy, dprojection = torch.empty_like(ys[-1]), dlogits.new_empty(last.heads, blocks, last.out)
+        _backward_projection[(blocks, last.heads)](
+            ys[-1], dlogits, projection, dy, dprojection, tokens, OUT=last.out, OUT_WIDTH=_width(last.out),
+            BLOCK=_BLOCK,
+        )  # fmt: skip
+        dweights, dbiases = [], []
+        for number in reversed(range(count)):
+            inputs = (ys[number - 1],) if number else (k, v)
+            gradients, dweight, dbias = layers[number].backward(inputs, weights[number], dy)
+            dy = gradients[0]
+            dweights.insert(0, dweight)
+            dbiases.insert(0, dbias.to(biases[number].dtype))
+        dprojection = dprojection.sum(1).to(projection.dtype)
+        return None, *gradients, dprojection, dlogits.sum(0).to(projection_bias.dtype), *dweights, *dbiases
+
+
+def retention_logits(
+    k: Tensor,
+    v: Tensor,
+    parameters: RouterParameters,
+    sequences: Sequences,
+    dropout: Dropout | None = None,
+    dilation: int = 2,
+) -> Tensor:
+    """See `megahybrid_kernels.retention_router.retention_logits`; float32, bfloat16 or float16."""
+    k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
+    weights, biases, projection, projection_bias = parameters
+    layers = [_Layer.of(n, parameters, sequences, dropout, dilation) for n in range(len(weights))]
+    return _Router.apply(
+        layers, k, v, projection.contiguous(), projection_bias, *weights, *(bias.contiguous() for bias in biases)
+    )
