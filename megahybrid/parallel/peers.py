@@ -74,7 +74,7 @@ class PeerWatch:
             for _ in range(count):
                 try:
                     connection, _ = listening.accept()
-                    self._members[connection] = _receive(connection)[0]["name"]
+                    self._members[connection] = _receive_name(connection)
                 except OSError as error:
                     log.warning("%d processes could not be watched (%s).", count - len(self._members), error)
                     return
@@ -85,7 +85,7 @@ class PeerWatch:
         try:
             connection = socket.create_connection(address, timeout=_SECONDS_TO_CONNECT)
             self._send(connection, {"name": name})
-            self._members[connection] = _receive(connection)[0]["name"]
+            self._members[connection] = _receive_name(connection)
             self._keep_alive(connection)
         except OSError as error:
             log.warning("The other processes cannot be watched (%s).", error)
@@ -144,6 +144,16 @@ class PeerWatch:
             self.last_words(cause)
         print(f"megahybrid (rank {groups.world()[0]}): {cause}", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def _receive_name(connection: socket.socket) -> str:
+    """The other end's greeting, and nothing of what may follow it at once."""
+    line = b""
+    while not line.endswith(b"\n"):
+        if not (byte := connection.recv(1)):
+            raise ConnectionError("it left at once")
+        line += byte
+    return json.loads(line)["name"]
 
 
 def _receive(connection: socket.socket) -> list[dict[str, Any]]:
