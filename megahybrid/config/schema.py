@@ -144,6 +144,20 @@ class SkipConfig:
 
 
 @dataclass
+class WatchConfig:
+    """When a run that makes no progress is ended, with the stack of every process in its log."""
+
+    start_seconds: float = 1800
+    """The longest that anything long may take: from the start to the end of the first step, a validation, a save."""
+    step_seconds: float = 480
+    """The longest that a step may take."""
+    join_seconds: float = 300
+    """How long processes wait for each other at the start."""
+    restarts: int = 3
+    """How often a job may be restarted from the same checkpoint before it is given up."""
+
+
+@dataclass
 class TrainConfig:
     """The training loop."""
 
@@ -167,6 +181,7 @@ class TrainConfig:
     init_from: str | None = None
     """A checkpoint (or run directory) whose weights a new run starts from; nothing else of it is taken over."""
     skip: SkipConfig = field(default_factory=SkipConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     validate_every: int = 0
     """Steps between two validations; 0 validates at the end only."""
     validation_samples: int = 64

@@ -15,6 +15,7 @@ _MAY_BE_ZERO = {
     "train.seed",
     "train.validate_every",
     "train.z_loss",
+    "train.watch.restarts",
     "checkpoint.milestone_every",
     "optimizer.warmup_steps",
     "parallel.zero_stage",

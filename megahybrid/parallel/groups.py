@@ -14,12 +14,16 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.errors import UserError
 from megahybrid.parallel.cpu import prepare_cpu
+from megahybrid.parallel.rendezvous import meet
 
 
-def initialize(parallel: ParallelConfig, seed: int = 0) -> None:
+def initialize(
+    parallel: ParallelConfig, seed: int = 0, join_seconds: float = 300, collective_seconds: float = 600
+) -> None:
     """Join the process group that the environment describes (torchrun's RANK, WORLD_SIZE, …), or a group of one.
 
-    Raises UserError where the number of processes is not a multiple of tensor * pipeline.
+    Waits `join_seconds` for the others to come, and later `collective_seconds` in a collective. Raises UserError where
+    the number of processes is not a multiple of tensor * pipeline, MachineFault where processes are missing.
     """
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     prepare_cpu()
@@ -27,11 +31,10 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> None:
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        timeout = datetime.timedelta(minutes=10)
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        store = meet(rank, world, join_seconds) if "RANK" in os.environ else dist.HashStore()
+        timeout = datetime.timedelta(seconds=collective_seconds)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     model_size = parallel.tensor * parallel.pipeline
     if dist.get_world_size() % model_size:
         raise UserError(

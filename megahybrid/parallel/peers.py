@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from megahybrid.errors import UserError
+from megahybrid.errors import MachineFault, UserError
 from megahybrid.parallel import groups
 
 log = logging.getLogger(__name__)
@@ -32,13 +32,13 @@ class PeerWatch:
     """Watches the other processes while it is entered; entering it is collective. A single process has none.
 
     When one dies or fails, the main thread has `grace` seconds to fail by itself, as gloo's collectives make it; else
-    `last_words(sentence)` is called and the process exits with code 1.
+    `last_words(cause)` is called and the process exits with code 1.
     """
 
     def __init__(self, grace: float = 5.0):
-        self.last_words: Callable[[str], None] = lambda sentence: None
+        self.last_words: Callable[[UserError], None] = lambda cause: None
         self._grace = grace
-        self._cause: str | None = None
+        self._cause: UserError | None = None
         self._news, self._left = threading.Event(), threading.Event()
         self._members: dict[socket.socket, str] = {}  # the other end of every connection, by name
 
@@ -66,7 +66,7 @@ class PeerWatch:
         """The death of another process, if that is what is behind an error of this one; else the error itself."""
         if isinstance(error, Exception) and not isinstance(error, UserError) and self._members:
             self._news.wait(_SECONDS_FOR_NEWS)
-        return error if self._cause is None else UserError(self._cause)
+        return error if self._cause is None else self._cause
 
     def _accept(self, listening: socket.socket, name: str, count: int) -> None:
         listening.settimeout(_SECONDS_TO_CONNECT)
@@ -117,29 +117,31 @@ class PeerWatch:
                 if self._cause is not None:
                     return
 
-    def _news_from(self, connection: socket.socket) -> str | None:
-        """A sentence about a dead or failed process, if that is what the connection tells."""
+    def _news_from(self, connection: socket.socket) -> UserError | None:
+        """The death or failure of a process, if that is what the connection tells."""
         name = self._members[connection]
         for message in _receive(connection) or [None]:
             if message is None:
-                return f"{name} died; its log says more, and the same command goes on from the last checkpoint."
+                return MachineFault(
+                    f"{name} died; its log says more, and the same command goes on from the last checkpoint."
+                )
             if "cause" in message:
-                return message["cause"]
+                return (MachineFault if message["machine"] else UserError)(message["cause"])
             self._members[connection] = f"{name} left"
             if message["left"] is not None:
-                return f"{name} failed: {message['left']}"
+                return UserError(f"{name} failed: {message['left']}")
         return None
 
-    def _alarm(self, cause: str) -> None:
+    def _alarm(self, cause: UserError) -> None:
         """Pass the news on, and end this process unless its main thread does so in time."""
         self._cause = cause
         self._news.set()
         if groups.world()[0] == 0:
             for connection in self._members:
-                self._send(connection, {"cause": cause})
+                self._send(connection, {"cause": str(cause), "machine": isinstance(cause, MachineFault)})
         if self._left.wait(self._grace):
             return
-        log.info(cause)
+        log.info("%s", cause)
         with contextlib.suppress(Exception):
             self.last_words(cause)
         print(f"megahybrid (rank {groups.world()[0]}): {cause}", file=sys.stderr, flush=True)

@@ -15,9 +15,10 @@ from megahybrid.errors import UserError
 from megahybrid.model.stack import build_stages
 from megahybrid.parallel import groups
 from megahybrid.parallel.peers import PeerWatch
+from megahybrid.parallel.self_check import self_check
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.stages import stage_layers
-from megahybrid.training import checkpoint
+from megahybrid.training import attempts, checkpoint, failures
 from megahybrid.training.checkpoint import Position
 from megahybrid.training.engine import Engine, StepResult
 from megahybrid.training.logs import log, rank_log
@@ -27,39 +28,47 @@ from megahybrid.training.saver import Saver
 from megahybrid.training.signals import StopRequest
 from megahybrid.training.speed import memory, model_flops_utilization
 from megahybrid.training.tracking import Tracker
+from megahybrid.training.watchdog import Watchdog
 
 Report = Callable[[str], None]
 
 _SECONDS_BETWEEN_STATUS = 10.0
 
 
-def train(config: Config, report: Report = print) -> None:
+def train(config: Config, report: Report = print, stop_request: StopRequest | None = None) -> None:
     """Train the configuration to its last step, from its newest checkpoint if there is one.
 
-    SIGTERM or SIGUSR1 to any process ends the step in hand, saves, and returns; the same call goes on.
-    Raises UserError for what the configuration, the data or a checkpoint make impossible.
+    SIGTERM or SIGUSR1 to any process, also noted earlier by `stop_request`, ends the step in hand, saves, and returns;
+    the same call goes on. Raises UserError for what the configuration, the data or a checkpoint make impossible, and
+    MachineFault for what may succeed when it is started again.
     """
-    groups.initialize(config.parallel, config.train.seed)
-    run = RunDirectory(config.run.dir)
+    run, watch = RunDirectory(config.run.dir), config.train.watch
+    longest = max(watch.start_seconds, watch.step_seconds) + 120  # the watchdog tells more than a collective's timeout
+    groups.initialize(config.parallel, config.train.seed, watch.join_seconds, longest)
     say = report if groups.is_main() else _nothing
     start = checkpoint.find(run.path)
+    step = 0
     if start is not None:
         check_resume(load_config(start / "config.yaml"), config, str(start))
-        if checkpoint.read_facts(start)["position"]["step"] >= config.train.steps:
+        step = checkpoint.read_facts(start)["position"]["step"]
+        if step >= config.train.steps:
             say(f"{run.path} has done its {config.train.steps} steps; a larger train.steps goes on from there.")
             return
+    _, world = groups.world()
+    if fault := groups.agree(attempts.begin(run, step, world, watch.restarts) if groups.is_main() else None):
+        raise UserError(fault)
     with contextlib.ExitStack() as resources:
+        stop_request = stop_request or resources.enter_context(StopRequest())
         peers = resources.enter_context(PeerWatch())
-        trainer = Trainer(config, run, start, say, resources)
-        peers.last_words = lambda cause: trainer.write_status("failed", cause)
+        trainer = Trainer(config, run, start, say, stop_request, resources)
+        peers.last_words = lambda cause: failures.record(run, cause, trainer.position.step)
         try:
             trainer.run_until_told()
         except BaseException as error:
             log.info("Ended by an error.", exc_info=True)
             cause = peers.explain(error)
-            reason = str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"
-            log.info(reason)
-            trainer.write_status("failed", reason)
+            log.info(failures.describe(cause))
+            failures.record(run, cause, trainer.position.step)
             if cause is error:
                 raise
             raise cause from error
@@ -69,14 +78,24 @@ class Trainer:
     """A run in progress: built at the position of a checkpoint, or at the start."""
 
     def __init__(
-        self, config: Config, run: RunDirectory, start: Path | None, say: Report, resources: contextlib.ExitStack
+        self,
+        config: Config,
+        run: RunDirectory,
+        start: Path | None,
+        say: Report,
+        stop_request: StopRequest,
+        resources: contextlib.ExitStack,
     ):
-        self.config, self.run, self.say = config, run, say
+        self.config, self.run, self.say, self.stop_request = config, run, say, stop_request
         replica, replicas = groups.data_parallel()
         # Data first: what is wrong with it is found before anything is written.
         self.data = resources.enter_context(TrainingData(config, replica, replicas))
         self.validation = resources.enter_context(validation_batches(config, replica, replicas))
+        if groups.is_main():
+            failures.forget(run)
         resources.enter_context(rank_log(run.logs))
+        self.watchdog = resources.enter_context(Watchdog(run, config.train.watch, groups.world()[0]))
+        self_check()
         self.engine = self._build(start)
         data = self.data.prepared.identity
         self.position = Position(0, 0, data)
@@ -92,7 +111,6 @@ class Trainer:
             save_config(config, run.config)
         self.tracker = Tracker(config if groups.is_main() else None, self.position.tracking_id)
         resources.callback(self.tracker.finish)
-        self.stop_request = resources.enter_context(StopRequest())
         self.saver = Saver(run.checkpoints, self.engine, self.data.prepared.tokenizer_file)
         self.flops_per_token = flops_per_token(config).training
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_length
@@ -119,6 +137,7 @@ class Trainer:
         for step in range(first + 1, train.steps + 1):
             result, metrics = self._step(step)
             last = step == train.steps
+            self.watchdog.beat(step, "validating or saving", long=True)
             if last or (train.validate_every and step % train.validate_every == 0):
                 metrics["validation_loss"] = self.engine.validate(self.validation)
             if self.saver.pending and not result.saving:
@@ -135,6 +154,7 @@ class Trainer:
                 self.write_status("stopped", reason)
                 self._tell(f"Stopped by {reason} after step {step}; the same command goes on.")
                 return
+            self.watchdog.beat(step)
         self.saver.finish()
         self.write_status("done")
         log.info("Done after step %d.", train.steps)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megahybrid.errors import UserError
-from megahybrid.files import write_json, write_text
+from megahybrid.files import read_json, write_json, write_text
 
 Metrics = list[dict[str, Any]]
 
@@ -25,9 +25,19 @@ class RunDirectory:
         self.status = self.path / "status.json"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
+        self.failure = self.logs / "failure.txt"
+        self.heartbeats = self.path / "heartbeat"
+        self.attempts = self.path / "attempts.jsonl"
 
-    def write_status(self, state: str, step: int, target: int, reason: str = "") -> None:
-        """state: running, stopped (asked to, will go on), done or failed; step of target; why, if there is a why."""
+    def write_status(self, state: str, step: int, target: int, reason: str = "", again: bool = False) -> None:
+        """Write status.json.
+
+        Args:
+            state: running, stopped (asked to, will go on), done or failed.
+            step: the last finished step, of `target`.
+            reason: why, if there is a why.
+            again: whether a failed run may succeed when it is started again.
+        """
         write_json(
             self.status,
             {
@@ -35,11 +45,22 @@ class RunDirectory:
                 "step": step,
                 "target": target,
                 "reason": reason,
+                "again": again,
                 "job": os.environ.get("SLURM_JOB_ID"),
+                "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
                 "process": os.getpid(),
                 "time": time.time(),
             },
         )
+
+    def read_status(self) -> dict[str, Any]:
+        """What status.json says; {} where there is none."""
+        return read_json(self.status) or {}
+
+    def end_status(self, state: str, reason: str, again: bool = False, step: int | None = None) -> None:
+        """Write status.json with another state and reason, where not told otherwise at the step that it has."""
+        last = self.read_status()
+        self.write_status(state, last.get("step", 0) if step is None else step, last.get("target", 0), reason, again)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""

@@ -1,0 +1,56 @@
+"""The starts of a run, and an end to restarts that lead nowhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from typing import Any
+
+from megahybrid.training.run_directory import RunDirectory
+
+
+def begin(run: RunDirectory, step: int, world: int, restarts: int) -> str | None:
+    """Note a start of a submitted job from the checkpoint of `step`; called by the main process.
+
+    Returns a sentence when the same submission has been restarted from there `restarts` times already. Starts that
+    somebody makes by hand (without MEGAHYBRID_SUBMISSION) are not counted.
+    """
+    submission = os.environ.get("MEGAHYBRID_SUBMISSION")
+    if submission is None:
+        return None
+    before = 0
+    for attempt in reversed(read(run)):
+        if attempt["submission"] != submission or attempt["step"] != step:
+            break
+        before += 1
+    if before > restarts:
+        return (
+            f"{run.path} was started {before} times from step {step} without reaching another checkpoint; see "
+            f"{run.failure.with_name('failure.previous.txt')}, mend the cause and submit it again."
+        )
+    attempt = {
+        "submission": submission,
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "nodes": os.environ.get("SLURM_JOB_NODELIST", socket.gethostname()),
+        "processes": world,
+        "step": step,
+        "time": time.time(),
+    }
+    run.path.mkdir(parents=True, exist_ok=True)
+    with open(run.attempts, "a", encoding="utf-8") as file:
+        file.write(json.dumps(attempt) + "\n")
+    return None
+
+
+def read(run: RunDirectory) -> list[dict[str, Any]]:
+    """All starts so far, the oldest first; a line that is not whole is left out."""
+    attempts = []
+    if run.attempts.exists():
+        for line in run.attempts.read_text(encoding="utf-8").splitlines():
+            try:
+                attempts.append(json.loads(line))
+            except ValueError:
+                continue
+    return attempts
