@@ -1,0 +1,3 @@
+from tests.model.conftest import process_group
+
+__all__ = ["process_group"]
