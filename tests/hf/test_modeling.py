@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-import megahybrid.hf.modeling_megahybrid as modeling
+import megahybrid.hf.layers_megahybrid as layers
 from tests.hf.tiny import expected_logits, pair, random_tokens
 
 PATTERNS = ["G", "L", "S", "F", "GL", "GLSF"]
@@ -22,9 +22,9 @@ def close(found, expected, tolerance=1e-9):
 def without_and_with_kernels(request, monkeypatch):
     """Once as where megahybrid_kernels is not installed."""
     if request.param == "plain":
-        monkeypatch.setattr(modeling, "packed_gated_delta_rule", None)
+        monkeypatch.setattr(layers, "packed_gated_delta_rule", None)
     else:
-        assert modeling.packed_gated_delta_rule is not None
+        assert layers.packed_gated_delta_rule is not None
 
 
 def in_pieces(model, rows, sizes, mask=None):
@@ -42,8 +42,8 @@ def in_pieces(model, rows, sizes, mask=None):
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("block", [256, 8])
 def test_whole_sequences(pattern, block, monkeypatch):
-    monkeypatch.setattr(modeling, "QUERY_BLOCK", block)
-    monkeypatch.setattr(modeling, "CHUNK", block)
+    monkeypatch.setattr(layers, "QUERY_BLOCK", block)
+    monkeypatch.setattr(layers, "CHUNK", block)
     model, exported = pair(pattern)
     rows = torch.stack([random_tokens(LENGTH, seed) for seed in (1, 2)])
     found = exported(rows, use_cache=False)
