@@ -101,7 +101,7 @@ def _places(source: Path) -> dict[str, tuple[Path, list[int]]]:
             raise UserError(f"'{file}' is missing; download it again.")
         try:
             with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118: not a dictionary
+                for name in tensors.keys():  # noqa: SIM118  (it is no dictionary)
                     places[name] = (file, tensors.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise UserError(f"'{file}' is damaged or no safetensors file; download it again.") from error
