@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import megahybrid.hf.export as export_module
 import megahybrid.hf.import_ as import_module
 from megahybrid.cli import main
+from megahybrid.config import load_config, save_config
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.hf.naming import exported_name
 
@@ -104,10 +105,13 @@ def test_round_trip_and_a_training_step(exported, reference, recipe, tmp_path, c
 
 
 def test_resuming_from_weights_alone_is_refused(exported, recipe, tmp_path, capsys):
-    assert main(["import", str(exported), str(tmp_path / "run" / "checkpoints" / "step_00000000"), "--no-verify"]) == 0
-    (tmp_path / "run" / "checkpoints" / "latest").write_text("step_00000000\n")
-    assert main(["train", str(recipe)]) == 2
-    assert "train.init_from" in capsys.readouterr().err or True
+    """A checkpoint without moments in a run directory, with the configuration that the recipe has."""
+    folder = tmp_path / "run" / "checkpoints" / "step_00000000"
+    assert main(["import", str(exported), str(folder), "--no-verify"]) == 0
+    save_config(load_config(recipe), folder / "config.yaml")
+    capsys.readouterr()
+    assert main(["train", str(recipe), f"run.dir={folder}"]) == 2
+    assert f"holds weights only; start a new run with train.init_from='{folder}'" in capsys.readouterr().err
 
 
 def test_a_wrong_conversion_leaves_nothing(reference, exported, tmp_path, monkeypatch, capsys):
@@ -118,7 +122,7 @@ def test_a_wrong_conversion_leaves_nothing(reference, exported, tmp_path, monkey
             yield tensor * 1.001 if number == 3 else tensor
 
     monkeypatch.setattr(export_module, "_read", wrong)
-    assert main(["export", str(reference), str(tmp_path / "model"), "--verify"]) == 2
+    assert main(["export", str(reference), str(tmp_path / "model"), "--dtype", "fp32", "--verify"]) == 2
     assert "logits differ by up to" in capsys.readouterr().err
     real_stream = import_module.write_stream
 

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 PATTERNS = ["G", "L", "S", "F", "GL", "GLSF"]
 # Window + buffer of L is 13 tokens, the window of S 7: far beyond both.
 LENGTH = 90
+NO_END = {"pad_token_id": 0, "eos_token_id": None}
 
 
 def close(found, expected, tolerance=1e-9):
@@ -175,7 +176,7 @@ def test_generate(options):
 def test_greedy_continuation_of_the_training_model():
     model, exported = pair("GL")
     tokens = random_tokens(20)
-    found = exported.generate(tokens[None], max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None)[0]
+    found = exported.generate(tokens[None], max_new_tokens=20, do_sample=False, **NO_END)[0]
     for _ in range(20):
         tokens = torch.cat([tokens, expected_logits(model, tokens)[-1:].argmax(-1)])
     assert torch.equal(found, tokens)
@@ -185,7 +186,7 @@ def test_loss_and_kept_logits():
     _, exported = pair("GL")
     rows = random_tokens(30)[None]
     out = exported(rows, labels=rows)
-    assert torch.allclose(out.loss, F.cross_entropy(out.logits[0, :-1], rows[0, 1:]))
+    assert torch.allclose(out.loss, F.cross_entropy(out.logits[0, :-1], rows[0, 1:]).float())
     close(exported(rows, logits_to_keep=2).logits, out.logits[:, -2:])
 
 
@@ -207,5 +208,5 @@ def test_new_weights_train():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 1

@@ -124,7 +124,7 @@ def write(folder, config, tensors, prepared):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copyfile(prepared / "tokenizer.json", folder / "tokenizer.json")
+    shutil.copyfile(next(prepared.rglob("tokenizer.json")), folder / "tokenizer.json")
 
 
 @pytest.mark.parametrize("kind", KINDS)
