@@ -32,7 +32,7 @@ from megahybrid_kernels import Sequences
 
 Report = Callable[[str], None]
 
-TOLERANCE = 1e-6
+TOLERANCE = 1e-9
 MOST_TOKENS = 256
 STEPS = 16
 
