@@ -26,14 +26,19 @@ from megahybrid.files import write_json, write_text
 from megahybrid.hf import verify
 from megahybrid.hf.card import model_card
 from megahybrid.hf.naming import MODEL_TYPE, exported_config, exported_name
-from megahybrid.hf.staging import staged
+from megahybrid.hf.staging import staged, told
 from megahybrid.scaling.parameters import parameter_specs
 from megahybrid.training import checkpoint
 from megahybrid.training.tensor_files import facts_of, write_stream
 
 Report = Callable[[str], None]
 
-MODEL_FILES = ("configuration_megahybrid.py", "layers_megahybrid.py", "modeling_megahybrid.py")
+MODEL_FILES = (
+    "attention_megahybrid.py",
+    "configuration_megahybrid.py",
+    "layers_megahybrid.py",
+    "modeling_megahybrid.py",
+)
 
 _TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _LABELS = {torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -155,7 +160,7 @@ def _write_weights(
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         entries = {exported_name(name): (_LABELS[stored_type(name, dtype)], specs[name].shape) for name in names}
-        written = write_stream(part / file, entries, _read(folder, facts, names, dtype))
+        written = write_stream(part / file, entries, told(_read(folder, facts, names, dtype), report))
         index |= dict.fromkeys(entries, file)
         size += sum(math.prod(specs[name].shape) * stored_type(name, dtype).itemsize for name in names)
         report(f"{file}: {written['bytes'] / 1e6:,.1f} MB, {len(index)} of {len(specs)} parameters")

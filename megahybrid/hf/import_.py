@@ -26,7 +26,7 @@ from megahybrid.errors import UserError
 from megahybrid.files import write_json
 from megahybrid.hf import reference_format, verify
 from megahybrid.hf.naming import MODEL_TYPE, exported_name, imported_config
-from megahybrid.hf.staging import staged
+from megahybrid.hf.staging import staged, told
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.parameters import ParameterSpec
 from megahybrid.scaling.parameters import parameter_specs
@@ -56,7 +56,7 @@ def import_model(source: Path, target: Path, check: bool | None = None, report: 
     sources = {name: name_of(name) for name in specs}
     _require_fit(source, config, specs, sources, places)
     with staged(target) as part:
-        _write(part, config, specs, sources, places, found["model_type"])
+        _write(part, config, specs, sources, places, found["model_type"], report)
         shutil.copyfile(tokenizer_file(source), part / "tokenizer.json")
         save_config(config, part / "config.yaml")
         if verify.wanted(config, check, report):
@@ -162,6 +162,7 @@ def _write(
     sources: Mapping[str, str],
     places: Mapping[str, tuple[Path, list[int]]],
     model_type: str,
+    report: Report,
 ) -> None:
     def tensors() -> Iterator[Tensor]:
         for name, spec in specs.items():
@@ -170,7 +171,8 @@ def _write(
                 yield source.get_tensor(sources[name]).to(torch.float32).reshape(spec.shape)
 
     file = checkpoint.file_name("weights", 0)
-    written = write_stream(part / file, {name: ("F32", spec.shape) for name, spec in specs.items()}, tensors())
+    entries = {name: ("F32", spec.shape) for name, spec in specs.items()}
+    written = write_stream(part / file, entries, told(tensors(), report))
     facts = {
         "megahybrid": code_version(),
         "imported_from": model_type,

@@ -12,8 +12,11 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from .attention_megahybrid import FullAttention, LTEAttention, Router, WindowAttention
 from .configuration_megahybrid import MegahybridConfig
-from .layers_megahybrid import MIXERS, GatedDeltaNet, RMSNorm, Router, SwiGLU, linear
+from .layers_megahybrid import GatedDeltaNet, RMSNorm, SwiGLU, linear
+
+MIXERS = {"G": GatedDeltaNet, "L": LTEAttention, "S": WindowAttention, "F": FullAttention}
 
 
 class MegahybridCache:

@@ -1,15 +1,20 @@
-"""A folder that is whole or absent."""
+"""What both conversions write by: a folder that is whole or absent, and a word now and then of how far it is."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+from torch import Tensor
 
 from megahybrid.errors import UserError
 from megahybrid.files import sync_folder
+
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 @contextlib.contextmanager
@@ -37,3 +42,14 @@ def staged(target: Path) -> Iterator[Path]:
         ) from fault
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def told(tensors: Iterable[Tensor], report: Callable[[str], None]) -> Iterator[Tensor]:
+    """The tensors, with a line every few seconds of how much has gone through."""
+    last, done = time.monotonic(), 0
+    for tensor in tensors:
+        done += tensor.nbytes
+        yield tensor
+        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            report(f"{done / 1e9:.1f} GB written")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,7 @@ def trained_model(folder: Path, config: Config, stored_type: Callable[[str], tor
     """The training model of a checkpoint in float64 on the CPU, weights rounded to the types they are stored in."""
     if not groups.joined():
         groups.initialize(ParallelConfig())
-    config.parallel = ParallelConfig()
-    model = Stack(config).double().requires_grad_(False)
+    model = Stack(replace(config, parallel=ParallelConfig())).double().requires_grad_(False)
     checkpoint.load_weights(folder, model)
     for name, parameter in model.named_parameters():
         parameter.copy_(parameter.to(stored_type(name)))

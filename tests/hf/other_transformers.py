@@ -35,6 +35,5 @@ def outputs(folder, rows, mask):
 if __name__ == "__main__":
     folder, inputs, target = sys.argv[1:]
     given = load_file(inputs)
-    save_file(
-        outputs(folder, given["rows"], given["mask"]), target, metadata={"transformers": transformers.__version__}
-    )
+    found = {name: value.contiguous() for name, value in outputs(folder, given["rows"], given["mask"]).items()}
+    save_file(found, target, metadata={"transformers": transformers.__version__})

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import megahybrid.hf.attention_megahybrid as attention
 import megahybrid.hf.layers_megahybrid as layers
 from tests.hf.tiny import expected_logits, pair, random_tokens
 
@@ -54,7 +55,7 @@ def padded(lengths):
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("block", [256, 8])
 def test_whole_sequences(pattern, block, monkeypatch):
-    monkeypatch.setattr(layers, "QUERY_BLOCK", block)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     monkeypatch.setattr(layers, "CHUNK", block)
     model, exported = pair(pattern)
     rows = torch.stack([random_tokens(LENGTH, seed) for seed in (1, 2)])

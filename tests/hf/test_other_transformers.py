@@ -1,4 +1,4 @@
-"""The same exported folder under the installed transformers and under the newest one, in an environment of its own."""
+"""The same exported folder under the installed transformers and under the newest 5.x, in an environment of its own."""
 
 import os
 import subprocess
