@@ -56,7 +56,7 @@ class SwiGLU(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """G. State: `recurrent` `[B, H, Dk, Dv]`, and the short convolutions' last inputs `q, k, v` `[B, taps - 1, H D]`."""
+    """G. State: `recurrent` `[B, H, Dk, Dv]`, and the convolutions' last inputs `q, k, v` `[B, taps - 1, H D]`."""
 
     def __init__(self, config):
         super().__init__()

@@ -52,7 +52,8 @@ def wanted(config: Config, check: bool | None, report: Report) -> bool:
     if check is not None:
         return check
     size = sum(math.prod(spec.shape) for spec in parameter_specs(config).values())
-    needed, available = 2 * size * torch.float64.itemsize, _available_memory()
+    # Two models in float64, one of which was float32 at first.
+    needed, available = size * (2 * torch.float64.itemsize + torch.float32.itemsize), _available_memory()
     if needed > available:
         report(
             f"Not verified: it needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} are free (--verify tries)."
