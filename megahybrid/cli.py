@@ -51,10 +51,31 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
     verb.add_argument("--seed", type=int, default=0, help="of sampling")
     verb.set_defaults(run=_generate)
+    _add_conversions(verbs)
     verb = verbs.add_parser("plot", help="pictures and a summary from a run's metrics.jsonl")
     verb.add_argument("path", type=Path, metavar="RUN", help="a run directory")
     verb.set_defaults(run=_plot)
     return parser
+
+
+def _add_conversions(verbs: argparse._SubParsersAction) -> None:
+    """The verbs of the Hugging Face format."""
+    verb = verbs.add_parser("export", help="a checkpoint as a folder that transformers loads")
+    verb.add_argument("path", type=Path, metavar="CHECKPOINT", help="a run directory or a checkpoint in it")
+    verb.add_argument("target", type=Path, metavar="DIR", help="the new folder")
+    verb.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (default bf16)")
+    verb.add_argument("--shard-size", default="5GB", help="the most a file holds (default 5GB)")
+    verb.set_defaults(run=_export)
+    imports = verbs.add_parser("import", help="a Hugging Face folder as a checkpoint, for train.init_from")
+    imports.add_argument("source", type=Path, metavar="HF_DIR", help="what `export` wrote, or a published laLTE model")
+    imports.add_argument("target", type=Path, metavar="CHECKPOINT", help="the new checkpoint's folder")
+    imports.set_defaults(run=_import)
+    for each in (verb, imports):
+        each.add_argument(
+            "--verify",
+            action=argparse.BooleanOptionalAction,
+            help="compare logits of both forms; a difference fails the conversion (default: where memory suffices)",
+        )
 
 
 def _config(parsed: argparse.Namespace):
@@ -95,6 +116,18 @@ def _generate(parsed: argparse.Namespace) -> None:
     for piece in generator.continue_text(parsed.prompt, parsed.tokens, parsed.temperature, parsed.seed):
         print(piece, end="", flush=True)
     print()
+
+
+def _export(parsed: argparse.Namespace) -> None:
+    from megahybrid.hf.export import export
+
+    export(parsed.path, parsed.target, parsed.dtype, parsed.shard_size, parsed.verify)
+
+
+def _import(parsed: argparse.Namespace) -> None:
+    from megahybrid.hf.import_ import import_model
+
+    import_model(parsed.source, parsed.target, parsed.verify)
 
 
 def _plot(parsed: argparse.Namespace) -> None:

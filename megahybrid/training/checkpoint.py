@@ -74,6 +74,8 @@ def load(path: Path, engine: Engine) -> Position:
     Raises UserError, on every process, if it is damaged or of another model.
     """
     facts = read_facts(path)
+    if "controller" not in facts:
+        raise UserError(f"'{path}' holds weights only; start a new run with train.init_from='{path}'.")
     _verify(path, facts, engine.model, zero.KINDS)
     zero.reset_optimizer_state(engine.deepspeed, facts["position"]["step"])
     for name, parameter in engine.model.named_parameters():

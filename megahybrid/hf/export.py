@@ -1,0 +1,189 @@
+"""A checkpoint as a folder that transformers loads: its own model files, safetensors shards, tokenizer, model card.
+
+Tensors go from the checkpoint's files to the shards one by one: host memory holds one parameter at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+
+from megahybrid.config import Config, load_config
+from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.errors import UserError
+from megahybrid.files import write_json, write_text
+from megahybrid.hf import verify
+from megahybrid.hf.card import model_card
+from megahybrid.hf.naming import MODEL_TYPE, exported_config, exported_name
+from megahybrid.hf.staging import staged, told
+from megahybrid.scaling.parameters import parameter_specs
+from megahybrid.training import checkpoint
+from megahybrid.training.tensor_files import facts_of, write_stream
+
+Report = Callable[[str], None]
+
+MODEL_FILES = (
+    "attention_megahybrid.py",
+    "configuration_megahybrid.py",
+    "layers_megahybrid.py",
+    "modeling_megahybrid.py",
+)
+
+_TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_LABELS = {torch.bfloat16: "BF16", torch.float32: "F32"}
+_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+def export(
+    path: Path,
+    target: Path,
+    dtype: str = "bf16",
+    shard_size: str = "5GB",
+    check: bool | None = None,
+    report: Report = print,
+) -> None:
+    """Write the checkpoint (or a run directory's newest one) to the new folder `target`.
+
+    Args:
+        dtype: of the weights, bf16 or fp32; A_log and dt_bias stay fp32.
+        shard_size: the most bytes a file holds, such as 5GB or 500MB; a larger tensor has a file of its own.
+        check: compare logits with the training model's; None does it where host memory suffices.
+
+    Raises UserError for a checkpoint that is missing or damaged, a target that is not empty, a full disk, and logits
+    that differ; the target is then left as it was.
+    """
+    folder = checkpoint.find(path)
+    if folder is None:
+        raise UserError(f"There is no checkpoint in '{path}'; give a run directory or a checkpoint inside one.")
+    facts, config = checkpoint.read_facts(folder), load_config(folder / "config.yaml")
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    most = _bytes(shard_size)
+    _require_whole(folder, facts, config)
+    with staged(target) as part:
+        _write_small_files(part, folder, config, tokenizer, _TYPES[dtype])
+        write_text(part / "README.md", model_card(target.name, config, facts, folder))
+        _write_weights(part, folder, facts, config, _TYPES[dtype], most, report)
+        if verify.wanted(config, check, report):
+            trained = verify.trained_model(folder, config, lambda name: stored_type(name, _TYPES[dtype]))
+            verify.compare(trained, verify.exported_model(part), tokenizer, report)
+    report(f"Exported {folder} to {target}.")
+
+
+def stored_type(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type in which a parameter is exported: the decay's two parameters lose too much in bf16."""
+    return torch.float32 if name.endswith((".A_log", ".dt_bias")) else dtype
+
+
+def _bytes(text: str) -> int:
+    """Bytes of 5GB or 500MB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B)", text.strip().upper())
+    size = float(found[1]) * {"KB": 1e3, "MB": 1e6, "GB": 1e9}[found[2]] if found else 0
+    if size < 1:
+        raise UserError(f"--shard-size is '{text}'; write a size such as 5GB or 500MB.")
+    return int(size)
+
+
+def _require_whole(folder: Path, facts: dict[str, Any], config: Config) -> None:
+    for name, spec in parameter_specs(config).items():
+        found = facts["parameters"].get(name, {}).get("shape")
+        if found != list(spec.shape):
+            raise UserError(
+                f"'{folder}': {name} should be {list(spec.shape)}, it is {found or 'missing'}; "
+                "its config.yaml is another model's: put the right one back."
+            )
+    for name, saved in facts["files"].items():
+        if name.startswith("weights-") and not ((folder / name).is_file() and facts_of(folder / name) == saved):
+            raise UserError(f"'{folder / name}' is missing or not what was saved; export another checkpoint.")
+
+
+def _write_small_files(part: Path, folder: Path, config: Config, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    here = Path(__file__).parent
+    for name in MODEL_FILES:
+        shutil.copyfile(here / name, part / name)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.document_id)
+    auto = {"AutoConfig": "configuration_megahybrid.MegahybridConfig"}
+    for each, name in (("AutoModel", "MegahybridModel"), ("AutoModelForCausalLM", "MegahybridForCausalLM")):
+        auto[each] = f"modeling_megahybrid.{name}"
+    head = {"architectures": ["MegahybridForCausalLM"], "model_type": MODEL_TYPE, "auto_map": auto}
+    write_json(part / "config.json", {**head, "dtype": _NAMES[dtype], **exported_config(config), **ids})
+    write_json(part / "generation_config.json", ids)
+    write_text(part / "tokenizer.json", _beginning_documents(folder / "tokenizer.json", tokenizer))
+    write_json(
+        part / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.document_token),
+            "model_input_names": ["input_ids", "attention_mask"],
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+
+
+def _beginning_documents(file: Path, tokenizer: Tokenizer) -> str:
+    """tokenizer.json, changed where needed so that a text begins with the document token, as in training."""
+    backend = Backend.from_file(str(file))
+    if backend.encode("a").ids[:1] != [tokenizer.document_id]:
+        token = tokenizer.document_token
+        backend.post_processor = TemplateProcessing(
+            single=[token, "$A"], pair=[token, "$A", token, "$B"], special_tokens=[(token, tokenizer.document_id)]
+        )
+    return backend.to_str(pretty=True)
+
+
+def _write_weights(
+    part: Path,
+    folder: Path,
+    facts: dict[str, Any],
+    config: Config,
+    dtype: torch.dtype,
+    most: int,
+    report: Report,
+) -> None:
+    specs = parameter_specs(config)
+    shards = _shards(
+        {name: math.prod(spec.shape) * stored_type(name, dtype).itemsize for name, spec in specs.items()}, most
+    )
+    index: dict[str, str] = {}
+    size = 0
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        entries = {exported_name(name): (_LABELS[stored_type(name, dtype)], specs[name].shape) for name in names}
+        written = write_stream(part / file, entries, told(_read(folder, facts, names, dtype), report))
+        index |= dict.fromkeys(entries, file)
+        size += sum(math.prod(specs[name].shape) * stored_type(name, dtype).itemsize for name in names)
+        report(f"{file}: {written['bytes'] / 1e6:,.1f} MB, {len(index)} of {len(specs)} parameters")
+    if len(shards) > 1:
+        text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
+        write_text(part / "model.safetensors.index.json", text + "\n")
+
+
+def _shards(sizes: dict[str, int], most: int) -> list[list[str]]:
+    """Names in order, cut into shards of at most `most` bytes."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > most:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _read(folder: Path, facts: dict[str, Any], names: list[str], dtype: torch.dtype) -> Iterator[Tensor]:
+    for name in names:
+        file = folder / checkpoint.file_name("weights", facts["parameters"][name]["file"])
+        with safe_open(file, "pt") as tensors:
+            yield tensors.get_tensor(name).to(stored_type(name, dtype))

@@ -1,0 +1,185 @@
+"""A Hugging Face folder as a checkpoint of weights: what `export` wrote, or the published laLTE format.
+
+A run starts from it by `train.init_from`, in any layout; `generate` and `export` take it as any other checkpoint.
+Only safetensors are read: a pickle may run any code when it is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megahybrid import code_version
+from megahybrid.config import Config, save_config
+from megahybrid.config.schema import ParallelConfig
+from megahybrid.config.validate import validate
+from megahybrid.data.tokenizer import Tokenizer, tokenizer_file
+from megahybrid.errors import UserError
+from megahybrid.files import write_json
+from megahybrid.hf import reference_format, verify
+from megahybrid.hf.naming import MODEL_TYPE, exported_name, imported_config
+from megahybrid.hf.staging import staged, told
+from megahybrid.model.settings import Settings
+from megahybrid.parallel.parameters import ParameterSpec
+from megahybrid.scaling.parameters import parameter_specs
+from megahybrid.training import checkpoint
+from megahybrid.training.checkpoint import Position
+from megahybrid.training.tensor_files import write_stream
+
+Report = Callable[[str], None]
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+def import_model(source: Path, target: Path, check: bool | None = None, report: Report = print) -> None:
+    """Write the model in folder `source` as a checkpoint to the new folder `target`.
+
+    check: compare logits of the training model and of the exported one; None does it where host memory suffices.
+    Raises UserError for a model of another type, missing or wrong tensors, a target that is not empty, a full disk, and
+    logits that differ; the target is then left as it was.
+    """
+    found = _read_config(source)
+    config, name_of = _understand(found)
+    validate(config)
+    tokenizer = Tokenizer.load(source)
+    tokenizer.require_fit(config.model.vocab_size)
+    specs = parameter_specs(config)
+    places = _places(source)
+    sources = {name: name_of(name) for name in specs}
+    _require_fit(source, config, specs, sources, places)
+    with staged(target) as part:
+        _write(part, config, specs, sources, places, found["model_type"], report)
+        shutil.copyfile(tokenizer_file(source), part / "tokenizer.json")
+        save_config(config, part / "config.yaml")
+        if verify.wanted(config, check, report):
+            trained = verify.trained_model(part, config, lambda name: torch.float32)
+            ours = found["model_type"] == MODEL_TYPE
+            exported = verify.exported_model(source) if ours else verify.converted_model(trained, config)
+            verify.compare(trained, exported, tokenizer, report)
+    report(f"Imported {source} to {target}; train.init_from={target} starts a run from it.")
+
+
+def _read_config(source: Path) -> dict[str, Any]:
+    file = source / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"There is no '{file}'; give a downloaded model's folder (`hf download NAME --local-dir DIR`)."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{file}' cannot be read as JSON; download the model again.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"'{file}' is not a model's configuration; give another folder.")
+    return found
+
+
+def _understand(found: dict[str, Any]) -> tuple[Config, Callable[[str], str]]:
+    """The recipe, and the source's name of a parameter of the training model."""
+    kind = found.get("model_type")
+    if kind == MODEL_TYPE:
+        return imported_config(found), exported_name
+    if kind in reference_format.MODEL_TYPES:
+        return reference_format.reference_config(found), reference_format.reference_name
+    known = ", ".join((MODEL_TYPE, *reference_format.MODEL_TYPES))
+    raise UserError(f"config.json has model_type '{kind}'; only {known} can be imported.")
+
+
+def _places(source: Path) -> dict[str, tuple[Path, list[int]]]:
+    """File and shape of every tensor in the folder."""
+    places = {}
+    for file in _weight_files(source):
+        if not file.is_file():
+            raise UserError(f"'{file}' is missing; download it again.")
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (it is no dictionary)
+                    places[name] = (file, tensors.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"'{file}' is damaged or no safetensors file; download it again.") from error
+    return places
+
+
+def _weight_files(source: Path) -> list[Path]:
+    index = source / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"'{index}' is not an index of shards; download it again.") from error
+        if any(Path(name).name != name for name in names):
+            raise UserError(f"'{index}' names files outside its folder; do not trust this download.")
+        return [source / name for name in names]
+    if (source / "model.safetensors").is_file():
+        return [source / "model.safetensors"]
+    pickles = sorted(each.name for pattern in _PICKLES for each in source.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"'{source}' holds weights only as a pickle ({pickles[0]}), which could run any code when opened; "
+            "have them converted to safetensors by somebody who trusts them."
+        )
+    raise UserError(f"'{source}' has neither model.safetensors nor model.safetensors.index.json; download the weights.")
+
+
+def _require_fit(
+    source: Path,
+    config: Config,
+    specs: Mapping[str, ParameterSpec],
+    sources: Mapping[str, str],
+    places: Mapping[str, tuple[Path, list[int]]],
+) -> None:
+    for name, spec in specs.items():
+        if sources[name] not in places:
+            raise UserError(f"'{source}' has no tensor {sources[name]}; download its weights again.")
+        file, shape = places[sources[name]]
+        # The published convolutions have axes of length 1 that ours do not need.
+        if [n for n in shape if n != 1] != [n for n in spec.shape if n != 1]:
+            raise UserError(
+                f"'{file}': {sources[name]} is {shape}, but config.json calls for {list(spec.shape)}; "
+                "one of the two is another model's: download both again."
+            )
+    tied = {"lm_head.weight"} if config.model.tie_embeddings else set()
+    extra = places.keys() - set(sources.values()) - tied - set(reference_format.IGNORED)
+    if extra:
+        raise UserError(
+            f"'{source}' has {len(extra)} tensors that its config.json has no place for, such as {min(extra)}; "
+            "download both again."
+        )
+
+
+def _write(
+    part: Path,
+    config: Config,
+    specs: Mapping[str, ParameterSpec],
+    sources: Mapping[str, str],
+    places: Mapping[str, tuple[Path, list[int]]],
+    model_type: str,
+    report: Report,
+) -> None:
+    def tensors() -> Iterator[Tensor]:
+        for name, spec in specs.items():
+            file, _ = places[sources[name]]
+            with safe_open(file, "pt") as source:
+                yield source.get_tensor(sources[name]).to(torch.float32).reshape(spec.shape)
+
+    file = checkpoint.file_name("weights", 0)
+    entries = {name: ("F32", spec.shape) for name, spec in specs.items()}
+    written = write_stream(part / file, entries, told(tensors(), report))
+    facts = {
+        "megahybrid": code_version(),
+        "imported_from": model_type,
+        "position": asdict(Position(0, 0, "")),
+        "layers": Settings.of(config).pattern.letters,
+        "layout": {**asdict(ParallelConfig()), "data": 1},
+        "parameters": {name: {"shape": list(spec.shape), "file": 0} for name, spec in specs.items()},
+        "files": {file: written},
+    }
+    write_json(part / "checkpoint.json", facts)

@@ -1,0 +1,156 @@
+"""The check that a conversion kept the model: the training model's logits beside the exported model's, on real text.
+
+Both compute in float64, where two right implementations agree to about 1e-10, so that a difference is an error and not
+rounding, and no keep decision falls differently.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megahybrid.config import Config
+from megahybrid.config.schema import ParallelConfig
+from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.errors import UserError
+from megahybrid.hf.configuration_megahybrid import MegahybridConfig
+from megahybrid.hf.modeling_megahybrid import MegahybridForCausalLM
+from megahybrid.hf.naming import exported_config, exported_name
+from megahybrid.model.context import Context
+from megahybrid.model.stack import Stack
+from megahybrid.parallel import groups
+from megahybrid.scaling.parameters import parameter_specs
+from megahybrid.training import checkpoint
+from megahybrid_kernels import Sequences
+
+Report = Callable[[str], None]
+
+TOLERANCE = 1e-9
+MOST_TOKENS = 256
+STEPS = 16
+
+TEXT = """A recurrent layer reads a text from left to right and keeps what it has read in a state of fixed size. What
+does not fit is lost. An attention layer keeps every word, and pays for it: the more it has read, the longer it takes to
+read on. A hybrid model has layers of both kinds. On a winter morning in 1896 the physicist Henri Becquerel left a
+wrapped photographic plate in a drawer, under a dish of uranium salt, because the sky over Paris was too grey for his
+experiment. When he developed it some days later he found the outline of the dish on it. "The rays," he wrote, "do not
+come from the sun." Who left the plate in the drawer? How many days did it lie there? def mean(values):
+    return sum(values) / len(values)
+"""
+
+
+def wanted(config: Config, check: bool | None, report: Report) -> bool:
+    """Whether to verify: as asked for, or where both models fit into host memory."""
+    if check is not None:
+        return check
+    size = sum(math.prod(spec.shape) for spec in parameter_specs(config).values())
+    # Two models in float64, one of which was float32 at first.
+    needed, available = size * (2 * torch.float64.itemsize + torch.float32.itemsize), _available_memory()
+    if needed > available:
+        report(
+            f"Not verified: it needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} are free (--verify tries)."
+        )
+    return needed <= available
+
+
+def _available_memory() -> float:
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 if found else math.inf
+
+
+def trained_model(folder: Path, config: Config, stored_type: Callable[[str], torch.dtype]) -> Stack:
+    """The training model of a checkpoint in float64 on the CPU, weights rounded to the types they are stored in."""
+    if not groups.joined():
+        groups.initialize(ParallelConfig())
+    model = Stack(replace(config, parallel=ParallelConfig())).double().requires_grad_(False)
+    checkpoint.load_weights(folder, model)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(parameter.to(stored_type(name)))
+    return model
+
+
+def exported_model(folder: Path) -> MegahybridForCausalLM:
+    """The model in an exported folder, in float64 on the CPU."""
+    return MegahybridForCausalLM.from_pretrained(folder, dtype=torch.float64).double().eval()
+
+
+def converted_model(trained: Stack, config: Config) -> MegahybridForCausalLM:
+    """The exported form of a training model, where no exported folder exists."""
+    model = MegahybridForCausalLM(MegahybridConfig(**exported_config(config))).double().eval()
+    weights = {exported_name(name): weight for name, weight in trained.named_parameters()}
+    model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    return model
+
+
+@torch.no_grad()
+def compare(trained: Stack, exported: nn.Module, tokenizer: Tokenizer, report: Report) -> None:
+    """Compare logits on TEXT, whole and continued step by step; reports the worst and mean difference.
+
+    Raises UserError for a difference above TOLERANCE.
+    """
+    tokens = torch.tensor([tokenizer.document_id, *tokenizer.encode(TEXT)][:MOST_TOKENS])
+    expected = _logits(trained, tokens)
+    differences = [
+        (found - expected).abs()
+        for found in (
+            exported(tokens[None], use_cache=False).logits[0],
+            _stepwise_exported(exported, tokens),
+            _stepwise_trained(trained, tokens),
+        )
+    ]
+    worst = max(float(each.max()) if each.isfinite().all() else math.inf for each in differences)
+    mean = sum(float(each.mean()) for each in differences) / len(differences)
+    loss = float(F.cross_entropy(expected[:-1], tokens[1:]))
+    report(
+        f"Logits of {len(tokens)} tokens, whole and step by step: worst difference {worst:.1e}, mean {mean:.1e}; "
+        f"{loss:.3f} nats a token"
+    )
+    if not worst <= TOLERANCE:
+        raise UserError(
+            f"The converted model's logits differ by up to {worst:.1e}, more than {TOLERANCE:.0e}, so nothing was "
+            "written; please report it with the configuration."
+        )
+
+
+def _logits(model: Stack, tokens: Tensor, states: dict[int, Any] | None = None, first: int = 0) -> Tensor:
+    """`[T]` → `[T, vocabulary]`; `states`, when given, are of the `first` tokens before and are replaced in place."""
+    starts = None if states is None else torch.tensor([first])
+    out = model(tokens, Context(Sequences.of([len(tokens)], starts=starts)), states=states)
+    if states is not None:
+        states.update(out.states)
+    return model.logits(out.hidden)
+
+
+def _pieces(tokens: Tensor) -> list[Tensor]:
+    """A first piece, then single tokens."""
+    steps = min(STEPS, len(tokens) - 1)
+    return [tokens[:-steps], *tokens[-steps:].split(1)]
+
+
+def _stepwise_trained(model: Stack, tokens: Tensor) -> Tensor:
+    states, logits, at = model.initial_states(1), [], 0
+    for piece in _pieces(tokens):
+        logits.append(_logits(model, piece, states, at))
+        at += len(piece)
+    return torch.cat(logits)
+
+
+def _stepwise_exported(model: nn.Module, tokens: Tensor) -> Tensor:
+    cache, logits = None, []
+    for piece in _pieces(tokens):
+        out = model(piece[None], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits[0])
+    return torch.cat(logits)

@@ -1,0 +1,39 @@
+"""Run by another interpreter: FOLDER INPUTS OUTPUTS; the exported model's logits and texts by its transformers."""
+
+import sys
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def outputs(folder, rows, mask):
+    """Logits whole, step by step and padded, and generated tokens, in float64."""
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.float64, output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    model = model.double().eval().requires_grad_(False)
+    cache, steps = None, []
+    for at in range(rows.shape[1]):
+        out = model(rows[:, at : at + 1], attention_mask=mask[:, : at + 1], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        steps.append(out.logits)
+    found = {"whole": model(rows, attention_mask=mask, use_cache=False).logits, "steps": torch.cat(steps, 1)}
+    ways = {"greedy": {}, "beams": {"num_beams": 3}, "sampled": {"do_sample": True, "top_k": 9}}
+    for name, options in ways.items():
+        torch.manual_seed(0)
+        found[name] = model.generate(rows, attention_mask=mask, max_new_tokens=20, eos_token_id=None, **options)
+    bf16 = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
+    assert bf16.model.layers[0].mixer.A_log.dtype == torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    found["text"] = tokenizer(["def f(x):", "import os, re, sys"], return_tensors="pt", padding=True)["input_ids"]
+    return found
+
+
+if __name__ == "__main__":
+    folder, inputs, target = sys.argv[1:]
+    given = load_file(inputs)
+    found = {name: value.contiguous() for name, value in outputs(folder, given["rows"], given["mask"]).items()}
+    save_file(found, target, metadata={"transformers": transformers.__version__})

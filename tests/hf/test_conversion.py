@@ -1,0 +1,244 @@
+"""Export and import of a checkpoint that training wrote."""
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import megahybrid.hf.export as export_module
+import megahybrid.hf.import_ as import_module
+from megahybrid.cli import main
+from megahybrid.config import load_config, save_config
+from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.hf.naming import exported_name
+
+TEXT = "def f(x):\n    return x + 1\n"
+
+
+def last_checkpoint(run):
+    return run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+
+
+def names(folder):
+    return sorted(each.name for each in folder.iterdir())
+
+
+def test_what_an_exported_folder_holds(exported, reference):
+    shards = [name for name in names(exported) if name.endswith(".safetensors")]
+    assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    index = json.loads((exported / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(shards)
+    stored = {}
+    for shard in shards:
+        assert (exported / shard).stat().st_size < 110_000
+        stored |= load_file(exported / shard)
+    saved = load_file(last_checkpoint(reference) / "weights-00000.safetensors")
+    assert stored.keys() == {exported_name(name) for name in saved} == index["weight_map"].keys()
+    assert all(torch.equal(stored[exported_name(name)], weight) for name, weight in saved.items())
+    assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in saved.values())
+    card = (exported / "README.md").read_text()
+    metrics = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
+    for fact in ("`GLSFL`", "| steps | 20 of 20 |", f"| tokens | {20 * 8 * 64:,} |", f"{metrics[-1]['loss']:.4f} nats"):
+        assert fact in card
+    assert "trust_remote_code" in card
+
+
+def test_transformers_loads_it(exported):
+    assert AutoConfig.from_pretrained(exported, trust_remote_code=True).layers == "GLSFL"
+    model, report = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    assert type(model).__module__.startswith("transformers_modules")
+    assert model.lm_head.weight is model.model.embedding.weight
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    ours = Tokenizer.load(exported / "tokenizer.json")
+    batch = tokenizer([TEXT, TEXT * 4], return_tensors="pt", padding=True)
+    assert set(batch) == {"input_ids", "attention_mask"}
+    assert batch["input_ids"][1].tolist() == [ours.document_id, *ours.encode(TEXT * 4)]
+    assert batch["attention_mask"][0, 0] == 0
+    out = model.generate(**batch, max_new_tokens=12, do_sample=False)
+    alone = model.generate(**tokenizer(TEXT, return_tensors="pt"), max_new_tokens=12, do_sample=False)
+    written = out[0, batch["input_ids"].shape[1] :]
+    expected = alone[0, -12:]
+    assert torch.equal(written[: len(expected)], expected) or tokenizer.eos_token_id in out
+
+
+def test_bf16(reference, tmp_path):
+    assert main(["export", str(reference), str(tmp_path / "model")]) == 0
+    assert "model.safetensors" in names(tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    for name, weight in load_file(last_checkpoint(reference) / "weights-00000.safetensors").items():
+        expected = weight if name.endswith(("A_log", "dt_bias")) else weight.bfloat16()
+        assert stored[exported_name(name)].dtype == expected.dtype
+        assert torch.equal(stored[exported_name(name)], expected)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", trust_remote_code=True, dtype=torch.bfloat16)
+    assert model.model.layers[0].mixer.A_log.dtype == torch.float32
+    assert model.model.layers[0].mixer.q_conv.dtype == torch.bfloat16
+    assert model(torch.arange(100)[None]).logits.isfinite().all()
+
+
+def test_round_trip_and_a_training_step(exported, reference, recipe, tmp_path, capsys):
+    assert main(["import", str(exported), str(tmp_path / "imported"), "--verify"]) == 0
+    assert "worst difference" in capsys.readouterr().out
+    saved = load_file(last_checkpoint(reference) / "weights-00000.safetensors")
+    imported = load_file(tmp_path / "imported" / "weights-00000.safetensors")
+    assert saved.keys() == imported.keys()
+    assert all(torch.equal(imported[name], weight) for name, weight in saved.items())
+    trained = []
+    for name, start in (("before", reference), ("after", tmp_path / "imported")):
+        run = tmp_path / name
+        assert main(["train", str(recipe), f"run.dir={run}", "train.steps=1", f"train.init_from={start}"]) == 0
+        trained.append(
+            [(last_checkpoint(run) / f"{kind}-00000.safetensors").read_bytes() for kind in ("weights", "exp_avg")]
+        )
+    assert trained[0] == trained[1]
+    # What was imported is a checkpoint: it generates and can be exported again.
+    assert main(["generate", str(tmp_path / "imported"), "--prompt", "def", "--tokens", "3"]) == 0
+    assert main(["export", str(tmp_path / "imported"), str(tmp_path / "again"), "--dtype", "fp32"]) == 0
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[exported_name(name)], weight) for name, weight in saved.items())
+
+
+def test_resuming_from_weights_alone_is_refused(exported, recipe, tmp_path, capsys):
+    """A checkpoint without moments in a run directory, with the configuration that the recipe has."""
+    folder = tmp_path / "run" / "checkpoints" / "step_00000000"
+    assert main(["import", str(exported), str(folder), "--no-verify"]) == 0
+    save_config(load_config(recipe), folder / "config.yaml")
+    capsys.readouterr()
+    assert main(["train", str(recipe), f"run.dir={folder}"]) == 2
+    assert f"holds weights only; start a new run with train.init_from='{folder}'" in capsys.readouterr().err
+
+
+def test_a_wrong_conversion_leaves_nothing(reference, exported, tmp_path, monkeypatch, capsys):
+    real = export_module._read
+
+    def wrong(*arguments):
+        for number, tensor in enumerate(real(*arguments)):
+            yield tensor * 1.001 if number == 3 else tensor
+
+    monkeypatch.setattr(export_module, "_read", wrong)
+    assert main(["export", str(reference), str(tmp_path / "model"), "--dtype", "fp32", "--verify"]) == 2
+    assert "logits differ by up to" in capsys.readouterr().err
+    real_stream = import_module.write_stream
+
+    def wrong_stream(file, entries, tensors):
+        return real_stream(file, entries, (tensor + 1e-3 for tensor in tensors))
+
+    monkeypatch.setattr(import_module, "write_stream", wrong_stream)
+    assert main(["import", str(exported), str(tmp_path / "checkpoint"), "--verify"]) == 2
+    assert "logits differ by up to" in capsys.readouterr().err
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("verb", ["export", "import"])
+def test_a_full_disk_leaves_nothing(verb, exported, reference, tmp_path, monkeypatch, capsys):
+    module = {"export": export_module, "import": import_module}[verb]
+    real = module.write_stream
+
+    def full(file, entries, tensors):
+        real(file, dict(list(entries.items())[:1]), (next(iter(tensors)),))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "write_stream", full)
+    source = {"export": reference, "import": exported}[verb]
+    assert main([verb, str(source), str(tmp_path / "target")]) == 2
+    message = capsys.readouterr().err
+    assert "could not be written (No space left on device)" in message and message.count("\n") == 1
+    assert names(tmp_path) == []
+
+
+def test_bad_exports(reference, tmp_path, capsys):
+    def refused(*arguments):
+        assert main(["export", *map(str, arguments)]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        return message
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("kept")
+    assert "not an empty folder" in refused(reference, tmp_path / "full")
+    assert "no checkpoint" in refused(tmp_path / "full", tmp_path / "model")
+    assert "--shard-size is '5'" in refused(reference, tmp_path / "model", "--shard-size", "5")
+    shutil.copytree(last_checkpoint(reference), tmp_path / "damaged")
+    with open(tmp_path / "damaged" / "weights-00000.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    assert "not what was saved" in refused(tmp_path / "damaged", tmp_path / "model")
+    assert names(tmp_path) == ["damaged", "full"] and names(tmp_path / "full") == ["file"]
+
+
+def test_bad_imports(exported, tmp_path, capsys):
+    def refused(change):
+        source = tmp_path / "source"
+        shutil.copytree(exported, source)
+        change(source)
+        assert main(["import", str(source), str(tmp_path / "target")]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        shutil.rmtree(source)
+        assert names(tmp_path) == []
+        return message
+
+    def set_config(**values):
+        def change(source):
+            found = json.loads((source / "config.json").read_text())
+            (source / "config.json").write_text(json.dumps(found | values))
+
+        return change
+
+    def pickled(source):
+        for file in source.glob("model*.safetensors*"):
+            file.unlink()
+        (source / "pytorch_model.bin").write_bytes(b"not opened")
+
+    def outside(source):
+        file = source / "model.safetensors.index.json"
+        file.write_text(file.read_text().replace("model-00001", "../model-00001"))
+
+    def without_a_tensor(source):
+        file = source / "model-00002-of-00003.safetensors"
+        file = next(source.glob("model-00002-*"))
+        tensors = load_file(file)
+        tensors.pop(min(tensors))
+        save_file(tensors, file)
+
+    def damaged(source):
+        next(source.glob("model-00002-*")).write_bytes(b"\xff" * 100)
+
+    assert "is missing; download it again" in refused(lambda source: next(source.glob("model-00002-*")).unlink())
+    assert "damaged or no safetensors" in refused(damaged)
+    assert "has no tensor model." in refused(without_a_tensor)
+    assert "but config.json calls for" in refused(set_config(hidden_size=48))
+    assert "has no place for" in refused(set_config(layers="GLSF"))
+    assert "model_type 'llama'" in refused(set_config(model_type="llama"))
+    assert "pickle (pytorch_model.bin)" in refused(pickled)
+    assert "names files outside" in refused(outside)
+    assert "There is no" in refused(lambda source: (source / "config.json").unlink())
+    assert "cannot be read as JSON" in refused(lambda source: (source / "config.json").write_text("{"))
+    assert "tokenizer" in refused(lambda source: (source / "tokenizer.json").unlink())
+    assert "unknown letter" in refused(set_config(layers="GLSFN"))
+
+
+def test_shards_are_read_one_tensor_at_a_time(reference, tmp_path, monkeypatch):
+    """Host memory holds one parameter: the next is read only when the one before is written."""
+    alive, most = [], []
+    real = export_module._read
+
+    def counted(*arguments):
+        import weakref
+
+        for tensor in real(*arguments):
+            alive.append(weakref.ref(tensor))
+            most.append(sum(each() is not None for each in alive))
+            yield tensor
+            del tensor
+
+    monkeypatch.setattr(export_module, "_read", counted)
+    assert main(["export", str(reference), str(tmp_path / "model"), "--no-verify"]) == 0
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as tensors:
+        assert len(most) == len(list(tensors.keys())) and max(most) <= 2

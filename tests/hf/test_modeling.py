@@ -1,0 +1,213 @@
+"""The exported model against the training model: whole, in pieces, step by step and padded."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import megahybrid.hf.attention_megahybrid as attention
+import megahybrid.hf.layers_megahybrid as layers
+from tests.hf.tiny import expected_logits, pair, random_tokens
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+PATTERNS = ["G", "L", "S", "F", "GL", "GLSF"]
+# Window + buffer of L is 13 tokens, the window of S 7: far beyond both.
+LENGTH = 90
+NO_END = {"pad_token_id": 0, "eos_token_id": None}
+
+
+def close(found, expected, tolerance=1e-9):
+    assert found.shape == expected.shape
+    assert torch.allclose(found, expected, rtol=0, atol=tolerance), float((found - expected).abs().max())
+
+
+@pytest.fixture(params=["plain", "kernels"])
+def without_and_with_kernels(request, monkeypatch):
+    """Once as where megahybrid_kernels is not installed."""
+    if request.param == "plain":
+        monkeypatch.setattr(layers, "packed_gated_delta_rule", None)
+    else:
+        assert layers.packed_gated_delta_rule is not None
+
+
+def in_pieces(model, rows, sizes, mask=None):
+    cache, logits, at = None, [], 0
+    for size in sizes:
+        piece = {} if mask is None else {"attention_mask": mask[:, : at + size]}
+        out = model(rows[:, at : at + size], past_key_values=cache, use_cache=True, **piece)
+        cache, at = out.past_key_values, at + size
+        logits.append(out.logits)
+    assert at == rows.shape[1]
+    return torch.cat(logits, 1)
+
+
+def padded(lengths):
+    """Rows of these lengths, padded on the left with tokens that must not matter, and their mask."""
+    longest = max(lengths)
+    rows = torch.stack([random_tokens(longest, seed) for seed, _ in enumerate(lengths, start=1)])
+    mask = (torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]).long()
+    return rows, mask
+
+
+@pytest.mark.usefixtures("without_and_with_kernels")
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("block", [256, 8])
+def test_whole_sequences(pattern, block, monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(layers, "CHUNK", block)
+    model, exported = pair(pattern)
+    rows = torch.stack([random_tokens(LENGTH, seed) for seed in (1, 2)])
+    found = exported(rows, use_cache=False)
+    assert found.past_key_values is None
+    for row, tokens in zip(found.logits, rows, strict=True):
+        close(row, expected_logits(model, tokens))
+
+
+@pytest.mark.usefixtures("without_and_with_kernels")
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("cut", ["steps", "prompt then steps", "pieces"])
+def test_with_cache(pattern, cut):
+    model, exported = pair(pattern, tie_embeddings=False)
+    draw, sizes = random.Random(5), []
+    while cut == "pieces" and sum(sizes) < LENGTH:
+        sizes.append(min(draw.choice([1, 2, 9, 17, 30]), LENGTH - sum(sizes)))
+    if cut != "pieces":
+        prompt = 1 if cut == "steps" else 40
+        sizes = [prompt] + [1] * (LENGTH - prompt)
+    tokens = random_tokens(LENGTH)
+    close(in_pieces(exported, tokens[None], sizes)[0], expected_logits(model, tokens))
+
+
+@pytest.mark.usefixtures("without_and_with_kernels")
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_left_padding(pattern):
+    """Whole, and in pieces of which some are padding only for some rows."""
+    model, exported = pair(pattern)
+    lengths = (LENGTH, 61, 5, 1)
+    rows, mask = padded(lengths)
+    whole = exported(rows, attention_mask=mask, use_cache=False).logits
+    pieces = in_pieces(exported, rows, [20, 40, 25, 1, 1, 1, 1, 1], mask)
+    for number, length in enumerate(lengths):
+        expected = expected_logits(model, rows[number, -length:])
+        close(whole[number, -length:], expected)
+        close(pieces[number, -length:], expected)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_in_fp32(pattern):
+    model, exported = pair(pattern, torch.float32)
+    nearest = [1.0]
+    for block in exported.model.layers:
+        if hasattr(block.mixer, "router"):
+            block.mixer.router.register_forward_hook(lambda _, __, out: nearest.append(float(out[0].abs().min())))
+    tokens = random_tokens(LENGTH)
+    whole = exported(tokens[None], use_cache=False).logits[0]
+    assert min(nearest) > 1e-4 / 4  # of the logit; the score's slope there is 1/4
+    expected = expected_logits(model, tokens)
+    close(whole, expected, 1e-4)
+    close(in_pieces(exported, tokens[None], [33] + [1] * (LENGTH - 33))[0], expected, 1e-4)
+
+
+def test_the_buffer_overflows_in_these_tests():
+    _, exported = pair("L")
+    seen = []
+    exported.model.layers[0].mixer.router.register_forward_hook(lambda _, __, out: seen.append(out[0]))
+    exported(random_tokens(LENGTH)[None])
+    positive = (seen[0][0, :, 6:] > 0).sum(-1)
+    assert positive.max() > exported.config.lte["buffer_size"] and positive.min() < LENGTH - 6
+
+
+def test_states_of_a_fixed_size():
+    _, exported = pair("GLS")
+
+    def shapes(cache):
+        return [{name: x.shape for name, x in state.items()} for state in cache.states]
+
+    cache = exported(random_tokens(3)[None], use_cache=True).past_key_values
+    before = shapes(cache)
+    exported(random_tokens(80)[None], past_key_values=cache, use_cache=True)
+    assert shapes(cache) == before and cache.get_seq_length() == 83
+
+
+def test_reordered_cache():
+    """Beams that change places and are given up, as beam search does."""
+    _, exported = pair("GLSF")
+    rows, mask = padded((40, 33, 12))
+    cache = exported(rows, attention_mask=mask, use_cache=True).past_key_values
+    order, following = torch.tensor([2, 0, 2]), torch.tensor([[3], [7], [9]])
+    cache.reorder_cache(order)
+    mask = F.pad(mask[order], (0, 1), value=1)
+    found = exported(following, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    expected = exported(torch.cat([rows[order], following], 1), attention_mask=mask, use_cache=False).logits
+    close(found[:, -1], expected[:, -1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": True, "temperature": 0.7, "top_k": 9},
+        {"do_sample": True, "num_return_sequences": 2, "top_p": 0.9},
+    ],
+)
+def test_generate(options):
+    """With the cache as without it, on a batch with left padding."""
+    _, exported = pair("GLSF")
+    rows, mask = padded((30, 17, 4))
+    generated = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        out = exported.generate(
+            rows,
+            attention_mask=mask,
+            max_new_tokens=25,
+            use_cache=use_cache,
+            pad_token_id=0,
+            eos_token_id=None,
+            **options,
+        )
+        assert out.shape == (3 * options.get("num_return_sequences", 1), 55)
+        generated.append(out)
+    assert torch.equal(*generated)
+
+
+def test_greedy_continuation_of_the_training_model():
+    model, exported = pair("GL")
+    tokens = random_tokens(20)
+    found = exported.generate(tokens[None], max_new_tokens=20, do_sample=False, **NO_END)[0]
+    for _ in range(20):
+        tokens = torch.cat([tokens, expected_logits(model, tokens)[-1:].argmax(-1)])
+    assert torch.equal(found, tokens)
+
+
+def test_loss_and_kept_logits():
+    _, exported = pair("GL")
+    rows = random_tokens(30)[None]
+    out = exported(rows, labels=rows)
+    assert torch.allclose(out.loss, F.cross_entropy(out.logits[0, :-1], rows[0, 1:]).float())
+    close(exported(rows, logits_to_keep=2).logits, out.logits[:, -2:])
+
+
+def test_new_weights_train():
+    """A model made from its configuration alone."""
+    from megahybrid.hf.configuration_megahybrid import MegahybridConfig
+    from megahybrid.hf.modeling_megahybrid import MegahybridForCausalLM
+    from megahybrid.hf.naming import exported_config
+    from tests.model import tiny
+
+    torch.manual_seed(0)
+    model = MegahybridForCausalLM(MegahybridConfig(**exported_config(tiny.config("GLSF"))))
+    assert all(weight.isfinite().all() for weight in model.parameters())
+    rows = random_tokens(50)[None]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = model(rows, labels=rows).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
