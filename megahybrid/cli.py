@@ -17,7 +17,7 @@ from megahybrid.errors import UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parsed = _parser().parse_args(arguments)
-    _quieten_libraries()
+    quieten_libraries()
     try:
         parsed.run(parsed)
     except UserError as error:
@@ -52,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=int, default=0, help="of sampling")
     verb.set_defaults(run=_generate)
     _add_conversions(verbs)
+    _add_submit(verbs)
+    verb = verbs.add_parser("runs", help="the runs under a folder: state, speed, loss, time left, jobs")
+    verb.add_argument("path", type=Path, nargs="?", default=Path("runs"), metavar="FOLDER", help="default: runs")
+    verb.set_defaults(run=_runs)
     verb = verbs.add_parser("plot", help="pictures and a summary from a run's metrics.jsonl")
     verb.add_argument("path", type=Path, metavar="RUN", help="a run directory")
     verb.set_defaults(run=_plot)
@@ -76,6 +80,26 @@ def _add_conversions(verbs: argparse._SubParsersAction) -> None:
             action=argparse.BooleanOptionalAction,
             help="compare logits of both forms; a difference fails the conversion (default: where memory suffices)",
         )
+
+
+def _add_submit(verbs) -> None:
+    verb = verbs.add_parser("submit", help="a Slurm job that trains, requeues itself, and goes on")
+    verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/lalte-0.4b.yaml")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    verb.add_argument("--profile", default="generic", help="a file, or a name in slurm/profiles (default generic)")
+    verb.add_argument("--nodes", type=int, default=1, help="default 1")
+    verb.add_argument("--gpus-per-node", type=int, help="default: the profile's")
+    verb.add_argument("--time", help="time limit of a job, as sbatch takes it (default: the profile's)")
+    verb.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each going on where one before ended")
+    verb.add_argument("--array", metavar="KEY=V,V,…", help="a run for each value of a key, in run.dir/KEY=V")
+    verb.add_argument(
+        "--requeue",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="put the job back into the queue when there is more to do (default)",
+    )
+    verb.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
+    verb.set_defaults(run=_submit)
 
 
 def _config(parsed: argparse.Namespace):
@@ -130,6 +154,30 @@ def _import(parsed: argparse.Namespace) -> None:
     import_model(parsed.source, parsed.target, parsed.verify)
 
 
+def _submit(parsed: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from megahybrid.launch.profile import load_profile
+    from megahybrid.launch.submit import Request, describe, submit
+
+    if parsed.nodes < 1 or parsed.chain < 1 or (parsed.gpus_per_node or 1) < 1:
+        raise UserError("--nodes, --gpus-per-node and --chain must be at least 1.")
+    profile = load_profile(parsed.profile)
+    changes = {"gpus_per_node": parsed.gpus_per_node, "time": parsed.time}
+    profile = replace(profile, **{name: value for name, value in changes.items() if value is not None})
+    request = Request(
+        parsed.recipe, parsed.overrides, profile, parsed.nodes, parsed.chain, parsed.requeue, parsed.array
+    )
+    script, numbers = submit(request, parsed.dry_run)
+    print(script if parsed.dry_run else describe(script, numbers))
+
+
+def _runs(parsed: argparse.Namespace) -> None:
+    from megahybrid.launch.runs import find, show
+
+    show(find(parsed.path))
+
+
 def _plot(parsed: argparse.Namespace) -> None:
     from megahybrid.training.plots import plot_run
     from megahybrid.training.report import summarise
@@ -149,7 +197,7 @@ def _say(error: UserError) -> None:
         print(f"megahybrid (rank {rank}): {error}", file=sys.stderr)
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Keep the libraries' own banners off the terminal; warnings come back with MEGAHYBRID_DEBUG=1."""
     if not os.environ.get("MEGAHYBRID_DEBUG"):
         warnings.filterwarnings("ignore")

@@ -150,7 +150,8 @@ class Trainer:
                 self.say(_line(metrics, result, train.steps, left))
             if result.stop and not last:
                 self.saver.finish()
-                reason = self.stop_request.signal or "a signal to another process"
+                signals = {name for name in groups.gather(self.stop_request.signal) if name}
+                reason = "SIGTERM" if "SIGTERM" in signals else signals.pop()
                 self.write_status("stopped", reason)
                 self._tell(f"Stopped by {reason} after step {step}; the same command goes on.")
                 return

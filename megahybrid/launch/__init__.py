@@ -1,0 +1,1 @@
+"""Slurm: submitting jobs, running in them, and following them."""

@@ -1,0 +1,161 @@
+"""The runs under a folder at a glance, from their own files and from Slurm where it is here; no database."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megahybrid.errors import UserError
+from megahybrid.files import read_json
+from megahybrid.launch import slurm
+from megahybrid.training import attempts
+from megahybrid.training.run_directory import RunDirectory, duration
+
+_STALLED_SECONDS = 90.0  # a heartbeat comes every 10 s
+_INSIDE = {"checkpoints", "wandb", "logs", "heartbeat", "submit"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, read.
+
+    Attributes:
+        path: the run directory.
+        state: queued, running, stalled, requeued, stopped, done or failed.
+        reason: why, if there is a why.
+        step, target: optimizer steps.
+        last: the last line of metrics.jsonl, or {}.
+        jobs: the Slurm jobs that have trained it or will, the newest last.
+    """
+
+    path: Path
+    state: str
+    reason: str
+    step: int
+    target: int
+    last: dict[str, Any]
+    jobs: tuple[str, ...]
+
+
+def find(folder: Path) -> list[Run]:
+    """The runs in `folder`, itself included, by path. Raises UserError where there is none."""
+    queue = slurm.jobs() if shutil.which("squeue") else []
+    runs = [_read(path, queue) for path in _directories(folder)]
+    if not runs:
+        raise UserError(f"There is no run in '{folder}'; give a folder of run directories.")
+    return runs
+
+
+def show(runs: Sequence[Run], console: Console | None = None) -> None:
+    """Print a table, a row a run."""
+    console = console or Console()
+    table = Table(box=None, header_style="bold")
+    table.add_column("run", overflow="fold")
+    for name in ("state", "step", "tokens", "tokens/s", "MFU", "loss", "left", "job"):
+        table.add_column(name, justify="left" if name in ("state", "job") else "right", no_wrap=name != "job")
+    table.add_column("why", overflow="fold")
+    for run in runs:
+        table.add_row(*_row(run))
+    console.print(table)
+
+
+def _row(run: Run) -> list[str]:
+    last, left = run.last, ""
+    if run.state == "running" and last:
+        a_step = last["tokens"] / last["step"] / last["tokens_per_second"]
+        left = duration((run.target - last["step"]) * a_step)
+    of_tokens = last["tokens"] / last["step"] * run.target if last else 0
+    return [
+        str(run.path),
+        run.state,
+        f"{run.step}/{run.target}" if run.target else "",
+        f"{_short(last['tokens'])}/{_short(of_tokens)}" if last else "",
+        f"{last['tokens_per_second']:,.0f}" if last else "",
+        f"{100 * last['mfu']:.1f} %" if "mfu" in last else "",
+        f"{last['loss']:.4f}" if last else "",
+        left,
+        ", ".join(run.jobs),
+        run.reason,
+    ]
+
+
+def _short(tokens: float) -> str:
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if tokens >= limit:
+            return f"{tokens / limit:.3g}{suffix}"
+    return f"{tokens:.0f}"
+
+
+def _directories(folder: Path) -> Iterator[Path]:
+    for path, inner, files in os.walk(folder):
+        if "status.json" in files or "submit" in inner:
+            yield Path(path)
+        inner[:] = sorted(each for each in inner if each not in _INSIDE)
+
+
+def _read(path: Path, queue: Sequence[slurm.QueuedJob]) -> Run:
+    run = RunDirectory(path)
+    status = run.read_status()
+    submitted = [read_json(each) for each in sorted(path.glob("submit/*/job.json"))]
+    mine = [job for job in queue for facts in submitted if facts and _belongs(job, facts)]
+    state, reason = _state(run, status, mine)
+    known = [number for facts in submitted if facts for number in facts["jobs"]]
+    started = [attempt["job"] for attempt in attempts.read(run) if attempt["job"]]
+    jobs = tuple(dict.fromkeys([*started, *(job.id for job in mine), *known]))
+    return Run(
+        path, state, reason, status.get("step", 0), status.get("target", 0), _last_metrics(run.metrics), jobs[-3:]
+    )
+
+
+def _belongs(job: slurm.QueuedJob, facts: dict[str, Any]) -> bool:
+    element = None if job.array is None else job.array[1]
+    return job.comment == facts["submission"] and (element is None or element == facts.get("element"))
+
+
+def _state(run: RunDirectory, status: dict[str, Any], jobs: Sequence[slurm.QueuedJob]) -> tuple[str, str]:
+    told, reason = status.get("state"), status.get("reason", "")
+    if told == "done":
+        return told, reason
+    if any(job.state in ("RUNNING", "COMPLETING") for job in jobs):
+        beats = [path.stat().st_mtime for path in run.heartbeats.glob("rank_*.json")]
+        silent = time.time() - max([*beats, status.get("time", 0)])
+        if told == "running" and silent > _STALLED_SECONDS:
+            return "stalled", f"no heartbeat for {duration(silent)}"
+        return "running", ""
+    waiting = [job for job in jobs if job.state == "PENDING"]
+    if waiting:
+        why = f"{waiting[0].reason}" + (f"; before: {reason}" if reason else "")
+        return ("requeued" if status else "queued"), why
+    if told == "running":
+        silent = time.time() - max([status["time"], *(p.stat().st_mtime for p in run.heartbeats.glob("rank_*.json"))])
+        ended = bool(status.get("job")) or silent > _STALLED_SECONDS
+        return ("failed", "it ended without a word") if ended else ("running", "")
+    if told is None:
+        ended = next((job for job in jobs), None)
+        return "failed", f"the job ended before training began ({ended.state.lower()})" if ended else "never started"
+    return told, reason
+
+
+def _last_metrics(path: Path) -> dict[str, Any]:
+    """The last whole line of metrics.jsonl, read from its end."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 2**20))
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            return json.loads(line)
+        except ValueError:
+            continue
+    return {}

@@ -1,0 +1,86 @@
+"""Slurm's own commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from megahybrid.errors import UserError
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job that Slurm knows of.
+
+    Attributes:
+        id: the job's number, of an element of a job array its own.
+        state: Slurm's word, such as RUNNING.
+        reason: why it waits.
+        comment: the submission that it belongs to.
+        array: the job array and the element's number in it, or None.
+        restarts: how often it was put back into the queue.
+    """
+
+    id: str
+    state: str
+    reason: str
+    comment: str
+    array: tuple[str, int] | None
+    restarts: int
+
+
+def sbatch(script: Path, *options: str) -> str:
+    """Submit a script; returns the job's number. Raises UserError with sbatch's own words when it refuses."""
+    said = _call(["sbatch", "--parsable", *options, str(script)])
+    return said.strip().split(";")[0]
+
+
+def sbatch_accepts(script: str) -> None:
+    """Raise UserError where sbatch would refuse a script of this text; nothing is submitted."""
+    _call(["sbatch", "--test-only"], script)
+
+
+def jobs() -> list[QueuedJob]:
+    """The jobs that Slurm still remembers, ended ones too. Raises UserError where Slurm cannot be asked."""
+    found = json.loads(_call(["squeue", "-t", "all", "--json"]))["jobs"]
+    return [
+        QueuedJob(
+            id=str(job["job_id"]),
+            state=" ".join(job["job_state"]) if isinstance(job["job_state"], list) else job["job_state"],
+            reason=job.get("state_reason", ""),
+            comment=job.get("comment", ""),
+            array=_array(job),
+            restarts=_number(job.get("restart_cnt")) or 0,
+        )
+        for job in found
+    ]
+
+
+def cancel(job: str) -> None:
+    """Cancel a job. Raises UserError."""
+    _call(["scancel", job])
+
+
+def _array(job: dict) -> tuple[str, int] | None:
+    array, element = _number(job.get("array_job_id")), _number(job.get("array_task_id"))
+    return None if not array or element is None else (str(array), element)
+
+
+def _number(value: object) -> int | None:
+    """A number of squeue's JSON, which newer versions wrap in {"set": …, "number": …}."""
+    if isinstance(value, dict):
+        return value["number"] if value.get("set") else None
+    return value if isinstance(value, int) else None
+
+
+def _call(command: list[str], given: str | None = None) -> str:
+    if shutil.which(command[0]) is None:
+        raise UserError(f"The command {command[0]} is not here; run this on a host of a Slurm cluster.")
+    done = subprocess.run(command, input=given, capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
+        raise UserError(f"{command[0]} refused: {lines[-1].removeprefix(f'{command[0]}: ')}.")
+    return done.stdout

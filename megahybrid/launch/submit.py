@@ -1,0 +1,153 @@
+"""Submitting training jobs: what cannot work is refused here, and what is submitted stays as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megahybrid import code_version
+from megahybrid.config import Config, load_config, save_config
+from megahybrid.errors import UserError
+from megahybrid.files import read_json, write_json, write_text
+from megahybrid.launch import slurm
+from megahybrid.launch.profile import Profile
+from megahybrid.launch.script import Job, render
+from megahybrid.training.run_directory import RunDirectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """How a recipe is to be submitted.
+
+    Attributes:
+        recipe, overrides: as for `train`.
+        profile: the cluster.
+        nodes: how many.
+        chain: jobs that follow each other; 1 for one that requeues itself, or not.
+        requeue: whether a job that has more to do puts itself back into the queue.
+        array: "key=value,value,…", one run for each value; None for one run.
+    """
+
+    recipe: str
+    overrides: Sequence[str]
+    profile: Profile
+    nodes: int = 1
+    chain: int = 1
+    requeue: bool = True
+    array: str | None = None
+
+
+def submit(request: Request, dry_run: bool = False) -> tuple[str, list[str]]:
+    """Submit it, or with `dry_run` only check it: (the script's text, the jobs' numbers). Raises UserError."""
+    if request.chain > 1 and request.array:
+        raise UserError("--chain and --array do not go together; the runs of an array requeue themselves.")
+    configs = _configs(request)
+    for config in configs:
+        _check(config, request)
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    run_dirs = [Path(config.run.dir).resolve() for config in configs]
+    base = run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent
+    name = re.sub(r"[^\w.=+-]", "_", base.name)
+    job = Job(
+        name=name,
+        submission=f"{name}-{stamp}",
+        configs=[path / "submit" / stamp / "config.yaml" for path in run_dirs],
+        run_dirs=run_dirs,
+        nodes=request.nodes,
+        requeue=request.requeue and request.chain == 1,
+        output=base / "logs" / ("slurm_%j.out" if len(run_dirs) == 1 else "slurm_%A_%a.out"),
+    )
+    script = render(job, request.profile)
+    if dry_run:
+        return script, []
+    _refuse_a_second_job(run_dirs)
+    slurm.sbatch_accepts(script)
+    return script, _send(job, configs, script, request)
+
+
+def _configs(request: Request) -> list[Config]:
+    if request.array is None:
+        return [load_config(request.recipe, request.overrides)]
+    key, _, values = request.array.partition("=")
+    if not values or "" in values.split(","):
+        raise UserError(f"--array is '{request.array}'; give it as key=value,value,…")
+    configs = []
+    for value in values.split(","):
+        config = load_config(request.recipe, [*request.overrides, f"{key}={value}"])
+        config.run.dir = f"{config.run.dir.rstrip('/')}/{key.rsplit('.', 1)[-1]}={value}"
+        configs.append(config)
+    return configs
+
+
+def _check(config: Config, request: Request) -> None:
+    """What the job itself would refuse, hours later."""
+    parallel, train = config.parallel, config.train
+    gpus = request.nodes * request.profile.gpus_per_node
+    model = parallel.tensor * parallel.pipeline
+    if gpus % model:
+        raise UserError(
+            f"{request.nodes} nodes of {request.profile.gpus_per_node} GPUs are {gpus}, which is no multiple of "
+            f"parallel.tensor * parallel.pipeline = {model}; change --nodes, --gpus-per-node or the layout."
+        )
+    together = gpus // model * train.micro_batch_size
+    if train.global_batch_size % together:
+        raise UserError(
+            f"train.global_batch_size ({train.global_batch_size}) must be a multiple of {together}, the samples that "
+            f"{gpus // model} replicas with train.micro_batch_size {train.micro_batch_size} handle at once."
+        )
+    if config.data.remote is None and not Path(config.data.path).is_dir():
+        raise UserError(f"There is no data in '{config.data.path}'; run `megahybrid prepare {request.recipe}` first.")
+
+
+def _refuse_a_second_job(run_dirs: Sequence[Path]) -> None:
+    active = {job.comment: job for job in slurm.jobs() if job.state in ("PENDING", "RUNNING", "COMPLETING")}
+    for path in run_dirs:
+        for submitted in path.glob("submit/*/job.json"):
+            if job := active.get((read_json(submitted) or {}).get("submission", "")):
+                raise UserError(
+                    f"Job {job.id} trains {path} already ({job.state.lower()}); cancel it first (scancel {job.id}), or "
+                    "give another run.dir."
+                )
+
+
+def _send(job: Job, configs: Sequence[Config], script: str, request: Request) -> list[str]:
+    files = [path.parent for path in job.configs]
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    for folder, config, run_dir in zip(files, configs, job.run_dirs, strict=True):
+        snapshot = dataclasses.replace(
+            config,
+            run=dataclasses.replace(config.run, dir=str(run_dir)),
+            data=dataclasses.replace(config.data, path=str(Path(config.data.path).resolve())),
+        )
+        save_config(snapshot, folder / "config.yaml")
+        write_text(folder / "job.sbatch", script)
+    path = files[0] / "job.sbatch"
+    numbers: list[str] = []
+    for _ in range(request.chain):
+        after = ["--dependency=afterany:" + numbers[-1]] if numbers else []
+        numbers.append(slurm.sbatch(path, *after))
+    facts = {"submission": job.submission, "jobs": numbers, "code_version": code_version(), "recipe": request.recipe}
+    for number, (folder, run_dir) in enumerate(zip(files, job.run_dirs, strict=True)):
+        element = {"element": number} if len(files) > 1 else {}
+        write_json(folder / "job.json", {**facts, **element, "overrides": list(request.overrides)})
+        RunDirectory(run_dir).logs.mkdir(exist_ok=True)
+    return numbers
+
+
+def describe(script: str, numbers: Sequence[str]) -> str:
+    """What is printed after submitting: the jobs and where their output is."""
+    output = next(line.split("=", 1)[1] for line in script.splitlines() if line.startswith("#SBATCH --output="))
+    jobs = ", then ".join(numbers)
+    logs = Path(output).parent
+    follow = output.replace("%j", numbers[0]).replace("%A", numbers[0]).replace("%a", "0")
+    return "\n".join(
+        itertools.chain(
+            [f"Submitted job {jobs}.", f"Its output:   {follow}", f"Every rank's: {logs}/rank_00000.out and so on"],
+            [f"Follow it:    megahybrid runs {logs.parent}"],
+        )
+    )
