@@ -16,7 +16,7 @@ from megahybrid.errors import UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parse(arguments)
     quieten_libraries()
     try:
         parsed.run(parsed)
@@ -29,6 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         _leave_groups()
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes `key=value` before options only; users put them anywhere."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if any(each.startswith("-") or not hasattr(parsed, "overrides") for each in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides += rest
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,34 @@
+"""Runs a module as Python does, with a fault put into training: `python faulty.py -m MODULE …`.
+
+FAULT is "raise RANK STEP" or "hang RANK STEP"; a hang comes in the job's first start only. PAUSE lengthens steps.
+"""
+
+import os
+import runpy
+import sys
+import time
+
+
+def install(kind: str, rank: int, at: int, pause: float) -> None:
+    from megahybrid.training.engine import Engine
+
+    real = Engine.step
+
+    def step(self, batches, step, *flags, **others):
+        time.sleep(pause)
+        if int(os.environ["SLURM_PROCID"]) == rank and step == at:
+            if kind == "raise":
+                raise ValueError("the seventh batch is odd")
+            if kind == "hang" and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+                time.sleep(600)
+        return real(self, batches, step, *flags, **others)
+
+    Engine.step = step
+
+
+if __name__ == "__main__":
+    del sys.argv[:2]
+    if sys.argv[0].endswith(".task"):
+        kind, rank, at = os.environ.get("FAULT", "none -1 -1").split()
+        install(kind, int(rank), int(at), float(os.environ.get("PAUSE", "0")))
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
