@@ -109,7 +109,7 @@ class Trainer:
         if groups.is_main():
             run.cut_metrics(self.position.step)
             save_config(config, run.config)
-        self.tracker = Tracker(config if groups.is_main() else None, self.position.tracking_id)
+        self.tracker = Tracker(config if groups.is_main() else None, self.position.tracking_id, self.position.step)
         resources.callback(self.tracker.finish)
         self.saver = Saver(run.checkpoints, self.engine, self.data.prepared.tokenizer_file)
         self.flops_per_token = flops_per_token(config).training

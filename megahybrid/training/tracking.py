@@ -2,37 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 from megahybrid import code_version
 from megahybrid.config.schema import Config
+from megahybrid.files import read_json, write_json
+from megahybrid.training.run_directory import read_metrics
 
 log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """One W&B run over all resumes, logged on the axis of tokens; silent where tracking is off or W&B fails."""
+    """One W&B run over all resumes, every step in it once on the axis of tokens; silent where W&B is off or fails."""
 
-    def __init__(self, config: Config | None, run_id: str | None):
-        """Start or continue the run with this id; None for `config` on processes that do not log."""
-        self.run = None
+    def __init__(self, config: Config | None, run_id: str | None, step: int = 0):
+        """Start the run, or continue the one with this id after `step`; None for `config` where nothing is logged.
+
+        A killed process may have logged steps after its last checkpoint, which are now done again, and may have lost
+        some before it: W&B gets what it lacks from metrics.jsonl, and what it has is not logged again.
+        """
+        self.run, self._logged = None, 0
         if config is not None and config.tracking.wandb != "disabled":
+            folder = Path(config.run.dir)
+            run_id = run_id or _id_of_submission(folder)
+            self._logged = _last_step_in_files(folder / "wandb") if run_id else 0
             self.run = _start(config, run_id, config.tracking.wandb)
             if self.run is None and config.tracking.wandb == "online":
                 self.run = _start(config, run_id, "offline")
         self.id: str | None = self.run.id if self.run else run_id
+        if self.run is not None:
+            if not self.run.settings._offline:
+                self._logged = self.run.starting_step - 1 if self.run.resumed else 0
+            _note_id(folder, self.id)
+            self._catch_up(folder, step)
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Log one step's metrics; per-head values as mean and histogram a layer."""
-        if self.run is None:
+        """Log one step's metrics, unless W&B has that step; per-head values as mean and histogram a layer."""
+        if self.run is None or metrics["step"] <= self._logged:
             return
         try:
-            self.run.log(_flat(metrics))
+            self.run.log(_flat(metrics), step=metrics["step"])
         except Exception as error:
             log.warning("W&B stopped taking metrics (%s); they go on in metrics.jsonl.", error)
             self.run = None
+
+    def _catch_up(self, folder: Path, step: int) -> None:
+        if self._logged < step and (folder / "metrics.jsonl").exists():
+            for line in read_metrics(folder):
+                if line["step"] <= step:
+                    self.log(line)
 
     def finish(self) -> None:
         """Close the run, waiting at most half a minute."""
@@ -73,6 +99,34 @@ def _start(config: Config, run_id: str | None, mode: str):
     except Exception as error:
         log.warning("W&B did not start in %s mode (%s).", mode, error)
         return None
+
+
+def _id_of_submission(folder: Path) -> str | None:
+    """The id that an earlier start of this job has left, which may have made no checkpoint."""
+    noted = read_json(folder / "wandb" / "run.json") or {}
+    submission = os.environ.get("MEGAHYBRID_SUBMISSION")
+    return noted.get("id") if submission and noted.get("submission") == submission else None
+
+
+def _note_id(folder: Path, run_id: str | None) -> None:
+    with contextlib.suppress(OSError):
+        noted = {"id": run_id, "submission": os.environ.get("MEGAHYBRID_SUBMISSION")}
+        write_json(folder / "wandb" / "run.json", noted)
+
+
+def _last_step_in_files(folder: Path) -> int:
+    """The highest step in the offline files that earlier starts have left; 0 where there is none to be read."""
+    for file in sorted(folder.glob("offline-run-*/*.wandb"), reverse=True):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        steps = [
+            json.loads(line)["history"]["item"]["_step"]
+            for line in done.stdout.splitlines()
+            if '"type":"history"' in line
+        ]
+        if steps:
+            return max(steps)
+    return 0
 
 
 def _flat(metrics: dict[str, Any]) -> dict[str, Any]:

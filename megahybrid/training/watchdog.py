@@ -134,7 +134,6 @@ def _place(frame: object) -> str:
         return "unknown"
     package = str(Path(megahybrid.__file__).parent)
     stack = traceback.extract_stack(frame)
-    ours = next((each for each in reversed(stack) if each.filename.startswith(package)), None)
-    return " < ".join(
-        f"{Path(each.filename).name}:{each.lineno} {each.name}" for each in dict.fromkeys((stack[-1], ours)) if each
-    )
+    innermost_of_ours = [each for each in stack if each.filename.startswith(package)][-1:]
+    names = [f"{Path(each.filename).name}:{each.lineno} {each.name}" for each in (stack[-1], *innermost_of_ours)]
+    return " < ".join(dict.fromkeys(names))

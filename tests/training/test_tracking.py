@@ -1,11 +1,15 @@
 import json
+import shutil
 import statistics
+import subprocess
+import sys
 import time
 
 import pytest
 
 from megahybrid.cli import main
 from megahybrid.config import load_config
+from megahybrid.training.engine import Engine
 from megahybrid.training.tracking import Tracker
 from tests.training.conftest import metrics
 
@@ -25,6 +29,44 @@ def test_an_offline_run_keeps_its_id_over_a_resume(recipe, tmp_path):
     assert first is not None and first == second
     parts = [path.name for path in (run / "wandb").glob("offline-run-*")]
     assert parts and all(part.endswith(first) for part in parts)
+
+
+def steps_in_files(run) -> list[int]:
+    """The steps of all offline files of a run, read back with W&B's own tool."""
+    steps = []
+    for file in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        items = [json.loads(line)["history"]["item"] for line in said.splitlines() if '"type":"history"' in line]
+        assert all(item["tokens"] == 512 * item["step"] == 512 * item["_step"] for item in items)
+        steps += [item["step"] for item in items]
+    return steps
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_every_step_is_logged_once_over_a_failure(lost, recipe, tmp_path, monkeypatch):
+    """Interrupted in step 8, three after a checkpoint; `lost`: what was logged until then never reached the disk."""
+    command, run, real = (
+        ["train", str(recipe), "tracking.wandb=offline", "train.steps=12"],
+        tmp_path / "run",
+        Engine.step,
+    )
+
+    def interrupted(self, batches, step, *flags, **others):
+        if step == 8:
+            raise RuntimeError("the machine went away")
+        return real(self, batches, step, *flags, **others)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    with pytest.raises(RuntimeError, match="went away"):
+        main(command)
+    assert steps_in_files(run) == list(range(1, 8))
+    if lost:
+        for folder in (run / "wandb").glob("offline-run-*"):
+            shutil.rmtree(folder)
+    monkeypatch.setattr(Engine, "step", real)
+    assert main(command) == 0
+    assert steps_in_files(run) == list(range(1, 13))
 
 
 def test_a_log_call_takes_less_than_5_ms(recipe, tmp_path):

@@ -1,0 +1,172 @@
+"""What is refused before anything is submitted, the script, and the verdict on a start; no Slurm needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megahybrid.cli import main
+from megahybrid.errors import MachineFault, UserError
+from megahybrid.launch import verdict
+from megahybrid.launch.profile import FOLDER, load_profile
+from megahybrid.launch.task import places
+from megahybrid.training import attempts, failures
+from megahybrid.training.run_directory import RunDirectory
+
+
+def submit(recipe, *arguments) -> int:
+    return main(["submit", str(recipe), "--gpus-per-node", "2", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["parallel.tensor=4"], "are 2, which is no multiple of parallel.tensor * parallel.pipeline = 4"),
+        (["--nodes", "3", "train.micro_batch_size=1"], "must be a multiple of 6"),
+        (["train.stepz=3"], "stepz"),
+        (["--profile", "no-such-cluster"], "There is no profile"),
+        (["--array", "optimizer.learning_rate"], "give it as key=value,value"),
+        (["--array", "train.seed=1,2", "--chain", "2"], "do not go together"),
+        (["data.path=/nowhere"], "run `megahybrid prepare"),
+        (["--chain", "0"], "at least 1"),
+    ],
+)
+def test_what_cannot_work_is_refused(recipe, tmp_path, capsys, arguments, said):
+    assert submit(recipe, "--dry-run", *arguments) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_host_without_slurm_is_told_so(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert submit(recipe) == 2
+    assert "run this on a host of a Slurm cluster" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_script_says_what_was_asked_for(recipe, tmp_path, capsys):
+    profile = tmp_path / "cluster.yaml"
+    profile.write_text(
+        "partition: gpu\naccount: me\nsetup: [module load x]\nenvironment: {NCCL_SOCKET_IFNAME: ib0}\n"
+        "python: [apptainer, exec, 'an image.sif', python]\nsbatch: [--exclusive]\n"
+    )
+    assert submit(recipe, "--dry-run", "--profile", str(profile), "--nodes", "2", "--time", "1:00:00") == 0
+    script = capsys.readouterr().out
+    for line in (
+        "#SBATCH --nodes=2",
+        "#SBATCH --ntasks-per-node=2",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --time=1:00:00",
+        "#SBATCH --signal=B:USR1@300",
+        "#SBATCH --requeue",
+        "#SBATCH --exclusive",
+        "PYTHON=(apptainer exec 'an image.sif' python)",
+        "export NCCL_SOCKET_IFNAME=ib0",
+        "module load x",
+        "ON_STOP=requeue",
+    ):
+        assert line in script.splitlines(), line
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert submit(recipe, "--dry-run", "--chain", "2") == 0
+    assert {"ON_STOP=exit", "#SBATCH --no-requeue"} <= set(capsys.readouterr().out.splitlines())
+    assert submit(recipe, "--dry-run", "--array", "train.seed=1,2,3") == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-2" in script and f"RUN_DIRS=({tmp_path}/run/seed=1 " in script
+
+
+def test_every_profile_is_read():
+    for path in (FOLDER / "profiles").glob("*.yaml"):
+        assert load_profile(path.stem).gpus_per_node >= 1
+
+
+def test_a_wrong_profile_is_refused(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("gpus: 8\n")
+    with pytest.raises(UserError, match="cannot be read: Key 'gpus'"):
+        load_profile(str(path))
+
+
+def test_a_task_finds_its_place():
+    slurm = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}
+    assert places(slurm) == {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    return RunDirectory(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "code"),
+    [("done", "", 0), ("stopped", "SIGUSR1", verdict.GO_ON), ("stopped", "SIGTERM", 0), ("running", "", verdict.GO_ON)],
+)
+def test_the_verdict_follows_the_status(run, state, reason, code):
+    run.write_status(state, 3, 20, reason)
+    assert verdict.judge(run, 0)[0] == code
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ValueError("odd"), 1), (UserError("No."), 1), (MachineFault("Rank 1 died."), verdict.GO_ON)],
+)
+def test_only_machines_are_tried_again(run, error, code):
+    run.write_status("running", 3, 20)
+    failures.record(run, error, 4)
+    failures.record(run, RuntimeError("what came after it"))
+    assert run.failure.read_text().startswith(failures.describe(error) + "\n")
+    status = run.read_status()
+    assert (status["state"], status["step"], status["target"]) == ("failed", 4, 20)
+    said = verdict.judge(run, 1)
+    assert said[0] == code and failures.describe(error) in said[1]
+
+
+def test_a_start_that_never_trained_is_not_taken_for_the_one_before(run, monkeypatch):
+    run.write_status("done", 20, 20)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    code, said = verdict.judge(run, 1)
+    assert code == 1 and "before training began" in said
+    assert run.read_status()["state"] == "failed"
+
+
+def test_restarts_without_progress_end(run, monkeypatch):
+    assert attempts.begin(run, 0, 4, restarts=2) is None and attempts.read(run) == []  # by hand: not counted
+    monkeypatch.setenv("MEGAHYBRID_SUBMISSION", "one")
+    assert [attempts.begin(run, 0, 4, 2) for _ in range(3)] == [None] * 3
+    assert "started 3 times from step 0" in attempts.begin(run, 0, 4, 2)
+    assert attempts.begin(run, 5, 4, 2) is None
+    monkeypatch.setenv("MEGAHYBRID_SUBMISSION", "two")
+    assert attempts.begin(run, 5, 4, 2) is None
+
+
+HANGS = """
+import sys, time
+from megahybrid.config.schema import WatchConfig
+from megahybrid.training.run_directory import RunDirectory
+from megahybrid.training.watchdog import Watchdog
+
+def a_long_wait():
+    time.sleep(60)
+
+run = RunDirectory(sys.argv[1])
+with Watchdog(run, WatchConfig(step_seconds=1), int(sys.argv[2]), grace=3) as watchdog:
+    watchdog.beat(5)
+    a_long_wait()
+"""
+
+
+def test_a_hang_ends_all_processes_with_their_stacks(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", HANGS, str(tmp_path)]
+    both = [subprocess.Popen([*command, rank], env=environment, stderr=subprocess.DEVNULL) for rank in "01"]
+    assert [process.wait(60) for process in both] == [1, 1]
+    for rank in range(2):
+        assert "in a_long_wait" in (tmp_path / "logs" / f"rank_0000{rank}.log").read_text()
+    failure = (tmp_path / "logs" / "failure.txt").read_text()
+    assert failure.startswith("No progress for ") and "step 5, training, at <string>" in failure
+    status = json.loads((Path(tmp_path) / "status.json").read_text())
+    assert (status["state"], status["again"]) == ("failed", True)
