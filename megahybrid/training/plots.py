@@ -8,6 +8,7 @@ import numpy as np
 import yaml
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
@@ -20,16 +21,18 @@ INK, ACCENT, GRID = "#1f3a5f", "#c8553d", "#d9d9d9"
 
 
 def plot_run(run_dir: Path) -> list[Path]:
-    """Draw loss.png and, for a model with LTE layers, retention.png into the run directory; returns their paths.
+    """Draw loss.png and speed.png into the run directory, and for a model with LTE layers retention.png and heads.png;
+    returns their paths.
 
     Raises UserError when the run has no finished step.
     """
     metrics = read_metrics(run_dir)
-    pictures = {"loss.png": loss_figure(metrics)}
+    pictures = {"loss.png": loss_figure(metrics), "speed.png": speed_figure(metrics)}
     if any(line.get("kept") for line in metrics):
         model = yaml.safe_load((run_dir / "config.yaml").read_text())["model"]
         layers = parse_pattern(model["pattern"]).layers("L")
         pictures["retention.png"] = retention_figure(metrics, layers, model["lte"]["buffer_size"])
+        pictures["heads.png"] = heads_figure(metrics, layers)
     paths = []
     for name, figure in pictures.items():
         figure.savefig(run_dir / name, dpi=160)
@@ -113,6 +116,50 @@ def retention_figure(metrics: Metrics, layers: list[int], buffer_size: int) -> F
     if heads > LEGEND_HEADS:
         handles, labels = [handles[0], handles[-2], handles[-1]], ["head 0", f"head {heads - 1}", labels[-1]]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    return figure
+
+
+def speed_figure(metrics: Metrics) -> Figure:
+    """Tokens a second over the trained tokens, as it was and smoothed."""
+    tokens = np.array([line["tokens"] for line in metrics], dtype=float)
+    speed = np.array([line["tokens_per_second"] for line in metrics], dtype=float)
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(tokens, speed, color=INK, alpha=0.25, linewidth=0.8)
+    axes.plot(tokens, smooth(speed), color=INK, linewidth=1.8)
+    axes.set_ylim(0, 1.05 * np.quantile(speed, 0.99))
+    axes.set_ylabel("tokens a second")
+    axes.set_xlabel("tokens")
+    axes.yaxis.set_major_formatter(FuncFormatter(_short_number))
+    _tidy(axes)
+    return figure
+
+
+def heads_figure(metrics: Metrics, layers: list[int]) -> Figure:
+    """Heat maps of kept tokens a sequence and of lambda: a row a head, layer under layer, over the trained tokens."""
+    lines = [line for line in metrics if line.get("kept")]
+    kept = np.array([line["kept"] for line in lines], dtype=float)
+    weight = np.array([line["lambda"] for line in lines], dtype=float)
+    steps, _, heads = kept.shape
+    rows = len(layers) * heads
+    figure = Figure(figsize=(9, 2 + min(0.12 * rows, 8)), layout="constrained")
+    extent = (lines[0]["tokens"], lines[-1]["tokens"], rows, 0)
+    # Zero has no logarithm: it takes the colour below the scale.
+    lowest = weight[weight > 0].min() if (weight > 0).any() else 1e-9
+    scales = {"kept tokens a sequence": None, "lambda": LogNorm(lowest, max(weight.max(), 10 * lowest))}
+    for axes, values, (name, norm) in zip(
+        figure.subplots(1, 2, sharey=True), (kept, weight), scales.items(), strict=True
+    ):
+        picture = values.reshape(steps, rows).T
+        colors = colormaps["viridis"].with_extremes(under=GRID, bad=GRID)
+        drawn = axes.imshow(picture, aspect="auto", extent=extent, cmap=colors, norm=norm, interpolation="nearest")
+        figure.colorbar(drawn, ax=axes, label=name)
+        axes.set_yticks(np.arange(len(layers)) * heads + heads / 2, [f"layer {layer}" for layer in layers])
+        for border in range(heads, rows, heads):
+            axes.axhline(border, color="white", linewidth=1)
+        axes.set_xlabel("tokens")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(FuncFormatter(_short_number))
     return figure
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from megahybrid.errors import UserError
 from megahybrid.training import report
-from megahybrid.training.plots import plot_run, retention_figure, smooth
+from megahybrid.training.plots import heads_figure, plot_run, retention_figure, smooth, speed_figure
 
 STEPS, LAYERS, HEADS, BUFFER = 30, [1, 3], 2, 64
 
@@ -52,13 +52,13 @@ def test_mean_speed_is_tokens_by_time(tmp_path):
 def test_pictures_are_written(tmp_path):
     write_run(tmp_path)
     paths = plot_run(tmp_path)
-    assert [path.name for path in paths] == ["loss.png", "retention.png"]
+    assert [path.name for path in paths] == ["loss.png", "speed.png", "retention.png", "heads.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
 def test_without_lte_layers_there_is_no_picture_of_the_retention(tmp_path):
     write_run(tmp_path, retention=False)
-    assert [path.name for path in plot_run(tmp_path)] == ["loss.png"]
+    assert [path.name for path in plot_run(tmp_path)] == ["loss.png", "speed.png"]
 
 
 def test_retention_panels_show_the_kept_counts_and_the_buffer_size(tmp_path):
@@ -72,6 +72,18 @@ def test_retention_panels_show_the_kept_counts_and_the_buffer_size(tmp_path):
     assert np.array_equal(lines[0].get_ydata(), 90.0 - np.arange(1, STEPS + 1))
     assert np.allclose(drawn["head 1"], 70)
     assert {axes.get_yscale() for axes in figure.axes} == {"linear", "log"}
+
+
+def test_the_heat_maps_have_a_row_a_head_and_the_speed_its_steps(tmp_path):
+    write_run(tmp_path)
+    metrics = report.read_metrics(tmp_path)
+    maps = [axes.get_images()[0] for axes in heads_figure(metrics, LAYERS).axes if axes.get_images()]
+    kept, weight = (each.get_array() for each in maps[:2])
+    assert kept.shape == weight.shape == (len(LAYERS) * HEADS, STEPS)
+    assert np.array_equal(kept[0], 90.0 - np.arange(1, STEPS + 1)) and np.allclose(kept[1], 70)
+    assert np.allclose(weight[3], 1e-3) and np.ma.filled(weight[2], 0).max() == 0
+    (axes,) = speed_figure(metrics).axes
+    assert np.array_equal(axes.get_lines()[0].get_ydata(), 50.0 * np.arange(1, STEPS + 1))
 
 
 def test_smoothing_keeps_a_straight_line_and_the_mean_of_noise():
