@@ -39,6 +39,7 @@ class Saver:
         self._folder, self._engine, self._tokenizer = folder, engine, tokenizer
         self._mine = owned_parameters(engine.model)
         self._host: dict[tuple[str, str], Tensor] = {}  # by kind and name, kept from save to save
+        self._no_memory: str | None = None
         self._allocation = threading.Thread(target=self._allocate, daemon=True)
         self._allocation.start()
         self._part = Path()
@@ -61,6 +62,7 @@ class Saver:
         """Begin a checkpoint; returns the seconds for which training was stopped. Raises as `finish`."""
         began = time.perf_counter()
         self.finish()
+        self._await_memory()
         self._part = self._folder / f".step_{position.step:08d}.part"
         self._agree(self._make_room() if groups.is_main() else None)
         shares = self._snapshot()
@@ -110,15 +112,27 @@ class Saver:
 
     def _allocate(self) -> None:
         """Get the host memory of all saves, beside the first steps: pinning it takes seconds for some GB."""
-        for name, parameter in saved_parameters(self._engine.model):
-            for kind in zero.KINDS if name in self._mine else ():
-                shape, pinned = parameter.spec.shape, torch.cuda.is_available()
-                self._host[kind, name] = torch.empty(shape, dtype=torch.float32, pin_memory=pinned)
+        try:
+            for name, parameter in saved_parameters(self._engine.model):
+                for kind in zero.KINDS if name in self._mine else ():
+                    self._host[kind, name] = _host_tensor(parameter.spec.shape)
+        except RuntimeError as fault:
+            self._no_memory = str(fault).splitlines()[0]
+
+    def _await_memory(self) -> None:
+        """Raise UserError, on every process, where one of them did not get its host memory."""
+        self._allocation.join()
+        fault = next((each for each in groups.gather(self._no_memory) if each), None)
+        if fault:
+            needed = 4 * sum(each.spec.full_size for _, each in saved_parameters(self._engine.model)) * len(zero.KINDS)
+            raise UserError(
+                f"There is no host memory for a checkpoint ({fault}); the ranks of this pipeline stage need "
+                f"{needed / 2**30:.1f} GiB together: ask for more memory a node, or spread the model over more nodes."
+            )
 
     def _snapshot(self) -> dict[str, dict[str, Tensor]]:
         """This process's share of its stage's state in host memory, by kind and parameter name."""
         shares: dict[str, dict[str, Tensor]] = {kind: {} for kind in zero.KINDS}
-        self._allocation.join()
         _, size = groups.tensor_parallel()
         for name, parameter in saved_parameters(self._engine.model):
             for kind in zero.KINDS:
@@ -175,6 +189,10 @@ class Saver:
         except OSError as fault:
             return fault.strerror or str(fault)
         return None
+
+
+def _host_tensor(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, pin_memory=torch.cuda.is_available())
 
 
 def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -121,3 +121,14 @@ def test_ranks_have_about_equally_much_to_write(members):
     load = [sum(sizes[name] for name in owner if owner[name] == member) for member in range(members)]
     assert owner.keys() == sizes.keys()
     assert max(load) - min(load) <= max(sizes.values())
+
+
+def test_missing_host_memory_is_told(recipe, tmp_path, monkeypatch, capsys):
+    def none_left(shape):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("megahybrid.training.saver._host_tensor", none_left)
+    assert main(["train", str(recipe)]) == 2
+    said = capsys.readouterr().err
+    assert "no host memory for a checkpoint (DefaultCPUAllocator" in said and "GiB together" in said
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
