@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megahybrid.errors import UserError
+from megahybrid.inference.command import add_arguments as add_generate_arguments
+from megahybrid.inference.command import run as generate
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,13 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/quickstart.yaml")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
         verb.set_defaults(run=run)
-    verb = verbs.add_parser("generate", help="text from a checkpoint")
-    verb.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory or a checkpoint in it")
-    verb.add_argument("--prompt", required=True, help="the text to continue")
-    verb.add_argument("--tokens", type=int, default=128, help="the most tokens to write (default 128)")
-    verb.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    verb.add_argument("--seed", type=int, default=0, help="of sampling")
-    verb.set_defaults(run=_generate)
+    verb = verbs.add_parser("generate", help="text from a checkpoint, split over all processes")
+    add_generate_arguments(verb)
+    verb.set_defaults(run=generate)
     _add_conversions(verbs)
     _add_submit(verbs)
     verb = verbs.add_parser("runs", help="the runs under a folder: state, speed, loss, time left, jobs")
@@ -139,18 +137,6 @@ def _plan(parsed: argparse.Namespace) -> None:
     from megahybrid.scaling.plan import describe
 
     print(describe(config))
-
-
-def _generate(parsed: argparse.Namespace) -> None:
-    from megahybrid.inference.generate import Generator
-
-    if parsed.tokens < 1 or parsed.temperature < 0:
-        raise UserError("--tokens must be at least 1 and --temperature at least 0.")
-    generator = Generator(parsed.path)
-    print(parsed.prompt, end="", flush=True)
-    for piece in generator.continue_text(parsed.prompt, parsed.tokens, parsed.temperature, parsed.seed):
-        print(piece, end="", flush=True)
-    print()
 
 
 def _export(parsed: argparse.Namespace) -> None:

@@ -109,8 +109,9 @@ def _layout(config: Config) -> None:
     _pipeline(config)
 
 
-def _tensor(config: Config) -> None:
-    model, tensor = config.model, config.parallel.tensor
+def tensor_parallel_fault(config: Config, tensor: int) -> tuple[str, int] | None:
+    """The first key, with its value, that keeps the model from being split over `tensor` ranks, or None."""
+    model = config.model
     letters = set(parse_pattern(model.pattern).letters)
     split = {"model.vocab_size": model.vocab_size}
     if model.intermediate_size:
@@ -122,11 +123,17 @@ def _tensor(config: Config) -> None:
         split["model.attention.num_kv_heads" if kv_heads else "model.attention.num_heads"] = (
             kv_heads or model.attention.num_heads
         )
-    for key, count in split.items():
-        if count % tensor:
-            raise UserError(
-                f"parallel.tensor is {tensor}, which does not divide {key} ({count}); choose a divisor of it."
-            )
+    return next(((key, count) for key, count in split.items() if count % tensor), None)
+
+
+def _tensor(config: Config) -> None:
+    fault = tensor_parallel_fault(config, config.parallel.tensor)
+    if fault is not None:
+        key, count = fault
+        raise UserError(
+            f"parallel.tensor is {config.parallel.tensor}, which does not divide {key} ({count}); choose a divisor of "
+            "it."
+        )
 
 
 def _pipeline(config: Config) -> None:

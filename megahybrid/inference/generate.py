@@ -1,70 +1,142 @@
-"""Text from a checkpoint: the prompt in one pass, then a token at a time from the mixers' states."""
+"""Text from a checkpoint: prompts are read in pieces and continued together, token by token."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megahybrid.config import load_config
-from megahybrid.config.schema import ParallelConfig
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import UserError
-from megahybrid.model.context import Context
+from megahybrid.inference.batch import Batch
+from megahybrid.inference.sampling import Sampling, penalise
+from megahybrid.inference.text import StopFilter, TextStream
 from megahybrid.model.stack import Stack
-from megahybrid.parallel import groups
-from megahybrid.training import checkpoint
-from megahybrid_kernels import Sequences
+from megahybrid_kernels.precision import at_least_fp32
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to generate and in what portions. Raises UserError for a value out of range.
+
+    Attributes:
+        tokens: the most tokens a text gets.
+        stop: strings before which a text ends.
+        sampling: how tokens are chosen.
+        batch_size: prompts in work at once; the next one begins when one is done.
+        prefill_chunk: tokens of prompts that are read in one step.
+    """
+
+    tokens: int = 128
+    stop: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    batch_size: int = 16
+    prefill_chunk: int = 2048
+
+    def __post_init__(self):
+        for name in ("tokens", "batch_size", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1.")
+        if "" in self.stop:
+            raise UserError("--stop is empty; give the text before which generation should end.")
+
+
+class Piece(NamedTuple):
+    """A piece of a prompt's text.
+
+    Attributes:
+        prompt: number of the prompt.
+        text: what to append to its text.
+        finish: None as long as more may come; "document" when the model ended it, "stop", or "length".
+    """
+
+    prompt: int
+    text: str
+    finish: str | None
 
 
 class Generator:
-    """A model with its tokenizer, ready to continue prompts."""
+    """A model with its tokenizer, ready to continue prompts. Used alike on all tensor parallel ranks."""
 
-    def __init__(self, path: Path):
-        """Load a run directory's newest checkpoint, or a checkpoint folder inside one. Raises UserError."""
-        folder = checkpoint.find(path)
-        if folder is None:
-            raise UserError(
-                f"There is no checkpoint in '{path}'; give a run directory that `megahybrid train` has saved in."
-            )
-        config = load_config(folder / "config.yaml")
-        config.parallel = ParallelConfig()
-        groups.initialize(config.parallel)
-        self.device = groups.device()
-        self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        model = Stack(config)
-        checkpoint.load_weights(folder, model)
-        self.model = model.to(self.device)
+    def __init__(self, model: Stack, tokenizer: Tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
+    def generate(self, prompts: Sequence[str], options: Options) -> Iterator[Piece]:
+        """Pieces of every prompt's text as they come, those of several prompts mixed; each ends with a `finish`.
+
+        A prompt's text depends on the prompt, the options and the seed, not on the prompts beside it (but for rounding,
+        which depends on the shapes of a step).
+        """
+        encoded = [[self.tokenizer.document_id, *ids] for ids in self.tokenizer.encode_batch(prompts)]
+        coming = iter([_Text(number, ids, self.tokenizer, options) for number, ids in enumerate(encoded)])
+        batch, texts = Batch(self.model, options.prefill_chunk), []
+        while True:
+            new = list(islice(coming, options.batch_size - len(texts)))
+            if new:
+                batch.add([text.prompt for text in new])
+                texts += new
+            if not texts:
+                return
+            rows, logits = batch.step()
+            for row, token in zip(rows, self._choose([texts[row] for row in rows], logits, options), strict=True):
+                batch.extend(row, token)
+                piece = texts[row].push(token)
+                if piece.text or piece.finish:
+                    yield piece
+            running = [row for row, text in enumerate(texts) if not text.done]
+            batch.keep(running)
+            texts = [texts[row] for row in running]
 
     @torch.inference_mode()
-    def continue_text(self, prompt: str, tokens: int, temperature: float, seed: int) -> Iterator[str]:
-        """Pieces of text after `prompt`, at most `tokens` tokens, until the document ends.
-
-        temperature 0 takes the likeliest token, above that tokens are sampled.
-        """
-        random = torch.Generator().manual_seed(seed)
-        ids = [self.tokenizer.document_id, *self.tokenizer.encode(prompt)]
-        states = self.model.initial_states(1)
-        position, written, so_far = 0, [], ""
-        for _ in range(tokens):
-            starts = torch.tensor([position], device=self.device)
-            context = Context(Sequences.of([len(ids)], self.device, starts))
-            out = self.model(torch.tensor(ids, device=self.device), context, states=states)
-            states, position = out.states, position + len(ids)
-            token = _sample(self.model.logits(out.hidden[-1:])[0], temperature, random)
-            if token == self.tokenizer.document_id:
-                return
-            ids = [token]
-            written.append(token)
-            text = self.tokenizer.decode(written)
-            if not text.endswith("\ufffd"):  # a character may need more than one token
-                yield text[len(so_far) :]
-                so_far = text
+    def _choose(self, texts: list[_Text], logits: Tensor | None, options: Options) -> list[int]:
+        if logits is None:
+            return []
+        logits = at_least_fp32(logits[:, : self.tokenizer.vocab_size])  # the rest of the embedding is never trained
+        sampling = options.sampling
+        if sampling.repetition_penalty != 1:
+            present = torch.stack([text.present for text in texts]).to(logits.device)
+            logits = penalise(logits, present, sampling.repetition_penalty)
+        draws = torch.stack([text.draw() for text in texts])
+        return sampling.choose(logits, draws.to(logits.device)).tolist()
 
 
-def _sample(logits: Tensor, temperature: float, random: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    return int(torch.multinomial(torch.softmax(logits.double().cpu() / temperature, -1), 1, generator=random))
+class _Text:
+    """A prompt and what is known of its text so far."""
+
+    def __init__(self, number: int, prompt: list[int], tokenizer: Tokenizer, options: Options):
+        self.number, self.prompt, self.done = number, prompt, False
+        self._left, self._document = options.tokens, tokenizer.document_id
+        self._random = torch.Generator().manual_seed(options.sampling.seed)
+        self._stream, self._filter = TextStream(tokenizer), StopFilter(options.stop)
+        # Without the document token: it begins every prompt, and penalising it would forbid texts to end.
+        self.present = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
+        self.present[prompt[1:]] = True
+
+    def draw(self) -> Tensor:
+        """The next random number of [0, 1), float64; its place in the sequence is that of the token it chooses."""
+        return torch.rand((), dtype=torch.float64, generator=self._random)
+
+    def push(self, token: int) -> Piece:
+        """The piece of text that a chosen token brings."""
+        if token == self._document:
+            return self._finish("document", self._stream.finish())
+        self.present[token] = True
+        self._left -= 1
+        text, stopped = self._filter.push(self._stream.push(token))
+        if stopped:
+            self.done = True
+            return Piece(self.number, text, "stop")
+        if self._left == 0:
+            return self._finish("length", self._stream.finish(), text)
+        return Piece(self.number, text, None)
+
+    def _finish(self, reason: str, rest: str, text: str = "") -> Piece:
+        self.done = True
+        last, stopped = self._filter.push(rest)
+        if stopped:
+            return Piece(self.number, text + last, "stop")
+        return Piece(self.number, text + last + self._filter.finish(), reason)

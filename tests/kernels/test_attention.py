@@ -14,7 +14,7 @@ from oracles_lte import (
 )
 
 from megahybrid_kernels import Sequences
-from megahybrid_kernels.attention import KeyValueCache, attention, attention_with_cache
+from megahybrid_kernels.attention import GrowingCache, KeyValueCache, attention, attention_with_cache
 from megahybrid_kernels.attention.reference import query_blocks
 
 TOLERANCES = {
@@ -52,26 +52,59 @@ def test_outputs_and_gradients(lengths, window_size, query_heads, heads, dtype):
         torch.testing.assert_close(attention(q[0], k[0], v[0], Sequences.of(lengths), window_size), o)
 
 
+def empty_cache(count, window_size):
+    if window_size is None:
+        return GrowingCache.empty(count, 2, 8, dtype=torch.float64)
+    return KeyValueCache.empty(count, 2, 8, window_size, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("window_size", [None, 1, 10, 64])
 def test_pieces_with_a_cache_equal_one_pass(window_size):
     pieces = random_pieces(count=3, rounds=14, seed=1)
     lengths = tuple(map(sum, zip(*pieces, strict=True)))
     q, k, v = (leaf(sum(lengths), h, 8, seed=i)[1].detach() for i, h in enumerate((4, 2, 2)))
     expected = oracle(q, k, v, lengths, window_size)
-    cache = KeyValueCache.empty(3, 2, 8, window_size, dtype=q.dtype)
+    cache = empty_cache(3, window_size)
     for sequences, rows in cut(pieces):
-        before = cache.positions.clone()
-        o, new = attention_with_cache(q[rows], k[rows], v[rows], cache, sequences, window_size)
-        assert torch.equal(cache.positions, before)
+        outputs = []
+        for use in (rows, rows.flip(0), rows):  # what a cache is asked for must not change what it answers next
+            o, new = attention_with_cache(q[use], k[use], v[use], cache, sequences, window_size)
+            outputs.append(o)
         torch.testing.assert_close(o, expected[rows], rtol=FLOAT64_TOLERANCE, atol=FLOAT64_TOLERANCE)
+        assert torch.equal(outputs[0], outputs[2])
         cache = new
+
+
+def test_growing_cache_copies_only_when_it_is_full_or_forked():
+    k = torch.randn(200, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cache, rooms = GrowingCache.empty(1, 2, 8, dtype=torch.float64), []
+    for position in range(200):
+        row = k[position : position + 1]
+        older, cache = cache, cache.append(row, row, Sequences.of([1], starts=torch.tensor([position])))
+        if not rooms or cache.room is not rooms[-1]:
+            rooms.append(cache.room)
+    assert [room.k.shape[2] for room in rooms] == [64, 128, 256]
+    assert torch.equal(cache.k[0].transpose(0, 1), k)
+    fork = older.append(-k[:1], k[:1], Sequences.of([1], starts=torch.tensor([199])))
+    assert torch.equal(fork.k[0, :, 199], -k[0]) and torch.equal(cache.k[0, :, 199], k[199])
+
+
+def test_growing_cache_selects_and_joins_sequences():
+    k = torch.randn(100, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    both = GrowingCache.empty(2, 2, 8, dtype=torch.float64).append(k, -k, Sequences.of([3, 97]))
+    short, long = both.select([0]), both.select([1])
+    joined = long.join(short).join(GrowingCache.empty(1, 2, 8, dtype=torch.float64))
+    assert joined.lengths == (97, 3, 0)
+    assert torch.equal(joined.k[0].transpose(0, 1), k[3:]) and torch.equal(joined.v[1, :, :3].transpose(0, 1), -k[:3])
+    more = joined.append(k[:3], k[:3], Sequences.of([1, 1, 1], starts=torch.tensor([97, 3, 0])))
+    assert torch.equal(more.k[1, :, 3], k[1]) and torch.equal(more.k[2, :, 0], k[2])
 
 
 @pytest.mark.parametrize("window_size", [None, 10])
 def test_gradients_through_the_cache(window_size):
     lengths = (40, 3, 300)
     pairs = {name: leaf(343, h, 8, seed=i) for i, (name, h) in enumerate({"q": 4, "k": 2, "v": 2}.items())}
-    cache = KeyValueCache.empty(3, 2, 8, window_size, dtype=torch.float64)
+    cache = empty_cache(3, window_size)
     o, _ = attention_with_cache(*(p[0] for p in pairs.values()), cache, Sequences.of(lengths), window_size)
     expected = oracle(*(p[1] for p in pairs.values()), lengths, window_size)
     assert_same_gradients(o, expected, pairs, FLOAT64_TOLERANCE)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megahybrid_kernels.attention import reference
+from megahybrid_kernels.attention.growing_cache import GrowingCache
 from megahybrid_kernels.attention.reference import KeyValueCache
 from megahybrid_kernels.sequences import Sequences
 
@@ -14,7 +15,7 @@ try:
 except ImportError:
     varlen_attn = None
 
-__all__ = ["KeyValueCache", "attention", "attention_with_cache"]
+__all__ = ["GrowingCache", "KeyValueCache", "attention", "attention_with_cache"]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window_size: int | None = None) -> Tensor:
@@ -40,28 +41,36 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window_size
 
 
 def attention_with_cache(
-    q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache, sequences: Sequences, window_size: int | None = None
-) -> tuple[Tensor, KeyValueCache]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: KeyValueCache | GrowingCache,
+    sequences: Sequences,
+    window_size: int | None = None,
+) -> tuple[Tensor, KeyValueCache | GrowingCache]:
     """`attention` of new tokens to cached and new ones: prefill in pieces, and decode.
 
     Args:
         q, k, v, window_size: as for `attention`; the pieces may differ in length.
-        cache: of the sequences' earlier tokens, made with the same `window_size`; `KeyValueCache.empty` at first.
+        cache: of the sequences' earlier tokens, a `KeyValueCache` with the same `window_size`, or without one a
+            `GrowingCache`; `empty` at first.
         sequences: borders of the new tokens; `sequences.starts` says how many tokens of each the cache has seen.
 
     Returns:
-        The new tokens' outputs as from `attention`, and a new cache; `cache` itself is left as it was. Without a
-        window the slots grow by the longest piece.
+        The new tokens' outputs as from `attention`, and a new cache; `cache` itself can be used as before.
 
     Raises:
         ValueError: shapes do not fit, or the cache was made for another window or number of sequences.
     """
     _check(q, k, v, sequences, window_size)
-    if cache.positions.shape[0] != sequences.count:
-        raise ValueError(f"the cache holds {cache.positions.shape[0]} sequences, but {sequences.count} were given")
-    if window_size is not None and cache.positions.shape[1] != window_size:
-        raise ValueError(f"the cache has {cache.positions.shape[1]} slots, but the window is {window_size}")
-    return reference.attention_with_cache(q, k, v, cache, sequences, window_size)
+    count, slots = (cache.count, None) if isinstance(cache, GrowingCache) else cache.positions.shape
+    if count != sequences.count:
+        raise ValueError(f"the cache holds {count} sequences, but {sequences.count} were given")
+    if slots != window_size:
+        raise ValueError(f"the cache has {slots or 'growing'} slots, but the window is {window_size}")
+    if window_size is None:
+        return reference.attention_with_growing_cache(q, k, v, cache, sequences)
+    return reference.attention_with_window_cache(q, k, v, cache, sequences, window_size)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window_size: int | None) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megahybrid_kernels.attention.growing_cache import GrowingCache
 from megahybrid_kernels.precision import at_least_fp32
 from megahybrid_kernels.sequences import Sequences
 
@@ -23,11 +24,11 @@ Columns = slice | Tensor
 
 @dataclass(frozen=True)
 class KeyValueCache:
-    """Keys and values of earlier tokens, one row of slots a sequence.
+    """Keys and values of a window's tokens, a ring: slot = position % window_size.
 
     Attributes:
-        k, v: `[sequences, kv_heads, slots, head_dim]`; a window's slots are a ring, slot = position % window_size.
-        positions: int64 `[sequences, slots]`, absolute position of each slot's token, -1 for a blank slot.
+        k, v: `[sequences, kv_heads, window_size, head_dim]`.
+        positions: int64 `[sequences, window_size]`, absolute position of each slot's token, -1 for a blank slot.
     """
 
     k: Tensor
@@ -40,15 +41,14 @@ class KeyValueCache:
         count: int,
         heads: int,
         head_dim: int,
-        window_size: int | None = None,
+        window_size: int,
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> KeyValueCache:
-        """Cache of `count` sequences that have not begun; without a window it has no slots yet."""
-        slots = window_size or 0
-        k = torch.zeros(count, heads, slots, head_dim, dtype=dtype, device=device)
-        return cls(k, torch.zeros_like(k), torch.full((count, slots), -1, device=device))
+        """Cache of `count` sequences that have not begun."""
+        k = torch.zeros(count, heads, window_size, head_dim, dtype=dtype, device=device)
+        return cls(k, torch.zeros_like(k), torch.full((count, window_size), -1, device=device))
 
 
 @lru_cache(maxsize=256)
@@ -225,17 +225,25 @@ class Padded:
 
 
 def cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, padded: Padded, positions: Tensor, until: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequences: Sequences,
+    padded: Padded,
+    positions: Tensor,
+    until: Tensor,
+    cached: int,
 ) -> Tensor:
-    """Attention of new packed queries to k, v `[N, kv_heads, slots, D]`, the cached keys followed by the new ones.
+    """Attention of new packed queries to k, v `[N, kv_heads, slots, D]`, cached and new keys.
 
-    positions, until: int64 `[N, kv_heads or 1, slots]`; a key is visible to queries at `positions <= query < until`.
+    positions, until: int64 `[N or 1, kv_heads or 1, slots]`; a key is visible to queries at `positions <= query <
+    until`. The n-th new query of a sequence finds all its keys in the first `cached + n + 1` slots.
     """
     outputs = []
     longest = padded.rows.shape[1]
     for first in range(0, longest, CACHED_QUERY_BLOCK):
         end = min(first + CACHED_QUERY_BLOCK, longest)
-        reach = k.shape[2] - longest + end
+        reach = min(cached + end, k.shape[2])
         mask = between(positions[..., :reach], until[..., :reach], padded.positions[:, None, first:end])
         # A padded query sees everything: a row without any key could turn gradients into NaN.
         mask |= ~padded.valid[:, None, first:end, None]
@@ -264,24 +272,27 @@ def gather_slots(x: Tensor, sources: Tensor) -> Tensor:
     return x.gather(2, sources)
 
 
-def attention_with_cache(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache: KeyValueCache,
-    sequences: Sequences,
-    window_size: int | None = None,
+def attention_with_window_cache(
+    q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache, sequences: Sequences, window_size: int
 ) -> tuple[Tensor, KeyValueCache]:
     """See `megahybrid_kernels.attention.attention_with_cache`."""
     padded = Padded.of(sequences)
     k = torch.cat([cache.k, padded.heads_first(k)], 2)
     v = torch.cat([cache.v, padded.heads_first(v)], 2)
     positions = torch.cat([cache.positions, padded.positions], 1)
-
-    until = torch.full_like(positions, torch.iinfo(torch.int32).max) if window_size is None else positions + window_size
-    until = until.masked_fill(positions < 0, 0)
-    o = cached_attention(q, k, v, sequences, padded, positions[:, None], until[:, None])
-    if window_size is None:
-        return o, KeyValueCache(k, v, positions)
+    until = (positions + window_size).masked_fill(positions < 0, 0)
+    o = cached_attention(q, k, v, sequences, padded, positions[:, None], until[:, None], window_size)
     positions, sources = ring_slots(padded, window_size)
     return o, KeyValueCache(gather_slots(k, sources), gather_slots(v, sources), positions)
+
+
+def attention_with_growing_cache(
+    q: Tensor, k: Tensor, v: Tensor, cache: GrowingCache, sequences: Sequences
+) -> tuple[Tensor, GrowingCache]:
+    """See `megahybrid_kernels.attention.attention_with_cache`."""
+    new = cache.append(k, v, sequences)
+    # Slots are positions, so causality alone hides what a sequence has not filled yet.
+    positions = torch.arange(new.slots, device=q.device)[None, None]
+    until = torch.full_like(positions, torch.iinfo(torch.int32).max)
+    padded = Padded.of(sequences)
+    return cached_attention(q, new.k, new.v, sequences, padded, positions, until, cache.slots), new

@@ -193,7 +193,8 @@ def lte_attention_with_cache(
         exits = torch.empty_like(positions).scatter_(2, by_position, exits_in_order.view_as(positions))
 
     until = torch.maximum(positions + window_size + 1, torch.where(candidates, exits, 0)).masked_fill(positions < 0, 0)
-    o = cached_attention(q, all_k, all_v, sequences, padded, positions, until)
+    cached = buffer_size + window_size + 1
+    o = cached_attention(q, all_k, all_v, sequences, padded, positions, until, cached)
 
     arrived = candidates_in_order & (positions_in_order + window_size + 1 <= ends[:, :, None])
     rank = torch.where(positions_in_order < sink_size, torch.inf, scores_in_order).masked_fill(~arrived, -torch.inf)

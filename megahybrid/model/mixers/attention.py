@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from megahybrid.model.context import Context
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter
-from megahybrid_kernels.attention import KeyValueCache, attention, attention_with_cache
+from megahybrid_kernels.attention import GrowingCache, KeyValueCache, attention, attention_with_cache
 from megahybrid_kernels.rotary import rotary
 
 
@@ -44,7 +44,7 @@ class FullAttention(AttentionProjections):
 
     window_size: int | None = None
 
-    def forward(self, x: Tensor, context: Context, state: KeyValueCache | None = None):
+    def forward(self, x: Tensor, context: Context, state: KeyValueCache | GrowingCache | None = None):
         """`[tokens, 1, hidden]` → (the same, None, the next state)."""
         q, k, v = self.project(x)
         q, k = self.rotate(q, context), self.rotate(k, context)
@@ -54,13 +54,16 @@ class FullAttention(AttentionProjections):
             o, state = attention_with_cache(q, k, v, state, context.sequences, self.window_size)
         return self.output(o), None, state
 
-    def initial_state(self, sequences: int) -> KeyValueCache:
+    def initial_state(self, sequences: int) -> KeyValueCache | GrowingCache:
         """The state before the first token of `sequences` sequences."""
         like = self.k_proj.weight
-        heads = like.shape[0] // self.head_dim
-        return KeyValueCache.empty(
-            sequences, heads, self.head_dim, self.window_size, dtype=like.dtype, device=like.device
+        sizes, kind = (
+            (sequences, like.shape[0] // self.head_dim, self.head_dim),
+            {"dtype": like.dtype, "device": like.device},
         )
+        if self.window_size is None:
+            return GrowingCache.empty(*sizes, **kind)
+        return KeyValueCache.empty(*sizes, self.window_size, **kind)
 
 
 class SlidingWindowAttention(FullAttention):

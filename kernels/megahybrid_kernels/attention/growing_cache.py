@@ -1,0 +1,118 @@
+"""The cache of attention without a window: every earlier token, in memory that grows by doubling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megahybrid_kernels.sequences import Sequences
+
+SMALLEST_CAPACITY = 64
+
+
+@dataclass
+class _Room:
+    """Memory that successive caches share; `turn` is that of the one cache that may write into it."""
+
+    k: Tensor
+    v: Tensor
+    turn: int = 0
+
+
+@dataclass(frozen=True)
+class GrowingCache:
+    """Keys and values of all earlier tokens, slot = position.
+
+    Appending leaves a cache as it was, though the next one shares its memory: a cache reads slots below its lengths
+    only, and only the newest cache of a memory writes there. Appending to an older one copies first, as Go's slices do.
+
+    Attributes:
+        lengths: on the host, how many tokens of each sequence there are.
+        room: `k, v [sequences, kv_heads, capacity, head_dim]`, and whose turn it is.
+        turn: this cache's.
+    """
+
+    lengths: tuple[int, ...]
+    room: _Room
+    turn: int = 0
+
+    @classmethod
+    def empty(
+        cls, count: int, heads: int, head_dim: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> GrowingCache:
+        """Cache of `count` sequences that have not begun."""
+        k = torch.zeros(count, heads, 0, head_dim, dtype=dtype, device=device)
+        return cls((0,) * count, _Room(k, torch.zeros_like(k)))
+
+    @property
+    def count(self) -> int:
+        """Number of sequences."""
+        return len(self.lengths)
+
+    @property
+    def capacity(self) -> int:
+        """Slots that there is memory for."""
+        return self.room.k.shape[2]
+
+    @property
+    def slots(self) -> int:
+        """Slots in use by the longest sequence."""
+        return max(self.lengths)
+
+    @property
+    def k(self) -> Tensor:
+        """`[sequences, kv_heads, slots, head_dim]`; slots from a sequence's length on mean nothing, but are finite."""
+        return self.room.k[:, :, : self.slots]
+
+    @property
+    def v(self) -> Tensor:
+        """As `k`."""
+        return self.room.v[:, :, : self.slots]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its memory."""
+        return 2 * self.room.k.numel() * self.room.k.element_size()
+
+    def append(self, k: Tensor, v: Tensor, sequences: Sequences) -> GrowingCache:
+        """The cache after these tokens, k and v `[tokens, kv_heads, head_dim]`; `sequences.starts` are its lengths."""
+        lengths = tuple(old + new for old, new in zip(self.lengths, sequences.lengths, strict=True))
+        room = self.room if self._may_write(max(lengths), k) else self._copy(max(lengths))
+        places = (sequences.index, slice(None), sequences.positions)
+        room.k[places], room.v[places] = k, v
+        room.turn += 1
+        return GrowingCache(lengths, room, room.turn)
+
+    def select(self, rows: Sequence[int]) -> GrowingCache:
+        """The sequences `rows` alone, in this order; a sequence may come more than once."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.room.k.device)
+        lengths = tuple(self.lengths[row] for row in rows)
+        return GrowingCache(lengths, _Room(self.room.k.index_select(0, index), self.room.v.index_select(0, index)))
+
+    def join(self, other: GrowingCache) -> GrowingCache:
+        """These sequences followed by those of `other`."""
+        capacity = max(self.capacity, other.capacity)
+        first, second = self._copy(capacity), other._copy(capacity)
+        room = _Room(torch.cat([first.k, second.k]), torch.cat([first.v, second.v]))
+        return GrowingCache(self.lengths + other.lengths, room)
+
+    def _may_write(self, slots: int, k: Tensor) -> bool:
+        recorded = torch.is_grad_enabled() and (k.requires_grad or self.room.k.requires_grad)
+        frozen = self.room.k.is_inference() and not torch.is_inference_mode_enabled()
+        return slots <= self.capacity and self.room.turn == self.turn and not recorded and not frozen
+
+    def _copy(self, slots: int) -> _Room:
+        """Memory of its own with all that this cache has, for at least `slots` slots."""
+        capacity = self.capacity
+        if slots > capacity:
+            capacity = max(SMALLEST_CAPACITY, 2 * capacity, slots)
+
+        def grown(x: Tensor) -> Tensor:
+            y = x.new_zeros(*x.shape[:2], capacity, x.shape[3])
+            y[:, :, : self.slots] = x[:, :, : self.slots]
+            return y
+
+        return _Room(grown(self.room.k), grown(self.room.v))

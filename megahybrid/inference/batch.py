@@ -1,0 +1,92 @@
+"""Sequences that are read and continued together, on the one state that the mixers have for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megahybrid.inference import states
+from megahybrid.model.context import Context
+from megahybrid.model.stack import Stack
+from megahybrid.parallel import groups
+from megahybrid_kernels import Sequences
+
+
+class Batch:
+    """Sequences at any place in their prompts or texts: every step takes at least one token of each.
+
+    Prompts are read in pieces, so that the memory of a step is bounded whatever their lengths, and beside them others
+    go on token by token. Sequences may join and leave between steps. Called alike on all tensor parallel ranks.
+    """
+
+    def __init__(self, model: Stack, prefill_chunk: int):
+        """`prefill_chunk`: tokens that a step takes, over all sequences, if there are not more sequences than that."""
+        self._model, self._prefill_chunk = model, prefill_chunk
+        self._states: dict[int, Any] | None = None
+        self._waiting: list[list[int]] = []
+        self._read: list[int] = []
+
+    @property
+    def count(self) -> int:
+        """Number of sequences."""
+        return len(self._waiting)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory that the sequences' states hold on this rank, bytes."""
+        return states.size_in_bytes(self._states) if self._states else 0
+
+    def add(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Sequences that join as the last rows; each has at least one token."""
+        new = self._model.initial_states(len(prompts))
+        self._states = states.join(self._states, new) if self._waiting else new
+        self._waiting += [list(prompt) for prompt in prompts]
+        self._read += [0] * len(prompts)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only the sequences `rows` stay, in this order."""
+        if list(rows) == list(range(self.count)):
+            return
+        self._states = states.select(self._states, rows) if rows else None
+        self._waiting = [self._waiting[row] for row in rows]
+        self._read = [self._read[row] for row in rows]
+
+    def extend(self, row: int, token: int) -> None:
+        """Put a token behind the others of a sequence."""
+        self._waiting[row].append(token)
+
+    @torch.inference_mode()
+    def step(self) -> tuple[list[int], Tensor | None]:
+        """Read the next piece of every sequence, each of which has a token waiting.
+
+        Returns the rows that have none left, and what follows their last token: logits `[rows, vocabulary]` in the
+        model's dtype, the same on all ranks; None when there is no such row.
+        """
+        pieces = share(list(map(len, self._waiting)), self._prefill_chunk)
+        tokens = [token for waiting, piece in zip(self._waiting, pieces, strict=True) for token in waiting[:piece]]
+        device = self._model.layers[next(iter(self._model.layers))].mixer_norm.weight.device
+        sequences = Sequences.of(pieces, device, torch.tensor(self._read, device=device))
+        out = self._model(torch.tensor(tokens, device=device), Context(sequences), states=self._states)
+        self._states = out.states
+        self._read = [read + piece for read, piece in zip(self._read, pieces, strict=True)]
+        self._waiting = [waiting[piece:] for waiting, piece in zip(self._waiting, pieces, strict=True)]
+        rows = [row for row, waiting in enumerate(self._waiting) if not waiting]
+        if not rows:
+            return rows, None
+        last = torch.tensor([sequences.borders[row + 1] - 1 for row in rows], device=device)
+        return rows, groups.gather_tensor_parallel(self._model.logits(out.hidden[last]), 1)
+
+
+def share(waiting: Sequence[int], tokens: int) -> list[int]:
+    """How many of its waiting tokens each sequence gets in a step: at least one, then as even as they need it, `tokens`
+    together unless there are more sequences than that."""
+    pieces, spare = [1] * len(waiting), max(tokens - len(waiting), 0)
+    by_need = sorted(range(len(waiting)), key=waiting.__getitem__)
+    for done, row in enumerate(by_need):
+        extra = min(waiting[row] - 1, spare // (len(waiting) - done))
+        pieces[row] += extra
+        spare -= extra
+    return pieces

@@ -1,0 +1,48 @@
+"""A checkpoint as a model that generates, split by heads over all processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megahybrid.config import load_config
+from megahybrid.config.schema import Config, ParallelConfig
+from megahybrid.config.validate import tensor_parallel_fault
+from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.errors import UserError
+from megahybrid.inference.generate import Generator
+from megahybrid.model.stack import Stack
+from megahybrid.parallel import groups
+from megahybrid.training import checkpoint
+
+
+def load_generator(path: Path) -> Generator:
+    """Load a run directory's newest checkpoint, or a checkpoint folder inside one, whatever layout wrote it.
+
+    The tensor parallel size is the number of processes. Raises UserError if there is no checkpoint, it is damaged, or
+    its model does not split into so many parts.
+    """
+    folder = checkpoint.find(path)
+    if folder is None:
+        raise UserError(
+            f"There is no checkpoint in '{path}'; give a run directory that `megahybrid train` has saved in."
+        )
+    config = load_config(folder / "config.yaml")
+    split_over_processes(config, int(os.environ.get("WORLD_SIZE", "1")))
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    groups.initialize(config.parallel)
+    model = Stack(config)
+    checkpoint.load_weights(folder, model)
+    return Generator(model.to(groups.device()).requires_grad_(False), tokenizer)
+
+
+def split_over_processes(config: Config, processes: int) -> None:
+    """Make tensor parallelism over all processes the layout. Raises UserError where the model does not split so."""
+    fault = tensor_parallel_fault(config, processes)
+    if fault is not None:
+        key, count = fault
+        raise UserError(
+            f"{processes} processes split a model by its heads, but do not divide {key} ({count}); "
+            "start as many as a divisor of it."
+        )
+    config.parallel = ParallelConfig(tensor=processes)

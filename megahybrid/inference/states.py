@@ -1,0 +1,62 @@
+"""The mixers' states of several sequences, taken apart and put together; every tensor has the sequences in front."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megahybrid_kernels.attention import GrowingCache
+
+
+def select(states: dict[int, Any], rows: Sequence[int]) -> dict[int, Any]:
+    """The states of the sequences `rows` alone, in this order."""
+
+    def pick(part: Tensor | GrowingCache) -> Tensor | GrowingCache:
+        if isinstance(part, GrowingCache):
+            return part.select(rows)
+        return part.index_select(0, torch.tensor(rows, dtype=torch.int64, device=part.device))
+
+    return {layer: _map(pick, state) for layer, state in states.items()}
+
+
+def join(first: dict[int, Any], second: dict[int, Any]) -> dict[int, Any]:
+    """The states of the sequences of `first` followed by those of `second`."""
+
+    def lay_together(one: Tensor | GrowingCache, other: Tensor | GrowingCache) -> Tensor | GrowingCache:
+        return one.join(other) if isinstance(one, GrowingCache) else torch.cat([one, other])
+
+    return {layer: _map(lay_together, first[layer], second[layer]) for layer in first}
+
+
+def size_in_bytes(states: dict[int, Any]) -> int:
+    """Memory that the states hold on this rank, bytes."""
+
+    def size(part: Tensor | GrowingCache) -> int:
+        return part.bytes if isinstance(part, GrowingCache) else part.numel() * part.element_size()
+
+    return sum(size(part) for state in states.values() for part in _parts(state))
+
+
+def _map(function: Callable[..., Any], *states: Any) -> Any:
+    """A state of the same form, each part of it `function` of the parts of `states`."""
+    first = states[0]
+    if isinstance(first, Tensor | GrowingCache):
+        return function(*states)
+    if isinstance(first, tuple):
+        parts = [_map(function, *each) for each in zip(*states, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+    names = [field.name for field in dataclasses.fields(first)]
+    return type(first)(**{name: _map(function, *(getattr(state, name) for state in states)) for name in names})
+
+
+def _parts(state: Any) -> Iterator[Tensor | GrowingCache]:
+    if isinstance(state, Tensor | GrowingCache):
+        yield state
+        return
+    inside = state if isinstance(state, tuple) else [getattr(state, f.name) for f in dataclasses.fields(state)]
+    for each in inside:
+        yield from _parts(each)
