@@ -12,6 +12,7 @@ from megahybrid.config import load_config
 from megahybrid.training.engine import Engine
 from megahybrid.training.tracking import Tracker
 from tests.training.conftest import metrics
+from tests.training.wandb_server import WandbServer
 
 
 def tracking_id(run, step):
@@ -80,6 +81,49 @@ def test_a_log_call_takes_less_than_5_ms(recipe, tmp_path):
     tracker.finish()
     assert tracker.run is not None, "W&B must not have given up"
     assert statistics.median(seconds) < 5e-3
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        yield server
+
+
+@pytest.mark.slow
+def test_a_server_gets_every_step_once_over_a_failure(server, recipe, tmp_path, monkeypatch):
+    command, real = ["train", str(recipe), "tracking.wandb=online", "train.steps=12"], Engine.step
+
+    def interrupted(self, batches, step, *flags, **others):
+        if step == 8:
+            raise RuntimeError("the machine went away")
+        return real(self, batches, step, *flags, **others)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    with pytest.raises(RuntimeError, match="went away"):
+        main(command)
+    assert [line["step"] for line in server.history] == list(range(1, 8))
+    monkeypatch.setattr(Engine, "step", real)
+    assert main(command) == 0
+    assert [line["step"] for line in server.history] == list(range(1, 13))
+    assert all(line["tokens"] == 512 * line["_step"] for line in server.history)
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_away_mid_run_stops_nothing(server, recipe, reference, tmp_path, monkeypatch):
+    real = Engine.step
+
+    def until_then(self, batches, step, *flags, **others):
+        if step == 8:
+            server.go_away()
+        return real(self, batches, step, *flags, **others)
+
+    monkeypatch.setattr(Engine, "step", until_then)
+    began = time.monotonic()
+    assert main(["train", str(recipe), "tracking.wandb=online"]) == 0
+    assert time.monotonic() - began < 150
+    assert metrics(tmp_path / "run") == metrics(reference)
 
 
 @pytest.mark.slow
