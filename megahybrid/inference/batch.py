@@ -69,7 +69,7 @@ class Batch:
         tokens = [token for waiting, piece in zip(self._waiting, pieces, strict=True) for token in waiting[:piece]]
         device = self._model.layers[next(iter(self._model.layers))].mixer_norm.weight.device
         sequences = Sequences.of(pieces, device, torch.tensor(self._read, device=device))
-        out = self._model(torch.tensor(tokens, device=device), Context(sequences), states=self._states)
+        out = self._model(torch.tensor(tokens, device=device), Context(sequences, in_place=True), states=self._states)
         self._states = out.states
         self._read = [read + piece for read, piece in zip(self._read, pieces, strict=True)]
         self._waiting = [waiting[piece:] for waiting, piece in zip(self._waiting, pieces, strict=True)]

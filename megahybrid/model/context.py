@@ -19,11 +19,13 @@ class Context:
         sequences: the documents' borders.
         dropout_keys: int64 `[tokens]`, a hash of (seed, step, sample, position) a token; None switches dropout off.
         aux_scale: weight of the auxiliary loss beside the micro-batch's loss (1 / micro-batches of the step).
+        in_place: whether mixers may overwrite the states they are given, as they may when nobody needs those again.
     """
 
     sequences: Sequences
     dropout_keys: Tensor | None = None
     aux_scale: float = 1.0
+    in_place: bool = False
 
     @property
     def training(self) -> bool:

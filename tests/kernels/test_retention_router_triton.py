@@ -8,6 +8,8 @@ from test_retention_router import leaves, named, random_router
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.retention_router import Dropout, RouterParameters, reference
 from megahybrid_kernels.retention_router import triton as router
+from megahybrid_kernels.retention_router.reference import RouterState, retention_logits_streamed
+from megahybrid_kernels.retention_router.triton_step import retention_logits_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -56,3 +58,26 @@ def test_strided_inputs():
     k, v = fused[:, :heads], fused[:, heads : 2 * heads]
     whole = router.retention_logits(k.contiguous(), v.contiguous(), parameters, sequences)
     assert torch.equal(router.retention_logits(k, v, parameters, sequences), whole)
+
+
+@pytest.mark.parametrize("kernel_size, dilation", [(3, 2), (5, 1)])
+@pytest.mark.parametrize("count, heads, head_dim", [(1, 2, 8), (19, 1, 24)])
+def test_steps_equal_the_streamed_path(count, heads, head_dim, kernel_size, dilation):
+    parameters = leaves(random_router(heads, head_dim, 1, kernel_size), torch.float32)
+    parameters = RouterParameters(
+        *(tuple(y.detach() for y in x) for x in parameters[:2]), *(x.detach() for x in parameters[2:])
+    )
+    generator = torch.Generator().manual_seed(3)
+    state = RouterState.empty(count, parameters, dilation)
+    fast = RouterState(tuple(x.to(DEVICE) for x in state.rows))
+    starts = torch.arange(count) % 3 * 40
+    for step in range(9):
+        fused = torch.randn(count, 3 * heads, head_dim, generator=generator)
+        k, v = fused[:, :heads], fused[:, heads : 2 * heads]
+        sequences = Sequences.of((1,) * count, starts=starts + step)
+        expected, state = retention_logits_streamed(k, v, parameters, sequences, state, dilation)
+        k, v = (x.to(DEVICE)[:, part] for x, part in ((fused, slice(heads)), (fused, slice(heads, 2 * heads))))
+        logits, fast = retention_logits_step(k, v, moved(parameters), (starts + step).to(DEVICE), fast, dilation)
+        torch.testing.assert_close(logits.cpu(), expected, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
+        for ours, theirs in zip(fast.rows, state.rows, strict=True):
+            torch.testing.assert_close(ours.cpu(), theirs, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)

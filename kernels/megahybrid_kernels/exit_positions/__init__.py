@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megahybrid_kernels.backend import takes_triton
 from megahybrid_kernels.exit_positions import reference
 from megahybrid_kernels.exit_positions.reference import NEVER, exits_of_candidates
 from megahybrid_kernels.sequences import Sequences
@@ -36,4 +37,8 @@ def exit_positions(score: Tensor, sequences: Sequences, window_size: int, sink_s
         raise ValueError(f"buffer_size must hold the {sink_size} sinks and at least one token, but is {buffer_size}")
     if score.dim() != 2 or score.shape[0] != sequences.tokens:
         raise ValueError(f"score is {list(score.shape)}, but the sequences have {sequences.tokens} tokens")
-    return reference.exit_positions(score, sequences, window_size, sink_size, buffer_size)
+    if takes_triton(score):
+        from megahybrid_kernels.exit_positions import triton as backend
+    else:
+        backend = reference
+    return backend.exit_positions(score, sequences, window_size, sink_size, buffer_size)

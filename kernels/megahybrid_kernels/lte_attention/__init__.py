@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from megahybrid_kernels.backend import takes_triton
 from megahybrid_kernels.lte_attention import reference
 from megahybrid_kernels.lte_attention.reference import LTECache
 from megahybrid_kernels.sequences import Sequences
@@ -44,7 +46,11 @@ def lte_attention(
         ValueError: shapes do not fit, `window_size` or `sink_size` is negative, or the buffer cannot hold the sinks.
     """
     _check(q, k, v, score, sequences, window_size, sink_size, buffer_size)
-    return reference.lte_attention(q, k, v, score, sequences, window_size, sink_size, buffer_size)
+    if takes_triton(q) and q.shape[2] <= 256:
+        from megahybrid_kernels.lte_attention import triton as backend
+    else:
+        backend = reference
+    return backend.lte_attention(q, k, v, score, sequences, window_size, sink_size, buffer_size)
 
 
 def lte_attention_with_cache(
@@ -58,6 +64,7 @@ def lte_attention_with_cache(
     sink_size: int,
     buffer_size: int,
     delay: int,
+    in_place: bool = False,
 ) -> tuple[Tensor, LTECache]:
     """`lte_attention` with the cap, of new tokens to cached and new ones: prefill in pieces, and decode.
 
@@ -71,9 +78,11 @@ def lte_attention_with_cache(
         cache: of the sequences' earlier tokens; `LTECache.empty` at first.
         sequences: borders of the new tokens; `sequences.starts` says how many tokens of each the cache has seen.
         delay: tokens by which scores are late, the router's margin.
+        in_place: the op may overwrite `cache`, as it does on a GPU for one token of every sequence, where nothing is
+            copied then but the row that enters the buffer.
 
     Returns:
-        The new tokens' outputs, and a new cache; `cache` itself is left as it was.
+        The new tokens' outputs, and the cache after them; `cache` itself is left as it was unless `in_place`.
 
     Raises:
         ValueError: as `lte_attention`, or the cache has other sizes, or a token would leave the window before its
@@ -86,6 +95,10 @@ def lte_attention_with_cache(
     actual = (*cache.k.shape[:2], cache.k.shape[2] + cache.buffer_k.shape[2])
     if actual != expected or cache.k.shape[2] != window_size + 1:
         raise ValueError(f"the cache has (sequences, heads, slots) {actual}, but {expected} are needed")
+    if in_place and takes_triton(q) and not torch.is_grad_enabled() and max(sequences.lengths) == 1:
+        from megahybrid_kernels.lte_attention.triton_decode import lte_attention_step
+
+        return lte_attention_step(q, k, v, score, cache, sequences.positions, sink_size, delay), cache
     return reference.lte_attention_with_cache(
         q, k, v, score, cache, sequences, window_size, sink_size, buffer_size, delay
     )

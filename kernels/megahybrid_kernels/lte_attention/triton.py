@@ -69,7 +69,7 @@ def tuning(head_dim: int, dtype: torch.dtype) -> Tuning:
         launch = Launch(16, 4, 1)
         return Tuning(32, 16, 16, launch, launch, launch, launch)
     if head_dim <= 64:
-        return Tuning(128, 64, 64, Launch(64, 4, 3), Launch(32, 8, 3), Launch(64, 4, 3), Launch(64, 4, 3))
+        return Tuning(128, 64, 64, Launch(64, 4, 3), Launch(32, 4, 3), Launch(64, 4, 3), Launch(64, 4, 3))
     if head_dim <= 128:
         return Tuning(128, 64, 64, Launch(64, 8, 3), Launch(64, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2))
     return Tuning(64, 32, 32, Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2))

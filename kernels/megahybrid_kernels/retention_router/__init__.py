@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from megahybrid_kernels.backend import takes_triton
 from megahybrid_kernels.retention_router import reference
 from megahybrid_kernels.retention_router.reference import Dropout, RouterParameters, RouterState, margin
 from megahybrid_kernels.sequences import Sequences
@@ -48,7 +50,11 @@ def retention_logits(
     _check(k, v, parameters, sequences)
     if dropout is not None and not 0 <= dropout.probability < 1:
         raise ValueError(f"the dropout probability must lie in [0, 1), but is {dropout.probability}")
-    return reference.retention_logits(k, v, parameters, sequences, dropout, dilation)
+    if takes_triton(k):
+        from megahybrid_kernels.retention_router import triton as backend
+    else:
+        backend = reference
+    return backend.retention_logits(k, v, parameters, sequences, dropout, dilation)
 
 
 def retention_logits_streamed(
@@ -79,6 +85,10 @@ def retention_logits_streamed(
     _check(k, v, parameters, sequences)
     if state.rows[0].shape[0] != sequences.count:
         raise ValueError(f"the state holds {state.rows[0].shape[0]} sequences, but {sequences.count} were given")
+    if takes_triton(k) and not torch.is_grad_enabled() and max(sequences.lengths) == 1:
+        from megahybrid_kernels.retention_router.triton_step import retention_logits_step
+
+        return retention_logits_step(k, v, parameters, sequences.positions, state, dilation)
     return reference.retention_logits_streamed(k, v, parameters, sequences, state, dilation)
 
 

@@ -112,7 +112,8 @@ class LTEAttention(AttentionProjections):
         scores, router = self.router(k, v, sequences, state=state.router)
         q, k = self.rotate(q, context), self.rotate(k, context)
         o, cache = lte_attention_with_cache(
-            q, k, v, scores, state.cache, sequences, lte.window_size, lte.sink_size, lte.buffer_size, self.margin
+            *(q, k, v, scores, state.cache, sequences, lte.window_size, lte.sink_size, lte.buffer_size, self.margin),
+            in_place=context.in_place,
         )
         return self.output(o), None, LTEState(cache, router)
 
