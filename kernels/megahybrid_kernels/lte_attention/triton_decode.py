@@ -17,8 +17,8 @@ from torch import Tensor
 from megahybrid_kernels.lte_attention.reference import LTECache
 
 _SLOTS = 64
-# Programs that fill a GPU of some hundred multiprocessors with a few each; fewer sequences are split over their slots.
-_PROGRAMS = 512
+# Enough programs that the last ones leave few of a GPU's multiprocessors idle; sequences are split over their slots.
+_PROGRAMS = 4096
 
 
 @triton.jit
@@ -135,25 +135,27 @@ def _join_and_admit(
     o, parts, statistics, late_score, ring_k, ring_v, ring_positions, ring_score, buffer_k, buffer_v,
     buffer_positions, buffer_score, positions, window_slots, buffer_slots, sinks, delay, splits,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BUFFER: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Adds up the splits of a KV head's queries, always in the same order; then `_admit`."""
     head, sequence = tl.program_id(0), tl.program_id(1)
     pair = sequence.to(tl.int64) * tl.num_programs(0) + head
     column, row = tl.arange(0, WIDTH), tl.arange(0, ROWS)
     mask = (row < GROUPS)[:, None] & (column < HEAD_DIM)[None, :]
+    # All statistics at once, so that the sum over splits is nothing but independent loads.
+    each = tl.arange(0, SPLITS)
+    statistic = ((pair * splits + each)[:, None] * GROUPS + row[None, :]) * 2
+    listed = (each < splits)[:, None] & (row < GROUPS)[None, :]
+    peaks = tl.load(statistics + statistic, mask=listed, other=-1e30)
+    totals = tl.load(statistics + statistic + 1, mask=listed, other=1)
+    peak = tl.max(peaks, 0)
+    total = tl.sum(tl.where((each < splits)[:, None], totals * tl.exp2(peaks - peak[None, :]), 0), 0)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    peak = tl.full([ROWS], -1e30, tl.float32)
-    for split in range(splits):
+    for split in tl.range(0, splits, num_stages=4):
         part = (pair * splits + split) * GROUPS + row
         part_peak = tl.load(statistics + part * 2, mask=row < GROUPS, other=-1e30)
-        part_total = tl.load(statistics + part * 2 + 1, mask=row < GROUPS, other=1)
         part_acc = tl.load(parts + part[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0)
-        new_peak = tl.maximum(peak, part_peak)
-        old, new = tl.exp2(peak - new_peak), tl.exp2(part_peak - new_peak)
-        acc = acc * old[:, None] + part_acc * new[:, None]
-        total = total * old + part_total * new
-        peak = new_peak
+        acc += part_acc * tl.exp2(part_peak - peak)[:, None]
     places = (pair * GROUPS + row)[:, None] * HEAD_DIM + column[None, :]
     tl.store(o + places, (acc / total[:, None]).to(o.dtype.element_ty), mask=mask)
     _admit(
@@ -204,6 +206,6 @@ def lte_attention_step(
     _join_and_admit[(heads, count)](
         o, parts, statistics, score, cache.k, cache.v, cache.positions, cache.score, cache.buffer_k, cache.buffer_v,
         cache.buffer_positions, cache.buffer_score, positions, window_slots, buffer_slots, sink_size, delay, splits,
-        **sizes, BUFFER=triton.next_power_of_2(buffer_slots),
+        **sizes, BUFFER=triton.next_power_of_2(buffer_slots), SPLITS=triton.next_power_of_2(splits),
     )  # fmt: skip
     return o

@@ -9,9 +9,9 @@ x = SiLU(y of the layer before), or k and v side by side for the first, and with
     dW_tau = sum_t dy_t (m x)_{t + s_tau}^T / (1 - p)
     logit_t = <a, SiLU(y_t)> + c of the last layer, and so its dy_t = dlogit_t a SiLU'(y_t)
 
-The mask is a hash (see `counter_dropout`) and computed again. fp32 operands are multiplied as three tf32 products,
-which is nearly as exact as fp32; bf16 k and v with bf16 weights are exact in one. Weights' gradients are summed in a
-fixed order.
+The mask is a hash (see `counter_dropout`) and computed again. With fp32 k and v, products are three tf32 ones, which is
+nearly as exact as fp32. With k and v in half precision the first layer multiplies in that, where it is exact but for dy
+that is rounded to it, and later layers in one tf32 product. Weights' gradients are summed in a fixed order.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def _forward_layer(
     stride, head_stride, second_stride, second_head_stride, tokens, dilation, threshold, keep_scale,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, HALVES: tl.constexpr,
     TAPS: tl.constexpr, ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y of a layer, and the logits of the last. weight: `[kv_heads, TAPS, HALVES * CHANNELS, OUT]`."""
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
@@ -92,7 +93,7 @@ def _forward_layer(
             )
             places = (((head * TAPS + tap) * HALVES + half) * CHANNELS + channel)[:, None] * OUT + out[None, :]
             matrix = tl.load(weight + places, mask=weight_mask, other=0)
-            acc = tl.dot(value.to(matrix.dtype), matrix, acc, input_precision="tf32x3")
+            acc = tl.dot(value.to(matrix.dtype), matrix, acc, input_precision=PRECISION)
     if DROPOUT:
         acc *= keep_scale
     acc += tl.load(bias + head * OUT + out, mask=out < OUT, other=0).to(tl.float32)[None, :]
@@ -131,12 +132,13 @@ def _backward_projection(
 
 @triton.jit
 def _backward_input(
-    dy, weight, y, dx, keys, channel_keys, begins, ends, stride, head_stride, tokens, dilation, threshold, keep_scale,
-    half, halves,
-    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, TAPS: tl.constexpr,
-    ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+    dy, weight, y, first, second, keys, channel_keys, begins, ends, stride, head_stride, tokens, dilation, threshold,
+    keep_scale,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, HALVES: tl.constexpr,
+    TAPS: tl.constexpr, ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx of one half of the first layer's input (dk or dv), or with ACTIVATE dy of the layer before from its y."""
+    """Gradients of the first layer's halves (dk and dv, alike in strides), or with ACTIVATE dy of the layer before from
+    its y, into `first`."""
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = row < tokens
@@ -145,63 +147,77 @@ def _backward_input(
     channel, out = tl.arange(0, WIDTH), tl.arange(0, OUT_WIDTH)
     weight_mask = (channel < CHANNELS)[:, None] & (out < OUT)[None, :]
     acc = tl.zeros([BLOCK, WIDTH], tl.float32)
+    other_acc = tl.zeros([BLOCK, WIDTH], tl.float32)
     for tap in tl.static_range(TAPS):
         other = row - (tap - TAPS // 2) * dilation
         mask = ((other >= begin) & (other < end))[:, None] & (out < OUT)[None, :]
         grad = tl.load(dy + (head * tokens + other)[:, None] * OUT + out[None, :], mask=mask, other=0)
-        places = (((head * TAPS + tap) * halves + half) * CHANNELS + channel)[:, None] * OUT + out[None, :]
-        matrix = tl.load(weight + places, mask=weight_mask, other=0).to(tl.float32)
-        acc = tl.dot(grad, tl.trans(matrix), acc, input_precision="tf32x3")
-    if DROPOUT:
-        token_keys = tl.load(keys + row, mask=exists, other=0)
-        numbers = channel_keys + (head * halves + half) * CHANNELS
-        channel_key = tl.load(numbers + channel, mask=channel < CHANNELS, other=0)
-        acc = tl.where(_keep(token_keys, channel_key, threshold), acc * keep_scale, 0)
+        places = ((head * TAPS + tap) * HALVES * CHANNELS + channel)[:, None] * OUT + out[None, :]
+        matrix = tl.load(weight + places, mask=weight_mask, other=0)
+        acc = tl.dot(grad.to(matrix.dtype), tl.trans(matrix), acc, input_precision=PRECISION)
+        if HALVES == 2:
+            matrix = tl.load(weight + places + CHANNELS * OUT, mask=weight_mask, other=0)
+            other_acc = tl.dot(grad.to(matrix.dtype), tl.trans(matrix), other_acc, input_precision=PRECISION)
     mask = exists[:, None] & (channel < CHANNELS)[None, :]
     places = head * head_stride + row.to(tl.int64)[:, None] * stride + channel[None, :]
+    if DROPOUT:
+        token_keys = tl.load(keys + row, mask=exists, other=0)
+        numbers = channel_keys + head * HALVES * CHANNELS + channel
+        channel_key = tl.load(numbers, mask=channel < CHANNELS, other=0)
+        acc = tl.where(_keep(token_keys, channel_key, threshold), acc * keep_scale, 0)
+        if HALVES == 2:
+            channel_key = tl.load(numbers + CHANNELS, mask=channel < CHANNELS, other=0)
+            other_acc = tl.where(_keep(token_keys, channel_key, threshold), other_acc * keep_scale, 0)
     if ACTIVATE:
         acc *= _silu_gradient(tl.load(y + places, mask=mask, other=0))
-    tl.store(dx + places, acc.to(dx.dtype.element_ty), mask=mask)
+    tl.store(first + places, acc.to(first.dtype.element_ty), mask=mask)
+    if HALVES == 2:
+        tl.store(second + places, other_acc.to(second.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _backward_weight(
-    dy, x, dweight, dbias, keys, channel_keys, begins, ends, stride, head_stride, tokens, span, dilation, threshold,
-    keep_scale, half, halves,
-    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, TAPS: tl.constexpr,
-    ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+    dy, first, second, dweight, dbias, keys, channel_keys, begins, ends, stride, head_stride, second_stride,
+    second_head_stride, tokens, span, dilation, threshold, keep_scale,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, HALVES: tl.constexpr,
+    TAPS: tl.constexpr, TAPS_WIDTH: tl.constexpr, OUT_TILE: tl.constexpr, ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tap's dW of one half over `span` tokens, and the bias's gradient.
+    """dW of one half and OUT_TILE outputs over `span` tokens, all taps side by side in the columns of one product; and
+    the bias's gradient.
 
-    dweight: `[splits, kv_heads, TAPS, halves * CHANNELS, OUT]`; dbias: `[splits, kv_heads, OUT]`.
+    dweight: `[splits, kv_heads, TAPS, HALVES * CHANNELS, OUT]`; dbias: `[splits, kv_heads, OUT]`.
     """
-    # Taps run side by side: they read nearly the same tokens.
-    tap, split = tl.program_id(0), tl.program_id(1)
+    half, split = tl.program_id(0) % HALVES, tl.program_id(1)
     head, heads = tl.program_id(2).to(tl.int64), tl.num_programs(2)
-    channel, out = tl.arange(0, WIDTH), tl.arange(0, OUT_WIDTH)
-    acc = tl.zeros([WIDTH, OUT_WIDTH], tl.float32)
-    bias = tl.zeros([OUT_WIDTH], tl.float32)
-    numbers = channel_keys + (head * halves + half) * CHANNELS
+    channel, column = tl.arange(0, WIDTH), tl.arange(0, TAPS_WIDTH * OUT_TILE)
+    tap, out = column // OUT_TILE, tl.program_id(0) // HALVES * OUT_TILE + column % OUT_TILE
+    real = (tap < TAPS) & (out < OUT)
+    shift = (tap - TAPS // 2) * dilation
+    x, x_stride = first + head * head_stride, stride
+    if half == 1:
+        x, x_stride = second + head * second_head_stride, second_stride
+    acc = tl.zeros([WIDTH, TAPS_WIDTH * OUT_TILE], tl.float32)
+    bias = tl.zeros([TAPS_WIDTH * OUT_TILE], tl.float32)
+    numbers = channel_keys + (head * HALVES + half) * CHANNELS
     for start in tl.range(split * span, tl.minimum((split + 1) * span, tokens), BLOCK):
         row = start + tl.arange(0, BLOCK)
         exists = row < tokens
         begin = tl.load(begins + row, mask=exists, other=0)
         end = tl.load(ends + row, mask=exists, other=0)
-        other = row + (tap - TAPS // 2) * dilation
-        inside = (other >= begin) & (other < end)
-        value = _layer_input(
-            x + head * head_stride, other, inside, stride, keys, numbers, threshold, CHANNELS, WIDTH, ACTIVATE, DROPOUT
-        ).to(tl.float32)
-        mask = exists[:, None] & (out < OUT)[None, :]
-        grad = tl.load(dy + (head * tokens + row)[:, None] * OUT + out[None, :], mask=mask, other=0)
-        acc = tl.dot(tl.trans(value), grad, acc, input_precision="tf32x3")
+        value = _layer_input(x, row, exists, x_stride, keys, numbers, threshold, CHANNELS, WIDTH, ACTIVATE, DROPOUT)
+        other = row[:, None] - shift[None, :]
+        mask = (other >= begin[:, None]) & (other < end[:, None]) & real[None, :]
+        grad = tl.load(dy + (head * tokens + other) * OUT + out[None, :], mask=mask, other=0)
+        acc = tl.dot(tl.trans(value), grad.to(value.dtype), acc, input_precision=PRECISION)
         bias += tl.sum(grad, 0)
     if DROPOUT:
         acc *= keep_scale
-    places = ((((split * heads + head) * TAPS + tap) * halves + half) * CHANNELS + channel)[:, None] * OUT
-    mask = (channel < CHANNELS)[:, None] & (out < OUT)[None, :]
-    tl.store(dweight + places + out[None, :], acc, mask=mask)
-    tl.store(dbias + (split * heads + head) * OUT + out, bias, mask=(out < OUT) & (tap == 0) & (half == 0))
+    at = ((split * heads + head) * TAPS + tap)[None, :] * (HALVES * CHANNELS) + half * CHANNELS + channel[:, None]
+    tl.store(dweight + at * OUT + out[None, :], acc, mask=(channel < CHANNELS)[:, None] & real[None, :])
+    # The tap without a shift saw every row once.
+    own = real & (tap == TAPS // 2) & (half == 0)
+    tl.store(dbias + (split * heads + head) * OUT + out, bias, mask=own)
 
 
 @lru_cache(maxsize=64)
@@ -225,6 +241,7 @@ class _Layer:
         keys, channel_keys: of dropout; unused ones without it.
         threshold, keep_scale: of dropout: the least hash that is kept, and 1 / (1 - p).
         drops: whether there is dropout.
+        precision: of the products of fp32 operands.
     """
 
     number: int
@@ -240,12 +257,19 @@ class _Layer:
     threshold: int
     keep_scale: float
     drops: bool
+    precision: str
 
     @classmethod
     def of(
-        cls, number: int, parameters: RouterParameters, sequences: Sequences, dropout: Dropout | None, dilation: int
+        cls,
+        number: int,
+        parameters: RouterParameters,
+        sequences: Sequences,
+        dropout: Dropout | None,
+        dilation: int,
+        dtype: torch.dtype,
     ) -> _Layer:
-        """Layer `number`, counted from 0."""
+        """Layer `number`, counted from 0, for k and v of `dtype`."""
         weight, heads, halves = parameters.weights[number], parameters.projection.shape[0], 1 if number else 2
         drops = dropout is not None and dropout.probability > 0
         keys, channel_keys, threshold, keep_scale = sequences.begins, sequences.begins, 0, 1.0
@@ -256,15 +280,15 @@ class _Layer:
             threshold = min(round(dropout.probability * (1 << 32)), 0xFFFFFFFF)
         return cls(
             number, heads, halves, weight.shape[1] // halves, weight.shape[2], weight.shape[0] // heads, sequences,
-            dilation, keys, channel_keys, threshold, keep_scale, drops,
+            dilation, keys, channel_keys, threshold, keep_scale, drops, "tf32x3" if dtype == torch.float32 else "tf32",
         )  # fmt: skip
 
     @property
     def constants(self) -> dict[str, object]:
         """constexpr arguments of all kernels."""
         sizes = {"CHANNELS": self.channels, "WIDTH": _width(self.channels), "OUT": self.out, "TAPS": self.taps}
-        flags = {"ACTIVATE": self.number > 0, "DROPOUT": self.drops, "BLOCK": _BLOCK}
-        return sizes | flags | {"OUT_WIDTH": _width(self.out)}
+        flags = {"ACTIVATE": self.number > 0, "DROPOUT": self.drops, "HALVES": self.halves}
+        return sizes | flags | {"OUT_WIDTH": _width(self.out), "BLOCK": _BLOCK, "PRECISION": self.precision}
 
     @property
     def places(self) -> tuple[Tensor, ...]:
@@ -289,7 +313,7 @@ class _Layer:
         _forward_layer[(triton.cdiv(tokens, _BLOCK), self.heads)](
             first, second, self.packed(weight, first.dtype), bias, *self.places, y, projection, projection_bias,
             y if logits is None else logits, *self.strides(first), *self.strides(second), tokens, self.dilation,
-            self.threshold, self.keep_scale, **self.constants, HALVES=self.halves, LAST=logits is not None,
+            self.threshold, self.keep_scale, **self.constants, LAST=logits is not None,
         )  # fmt: skip
         return y
 
@@ -301,18 +325,17 @@ class _Layer:
         dweight = dy.new_empty(splits, heads, self.taps, self.halves * self.channels, self.out)
         dbias = dy.new_empty(splits, heads, self.out)
         scalars = (tokens, self.dilation, self.threshold, self.keep_scale)
-        gradients = []
-        for half, x in enumerate(inputs):
-            dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            x_strides = self.strides(x) if self.number == 0 else self.strides(dx)
-            _backward_input[(triton.cdiv(tokens, _BLOCK), heads)](
-                dy, packed, x, dx, *self.places, *self.strides(dx), *scalars, half, self.halves, **self.constants
-            )
-            _backward_weight[(self.taps, splits, heads)](
-                dy, x, dweight, dbias, *self.places, *x_strides, tokens, span, *scalars[1:], half, self.halves,
-                **self.constants,
-            )  # fmt: skip
-            gradients.append(dx)
+        gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+        _backward_input[(triton.cdiv(tokens, _BLOCK), heads)](
+            dy, packed, inputs[0], gradients[0], gradients[-1], *self.places, *self.strides(gradients[0]), *scalars,
+            **self.constants,
+        )  # fmt: skip
+        out_tile = min(_width(self.out), 64)
+        _backward_weight[(self.halves * triton.cdiv(self.out, out_tile), splits, heads)](
+            dy, inputs[0], inputs[-1], dweight, dbias, *self.places, *self.strides(inputs[0]),
+            *self.strides(inputs[-1]), tokens, span, *scalars[1:], **self.constants,
+            TAPS_WIDTH=triton.next_power_of_2(self.taps), OUT_TILE=out_tile, num_warps=8, num_stages=2,
+        )  # fmt: skip
         dweight = dweight.sum(0).permute(0, 3, 2, 1).reshape(weight.shape).to(weight.dtype)
         return gradients, dweight, dbias.sum(0).flatten()
 
@@ -367,7 +390,7 @@ def retention_logits(
     """See `megahybrid_kernels.retention_router.retention_logits`; float32, bfloat16 or float16."""
     k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
     weights, biases, projection, projection_bias = parameters
-    layers = [_Layer.of(n, parameters, sequences, dropout, dilation) for n in range(len(weights))]
+    layers = [_Layer.of(n, parameters, sequences, dropout, dilation, k.dtype) for n in range(len(weights))]
     return _Router.apply(
         layers, k, v, projection.contiguous(), projection_bias, *weights, *(bias.contiguous() for bias in biases)
     )
