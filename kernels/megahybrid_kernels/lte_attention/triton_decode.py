@@ -1,8 +1,9 @@
 """One step of decoding under learnable token eviction: attention over window and buffer, then the buffer's update.
 
-Two launches a step, whose shapes depend on nothing in the data, so that a CUDA graph can hold them. The cache is
-updated in place, and nothing of it is copied but the one row that enters the buffer. A step costs the bytes of
-`(window + 1 + buffer) * 2 * head_dim` numbers for each sequence and KV head, however long the context is.
+One launch a step, or two where there are few sequences and a head's slots are split over programs. Their shapes depend
+on nothing in the data, so that a CUDA graph can hold them. The cache is updated in place, and nothing of it is copied
+but the one row that enters the buffer. A step costs the bytes of `(window + 1 + buffer) * 2 * head_dim` numbers for each
+sequence and KV head, however long the context is.
 """
 
 from __future__ import annotations
@@ -16,22 +17,23 @@ from torch import Tensor
 
 from megahybrid_kernels.lte_attention.reference import LTECache
 
+# Slots of a step of a program's loop, and the programs that keep a GPU busy: with fewer heads over all sequences, a
+# head's slots are split.
 _SLOTS = 64
-# Enough programs that the last ones leave few of a GPU's multiprocessors idle; sequences are split over their slots.
-_PROGRAMS = 4096
+_PROGRAMS = 512
 
 
 @triton.jit
 def _attend_slots(
-    q, k, v, ring_k, ring_v, ring_positions, buffer_k, buffer_v, buffer_positions, positions, parts, statistics,
-    window_slots, buffer_slots, span, scale,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, ring_k, ring_v, ring_positions, buffer_k, buffer_v, buffer_positions, positions, o, parts, statistics,
+    late_score, ring_score, buffer_score, window_slots, buffer_slots, sinks, delay, span, scale,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BUFFER: tl.constexpr,
+    SLOTS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of a KV head's queries to `span` of its slots, buffer first; writes the new token into the ring.
 
-    parts: fp32 `[sequences, kv_heads, splits, GROUPS, HEAD_DIM]`, not normalised; statistics: the same without head dim
-    but with (peak in powers of two, sum).
+    If WHOLE these are all slots: writes o, then `_admit`. Else parts: fp32 `[sequences, kv_heads, splits, GROUPS,
+    HEAD_DIM]`, not normalised; statistics: the same without head dim but with (peak in powers of two, sum).
     """
     split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     pair = sequence.to(tl.int64) * tl.num_programs(1) + head
@@ -39,50 +41,60 @@ def _attend_slots(
     real = column < HEAD_DIM
     rows_mask = (row < GROUPS)[:, None] & real[None, :]
     q_tile = tl.load(q + (pair * GROUPS + row)[:, None] * HEAD_DIM + column[None, :], mask=rows_mask, other=0)
-    new_slot = (tl.load(positions + sequence) % window_slots).to(tl.int32)
+    position = tl.load(positions + sequence)
+    new_slot = (position % window_slots).to(tl.int32)
     new_k = tl.load(k + pair * HEAD_DIM + column, mask=real, other=0)
     new_v = tl.load(v + pair * HEAD_DIM + column, mask=real, other=0)
 
-    acc = tl.zeros([ROWS, WIDTH], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    peak = tl.full([ROWS], -1e30, tl.float32)
+    # The new token itself is the first split's first key; what its slot holds is older than the window.
+    own = split == 0
+    logit = tl.sum(q_tile.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale
+    peak = tl.where(own, logit, -1e30)
+    total = tl.where(own, 1.0, tl.zeros([ROWS], tl.float32))
+    acc = tl.where(own, new_v.to(tl.float32)[None, :], tl.zeros([ROWS, WIDTH], tl.float32))
     first = split * span
     end = tl.minimum(first + span, buffer_slots + window_slots)
+    buffer_k += pair * buffer_slots * HEAD_DIM
+    buffer_v += pair * buffer_slots * HEAD_DIM
+    ring_k += pair * window_slots * HEAD_DIM
+    ring_v += pair * window_slots * HEAD_DIM
     for start in tl.range(first, end, SLOTS):
         slot = start + tl.arange(0, SLOTS)
-        in_buffer, in_ring = slot < buffer_slots, (slot >= buffer_slots) & (slot < end)
-        in_buffer = in_buffer & (slot < end)
+        in_buffer, in_ring = (slot < buffer_slots) & (slot < end), (slot >= buffer_slots) & (slot < end)
         ring_slot = slot - buffer_slots
-        is_new = in_ring & (ring_slot == new_slot)
         held = tl.load(buffer_positions + pair * buffer_slots + slot, mask=in_buffer, other=-1)
         recent = tl.load(ring_positions + sequence.to(tl.int64) * window_slots + ring_slot, mask=in_ring, other=-1)
-        visible = (held >= 0) | (recent >= 0) | is_new
-        old_ring = (in_ring & (is_new == 0))[:, None] & real[None, :]
-        buffer_mask = in_buffer[:, None] & real[None, :]
-        ring_places = (pair * window_slots + ring_slot)[:, None] * HEAD_DIM + column[None, :]
-        buffer_places = (pair * buffer_slots + slot)[:, None] * HEAD_DIM + column[None, :]
-        k_tile = tl.load(tl.where(in_buffer[:, None], buffer_k + buffer_places, ring_k + ring_places),
-                         mask=buffer_mask | old_ring, other=0)  # fmt: skip
-        v_tile = tl.load(tl.where(in_buffer[:, None], buffer_v + buffer_places, ring_v + ring_places),
-                         mask=buffer_mask | old_ring, other=0)  # fmt: skip
-        k_tile = tl.where(is_new[:, None], new_k[None, :], k_tile)
-        v_tile = tl.where(is_new[:, None], new_v[None, :], v_tile)
-        tl.store(ring_k + ring_places, k_tile, mask=is_new[:, None] & real[None, :])
-        tl.store(ring_v + ring_places, v_tile, mask=is_new[:, None] & real[None, :])
-
+        visible = (held >= 0) | ((recent >= 0) & (ring_slot != new_slot))
+        mask = (slot < end)[:, None] & real[None, :]
+        places = tl.where(in_buffer, slot, ring_slot)[:, None] * HEAD_DIM + column[None, :]
+        k_tile = tl.load(tl.where(in_buffer[:, None], buffer_k, ring_k) + places, mask=mask, other=0)
+        v_tile = tl.load(tl.where(in_buffer[:, None], buffer_v, ring_v) + places, mask=mask, other=0)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         logits = tl.where(visible[None, :], logits, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(logits, 1) * scale)
         p = tl.exp2(logits * scale - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(p, 1)
+        # Slots that never held a token may hold anything.
+        v_tile = tl.where(visible[:, None], v_tile, 0)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
         peak = new_peak
 
-    out = (pair * tl.num_programs(0) + split) * GROUPS + row
-    tl.store(parts + out[:, None] * HEAD_DIM + column[None, :], acc, mask=rows_mask)
-    tl.store(statistics + out * 2, peak, mask=row < GROUPS)
-    tl.store(statistics + out * 2 + 1, total, mask=row < GROUPS)
+    tl.store(ring_k + new_slot * HEAD_DIM + column, new_k, mask=real & own)
+    tl.store(ring_v + new_slot * HEAD_DIM + column, new_v, mask=real & own)
+    if WHOLE:
+        places = (pair * GROUPS + row)[:, None] * HEAD_DIM + column[None, :]
+        tl.store(o + places, (acc / total[:, None]).to(o.dtype.element_ty), mask=rows_mask)
+        tl.debug_barrier()  # all of the buffer has been read
+        _admit(
+            late_score, ring_k, ring_v, ring_positions, ring_score, buffer_k, buffer_v, buffer_positions, buffer_score,
+            position, sequence, head, pair, window_slots, buffer_slots, sinks, delay, HEAD_DIM, WIDTH, BUFFER,
+        )  # fmt: skip
+    else:
+        out = (pair * tl.num_programs(0) + split) * GROUPS + row
+        tl.store(parts + out[:, None] * HEAD_DIM + column[None, :], acc, mask=rows_mask)
+        tl.store(statistics + out * 2, peak, mask=row < GROUPS)
+        tl.store(statistics + out * 2 + 1, total, mask=row < GROUPS)
 
 
 @triton.jit
@@ -93,7 +105,7 @@ def _admit(
 ):  # fmt: skip
     """The ring's bookkeeping, and the buffer as the next query finds it: the token about to leave the window enters.
 
-    A free slot is taken first, else the least score is displaced iff it is less, among equal ones the youngest.
+    ring_k, ring_v, buffer_k and buffer_v are those of the pair; the others of all. A free slot is taken first, else the least score is displaced iff it is less, among equal ones the youngest.
     """
     ring_score += pair * window_slots
     late = tl.load(late_score + pair).to(ring_score.dtype.element_ty)
@@ -123,9 +135,9 @@ def _admit(
     place = pair * buffer_slots + loser
     column = tl.arange(0, WIDTH)
     mask = (column < HEAD_DIM) & enters
-    source = (pair * window_slots + leaving_slot) * HEAD_DIM + column
-    tl.store(buffer_k + place * HEAD_DIM + column, tl.load(ring_k + source, mask=mask, other=0), mask=mask)
-    tl.store(buffer_v + place * HEAD_DIM + column, tl.load(ring_v + source, mask=mask, other=0), mask=mask)
+    source, target = leaving_slot * HEAD_DIM + column, loser * HEAD_DIM + column
+    tl.store(buffer_k + target, tl.load(ring_k + source, mask=mask, other=0), mask=mask)
+    tl.store(buffer_v + target, tl.load(ring_v + source, mask=mask, other=0), mask=mask)
     tl.store(buffer_positions + place, leaving, mask=enters)
     tl.store(buffer_score + place, score, mask=enters)
 
@@ -158,9 +170,10 @@ def _join_and_admit(
         acc += part_acc * tl.exp2(part_peak - peak)[:, None]
     places = (pair * GROUPS + row)[:, None] * HEAD_DIM + column[None, :]
     tl.store(o + places, (acc / total[:, None]).to(o.dtype.element_ty), mask=mask)
+    ring, buffer = pair * window_slots * HEAD_DIM, pair * buffer_slots * HEAD_DIM
     _admit(
-        late_score, ring_k, ring_v, ring_positions, ring_score, buffer_k, buffer_v, buffer_positions, buffer_score,
-        tl.load(positions + sequence), sequence, head, pair, window_slots, buffer_slots, sinks, delay,
+        late_score, ring_k + ring, ring_v + ring, ring_positions, ring_score, buffer_k + buffer, buffer_v + buffer,
+        buffer_positions, buffer_score, tl.load(positions + sequence), sequence, head, pair, window_slots, buffer_slots, sinks, delay,
         HEAD_DIM, WIDTH, BUFFER,
     )  # fmt: skip
 
@@ -186,26 +199,31 @@ def lte_attention_step(
     buffer_slots, groups = cache.buffer_k.shape[2], q.shape[1] // heads
     q, k, v, score = (x.contiguous() for x in (q, k, v, score))
     slots = window_slots + buffer_slots
-    splits = max(1, min(triton.cdiv(_PROGRAMS, count * heads), triton.cdiv(slots, _SLOTS)))
+    splits = max(1, min(_PROGRAMS // (count * heads), triton.cdiv(slots, _SLOTS)))
     span = triton.cdiv(triton.cdiv(slots, splits), _SLOTS) * _SLOTS
     splits = triton.cdiv(slots, span)
-    parts = torch.empty(count, heads, splits, groups, head_dim, dtype=torch.float32, device=q.device)
-    statistics = torch.empty(count, heads, splits, groups, 2, dtype=torch.float32, device=q.device)
     o = torch.empty_like(q)
+    parts = statistics = o
+    if splits > 1:
+        parts = torch.empty(count, heads, splits, groups, head_dim, dtype=torch.float32, device=q.device)
+        statistics = torch.empty(count, heads, splits, groups, 2, dtype=torch.float32, device=q.device)
     sizes = {
         "HEAD_DIM": head_dim,
         "WIDTH": max(16, triton.next_power_of_2(head_dim)),
         "GROUPS": groups,
         "ROWS": max(16, triton.next_power_of_2(groups)),
+        "BUFFER": triton.next_power_of_2(buffer_slots),
     }
     _attend_slots[(splits, heads, count)](
         q, k, v, cache.k, cache.v, cache.positions, cache.buffer_k, cache.buffer_v, cache.buffer_positions, positions,
-        parts, statistics, window_slots, buffer_slots, span, head_dim**-0.5 * math.log2(math.e), **sizes, SLOTS=_SLOTS,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        o, parts, statistics, score, cache.score, cache.buffer_score, window_slots, buffer_slots, sink_size, delay,
+        span, head_dim**-0.5 * math.log2(math.e), **sizes, SLOTS=_SLOTS, WHOLE=splits == 1,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=2,
     )  # fmt: skip
-    _join_and_admit[(heads, count)](
-        o, parts, statistics, score, cache.k, cache.v, cache.positions, cache.score, cache.buffer_k, cache.buffer_v,
-        cache.buffer_positions, cache.buffer_score, positions, window_slots, buffer_slots, sink_size, delay, splits,
-        **sizes, BUFFER=triton.next_power_of_2(buffer_slots), SPLITS=triton.next_power_of_2(splits),
-    )  # fmt: skip
+    if splits > 1:
+        _join_and_admit[(heads, count)](
+            o, parts, statistics, score, cache.k, cache.v, cache.positions, cache.score, cache.buffer_k,
+            cache.buffer_v, cache.buffer_positions, cache.buffer_score, positions, window_slots, buffer_slots,
+            sink_size, delay, splits, **sizes, SPLITS=triton.next_power_of_2(splits),
+        )  # fmt: skip
     return o

@@ -28,6 +28,8 @@ from megahybrid_kernels.counter_dropout import fold
 from megahybrid_kernels.retention_router.reference import Dropout, RouterParameters
 from megahybrid_kernels.sequences import Sequences
 
+# Tokens of a program and its num_warps; of the weight's gradient also num_stages.
+_FORWARD, _INPUT, _WEIGHT = (64, 4), (64, 4), (64, 4, 3)
 _BLOCK = 64
 # Token ranges whose weight gradients are summed separately first.
 _SPLITS = 16
@@ -39,7 +41,7 @@ def _keep(keys, channel_keys, threshold):
     x = keys.to(tl.uint32)[:, None] ^ channel_keys.to(tl.uint32)[None, :]
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
-    return (x ^ (x >> 16)).to(tl.int64) >= threshold
+    return (x ^ (x >> 16)) >= threshold.to(tl.uint32)
 
 
 @triton.jit
@@ -125,7 +127,8 @@ def _backward_projection(
     value = tl.load(y + places, mask=mask, other=0)
     grad = tl.load(dlogits + row.to(tl.int64) * heads + head, mask=row < tokens, other=0).to(tl.float32)
     vector = tl.load(projection + head * OUT + out, mask=out < OUT, other=0).to(tl.float32)
-    tl.store(dy + places, grad[:, None] * vector[None, :] * _silu_gradient(value), mask=mask)
+    dvalue = grad[:, None] * vector[None, :] * _silu_gradient(value)
+    tl.store(dy + places, dvalue.to(dy.dtype.element_ty), mask=mask)
     sums = tl.sum(grad[:, None] * value * tl.sigmoid(value), 0)
     tl.store(dprojection + (head * tl.num_programs(0) + tl.program_id(0)) * OUT + out, sums, mask=out < OUT)
 
@@ -150,8 +153,7 @@ def _backward_input(
     other_acc = tl.zeros([BLOCK, WIDTH], tl.float32)
     for tap in tl.static_range(TAPS):
         other = row - (tap - TAPS // 2) * dilation
-        mask = ((other >= begin) & (other < end))[:, None] & (out < OUT)[None, :]
-        grad = tl.load(dy + (head * tokens + other)[:, None] * OUT + out[None, :], mask=mask, other=0)
+        grad = _rows(dy + head * tokens * OUT, other, begin, end, OUT, OUT_WIDTH)
         places = ((head * TAPS + tap) * HALVES * CHANNELS + channel)[:, None] * OUT + out[None, :]
         matrix = tl.load(weight + places, mask=weight_mask, other=0)
         acc = tl.dot(grad.to(matrix.dtype), tl.trans(matrix), acc, input_precision=PRECISION)
@@ -176,48 +178,70 @@ def _backward_input(
 
 
 @triton.jit
+def _rows(x, row, begin, end, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """`[rows, WIDTH]` of an array of `[.., SIZE]`; zero for rows outside of [begin, end)."""
+    column = tl.arange(0, WIDTH)
+    mask = ((row >= begin) & (row < end))[:, None] & (column < SIZE)[None, :]
+    return tl.load(x + row.to(tl.int64)[:, None] * SIZE + column[None, :], mask=mask, other=0)
+
+
+@triton.jit
 def _backward_weight(
     dy, first, second, dweight, dbias, keys, channel_keys, begins, ends, stride, head_stride, second_stride,
     second_head_stride, tokens, span, dilation, threshold, keep_scale,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, HALVES: tl.constexpr,
-    TAPS: tl.constexpr, TAPS_WIDTH: tl.constexpr, OUT_TILE: tl.constexpr, ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TAPS: tl.constexpr, ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW of one half and OUT_TILE outputs over `span` tokens, all taps side by side in the columns of one product; and
-    the bias's gradient.
+    """dW of one half over `span` tokens, with TAPS == 3 (else a tap at a time); and the bias's gradient.
 
     dweight: `[splits, kv_heads, TAPS, HALVES * CHANNELS, OUT]`; dbias: `[splits, kv_heads, OUT]`.
     """
-    half, split = tl.program_id(0) % HALVES, tl.program_id(1)
+    tap, half = tl.program_id(0) // HALVES, tl.program_id(0) % HALVES
+    split = tl.program_id(1)
     head, heads = tl.program_id(2).to(tl.int64), tl.num_programs(2)
-    channel, column = tl.arange(0, WIDTH), tl.arange(0, TAPS_WIDTH * OUT_TILE)
-    tap, out = column // OUT_TILE, tl.program_id(0) // HALVES * OUT_TILE + column % OUT_TILE
-    real = (tap < TAPS) & (out < OUT)
-    shift = (tap - TAPS // 2) * dilation
+    channel, out = tl.arange(0, WIDTH), tl.arange(0, OUT_WIDTH)
     x, x_stride = first + head * head_stride, stride
     if half == 1:
         x, x_stride = second + head * second_head_stride, second_stride
-    acc = tl.zeros([WIDTH, TAPS_WIDTH * OUT_TILE], tl.float32)
-    bias = tl.zeros([TAPS_WIDTH * OUT_TILE], tl.float32)
+    dy += head * tokens * OUT
     numbers = channel_keys + (head * HALVES + half) * CHANNELS
+    ALL: tl.constexpr = TAPS == 3
+    shift = dilation if ALL else (tap - TAPS // 2) * dilation
+    acc = tl.zeros([WIDTH, OUT_WIDTH], tl.float32)
+    before, after = acc, acc
+    bias = tl.zeros([OUT_WIDTH], tl.float32)
     for start in tl.range(split * span, tl.minimum((split + 1) * span, tokens), BLOCK):
         row = start + tl.arange(0, BLOCK)
         exists = row < tokens
         begin = tl.load(begins + row, mask=exists, other=0)
         end = tl.load(ends + row, mask=exists, other=0)
         value = _layer_input(x, row, exists, x_stride, keys, numbers, threshold, CHANNELS, WIDTH, ACTIVATE, DROPOUT)
-        other = row[:, None] - shift[None, :]
-        mask = (other >= begin[:, None]) & (other < end[:, None]) & real[None, :]
-        grad = tl.load(dy + (head * tokens + other) * OUT + out[None, :], mask=mask, other=0)
-        acc = tl.dot(tl.trans(value), grad.to(value.dtype), acc, input_precision=PRECISION)
-        bias += tl.sum(grad, 0)
-    if DROPOUT:
-        acc *= keep_scale
-    at = ((split * heads + head) * TAPS + tap)[None, :] * (HALVES * CHANNELS) + half * CHANNELS + channel[:, None]
-    tl.store(dweight + at * OUT + out[None, :], acc, mask=(channel < CHANNELS)[:, None] & real[None, :])
-    # The tap without a shift saw every row once.
-    own = real & (tap == TAPS // 2) & (half == 0)
-    tl.store(dbias + (split * heads + head) * OUT + out, bias, mask=own)
+        turned = tl.trans(value)
+        if ALL:
+            later = _rows(dy, row + shift, begin, end, OUT, OUT_WIDTH)
+            before = tl.dot(turned, later.to(value.dtype), before, input_precision=PRECISION)
+            grad = _rows(dy, row, begin, end, OUT, OUT_WIDTH)
+            acc = tl.dot(turned, grad.to(value.dtype), acc, input_precision=PRECISION)
+            earlier = _rows(dy, row - shift, begin, end, OUT, OUT_WIDTH)
+            after = tl.dot(turned, earlier.to(value.dtype), after, input_precision=PRECISION)
+        else:
+            grad = _rows(dy, row - shift, begin, end, OUT, OUT_WIDTH)
+            acc = tl.dot(turned, grad.to(value.dtype), acc, input_precision=PRECISION)
+        bias += tl.sum(grad.to(tl.float32), 0)
+    sums = dweight + ((split * heads + head) * TAPS * HALVES + half) * CHANNELS * OUT
+    sums += channel[:, None] * OUT + out[None, :]
+    mask = (channel < CHANNELS)[:, None] & (out < OUT)[None, :]
+    each = HALVES * CHANNELS * OUT
+    scale = keep_scale if DROPOUT else 1.0
+    if ALL:
+        tl.store(sums, before * scale, mask=mask)
+        tl.store(sums + each, acc * scale, mask=mask)
+        tl.store(sums + 2 * each, after * scale, mask=mask)
+    else:
+        tl.store(sums + tap * each, acc * scale, mask=mask)
+    # The tap without a shift sees every row once.
+    own = (half == 0) & (ALL | (tap == TAPS // 2))
+    tl.store(dbias + (split * heads + head) * OUT + out, bias, mask=(out < OUT) & own)
 
 
 @lru_cache(maxsize=64)
@@ -288,7 +312,7 @@ class _Layer:
         """constexpr arguments of all kernels."""
         sizes = {"CHANNELS": self.channels, "WIDTH": _width(self.channels), "OUT": self.out, "TAPS": self.taps}
         flags = {"ACTIVATE": self.number > 0, "DROPOUT": self.drops, "HALVES": self.halves}
-        return sizes | flags | {"OUT_WIDTH": _width(self.out), "BLOCK": _BLOCK, "PRECISION": self.precision}
+        return sizes | flags | {"OUT_WIDTH": _width(self.out), "PRECISION": self.precision}
 
     @property
     def places(self) -> tuple[Tensor, ...]:
@@ -310,10 +334,11 @@ class _Layer:
         tokens = self.sequences.tokens
         y = torch.empty(self.heads, tokens, self.out, dtype=torch.float32, device=weight.device)
         first, second = inputs[0], inputs[-1]
-        _forward_layer[(triton.cdiv(tokens, _BLOCK), self.heads)](
+        block, warps = _FORWARD
+        _forward_layer[(triton.cdiv(tokens, block), self.heads)](
             first, second, self.packed(weight, first.dtype), bias, *self.places, y, projection, projection_bias,
             y if logits is None else logits, *self.strides(first), *self.strides(second), tokens, self.dilation,
-            self.threshold, self.keep_scale, **self.constants, LAST=logits is not None,
+            self.threshold, self.keep_scale, **self.constants, LAST=logits is not None, BLOCK=block, num_warps=warps,
         )  # fmt: skip
         return y
 
@@ -322,19 +347,23 @@ class _Layer:
         tokens, heads, packed = self.sequences.tokens, self.heads, self.packed(weight, inputs[0].dtype)
         span = triton.cdiv(triton.cdiv(tokens, _SPLITS), _BLOCK) * _BLOCK
         splits = triton.cdiv(tokens, span)
-        dweight = dy.new_empty(splits, heads, self.taps, self.halves * self.channels, self.out)
-        dbias = dy.new_empty(splits, heads, self.out)
+        dweight, dbias = (
+            torch.empty(splits, heads, *shape, dtype=torch.float32, device=dy.device)
+            for shape in ((self.taps, self.halves * self.channels, self.out), (self.out,))
+        )
         scalars = (tokens, self.dilation, self.threshold, self.keep_scale)
-        gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
-        _backward_input[(triton.cdiv(tokens, _BLOCK), heads)](
+        gradients = [torch.empty(x.shape, dtype=dy.dtype, device=x.device) for x in inputs]
+        block, warps = _INPUT
+        _backward_input[(triton.cdiv(tokens, block), heads)](
             dy, packed, inputs[0], gradients[0], gradients[-1], *self.places, *self.strides(gradients[0]), *scalars,
-            **self.constants,
+            **self.constants, BLOCK=block, num_warps=warps,
         )  # fmt: skip
-        out_tile = min(_width(self.out), 64)
-        _backward_weight[(self.halves * triton.cdiv(self.out, out_tile), splits, heads)](
+        block, warps, stages = _WEIGHT
+        programs = self.halves * (1 if self.taps == 3 else self.taps)
+        _backward_weight[(programs, splits, heads)](
             dy, inputs[0], inputs[-1], dweight, dbias, *self.places, *self.strides(inputs[0]),
-            *self.strides(inputs[-1]), tokens, span, *scalars[1:], **self.constants,
-            TAPS_WIDTH=triton.next_power_of_2(self.taps), OUT_TILE=out_tile, num_warps=8, num_stages=2,
+            *self.strides(inputs[-1]), tokens, span, *scalars[1:], **self.constants, BLOCK=block, num_warps=warps,
+            num_stages=stages,
         )  # fmt: skip
         dweight = dweight.sum(0).permute(0, 3, 2, 1).reshape(weight.shape).to(weight.dtype)
         return gradients, dweight, dbias.sum(0).flatten()
@@ -363,7 +392,8 @@ class _Router(torch.autograd.Function):
         weights, biases, ys = rest[:count], rest[count : 2 * count], rest[2 * count :]
         dlogits, tokens = dlogits.contiguous(), k.shape[0]
         last, blocks = layers[-1], triton.cdiv(tokens, _BLOCK)
-        dy, dprojection = torch.empty_like(ys[-1]), dlogits.new_empty(last.heads, blocks, last.out)
+        dy = torch.empty(ys[-1].shape, dtype=k.dtype, device=k.device)
+        dprojection = torch.empty(last.heads, blocks, last.out, dtype=torch.float32, device=k.device)
         _backward_projection[(blocks, last.heads)](
             ys[-1], dlogits, projection, dy, dprojection, tokens, OUT=last.out, OUT_WIDTH=_width(last.out),
             BLOCK=_BLOCK,
