@@ -130,8 +130,8 @@ def test_lists_hold_what_is_visible():
 @pytest.mark.parametrize("lengths", [(1,), (2, 1, 70, 33, 5), (257,)])
 @pytest.mark.parametrize("levels", [3, 10_000])
 def test_exits(lengths, window_size, sink_size, buffer_size, levels, monkeypatch):
-    monkeypatch.setattr(exits_triton, "_OTHERS", 16)
-    monkeypatch.setattr(exits_triton, "_BLOCKS", 4)
+    for name, size in {"_OWN": 8, "_OTHERS": 16, "_BLOCKS": 4, "_PIECE": 8}.items():
+        monkeypatch.setattr(exits_triton, name, size)
     score = tied_scores(sum(lengths), 2, seed=levels, levels=levels).to(DEVICE)
     starts = torch.arange(len(lengths), device=DEVICE) * 2
     sequences = Sequences.of(lengths, DEVICE, starts)

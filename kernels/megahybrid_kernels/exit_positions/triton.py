@@ -20,8 +20,9 @@ from megahybrid_kernels.exit_positions.reference import NEVER
 from megahybrid_kernels.prefix_sums import BLOCK, exclusive_prefix
 from megahybrid_kernels.sequences import Sequences
 
-# Candidates of a program, of a block of those that they are compared with, and blocks of a group.
-_OWN, _OTHERS, _BLOCKS = 16, 512, 8
+# Candidates of a program, of a block of those that they are compared with, blocks of a group, and candidates of a piece
+# of a block that are compared one by one.
+_OWN, _OTHERS, _BLOCKS, _PIECE = 128, 512, 8, 16
 
 
 @triton.jit
@@ -83,10 +84,26 @@ def _count_above(ordered, block, least, open_, BLOCKS: tl.constexpr, OTHERS: tl.
 
 
 @triton.jit
+def _count_pieces(
+    keys, block, key, own, first, end, total, count, limit, OTHERS: tl.constexpr, PIECE: tl.constexpr
+):  # fmt: skip
+    """`count` after each candidate's block of OTHERS from `block` on, compared one by one, and how many of these leave
+    it below `limit`. All but keys, total and limit: `[OWN]`."""
+    below = tl.zeros_like(count)
+    for piece in tl.range(0, OTHERS, PIECE):
+        other = (block + piece)[:, None] + tl.arange(0, PIECE)[None, :]
+        other_key = tl.load(keys + other, mask=other < total, other=0)
+        better = _outranks(other_key, other, key[:, None], own[:, None], first[:, None], end[:, None]).to(tl.int32)
+        below += tl.sum((count[:, None] + tl.cumsum(better, 1) < limit).to(tl.int32), 1)
+        count += tl.sum(better, 1)
+    return count, below
+
+
+@triton.jit
 def _count_outranking(
     keys, ordered, grouped, rows, rank, positions, begins, ends, exits, tokens, width, window, buffer, never,
-    OWN: tl.constexpr, OTHERS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr,
-    GROUP_BITS: tl.constexpr,
+    OWN: tl.constexpr, OTHERS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr, GROUP_BITS: tl.constexpr,
+    PIECE: tl.constexpr,
 ):  # fmt: skip
     """keys, rows: `[heads, width]`; ordered, grouped: keys with each block of OTHERS, each group of BLOCKS, ascending."""
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
@@ -120,7 +137,7 @@ def _count_outranking(
             if (block % (BLOCKS * OTHERS) == 0) & (block >= plain_first) & (span <= plain_end):
                 # One document. Of those earlier than a candidate's own block an equal score wins, of later ones not.
                 has_own = (own_block >= block) & (own_block < span)
-                above = tl.full([OWN], buffer, tl.int32)
+                above = tl.zeros([OWN], tl.int32) + buffer
                 if has_own == 0:
                     least = tl.where(block < own_block, key - 1, key)[:, None]
                     above = tl.sum(_count_above(grouped, block, least, open_, 1, BLOCKS * OTHERS, GROUP_BITS), 1)
@@ -131,10 +148,11 @@ def _count_outranking(
                     each = tl.where(begin < own_block, key[:, None] - 1, key[:, None])
                     found = _count_above(ordered, block, each, open_, BLOCKS, OTHERS, BITS)
                     if has_own:
-                        other = own_block + tl.arange(0, OTHERS)[None, :]
-                        better = _outranks(tl.load(keys + other), other, key[:, None], own[:, None], 0, span)
-                        own_count = tl.sum(better.to(tl.int32), 1)
-                        found = tl.where(begin == own_block, own_count[:, None], found)
+                        mine, _ = _count_pieces(
+                            keys, tl.zeros_like(own) + own_block, key, own, first, end, total, tl.zeros_like(own), 0,
+                            OTHERS, PIECE,
+                        )  # fmt: skip
+                        found = tl.where(begin == own_block, mine[:, None], found)
                     running = count[:, None] + tl.cumsum(found, 1)
                     before = running < buffer
                     new_count = tl.maximum(count, tl.max(tl.where(before, running, 0), 1))
@@ -144,12 +162,9 @@ def _count_outranking(
                     open_ = open_ & (passed == BLOCKS)
                 block = span
             else:
-                other = block + tl.arange(0, OTHERS)
-                other_key = tl.load(keys + other, mask=other < total, other=0)
-                better = _outranks(
-                    other_key[None, :], other[None, :], key[:, None], own[:, None], first[:, None], end[:, None]
+                new_count, _ = _count_pieces(
+                    keys, tl.zeros_like(own) + block, key, own, first, end, total, count, 0, OTHERS, PIECE
                 )  # fmt: skip
-                new_count = count + tl.sum(better.to(tl.int32), 1)
                 stays_open = new_count < buffer
                 count = tl.where(open_ & stays_open, new_count, count)
                 place = tl.where(open_, block, place)
@@ -157,12 +172,8 @@ def _count_outranking(
                 block += OTHERS
         leaves = overflows & (open_ == 0)
         # Within its last block each counts on, one other after another, up to the b-th.
-        other = place[:, None] + tl.arange(0, OTHERS)[None, :]
-        other_key = tl.load(keys + other, mask=leaves[:, None] & (other < total), other=0)
-        better = _outranks(other_key, other, key[:, None], own[:, None], first[:, None], end[:, None])
-        running = count[:, None] + tl.cumsum(better.to(tl.int32), 1)
-        last = place + tl.sum((running < buffer).to(tl.int32), 1)
-        last_row = tl.load(rows + last, mask=leaves, other=0)
+        _, below = _count_pieces(keys, place, key, own, first, end, total, count, buffer, OTHERS, PIECE)
+        last_row = tl.load(rows + place + below, mask=leaves, other=0)
         arrival = tl.load(positions + last_row, mask=leaves, other=0) + window + 1
         exit = tl.where(leaves, arrival, never)
         tl.store(exits + row.to(tl.int64) * heads + head, exit, mask=exists)
@@ -188,6 +199,6 @@ def exit_positions(score: Tensor, sequences: Sequences, window_size: int, sink_s
     _count_outranking[(triton.cdiv(tokens, _OWN), heads)](
         keys, ordered, grouped, rows, rank, sequences.positions, sequences.begins, sequences.ends, exits, tokens,
         width, window_size, buffer_size, NEVER, OWN=_OWN, OTHERS=_OTHERS, BITS=_OTHERS.bit_length() - 1,
-        BLOCKS=_BLOCKS, GROUP_BITS=group.bit_length() - 1,
+        BLOCKS=_BLOCKS, GROUP_BITS=group.bit_length() - 1, PIECE=_PIECE,
     )  # fmt: skip
     return exits

@@ -29,7 +29,7 @@ from megahybrid_kernels.retention_router.reference import Dropout, RouterParamet
 from megahybrid_kernels.sequences import Sequences
 
 # Tokens of a program and its num_warps; of the weight's gradient also num_stages.
-_FORWARD, _INPUT, _WEIGHT = (64, 4), (64, 4), (64, 4, 3)
+_FORWARD, _INPUT, _WEIGHT = (64, 4), (64, 4), (128, 4, 2)
 _BLOCK = 64
 # Token ranges whose weight gradients are summed separately first.
 _SPLITS = 16
@@ -70,32 +70,44 @@ def _forward_layer(
     TAPS: tl.constexpr, ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y of a layer, and the logits of the last. weight: `[kv_heads, TAPS, HALVES * CHANNELS, OUT]`."""
+    """y of a layer, and the logits of the last. weight: `[kv_heads, TAPS, HALVES * CHANNELS, OUT]`.
+
+    A program multiplies BLOCK rows by the weights of all taps and then shifts the products, so that each input is read,
+    activated and dropped once; its first and last `TAPS // 2 * dilation` rows serve the others only.
+    """
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exists = row < tokens
+    halo = TAPS // 2 * dilation
+    lane = tl.arange(0, BLOCK)
+    row = tl.program_id(0) * (BLOCK - 2 * halo) - halo + lane
+    exists = (row >= 0) & (row < tokens)
+    numbers = channel_keys + head * HALVES * CHANNELS
+    value = _layer_input(
+        first + head * head_stride, row, exists, stride, keys, numbers, threshold, CHANNELS, WIDTH, ACTIVATE, DROPOUT
+    )
+    if HALVES == 2:
+        other_value = _layer_input(
+            second + head * second_head_stride, row, exists, second_stride, keys, numbers + CHANNELS, threshold,
+            CHANNELS, WIDTH, ACTIVATE, DROPOUT,
+        )  # fmt: skip
     begin = tl.load(begins + row, mask=exists, other=0)
     end = tl.load(ends + row, mask=exists, other=0)
     channel, out = tl.arange(0, WIDTH), tl.arange(0, OUT_WIDTH)
     weight_mask = (channel < CHANNELS)[:, None] & (out < OUT)[None, :]
     acc = tl.zeros([BLOCK, OUT_WIDTH], tl.float32)
     for tap in tl.static_range(TAPS):
-        other = row + (tap - TAPS // 2) * dilation
-        inside = (other >= begin) & (other < end)
-        for half in tl.static_range(HALVES):
-            if half == 0:
-                source = first + head * head_stride
-                source_stride = stride
-            else:
-                source = second + head * second_head_stride
-                source_stride = second_stride
-            numbers = channel_keys + (head * HALVES + half) * CHANNELS
-            value = _layer_input(
-                source, other, inside, source_stride, keys, numbers, threshold, CHANNELS, WIDTH, ACTIVATE, DROPOUT
-            )
-            places = (((head * TAPS + tap) * HALVES + half) * CHANNELS + channel)[:, None] * OUT + out[None, :]
-            matrix = tl.load(weight + places, mask=weight_mask, other=0)
-            acc = tl.dot(value.to(matrix.dtype), matrix, acc, input_precision=PRECISION)
+        places = ((head * TAPS + tap) * HALVES * CHANNELS + channel)[:, None] * OUT + out[None, :]
+        matrix = tl.load(weight + places, mask=weight_mask, other=0)
+        product = tl.dot(value.to(matrix.dtype), matrix, input_precision=PRECISION)
+        if HALVES == 2:
+            matrix = tl.load(weight + places + CHANNELS * OUT, mask=weight_mask, other=0)
+            product = tl.dot(other_value.to(matrix.dtype), matrix, product, input_precision=PRECISION)
+        shift = (tap - TAPS // 2) * dilation
+        if tap != TAPS // 2:
+            source = tl.minimum(tl.maximum(lane + shift, 0), BLOCK - 1)
+            product = tl.gather(product, tl.broadcast_to(source[:, None], [BLOCK, OUT_WIDTH]), 0)
+        inside = (row + shift >= begin) & (row + shift < end)
+        acc += tl.where(inside[:, None], product, 0)
+    exists = exists & (lane >= halo) & (lane < BLOCK - halo)
     if DROPOUT:
         acc *= keep_scale
     acc += tl.load(bias + head * OUT + out, mask=out < OUT, other=0).to(tl.float32)[None, :]
@@ -335,7 +347,9 @@ class _Layer:
         y = torch.empty(self.heads, tokens, self.out, dtype=torch.float32, device=weight.device)
         first, second = inputs[0], inputs[-1]
         block, warps = _FORWARD
-        _forward_layer[(triton.cdiv(tokens, block), self.heads)](
+        halo = self.taps // 2 * self.dilation
+        block = max(block, triton.next_power_of_2(4 * halo))
+        _forward_layer[(triton.cdiv(tokens, block - 2 * halo), self.heads)](
             first, second, self.packed(weight, first.dtype), bias, *self.places, y, projection, projection_bias,
             y if logits is None else logits, *self.strides(first), *self.strides(second), tokens, self.dilation,
             self.threshold, self.keep_scale, **self.constants, LAST=logits is not None, BLOCK=block, num_warps=warps,
@@ -345,7 +359,7 @@ class _Layer:
     def backward(self, inputs: tuple[Tensor, ...], weight: Tensor, dy: Tensor):
         """Gradients of the inputs (for a y of what comes before its activation), the weight and the bias."""
         tokens, heads, packed = self.sequences.tokens, self.heads, self.packed(weight, inputs[0].dtype)
-        span = triton.cdiv(triton.cdiv(tokens, _SPLITS), _BLOCK) * _BLOCK
+        span = triton.cdiv(triton.cdiv(tokens, _SPLITS), _WEIGHT[0]) * _WEIGHT[0]
         splits = triton.cdiv(tokens, span)
         dweight, dbias = (
             torch.empty(splits, heads, *shape, dtype=torch.float32, device=dy.device)
