@@ -1,7 +1,7 @@
 """The retention router in Triton, forward and backward, a launch a layer.
 
-A layer keeps its output before the activation, y `[kv_heads, tokens, channels_out]` in fp32; whoever reads it applies
-SiLU, so that nothing else is stored. With taps tau, shifts s_tau = (tau - taps // 2) * dilation, dropout mask m and
+A layer keeps its output before the activation, y `[kv_heads, tokens, channels_out]`; whoever reads it applies SiLU, so
+that nothing else is stored. With taps tau, shifts s_tau = (tau - taps // 2) * dilation, dropout mask m and
 x = SiLU(y of the layer before), or k and v side by side for the first, and with terms only within a document:
 
     y_t = bias + sum_tau W_tau (m x)_{t + s_tau} / (1 - p)
@@ -10,8 +10,9 @@ x = SiLU(y of the layer before), or k and v side by side for the first, and with
     logit_t = <a, SiLU(y_t)> + c of the last layer, and so its dy_t = dlogit_t a SiLU'(y_t)
 
 The mask is a hash (see `counter_dropout`) and computed again. With fp32 k and v, products are three tf32 ones, which is
-nearly as exact as fp32. With k and v in half precision the first layer multiplies in that, where it is exact but for dy
-that is rounded to it, and later layers in one tf32 product. Weights' gradients are summed in a fixed order.
+nearly as exact as fp32. With k and v in half precision y is float16, as fine as tf32, and the forward multiplies in the
+dtype of what it reads; dy has the dtype of k, whose range gradients may need, and the backward multiplies in that. All
+else is fp32. Weights' gradients are summed in a fixed order.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def _layer_input(
     mask = inside[:, None] & (channel < CHANNELS)[None, :]
     value = tl.load(x + row.to(tl.int64)[:, None] * stride + channel[None, :], mask=mask, other=0)
     if ACTIVATE:
-        value = value * tl.sigmoid(value)
+        value = value.to(tl.float32)
+        value *= tl.sigmoid(value)
     if DROPOUT:
         token_keys = tl.load(keys + row, mask=inside, other=0)
         channel_key = tl.load(channel_keys + channel, mask=channel < CHANNELS, other=0)
@@ -112,7 +114,9 @@ def _forward_layer(
         acc *= keep_scale
     acc += tl.load(bias + head * OUT + out, mask=out < OUT, other=0).to(tl.float32)[None, :]
     mask = exists[:, None] & (out < OUT)[None, :]
-    tl.store(y + (head * tokens + row)[:, None] * OUT + out[None, :], acc, mask=mask)
+    # Within what float16 holds.
+    stored = tl.minimum(tl.maximum(acc, -65000.0), 65000.0) if y.dtype.element_ty == tl.float16 else acc
+    tl.store(y + (head * tokens + row)[:, None] * OUT + out[None, :], stored.to(y.dtype.element_ty), mask=mask)
     if LAST:
         vector = tl.load(projection + head * OUT + out, mask=out < OUT, other=0).to(tl.float32)
         logit = tl.sum(acc * tl.sigmoid(acc) * vector[None, :], 1)
@@ -136,7 +140,7 @@ def _backward_projection(
     out = tl.arange(0, OUT_WIDTH)
     mask = (row < tokens)[:, None] & (out < OUT)[None, :]
     places = (head * tokens + row)[:, None] * OUT + out[None, :]
-    value = tl.load(y + places, mask=mask, other=0)
+    value = tl.load(y + places, mask=mask, other=0).to(tl.float32)
     grad = tl.load(dlogits + row.to(tl.int64) * heads + head, mask=row < tokens, other=0).to(tl.float32)
     vector = tl.load(projection + head * OUT + out, mask=out < OUT, other=0).to(tl.float32)
     dvalue = grad[:, None] * vector[None, :] * _silu_gradient(value)
@@ -183,7 +187,7 @@ def _backward_input(
             channel_key = tl.load(numbers + CHANNELS, mask=channel < CHANNELS, other=0)
             other_acc = tl.where(_keep(token_keys, channel_key, threshold), other_acc * keep_scale, 0)
     if ACTIVATE:
-        acc *= _silu_gradient(tl.load(y + places, mask=mask, other=0))
+        acc *= _silu_gradient(tl.load(y + places, mask=mask, other=0).to(tl.float32))
     tl.store(first + places, acc.to(first.dtype.element_ty), mask=mask)
     if HALVES == 2:
         tl.store(second + places, other_acc.to(second.dtype.element_ty), mask=mask)
@@ -228,17 +232,17 @@ def _backward_weight(
         begin = tl.load(begins + row, mask=exists, other=0)
         end = tl.load(ends + row, mask=exists, other=0)
         value = _layer_input(x, row, exists, x_stride, keys, numbers, threshold, CHANNELS, WIDTH, ACTIVATE, DROPOUT)
-        turned = tl.trans(value)
+        turned = tl.trans(value.to(dy.dtype.element_ty))
         if ALL:
             later = _rows(dy, row + shift, begin, end, OUT, OUT_WIDTH)
-            before = tl.dot(turned, later.to(value.dtype), before, input_precision=PRECISION)
+            before = tl.dot(turned, later, before, input_precision=PRECISION)
             grad = _rows(dy, row, begin, end, OUT, OUT_WIDTH)
-            acc = tl.dot(turned, grad.to(value.dtype), acc, input_precision=PRECISION)
+            acc = tl.dot(turned, grad, acc, input_precision=PRECISION)
             earlier = _rows(dy, row - shift, begin, end, OUT, OUT_WIDTH)
-            after = tl.dot(turned, earlier.to(value.dtype), after, input_precision=PRECISION)
+            after = tl.dot(turned, earlier, after, input_precision=PRECISION)
         else:
             grad = _rows(dy, row - shift, begin, end, OUT, OUT_WIDTH)
-            acc = tl.dot(turned, grad.to(value.dtype), acc, input_precision=PRECISION)
+            acc = tl.dot(turned, grad, acc, input_precision=PRECISION)
         bias += tl.sum(grad.to(tl.float32), 0)
     sums = dweight + ((split * heads + head) * TAPS * HALVES + half) * CHANNELS * OUT
     sums += channel[:, None] * OUT + out[None, :]
@@ -336,15 +340,17 @@ class _Layer:
         return (x.stride(1), x.stride(0)) if self.number else (x.stride(0), x.stride(1))
 
     def packed(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """`[heads * out, channels, taps]` -> `[heads, taps, channels, out]`; in half precision if the input is, too."""
-        same = weight.dtype == dtype and self.number == 0
+        """`[heads * out, channels, taps]` -> `[heads, taps, channels, out]`."""
         weight = weight.unflatten(0, (self.heads, self.out)).permute(0, 3, 2, 1)
-        return weight.to(dtype if same else torch.float32).contiguous()
+        return weight.to(dtype).contiguous()
 
     def forward(self, inputs: tuple[Tensor, ...], weight, bias, projection, projection_bias, logits: Tensor | None):
         """y from (k, v) or from the last y; logits are written if given."""
         tokens = self.sequences.tokens
-        y = torch.empty(self.heads, tokens, self.out, dtype=torch.float32, device=weight.device)
+        half = inputs[0].dtype != torch.float32
+        y = torch.empty(
+            self.heads, tokens, self.out, dtype=torch.float16 if half else torch.float32, device=weight.device
+        )
         first, second = inputs[0], inputs[-1]
         block, warps = _FORWARD
         halo = self.taps // 2 * self.dilation
@@ -358,7 +364,7 @@ class _Layer:
 
     def backward(self, inputs: tuple[Tensor, ...], weight: Tensor, dy: Tensor):
         """Gradients of the inputs (for a y of what comes before its activation), the weight and the bias."""
-        tokens, heads, packed = self.sequences.tokens, self.heads, self.packed(weight, inputs[0].dtype)
+        tokens, heads, packed = self.sequences.tokens, self.heads, self.packed(weight, dy.dtype)
         span = triton.cdiv(triton.cdiv(tokens, _SPLITS), _WEIGHT[0]) * _WEIGHT[0]
         splits = triton.cdiv(tokens, span)
         dweight, dbias = (
