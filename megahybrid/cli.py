@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parse(arguments)
     quieten_libraries()
     try:
-        parsed.run(parsed)
+        return parsed.run(parsed) or 0
     except UserError as error:
         _say(error)
         return 2
@@ -30,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     finally:
         _leave_groups()
-    return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -65,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("runs", help="the runs under a folder: state, speed, loss, time left, jobs")
     verb.add_argument("path", type=Path, nargs="?", default=Path("runs"), metavar="FOLDER", help="default: runs")
     verb.set_defaults(run=_runs)
+    text = (
+        "check this machine's software, GPUs, kernels, links and disk, and a recipe's data; 1 where something is wrong"
+    )
+    verb = verbs.add_parser("doctor", help=text, description=text)
+    verb.add_argument("recipe", metavar="RECIPE", nargs="?", help="a YAML file whose run.dir and data to check")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    verb.set_defaults(run=_doctor)
     verb = verbs.add_parser("plot", help="pictures and a summary from a run's metrics.jsonl")
     verb.add_argument("path", type=Path, metavar="RUN", help="a run directory")
     verb.set_defaults(run=_plot)
@@ -173,6 +179,13 @@ def _runs(parsed: argparse.Namespace) -> None:
     from megahybrid.launch.runs import find, show
 
     show(find(parsed.path))
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    config = _config(parsed) if parsed.recipe else None
+    from megahybrid.doctor import diagnose
+
+    return 1 if diagnose(config, say=lambda text: print(text, flush=True)) else 0
 
 
 def _plot(parsed: argparse.Namespace) -> None:

@@ -42,7 +42,8 @@ class Profile:
     """Variables of all processes, such as NCCL_SOCKET_IFNAME."""
     python: list[str] | None = None
     """The command that runs Python in the job, behind a container's command if it has one, such as
-    [apptainer, exec, --nv, image.sif, python]; the interpreter that submits when left out."""
+    [apptainer, exec, --nv, image.sif, python]; the interpreter that submits when left out. It needs the packages of
+    pyproject.toml; this clone's folders are put on its PYTHONPATH."""
     srun: list[str] = field(default_factory=list)
     """More options of srun, such as --container-image=…"""
     sbatch: list[str] = field(default_factory=list)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megahybrid.launch.profile import FOLDER, Profile
 
+_CLONE = FOLDER.parent
 _SETTINGS, _END = "# settings:", "# end of settings"
 
 
@@ -74,7 +75,8 @@ def _settings(job: Job, profile: Profile) -> list[str]:
     def array(name: str, values: Sequence[object]) -> str:
         return f"{name}=({' '.join(shlex.quote(str(value)) for value in values)})"
 
-    package = os.pathsep.join(path for path in (os.environ.get("PYTHONPATH"),) if path)
+    # A Python of the cluster's own, in a container say, has its own packages: it needs this clone and nothing else.
+    package = f"{_CLONE}:{_CLONE / 'kernels'}" if profile.python else os.environ.get("PYTHONPATH", "")
     return [
         "# settings: one entry a run of a job array",
         array("CONFIGS", job.configs),
@@ -83,7 +85,7 @@ def _settings(job: Job, profile: Profile) -> list[str]:
         array("SRUN_OPTIONS", profile.srun),
         f"ON_STOP={'requeue' if job.requeue else 'exit'}",
         f"export MEGAHYBRID_SUBMISSION={shlex.quote(job.submission)}",
-        *([f"export PYTHONPATH={shlex.quote(package)}"] if package and not profile.python else []),
+        *([f"export PYTHONPATH={shlex.quote(package)}"] if package else []),
         *(f"export {name}={shlex.quote(str(value))}" for name, value in profile.environment.items()),
         *profile.setup,
     ]

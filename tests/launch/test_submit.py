@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from megahybrid.launch.profile import FOLDER, load_profile
 from megahybrid.launch.task import places
 from megahybrid.training import attempts, failures
 from megahybrid.training.run_directory import RunDirectory
+from tests.launch.conftest import ROOT
 
 
 def submit(recipe, *arguments) -> int:
@@ -64,6 +66,7 @@ def test_the_script_says_what_was_asked_for(recipe, tmp_path, capsys):
         "#SBATCH --requeue",
         "#SBATCH --exclusive",
         "PYTHON=(apptainer exec 'an image.sif' python)",
+        f"export PYTHONPATH={ROOT}:{ROOT / 'kernels'}",
         "export NCCL_SOCKET_IFNAME=ib0",
         "module load x",
         "ON_STOP=requeue",
@@ -77,9 +80,22 @@ def test_the_script_says_what_was_asked_for(recipe, tmp_path, capsys):
     assert "#SBATCH --array=0-2" in script and f"RUN_DIRS=({tmp_path}/run/seed=1 " in script
 
 
-def test_every_profile_is_read():
-    for path in (FOLDER / "profiles").glob("*.yaml"):
-        assert load_profile(path.stem).gpus_per_node >= 1
+@pytest.mark.parametrize("name", sorted(path.stem for path in (FOLDER / "profiles").glob("*.yaml")))
+def test_every_profile_gives_a_script_that_shellcheck_passes(name, recipe, capsys):
+    assert load_profile(name).gpus_per_node >= 1
+    assert submit(recipe, "--dry-run", "--profile", name) == 0
+    shellcheck(capsys.readouterr().out)
+
+
+def test_shellcheck_passes_the_template():
+    shellcheck((FOLDER / "train.sbatch").read_text())
+
+
+def shellcheck(script: str) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_a_wrong_profile_is_refused(tmp_path):
@@ -147,6 +163,7 @@ HANGS = """
 import sys, time
 from megahybrid.config.schema import WatchConfig
 from megahybrid.training.run_directory import RunDirectory
+from tests.launch.conftest import ROOT
 from megahybrid.training.watchdog import Watchdog
 
 def a_long_wait():

@@ -88,7 +88,7 @@ def test_peak_bytes_counts_what_is_held_at_once(bench):
 
 
 def test_exits_are_judged_by_playing_the_buffer(bench):
-    from bench_cases import SIZES, cases
+    from megahybrid.doctor.cases import SIZES, cases
 
     size = bench.SIZES["small"]
     (exits,) = [each for each in cases(SIZES["small"]) if each.op == "exit_positions"]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
+from megahybrid.cli import main
 from tests.training.conftest import assert_same_run, metrics
 from tests.workers import Workers
 
@@ -138,3 +139,12 @@ def test_a_run_goes_on_in_another_layout(before, after, workers, reference, reci
     assert (status["state"], status["step"]) == ("stopped", 10)
     workers.run(after.world, "tests.training.test_layouts:train", str(recipe), *after.overrides)
     assert_same_run(metrics(tmp_path / "run"), metrics(reference))
+
+
+@pytest.mark.parametrize("layout", [Layout(tensor=2, sequence=True, data=2, zero_stage=2), Layout(pipeline=2)], ids=str)
+def test_weights_alone_start_a_run_in_any_layout(layout, workers, reference, recipe, tmp_path):
+    """As those of an imported model do."""
+    weights = [f"train.init_from={reference}", "train.steps=3", "checkpoint.every=3"]
+    assert main(["train", str(recipe), *weights, f"run.dir={tmp_path / 'alone'}"]) == 0
+    workers.run(layout.world, "tests.training.test_layouts:train", str(recipe), *weights, *layout.overrides)
+    assert_same_run(metrics(tmp_path / "run"), metrics(tmp_path / "alone"))

@@ -111,6 +111,17 @@ def test_a_server_gets_every_step_once_over_a_failure(server, recipe, tmp_path, 
 
 
 @pytest.mark.slow
+def test_offline_files_of_one_run_are_synced_by_one_command(server, recipe, tmp_path):
+    command = ["train", str(recipe), "tracking.wandb=offline"]
+    assert main([*command, "train.steps=6"]) == 0
+    assert main([*command, "train.steps=9"]) == 0
+    files = sorted(map(str, (tmp_path / "run" / "wandb").glob("offline-run-*")))
+    assert len(files) == 2
+    subprocess.run([sys.executable, "-m", "wandb", "sync", *files], check=True, timeout=120)
+    assert [line["step"] for line in server.history] == list(range(1, 10))
+
+
+@pytest.mark.slow
 def test_a_server_that_goes_away_mid_run_stops_nothing(server, recipe, reference, tmp_path, monkeypatch):
     real = Engine.step
 

@@ -1,4 +1,4 @@
-"""What tools/bench measures: for every op its inputs, its call and how a result is judged."""
+"""Every op of megahybrid_kernels: its inputs, its call and how a result is judged, for `doctor` and tools/bench."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megahybrid_kernels import Sequences
+from megahybrid_kernels.retention_router import Dropout, RouterParameters
 
 Inputs = dict[str, Tensor]
 Op = Callable[..., Any]
@@ -42,6 +43,8 @@ class Size:
 
 
 SIZES = {
+    # Small enough for float64, with borders beside the kernels' own, and the head dims of the recipes.
+    "check": Size((513, 1, 64, 300, 146), 1024, 1408, 2, 64, 2, 128, 128, 95, 64),
     # The micro-batch of recipes/quickstart.yaml, one of its samples made of two documents.
     "small": Size((512,) * 7 + (301, 211), 128, 384, 4, 32, 4, 32, 128, 63, 64),
     # A 0.4B model's at 4096 tokens a sample.
@@ -63,6 +66,7 @@ class Case:
         constants: floating inputs without a gradient.
         backward: whether there is a gradient at all.
         judge: error of an output, in place of the comparison with the reference in float64.
+        reference: the function's name in `reference`, where it is another.
     """
 
     op: str
@@ -75,6 +79,7 @@ class Case:
     constants: tuple[str, ...] = ()
     backward: bool = True
     judge: Callable[[Tensor, Inputs, Sequences], float] | None = None
+    reference: str | None = None
 
     def load(self) -> ModuleType:
         """The op's module."""
@@ -82,7 +87,7 @@ class Case:
 
 
 def cases(size: Size) -> list[Case]:
-    """Every case at one size."""
+    """Every op that a pass over whole sequences runs, at one size."""
     sequences = Sequences.of(size.lengths)
     tokens = size.tokens
     packed = f"tokens={tokens} sequences={len(size.lengths)}"
@@ -92,12 +97,6 @@ def cases(size: Size) -> list[Case]:
     channels = size.gdn_heads * size.gdn_head_dim
     rows, wide = (tokens, size.heads, size.head_dim), (tokens, size.gdn_heads, size.gdn_head_dim)
 
-    def gated_delta_rule(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-        inputs = normal(dtype, generator, q=wide, k=wide, v=wide, a=wide[:2], b=wide[:2])
-        inputs["A_log"] = torch.empty(size.gdn_heads).uniform_(1e-4, 16, generator=generator).log()
-        inputs["dt_bias"] = torch.empty(size.gdn_heads).uniform_(-6, -2, generator=generator)
-        return inputs
-
     def scored(share: float) -> Callable[[torch.dtype, torch.Generator], Inputs]:
         def make(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
             inputs = normal(dtype, generator, q=rows, k=rows, v=rows)
@@ -105,21 +104,9 @@ def cases(size: Size) -> list[Case]:
 
         return make
 
-    def router(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-        fans = [2 * size.head_dim >> halvings for halvings in range(4)]
-        inputs = normal(dtype, generator, k=rows, v=rows)
-        for number, (fan, out) in enumerate(pairwise(fans)):
-            weight = normal(dtype, generator, weight=(size.heads * out, fan, 3))["weight"]
-            inputs[f"weight{number}"] = weight * (2 / (3 * fan)) ** 0.5
-            inputs |= normal(dtype, generator, **{f"bias{number}": (size.heads * out,)})
-        return inputs | normal(dtype, generator, projection=(size.heads, fans[-1]), projection_bias=(size.heads,))
-
     def route(op: Op, x: Inputs, sequences: Sequences) -> Tensor:
-        module = importlib.import_module("megahybrid_kernels.retention_router")
-        weights, biases = ([x[f"{name}{number}"] for number in range(3)] for name in ("weight", "bias"))
-        parameters = module.RouterParameters(tuple(weights), tuple(biases), x["projection"], x["projection_bias"])
         keys = torch.arange(sequences.tokens, device=x["k"].device) * 2654435761 % 2**32
-        return op(x["k"], x["v"], parameters, sequences, dropout=module.Dropout(0.1, keys), dilation=2)
+        return op(x["k"], x["v"], router_parameters(x), sequences, dropout=Dropout(0.1, keys), dilation=2)
 
     def attend(window: int | None) -> Callable[[Op, Inputs, Sequences], Tensor]:
         return lambda op, x, sequences: op(x["q"], x["k"], x["v"], sequences, window)
@@ -135,7 +122,7 @@ def cases(size: Size) -> list[Case]:
             "gated_delta_rule",
             gdn,
             sequences,
-            gated_delta_rule,
+            delta_rule(tokens, size),
             lambda op, x, sequences: op(*x.values(), sequences, None)[0],
         ),
         Case(
@@ -194,7 +181,7 @@ def cases(size: Size) -> list[Case]:
             backward=False,
             judge=lambda exits, x, sequences: wrong_exits(exits, x["score"], sequences, size),
         ),
-        Case("retention_router", "retention_router", "retention_logits", heads, sequences, router, route),
+        Case("retention_router", "retention_router", "retention_logits", heads, sequences, router(tokens, size), route),
         Case(
             "rms_norm",
             "norm",
@@ -232,6 +219,41 @@ def cases(size: Size) -> list[Case]:
             lambda op, x, sequences: op(x["gate"], x["up"]),
         ),
     ]
+
+
+def delta_rule(tokens: int, size: Size) -> Callable[[torch.dtype, torch.Generator], Inputs]:
+    """Inputs of the gated delta rule, its gates as a model's are at first."""
+    wide = (tokens, size.gdn_heads, size.gdn_head_dim)
+
+    def make(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        inputs = normal(dtype, generator, q=wide, k=wide, v=wide, a=wide[:2], b=wide[:2])
+        inputs["A_log"] = torch.empty(size.gdn_heads).uniform_(1e-4, 16, generator=generator).log()
+        inputs["dt_bias"] = torch.empty(size.gdn_heads).uniform_(-6, -2, generator=generator)
+        return inputs
+
+    return make
+
+
+def router(tokens: int, size: Size) -> Callable[[torch.dtype, torch.Generator], Inputs]:
+    """Inputs of a retention router: keys, values and its parameters, which `router_parameters` puts together."""
+    rows = (tokens, size.heads, size.head_dim)
+
+    def make(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        fans = [2 * size.head_dim >> halvings for halvings in range(4)]
+        inputs = normal(dtype, generator, k=rows, v=rows)
+        for number, (fan, out) in enumerate(pairwise(fans)):
+            weight = normal(dtype, generator, weight=(size.heads * out, fan, 3))["weight"]
+            inputs[f"weight{number}"] = weight * (2 / (3 * fan)) ** 0.5
+            inputs |= normal(dtype, generator, **{f"bias{number}": (size.heads * out,)})
+        return inputs | normal(dtype, generator, projection=(size.heads, fans[-1]), projection_bias=(size.heads,))
+
+    return make
+
+
+def router_parameters(x: Inputs) -> RouterParameters:
+    """The parameters among a router's inputs."""
+    weights, biases = ([x[f"{name}{number}"] for number in range(3)] for name in ("weight", "bias"))
+    return RouterParameters(tuple(weights), tuple(biases), x["projection"], x["projection_bias"])
 
 
 def normal(dtype: torch.dtype, generator: torch.Generator, **shapes: tuple[int, ...]) -> Inputs:

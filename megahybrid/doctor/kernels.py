@@ -1,0 +1,96 @@
+"""Every op of megahybrid_kernels as it is picked on this device: right by its reference in float64, and how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megahybrid.config.schema import ModelConfig
+from megahybrid.doctor import measuring
+from megahybrid.doctor.cases import SIZES, Case, Inputs, Size, cases
+from megahybrid.doctor.decode_cases import decode_cases
+from megahybrid.doctor.finding import Finding
+from megahybrid_kernels import Sequences
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_SECONDS = 0.05  # of calls for each time
+
+
+def check(
+    device: torch.device, model: ModelConfig | None = None, chosen: list[Case] | None = None
+) -> Iterator[Finding]:
+    """A finding for each op, decode's steps included; `chosen` in place of all of them.
+
+    Judged on a thousand tokens in bf16 and fp32, at the head dims of `model` where there is one, and timed, if right,
+    on a GPU at a 0.4B model's size in bf16.
+    """
+    size, timed = _size(model), {}
+    if device.type == "cuda":
+        timed = {case.op: case for case in cases(SIZES["large"])}
+    for case in chosen if chosen is not None else [*cases(size), *decode_cases(size)]:
+        parts, faults = [], []
+        for name, dtype in _DTYPES.items():
+            try:
+                backend, errors = _judge(case, device, dtype)
+            except Exception as error:  # a kernel may fail in any way, and the others are still worth knowing
+                faults.append(f"{name} fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                continue
+            # A NaN is the worst of all.
+            worst = max(errors, key=lambda each, errors=errors: (not errors[each] >= 0, errors[each]))
+            error, tolerance = errors[worst], 0.0 if case.judge else measuring.TOLERANCE[dtype]
+            parts.append(f"{backend} {name} {error:7.1e} of {tolerance:7.1e}")
+            if not error <= tolerance:
+                faults.append(f"{name}: {worst} is off by {error:.1e}, more than {tolerance:.1e}")
+        if not faults and case.op in timed:
+            try:
+                parts.append(_speed(timed[case.op], device))
+            except torch.OutOfMemoryError:
+                parts.append("not timed: out of memory")
+        yield Finding(f"{case.op:24}{' · '.join([*faults, *parts])}", not faults)
+
+
+def _size(model: ModelConfig | None) -> Size:
+    size = SIZES["check"]
+    if model is None:
+        return size
+    return replace(size, head_dim=model.attention.head_dim, gdn_head_dim=model.gdn.head_dim)
+
+
+def _judge(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, float]]:
+    """The path that the op takes, and its errors."""
+    inputs, sequences, cotangent = _inputs(case, device, dtype)
+    backend, op = next(iter(measuring.picked(case, inputs, sequences).items()))
+    shown = {"reference": "PyTorch", "varlen": "torch's varlen_attn", "triton": "Triton"}[backend]
+    return shown, measuring.errors(case, op, inputs, sequences, cotangent)
+
+
+def _speed(case: Case, device: torch.device) -> str:
+    """Times, and rates of the bytes that must move at least: inputs and outputs, and for both directions inputs and
+    the output's gradient once more, and the inputs' gradients."""
+    inputs, sequences, cotangent = _inputs(case, device, torch.bfloat16)
+    op = getattr(case.load(), case.function)
+    output = measuring.run(case, op, inputs, sequences)["output"].nbytes
+    read = sum(each.nbytes for each in inputs.values())
+    directions = {"forward": (None, read + output)}
+    if cotangent is not None:
+        directions["with backward"] = (cotangent, 3 * read + 2 * output)
+    said = []
+    for name, (seed, moved) in directions.items():
+        call = lambda seed=seed: measuring.run(case, op, inputs, sequences, seed)  # noqa: E731
+        milliseconds = measuring.milliseconds(call, device, _SECONDS)[1]
+        said.append(f"{name} {milliseconds:.3g} ms, {moved / milliseconds / 1e6:,.0f} GB/s")
+    return " · ".join(said)
+
+
+def _inputs(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Inputs, Sequences, Tensor | None]:
+    """Inputs, borders, and the output's gradient, if there is one."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {name: each.to(device) for name, each in case.make(dtype, generator).items()}
+    sequences = Sequences.of(case.sequences.lengths, device)
+    if not case.backward:
+        return inputs, sequences, None
+    like = measuring.run(case, getattr(case.load(), case.function), inputs, sequences)["output"]
+    return inputs, sequences, torch.randn(like.shape, generator=generator).to(device, dtype)

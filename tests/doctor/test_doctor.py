@@ -1,0 +1,130 @@
+"""`megahybrid doctor` on a CPU: what is right is said with its error, what is wrong is named and ends with 1."""
+
+import inspect
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import megahybrid_kernels.lte_attention as lte
+from megahybrid.cli import main
+from megahybrid.config import load_config
+from megahybrid.doctor import Finding, diagnose, kernels, machine
+from megahybrid.doctor.cases import SIZES, cases
+from megahybrid.doctor.decode_cases import decode_cases
+from megahybrid_kernels.lte_attention import reference as lte_reference
+from tests.training.conftest import prepared, recipe, text
+
+__all__ = ["prepared", "recipe", "text"]
+
+CPU = torch.device("cpu")
+
+
+def case(name):
+    return next(each for each in [*cases(SIZES["check"]), *decode_cases(SIZES["check"])] if each.op == name)
+
+
+def test_all_is_right_here(recipe, capsys):
+    assert main(["doctor", str(recipe)]) == 0
+    said = capsys.readouterr().out
+    for each in [*cases(SIZES["check"]), *decode_cases(SIZES["check"])]:
+        (line,) = [line for line in said.splitlines() if line.split()[:1] == [each.op]]
+        assert "PyTorch bf16" in line and "PyTorch fp32" in line
+    assert f"torch {torch.__version__}" in said and "no GPU is seen" in said
+    assert "train: " in said and "Nothing is wrong." in said and "WRONG" not in said
+
+
+def test_every_op_has_a_case():
+    """An op that is added must be checked here as well."""
+    import megahybrid_kernels as package
+
+    folders = {path.parent.name for path in map(Path, package.__path__) for path in path.glob("*/reference.py")}
+    assert folders == {each.module for each in cases(SIZES["check"])}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda q, *others: lte_reference.lte_attention(q, *others) * 1.03, "is off by 3.0e-02"),
+        (lambda q, *others: lte_reference.lte_attention(q, *others) * torch.nan, "is off by nan"),
+        (lambda q, *others: lte_reference.lte_attention(q + 0.1 * (q - q.detach()), *others), "d q is off by"),
+    ],
+)
+def test_a_wrong_kernel_is_named(wrong, said, monkeypatch):
+    monkeypatch.setattr(lte, "lte_attention", wrong)
+    (finding,) = kernels.check(CPU, chosen=[case("lte_attention_capped")])
+    assert not finding.right and said in finding.text
+
+
+def test_a_kernel_that_raises_does_not_hide_the_others(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(lte, "lte_attention", broken)
+    wrong, right = kernels.check(CPU, chosen=[case("lte_attention_capped"), case("swiglu")])
+    assert not wrong.right and "RuntimeError: no such instruction" in wrong.text
+    assert right.right
+
+
+def test_steps_run_in_place_and_are_judged(monkeypatch):
+    """A step that forgets its newest token, on the path that generation takes."""
+    real, in_place = lte.lte_attention_with_cache, []
+
+    def forgets(q, k, v, *others, **flags):
+        in_place.append(flags.get("in_place"))
+        return real(q, torch.zeros_like(k), v, *others, **flags)
+
+    forgets.__signature__ = inspect.signature(real)
+    monkeypatch.setattr(lte, "lte_attention_with_cache", forgets)
+    (finding,) = kernels.check(CPU, chosen=[case("lte_attention_step")])
+    assert not finding.right and "output is off by" in finding.text and all(in_place)
+
+
+def test_a_sum_over_processes():
+    (finding,) = machine.links(2)
+    assert finding.right and "a sum over 2 processes by gloo is right" in finding.text
+    assert list(machine.links(1)) == []
+
+
+def test_processes_that_fail_are_told(monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    (finding,) = machine.links(2)
+    assert not finding.right and "fails on process 0: without a word" in finding.text
+
+
+def test_too_small_a_disk_is_wrong(recipe, monkeypatch):
+    config = load_config(recipe)
+    (finding,) = machine.disk(config)
+    assert finding.right and "2 checkpoints of " in finding.text
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
+    (finding,) = machine.disk(config)
+    assert not finding.right
+
+
+def test_data_that_is_missing_or_damaged_is_wrong(recipe, prepared, tmp_path, capsys):
+    assert main(["doctor", str(recipe), f"data.path={tmp_path / 'nowhere'}"]) == 1
+    said = capsys.readouterr().out
+    assert "WRONG data.path" in said and "1 thing is wrong." in said
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    shard = next(copy.rglob("train/shard*"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    findings = list(machine.data(load_config(recipe, [f"data.path={copy}"])))
+    assert not findings[-1].right and shard.name in findings[-1].text
+
+
+def test_a_check_that_breaks_is_a_finding(monkeypatch):
+    def breaks(device):
+        raise OSError("odd")
+        yield
+
+    monkeypatch.setattr(machine, "devices", breaks)
+    monkeypatch.setattr(kernels, "check", lambda *_: iter([Finding("x")]))
+    lines = []
+    wrong = diagnose(say=lines.append)
+    assert [each.text for each in wrong] == ["OSError: odd"] and "  x" in lines

@@ -1,0 +1,77 @@
+"""The table of runs, from files and a queue written by hand."""
+
+import json
+import os
+import time
+
+import pytest
+from rich.console import Console
+
+from megahybrid.cli import main
+from megahybrid.launch import runs, slurm
+from megahybrid.training.run_directory import RunDirectory
+
+
+@pytest.fixture
+def queue(monkeypatch):
+    """What squeue is to say: a list to be filled."""
+    jobs: list[slurm.QueuedJob] = []
+    monkeypatch.setattr(runs.shutil, "which", lambda name: name)
+    monkeypatch.setattr(slurm, "jobs", lambda: jobs)
+    return jobs
+
+
+def make(folder, name, queue, job=None, status=None, silent=0.0, reason="Priority"):
+    """A run that was submitted as job 7, whose heartbeat is `silent` seconds old."""
+    run = RunDirectory(folder / name)
+    facts = run.path / "submit" / "then" / "job.json"
+    facts.parent.mkdir(parents=True)
+    facts.write_text(json.dumps({"submission": name, "jobs": ["7"]}))
+    if status:
+        run.write_status(status[0], 5, 20, status[1])
+        told = json.loads(run.status.read_text()) | {"time": time.time() - silent, "job": "7"}
+        run.status.write_text(json.dumps(told))
+        run.heartbeats.mkdir()
+        beat = run.heartbeats / "rank_00000.json"
+        beat.write_text("{}")
+        os.utime(beat, (time.time() - silent,) * 2)
+        run.log({"step": 5, "tokens": 5_000_000, "loss": 2.5, "tokens_per_second": 1e6, "mfu": 0.42})
+    if job:
+        queue.append(slurm.QueuedJob("7", job, reason, name, None, 0))
+
+
+@pytest.mark.parametrize(
+    ("job", "status", "silent", "state", "why"),
+    [
+        ("PENDING", None, 0, "queued", "Priority"),
+        ("RUNNING", ("running", ""), 5, "running", ""),
+        ("RUNNING", ("running", ""), 600, "stalled", "no heartbeat for 10:00"),
+        ("PENDING", ("stopped", "SIGUSR1"), 0, "requeued", "Priority; before: SIGUSR1"),
+        (None, ("stopped", "SIGTERM"), 0, "stopped", "SIGTERM"),
+        ("COMPLETED", ("done", ""), 0, "done", ""),
+        ("FAILED", ("failed", "ValueError: odd"), 0, "failed", "ValueError: odd"),
+        (None, ("running", ""), 600, "failed", "it ended without a word"),
+        ("CANCELLED", None, 0, "failed", "the job ended before training began (cancelled)"),
+    ],
+)
+def test_states(job, status, silent, state, why, queue, tmp_path):
+    make(tmp_path, "run", queue, job, status, silent)
+    (found,) = runs.find(tmp_path)
+    assert (found.state, found.reason, found.jobs) == (state, why, ("7",))
+
+
+def test_the_table_says_how_far_and_how_fast(queue, tmp_path):
+    make(tmp_path, "a", queue, "RUNNING", ("running", ""))
+    console = Console(width=200, record=True, quiet=False)
+    runs.show(runs.find(tmp_path), console)
+    row = next(line for line in console.export_text().splitlines() if "running" in line)
+    for cell in ("5/20", "5M/20M", "1,000,000", "42.0 %", "2.5000", "0:15", "7"):
+        assert cell in row.split() or cell in row, cell
+
+
+def test_two_runs_are_told_apart_and_no_run_is_said(queue, tmp_path, capsys):
+    assert main(["runs", str(tmp_path)]) == 2
+    assert "There is no run in" in capsys.readouterr().err
+    make(tmp_path, "a", queue, "RUNNING", ("running", ""))
+    make(tmp_path, "b", queue, "PENDING")
+    assert [(run.path.name, run.state) for run in runs.find(tmp_path)] == [("a", "running"), ("b", "queued")]
