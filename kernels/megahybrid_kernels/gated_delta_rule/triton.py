@@ -264,7 +264,7 @@ def _join(call: _Call, transfer: Tensor, own: Tensor, start: Tensor | None, last
     grid = (triton.cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(last) * call.heads)
     join_kernel[grid](
         transfer, own, start, states, last, call.plan.bounds, HEADS=call.heads, KEY_DIM=call.key_dim,
-        WIDTH=_width(call.key_dim), REVERSE=reverse, PRECISION=call.precision, **values,
+        WIDTH=_width(call.key_dim), ROWS=min(64, _width(call.key_dim)), REVERSE=reverse, PRECISION=call.precision, **values,
     )  # fmt: skip
     return states
 

@@ -59,33 +59,64 @@ def gradient_kernel(
         a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride
     )  # fmt: skip
 
-    # Transposed products are computed anew: Triton below 3.7.1 miscompiles transposed results of tl.dot on Hopper.
+    key = k + key_head * k_head_stride
+    value_stride: tl.constexpr = HEADS * VALUE_DIM
+    do += head * VALUE_DIM
+    u += head * VALUE_DIM
+    y += head * VALUE_DIM
+
+    # Pairs of tokens. Transposed products are computed anew: Triton below 3.7.1 miscompiles transposed results of
+    # tl.dot on Hopper.
     do_u = tl.zeros([CHUNK, CHUNK], tl.float32)
     u_do = tl.zeros([CHUNK, CHUNK], tl.float32)
     y_u = tl.zeros([CHUNK, CHUNK], tl.float32)
     u_y = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for first in tl.range(0, VALUE_DIM, COLUMNS):
+        do_tile = load_rows(do, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        y_tile = load_rows(y, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        do_u = tl.dot(do_tile, tl.trans(u_tile), do_u, input_precision=PRECISION)
+        u_do = tl.dot(u_tile, tl.trans(do_tile), u_do, input_precision=PRECISION)
+        y_u = tl.dot(y_tile, tl.trans(u_tile), y_u, input_precision=PRECISION)
+        u_y = tl.dot(u_tile, tl.trans(y_tile), u_y, input_precision=PRECISION)
+    kind = tl.cast(HEADS, tl.int64) * tokens
+    rows += head.to(tl.int64) * tokens
+    high = tl.load(rows + G_HIGH * kind + row, mask=inside, other=0)
+    low = tl.load(rows + G_LOW * kind + row, mask=inside, other=0)
+    q_norm = tl.load(rows + NORM_Q * kind + row, mask=inside, other=0)
+    k_norm = tl.load(rows + NORM_K * kind + row, mask=inside, other=0)
+    upper = (i[:, None] <= i[None, :]) & inside[None, :]
+    between = decay_between(high[None, :], low[None, :], high[:, None], low[:, None], upper)
+    by_k = (u_do * between * (scale * q_norm)[None, :]).to(dtype)
+    u_y = tl.where(i[:, None] < i[None, :], -beta[None, :] * between * u_y, 0.0)
+    lower = (i[:, None] >= i[None, :]) & inside[:, None]
+    between = decay_between(high[:, None], low[:, None], high[None, :], low[None, :], lower)
+    by_q = (do_u * between * (scale * k_norm)[None, :]).to(dtype)
+    y_u = tl.where(i[:, None] > i[None, :], -beta[:, None] * between * y_u, 0.0)
+    by_kk = ((y_u + u_y) * k_norm[None, :]).to(dtype)
+    k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
+    kk = tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
+    pairs = load_square(attention + place * (CHUNK * CHUNK), CHUNK).to(tl.float32) * do_u
+    pairs += kk * y_u * k_norm[:, None] * k_norm[None, :]
+    from_here = tl.where(i[:, None] <= i[None, :], 1.0, 0.0)
+    across = tl.dot(from_here, pairs, input_precision=PRECISION)
+    dg = tl.sum(tl.where(i[None, :] < i[:, None], across, 0.0), 1)
+
+    # What the state before is read for.
     dq_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
     dk_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
     dbeta = tl.zeros([CHUNK], tl.float32)
     state_row = tl.arange(0, WIDTH)
     state_inside = state_row < KEY_DIM
-    value_stride: tl.constexpr = HEADS * VALUE_DIM
-    do += head * VALUE_DIM
-    u += head * VALUE_DIM
-    y += head * VALUE_DIM
     states += place * (KEY_DIM * VALUE_DIM)
     dstates += place * (KEY_DIM * VALUE_DIM)
     for first in tl.range(0, VALUE_DIM, COLUMNS):
         do_tile = load_rows(do, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
         y_tile = load_rows(y, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
         state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        do_u = tl.dot(do_tile, tl.trans(u_tile), do_u, input_precision=PRECISION)
-        u_do = tl.dot(u_tile, tl.trans(do_tile), u_do, input_precision=PRECISION)
-        y_u = tl.dot(y_tile, tl.trans(u_tile), y_u, input_precision=PRECISION)
-        u_y = tl.dot(u_tile, tl.trans(y_tile), u_y, input_precision=PRECISION)
         dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile, input_precision=PRECISION)
         dk_tile = tl.dot(y_tile, tl.trans(state), dk_tile, input_precision=PRECISION)
+        u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
         y_wide = y_tile.to(tl.float32)
         dbeta += tl.sum(y_wide * u_tile.to(tl.float32), 1)
         store_rows(
@@ -94,19 +125,21 @@ def gradient_kernel(
     db_places = db + row.to(tl.int64) * HEADS + head
     tl.store(db_places, ((1.0 - beta) * dbeta).to(db.dtype.element_ty), mask=inside)
 
-    kind = tl.cast(HEADS, tl.int64) * tokens
-    rows += head.to(tl.int64) * tokens
-    high = tl.load(rows + G_HIGH * kind + row, mask=inside, other=0)
-    low = tl.load(rows + G_LOW * kind + row, mask=inside, other=0)
-    end = tl.load(rows + G_HIGH * kind + stop - 1), tl.load(rows + G_LOW * kind + stop - 1)
-    q_norm = tl.load(rows + NORM_Q * kind + row, mask=inside, other=0)
-    k_norm = tl.load(rows + NORM_K * kind + row, mask=inside, other=0)
-    k_tile = load_rows(k + key_head * k_head_stride, row, inside, k_stride, 0, KEY_DIM, WIDTH)
-    k_wide = k_tile.to(tl.float32)
     since_start = tl.exp(high)
+    q_tile = load_rows(q + key_head * q_head_stride, row, inside, q_stride, 0, KEY_DIM, WIDTH)
+    q_wide = q_tile.to(tl.float32)
+    dq_tile *= (scale * since_start)[:, None]
+    read = q_norm * tl.sum(q_wide * dq_tile, 1)
+    dq_tile = tl.dot(by_q, k_tile, dq_tile, input_precision=PRECISION)
+    along = q_norm * q_norm * tl.sum(q_wide * dq_tile, 1)
+    dq_tile = q_norm[:, None] * (dq_tile - along[:, None] * q_wide)
+    store_rows(dq + head * KEY_DIM, dq_tile, row, inside, HEADS * KEY_DIM, 0, KEY_DIM, WIDTH)
+
+    # What is written to the state after.
+    k_wide = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH).to(tl.float32)
     dk_tile *= (-beta * since_start)[:, None]
     read_k = k_norm * tl.sum(k_wide * dk_tile, 1)
-
+    end = tl.load(rows + G_HIGH * kind + stop - 1), tl.load(rows + G_LOW * kind + stop - 1)
     until_end = decay_between(end[0], end[1], high, low, inside)
     passed = tl.zeros([WIDTH], tl.float32)
     for first in tl.range(0, VALUE_DIM, COLUMNS):
@@ -116,40 +149,16 @@ def gradient_kernel(
         scaled = (until_end[:, None] * u_tile.to(tl.float32)).to(dtype)
         dk_tile = tl.dot(scaled, tl.trans(dstate), dk_tile, input_precision=PRECISION)
         passed += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-    write_k = k_norm * tl.sum(k_wide * dk_tile, 1) - read_k
-    carried = tl.load(ends + place) * tl.sum(passed, 0)
-
-    lower = (i[:, None] >= i[None, :]) & inside[:, None]
-    between = decay_between(high[:, None], low[:, None], high[None, :], low[None, :], lower)
-    pairs = load_square(attention + place * (CHUNK * CHUNK), CHUNK).to(tl.float32) * do_u
-    kk = tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
-    y_u = tl.where(i[:, None] > i[None, :], -beta[:, None] * between * y_u, 0.0)
-    pairs += kk * y_u * k_norm[:, None] * k_norm[None, :]
-    by_q = (do_u * between * (scale * k_norm)[None, :]).to(dtype)
-    upper = (i[:, None] <= i[None, :]) & inside[None, :]
-    between = decay_between(high[None, :], low[None, :], high[:, None], low[:, None], upper)
-    by_k = (u_do * between * (scale * q_norm)[None, :]).to(dtype)
-    u_y = tl.where(i[:, None] < i[None, :], -beta[None, :] * between * u_y, 0.0)
-    by_kk = ((y_u + u_y) * k_norm[None, :]).to(dtype)
-
-    q_tile = load_rows(q + key_head * q_head_stride, row, inside, q_stride, 0, KEY_DIM, WIDTH)
-    q_wide = q_tile.to(tl.float32)
-    dq_tile *= (scale * since_start)[:, None]
-    read_q = q_norm * tl.sum(q_wide * dq_tile, 1)
-    dq_tile = tl.dot(by_q, k_tile, dq_tile, input_precision=PRECISION)
-    along = q_norm * q_norm * tl.sum(q_wide * dq_tile, 1)
-    dq_tile = q_norm[:, None] * (dq_tile - along[:, None] * q_wide)
-    store_rows(dq + head * KEY_DIM, dq_tile, row, inside, HEADS * KEY_DIM, 0, KEY_DIM, WIDTH)
+    written = k_norm * tl.sum(k_wide * dk_tile, 1) - read_k
     dk_tile = tl.dot(by_k, q_tile, dk_tile, input_precision=PRECISION)
     dk_tile = tl.dot(by_kk, k_tile, dk_tile, input_precision=PRECISION)
     along = k_norm * k_norm * tl.sum(k_wide * dk_tile, 1)
     dk_tile = k_norm[:, None] * (dk_tile - along[:, None] * k_wide)
     store_rows(dk + head * KEY_DIM, dk_tile, row, inside, HEADS * KEY_DIM, 0, KEY_DIM, WIDTH)
 
-    # In fp32 or tf32: scaled losses would leave fp16's range.
-    from_here = tl.where(i[:, None] <= i[None, :], 1.0, 0.0)
-    across = tl.dot(from_here, pairs, input_precision=PRECISION) + write_k[None, :]
-    dg = carried + tl.sum(tl.where(i[None, :] < i[:, None], across, (read_q + read_k)[None, :]), 1)
+    read += read_k
+    dg += tl.sum(tl.where(i[None, :] < i[:, None], written[None, :], read[None, :]), 1)
+    dg += tl.load(ends + place) * tl.sum(passed, 0)
     dx = dg * rate * tl.sigmoid(x)
     tl.store(da + row.to(tl.int64) * HEADS + head, dx.to(da.dtype.element_ty), mask=inside)
     tl.store(sums + place, tl.sum(dg * g, 0))

@@ -83,6 +83,10 @@ def scan_kernel(
         system = load_square(inverse + chunk * (CHUNK * CHUNK), CHUNK)
         read_k = tl.load(rows + READ_K * kind + row, mask=inside, other=0)
         write = tl.load(rows + WRITE * kind + row, mask=inside, other=0)
+        # Not fetched ahead by the compiler's pipeline: asked for early instead.
+        decay = tl.load(ends + chunk)
+        if o is not None:
+            read_q = tl.load(rows + READ_Q * kind + row, mask=inside, other=0)
         narrow = state.to(dtype)
         if states is not None:
             _store_state(states + chunk * state_size, narrow, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS)
@@ -95,12 +99,11 @@ def scan_kernel(
             store_rows(u + head * VALUE_DIM, written, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
         if o is not None:
             q_tile = load_rows(q, row, inside, q_stride, 0, KEY_DIM, WIDTH)
-            read_q = tl.load(rows + READ_Q * kind + row, mask=inside, other=0)
             output = read_q[:, None] * tl.dot(q_tile, narrow, input_precision=PRECISION)
             pairs = load_square(attention + chunk * (CHUNK * CHUNK), CHUNK)
             output = tl.dot(pairs, written.to(dtype), output, input_precision=PRECISION)
             store_rows(o + head * VALUE_DIM, output, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        state *= tl.load(ends + chunk)
+        state *= decay
         state = tl.dot(tl.trans(k_tile), (write[:, None] * written).to(dtype), state, input_precision=PRECISION)
         chunk += HEADS
     if final is not None:
@@ -149,6 +152,7 @@ def reverse_scan_kernel(
         read_q = tl.load(rows + READ_Q * kind + row, mask=inside, other=0)
         read_k = tl.load(rows + READ_K * kind + row, mask=inside, other=0)
         write = tl.load(rows + WRITE * kind + row, mask=inside, other=0)
+        decay = tl.load(ends + chunk)
         narrow = dstate.to(dtype)
         if dstates is not None:
             _store_state(dstates + chunk * state_size, narrow, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS)
@@ -157,7 +161,7 @@ def reverse_scan_kernel(
         solved = tl.dot(tl.trans(system), du.to(dtype), input_precision=PRECISION)
         if y is not None:
             store_rows(y + head * VALUE_DIM, solved, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        dstate *= tl.load(ends + chunk)
+        dstate *= decay
         scaled = (read_q[:, None] * do_tile.to(tl.float32)).to(dtype)
         dstate = tl.dot(tl.trans(q_tile), scaled, dstate, input_precision=PRECISION)
         dstate = tl.dot(tl.trans(k_tile), (-read_k[:, None] * solved).to(dtype), dstate, input_precision=PRECISION)
@@ -172,7 +176,7 @@ def reverse_scan_kernel(
 def join_kernel(
     transfer, own, start, states, last, bounds,
     HEADS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From each segment's map to the state that it starts from: states[n + 1] = transfer[n] states[n] + own[n].
 
@@ -184,21 +188,30 @@ def join_kernel(
     sequence, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
     begin, stop = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
     state_size: tl.constexpr = KEY_DIM * VALUE_DIM
-    i = tl.arange(0, WIDTH)
-    square = (i < KEY_DIM)[:, None] & (i < KEY_DIM)[None, :]
-    place = i[:, None] * (1 if REVERSE else KEY_DIM) + i[None, :] * (KEY_DIM if REVERSE else 1)
+    last += (sequence * HEADS + head) * state_size
     if start is None:
         state = tl.zeros([WIDTH, COLUMNS], tl.float32)
     else:
         state = _load_state(
             start + (sequence * HEADS + head) * state_size, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS
         )  # fmt: skip
+    column = tl.arange(0, WIDTH)
     for step in tl.range(0, stop - begin):
         segment = (stop - 1 - step if REVERSE else begin + step).to(tl.int64) * HEADS + head
         _store_state(states + segment * state_size, state, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS)
-        moved = tl.load(transfer + segment * (KEY_DIM * KEY_DIM) + place, mask=square, other=0)
-        added = _load_state(own + segment * state_size, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS)
-        state = tl.dot(moved, state, added, input_precision=PRECISION)
-    _store_state(
-        last + (sequence * HEADS + head) * state_size, state, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS
-    )  # fmt: skip
+        maps = transfer + segment * (KEY_DIM * KEY_DIM)
+        # A whole map does not fit next to a state: the new one comes row by row, and back through memory.
+        for first_row in tl.range(0, WIDTH, ROWS):
+            row = first_row + tl.arange(0, ROWS)
+            square = (row < KEY_DIM)[:, None] & (column < KEY_DIM)[None, :]
+            if REVERSE:
+                places = row[:, None] + column[None, :] * KEY_DIM
+            else:
+                places = row[:, None] * KEY_DIM + column[None, :]
+            moved = tl.load(maps + places, mask=square, other=0)
+            added = load_rows(own + segment * state_size, row, row < KEY_DIM, VALUE_DIM, first, VALUE_DIM, COLUMNS)
+            added = tl.dot(moved, state, added, input_precision=PRECISION)
+            store_rows(last, added, row, row < KEY_DIM, VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        tl.debug_barrier()
+        state = _load_state(last, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS)
+        tl.debug_barrier()
