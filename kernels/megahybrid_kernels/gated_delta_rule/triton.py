@@ -28,17 +28,19 @@ class Launch:
     """One kernel's tile and how it is compiled.
 
     Attributes:
-        columns: of the values (in `prepare` unused) that a program, or a step of its loop, owns.
+        columns: of the values (`prepare` has none) that a program, or a step of its loop, owns.
         warps, stages: Triton's num_warps and num_stages.
+        registers: a thread's at most; None is the compiler's choice.
     """
 
     columns: int
     warps: int
     stages: int
+    registers: int | None = None
 
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, int | None]:
         """What every launch takes."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,9 @@ def tuning(width: int, dtype: torch.dtype) -> Tuning:
         scan = Launch(16 if width > 128 else 32, 4, 1)
         return Tuning(Launch(0, 4, 1), scan, scan, scan, Launch(16, 8, 1), Launch(16, 4, 1))
     if width <= 128:
-        scan = Launch(64, 4, 2)
+        scan = Launch(64, 8, 3)
         return Tuning(Launch(0, 4, 1), scan, scan, scan, Launch(64, 8, 1), Launch(32, 4, 2))
-    scan = Launch(32, 4, 2)
+    scan = Launch(64, 8, 2)
     return Tuning(Launch(0, 4, 1), scan, scan, scan, Launch(32, 8, 1), Launch(16, 4, 2))
 
 
@@ -260,11 +262,11 @@ def _reverse_scan(
 
 def _join(call: _Call, transfer: Tensor, own: Tensor, start: Tensor | None, last: Tensor, reverse: bool) -> Tensor:
     """fp32 `[segments, heads, Dk, Dv]`: the state that each segment starts from; fills `last`."""
-    states, values = torch.empty_like(own), call.columns(call.tune.join)
+    states, values, width = torch.empty_like(own), call.columns(call.tune.join), _width(call.key_dim)
     grid = (triton.cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(last) * call.heads)
     join_kernel[grid](
         transfer, own, start, states, last, call.plan.bounds, HEADS=call.heads, KEY_DIM=call.key_dim,
-        WIDTH=_width(call.key_dim), ROWS=min(64, _width(call.key_dim)), REVERSE=reverse, PRECISION=call.precision, **values,
+        WIDTH=width, ROWS=min(64, width), REVERSE=reverse, PRECISION=call.precision, **values,
     )  # fmt: skip
     return states
 
@@ -371,6 +373,4 @@ def gated_delta_rule(
     programs = v.shape[1] * triton.cdiv(v.shape[2], columns)
     cut = plan(sequences.lengths, _longest_segment(sequences.lengths, programs, tune), v.device)
     keep = tune.keep_states and torch.is_grad_enabled()
-    return _GatedDeltaRule.apply(
-        q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune, keep
-    )  # fmt: skip
+    return _GatedDeltaRule.apply(q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune, keep)

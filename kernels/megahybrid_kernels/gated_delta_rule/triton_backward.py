@@ -36,6 +36,31 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import (
 
 
 @triton.jit
+def _gates(rows, kind, row, inside):
+    """Both parts of G, and 1 / |q|, 1 / |k|."""
+    high = tl.load(rows + G_HIGH * kind + row, mask=inside, other=0)
+    low = tl.load(rows + G_LOW * kind + row, mask=inside, other=0)
+    q_norm = tl.load(rows + NORM_Q * kind + row, mask=inside, other=0)
+    return high, low, q_norm, tl.load(rows + NORM_K * kind + row, mask=inside, other=0)
+
+
+@triton.jit
+def _decay_to(high, low, inside, CHUNK: tl.constexpr):
+    """D."""
+    i = tl.arange(0, CHUNK)
+    lower = (i[:, None] >= i[None, :]) & inside[:, None]
+    return decay_between(high[:, None], low[:, None], high[None, :], low[None, :], lower)
+
+
+@triton.jit
+def _decay_from(high, low, inside, CHUNK: tl.constexpr):
+    """D^T."""
+    i = tl.arange(0, CHUNK)
+    upper = (i[:, None] <= i[None, :]) & inside[None, :]
+    return decay_between(high[None, :], low[None, :], high[:, None], low[:, None], upper)
+
+
+@triton.jit
 def gradient_kernel(
     q, k, a, b, a_log, dt_bias, rows, ends, attention, do, u, y, states, dstates, dq, dk, dv, da, db, sums, chunks,
     q_stride, q_head_stride, k_stride, k_head_stride, a_stride, a_head_stride, b_stride, b_head_stride, tokens, scale,
@@ -66,37 +91,42 @@ def gradient_kernel(
     y += head * VALUE_DIM
 
     # Pairs of tokens. Transposed products are computed anew: Triton below 3.7.1 miscompiles transposed results of
-    # tl.dot on Hopper.
+    # tl.dot on Hopper. One after the other, for want of registers.
     do_u = tl.zeros([CHUNK, CHUNK], tl.float32)
     u_do = tl.zeros([CHUNK, CHUNK], tl.float32)
-    y_u = tl.zeros([CHUNK, CHUNK], tl.float32)
-    u_y = tl.zeros([CHUNK, CHUNK], tl.float32)
     for first in tl.range(0, VALUE_DIM, COLUMNS):
         do_tile = load_rows(do, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
         u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        y_tile = load_rows(y, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
         do_u = tl.dot(do_tile, tl.trans(u_tile), do_u, input_precision=PRECISION)
         u_do = tl.dot(u_tile, tl.trans(do_tile), u_do, input_precision=PRECISION)
-        y_u = tl.dot(y_tile, tl.trans(u_tile), y_u, input_precision=PRECISION)
-        u_y = tl.dot(u_tile, tl.trans(y_tile), u_y, input_precision=PRECISION)
     kind = tl.cast(HEADS, tl.int64) * tokens
     rows += head.to(tl.int64) * tokens
-    high = tl.load(rows + G_HIGH * kind + row, mask=inside, other=0)
-    low = tl.load(rows + G_LOW * kind + row, mask=inside, other=0)
-    q_norm = tl.load(rows + NORM_Q * kind + row, mask=inside, other=0)
-    k_norm = tl.load(rows + NORM_K * kind + row, mask=inside, other=0)
-    upper = (i[:, None] <= i[None, :]) & inside[None, :]
-    between = decay_between(high[None, :], low[None, :], high[:, None], low[:, None], upper)
-    by_k = (u_do * between * (scale * q_norm)[None, :]).to(dtype)
-    u_y = tl.where(i[:, None] < i[None, :], -beta[None, :] * between * u_y, 0.0)
-    lower = (i[:, None] >= i[None, :]) & inside[:, None]
-    between = decay_between(high[:, None], low[:, None], high[None, :], low[None, :], lower)
-    by_q = (do_u * between * (scale * k_norm)[None, :]).to(dtype)
-    y_u = tl.where(i[:, None] > i[None, :], -beta[:, None] * between * y_u, 0.0)
+    high, low, q_norm, k_norm = _gates(rows, kind, row, inside)
+    by_k = (u_do * _decay_from(high, low, inside, CHUNK) * (scale * q_norm)[None, :]).to(dtype)
+    by_q = (do_u * _decay_to(high, low, inside, CHUNK) * (scale * k_norm)[None, :]).to(dtype)
+    pairs = load_square(attention + place * (CHUNK * CHUNK), CHUNK).to(tl.float32) * do_u
+
+    dbeta = tl.zeros([CHUNK], tl.float32)
+    y_u = tl.zeros([CHUNK, CHUNK], tl.float32)
+    u_y = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for first in tl.range(0, VALUE_DIM, COLUMNS):
+        y_tile = load_rows(y, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        y_u = tl.dot(y_tile, tl.trans(u_tile), y_u, input_precision=PRECISION)
+        u_y = tl.dot(u_tile, tl.trans(y_tile), u_y, input_precision=PRECISION)
+        y_wide = y_tile.to(tl.float32)
+        dbeta += tl.sum(y_wide * u_tile.to(tl.float32), 1)
+        store_rows(
+            dv + head * VALUE_DIM, beta[:, None] * y_wide, row, inside, value_stride, first, VALUE_DIM, COLUMNS
+        )  # fmt: skip
+    db_places = db + row.to(tl.int64) * HEADS + head
+    tl.store(db_places, ((1.0 - beta) * dbeta).to(db.dtype.element_ty), mask=inside)
+    high, low, q_norm, k_norm = _gates(rows, kind, row, inside)
+    u_y *= tl.where(i[:, None] < i[None, :], -beta[None, :] * _decay_from(high, low, inside, CHUNK), 0.0)
+    y_u *= tl.where(i[:, None] > i[None, :], -beta[:, None] * _decay_to(high, low, inside, CHUNK), 0.0)
     by_kk = ((y_u + u_y) * k_norm[None, :]).to(dtype)
     k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
     kk = tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
-    pairs = load_square(attention + place * (CHUNK * CHUNK), CHUNK).to(tl.float32) * do_u
     pairs += kk * y_u * k_norm[:, None] * k_norm[None, :]
     from_here = tl.where(i[:, None] <= i[None, :], 1.0, 0.0)
     across = tl.dot(from_here, pairs, input_precision=PRECISION)
@@ -105,7 +135,6 @@ def gradient_kernel(
     # What the state before is read for.
     dq_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
     dk_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
-    dbeta = tl.zeros([CHUNK], tl.float32)
     state_row = tl.arange(0, WIDTH)
     state_inside = state_row < KEY_DIM
     states += place * (KEY_DIM * VALUE_DIM)
@@ -116,15 +145,6 @@ def gradient_kernel(
         state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
         dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile, input_precision=PRECISION)
         dk_tile = tl.dot(y_tile, tl.trans(state), dk_tile, input_precision=PRECISION)
-        u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        y_wide = y_tile.to(tl.float32)
-        dbeta += tl.sum(y_wide * u_tile.to(tl.float32), 1)
-        store_rows(
-            dv + head * VALUE_DIM, beta[:, None] * y_wide, row, inside, value_stride, first, VALUE_DIM, COLUMNS
-        )  # fmt: skip
-    db_places = db + row.to(tl.int64) * HEADS + head
-    tl.store(db_places, ((1.0 - beta) * dbeta).to(db.dtype.element_ty), mask=inside)
-
     since_start = tl.exp(high)
     q_tile = load_rows(q + key_head * q_head_stride, row, inside, q_stride, 0, KEY_DIM, WIDTH)
     q_wide = q_tile.to(tl.float32)

@@ -204,10 +204,7 @@ def join_kernel(
         for first_row in tl.range(0, WIDTH, ROWS):
             row = first_row + tl.arange(0, ROWS)
             square = (row < KEY_DIM)[:, None] & (column < KEY_DIM)[None, :]
-            if REVERSE:
-                places = row[:, None] + column[None, :] * KEY_DIM
-            else:
-                places = row[:, None] * KEY_DIM + column[None, :]
+            places = row[:, None] * (1 if REVERSE else KEY_DIM) + column[None, :] * (KEY_DIM if REVERSE else 1)
             moved = tl.load(maps + places, mask=square, other=0)
             added = load_rows(own + segment * state_size, row, row < KEY_DIM, VALUE_DIM, first, VALUE_DIM, COLUMNS)
             added = tl.dot(moved, state, added, input_precision=PRECISION)
