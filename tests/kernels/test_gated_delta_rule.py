@@ -62,7 +62,7 @@ def run(op, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     o, state = op(*leaves)
     generator = torch.Generator().manual_seed(9)
     weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (o, state)]
-    loss = sum((x.double() * w).sum() for x, w in zip((o, state), weights, strict=True))
+    loss = sum((x.double() * w.to(x.device)).sum() for x, w in zip((o, state), weights, strict=True))
     return (o, state, *torch.autograd.grad(loss, leaves))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megahybrid_kernels.backend import takes_triton
 from megahybrid_kernels.gated_delta_rule import reference
 from megahybrid_kernels.sequences import Sequences
 
@@ -64,4 +65,8 @@ def gated_delta_rule(
     for name, (x, shape) in expected.items():
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} is {tuple(x.shape)}, but k, v and the sequences call for {shape}")
-    return reference.gated_delta_rule(q, k, v, a, b, A_log, dt_bias, sequences, initial_state)
+    if takes_triton(v) and max(key_dim, value_dim) <= 256:
+        from megahybrid_kernels.gated_delta_rule import triton as backend
+    else:
+        backend = reference
+    return backend.gated_delta_rule(q, k, v, a, b, A_log, dt_bias, sequences, initial_state)

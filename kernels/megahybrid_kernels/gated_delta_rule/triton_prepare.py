@@ -1,0 +1,154 @@
+"""What the gated delta rule's chunks need before any state is known: gates, norms, the system's inverse, attention.
+
+With G_i the sum of a chunk's log-decays up to token i, q and k normalised and D_ij = exp(G_i - G_j) for i >= j:
+
+    L_ij = beta_i D_ij <k_i, k_j>  (i > j)        T = (I + L)^-1        A_ij = D_ij <q_i, k_j> Dk^-0.5
+
+Every entry of T is a product of a key with contractions of another (Yang et al., arXiv 2406.06484, section 3), so none
+exceeds 1: T is found in fp16 products, which carry as many digits as tf32, when the inputs are half precision.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Rows of what `prepare_kernel` leaves for each value head and token.
+READ_Q = tl.constexpr(0)  # exp(G) / |q| Dk^-0.5
+READ_K = tl.constexpr(1)  # beta exp(G) / |k|
+WRITE = tl.constexpr(2)  # exp(G_end - G) / |k|
+BETA = tl.constexpr(3)
+# G is summed in float64 and kept as two fp32 numbers: beyond a strong decay one would lose the weak ones.
+G_HIGH = tl.constexpr(4)
+G_LOW = tl.constexpr(5)
+NORM_Q = tl.constexpr(6)  # 1 / |q|
+NORM_K = tl.constexpr(7)
+ROW_KINDS = 8
+
+
+@triton.jit
+def load_rows(pointer, row, inside, stride, first, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """`[rows, WIDTH]` from column `first` of an array of `[.., DIM]`; zero where not inside and beyond DIM."""
+    column = first + tl.arange(0, WIDTH)
+    mask = inside[:, None]
+    if DIM % WIDTH != 0:
+        mask = mask & (column < DIM)[None, :]
+    return tl.load(pointer + row.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def store_rows(pointer, x, row, inside, stride, first, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """The inverse of `load_rows`, in the array's dtype."""
+    column = first + tl.arange(0, WIDTH)
+    mask = inside[:, None]
+    if DIM % WIDTH != 0:
+        mask = mask & (column < DIM)[None, :]
+    places = pointer + row.to(tl.int64)[:, None] * stride + column[None, :]
+    tl.store(places, x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_square(pointer, SIZE: tl.constexpr):
+    """A contiguous `[SIZE, SIZE]` matrix."""
+    i = tl.arange(0, SIZE)
+    return tl.load(pointer + i[:, None] * SIZE + i[None, :])
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), to fp32's last digits where it is small too."""
+    small = tl.exp(-tl.abs(x))
+    near_one = 1.0 + small
+    # log1p: what rounding took from 1 + small is put back by the quotient.
+    spread = near_one - 1.0
+    log1p = tl.where(spread == 0.0, small, tl.log(near_one) * (small / tl.where(spread == 0.0, 1.0, spread)))
+    return tl.maximum(x, 0.0) + log1p
+
+
+@triton.jit
+def log_decay(a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride):
+    """fp32 `[rows]`: -exp(A_log), a + dt_bias, the log-decay g (0 where not inside) and beta."""
+    x = tl.load(a + row.to(tl.int64) * a_stride + head * a_head_stride, mask=inside, other=0).to(tl.float32)
+    x += tl.load(dt_bias + head).to(tl.float32)
+    rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
+    beta = tl.load(b + row.to(tl.int64) * b_stride + head * b_head_stride, mask=inside, other=0).to(tl.float32)
+    return rate, x, tl.where(inside, rate * softplus(x), 0.0), tl.where(inside, tl.sigmoid(beta), 0.0)
+
+
+@triton.jit
+def decay_between(high_i, low_i, high_j, low_j, visible):
+    """exp(G_i - G_j) where visible (i >= j, so that nothing overflows), else 0."""
+    return tl.exp(tl.where(visible, (high_i - high_j) + (low_i - low_j), float("-inf")))
+
+
+@triton.jit
+def _unit_lower_inverse(lower, SIZE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + lower)^-1 of a strictly lower `[SIZE, SIZE]` matrix.
+
+    From the inverses X of the diagonal blocks of one size follow those of twice the size: the part of `lower` between
+    two neighbours, C, adds -X C X. Every X is part of the inverse itself, so nothing grows on the way.
+    """
+    i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    x = tl.where(i == j, 1.0, tl.where(i // 2 == j // 2, -lower, 0.0))
+    for level in tl.static_range(1, 6):
+        between = (i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level)
+        coupling = tl.where(between, lower, 0.0).to(DOT)
+        left = tl.dot(x.to(DOT), coupling, input_precision=PRECISION)
+        x -= tl.dot(left.to(DOT), x.to(DOT), input_precision=PRECISION)
+    return x
+
+
+@triton.jit
+def prepare_kernel(
+    q, k, a, b, a_log, dt_bias, rows, ends, inverse, attention, chunks,
+    q_stride, q_head_stride, k_stride, k_head_stride, a_stride, a_head_stride, b_stride, b_head_stride, tokens, scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one value head.
+
+    Writes rows fp32 `[ROW_KINDS, HEADS, tokens]`, ends fp32 `[chunks, HEADS]` (the decay over the whole chunk), inverse
+    (T) and attention (A) `[chunks, HEADS, CHUNK, CHUNK]`. `chunks` int32 `[chunks, 2]`: first row, row after the last.
+    """
+    head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    begin, stop = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
+    i = tl.arange(0, CHUNK)
+    row = begin + i
+    inside = row < stop
+    key_head = (head // GROUPS).to(tl.int64)
+    k_tile = load_rows(k + key_head * k_head_stride, row, inside, k_stride, 0, KEY_DIM, WIDTH)
+    q_tile = load_rows(q + key_head * q_head_stride, row, inside, q_stride, 0, KEY_DIM, WIDTH)
+    _, _, g, beta = log_decay(
+        a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride
+    )  # fmt: skip
+    total = tl.cumsum(g.to(tl.float64), 0)
+    high = total.to(tl.float32)
+    low = (total - high.to(tl.float64)).to(tl.float32)
+    end = tl.sum(g.to(tl.float64), 0)
+    until_end = tl.exp((end - total).to(tl.float32))
+    since_start = tl.exp(high)
+
+    k_wide, q_wide = k_tile.to(tl.float32), q_tile.to(tl.float32)
+    k_norm = 1.0 / tl.sqrt(tl.sum(k_wide * k_wide, 1) + 1e-6)
+    q_norm = 1.0 / tl.sqrt(tl.sum(q_wide * q_wide, 1) + 1e-6)
+    kind = tl.cast(HEADS, tl.int64) * tokens
+    rows += head.to(tl.int64) * tokens + row
+    tl.store(rows + READ_Q * kind, since_start * q_norm * scale, mask=inside)
+    tl.store(rows + READ_K * kind, beta * since_start * k_norm, mask=inside)
+    tl.store(rows + WRITE * kind, until_end * k_norm, mask=inside)
+    tl.store(rows + BETA * kind, beta, mask=inside)
+    tl.store(rows + G_HIGH * kind, high, mask=inside)
+    tl.store(rows + G_LOW * kind, low, mask=inside)
+    tl.store(rows + NORM_Q * kind, q_norm, mask=inside)
+    tl.store(rows + NORM_K * kind, k_norm, mask=inside)
+    tl.store(ends + chunk * HEADS + head, tl.exp(end.to(tl.float32)))
+
+    place = (chunk * HEADS + head) * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
+    between = decay_between(high[:, None], low[:, None], high[None, :], low[None, :], i[:, None] >= i[None, :])
+    between *= k_norm[None, :]
+    qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+    tl.store(attention + place, (qk * between * (q_norm * scale)[:, None]).to(attention.dtype.element_ty))
+    kk = tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
+    lower = tl.where(i[:, None] > i[None, :], kk * between * (k_norm * beta)[:, None], 0.0)
+    system = _unit_lower_inverse(lower, CHUNK, DOT, PRECISION)
+    tl.store(inverse + place, system.to(inverse.dtype.element_ty))

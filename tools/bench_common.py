@@ -1,0 +1,50 @@
+"""What the benchmarks of single kernels share: judging against float64, timing, the machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+from triton.testing import do_bench
+
+
+def gradients(op: Callable, inputs: dict[str, Tensor], cotangent: Tensor, *rest) -> tuple[Tensor, ...]:
+    """Output and the gradients of all inputs."""
+    leaves = [x.detach().requires_grad_() for x in inputs.values()]
+    y = op(*leaves, *rest)
+    return y.detach(), *torch.autograd.grad(y, leaves, cotangent.to(y.dtype))
+
+
+def errors(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], *tolerances: float) -> list[float]:
+    """Norm of the difference by the norm, for each pair. Exits when one is further off than its tolerance.
+
+    tolerances: one for each pair, or a single one for all.
+    """
+    found = [
+        ((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(actual, expected, strict=True)
+    ]
+    tolerances = tolerances if len(tolerances) > 1 else tolerances * len(found)
+    if not all(error <= tolerance for error, tolerance in zip(found, tolerances, strict=True)):
+        sys.exit(f"{sys.argv[0]}: errors {found} are above {tolerances}; nothing was timed.")
+    return [round(error, 5) for error in found]
+
+
+def median(call: Callable[[], object]) -> float:
+    """Milliseconds."""
+    return round(do_bench(call, warmup=25, rep=150, return_mode="median"), 4)
+
+
+def copy_bandwidth() -> dict[str, object]:
+    """Of a device-to-device copy, bytes read and written."""
+    source = torch.randn(2**29, device="cuda")
+    target = torch.empty_like(source)
+    ms = median(lambda: target.copy_(source))
+    return {"op": "copy", "row": "2 GiB", "ms": ms, "gb_s": round(2 * source.numel() * 4 / ms / 1e6)}
+
+
+def versions() -> str:
+    """The GPU and the software."""
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
