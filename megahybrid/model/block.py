@@ -12,7 +12,7 @@ from megahybrid.model.mixers import MIXERS
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter, shared
 from megahybrid.parallel.parameters import constant, parameter
-from megahybrid_kernels.norm import rms_norm
+from megahybrid_kernels.norm import add_rms_norm, rms_norm
 from megahybrid_kernels.swiglu import swiglu
 
 
@@ -24,9 +24,12 @@ class RMSNorm(nn.Module):
         self.weight = parameter(settings.model.hidden_size, initializer=constant(1.0), weight_decay=False)
         self.settings = settings
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x, or given a residual the norm of their sum, and the sum."""
         weight = shared(self.weight) if self.settings.sequence_parallel else self.weight
-        return rms_norm(x, weight, self.settings.model.norm_eps)
+        if residual is None:
+            return rms_norm(x, weight, self.settings.model.norm_eps)
+        return add_rms_norm(x, residual, weight, self.settings.model.norm_eps)
 
 
 class SwiGLU(nn.Module):
@@ -60,5 +63,5 @@ class Block(nn.Module):
         y, aux, state = self.mixer(self.mixer_norm(x), context, state)
         if aux is not None:
             y = attach_loss(y, aux.loss, context.aux_scale)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), aux, state
+        normalised, x = self.mlp_norm(x, y)
+        return x + self.mlp(normalised), aux, state

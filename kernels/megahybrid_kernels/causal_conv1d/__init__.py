@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megahybrid_kernels.backend import takes_triton
 from megahybrid_kernels.causal_conv1d import reference
 from megahybrid_kernels.sequences import Sequences
 
@@ -42,4 +43,8 @@ def causal_conv1d(
         raise ValueError(
             f"initial_state is {tuple(initial_state.shape)}, but weight and the sequences call for {state_shape}"
         )
-    return reference.causal_conv1d(x, weight, sequences, initial_state)
+    if takes_triton(x):
+        from megahybrid_kernels.causal_conv1d import triton as backend
+    else:
+        backend = reference
+    return backend.causal_conv1d(x, weight, sequences, initial_state)

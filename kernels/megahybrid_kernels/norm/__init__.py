@@ -1,12 +1,13 @@
-"""Root-mean-square norm over the last dimension, plain and with an output gate."""
+"""Root-mean-square norm over the last dimension: plain, with an output gate, and of a sum."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from megahybrid_kernels.backend import takes_triton
 from megahybrid_kernels.norm import reference
 
-__all__ = ["gated_rms_norm", "rms_norm"]
+__all__ = ["add_rms_norm", "gated_rms_norm", "rms_norm"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -23,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ValueError: weight is not as long as x's last dimension.
     """
     _check_weight(x, weight)
-    return reference.rms_norm(x, weight, eps)
+    return _backend(x).rms_norm(x, weight, eps)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -43,7 +44,38 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     _check_weight(x, weight)
     if gate.shape != x.shape:
         raise ValueError(f"gate is {tuple(gate.shape)}, but x is {tuple(x.shape)}")
-    return reference.gated_rms_norm(x, gate, weight, eps)
+    return _backend(x).gated_rms_norm(x, gate, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """rms_norm(x + residual) and x + residual, what a residual stream needs between two sublayers.
+
+    Args:
+        x: `[..., dim]`.
+        residual: of x's shape and dtype.
+        weight: `[dim]`.
+        eps: added to the mean square.
+
+    Returns the norm and the sum, `[..., dim]` in x's dtype; the norm is of the sum as rounded to that dtype, and its
+    arithmetic in at least float32. x, residual and weight are differentiable.
+
+    Raises:
+        ValueError: residual is not shaped as x or of its dtype, or weight is not as long as the last dimension.
+    """
+    _check_weight(x, weight)
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(
+            f"residual is {tuple(residual.shape)} in {residual.dtype}, but x is {tuple(x.shape)} in {x.dtype}"
+        )
+    return _backend(x).add_rms_norm(x, residual, weight, eps)
+
+
+def _backend(x: Tensor):
+    if takes_triton(x):
+        from megahybrid_kernels.norm import triton as backend
+    else:
+        backend = reference
+    return backend
 
 
 def _check_weight(x: Tensor, weight: Tensor) -> None:

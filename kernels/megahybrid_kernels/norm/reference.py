@@ -21,3 +21,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `megahybrid_kernels.norm`."""
     return (_scaled(x, weight, eps) * F.silu(at_least_fp32(gate))).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `megahybrid_kernels.norm`."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megahybrid_kernels.backend import takes_triton
 from megahybrid_kernels.rotary import reference
 
 __all__ = ["rotary"]
@@ -29,4 +30,8 @@ def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
         raise ValueError(f"rotary needs an even head_dim, not {x.shape[-1]}")
     if positions.shape != x.shape[:1]:
         raise ValueError(f"positions is {tuple(positions.shape)}, but x has {x.shape[0]} tokens")
-    return reference.rotary(x, positions, theta)
+    if takes_triton(x):
+        from megahybrid_kernels.rotary import triton as backend
+    else:
+        backend = reference
+    return backend.rotary(x, positions, theta)

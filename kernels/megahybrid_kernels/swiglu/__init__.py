@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from megahybrid_kernels.backend import takes_triton
 from megahybrid_kernels.swiglu import reference
 
 __all__ = ["swiglu"]
@@ -22,4 +23,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if gate.shape != up.shape:
         raise ValueError(f"gate is {tuple(gate.shape)}, but up is {tuple(up.shape)}")
-    return reference.swiglu(gate, up)
+    if takes_triton(gate) and takes_triton(up):
+        from megahybrid_kernels.swiglu import triton as backend
+    else:
+        backend = reference
+    return backend.swiglu(gate, up)

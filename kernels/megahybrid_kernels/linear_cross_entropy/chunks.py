@@ -1,0 +1,102 @@
+"""Linear + cross-entropy chunk by chunk: matmuls, reductions over the vocabulary's ranks, and gradients.
+
+For logits l of a token, over the whole vocabulary, with its normaliser n = log sum exp l:
+
+    loss = n - l_label + z n^2,  dl_j = exp(l_j - n) (1 + 2 z n) - [j = label]
+
+This is the mean's gradient but for a factor that is only known in the backward pass. dl, the sum of dl x^T and dl W
+are made in the forward pass without it; the backward pass multiplies the latter two by it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megahybrid_kernels.backend import takes_triton
+
+# Of a chunk's logits. Each chunk also reads and writes weight's whole gradient once, so that few are better.
+CHUNK_BYTES = 2**30
+# Tokens of all chunks but the last are a multiple of this.
+_TOKENS = 128
+
+
+def differentiated(x: Tensor, weight: Tensor) -> tuple[bool, bool]:
+    """Whether the gradients of x and weight are wanted."""
+    enabled = torch.is_grad_enabled()
+    return enabled and x.requires_grad, enabled and weight.requires_grad
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Saves the gradients of x and weight but for the mean's factor."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float, group, wanted: tuple[bool, bool]):
+        if takes_triton(x):
+            from megahybrid_kernels.linear_cross_entropy import triton as backend
+        else:
+            from megahybrid_kernels.linear_cross_entropy import reference as backend
+        tokens, wide = len(x), torch.promote_types(x.dtype, torch.float32)
+        losses, normalisers = (torch.empty(tokens, dtype=wide, device=x.device) for _ in range(2))
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted[0] else None
+        dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if wanted[1] else None
+        split = group is not None and dist.get_world_size(group) > 1
+        local_labels = labels - dist.get_rank(group) * len(weight) if split else labels
+        length = _chunk_length(tokens, len(weight), x.element_size())
+        buffer = torch.empty(min(length, tokens), len(weight), dtype=x.dtype, device=x.device)
+        for begin in range(0, tokens, length):
+            rows = slice(begin, min(begin + length, tokens))
+            logits, own_labels = buffer[: rows.stop - begin], local_labels[rows]
+            torch.mm(x[rows], weight.T, out=logits)
+            if split:
+                peak, total, target = _over_ranks(*backend.statistics(logits, own_labels), group)
+                normaliser = peak + total.log()
+                if any(wanted):
+                    backend.gradient_(logits, own_labels, normaliser, z_loss)
+            else:
+                normaliser, target = backend.statistics_and_gradient_(logits, own_labels, z_loss, any(wanted))
+            losses[rows], normalisers[rows] = normaliser - target, normaliser
+            if dx is not None:
+                torch.mm(logits, weight, out=dx[rows])
+            if dweight is not None:
+                _add_product(dweight, logits, x[rows])
+        ctx.gradients, ctx.tokens, ctx.dtype = (dx, dweight), tokens, weight.dtype
+        ctx.mark_non_differentiable(losses, normalisers)
+        return (losses + z_loss * normalisers.square()).mean(), losses, normalisers
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
+        factor = grad / ctx.tokens
+        dx, dweight = ctx.gradients
+        if dx is not None:
+            dx = torch.mul(dx, factor, out=torch.empty_like(dx))
+        if dweight is not None:
+            # Rounded as it is written: a scaled fp32 copy would be the largest tensor of all.
+            dweight = torch.mul(dweight, factor, out=torch.empty_like(dweight, dtype=ctx.dtype))
+        return dx, dweight, None, None, None, None
+
+
+def _chunk_length(tokens: int, vocabulary: int, item: int) -> int:
+    """Tokens of a chunk: as equal as possible."""
+    chunks = max(1, -(-tokens * vocabulary * item // CHUNK_BYTES))
+    return max(1, -(-tokens // chunks) + _TOKENS - 1) // _TOKENS * _TOKENS
+
+
+def _over_ranks(peak: Tensor, total: Tensor, target: Tensor, group) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of the whole vocabulary from those of each rank's part."""
+    own_peak = peak.clone()
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group)
+    both = torch.stack([total * (own_peak - peak).exp(), target])
+    dist.all_reduce(both, group=group)
+    return peak, *both
+
+
+def _add_product(dweight: Tensor, dlogits: Tensor, x: Tensor) -> None:
+    """dweight += dlogits^T x, without a rounding between chunks."""
+    if dweight.dtype == x.dtype:
+        dweight.addmm_(dlogits.T, x)
+    elif x.is_cuda:
+        torch.addmm(dweight, dlogits.T, x, out_dtype=dweight.dtype, out=dweight)
+    else:
+        dweight.addmm_(dlogits.T.to(dweight.dtype), x.to(dweight.dtype))

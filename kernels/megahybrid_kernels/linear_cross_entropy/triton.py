@@ -1,0 +1,91 @@
+"""What becomes of a chunk's logits, in Triton: a program a row.
+
+Statistics take one pass along the row, the gradient another. Without ranks to ask in between one launch does both: a
+row of 128k logits in bf16 is 256 KiB, so that most of what is read again comes from the L2 cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Logits of a step along the row, warps of a program, and steps whose loads are on their way.
+_BLOCK, _WARPS, _STAGES = 8192, 16, 3
+
+
+@triton.jit
+def _row(
+    logits, labels, peaks, totals, targets, normalisers, z_loss, vocabulary,
+    STATISTICS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocabulary
+    label = tl.load(labels + row)
+    lane = tl.arange(0, BLOCK)
+    if STATISTICS:
+        target = tl.load(logits + label, mask=(label >= 0) & (label < vocabulary), other=0).to(tl.float32)
+        peak = tl.load(logits).to(tl.float32)
+        sums = tl.zeros([BLOCK], tl.float32)
+        for first in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
+            place = first + lane
+            value = tl.load(logits + place, mask=place < vocabulary, other=-float("inf")).to(tl.float32)
+            new_peak = tl.maximum(peak, tl.max(value, 0))
+            sums = sums * tl.exp(peak - new_peak) + tl.exp(value - new_peak)
+            peak = new_peak
+        total = tl.sum(sums, 0)
+        tl.store(targets + row, target)
+        if GRADIENT:
+            normaliser = peak + tl.log(total)
+            tl.store(normalisers + row, normaliser)
+        else:
+            tl.store(peaks + row, peak)
+            tl.store(totals + row, total)
+    else:
+        normaliser = tl.load(normalisers + row)
+    if GRADIENT:
+        factor = 1 + 2 * z_loss * normaliser
+        for first in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
+            place = first + lane
+            value = tl.load(logits + place, mask=place < vocabulary, other=0).to(tl.float32)
+            slope = tl.exp(value - normaliser) * factor
+            slope = tl.where(place == label, slope - 1, slope)
+            tl.store(logits + place, slope.to(logits.dtype.element_ty), mask=place < vocabulary)
+
+
+def _launch(logits: Tensor, labels: Tensor, z_loss: float, outputs: dict[str, Tensor], **flags: bool) -> None:
+    """`outputs` by the kernel's argument names; those left out are not used."""
+    unused = next(iter(outputs.values()))
+    arrays = [outputs.get(name, unused) for name in ("peaks", "totals", "targets", "normalisers")]
+    block = min(_BLOCK, triton.next_power_of_2(logits.shape[1]))
+    _row[(len(logits),)](
+        logits, labels, *arrays, z_loss, logits.shape[1], **flags, BLOCK=block, STAGES=_STAGES,
+        num_warps=max(1, _WARPS * block // _BLOCK),
+    )  # fmt: skip
+
+
+def _empty(logits: Tensor, *names: str) -> dict[str, Tensor]:
+    return {name: torch.empty(len(logits), dtype=torch.float32, device=logits.device) for name in names}
+
+
+def statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As the PyTorch path's."""
+    outputs = _empty(logits, "peaks", "totals", "targets")
+    _launch(logits, labels, 0.0, outputs, STATISTICS=True, GRADIENT=False)
+    return tuple(outputs.values())
+
+
+def gradient_(logits: Tensor, labels: Tensor, normaliser: Tensor, z_loss: float) -> None:
+    """As the PyTorch path's."""
+    _launch(logits, labels, z_loss, {"normalisers": normaliser}, STATISTICS=False, GRADIENT=True)
+
+
+def statistics_and_gradient_(logits: Tensor, labels: Tensor, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor]:
+    """As the PyTorch path's."""
+    if not gradient:
+        peak, total, target = statistics(logits, labels)
+        return peak + total.log(), target
+    outputs = _empty(logits, "normalisers", "targets")
+    _launch(logits, labels, z_loss, outputs, STATISTICS=True, GRADIENT=True)
+    return outputs["normalisers"], outputs["targets"]

@@ -1,0 +1,74 @@
+"""Rotary position embedding in Triton; the backward pass is the same kernel, turning the other way.
+
+A program computes its tokens' sines and cosines once and turns several heads by them: they cost far more than the
+product does.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Pairs of one head, and heads, that a program turns.
+_PAIRS, _HEADS = 1024, 8
+
+
+@triton.jit
+def _turn(
+    x, positions, frequencies, y, stride, head_stride, tokens, heads, direction,
+    HALF: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column, first_head = tl.arange(0, WIDTH), tl.program_id(1).to(tl.int64) * HEADS
+    mask = (row < tokens)[:, None] & (column < HALF)[None, :]
+    position = tl.load(positions + row, mask=row < tokens, other=0).to(tl.float32)
+    angle = position[:, None] * tl.load(frequencies + column, mask=column < HALF, other=0)[None, :]
+    cos, sin = tl.cos(angle), tl.sin(angle) * direction
+    for head in range(first_head, tl.minimum(first_head + HEADS, heads)):
+        source = x + head * head_stride + row[:, None] * stride + column[None, :]
+        target = y + (row * heads + head)[:, None] * (2 * HALF) + column[None, :]
+        first = tl.load(source, mask=mask, other=0).to(tl.float32)
+        second = tl.load(source + HALF, mask=mask, other=0).to(tl.float32)
+        tl.store(target, (first * cos - second * sin).to(y.dtype.element_ty), mask=mask)
+        tl.store(target + HALF, (second * cos + first * sin).to(y.dtype.element_ty), mask=mask)
+
+
+@lru_cache
+def _frequencies(half: int, theta: float, device: torch.device) -> Tensor:
+    """`[half]` in fp32, as the PyTorch path has them."""
+    return theta ** -(torch.arange(half, dtype=torch.float32, device=device) / half)
+
+
+def _turned(x: Tensor, positions: Tensor, theta: float, direction: float) -> Tensor:
+    x = x if x.stride(2) == 1 else x.contiguous()
+    (tokens, heads), half = x.shape[:2], x.shape[2] // 2
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    width = triton.next_power_of_2(half)
+    rows = max(1, _PAIRS // width)
+    _turn[(triton.cdiv(tokens, rows), triton.cdiv(heads, _HEADS))](
+        x, positions, _frequencies(half, theta, x.device), y, x.stride(0), x.stride(1), tokens, heads, direction,
+        HALF=half, WIDTH=width, ROWS=rows, HEADS=_HEADS,
+    )  # fmt: skip
+    return y
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, positions: Tensor, theta: float) -> Tensor:
+        ctx.theta = theta
+        ctx.save_for_backward(positions)
+        return _turned(x, positions, theta, 1.0)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        (positions,) = ctx.saved_tensors
+        return _turned(dy, positions, ctx.theta, -1.0), None, None
+
+
+def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """See `megahybrid_kernels.rotary`; float32, bfloat16 or float16."""
+    return _Rotary.apply(x, positions.contiguous(), theta)

@@ -1,0 +1,54 @@
+"""SwiGLU's product in Triton, forward and backward, a launch each; the backward pass computes silu(gate) again."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Values of a program: 16 for each of its 128 threads.
+_BLOCK = 2048
+
+
+@triton.jit
+def _forward(gate, up, y, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < size
+    a = tl.load(gate + place, mask=mask, other=0).to(tl.float32)
+    b = tl.load(up + place, mask=mask, other=0).to(tl.float32)
+    tl.store(y + place, (a * tl.sigmoid(a) * b).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward(gate, up, dy, dgate, dup, size, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < size
+    a = tl.load(gate + place, mask=mask, other=0).to(tl.float32)
+    b = tl.load(up + place, mask=mask, other=0).to(tl.float32)
+    grad = tl.load(dy + place, mask=mask, other=0).to(tl.float32)
+    sigmoid = tl.sigmoid(a)
+    slope = sigmoid * (1 + a * (1 - sigmoid))
+    tl.store(dgate + place, (grad * b * slope).to(dgate.dtype.element_ty), mask=mask)
+    tl.store(dup + place, (grad * a * sigmoid).to(dup.dtype.element_ty), mask=mask)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        y = torch.empty_like(up)
+        _forward[(triton.cdiv(up.numel(), _BLOCK),)](gate, up, y, up.numel(), BLOCK=_BLOCK)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dgate, dup, size = torch.empty_like(gate), torch.empty_like(up), up.numel()
+        _backward[(triton.cdiv(size, _BLOCK),)](gate, up, dy.contiguous(), dgate, dup, size, BLOCK=_BLOCK)
+        return dgate, dup
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """See `megahybrid_kernels.swiglu`; float32, bfloat16 or float16."""
+    return _SwiGLU.apply(gate.contiguous(), up.contiguous())

@@ -1,0 +1,117 @@
+"""Linear + cross-entropy against closed forms in float64, in PyTorch and in Triton, on one rank and on several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megahybrid_kernels.linear_cross_entropy import chunks, linear_cross_entropy, reference
+from megahybrid_kernels.linear_cross_entropy import triton as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Norm of the error by the norm; bf16 logits are rounded, too, by the interpreter towards zero.
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2}
+BACKENDS = ["torch", "triton"]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks_and_poisoned_memory(monkeypatch):
+    """Several chunks, and several blocks a row; what is left unwritten is NaN."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4000)
+    monkeypatch.setattr(chunks, "_TOKENS", 4)
+    monkeypatch.setattr(kernels, "_BLOCK", 64)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def use(backend, monkeypatch):
+    monkeypatch.setattr(chunks, "takes_triton", lambda x: backend == "triton")
+
+
+def make_inputs(tokens, hidden, vocabulary, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, hidden, generator=generator).to(DEVICE, dtype) for n in (tokens, vocabulary))
+    return x, weight, torch.randint(vocabulary, (tokens,), generator=generator).to(DEVICE)
+
+
+def closed_forms(x, weight, labels, z_loss, upstream):
+    """Mean, losses, normalisers, dx, dweight, by hand."""
+    x, weight = x.double(), weight.double()
+    logits = x @ weight.T
+    exponentials = logits.exp()
+    normalisers = exponentials.sum(1).log()
+    rows = torch.arange(len(x), device=x.device)
+    losses = normalisers - logits[rows, labels]
+    slope = exponentials / exponentials.sum(1, keepdim=True) * (1 + 2 * z_loss * normalisers)[:, None]
+    slope[rows, labels] -= 1
+    slope *= upstream / len(x)
+    return (losses + z_loss * normalisers**2).mean(), losses, normalisers, slope @ weight, slope.T @ x
+
+
+def assert_same(actual, expected, tolerance):
+    for number, (x, y) in enumerate(zip(actual, expected, strict=True)):
+        assert x.shape == y.shape
+        assert ((x.double() - y).norm() / y.norm()).item() <= tolerance, number
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("tokens, hidden, vocabulary, z_loss", [(1, 3, 7, 0.3), (37, 16, 150, 0.0), (50, 8, 64, 0.02)])
+def test_losses_and_gradients(tokens, hidden, vocabulary, z_loss, dtype, backend, monkeypatch):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("Triton's kernels take at most 32 bits")
+    use(backend, monkeypatch)
+    x, weight, labels = make_inputs(tokens, hidden, vocabulary, dtype)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    outputs = linear_cross_entropy(*leaves, labels, z_loss)
+    actual = [*outputs, *torch.autograd.grad(outputs[0], leaves, torch.full_like(outputs[0], -0.75))]
+    assert [y.dtype for y in actual] == [*[torch.promote_types(dtype, torch.float32)] * 3, dtype, dtype]
+    expected = closed_forms(x.detach(), weight.detach(), labels, z_loss, -0.75)
+    assert_same(actual, expected, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_differentiated_is_the_same_without(backend, monkeypatch):
+    use(backend, monkeypatch)
+    x, weight, labels = make_inputs(37, 16, 150, torch.float32)
+    plain = linear_cross_entropy(x, weight, labels, 0.02)
+    (dx,) = torch.autograd.grad(linear_cross_entropy(x.requires_grad_(), weight, labels, 0.02)[0], x)
+    whole = linear_cross_entropy(x, weight.requires_grad_(), labels, 0.02)
+    again = torch.autograd.grad(whole[0], (x, weight))
+    assert torch.equal(dx, again[0])
+    with torch.no_grad():
+        without = linear_cross_entropy(x, weight, labels, 0.02)
+    for results in (plain, without):
+        torch.testing.assert_close(results, tuple(y.detach() for y in whole), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [reference, kernels])
+def test_parts_of_a_vocabulary_make_the_whole(backend):
+    """As ranks do it, one after another: statistics, their combination, and each part's gradient."""
+    _, logits, labels = make_inputs(9, 300, 20, torch.float32)
+    labels = labels.repeat(3)[:20] * 15
+    logits *= 30  # some rows' maxima lie far apart
+    parts = [part.contiguous() for part in logits.split(100, 1)]
+    found = [backend.statistics(part, labels - 100 * rank) for rank, part in enumerate(parts)]
+    peak = torch.stack([each[0] for each in found]).max(0).values
+    total = sum(each[1] * (each[0] - peak).exp() for each in found)
+    normaliser = peak + total.log()
+    exact = logits.double().logsumexp(1)
+    torch.testing.assert_close(normaliser.double(), exact, rtol=1e-6, atol=0)
+    targets = sum(each[2] for each in found)
+    assert torch.equal(targets, logits.gather(1, labels[:, None])[:, 0])
+    for rank, part in enumerate(parts):
+        backend.gradient_(part, labels - 100 * rank, normaliser, 0.01)
+    slope = (logits.double() - exact[:, None]).exp() * (1 + 0.02 * exact)[:, None]
+    slope[torch.arange(20, device=DEVICE), labels] -= 1
+    torch.testing.assert_close(torch.cat(parts, 1).double(), slope, rtol=1e-4, atol=1e-6)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    x, weight, labels = make_inputs(3, 4, 5, torch.float32)
+    with pytest.raises(ValueError, match="do not fit together"):
+        linear_cross_entropy(x, weight[:, 1:], labels)
+    with pytest.raises(ValueError, match="do not fit together"):
+        linear_cross_entropy(x, weight.bfloat16(), labels)
