@@ -125,7 +125,9 @@ def test_attention(window, query_heads, head_dim, programs, monkeypatch):
     cache_k, cache_v = cache_k.to(DEVICE), cache_v.to(DEVICE)
     row, column = torch.arange(total)[:, None], torch.arange(total)
     visible = (column <= row) & (row - column < (window or total))
-    expected = [dense_attention(q[n].double(), k[n].double(), v[n].double(), visible[None]) for n in range(2)]
+    expected = [
+        dense_attention(q[n].double(), k[n].double(), v[n].double(), visible.expand(heads, -1, -1)) for n in range(2)
+    ]
     for step in range(steps):
         new, each = starts + step, torch.arange(2)
         o = triton_decode.attention_step(
