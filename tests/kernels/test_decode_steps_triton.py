@@ -9,7 +9,8 @@ from test_causal_conv1d import oracle as conv_oracle
 from test_gated_delta_rule import make_inputs as delta_inputs
 from test_gated_delta_rule import oracle as delta_oracle
 
-from megahybrid_kernels.attention import triton_decode
+from megahybrid_kernels import Sequences
+from megahybrid_kernels.attention import GrowingCache, attention_with_cache, reference, triton_decode
 from megahybrid_kernels.causal_conv1d.triton_step import causal_conv1d_step
 from megahybrid_kernels.gated_delta_rule import triton_step
 
@@ -152,3 +153,22 @@ def test_attention_on_long_caches_in_bfloat16(head_dim, query_heads, heads, capa
         keys, values = (x[n, :, : position + 1].double().repeat_interleave(query_heads // heads, 0) for x in (k, v))
         wanted = F.scaled_dot_product_attention(q[n].double()[:, None], keys, values)[:, 0]
         assert error(o[n], wanted.cpu()) < 1e-2
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("query_heads", [2, 8])
+def test_prefill_in_pieces_in_bfloat16(query_heads):
+    """On a cache that has tokens already: the last query is the one that sees the last key."""
+    kind = {"dtype": torch.bfloat16, "device": DEVICE}
+    cache = GrowingCache.empty(2, 2, 64, **kind)
+    exact = GrowingCache.empty(2, 2, 64, dtype=torch.float64, device=DEVICE)
+    seen = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    for lengths in ((300, 1), (5, 200), (1, 1), (130, 64)):
+        sequences = Sequences.of(lengths, DEVICE, seen)
+        q, k, v = (torch.randn(sum(lengths), h, 64, **kind) for h in (query_heads, 2, 2))
+        with torch.inference_mode():
+            o, cache = attention_with_cache(q, k, v, cache, sequences)
+            double = (x.double() for x in (q, k, v))
+            wanted, exact = reference.attention_with_growing_cache(*double, exact, sequences)
+        assert error(o, wanted.cpu()) < 1e-2
+        seen = seen + torch.tensor(lengths, device=DEVICE)

@@ -95,6 +95,11 @@ class GrowingCache:
         self.room.turn += 1
         return GrowingCache(tuple(length + tokens for length in self.lengths), self.room, self.room.turn)
 
+    def packed(self, memory: Tensor) -> Tensor:
+        """`room.k` or `room.v` without what is not in use, `[tokens of all sequences, kv_heads, head_dim]`."""
+        rows = [row[:, :length].transpose(0, 1) for row, length in zip(memory, self.lengths, strict=True)]
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
+
     def select(self, rows: Sequence[int]) -> GrowingCache:
         """The sequences `rows` alone, in this order; a sequence may come more than once."""
         index = torch.tensor(rows, dtype=torch.int64, device=self.room.k.device)
