@@ -97,8 +97,7 @@ class GrowingCache:
 
     def packed(self, memory: Tensor) -> Tensor:
         """`room.k` or `room.v` without what is not in use, `[tokens of all sequences, kv_heads, head_dim]`."""
-        rows = [row[:, :length].transpose(0, 1) for row, length in zip(memory, self.lengths, strict=True)]
-        return torch.cat(rows) if len(rows) > 1 else rows[0]
+        return torch.cat([row[:, :length].transpose(0, 1) for row, length in zip(memory, self.lengths, strict=True)])
 
     def select(self, rows: Sequence[int]) -> GrowingCache:
         """The sequences `rows` alone, in this order; a sequence may come more than once."""
