@@ -71,7 +71,10 @@ class Sequences:
     @cached_property
     def positions(self) -> Tensor:
         """int64 `[tokens]`: absolute position of each token in its sequence, 0-based."""
-        return self.offsets if self.starts is None else self.offsets + self.starts[self.index]
+        if self.starts is None:
+            return self.offsets
+        # Of one token each the places are the starts, and a step of decoding needs no more.
+        return self.starts if self.tokens == self.count else self.offsets + self.starts[self.index]
 
     @cached_property
     def begins(self) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megahybrid.inference import states
+from megahybrid.inference.decode import DecodeGraph, takes_graph
 from megahybrid.model.context import Context
 from megahybrid.model.stack import Stack
 from megahybrid.parallel import groups
@@ -28,6 +29,8 @@ class Batch:
         self._states: dict[int, Any] | None = None
         self._waiting: list[list[int]] = []
         self._read: list[int] = []
+        self._graph: DecodeGraph | None = None
+        self._decoded = False  # whether the last step was one of decoding, of these sequences
 
     @property
     def count(self) -> int:
@@ -37,10 +40,12 @@ class Batch:
     @property
     def state_bytes(self) -> int:
         """Memory that the sequences' states hold on this rank, bytes."""
-        return states.size_in_bytes(self._states) if self._states else 0
+        held = self._graph.states if self._graph else self._states
+        return states.size_in_bytes(held) if held else 0
 
     def add(self, prompts: Sequence[Sequence[int]]) -> None:
         """Sequences that join as the last rows; each has at least one token."""
+        self._leave_graph()
         new = self._model.initial_states(len(prompts))
         self._states = states.join(self._states, new) if self._waiting else new
         self._waiting += [list(prompt) for prompt in prompts]
@@ -50,6 +55,7 @@ class Batch:
         """Only the sequences `rows` stay, in this order."""
         if list(rows) == list(range(self.count)):
             return
+        self._leave_graph()
         self._states = states.select(self._states, rows) if rows else None
         self._waiting = [self._waiting[row] for row in rows]
         self._read = [self._read[row] for row in rows]
@@ -63,8 +69,13 @@ class Batch:
         """Read the next piece of every sequence, each of which has a token waiting.
 
         Returns the rows that have none left, and what follows their last token: logits `[rows, vocabulary]` in the
-        model's dtype, the same on all ranks; None when there is no such row.
+        model's dtype, the same on all ranks, which hold until the next step; None when there is no such row.
         """
+        decoding = all(len(waiting) == 1 for waiting in self._waiting) and takes_graph(self._model)
+        if decoding and self._decoded and self._has_room():
+            return self._replay()
+        self._leave_graph()
+        self._decoded = decoding  # the first such step compiles what the graph of the second holds
         pieces = share(list(map(len, self._waiting)), self._prefill_chunk)
         tokens = [token for waiting, piece in zip(self._waiting, pieces, strict=True) for token in waiting[:piece]]
         device = self._model.layers[next(iter(self._model.layers))].mixer_norm.weight.device
@@ -78,6 +89,26 @@ class Batch:
             return rows, None
         last = torch.tensor([sequences.borders[row + 1] - 1 for row in rows], device=device)
         return rows, groups.gather_tensor_parallel(self._model.logits(out.hidden[last]), 1)
+
+    def _replay(self) -> tuple[list[int], Tensor]:
+        """`step` where every sequence has one token, through a graph."""
+        if self._graph is None:
+            self._graph = DecodeGraph(self._model, self._states, self._read)
+        tokens = torch.tensor([waiting[0] for waiting in self._waiting])
+        self._graph.tokens.copy_(tokens)
+        logits = self._graph.run()
+        self._read = [read + 1 for read in self._read]
+        self._waiting = [[] for _ in self._waiting]
+        return list(range(self.count)), logits
+
+    def _has_room(self) -> bool:
+        return self._graph.fits if self._graph else states.room(self._states) != 0
+
+    def _leave_graph(self) -> None:
+        """The sequences are about to change, or their memory: what was recorded holds no longer."""
+        self._decoded = False
+        if self._graph is not None:
+            self._states, self._graph = self._graph.states, None
 
 
 def share(waiting: Sequence[int], tokens: int) -> list[int]:

@@ -32,6 +32,32 @@ def join(first: dict[int, Any], second: dict[int, Any]) -> dict[int, Any]:
     return {layer: _map(lay_together, first[layer], second[layer]) for layer in first}
 
 
+def advance(states: dict[int, Any], tokens: int) -> dict[int, Any]:
+    """The states after `tokens` more of every sequence, with which their memory was updated in place."""
+
+    def after(part: Tensor | GrowingCache) -> Tensor | GrowingCache:
+        return part.after(tokens) if isinstance(part, GrowingCache) else part
+
+    return {layer: _map(after, state) for layer, state in states.items()}
+
+
+def room(states: dict[int, Any]) -> int | None:
+    """Tokens that every sequence can get before some cache needs other memory; None where none ever does."""
+    caches = [part for state in states.values() for part in _parts(state) if isinstance(part, GrowingCache)]
+    return min((cache.capacity - cache.slots for cache in caches), default=None)
+
+
+def take_over(states: dict[int, Any], after: dict[int, Any]) -> None:
+    """Copy into the tensors of `states` what a step returned in others; no cache may have moved to other memory."""
+    for layer, state in states.items():
+        for old, new in zip(_parts(state), _parts(after[layer]), strict=True):
+            if isinstance(old, GrowingCache):
+                if old.room is not new.room:
+                    raise RuntimeError("a cache has moved to other memory")
+            elif old is not new:
+                old.copy_(new)
+
+
 def size_in_bytes(states: dict[int, Any]) -> int:
     """Memory that the states hold on this rank, bytes."""
 

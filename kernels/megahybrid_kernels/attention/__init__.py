@@ -8,6 +8,7 @@ from torch import Tensor
 from megahybrid_kernels.attention import reference
 from megahybrid_kernels.attention.growing_cache import GrowingCache
 from megahybrid_kernels.attention.reference import KeyValueCache
+from megahybrid_kernels.backend import takes_triton
 from megahybrid_kernels.sequences import Sequences
 
 try:
@@ -35,8 +36,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window_size
         ValueError: shapes do not fit, or `window_size` is below 1.
     """
     _check(q, k, v, sequences, window_size)
-    if varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(q, k, v, sequences, window_size)
+    if _takes_varlen(q):
+        return _varlen(q, k, v, sequences, sequences, window_size)
     return reference.attention(q, k, v, sequences, window_size)
 
 
@@ -47,6 +48,7 @@ def attention_with_cache(
     cache: KeyValueCache | GrowingCache,
     sequences: Sequences,
     window_size: int | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, KeyValueCache | GrowingCache]:
     """`attention` of new tokens to cached and new ones: prefill in pieces, and decode.
 
@@ -55,9 +57,12 @@ def attention_with_cache(
         cache: of the sequences' earlier tokens, a `KeyValueCache` with the same `window_size`, or without one a
             `GrowingCache`; `empty` at first.
         sequences: borders of the new tokens; `sequences.starts` says how many tokens of each the cache has seen.
+        in_place: the op may overwrite `cache`, as it does on a GPU for one token of every sequence; a window's ring is
+            not copied then.
 
     Returns:
-        The new tokens' outputs as from `attention`, and a new cache; `cache` itself can be used as before.
+        The new tokens' outputs as from `attention`, and a new cache; `cache` itself can be used as before, unless
+        `in_place`.
 
     Raises:
         ValueError: shapes do not fit, or the cache was made for another window or number of sequences.
@@ -68,19 +73,43 @@ def attention_with_cache(
         raise ValueError(f"the cache holds {count} sequences, but {sequences.count} were given")
     if slots != window_size:
         raise ValueError(f"the cache has {slots or 'growing'} slots, but the window is {window_size}")
+    if in_place and sequences.tokens == count and takes_triton(q) and not torch.is_grad_enabled():
+        return _step(q, k, v, cache, sequences.positions)
+    if window_size is None and _takes_varlen(q) and not torch.is_grad_enabled():
+        new = cache.append(k, v, sequences)
+        keys = Sequences.of(new.lengths, q.device)
+        return _varlen(q, new.packed(new.room.k), new.packed(new.room.v), sequences, keys, None), new
     if window_size is None:
         return reference.attention_with_growing_cache(q, k, v, cache, sequences)
     return reference.attention_with_window_cache(q, k, v, cache, sequences, window_size)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window_size: int | None) -> Tensor:
+def _takes_varlen(q: Tensor) -> bool:
+    return varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, window_size: int | None) -> Tensor:
+    """A sequence's last query sees its last key, the one before all but the last, and so on."""
     # torch 2.11 has no grouped queries here, 2.14 asks for a flag that 2.11 does not know: repeat for both.
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    borders, longest = sequences.cu_seqlens, max(sequences.lengths)
     left = -1 if window_size is None else window_size - 1
-    return varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(left, 0))
+    longest = (max(queries.lengths), max(keys.lengths))
+    return varlen_attn(q, k, v, queries.cu_seqlens, keys.cu_seqlens, *longest, window_size=(left, 0))
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache | GrowingCache, positions: Tensor
+) -> tuple[Tensor, KeyValueCache | GrowingCache]:
+    from megahybrid_kernels.attention.triton_decode import attention_step
+
+    if isinstance(cache, GrowingCache):
+        cache = cache.with_room(cache.slots + 1)
+        return attention_step(q, k, v, cache.room.k, cache.room.v, positions), cache.after(1)
+    o = attention_step(q, k, v, cache.k, cache.v, positions)
+    cache.positions.scatter_(1, (positions % cache.k.shape[2])[:, None], positions[:, None])
+    return o, cache
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window_size: int | None) -> None:

@@ -86,6 +86,19 @@ class GrowingCache:
         room.turn += 1
         return GrowingCache(lengths, room, room.turn)
 
+    def with_room(self, slots: int) -> GrowingCache:
+        """This cache, in memory for at least `slots` slots into which it may write."""
+        return self if self._may_write(slots, self.room.k) else GrowingCache(self.lengths, self._copy(slots))
+
+    def after(self, tokens: int) -> GrowingCache:
+        """The cache after `tokens` more of every sequence, which its memory holds already."""
+        self.room.turn += 1
+        return GrowingCache(tuple(length + tokens for length in self.lengths), self.room, self.room.turn)
+
+    def packed(self, memory: Tensor) -> Tensor:
+        """`room.k` or `room.v` without what is not in use, `[tokens of all sequences, kv_heads, head_dim]`."""
+        return torch.cat([row[:, :length].transpose(0, 1) for row, length in zip(memory, self.lengths, strict=True)])
+
     def select(self, rows: Sequence[int]) -> GrowingCache:
         """The sequences `rows` alone, in this order; a sequence may come more than once."""
         index = torch.tensor(rows, dtype=torch.int64, device=self.room.k.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megahybrid_kernels.backend import takes_triton
@@ -12,7 +13,11 @@ __all__ = ["causal_conv1d"]
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, sequences: Sequences, initial_state: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    sequences: Sequences,
+    initial_state: Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Convolve each channel with its own few weights over the latest tokens of the same sequence, then SiLU.
 
@@ -27,6 +32,7 @@ def causal_conv1d(
         sequences: which tokens belong together.
         initial_state: `[sequences, width - 1, channels]`, the inputs before each sequence's first token, oldest first;
             None for sequences that begin here, which is the same as zeros.
+        in_place: the op may overwrite `initial_state`, as it does on a GPU for one token of every sequence.
 
     Returns:
         y `[tokens, channels]`, and the last width - 1 inputs of each sequence `[sequences, width - 1, channels]`, with
@@ -43,8 +49,17 @@ def causal_conv1d(
         raise ValueError(
             f"initial_state is {tuple(initial_state.shape)}, but weight and the sequences call for {state_shape}"
         )
+    if in_place and initial_state is not None and sequences.tokens == sequences.count and _takes_step(x, initial_state):
+        from megahybrid_kernels.causal_conv1d.triton_step import causal_conv1d_step
+
+        return causal_conv1d_step(x, weight, initial_state), initial_state
     if takes_triton(x):
         from megahybrid_kernels.causal_conv1d import triton as backend
     else:
         backend = reference
     return backend.causal_conv1d(x, weight, sequences, initial_state)
+
+
+def _takes_step(x: Tensor, state: Tensor) -> bool:
+    overwritable = state.dtype == x.dtype and state.is_contiguous()
+    return takes_triton(x) and overwritable and not torch.is_grad_enabled()

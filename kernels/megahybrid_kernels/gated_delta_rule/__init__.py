@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megahybrid_kernels.backend import takes_triton
@@ -21,6 +22,7 @@ def gated_delta_rule(
     dt_bias: Tensor,
     sequences: Sequences,
     initial_state: Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Read and write a matrix-valued memory token by token, every sequence its own.
 
@@ -40,6 +42,7 @@ def gated_delta_rule(
         sequences: which tokens belong together.
         initial_state: `[sequences, value_heads, Dk, Dv]`, what an earlier call returned for the tokens before these;
             None is an empty memory.
+        in_place: the op may overwrite `initial_state`, as it does on a GPU for one token of every sequence.
 
     Returns:
         o `[tokens, value_heads, Dv]` in v's dtype, and the memory after each sequence's last token
@@ -65,8 +68,17 @@ def gated_delta_rule(
     for name, (x, shape) in expected.items():
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} is {tuple(x.shape)}, but k, v and the sequences call for {shape}")
+    if in_place and initial_state is not None and tokens == sequences.count and _takes_step(v, initial_state):
+        from megahybrid_kernels.gated_delta_rule.triton_step import gated_delta_rule_step
+
+        return gated_delta_rule_step(q, k, v, a, b, A_log, dt_bias, initial_state), initial_state
     if takes_triton(v) and max(key_dim, value_dim) <= 256:
         from megahybrid_kernels.gated_delta_rule import triton as backend
     else:
         backend = reference
     return backend.gated_delta_rule(q, k, v, a, b, A_log, dt_bias, sequences, initial_state)
+
+
+def _takes_step(v: Tensor, state: Tensor) -> bool:
+    overwritable = state.dtype == torch.float32 and state.is_contiguous()
+    return takes_triton(v) and overwritable and not torch.is_grad_enabled()

@@ -51,7 +51,7 @@ class FullAttention(AttentionProjections):
         if state is None:
             o = attention(q, k, v, context.sequences, self.window_size)
         else:
-            o, state = attention_with_cache(q, k, v, state, context.sequences, self.window_size)
+            o, state = attention_with_cache(q, k, v, state, context.sequences, self.window_size, context.in_place)
         return self.output(o), None, state
 
     def initial_state(self, sequences: int) -> KeyValueCache | GrowingCache:

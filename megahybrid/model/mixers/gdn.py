@@ -66,10 +66,11 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: Tensor, context: Context, state: GDNState | None = None):
         """`[tokens, 1, hidden]` → (the same, None, the next state)."""
         x, sequences = enter(x, self.settings.sequence_parallel).squeeze(1), context.sequences
+        in_place = context.in_place
         before = state or (None, None, None, None)
-        q, q_rows = causal_conv1d(self.q_proj(x), self.q_conv, sequences, before[1])
-        k, k_rows = causal_conv1d(self.k_proj(x), self.k_conv, sequences, before[2])
-        v, v_rows = causal_conv1d(self.v_proj(x), self.v_conv, sequences, before[3])
+        q, q_rows = causal_conv1d(self.q_proj(x), self.q_conv, sequences, before[1], in_place)
+        k, k_rows = causal_conv1d(self.k_proj(x), self.k_conv, sequences, before[2], in_place)
+        v, v_rows = causal_conv1d(self.v_proj(x), self.v_conv, sequences, before[3], in_place)
         o, recurrent = gated_delta_rule(
             q.unflatten(-1, (-1, self.key_dim)),
             k.unflatten(-1, (-1, self.key_dim)),
@@ -80,6 +81,7 @@ class GatedDeltaNet(nn.Module):
             self.dt_bias,
             sequences,
             before[0],
+            in_place,
         )
         gate = self.g_proj(x).unflatten(-1, (-1, self.value_dim))
         o = gated_rms_norm(o, gate, shared(self.norm), self.settings.model.norm_eps)

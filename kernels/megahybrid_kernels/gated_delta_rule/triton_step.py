@@ -1,0 +1,89 @@
+"""One step of the gated delta rule: one new token of every sequence, the memory updated in place.
+
+The memory is read once and written once, `8 Dk Dv` bytes a sequence and value head, and all else is small beside it: a
+step is bound by bandwidth. Of the state S before the step only S^T k and S^T q are needed, in one pass over the tile
+that a program holds in registers:
+
+    u = beta (v - alpha S^T k),   S' = alpha S + k u^T,   o = S'^T q = alpha S^T q + (k . q) u
+
+so a program takes all rows of some columns of a memory, and columns need nothing of each other.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Programs that fill a GPU of some hundred multiprocessors; fewer memories are cut into narrower blocks of columns.
+_PROGRAMS = 512
+# The widest block reads 128 bytes of a row at once, the narrowest one sector.
+_WIDEST, _NARROWEST = 32, 8
+
+
+@triton.jit
+def _step(
+    q, k, v, a, b, A_log, dt_bias, state, o, q_stride, k_stride, v_stride, a_stride, b_stride, groups, q_scale,
+    KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`COLUMNS` columns of the memory of a value head."""
+    block, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    heads = tl.num_programs(1)
+    row, column = tl.arange(0, KEY_WIDTH), block * COLUMNS + tl.arange(0, COLUMNS)
+    in_row, in_column = row < KEY_DIM, column < VALUE_DIM
+    mask = in_row[:, None] & in_column[None, :]
+    places = (sequence * heads + head) * (KEY_DIM * VALUE_DIM) + row[:, None] * VALUE_DIM + column[None, :]
+    before = tl.load(state + places, mask=mask, other=0)
+
+    at = (head // groups) * KEY_DIM + row
+    q_row = tl.load(q + sequence * q_stride + at, mask=in_row, other=0).to(tl.float32)
+    k_row = tl.load(k + sequence * k_stride + at, mask=in_row, other=0).to(tl.float32)
+    q_row = q_row * (q_scale / tl.sqrt(tl.sum(q_row * q_row, 0) + 1e-6))
+    k_row = k_row / tl.sqrt(tl.sum(k_row * k_row, 0) + 1e-6)
+    v_row = tl.load(v + sequence * v_stride + head * VALUE_DIM + column, mask=in_column, other=0).to(tl.float32)
+
+    x = tl.load(a + sequence * a_stride + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
+    # log(1 + e) keeps e's digits where 1 + e has lost them (Goldberg 1991, theorem 4).
+    e = tl.exp(-tl.abs(x))
+    one_more = 1 + e
+    log1p = tl.where(one_more == 1, e, tl.log(one_more) * (e / tl.where(one_more == 1, 1.0, one_more - 1)))
+    softplus = tl.maximum(x, 0) + log1p
+    alpha = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * softplus)
+    beta = tl.sigmoid(tl.load(b + sequence * b_stride + head).to(tl.float32))
+
+    read_k = tl.sum(before * k_row[:, None], 0)
+    read_q = tl.sum(before * q_row[:, None], 0)
+    u = beta * (v_row - alpha * read_k)
+    tl.store(state + places, alpha * before + k_row[:, None] * u[None, :], mask=mask)
+    y = alpha * read_q + tl.sum(k_row * q_row, 0) * u
+    tl.store(o + (sequence * heads + head) * VALUE_DIM + column, y.to(o.dtype.element_ty), mask=in_column)
+
+
+def gated_delta_rule_step(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, state: Tensor
+) -> Tensor:
+    """`gated_delta_rule` for one new token of every sequence, without gradients.
+
+    Args:
+        q, k: `[sequences, key_heads, Dk]`; v `[sequences, value_heads, Dv]`; a, b `[sequences, value_heads]`.
+        A_log, dt_bias: `[value_heads]`.
+        state: fp32 `[sequences, value_heads, Dk, Dv]`, contiguous, brought up to date in place.
+
+    Returns:
+        o `[sequences, value_heads, Dv]` in v's dtype.
+    """
+    count, heads, key_dim, value_dim = state.shape
+    # Rows may lie apart, as those of a fused projection do; inside a row all is dense.
+    q, k, v = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k, v))
+    a, b = (x if x.stride(1) == 1 else x.contiguous() for x in (a, b))
+    columns = min(_WIDEST, triton.next_power_of_2(value_dim))
+    while columns > _NARROWEST and count * heads * triton.cdiv(value_dim, columns) < _PROGRAMS:
+        columns //= 2
+    o = torch.empty(count, heads, value_dim, dtype=v.dtype, device=v.device)
+    _step[(triton.cdiv(value_dim, columns), heads, count)](
+        q, k, v, a, b, A_log, dt_bias, state, o, q.stride(0), k.stride(0), v.stride(0), a.stride(0), b.stride(0),
+        heads // k.shape[1], key_dim**-0.5, KEY_DIM=key_dim, KEY_WIDTH=triton.next_power_of_2(key_dim),
+        VALUE_DIM=value_dim, COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
+    return o

@@ -1,0 +1,121 @@
+"""Decoding at fixed addresses against one pass over the whole sequence, and graphs against steps without."""
+
+import importlib
+
+import pytest
+import torch
+
+from megahybrid.inference import batch as batch_module
+from megahybrid.inference.batch import Batch
+from megahybrid.inference.decode import DecodeGraph, DecodeStep
+from tests.inference.oracle import BUFFER, PATTERNS, WINDOW, tokens, whole
+from tests.model import tiny
+
+OPS = ("attention", "causal_conv1d", "gated_delta_rule", "lte_attention", "retention_router")
+
+
+def continued(model, rows, prompts):
+    """Logits of every token from the prompts' last on, a batch's step at a time, and the batch."""
+    batch = Batch(model, 64)
+    batch.add([row[:n] for row, n in zip(rows, prompts, strict=True)])
+    found = [[] for _ in rows]
+    for step in range(len(rows[0]) - prompts[0] + 1):
+        done, logits = batch.step()
+        assert done == list(range(len(rows)))
+        for row, each in zip(done, logits, strict=True):
+            found[row].append(each.clone())
+            if prompts[row] + step < len(rows[row]):
+                batch.extend(row, rows[row][prompts[row] + step])
+    return [torch.stack(logits) for logits in found], batch
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Batches decode at fixed addresses, if not in a graph; says how often they began to."""
+    begun = []
+
+    class Recorded(DecodeStep):
+        def __init__(self, *arguments):
+            begun.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(batch_module, "takes_graph", lambda model: True)
+    monkeypatch.setattr(batch_module, "DecodeGraph", Recorded)
+    return begun
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_fixed_addresses(pattern, recorded):
+    model, prompts = tiny.model(pattern), [3, 2 * WINDOW]
+    rows = [tokens(n + 90, seed=n) for n in prompts]
+    found, batch = continued(model, rows, prompts)
+    for row, n, logits in zip(rows, prompts, found, strict=True):
+        assert (logits - whole(model, row)[n - 1 :]).abs().max() < 1e-9
+    # Only full attention's cache ever moves, from 64 slots to 128.
+    assert len(recorded) == (2 if "F" in pattern else 1)
+    batch.keep([1])
+    after, _ = batch_step_with(batch, 5)
+    assert (after - whole(model, [*rows[1], 5])[-1]).abs().max() < 1e-9
+
+
+def batch_step_with(batch, token):
+    batch.extend(0, token)
+    rows, logits = batch.step()
+    return logits[0], rows
+
+
+def test_sequences_join_and_leave_between_recorded_steps(recorded):
+    model, first, second = tiny.model("GLSF"), tokens(40, seed=1), tokens(60, seed=2)
+    batch = Batch(model, 64)
+    batch.add([first[:5]])
+    batch.step()
+    for token in first[5:20]:
+        batch_step_with(batch, token)
+    batch.add([second[:30]])
+    for one, other in zip(first[20:], [None, *second[30:49]], strict=True):
+        batch.extend(0, one)
+        if other is not None:
+            batch.extend(1, other)
+        _, logits = batch.step()
+    assert (logits[0] - whole(model, first)[-1]).abs().max() < 1e-9
+    assert (logits[1] - whole(model, second[:49])[-1]).abs().max() < 1e-9
+    batch.keep([1])
+    for token in second[49:]:
+        logits, _ = batch_step_with(batch, token)
+    assert (logits - whole(model, second)[-1]).abs().max() < 1e-9
+    assert len(recorded) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="puts CPU tensors through the interpreter")
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_triton_steps(pattern, recorded, monkeypatch):
+    for op in OPS:
+        monkeypatch.setattr(importlib.import_module(f"megahybrid_kernels.{op}"), "takes_triton", lambda x: True)
+    model, prompts = tiny.model(pattern, dtype=torch.float32), [2, WINDOW + 1]
+    rows = [tokens(n + WINDOW + 2 * BUFFER, seed=n) for n in prompts]
+    found, _ = continued(model, rows, prompts)
+    monkeypatch.undo()
+    for row, n, logits in zip(rows, prompts, found, strict=True):
+        assert (logits - whole(model, row)[n - 1 :]).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_graph_is_bit_equal(pattern, dtype, monkeypatch):
+    model, prompts = tiny.model(pattern, dtype=dtype).cuda(), [3, 2 * WINDOW]
+    rows = [tokens(n + 90, seed=n) for n in prompts]
+    begun = []
+
+    class Counted(DecodeGraph):
+        def __init__(self, *arguments):
+            begun.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(batch_module, "DecodeGraph", Counted)
+    replayed, _ = continued(model, rows, prompts)
+    assert begun
+    monkeypatch.setattr(batch_module, "takes_graph", lambda model: False)
+    expected, _ = continued(model, rows, prompts)
+    for one, other in zip(replayed, expected, strict=True):
+        assert torch.equal(one, other) and torch.equal(one.argmax(-1), other.argmax(-1))
