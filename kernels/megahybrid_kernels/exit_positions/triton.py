@@ -105,7 +105,7 @@ def _count_outranking(
     OWN: tl.constexpr, OTHERS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr, GROUP_BITS: tl.constexpr,
     PIECE: tl.constexpr,
 ):  # fmt: skip
-    """keys, rows: `[heads, width]`; ordered, grouped: keys with each block of OTHERS, each group of BLOCKS, ascending."""
+    """keys, rows: `[heads, width]`; ordered, grouped: keys, each block of OTHERS, each group of BLOCKS ascending."""
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     keys += head * width
     ordered += head * width

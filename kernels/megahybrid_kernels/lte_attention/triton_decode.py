@@ -2,8 +2,8 @@
 
 One launch a step, or two where there are few sequences and a head's slots are split over programs. Their shapes depend
 on nothing in the data, so that a CUDA graph can hold them. The cache is updated in place, and nothing of it is copied
-but the one row that enters the buffer. A step costs the bytes of `(window + 1 + buffer) * 2 * head_dim` numbers for each
-sequence and KV head, however long the context is.
+but the one row that enters the buffer. A step costs the bytes of `(window + 1 + buffer) * 2 * head_dim` numbers for
+each sequence and KV head, however long the context is.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _admit(
 ):  # fmt: skip
     """The ring's bookkeeping, and the buffer as the next query finds it: the token about to leave the window enters.
 
-    ring_k, ring_v, buffer_k and buffer_v are those of the pair; the others of all. A free slot is taken first, else the least score is displaced iff it is less, among equal ones the youngest.
+    ring_k, ring_v, buffer_k and buffer_v are those of the pair, the others of all. A free slot is taken first, else the least score is displaced iff it is less, among equal ones the youngest.
     """
     ring_score += pair * window_slots
     late = tl.load(late_score + pair).to(ring_score.dtype.element_ty)
@@ -173,7 +173,8 @@ def _join_and_admit(
     ring, buffer = pair * window_slots * HEAD_DIM, pair * buffer_slots * HEAD_DIM
     _admit(
         late_score, ring_k + ring, ring_v + ring, ring_positions, ring_score, buffer_k + buffer, buffer_v + buffer,
-        buffer_positions, buffer_score, tl.load(positions + sequence), sequence, head, pair, window_slots, buffer_slots, sinks, delay,
+        buffer_positions, buffer_score, tl.load(positions + sequence), sequence, head, pair, window_slots,
+        buffer_slots, sinks, delay,
         HEAD_DIM, WIDTH, BUFFER,
     )  # fmt: skip
 
