@@ -56,3 +56,11 @@ def test_steps_equal_the_whole(window_size, sink_size, buffer_size, delay, query
             held, _ = streaming_buffer(values, window_size, sink_size, buffer_size)
             found = cache.buffer_positions[n, head].cpu()
             assert sorted(found[found >= 0].tolist()) == held[int(positions[n]) + 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_cache_can_be_written_in_place(dtype):
+    """Contiguous, and no tensor of it in another's memory."""
+    parts = vars(LTECache.empty(2, 3, 16, 6, 5, dtype=dtype)).values()
+    assert all(part.is_contiguous() for part in parts)
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == len(parts)

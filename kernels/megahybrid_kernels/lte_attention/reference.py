@@ -63,10 +63,10 @@ class LTECache:
             k=window,
             v=torch.zeros_like(window),
             positions=torch.full((count, window_size + 1), -1, device=device),
-            score=at_least_fp32(window[..., 0]),
+            score=_own(window[..., 0]),
             buffer_k=buffer,
             buffer_v=torch.zeros_like(buffer),
-            buffer_score=at_least_fp32(buffer[..., 0]),
+            buffer_score=_own(buffer[..., 0]),
             buffer_positions=torch.full((count, heads, buffer_size), -1, device=device),
         )
 
@@ -84,6 +84,11 @@ class _MaskingGradient(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         (v,) = ctx.saved_tensors
         return grad, (at_least_fp32(grad) * at_least_fp32(v)).sum(-1).to(ctx.score_dtype)
+
+
+def _own(x: Tensor) -> Tensor:
+    """`x` in at least fp32 in memory of its own, which a step may write to: in fp32 the cast alone would be a view."""
+    return at_least_fp32(x).clone(memory_format=torch.contiguous_format)
 
 
 def _visible_until(
