@@ -20,8 +20,6 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import ROW_KINDS, prepar
 from megahybrid_kernels.gated_delta_rule.triton_scan import join_kernel, reverse_scan_kernel, scan_kernel
 from megahybrid_kernels.sequences import Sequences
 
-CHUNK = 64
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -49,6 +47,7 @@ class Tuning:
 
     Attributes:
         prepare, scan, recompute, reverse, gradient, join: the launches; `recompute` is the scan in backward.
+        chunk: tokens of a chunk.
         programs: a scan is cut into segments until about so many programs run; sequences alone suffice from half of it.
         shortest: chunks of a segment at least.
         keep_states: the forward saves states and u, so that backward need not scan for them.
@@ -60,6 +59,7 @@ class Tuning:
     reverse: Launch
     gradient: Launch
     join: Launch
+    chunk: int = 64
     programs: int = 256
     shortest: int = 16
     keep_states: bool = False
@@ -68,8 +68,9 @@ class Tuning:
 def tuning(width: int, dtype: torch.dtype) -> Tuning:
     """Fixed by the wider head dim and the dtype, so that all ranks and lengths run the same code."""
     if dtype == torch.float32:
-        scan = Launch(16 if width > 128 else 32, 4, 1)
-        return Tuning(Launch(0, 4, 1), scan, scan, scan, Launch(16, 8, 1), Launch(16, 4, 1))
+        # Every product is three of tf32, whose operands are kept in two parts each.
+        scan, chunk = (Launch(16, 4, 1), 32) if width > 128 else (Launch(32, 4, 1), 64)
+        return Tuning(Launch(0, 8, 1), scan, scan, scan, Launch(16, 8, 1), Launch(16, 4, 1), chunk)
     if width <= 128:
         scan = Launch(64, 8, 3)
         return Tuning(Launch(0, 4, 1), scan, scan, scan, Launch(64, 8, 1), Launch(32, 4, 2))
@@ -102,18 +103,18 @@ def _pieces(begins: Tensor, lengths: Tensor, size: int) -> tuple[Tensor, Tensor,
 
 
 @lru_cache(maxsize=16)
-def plan(lengths: tuple[int, ...], longest: int, device: torch.device) -> Plan:
+def plan(lengths: tuple[int, ...], chunk: int, longest: int, device: torch.device) -> Plan:
     """The plan with segments of at most `longest` chunks, made on the host once for all layers that share a packing."""
     # Out of inference mode, because a plan first made during evaluation is saved for backward by later training.
     with torch.inference_mode(False):
         length = torch.tensor(lengths)
         begin = length.cumsum(0) - length
-        starts, stops, first = _pieces(begin, length, CHUNK)
+        starts, stops, first = _pieces(begin, length, chunk)
         chunks, segments, bounds = torch.stack([starts, stops], 1), [begin, begin + length, first[:-1]], None
-        if max(lengths) > longest * CHUNK:
-            starts, stops, bounds = _pieces(begin, length, longest * CHUNK)
+        if max(lengths) > longest * chunk:
+            starts, stops, bounds = _pieces(begin, length, longest * chunk)
             owner = torch.repeat_interleave(bounds.diff())
-            segments = [starts, stops, first[owner] + (starts - begin[owner]) // CHUNK]
+            segments = [starts, stops, first[owner] + (starts - begin[owner]) // chunk]
         tensors = (chunks, torch.stack(segments, 1), bounds)
         moved = (x if x is None else x.to(torch.int32).to(device, non_blocking=True) for x in tensors)
         return Plan(*moved)
@@ -124,7 +125,7 @@ def _longest_segment(lengths: tuple[int, ...], columns_programs: int, tune: Tuni
 
     columns_programs: programs that one sequence gives.
     """
-    chunks = [triton.cdiv(length, CHUNK) for length in lengths]
+    chunks = [triton.cdiv(length, tune.chunk) for length in lengths]
     longest = triton.next_power_of_2(max(chunks))
     # The scan takes as long as its longest sequence: short ones beside it do not help.
     if 2 * len([1 for x in chunks if 2 * x >= max(chunks)]) * columns_programs >= tune.programs:
@@ -182,7 +183,7 @@ class _Call:
     def heads_constants(self) -> dict[str, object]:
         """constexpr arguments that all kernels over chunks share."""
         sizes = {"HEADS": self.heads, "GROUPS": self.heads // self.k.shape[1], "KEY_DIM": self.key_dim}
-        return sizes | {"WIDTH": _width(self.key_dim), "CHUNK": CHUNK, "PRECISION": self.precision}
+        return sizes | {"WIDTH": _width(self.key_dim), "CHUNK": self.tune.chunk, "PRECISION": self.precision}
 
     def columns(self, launch: Launch, value_dim: int | None = None) -> dict[str, object]:
         """constexpr arguments of the values, and the launch's options."""
@@ -207,7 +208,7 @@ class _Prepared:
 
 def _prepare(call: _Call) -> _Prepared:
     count, dtype = len(call.plan.chunks), call.v.dtype
-    square = (count, call.heads, CHUNK, CHUNK)
+    square = (count, call.heads, call.tune.chunk, call.tune.chunk)
     prepared = _Prepared(
         call.empty(ROW_KINDS, call.heads, call.tokens),
         call.empty(count, call.heads),
@@ -371,6 +372,7 @@ def gated_delta_rule(
     tune = tune or tuning(max(k.shape[2], v.shape[2]), v.dtype)
     columns = min(tune.scan.columns, _width(v.shape[2]))
     programs = v.shape[1] * triton.cdiv(v.shape[2], columns)
-    cut = plan(sequences.lengths, _longest_segment(sequences.lengths, programs, tune), v.device)
+    longest = _longest_segment(sequences.lengths, programs, tune)
+    cut = plan(sequences.lengths, tune.chunk, longest, v.device)
     keep = tune.keep_states and torch.is_grad_enabled()
     return _GatedDeltaRule.apply(q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune, keep)

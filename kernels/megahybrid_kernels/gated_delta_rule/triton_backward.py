@@ -132,19 +132,16 @@ def gradient_kernel(
     across = tl.dot(from_here, pairs, input_precision=PRECISION)
     dg = tl.sum(tl.where(i[None, :] < i[:, None], across, 0.0), 1)
 
-    # What the state before is read for.
+    # dq.
     dq_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
-    dk_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
     state_row = tl.arange(0, WIDTH)
     state_inside = state_row < KEY_DIM
     states += place * (KEY_DIM * VALUE_DIM)
     dstates += place * (KEY_DIM * VALUE_DIM)
     for first in tl.range(0, VALUE_DIM, COLUMNS):
         do_tile = load_rows(do, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        y_tile = load_rows(y, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
         state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
         dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile, input_precision=PRECISION)
-        dk_tile = tl.dot(y_tile, tl.trans(state), dk_tile, input_precision=PRECISION)
     since_start = tl.exp(high)
     q_tile = load_rows(q + key_head * q_head_stride, row, inside, q_stride, 0, KEY_DIM, WIDTH)
     q_wide = q_tile.to(tl.float32)
@@ -155,28 +152,30 @@ def gradient_kernel(
     dq_tile = q_norm[:, None] * (dq_tile - along[:, None] * q_wide)
     store_rows(dq + head * KEY_DIM, dq_tile, row, inside, HEADS * KEY_DIM, 0, KEY_DIM, WIDTH)
 
-    # What is written to the state after.
-    k_wide = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH).to(tl.float32)
-    dk_tile *= (-beta * since_start)[:, None]
-    read_k = k_norm * tl.sum(k_wide * dk_tile, 1)
-    end = tl.load(rows + G_HIGH * kind + stop - 1), tl.load(rows + G_LOW * kind + stop - 1)
-    until_end = decay_between(end[0], end[1], high, low, inside)
+    # dk.
+    dread = tl.zeros([CHUNK, WIDTH], tl.float32)
+    dk_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
     passed = tl.zeros([WIDTH], tl.float32)
     for first in tl.range(0, VALUE_DIM, COLUMNS):
+        y_tile = load_rows(y, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        dread = tl.dot(y_tile, tl.trans(state), dread, input_precision=PRECISION)
         u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
         dstate = load_rows(dstates, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        scaled = (until_end[:, None] * u_tile.to(tl.float32)).to(dtype)
-        dk_tile = tl.dot(scaled, tl.trans(dstate), dk_tile, input_precision=PRECISION)
+        dk_tile = tl.dot(u_tile, tl.trans(dstate), dk_tile, input_precision=PRECISION)
         passed += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-    written = k_norm * tl.sum(k_wide * dk_tile, 1) - read_k
+    k_wide = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH).to(tl.float32)
+    read -= beta * since_start * k_norm * tl.sum(k_wide * dread, 1)
+    end = tl.load(rows + G_HIGH * kind + stop - 1), tl.load(rows + G_LOW * kind + stop - 1)
+    until_end = decay_between(end[0], end[1], high, low, inside)
+    written = until_end * k_norm * tl.sum(k_wide * dk_tile, 1)
+    dk_tile = until_end[:, None] * dk_tile - (beta * since_start)[:, None] * dread
     dk_tile = tl.dot(by_k, q_tile, dk_tile, input_precision=PRECISION)
     dk_tile = tl.dot(by_kk, k_tile, dk_tile, input_precision=PRECISION)
     along = k_norm * k_norm * tl.sum(k_wide * dk_tile, 1)
     dk_tile = k_norm[:, None] * (dk_tile - along[:, None] * k_wide)
     store_rows(dk + head * KEY_DIM, dk_tile, row, inside, HEADS * KEY_DIM, 0, KEY_DIM, WIDTH)
 
-    read += read_k
     dg += tl.sum(tl.where(i[None, :] < i[:, None], written[None, :], read[None, :]), 1)
     dg += tl.load(ends + place) * tl.sum(passed, 0)
     dx = dg * rate * tl.sigmoid(x)

@@ -90,11 +90,12 @@ def _unit_lower_inverse(lower, SIZE: tl.constexpr, DOT: tl.constexpr, PRECISION:
     """
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     x = tl.where(i == j, 1.0, tl.where(i // 2 == j // 2, -lower, 0.0))
-    for level in tl.static_range(1, 6):
-        between = (i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level)
-        coupling = tl.where(between, lower, 0.0).to(DOT)
-        left = tl.dot(x.to(DOT), coupling, input_precision=PRECISION)
-        x -= tl.dot(left.to(DOT), x.to(DOT), input_precision=PRECISION)
+    for level in tl.static_range(1, 7):
+        if 2 << level <= SIZE:
+            between = (i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level)
+            coupling = tl.where(between, lower, 0.0).to(DOT)
+            left = tl.dot(x.to(DOT), coupling, input_precision=PRECISION)
+            x -= tl.dot(left.to(DOT), x.to(DOT), input_precision=PRECISION)
     return x
 
 
