@@ -210,14 +210,14 @@ def _prepare(call: _Call) -> _Prepared:
     count, dtype = len(call.plan.chunks), call.v.dtype
     square = (count, call.heads, call.tune.chunk, call.tune.chunk)
     prepared = _Prepared(
-        call.empty(ROW_KINDS, call.heads, call.tokens),
+        call.empty(count, call.heads, ROW_KINDS.value, call.tune.chunk),
         call.empty(count, call.heads),
         call.empty(*square, dtype=dtype),
         call.empty(*square, dtype=dtype),
     )
     prepare_kernel[(call.heads, count)](
         call.q, call.k, call.a, call.b, call.A_log, call.dt_bias, prepared.rows, prepared.ends, prepared.inverse,
-        prepared.attention, call.plan.chunks, *call.strides("q", "k", "a", "b"), call.tokens, call.scale,
+        prepared.attention, call.plan.chunks, *call.strides("q", "k", "a", "b"), call.scale,
         **call.heads_constants(), DOT=tl.float32 if dtype == torch.float32 else tl.float16,
         **call.tune.prepare.options(),
     )  # fmt: skip
@@ -240,7 +240,7 @@ def _scan(
     scan_kernel[grid](
         call.q, call.k, None if transfer else call.v, prepared.rows, prepared.ends, prepared.inverse,
         prepared.attention, initial, o, u, states, final, call.plan.segments, *call.strides("q", "k", "v"),
-        call.tokens, **call.heads_constants(), **values,
+        **call.heads_constants(), **values,
     )  # fmt: skip
 
 
@@ -257,7 +257,7 @@ def _reverse_scan(
     grid = (triton.cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(call.plan.segments) * call.heads)
     reverse_scan_kernel[grid](
         call.q, call.k, do, prepared.rows, prepared.ends, prepared.inverse, prepared.attention, dfinal, y, dstates,
-        dinitial, call.plan.segments, *call.strides("q", "k"), call.tokens, **call.heads_constants(), **values,
+        dinitial, call.plan.segments, *call.strides("q", "k"), **call.heads_constants(), **values,
     )  # fmt: skip
 
 
@@ -340,7 +340,7 @@ def _gradients(
     gradient_kernel[(call.heads, count)](
         call.q, call.k, call.a, call.b, call.A_log, call.dt_bias, prepared.rows, prepared.ends, prepared.attention,
         do, u, y, states, dstates, dq, dk, dv, da, db, sums, call.plan.chunks, *call.strides("q", "k", "a", "b"),
-        call.tokens, call.scale, **call.heads_constants(), **call.columns(launch),
+        call.scale, **call.heads_constants(), **call.columns(launch),
     )  # fmt: skip
     if call.heads != call.k.shape[1]:
         dq, dk = (x.unflatten(1, (call.k.shape[1], -1)).sum(2) for x in (dq, dk))

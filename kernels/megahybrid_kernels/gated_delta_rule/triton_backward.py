@@ -27,6 +27,7 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import (
     G_LOW,
     NORM_K,
     NORM_Q,
+    ROW_KINDS,
     decay_between,
     load_rows,
     load_square,
@@ -36,34 +37,31 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import (
 
 
 @triton.jit
-def _gates(rows, kind, row, inside):
+def _gates(rows, CHUNK: tl.constexpr):
     """Both parts of G, and 1 / |q|, 1 / |k|."""
-    high = tl.load(rows + G_HIGH * kind + row, mask=inside, other=0)
-    low = tl.load(rows + G_LOW * kind + row, mask=inside, other=0)
-    q_norm = tl.load(rows + NORM_Q * kind + row, mask=inside, other=0)
-    return high, low, q_norm, tl.load(rows + NORM_K * kind + row, mask=inside, other=0)
+    i = tl.arange(0, CHUNK)
+    high, low = tl.load(rows + G_HIGH * CHUNK + i), tl.load(rows + G_LOW * CHUNK + i)
+    return high, low, tl.load(rows + NORM_Q * CHUNK + i), tl.load(rows + NORM_K * CHUNK + i)
 
 
 @triton.jit
-def _decay_to(high, low, inside, CHUNK: tl.constexpr):
+def _decay_to(high, low, CHUNK: tl.constexpr):
     """D."""
     i = tl.arange(0, CHUNK)
-    lower = (i[:, None] >= i[None, :]) & inside[:, None]
-    return decay_between(high[:, None], low[:, None], high[None, :], low[None, :], lower)
+    return decay_between(high[:, None], low[:, None], high[None, :], low[None, :], i[:, None] >= i[None, :])
 
 
 @triton.jit
-def _decay_from(high, low, inside, CHUNK: tl.constexpr):
+def _decay_from(high, low, CHUNK: tl.constexpr):
     """D^T."""
     i = tl.arange(0, CHUNK)
-    upper = (i[:, None] <= i[None, :]) & inside[None, :]
-    return decay_between(high[None, :], low[None, :], high[:, None], low[:, None], upper)
+    return decay_between(high[None, :], low[None, :], high[:, None], low[:, None], i[:, None] <= i[None, :])
 
 
 @triton.jit
 def gradient_kernel(
     q, k, a, b, a_log, dt_bias, rows, ends, attention, do, u, y, states, dstates, dq, dk, dv, da, db, sums, chunks,
-    q_stride, q_head_stride, k_stride, k_head_stride, a_stride, a_head_stride, b_stride, b_head_stride, tokens, scale,
+    q_stride, q_head_stride, k_stride, k_head_stride, a_stride, a_head_stride, b_stride, b_head_stride, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -99,11 +97,10 @@ def gradient_kernel(
         u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
         do_u = tl.dot(do_tile, tl.trans(u_tile), do_u, input_precision=PRECISION)
         u_do = tl.dot(u_tile, tl.trans(do_tile), u_do, input_precision=PRECISION)
-    kind = tl.cast(HEADS, tl.int64) * tokens
-    rows += head.to(tl.int64) * tokens
-    high, low, q_norm, k_norm = _gates(rows, kind, row, inside)
-    by_k = (u_do * _decay_from(high, low, inside, CHUNK) * (scale * q_norm)[None, :]).to(dtype)
-    by_q = (do_u * _decay_to(high, low, inside, CHUNK) * (scale * k_norm)[None, :]).to(dtype)
+    rows += place * (ROW_KINDS * CHUNK)
+    high, low, q_norm, k_norm = _gates(rows, CHUNK)
+    by_k = (u_do * _decay_from(high, low, CHUNK) * (scale * q_norm)[None, :]).to(dtype)
+    by_q = (do_u * _decay_to(high, low, CHUNK) * (scale * k_norm)[None, :]).to(dtype)
     pairs = load_square(attention + place * (CHUNK * CHUNK), CHUNK).to(tl.float32) * do_u
 
     dbeta = tl.zeros([CHUNK], tl.float32)
@@ -121,9 +118,9 @@ def gradient_kernel(
         )  # fmt: skip
     db_places = db + row.to(tl.int64) * HEADS + head
     tl.store(db_places, ((1.0 - beta) * dbeta).to(db.dtype.element_ty), mask=inside)
-    high, low, q_norm, k_norm = _gates(rows, kind, row, inside)
-    u_y *= tl.where(i[:, None] < i[None, :], -beta[None, :] * _decay_from(high, low, inside, CHUNK), 0.0)
-    y_u *= tl.where(i[:, None] > i[None, :], -beta[:, None] * _decay_to(high, low, inside, CHUNK), 0.0)
+    high, low, q_norm, k_norm = _gates(rows, CHUNK)
+    u_y *= tl.where(i[:, None] < i[None, :], -beta[None, :] * _decay_from(high, low, CHUNK), 0.0)
+    y_u *= tl.where(i[:, None] > i[None, :], -beta[:, None] * _decay_to(high, low, CHUNK), 0.0)
     by_kk = ((y_u + u_y) * k_norm[None, :]).to(dtype)
     k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
     kk = tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
@@ -166,8 +163,8 @@ def gradient_kernel(
         passed += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
     k_wide = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH).to(tl.float32)
     read -= beta * since_start * k_norm * tl.sum(k_wide * dread, 1)
-    end = tl.load(rows + G_HIGH * kind + stop - 1), tl.load(rows + G_LOW * kind + stop - 1)
-    until_end = decay_between(end[0], end[1], high, low, inside)
+    end_high, end_low = tl.load(rows + G_HIGH * CHUNK + CHUNK - 1), tl.load(rows + G_LOW * CHUNK + CHUNK - 1)
+    until_end = decay_between(end_high, end_low, high, low, inside)
     written = until_end * k_norm * tl.sum(k_wide * dk_tile, 1)
     dk_tile = until_end[:, None] * dk_tile - (beta * since_start)[:, None] * dread
     dk_tile = tl.dot(by_k, q_tile, dk_tile, input_precision=PRECISION)
