@@ -20,8 +20,6 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import ROW_KINDS, prepar
 from megahybrid_kernels.gated_delta_rule.triton_scan import join_kernel, reverse_scan_kernel, scan_kernel
 from megahybrid_kernels.sequences import Sequences
 
-CHUNK = 64
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -49,6 +47,7 @@ class Tuning:
 
     Attributes:
         prepare, scan, recompute, reverse, gradient, join: the launches; `recompute` is the scan in backward.
+        chunk: tokens of a chunk.
         programs: a scan is cut into segments until about so many programs run; sequences alone suffice from half of it.
         shortest: chunks of a segment at least.
         keep_states: the forward saves states and u, so that backward need not scan for them.
@@ -60,6 +59,7 @@ class Tuning:
     reverse: Launch
     gradient: Launch
     join: Launch
+    chunk: int = 64
     programs: int = 256
     shortest: int = 16
     keep_states: bool = False
@@ -68,8 +68,9 @@ class Tuning:
 def tuning(width: int, dtype: torch.dtype) -> Tuning:
     """Fixed by the wider head dim and the dtype, so that all ranks and lengths run the same code."""
     if dtype == torch.float32:
-        scan = Launch(16 if width > 128 else 32, 4, 1)
-        return Tuning(Launch(0, 4, 1), scan, scan, scan, Launch(16, 8, 1), Launch(16, 4, 1))
+        # Every product is three of tf32, whose operands are kept in two parts each.
+        scan, chunk = (Launch(16, 4, 1), 32) if width > 128 else (Launch(32, 4, 1), 64)
+        return Tuning(Launch(0, 8, 1), scan, scan, scan, Launch(16, 8, 1), Launch(16, 4, 1), chunk)
     if width <= 128:
         scan = Launch(64, 8, 3)
         return Tuning(Launch(0, 4, 1), scan, scan, scan, Launch(64, 8, 1), Launch(32, 4, 2))
@@ -102,18 +103,18 @@ def _pieces(begins: Tensor, lengths: Tensor, size: int) -> tuple[Tensor, Tensor,
 
 
 @lru_cache(maxsize=16)
-def plan(lengths: tuple[int, ...], longest: int, device: torch.device) -> Plan:
+def plan(lengths: tuple[int, ...], chunk: int, longest: int, device: torch.device) -> Plan:
     """The plan with segments of at most `longest` chunks, made on the host once for all layers that share a packing."""
     # Out of inference mode, because a plan first made during evaluation is saved for backward by later training.
     with torch.inference_mode(False):
         length = torch.tensor(lengths)
         begin = length.cumsum(0) - length
-        starts, stops, first = _pieces(begin, length, CHUNK)
+        starts, stops, first = _pieces(begin, length, chunk)
         chunks, segments, bounds = torch.stack([starts, stops], 1), [begin, begin + length, first[:-1]], None
-        if max(lengths) > longest * CHUNK:
-            starts, stops, bounds = _pieces(begin, length, longest * CHUNK)
+        if max(lengths) > longest * chunk:
+            starts, stops, bounds = _pieces(begin, length, longest * chunk)
             owner = torch.repeat_interleave(bounds.diff())
-            segments = [starts, stops, first[owner] + (starts - begin[owner]) // CHUNK]
+            segments = [starts, stops, first[owner] + (starts - begin[owner]) // chunk]
         tensors = (chunks, torch.stack(segments, 1), bounds)
         moved = (x if x is None else x.to(torch.int32).to(device, non_blocking=True) for x in tensors)
         return Plan(*moved)
@@ -124,7 +125,7 @@ def _longest_segment(lengths: tuple[int, ...], columns_programs: int, tune: Tuni
 
     columns_programs: programs that one sequence gives.
     """
-    chunks = [triton.cdiv(length, CHUNK) for length in lengths]
+    chunks = [triton.cdiv(length, tune.chunk) for length in lengths]
     longest = triton.next_power_of_2(max(chunks))
     # The scan takes as long as its longest sequence: short ones beside it do not help.
     if 2 * len([1 for x in chunks if 2 * x >= max(chunks)]) * columns_programs >= tune.programs:
@@ -182,7 +183,7 @@ class _Call:
     def heads_constants(self) -> dict[str, object]:
         """constexpr arguments that all kernels over chunks share."""
         sizes = {"HEADS": self.heads, "GROUPS": self.heads // self.k.shape[1], "KEY_DIM": self.key_dim}
-        return sizes | {"WIDTH": _width(self.key_dim), "CHUNK": CHUNK, "PRECISION": self.precision}
+        return sizes | {"WIDTH": _width(self.key_dim), "CHUNK": self.tune.chunk, "PRECISION": self.precision}
 
     def columns(self, launch: Launch, value_dim: int | None = None) -> dict[str, object]:
         """constexpr arguments of the values, and the launch's options."""
@@ -207,16 +208,16 @@ class _Prepared:
 
 def _prepare(call: _Call) -> _Prepared:
     count, dtype = len(call.plan.chunks), call.v.dtype
-    square = (count, call.heads, CHUNK, CHUNK)
+    square = (count, call.heads, call.tune.chunk, call.tune.chunk)
     prepared = _Prepared(
-        call.empty(ROW_KINDS, call.heads, call.tokens),
+        call.empty(count, call.heads, ROW_KINDS.value, call.tune.chunk),
         call.empty(count, call.heads),
         call.empty(*square, dtype=dtype),
         call.empty(*square, dtype=dtype),
     )
     prepare_kernel[(call.heads, count)](
         call.q, call.k, call.a, call.b, call.A_log, call.dt_bias, prepared.rows, prepared.ends, prepared.inverse,
-        prepared.attention, call.plan.chunks, *call.strides("q", "k", "a", "b"), call.tokens, call.scale,
+        prepared.attention, call.plan.chunks, *call.strides("q", "k", "a", "b"), call.scale,
         **call.heads_constants(), DOT=tl.float32 if dtype == torch.float32 else tl.float16,
         **call.tune.prepare.options(),
     )  # fmt: skip
@@ -239,7 +240,7 @@ def _scan(
     scan_kernel[grid](
         call.q, call.k, None if transfer else call.v, prepared.rows, prepared.ends, prepared.inverse,
         prepared.attention, initial, o, u, states, final, call.plan.segments, *call.strides("q", "k", "v"),
-        call.tokens, **call.heads_constants(), **values,
+        **call.heads_constants(), **values,
     )  # fmt: skip
 
 
@@ -256,7 +257,7 @@ def _reverse_scan(
     grid = (triton.cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(call.plan.segments) * call.heads)
     reverse_scan_kernel[grid](
         call.q, call.k, do, prepared.rows, prepared.ends, prepared.inverse, prepared.attention, dfinal, y, dstates,
-        dinitial, call.plan.segments, *call.strides("q", "k"), call.tokens, **call.heads_constants(), **values,
+        dinitial, call.plan.segments, *call.strides("q", "k"), **call.heads_constants(), **values,
     )  # fmt: skip
 
 
@@ -339,7 +340,7 @@ def _gradients(
     gradient_kernel[(call.heads, count)](
         call.q, call.k, call.a, call.b, call.A_log, call.dt_bias, prepared.rows, prepared.ends, prepared.attention,
         do, u, y, states, dstates, dq, dk, dv, da, db, sums, call.plan.chunks, *call.strides("q", "k", "a", "b"),
-        call.tokens, call.scale, **call.heads_constants(), **call.columns(launch),
+        call.scale, **call.heads_constants(), **call.columns(launch),
     )  # fmt: skip
     if call.heads != call.k.shape[1]:
         dq, dk = (x.unflatten(1, (call.k.shape[1], -1)).sum(2) for x in (dq, dk))
@@ -371,6 +372,7 @@ def gated_delta_rule(
     tune = tune or tuning(max(k.shape[2], v.shape[2]), v.dtype)
     columns = min(tune.scan.columns, _width(v.shape[2]))
     programs = v.shape[1] * triton.cdiv(v.shape[2], columns)
-    cut = plan(sequences.lengths, _longest_segment(sequences.lengths, programs, tune), v.device)
+    longest = _longest_segment(sequences.lengths, programs, tune)
+    cut = plan(sequences.lengths, tune.chunk, longest, v.device)
     keep = tune.keep_states and torch.is_grad_enabled()
     return _GatedDeltaRule.apply(q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune, keep)

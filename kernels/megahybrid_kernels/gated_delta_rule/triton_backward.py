@@ -27,6 +27,7 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import (
     G_LOW,
     NORM_K,
     NORM_Q,
+    ROW_KINDS,
     decay_between,
     load_rows,
     load_square,
@@ -36,34 +37,31 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import (
 
 
 @triton.jit
-def _gates(rows, kind, row, inside):
+def _gates(rows, CHUNK: tl.constexpr):
     """Both parts of G, and 1 / |q|, 1 / |k|."""
-    high = tl.load(rows + G_HIGH * kind + row, mask=inside, other=0)
-    low = tl.load(rows + G_LOW * kind + row, mask=inside, other=0)
-    q_norm = tl.load(rows + NORM_Q * kind + row, mask=inside, other=0)
-    return high, low, q_norm, tl.load(rows + NORM_K * kind + row, mask=inside, other=0)
+    i = tl.arange(0, CHUNK)
+    high, low = tl.load(rows + G_HIGH * CHUNK + i), tl.load(rows + G_LOW * CHUNK + i)
+    return high, low, tl.load(rows + NORM_Q * CHUNK + i), tl.load(rows + NORM_K * CHUNK + i)
 
 
 @triton.jit
-def _decay_to(high, low, inside, CHUNK: tl.constexpr):
+def _decay_to(high, low, CHUNK: tl.constexpr):
     """D."""
     i = tl.arange(0, CHUNK)
-    lower = (i[:, None] >= i[None, :]) & inside[:, None]
-    return decay_between(high[:, None], low[:, None], high[None, :], low[None, :], lower)
+    return decay_between(high[:, None], low[:, None], high[None, :], low[None, :], i[:, None] >= i[None, :])
 
 
 @triton.jit
-def _decay_from(high, low, inside, CHUNK: tl.constexpr):
+def _decay_from(high, low, CHUNK: tl.constexpr):
     """D^T."""
     i = tl.arange(0, CHUNK)
-    upper = (i[:, None] <= i[None, :]) & inside[None, :]
-    return decay_between(high[None, :], low[None, :], high[:, None], low[:, None], upper)
+    return decay_between(high[None, :], low[None, :], high[:, None], low[:, None], i[:, None] <= i[None, :])
 
 
 @triton.jit
 def gradient_kernel(
     q, k, a, b, a_log, dt_bias, rows, ends, attention, do, u, y, states, dstates, dq, dk, dv, da, db, sums, chunks,
-    q_stride, q_head_stride, k_stride, k_head_stride, a_stride, a_head_stride, b_stride, b_head_stride, tokens, scale,
+    q_stride, q_head_stride, k_stride, k_head_stride, a_stride, a_head_stride, b_stride, b_head_stride, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -99,11 +97,10 @@ def gradient_kernel(
         u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
         do_u = tl.dot(do_tile, tl.trans(u_tile), do_u, input_precision=PRECISION)
         u_do = tl.dot(u_tile, tl.trans(do_tile), u_do, input_precision=PRECISION)
-    kind = tl.cast(HEADS, tl.int64) * tokens
-    rows += head.to(tl.int64) * tokens
-    high, low, q_norm, k_norm = _gates(rows, kind, row, inside)
-    by_k = (u_do * _decay_from(high, low, inside, CHUNK) * (scale * q_norm)[None, :]).to(dtype)
-    by_q = (do_u * _decay_to(high, low, inside, CHUNK) * (scale * k_norm)[None, :]).to(dtype)
+    rows += place * (ROW_KINDS * CHUNK)
+    high, low, q_norm, k_norm = _gates(rows, CHUNK)
+    by_k = (u_do * _decay_from(high, low, CHUNK) * (scale * q_norm)[None, :]).to(dtype)
+    by_q = (do_u * _decay_to(high, low, CHUNK) * (scale * k_norm)[None, :]).to(dtype)
     pairs = load_square(attention + place * (CHUNK * CHUNK), CHUNK).to(tl.float32) * do_u
 
     dbeta = tl.zeros([CHUNK], tl.float32)
@@ -121,9 +118,9 @@ def gradient_kernel(
         )  # fmt: skip
     db_places = db + row.to(tl.int64) * HEADS + head
     tl.store(db_places, ((1.0 - beta) * dbeta).to(db.dtype.element_ty), mask=inside)
-    high, low, q_norm, k_norm = _gates(rows, kind, row, inside)
-    u_y *= tl.where(i[:, None] < i[None, :], -beta[None, :] * _decay_from(high, low, inside, CHUNK), 0.0)
-    y_u *= tl.where(i[:, None] > i[None, :], -beta[:, None] * _decay_to(high, low, inside, CHUNK), 0.0)
+    high, low, q_norm, k_norm = _gates(rows, CHUNK)
+    u_y *= tl.where(i[:, None] < i[None, :], -beta[None, :] * _decay_from(high, low, CHUNK), 0.0)
+    y_u *= tl.where(i[:, None] > i[None, :], -beta[:, None] * _decay_to(high, low, CHUNK), 0.0)
     by_kk = ((y_u + u_y) * k_norm[None, :]).to(dtype)
     k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
     kk = tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
@@ -132,19 +129,16 @@ def gradient_kernel(
     across = tl.dot(from_here, pairs, input_precision=PRECISION)
     dg = tl.sum(tl.where(i[None, :] < i[:, None], across, 0.0), 1)
 
-    # What the state before is read for.
+    # dq.
     dq_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
-    dk_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
     state_row = tl.arange(0, WIDTH)
     state_inside = state_row < KEY_DIM
     states += place * (KEY_DIM * VALUE_DIM)
     dstates += place * (KEY_DIM * VALUE_DIM)
     for first in tl.range(0, VALUE_DIM, COLUMNS):
         do_tile = load_rows(do, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        y_tile = load_rows(y, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
         state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
         dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile, input_precision=PRECISION)
-        dk_tile = tl.dot(y_tile, tl.trans(state), dk_tile, input_precision=PRECISION)
     since_start = tl.exp(high)
     q_tile = load_rows(q + key_head * q_head_stride, row, inside, q_stride, 0, KEY_DIM, WIDTH)
     q_wide = q_tile.to(tl.float32)
@@ -155,28 +149,30 @@ def gradient_kernel(
     dq_tile = q_norm[:, None] * (dq_tile - along[:, None] * q_wide)
     store_rows(dq + head * KEY_DIM, dq_tile, row, inside, HEADS * KEY_DIM, 0, KEY_DIM, WIDTH)
 
-    # What is written to the state after.
-    k_wide = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH).to(tl.float32)
-    dk_tile *= (-beta * since_start)[:, None]
-    read_k = k_norm * tl.sum(k_wide * dk_tile, 1)
-    end = tl.load(rows + G_HIGH * kind + stop - 1), tl.load(rows + G_LOW * kind + stop - 1)
-    until_end = decay_between(end[0], end[1], high, low, inside)
+    # dk.
+    dread = tl.zeros([CHUNK, WIDTH], tl.float32)
+    dk_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
     passed = tl.zeros([WIDTH], tl.float32)
     for first in tl.range(0, VALUE_DIM, COLUMNS):
+        y_tile = load_rows(y, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        dread = tl.dot(y_tile, tl.trans(state), dread, input_precision=PRECISION)
         u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
         dstate = load_rows(dstates, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        scaled = (until_end[:, None] * u_tile.to(tl.float32)).to(dtype)
-        dk_tile = tl.dot(scaled, tl.trans(dstate), dk_tile, input_precision=PRECISION)
+        dk_tile = tl.dot(u_tile, tl.trans(dstate), dk_tile, input_precision=PRECISION)
         passed += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-    written = k_norm * tl.sum(k_wide * dk_tile, 1) - read_k
+    k_wide = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH).to(tl.float32)
+    read -= beta * since_start * k_norm * tl.sum(k_wide * dread, 1)
+    end_high, end_low = tl.load(rows + G_HIGH * CHUNK + CHUNK - 1), tl.load(rows + G_LOW * CHUNK + CHUNK - 1)
+    until_end = decay_between(end_high, end_low, high, low, inside)
+    written = until_end * k_norm * tl.sum(k_wide * dk_tile, 1)
+    dk_tile = until_end[:, None] * dk_tile - (beta * since_start)[:, None] * dread
     dk_tile = tl.dot(by_k, q_tile, dk_tile, input_precision=PRECISION)
     dk_tile = tl.dot(by_kk, k_tile, dk_tile, input_precision=PRECISION)
     along = k_norm * k_norm * tl.sum(k_wide * dk_tile, 1)
     dk_tile = k_norm[:, None] * (dk_tile - along[:, None] * k_wide)
     store_rows(dk + head * KEY_DIM, dk_tile, row, inside, HEADS * KEY_DIM, 0, KEY_DIM, WIDTH)
 
-    read += read_k
     dg += tl.sum(tl.where(i[None, :] < i[:, None], written[None, :], read[None, :]), 1)
     dg += tl.load(ends + place) * tl.sum(passed, 0)
     dx = dg * rate * tl.sigmoid(x)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Rows of what `prepare_kernel` leaves for each value head and token.
+# Rows of what `prepare_kernel` leaves for each chunk and value head; places beyond the sequence neither read nor write.
 READ_Q = tl.constexpr(0)  # exp(G) / |q| Dk^-0.5
 READ_K = tl.constexpr(1)  # beta exp(G) / |k|
 WRITE = tl.constexpr(2)  # exp(G_end - G) / |k|
@@ -23,7 +23,7 @@ G_HIGH = tl.constexpr(4)
 G_LOW = tl.constexpr(5)
 NORM_Q = tl.constexpr(6)  # 1 / |q|
 NORM_K = tl.constexpr(7)
-ROW_KINDS = 8
+ROW_KINDS = tl.constexpr(8)
 
 
 @triton.jit
@@ -90,25 +90,27 @@ def _unit_lower_inverse(lower, SIZE: tl.constexpr, DOT: tl.constexpr, PRECISION:
     """
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     x = tl.where(i == j, 1.0, tl.where(i // 2 == j // 2, -lower, 0.0))
-    for level in tl.static_range(1, 6):
-        between = (i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level)
-        coupling = tl.where(between, lower, 0.0).to(DOT)
-        left = tl.dot(x.to(DOT), coupling, input_precision=PRECISION)
-        x -= tl.dot(left.to(DOT), x.to(DOT), input_precision=PRECISION)
+    for level in tl.static_range(1, 7):
+        if 2 << level <= SIZE:
+            between = (i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level)
+            coupling = tl.where(between, lower, 0.0).to(DOT)
+            left = tl.dot(x.to(DOT), coupling, input_precision=PRECISION)
+            x -= tl.dot(left.to(DOT), x.to(DOT), input_precision=PRECISION)
     return x
 
 
 @triton.jit
 def prepare_kernel(
     q, k, a, b, a_log, dt_bias, rows, ends, inverse, attention, chunks,
-    q_stride, q_head_stride, k_stride, k_head_stride, a_stride, a_head_stride, b_stride, b_head_stride, tokens, scale,
+    q_stride, q_head_stride, k_stride, k_head_stride, a_stride, a_head_stride, b_stride, b_head_stride, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one value head.
 
-    Writes rows fp32 `[ROW_KINDS, HEADS, tokens]`, ends fp32 `[chunks, HEADS]` (the decay over the whole chunk), inverse
-    (T) and attention (A) `[chunks, HEADS, CHUNK, CHUNK]`. `chunks` int32 `[chunks, 2]`: first row, row after the last.
+    Writes rows fp32 `[chunks, HEADS, ROW_KINDS, CHUNK]`, ends fp32 `[chunks, HEADS]` (the decay over the whole chunk),
+    inverse (T) and attention (A) `[chunks, HEADS, CHUNK, CHUNK]`. `chunks` int32 `[chunks, 2]`: first row, row after
+    the last.
     """
     head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
     begin, stop = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
@@ -131,16 +133,15 @@ def prepare_kernel(
     k_wide, q_wide = k_tile.to(tl.float32), q_tile.to(tl.float32)
     k_norm = 1.0 / tl.sqrt(tl.sum(k_wide * k_wide, 1) + 1e-6)
     q_norm = 1.0 / tl.sqrt(tl.sum(q_wide * q_wide, 1) + 1e-6)
-    kind = tl.cast(HEADS, tl.int64) * tokens
-    rows += head.to(tl.int64) * tokens + row
-    tl.store(rows + READ_Q * kind, since_start * q_norm * scale, mask=inside)
-    tl.store(rows + READ_K * kind, beta * since_start * k_norm, mask=inside)
-    tl.store(rows + WRITE * kind, until_end * k_norm, mask=inside)
-    tl.store(rows + BETA * kind, beta, mask=inside)
-    tl.store(rows + G_HIGH * kind, high, mask=inside)
-    tl.store(rows + G_LOW * kind, low, mask=inside)
-    tl.store(rows + NORM_Q * kind, q_norm, mask=inside)
-    tl.store(rows + NORM_K * kind, k_norm, mask=inside)
+    rows += (chunk * HEADS + head) * (ROW_KINDS * CHUNK) + i
+    tl.store(rows + READ_Q * CHUNK, tl.where(inside, since_start * q_norm * scale, 0.0))
+    tl.store(rows + READ_K * CHUNK, beta * since_start * k_norm)
+    tl.store(rows + WRITE * CHUNK, tl.where(inside, until_end * k_norm, 0.0))
+    tl.store(rows + BETA * CHUNK, beta)
+    tl.store(rows + G_HIGH * CHUNK, high)
+    tl.store(rows + G_LOW * CHUNK, low)
+    tl.store(rows + NORM_Q * CHUNK, q_norm)
+    tl.store(rows + NORM_K * CHUNK, k_norm)
     tl.store(ends + chunk * HEADS + head, tl.exp(end.to(tl.float32)))
 
     place = (chunk * HEADS + head) * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]

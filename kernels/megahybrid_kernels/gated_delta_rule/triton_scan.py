@@ -21,6 +21,7 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import (
     BETA,
     READ_K,
     READ_Q,
+    ROW_KINDS,
     WRITE,
     load_rows,
     load_square,
@@ -47,7 +48,7 @@ def _store_state(
 @triton.jit
 def scan_kernel(
     q, k, v, rows, ends, inverse, attention, initial, o, u, states, final, segments,
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, tokens,
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -64,8 +65,7 @@ def scan_kernel(
     key_head = (head // GROUPS).to(tl.int64)
     q += key_head * q_head_stride
     k += key_head * k_head_stride
-    rows += head.to(tl.int64) * tokens
-    kind = tl.cast(HEADS, tl.int64) * tokens
+    place = tl.arange(0, CHUNK)
     state_size: tl.constexpr = KEY_DIM * VALUE_DIM
     if v is None:
         state = (tl.arange(0, WIDTH)[:, None] == first + tl.arange(0, COLUMNS)[None, :]).to(tl.float32)
@@ -77,23 +77,24 @@ def scan_kernel(
         )  # fmt: skip
     dtype = k.dtype.element_ty
     for start in tl.range(begin, stop, CHUNK):
-        row = start + tl.arange(0, CHUNK)
+        row = start + place
         inside = row < stop
         k_tile = load_rows(k, row, inside, k_stride, 0, KEY_DIM, WIDTH)
         system = load_square(inverse + chunk * (CHUNK * CHUNK), CHUNK)
-        read_k = tl.load(rows + READ_K * kind + row, mask=inside, other=0)
-        write = tl.load(rows + WRITE * kind + row, mask=inside, other=0)
+        scales = rows + chunk * (ROW_KINDS * CHUNK) + place
+        read_k = tl.load(scales + READ_K * CHUNK)
+        write = tl.load(scales + WRITE * CHUNK)
         # Not fetched ahead by the compiler's pipeline: asked for early instead.
         decay = tl.load(ends + chunk)
         if o is not None:
-            read_q = tl.load(rows + READ_Q * kind + row, mask=inside, other=0)
+            read_q = tl.load(scales + READ_Q * CHUNK)
         narrow = state.to(dtype)
         if states is not None:
             _store_state(states + chunk * state_size, narrow, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS)
         error = -read_k[:, None] * tl.dot(k_tile, narrow, input_precision=PRECISION)
         if v is not None:
             v_tile = load_rows(v + head.to(tl.int64) * v_head_stride, row, inside, v_stride, first, VALUE_DIM, COLUMNS)
-            error += tl.load(rows + BETA * kind + row, mask=inside, other=0)[:, None] * v_tile.to(tl.float32)
+            error += tl.load(scales + BETA * CHUNK)[:, None] * v_tile.to(tl.float32)
         written = tl.dot(system, error.to(dtype), input_precision=PRECISION)
         if u is not None:
             store_rows(u + head * VALUE_DIM, written, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
@@ -115,7 +116,7 @@ def scan_kernel(
 @triton.jit
 def reverse_scan_kernel(
     q, k, do, rows, ends, inverse, attention, dfinal, y, dstates, dinitial, segments,
-    q_stride, q_head_stride, k_stride, k_head_stride, tokens,
+    q_stride, q_head_stride, k_stride, k_head_stride,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -131,8 +132,7 @@ def reverse_scan_kernel(
     key_head = (head // GROUPS).to(tl.int64)
     q += key_head * q_head_stride
     k += key_head * k_head_stride
-    rows += head.to(tl.int64) * tokens
-    kind = tl.cast(HEADS, tl.int64) * tokens
+    place = tl.arange(0, CHUNK)
     state_size: tl.constexpr = KEY_DIM * VALUE_DIM
     if dfinal is None:
         dstate = tl.zeros([WIDTH, COLUMNS], tl.float32)
@@ -142,16 +142,17 @@ def reverse_scan_kernel(
         )  # fmt: skip
     dtype = k.dtype.element_ty
     for step in tl.range(0, count):
-        row = begin + (count - 1 - step) * CHUNK + tl.arange(0, CHUNK)
+        row = begin + (count - 1 - step) * CHUNK + place
         inside = row < stop
         k_tile = load_rows(k, row, inside, k_stride, 0, KEY_DIM, WIDTH)
         q_tile = load_rows(q, row, inside, q_stride, 0, KEY_DIM, WIDTH)
         do_tile = load_rows(do + head * VALUE_DIM, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
         system = load_square(inverse + chunk * (CHUNK * CHUNK), CHUNK)
         pairs = load_square(attention + chunk * (CHUNK * CHUNK), CHUNK)
-        read_q = tl.load(rows + READ_Q * kind + row, mask=inside, other=0)
-        read_k = tl.load(rows + READ_K * kind + row, mask=inside, other=0)
-        write = tl.load(rows + WRITE * kind + row, mask=inside, other=0)
+        scales = rows + chunk * (ROW_KINDS * CHUNK) + place
+        read_q = tl.load(scales + READ_Q * CHUNK)
+        read_k = tl.load(scales + READ_K * CHUNK)
+        write = tl.load(scales + WRITE * CHUNK)
         decay = tl.load(ends + chunk)
         narrow = dstate.to(dtype)
         if dstates is not None:
