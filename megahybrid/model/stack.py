@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from megahybrid.config.schema import Config
 from megahybrid.model.block import Block, RMSNorm
 from megahybrid.model.context import Aux, Context
-from megahybrid.model.loss import cross_entropy
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.layers import ColumnLinear, VocabEmbedding, enter
 from megahybrid.parallel.parameters import initialize_parameters
+from megahybrid_kernels.linear_cross_entropy import linear_cross_entropy
 
 
 class StackOutput(NamedTuple):
@@ -27,14 +27,16 @@ class StackOutput(NamedTuple):
     Attributes:
         hidden: `[tokens, 1, hidden]`, after the final norm where this is the last stage; with sequence parallelism
             `[tokens / tensor, 1, hidden]`.
-        losses: negative log-likelihood of every label in nats, `[tokens]`, at least fp32, of the last stage, when
-            labels were given.
+        loss: of the last stage, when labels were given: the mean of `losses` and `train.z_loss` times that of
+            `normalisers` squared, at least fp32. Gradients come through it alone, once.
+        losses: negative log-likelihood of every label in nats, `[tokens]`, at least fp32, likewise.
         normalisers: log of the softmax's normaliser, `[tokens]`, at least fp32, likewise.
         aux: by-products by LTE layer number, in training.
         states: the mixers' next states by layer number, when states were given.
     """
 
     hidden: Tensor
+    loss: Tensor | None
     losses: Tensor | None
     normalisers: Tensor | None
     aux: dict[int, Aux]
@@ -55,7 +57,7 @@ class Stack(nn.Module):
         """`layers` are the numbers of the layers this stage holds, all of them when left out."""
         super().__init__()
         self.settings = settings = Settings.of(config)
-        self.config = megatron_config(config)
+        self.config, self.z_loss = megatron_config(config), config.train.z_loss
         total, tied = len(settings.pattern.letters), settings.model.tie_embeddings
         layers = range(total) if layers is None else layers
         self.first, self.last = layers.start == 0, layers.stop == total
@@ -90,17 +92,24 @@ class Stack(nn.Module):
                 x, each, after[layer] = block(x, context, states[layer] if states else None)
             if each is not None:
                 aux[layer] = each
-        losses = normalisers = None
+        loss = losses = normalisers = None
         if self.last:
             x = self.final_norm(x)
             if labels is not None:
-                losses, normalisers = cross_entropy(self.logits(x), labels)
-        return StackOutput(x, losses, normalisers, aux, after if states else {})
+                loss, losses, normalisers = self._loss(x, labels)
+        return StackOutput(x, loss, losses, normalisers, aux, after if states else {})
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[tokens, 1, hidden]` → `[tokens, vocabulary of this tensor parallel rank]`."""
-        weight = self.embedding.weight if self.settings.model.tie_embeddings else self.output.weight
-        return F.linear(enter(hidden, self.settings.sequence_parallel).squeeze(1), weight)
+        return F.linear(enter(hidden, self.settings.sequence_parallel).squeeze(1), self._output_weight())
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = enter(hidden, self.settings.sequence_parallel).squeeze(1)
+        group = parallel_state.get_tensor_model_parallel_group()
+        return linear_cross_entropy(x, self._output_weight(), labels, self.z_loss, group)
+
+    def _output_weight(self) -> Tensor:
+        return self.embedding.weight if self.settings.model.tie_embeddings else self.output.weight
 
     def initial_states(self, sequences: int) -> dict[int, Any]:
         """The mixers' states before the first token of `sequences` sequences."""

@@ -22,6 +22,7 @@ from megahybrid.scaling.schedule import in_flight, micro_batches
 from megahybrid.scaling.stages import stage_layers
 from megahybrid_kernels.attention.reference import QUERY_BLOCK
 from megahybrid_kernels.gated_delta_rule.reference import CHUNK
+from megahybrid_kernels.linear_cross_entropy.chunks import chunk_length
 
 ZERO_STAGES = (1, 2, 3)
 
@@ -91,7 +92,7 @@ def _chunks(config: Config) -> list[Chunk]:
     for number, layers in enumerate(every):
         first, last = number == 0, number == len(every) - 1
         sent = ((not first) + (not last)) * residual(config, settings)
-        output = norm(config, settings) + logits(config, settings) if last else 0
+        output = norm(config, settings) + loss(config, settings, tokens) if last else 0
         chunk = _chunk(config, settings, settings.pattern.letters[layers.start : layers.stop], output)
         chunks.append(Chunk(tokens * (sent + chunk.held), tokens * chunk.backward))
     return chunks
@@ -202,12 +203,16 @@ def _blocked(config: Config, settings: Settings, reach: int | None, mask_heads: 
     return width * own + 8 * heads.head_dim
 
 
-def logits(config: Config, settings: Settings) -> float:
-    """The final norm's output, w h; and two tensors in fp32 as wide as the vocabulary, in the forward pass as in the
-    backward pass, with the logits or their gradient beside them in bf16: 8 or 10 a word."""
-    width = _width(config)
-    words = settings.model.vocab_size / config.parallel.tensor
-    return width * settings.model.hidden_size + (10 if width == 2 else 8) * words
+def loss(config: Config, settings: Settings, tokens: int) -> float:
+    """The final norm's output and its gradient, 2 w h; for all `tokens` together, the fp32 gradient of the output
+    weight, 4 h V, and the logits of a chunk, with as many numbers in fp32 beside them: (w + 4) V a token of it."""
+    width, hidden, words = (
+        _width(config),
+        settings.model.hidden_size,
+        settings.model.vocab_size / config.parallel.tensor,
+    )
+    chunk = min(tokens, chunk_length(tokens, int(words), width))
+    return 2 * width * hidden + (4 * hidden * words + chunk * (width + 4) * words) / tokens
 
 
 def _width(config: Config) -> int:

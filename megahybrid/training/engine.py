@@ -152,12 +152,9 @@ class Engine:
             report.add(layer, aux)
         if out.losses is None:
             return out.hidden
-        loss = out.losses.mean()
         if groups.tensor_parallel()[0] == 0:
-            report.loss += loss.detach()
-        if self.config.train.z_loss:
-            loss = loss + self.config.train.z_loss * out.normalisers.square().mean()
-        return loss
+            report.loss += out.losses.mean()
+        return out.loss
 
     def _counted_positions(self, batch: Batch) -> int:
         """Positions whose right context is whole: those the mixers count."""
@@ -180,7 +177,7 @@ class Engine:
                 return out.hidden
             if counted and groups.tensor_parallel()[0] == 0:
                 total.add_(torch.stack([out.losses.double().sum(), total.new_tensor(float(len(out.losses)))]))
-            return out.losses.mean()
+            return out.loss
 
         for group in self._validation_groups(batches):
             schedule.run(self.stages, group, len(group[0][1].tokens), forward, backward=False)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megahybrid.model.context import Context
-from megahybrid.model.loss import attach_loss, cross_entropy
+from megahybrid.model.loss import attach_loss
 from megahybrid_kernels import Sequences
 from tests.model import tiny
 
@@ -72,7 +72,7 @@ def test_recompute_gives_the_same_gradients():
         for layer in "1":
             model.layers[layer].mixer.l1_lambda.fill_(0.7)
         out = model(tokens[:-1], tiny.training_context(), tokens[1:])
-        out.losses.mean().backward()
+        out.loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]) and torch.equal(gradient, gradients[2][name]), name
@@ -112,24 +112,6 @@ def test_gate_initialisation_of_gated_deltanet():
     assert 0 < rate.min() < 1 and 15 < rate.max() < 16 and 7 < rate.mean() < 9
     assert 0.001 < step.min() < 0.0012 and 0.09 < step.max() < 0.1
     assert 0.008 < step.median() < 0.0125  # log-uniform: the geometric mean of the ends, 0.01
-
-
-def test_cross_entropy_and_its_gradient():
-    generator = torch.Generator().manual_seed(0)
-    scores = (torch.randn(9, 13, dtype=torch.float64, generator=generator) * 20).requires_grad_()
-    labels = torch.randint(0, 13, (9,), generator=generator)
-    weights = torch.randn(9, dtype=torch.float64, generator=generator)
-    expected = F.cross_entropy(scores, labels, reduction="none")
-    (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), scores)
-    found, normaliser = cross_entropy(scores, labels)
-    (gradient,) = torch.autograd.grad((found * weights).sum(), scores, retain_graph=True)
-    assert torch.allclose(found, expected, rtol=1e-12)
-    assert torch.allclose(gradient, expected_gradient, rtol=0, atol=1e-12)
-    expected_normaliser = torch.logsumexp(scores, -1)
-    (expected_gradient,) = torch.autograd.grad((expected_normaliser.square() * weights).sum(), scores)
-    (gradient,) = torch.autograd.grad((normaliser.square() * weights).sum(), scores)
-    assert torch.allclose(normaliser, expected_normaliser, rtol=1e-12)
-    assert torch.allclose(gradient, expected_gradient, rtol=0, atol=1e-12)
 
 
 def test_attached_loss_reaches_its_parameters_with_its_scale():

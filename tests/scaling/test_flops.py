@@ -102,7 +102,7 @@ def test_training_is_three_times_the_forward_pass():
     model, tokens, context = build(config, "cpu"), tiny.tokens((64,)), Context(Sequences.of((64,)))
     counter = FlopCounterMode(display=False)
     with counter:
-        model(tokens[:-1], context, tokens[1:]).losses.mean().backward()
+        model(tokens[:-1], context, tokens[1:]).loss.backward()
     products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
     parts = flops.flops_per_token(config).parts
     assert products == 3 * 64 * sum(count for name, count in parts.items() if name != "full attention: attention")

@@ -6,7 +6,7 @@ import torch
 from megahybrid.cli import main
 from megahybrid.config.schema import SkipConfig
 from megahybrid.errors import UserError
-from megahybrid.model.stack import Stack
+from megahybrid.model.stack import Stack, StackOutput
 from megahybrid.training.guard import StepGuard
 from tests.training.conftest import metrics
 
@@ -67,6 +67,11 @@ def test_state_survives():
     assert other.reason(2.61, 1.0) == guard.reason(2.61, 1.0)
 
 
+def spoilt(out: StackOutput) -> StackOutput:
+    """Loss and reported losses as NaN."""
+    return out._replace(loss=out.loss * math.nan, losses=out.losses * math.nan)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
 def test_a_bad_step_changes_no_weight_and_is_counted(stage, fault, recipe, tmp_path, monkeypatch):
@@ -79,8 +84,8 @@ def test_a_bad_step_changes_no_weight_and_is_counted(stage, fault, recipe, tmp_p
             calls.append(None)
         if torch.is_grad_enabled() and len(calls) == 9:  # the first of the third step's four micro-batches
             if fault == "loss":
-                return out._replace(losses=out.losses * math.nan)
-            out.losses.register_hook(lambda gradient: gradient * math.inf)
+                return spoilt(out)
+            out.loss.register_hook(lambda gradient: gradient * math.inf)
         return out
 
     monkeypatch.setattr(Stack, "forward", forward)
@@ -95,7 +100,7 @@ def test_a_bad_step_changes_no_weight_and_is_counted(stage, fault, recipe, tmp_p
 
 def test_a_run_of_bad_steps_ends_with_one_sentence(recipe, tmp_path, monkeypatch, capsys):
     real = Stack.forward
-    monkeypatch.setattr(Stack, "forward", lambda *a, **o: (out := real(*a, **o))._replace(losses=out.losses * math.nan))
+    monkeypatch.setattr(Stack, "forward", lambda *a, **o: spoilt(real(*a, **o)))
     assert main(["train", str(recipe), "train.skip.most_in_a_row=3"]) == 2
     assert "4 steps in a row had to be left out" in capsys.readouterr().err
     assert '"state": "failed"' in (tmp_path / "run" / "status.json").read_text()

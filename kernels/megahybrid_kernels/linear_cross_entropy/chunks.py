@@ -43,7 +43,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if wanted[1] else None
         split = group is not None and dist.get_world_size(group) > 1
         local_labels = labels - dist.get_rank(group) * len(weight) if split else labels
-        length = _chunk_length(tokens, len(weight), x.element_size())
+        length = chunk_length(tokens, len(weight), x.element_size())
         buffer = torch.empty(min(length, tokens), len(weight), dtype=x.dtype, device=x.device)
         for begin in range(0, tokens, length):
             rows = slice(begin, min(begin + length, tokens))
@@ -61,14 +61,15 @@ class LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight, out=dx[rows])
             if dweight is not None:
                 _add_product(dweight, logits, x[rows])
-        ctx.gradients, ctx.tokens, ctx.dtype = (dx, dweight), tokens, weight.dtype
+        ctx.save_for_backward(dx, dweight)
+        ctx.tokens, ctx.dtype = tokens, weight.dtype
         ctx.mark_non_differentiable(losses, normalisers)
         return (losses + z_loss * normalisers.square()).mean(), losses, normalisers
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
         factor = grad / ctx.tokens
-        dx, dweight = ctx.gradients
+        dx, dweight = ctx.saved_tensors
         if dx is not None:
             dx = torch.mul(dx, factor, out=torch.empty_like(dx))
         if dweight is not None:
@@ -77,8 +78,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dx, dweight, None, None, None, None
 
 
-def _chunk_length(tokens: int, vocabulary: int, item: int) -> int:
-    """Tokens of a chunk: as equal as possible."""
+def chunk_length(tokens: int, vocabulary: int, item: int) -> int:
+    """Tokens of a chunk, of logits of `item` bytes; all chunks are as equal as possible."""
     chunks = max(1, -(-tokens * vocabulary * item // CHUNK_BYTES))
     return max(1, -(-tokens // chunks) + _TOKENS - 1) // _TOKENS * _TOKENS
 

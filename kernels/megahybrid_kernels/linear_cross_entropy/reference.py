@@ -5,21 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megahybrid_kernels.precision import at_least_fp32
+
+def _wide_copy(logits: Tensor) -> Tensor:
+    """In at least float32, to be computed in in place: on a CPU mixed dtypes would cost a further copy."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
 
 
 def statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row `[rows]`, at least float32: the maximum, the sum of exp(logit - maximum), the label's logit or 0."""
-    wide = at_least_fp32(logits)
-    peak = wide.max(-1).values
+    values = _wide_copy(logits)
+    peak = values.max(-1).values
     here = (labels >= 0) & (labels < logits.shape[1])
-    target = wide.gather(1, labels.where(here, 0)[:, None])[:, 0].masked_fill(~here, 0)
-    return peak, (wide - peak[:, None]).exp().sum(-1), target
+    target = values.gather(1, labels.where(here, 0)[:, None])[:, 0].masked_fill(~here, 0)
+    return peak, values.sub_(peak[:, None]).exp_().sum(-1), target
 
 
 def gradient_(logits: Tensor, labels: Tensor, normaliser: Tensor, z_loss: float) -> None:
     """Logits become exp(logit - normaliser) (1 + 2 z_loss normaliser) - [label], in place."""
-    slope = (at_least_fp32(logits) - normaliser[:, None]).exp() * (1 + 2 * z_loss * normaliser)[:, None]
+    slope = _wide_copy(logits).sub_(normaliser[:, None]).exp_().mul_((1 + 2 * z_loss * normaliser)[:, None])
     here = (labels >= 0) & (labels < logits.shape[1])
     slope.scatter_add_(1, labels.where(here, 0)[:, None], -here.to(slope.dtype)[:, None])
     logits.copy_(slope)
