@@ -1,7 +1,10 @@
 """Memory a GPU needs in training, in bytes: what ZeRO keeps, and what the layers save for the backward pass.
 
-Activations are counted tensor by tensor as the ops in PyTorch save them, per token, rows as wide as a projection and
-wider only: what is smaller (norms' factors, indices, dropout keys) and the allocator's slack add a few per cent.
+Activations are counted tensor by tensor as the Triton kernels and torch's attention save them, per token, rows as wide
+as a projection and wider, and what the delta rule keeps of chunks: what is smaller (logarithms of denominators,
+retention scores, indices, dropout keys) and the allocator's slack add a few per cent. Without a GPU ops run in PyTorch
+and keep far more.
+
 Letters in the formulas: h hidden size, w bytes of an activation (2 in bf16, 4 in fp32), K and V widths of keys and
 values over all heads, Q of queries, I of the SwiGLU. What an op widens to fp32 takes 4 in either case.
 
@@ -14,6 +17,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from megahybrid.config.schema import Config
 from megahybrid.model.settings import Settings
 from megahybrid.scaling.flops import mean_of_min
@@ -21,7 +26,7 @@ from megahybrid.scaling.parameters import parameters_by_rank
 from megahybrid.scaling.schedule import in_flight, micro_batches
 from megahybrid.scaling.stages import stage_layers
 from megahybrid_kernels.attention.reference import QUERY_BLOCK
-from megahybrid_kernels.gated_delta_rule.reference import CHUNK
+from megahybrid_kernels.gated_delta_rule.triton import ROW_KINDS, longest_segment, tuning
 from megahybrid_kernels.linear_cross_entropy.chunks import chunk_length
 
 ZERO_STAGES = (1, 2, 3)
@@ -91,37 +96,61 @@ def _chunks(config: Config) -> list[Chunk]:
     chunks = []
     for number, layers in enumerate(every):
         first, last = number == 0, number == len(every) - 1
-        sent = ((not first) + (not last)) * residual(config, settings)
-        output = norm(config, settings) + loss(config, settings, tokens) if last else 0
-        chunk = _chunk(config, settings, settings.pattern.letters[layers.start : layers.stop], output)
-        chunks.append(Chunk(tokens * (sent + chunk.held), tokens * chunk.backward))
+        sent = tokens * ((not first) + (not last)) * residual(config, settings)
+        chunk = _chunk(config, settings, settings.pattern.letters[layers.start : layers.stop], tokens)
+        if last:
+            chunk = _with_loss(chunk, config, settings, tokens, tied=first and settings.model.tie_embeddings)
+        chunks.append(Chunk(sent + chunk.held, chunk.backward))
     return chunks
 
 
-def _chunk(config: Config, settings: Settings, letters: str, output: float) -> Chunk:
-    """Bytes a token of consecutive layers; `output` is what comes after them and is gone before their backward pass.
+def _chunk(config: Config, settings: Settings, letters: str, tokens: int) -> Chunk:
+    """Consecutive layers.
 
-    A layer that recomputes keeps its input alone, w h / s, and in its backward pass has all its saved tensors. By then
-    the layers behind it have none left. On top of its saved tensors a layer's backward pass has at most 12 I, the fp32
-    gradients of the SwiGLU's product and both factors, with which it begins.
+    A layer that recomputes keeps its input alone, w h / s, and in its backward pass has all its saved tensors, and its
+    output in place of the input. By then the layers behind it have none left.
     """
     held, peak = 0.0, 0.0
     for letter in letters:
         saved, again = layer(config, settings, letter), letter in settings.recompute
         held += residual(config, settings) if again else saved
-        peak = max(peak, held + saved * again + 12 * settings.intermediate_size / config.parallel.tensor)
-    return Chunk(held, max(peak, held + output) - held)
+        peak = max(peak, held + saved * again + layer_backward(config, settings, letter))
+    return Chunk(tokens * held, tokens * (peak - held))
+
+
+def _with_loss(chunk: Chunk, config: Config, settings: Settings, tokens: int, tied: bool) -> Chunk:
+    """The last layers with final norm, output layer and loss, which makes gradients in its forward pass.
+
+    Kept until the backward pass: the norm's input, w h / s; the gradient of its output, w h; and that of the output
+    weight in fp32, 4 h V with V the vocabulary. At its peak the loss also has the norm's output, w h, and a chunk of
+    tokens' logits, w V each; or in the backward pass the two gradients again in w. Then only the hidden states' is
+    left, and where the output weight is the embedding, its own, until the embedding adds to it.
+    """
+    width, hidden = _width(config), settings.model.hidden_size
+    words = settings.model.vocab_size // config.parallel.tensor
+    kept = tokens * (residual(config, settings) + width * hidden) + 4 * hidden * words
+    logits = width * words * min(tokens, chunk_length(tokens, words, width))
+    at_loss = tokens * width * hidden + max(logits, width * hidden * words)
+    in_layers = chunk.backward + width * hidden * words * tied - kept
+    return Chunk(chunk.held + kept, max(at_loss, in_layers))
 
 
 def layer(config: Config, settings: Settings, letter: str) -> float:
-    """All that a layer saves: mixer, SwiGLU and the norms before them."""
-    mixers = {
-        "G": lambda: gdn(config, settings),
-        "L": lambda: lte(config, settings),
-        "S": lambda: attention(config, settings, settings.model.attention.window_size),
-        "F": lambda: attention(config, settings, None),
-    }
-    return mixers[letter]() + 2 * norm(config, settings) + swiglu(config, settings)
+    """All that a layer saves: what both norms read, 2 w h / s, what projections read, 2 w h, the SwiGLU's gate, up and
+    product, 3 w I, and the mixer's own."""
+    stream = 2 * residual(config, settings) + 2 * _width(config) * settings.model.hidden_size
+    return stream + 3 * _inner(config, settings) + _mixer(config, settings, letter).saved
+
+
+def layer_backward(config: Config, settings: Settings, letter: str) -> float:
+    """What a layer's backward pass has beyond all its saved tensors: in the SwiGLU, whose product is gone, gradients of
+    product, gate and up, 2 w I more; or in the mixer, when all of the SwiGLU's 3 w I are gone, the mixer's gradients.
+
+    In both there is the stream's gradient, w h / s; in the mixer that of its input in place of the SwiGLU's input.
+    """
+    inner = _inner(config, settings)
+    mixer = _mixer(config, settings, letter).backward - 3 * inner
+    return residual(config, settings) + max(2 * inner, mixer)
 
 
 def residual(config: Config, settings: Settings) -> float:
@@ -129,90 +158,97 @@ def residual(config: Config, settings: Settings) -> float:
     return _width(config) * settings.model.hidden_size / _stream_ranks(config)
 
 
-def norm(config: Config, settings: Settings) -> float:
-    """RMSNorm: its input in fp32 and the normalised input, 8 h / s; its output is counted where it enters."""
-    return 8 * settings.model.hidden_size / _stream_ranks(config)
+def _inner(config: Config, settings: Settings) -> float:
+    """A tensor of the SwiGLU, w I."""
+    return _width(config) * settings.intermediate_size / config.parallel.tensor
 
 
-def swiglu(config: Config, settings: Settings) -> float:
-    """Input w h; gate, silu(gate) and up in fp32, 12 I; their product, w I."""
-    inner = settings.intermediate_size / config.parallel.tensor
-    return _width(config) * settings.model.hidden_size + (12 + _width(config)) * inner
+@dataclass(frozen=True)
+class Mixer:
+    """Bytes a token of a mixer beside its input.
 
-
-def gdn(config: Config, settings: Settings) -> float:
-    """Gated DeltaNet as `gated_delta_rule.reference` computes it, with chunks of C tokens.
-
-    - input w h;
-    - short convolution: its input as it came, and its and SiLU's input in fp32: (8 + w) (2 K + V);
-    - q: raw, normalised, times the decay since the chunk's start: 12 K; k: raw, normalised, times beta and decay, times
-      the decay until its end: 16 K; v and the writes u: 8 V;
-    - six matrices `[C, C]` a head and chunk (decays, k k^T, their product, the system, q k^T, attention): 24 C a head;
-    - the state before each chunk, 4 Dk Dv a head and C tokens: 4 K Dv / C;
-    - gated norm: o, o normalised, that times the weight, gate and silu(gate), 20 V; its output, w V.
+    Attributes:
+        saved: for the backward pass.
+        backward: gradients and temporaries in it, beyond that, at most.
     """
-    model, width = settings.model.gdn, _width(config)
-    value_dim = model.value_head_dim or model.head_dim
-    heads = model.num_heads / config.parallel.tensor
-    keys, values = heads * model.head_dim, heads * value_dim
-    chunk = min(CHUNK, config.train.seq_length)
-    wide = (8 + width) * (2 * keys + values) + 28 * keys + 8 * values + 20 * values
-    within_chunks = 24 * chunk * heads + 4 * keys * value_dim / chunk
-    return width * (settings.model.hidden_size + values) + wide + within_chunks
+
+    saved: float
+    backward: float
 
 
-def attention(config: Config, settings: Settings, window_size: int | None) -> float:
+def _mixer(config: Config, settings: Settings, letter: str) -> Mixer:
+    mixers = {
+        "G": lambda: gdn(config, settings),
+        "L": lambda: lte(config, settings),
+        "S": lambda: attention(config, settings, settings.model.attention.window_size),
+        "F": lambda: attention(config, settings, None),
+    }
+    return mixers[letter]()
+
+
+def gdn(config: Config, settings: Settings) -> Mixer:
+    """Gated DeltaNet as `gated_delta_rule.triton` computes it, with chunks of C tokens.
+
+    - q, k and v before and after the short convolution, 2 w (2 K + V); o, gate and their normed product, 3 w V;
+    - a and b, 2 w a head; eight scalings of rows, 32 a head; two matrices `[C, C]` a head and chunk, 2 w C a head;
+    - where sequences are cut into segments of S tokens, the state before each and how it passes through,
+      4 K (Dk + Dv) / S.
+
+    Backward: o's gradient, the writes u and their gradient, v's, 4 w V; those of q and k, 2 w K; and the state before
+    each chunk and its gradient, 2 w K Dv / C.
+    """
+    model, width, length = settings.model.gdn, _width(config), config.train.seq_length
+    key_dim, value_dim = model.head_dim, model.value_head_dim or model.head_dim
+    heads = model.num_heads // config.parallel.tensor
+    keys, values = heads * key_dim, heads * value_dim
+    tune = tuning(max(key_dim, value_dim), torch.bfloat16 if width == 2 else torch.float32)
+    segment = tune.chunk * longest_segment((length,) * config.train.micro_batch_size, heads, value_dim, tune)
+    saved = width * (4 * keys + 5 * values) + heads * (2 * width + 4 * ROW_KINDS.value + 2 * width * tune.chunk)
+    if segment < length:
+        saved += 4 * keys * (key_dim + value_dim) / segment
+    return Mixer(saved, width * (4 * values + 2 * keys + 2 * keys * value_dim / min(tune.chunk, length)))
+
+
+def attention(config: Config, settings: Settings, window_size: int | None) -> Mixer:
     """Full and sliding window attention.
 
-    Input w h; of torch's flash attention q, k and v, repeated for every query head, and output, 4 w Q; sines and
-    cosines of q and k, 8 head_dim. fp32 goes block by block as LTE does, with one mask for all KV heads.
+    Of torch's flash attention q, k and v, repeated for every query head, and output, 4 w Q; backward their gradients,
+    and q's in fp32 before. fp32 goes block by block, with one mask for all KV heads.
     """
     heads = settings.model.attention
     if _width(config) == 4:
         return _blocked(config, settings, window_size, mask_heads=heads.num_heads // settings.kv_heads)
     queries = heads.num_heads * heads.head_dim / config.parallel.tensor
-    return 2 * (settings.model.hidden_size + 4 * queries) + 8 * heads.head_dim
+    return Mixer(8 * queries, 12 * queries)
 
 
-def lte(config: Config, settings: Settings) -> float:
-    """LTE: blocked attention with a mask a query head, and the router.
+def lte(config: Config, settings: Settings) -> Mixer:
+    """LTE: attention and the router.
 
-    The router's l-th convolution has U / 2^l input channels, U = 2 K, all in fp32: its input, SiLU's input with half
-    the channels, and with dropout a byte a channel of the mask: 6 or 7 a channel, 7/4 U channels in all. SiLU's last
-    output takes 4 U / 8.
+    q and o, 2 w Q; k before and after rotation, and v, 3 w K; and of the router's three convolutions the outputs, which
+    halve 2 K channels each time, 7/4 w K. Backward: gradients of q and o, 2 w Q, of k and v, 2 w K, and those of far
+    columns in fp32, 8 K.
     """
-    heads, tensor = settings.model.attention, config.parallel.tensor
-    channels = 2 * settings.kv_heads * heads.head_dim / tensor
-    router = ((7 if settings.model.lte.dropout else 6) * 7 / 4 + 1 / 2) * channels
-    return router + _blocked(config, settings, None, mask_heads=heads.num_heads / tensor)
+    heads, width = settings.model.attention, _width(config)
+    a_head = heads.head_dim / config.parallel.tensor
+    queries, keys = heads.num_heads * a_head, settings.kv_heads * a_head
+    return Mixer(width * (2 * queries + (3 + 7 / 4) * keys), 2 * width * (queries + keys) + 8 * keys)
 
 
-def _blocked(config: Config, settings: Settings, reach: int | None, mask_heads: float) -> float:
+def _blocked(config: Config, settings: Settings, reach: int | None, mask_heads: float) -> Mixer:
     """`attention.reference` on a GPU, for a document as long as the sample, the most that there can be.
 
-    Input w h; q, output before and after it is joined, w Q each, and with grouped queries two copies more; k and v,
-    2 w K; sines and cosines of q and k, 8 head_dim; and the mask, as SDPA adds it to the logits: w a head and column,
-    where a block of queries has the columns that its last query reaches.
+    q, output before and after it is joined, w Q each, and with grouped queries two copies more; k and v, 2 w K; and the
+    mask, as SDPA adds it to the logits: w a head and column, where a block of queries has the columns that its last
+    query reaches. Backward: gradients of q and the output, of k and v and of what a block adds to them.
     """
     heads, width, length = settings.model.attention, _width(config), config.train.seq_length
     a_head = heads.head_dim / config.parallel.tensor
     queries, keys = heads.num_heads * a_head, settings.kv_heads * a_head
     copies = 3 if heads.num_heads == settings.kv_heads else 5
     columns = mean_of_min(length, reach or length) + min(QUERY_BLOCK, length) / 2
-    own = settings.model.hidden_size + copies * queries + 2 * keys + mask_heads * columns
-    return width * own + 8 * heads.head_dim
-
-
-def loss(config: Config, settings: Settings, tokens: int) -> float:
-    """The final norm's output and its gradient, 2 w h; for all `tokens` together, the fp32 gradient of the output
-    weight, 4 h V, and the logits of a chunk, with as many numbers in fp32 beside them: (w + 4) V a token of it."""
-    width, hidden, words = (
-        _width(config),
-        settings.model.hidden_size,
-        settings.model.vocab_size / config.parallel.tensor,
-    )
-    chunk = min(tokens, chunk_length(tokens, int(words), width))
-    return 2 * width * hidden + (4 * hidden * words + chunk * (width + 4) * words) / tokens
+    saved = width * (copies * queries + 2 * keys + mask_heads * columns)
+    return Mixer(saved, width * (2 * queries + 4 * keys))
 
 
 def _width(config: Config) -> int:

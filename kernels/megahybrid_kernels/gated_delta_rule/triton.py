@@ -120,11 +120,10 @@ def plan(lengths: tuple[int, ...], chunk: int, longest: int, device: torch.devic
         return Plan(*moved)
 
 
-def _longest_segment(lengths: tuple[int, ...], columns_programs: int, tune: Tuning) -> int:
-    """Chunks of a segment: a power of two, so that few plans differ.
-
-    columns_programs: programs that one sequence gives.
-    """
+def longest_segment(lengths: tuple[int, ...], heads: int, value_dim: int, tune: Tuning) -> int:
+    """Chunks of a segment: a power of two, so that few plans differ."""
+    # Programs that one sequence gives.
+    columns_programs = heads * triton.cdiv(value_dim, min(tune.scan.columns, _width(value_dim)))
     chunks = [triton.cdiv(length, tune.chunk) for length in lengths]
     longest = triton.next_power_of_2(max(chunks))
     # The scan takes as long as its longest sequence: short ones beside it do not help.
@@ -370,9 +369,7 @@ def gated_delta_rule(
     if initial_state is not None:
         initial_state = initial_state.contiguous()
     tune = tune or tuning(max(k.shape[2], v.shape[2]), v.dtype)
-    columns = min(tune.scan.columns, _width(v.shape[2]))
-    programs = v.shape[1] * triton.cdiv(v.shape[2], columns)
-    longest = _longest_segment(sequences.lengths, programs, tune)
+    longest = longest_segment(sequences.lengths, v.shape[1], v.shape[2], tune)
     cut = plan(sequences.lengths, tune.chunk, longest, v.device)
     keep = tune.keep_states and torch.is_grad_enabled()
     return _GatedDeltaRule.apply(q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune, keep)
