@@ -19,6 +19,7 @@ from megahybrid_kernels.lte_attention.reference import LTECache
 _SLOTS = 64
 # Programs that fill a GPU of some hundred multiprocessors with a few each; fewer sequences are split over their slots.
 _PROGRAMS = 512
+_MOST_SPLITS = 64
 
 
 @triton.jit
@@ -134,28 +135,22 @@ def _admit(
 def _join_and_admit(
     o, parts, statistics, late_score, ring_k, ring_v, ring_positions, ring_score, buffer_k, buffer_v,
     buffer_positions, buffer_score, positions, window_slots, buffer_slots, sinks, delay, splits,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BUFFER: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr, BUFFER: tl.constexpr,
 ):  # fmt: skip
     """Adds up the splits of a KV head's queries, always in the same order; then `_admit`."""
     head, sequence = tl.program_id(0), tl.program_id(1)
     pair = sequence.to(tl.int64) * tl.num_programs(0) + head
-    column, row = tl.arange(0, WIDTH), tl.arange(0, ROWS)
-    mask = (row < GROUPS)[:, None] & (column < HEAD_DIM)[None, :]
-    acc = tl.zeros([ROWS, WIDTH], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    peak = tl.full([ROWS], -1e30, tl.float32)
-    for split in range(splits):
+    column, split = tl.arange(0, WIDTH), tl.arange(0, SPLITS)
+    real, exists = column < HEAD_DIM, split < splits
+    for row in tl.static_range(GROUPS):
         part = (pair * splits + split) * GROUPS + row
-        part_peak = tl.load(statistics + part * 2, mask=row < GROUPS, other=-1e30)
-        part_total = tl.load(statistics + part * 2 + 1, mask=row < GROUPS, other=1)
-        part_acc = tl.load(parts + part[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0)
-        new_peak = tl.maximum(peak, part_peak)
-        old, new = tl.exp2(peak - new_peak), tl.exp2(part_peak - new_peak)
-        acc = acc * old[:, None] + part_acc * new[:, None]
-        total = total * old + part_total * new
-        peak = new_peak
-    places = (pair * GROUPS + row)[:, None] * HEAD_DIM + column[None, :]
-    tl.store(o + places, (acc / total[:, None]).to(o.dtype.element_ty), mask=mask)
+        peaks = tl.load(statistics + part * 2, mask=exists, other=-1e30)
+        totals = tl.load(statistics + part * 2 + 1, mask=exists, other=0)
+        mask = exists[:, None] & real[None, :]
+        each = tl.load(parts + part[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0)
+        weight = tl.exp2(peaks - tl.max(peaks, 0))
+        y = tl.sum(each * weight[:, None], 0) / tl.sum(totals * weight, 0)
+        tl.store(o + (pair * GROUPS + row) * HEAD_DIM + column, y.to(o.dtype.element_ty), mask=real)
     _admit(
         late_score, ring_k, ring_v, ring_positions, ring_score, buffer_k, buffer_v, buffer_positions, buffer_score,
         tl.load(positions + sequence), sequence, head, pair, window_slots, buffer_slots, sinks, delay,
@@ -184,7 +179,7 @@ def lte_attention_step(
     buffer_slots, groups = cache.buffer_k.shape[2], q.shape[1] // heads
     q, k, v, score = (x.contiguous() for x in (q, k, v, score))
     slots = window_slots + buffer_slots
-    splits = max(1, min(triton.cdiv(_PROGRAMS, count * heads), triton.cdiv(slots, _SLOTS)))
+    splits = max(1, min(triton.cdiv(_PROGRAMS, count * heads), triton.cdiv(slots, _SLOTS), _MOST_SPLITS))
     span = triton.cdiv(triton.cdiv(slots, splits), _SLOTS) * _SLOTS
     splits = triton.cdiv(slots, span)
     parts = torch.empty(count, heads, splits, groups, head_dim, dtype=torch.float32, device=q.device)
@@ -194,16 +189,16 @@ def lte_attention_step(
         "HEAD_DIM": head_dim,
         "WIDTH": max(16, triton.next_power_of_2(head_dim)),
         "GROUPS": groups,
-        "ROWS": max(16, triton.next_power_of_2(groups)),
     }
     _attend_slots[(splits, heads, count)](
         q, k, v, cache.k, cache.v, cache.positions, cache.buffer_k, cache.buffer_v, cache.buffer_positions, positions,
-        parts, statistics, window_slots, buffer_slots, span, head_dim**-0.5 * math.log2(math.e), **sizes, SLOTS=_SLOTS,
+        parts, statistics, window_slots, buffer_slots, span, head_dim**-0.5 * math.log2(math.e), **sizes,
+        ROWS=max(16, triton.next_power_of_2(groups)), SLOTS=_SLOTS,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )  # fmt: skip
     _join_and_admit[(heads, count)](
         o, parts, statistics, score, cache.k, cache.v, cache.positions, cache.score, cache.buffer_k, cache.buffer_v,
         cache.buffer_positions, cache.buffer_score, positions, window_slots, buffer_slots, sink_size, delay, splits,
-        **sizes, BUFFER=triton.next_power_of_2(buffer_slots),
+        **sizes, SPLITS=triton.next_power_of_2(splits), BUFFER=triton.next_power_of_2(buffer_slots),
     )  # fmt: skip
     return o
