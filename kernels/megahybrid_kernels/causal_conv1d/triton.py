@@ -25,7 +25,7 @@ from megahybrid_kernels.sequences import Sequences
 
 # Channels of a program, of one warp; rows whose loads are on their way together; programs that run at once.
 _CHANNELS, _TOGETHER = 256, 4
-_FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 132 * 20, 132 * 11
+_FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 132 * 20, 132 * 10
 _SHORTEST_SPAN = 8
 
 
