@@ -204,8 +204,8 @@ def _blocked(config: Config, settings: Settings, reach: int | None, mask_heads: 
 
 
 def loss(config: Config, settings: Settings, tokens: int) -> float:
-    """The final norm's output and its gradient, 2 w h; for all `tokens` together, the fp32 gradient of the output
-    weight, 4 h V, and the logits of a chunk, with as many numbers in fp32 beside them: (w + 4) V a token of it."""
+    """The final norm's output and its gradient, 2 w h; for all `tokens` together, with W words on this rank, the fp32
+    gradient of the output weight, 4 h W, and a chunk's logits beside as many numbers in fp32, (w + 4) W a token."""
     width, hidden, words = (
         _width(config),
         settings.model.hidden_size,

@@ -60,7 +60,7 @@ class Tuning:
     gradient: Launch
     join: Launch
     chunk: int = 64
-    programs: int = 256
+    programs: int = 128
     shortest: int = 16
     keep_states: bool = False
 
@@ -73,7 +73,7 @@ def tuning(width: int, dtype: torch.dtype) -> Tuning:
         return Tuning(Launch(0, 8, 1), scan, scan, scan, Launch(16, 8, 1), Launch(16, 4, 1), chunk)
     if width <= 128:
         scan = Launch(64, 8, 3)
-        return Tuning(Launch(0, 4, 1), scan, scan, scan, Launch(64, 8, 1), Launch(32, 4, 2))
+        return Tuning(Launch(0, 4, 1), scan, scan, scan, Launch(64, 8, 1, 128), Launch(32, 4, 2))
     scan = Launch(64, 8, 2)
     return Tuning(Launch(0, 4, 1), scan, scan, scan, Launch(32, 8, 1), Launch(16, 4, 2))
 
