@@ -72,7 +72,7 @@ def tuning(width: int, dtype: torch.dtype) -> Tuning:
         scan, chunk = (Launch(16, 4, 1), 32) if width > 128 else (Launch(32, 4, 1), 64)
         return Tuning(Launch(0, 8, 1), scan, scan, scan, Launch(16, 8, 1), Launch(16, 4, 1), chunk)
     if width <= 128:
-        scan = Launch(64, 8, 3)
+        scan = Launch(64, 4, 3)
         return Tuning(Launch(0, 4, 1), scan, scan, scan, Launch(64, 8, 1, 128), Launch(32, 4, 2))
     scan = Launch(64, 8, 2)
     return Tuning(Launch(0, 4, 1), scan, scan, scan, Launch(32, 8, 1), Launch(16, 4, 2))
