@@ -74,7 +74,7 @@ def tuning(width: int, dtype: torch.dtype) -> Tuning:
     if width <= 128:
         scan = Launch(64, 4, 3)
         # At least two steps of a loop, which keep its products apart; two programs an SM.
-        gradient = Launch(min(64, width // 2), 8, 1, 128)
+        gradient = Launch(min(64, _width(width) // 2), 8, 1, 128)
         return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, gradient, Launch(32, 4, 2))
     scan = Launch(64, 8, 2)
     return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, Launch(32, 8, 1), Launch(16, 4, 2))
