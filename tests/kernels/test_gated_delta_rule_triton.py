@@ -81,7 +81,8 @@ def test_segments_of_two_chunks(keep_states, chunk):
 def test_half_precision_with_the_tiles_of_training(case):
     lengths = (70, 129)
     inputs = in_dtype(change(make_inputs(lengths, 3, 1, 1, 24, 40), case), torch.float16)
-    check(inputs, lengths, gdn.tuning(40, torch.float16), (2e-3, 3e-3, 4e-3))
+    # Of like keys u and y are small differences, and db is their product.
+    check(inputs, lengths, gdn.tuning(40, torch.float16), (2e-3, 3e-3, 8e-3 if case == "repeated keys" else 4e-3))
 
 
 @pytest.mark.parametrize("tune", [WHOLE, CUT], ids=["whole", "cut"])
