@@ -12,11 +12,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from megahybrid.config import Config, load_config
 from megahybrid.data.packing import Batch
+from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.stack import build_stages
 from megahybrid.parallel import groups
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.memory import peak_bytes
 from megahybrid.scaling.stages import stage_layers
+from megahybrid.training import zero
 from megahybrid.training.engine import Engine
 from megahybrid.training.speed import model_flops_utilization
 from megahybrid_kernels import Sequences
@@ -36,8 +38,11 @@ PARTS = {
 }
 
 
-def measure(recipe: str, overrides: Sequence[str], steps: int, with_parts: bool) -> dict:
-    """Train `steps` steps after two to warm up; this rank's figures. A collective of all processes of the layout."""
+def measure(recipe: str, overrides: Sequence[str], steps: int, with_parts: bool, kept: float | None) -> dict:
+    """Train `steps` steps after two to warm up; this rank's figures. A collective of all processes of the layout.
+
+    kept: the share of tokens that LTE's heads keep at first, as after training; None leaves the routers as they are.
+    """
     config = load_config(recipe, overrides)
     groups.initialize(config.parallel, config.train.seed)
     rank, size = groups.pipeline_parallel()
@@ -45,6 +50,8 @@ def measure(recipe: str, overrides: Sequence[str], steps: int, with_parts: bool)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     batches = random_batches(config)
+    if kept is not None:
+        keep(engine, batches[0], kept)
     results, seconds = [], []
     for step in range(1, steps + 3):
         began = time.perf_counter()
@@ -58,6 +65,7 @@ def measure(recipe: str, overrides: Sequence[str], steps: int, with_parts: bool)
         "first_step_seconds": round(seconds[0], 1),
         "losses": [result.loss for result in results],
         "grad_norms": [round(result.grad_norm, 5) for result in results],
+        "kept": [round(float(head), 1) for head in engine.controller.kept_now.flatten()[:4]],
         "micro_batch": config.train.micro_batch_size,
         "samples": config.train.global_batch_size,
         "seq_length": config.train.seq_length,
@@ -73,6 +81,23 @@ def measure(recipe: str, overrides: Sequence[str], steps: int, with_parts: bool)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return figures
+
+
+@torch.no_grad()
+def keep(engine: Engine, batch: Batch, share: float) -> None:
+    """Set the biases of all routers, a head each, so that this share of the batch's tokens has a positive score."""
+    batch = batch.to(engine.device)
+    context = Context(batch.sequences, dropout_keys(0, 0, batch.samples, batch.sample_positions))
+    biases = {n: engine.model.layers[str(n)].mixer.router.projection_bias for n in engine.lte_layers}
+    low, high = ({n: torch.full_like(bias, end) for n, bias in biases.items()} for end in (-16.0, 16.0))
+    for _ in range(12):
+        for n, bias in biases.items():
+            bias.copy_((low[n] + high[n]) / 2)
+        for n, aux in engine.model(batch.tokens, context).aux.items():
+            many = aux.kept > share * len(batch.tokens)
+            low[n], high[n] = torch.where(many, low[n], biases[n]), torch.where(many, biases[n], high[n])
+    for bias in biases.values():
+        zero.write(engine.deepspeed, bias, zero.WEIGHTS, bias.float())
 
 
 def random_batches(config: Config) -> list[Batch]:
