@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Callable
 
@@ -35,6 +36,21 @@ def errors(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], *tolerances
 def median(call: Callable[[], object]) -> float:
     """Milliseconds."""
     return round(do_bench(call, warmup=25, rep=150, return_mode="median"), 4)
+
+
+def queued_median(call: Callable[[], object]) -> float:
+    """Milliseconds of the GPU alone: each call waits behind a sleep in which the host launches all of it."""
+    times = []
+    for number in range(24):
+        torch.cuda._sleep(40_000_000)  # cycles: some 20 ms
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        if number > 3:
+            times.append(start.elapsed_time(end))
+    return round(statistics.median(times), 4)
 
 
 def copy_bandwidth() -> dict[str, object]:

@@ -77,8 +77,8 @@ class DecodeGraph(DecodeStep):
     def __init__(self, model: Stack, states: dict[int, Any], positions: Sequence[int]):
         super().__init__(model, states, positions)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads, such as a server's, may go on using the device.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        # Relaxed: a library may load code at its first use in the recording stream, and other threads use the device.
+        with torch.cuda.graph(self._graph, capture_error_mode="relaxed"):
             self._forward(states)
 
     def run(self) -> Tensor:

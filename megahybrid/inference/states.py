@@ -49,13 +49,16 @@ def room(states: dict[int, Any]) -> int | None:
 
 def take_over(states: dict[int, Any], after: dict[int, Any]) -> None:
     """Copy into the tensors of `states` what a step returned in others; no cache may have moved to other memory."""
+    moved: list[tuple[Tensor, Tensor]] = []
     for layer, state in states.items():
         for old, new in zip(_parts(state), _parts(after[layer]), strict=True):
             if isinstance(old, GrowingCache):
                 if old.room is not new.room:
                     raise RuntimeError("a cache has moved to other memory")
             elif old is not new:
-                old.copy_(new)
+                moved.append((old, new))
+    if moved:
+        torch._foreach_copy_(*map(list, zip(*moved, strict=True)))  # a few launches for all of them
 
 
 def size_in_bytes(states: dict[int, Any]) -> int:

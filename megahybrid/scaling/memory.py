@@ -122,8 +122,8 @@ def _with_loss(chunk: Chunk, config: Config, settings: Settings, tokens: int, ti
     """The last layers with final norm, output layer and loss, which makes gradients in its forward pass.
 
     Kept until the backward pass: the norm's input, w h / s; the gradient of its output, w h; and that of the output
-    weight in fp32, 4 h V with V the vocabulary. At its peak the loss also has the norm's output, w h, and a chunk of
-    tokens' logits, w V each; or in the backward pass the two gradients again in w. Then only the hidden states' is
+    weight in fp32, 4 h W for W words on this rank. At its peak the loss also has the norm's output, w h, and a chunk of
+    tokens' logits, w W each; or in the backward pass the two gradients again in w. Then only the hidden states' is
     left, and where the output weight is the embedding, its own, until the embedding adds to it.
     """
     width, hidden = _width(config), settings.model.hidden_size

@@ -25,7 +25,7 @@ from megahybrid_kernels.sequences import Sequences
 
 # Channels of a program, of one warp; rows whose loads are on their way together; programs that run at once.
 _CHANNELS, _TOGETHER = 256, 4
-_FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 132 * 20, 132 * 11
+_FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 132 * 20, 132 * 10
 _SHORTEST_SPAN = 8
 
 
@@ -118,7 +118,7 @@ def _backward(
     x, weight, state, begins, index, dy, dx, dweight, stride, dy_stride, tokens, span,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """dweight: `[spans, WIDTH, CHANNELS]`, that of w_i at i."""
+    """dweight: `[spans, CHANNELS, WIDTH]`."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < CHANNELS
     begin = tl.program_id(1).to(tl.int64) * span
@@ -155,7 +155,7 @@ def _backward(
             result = unfinished[WIDTH - 1].to(dx.dtype.element_ty)
             tl.store(dx + target * CHANNELS + channel, result, mask=mask & (target >= begin) & (target < end))
     for i in tl.static_range(WIDTH):
-        place = (tl.program_id(1).to(tl.int64) * WIDTH + i) * CHANNELS + channel
+        place = (tl.program_id(1).to(tl.int64) * CHANNELS + channel) * WIDTH + (WIDTH - 1 - i)
         tl.store(dweight + place, sums[i], mask=mask)
 
 
@@ -255,7 +255,7 @@ class _Convolution(torch.autograd.Function):
         dy = torch.zeros_like(x) if dy is None else _rows(dy)
         dx, dstate = torch.empty(x.shape, dtype=x.dtype, device=x.device), None
         grid, span, constants = _cut(x, weight, _BACKWARD_PROGRAMS)
-        dweight = torch.empty(grid[1], weight.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+        dweight = torch.empty(grid[1], *weight.shape, dtype=torch.float32, device=x.device)
         index = sequences.begins if state is None else sequences.index
         _backward[grid](
             x, weight, held, sequences.begins, index, dy, dx, dweight, x.stride(0), dy.stride(0), len(x), span,
@@ -272,8 +272,7 @@ class _Convolution(torch.autograd.Function):
                 x, weight, state, borders, dy, dnew_state, dstate, x.stride(0), dy.stride(0), **constants,
                 PASSED=passed, num_warps=1,
             )  # fmt: skip
-        # From [i, channel], newest input first, to [channel, tap], newest input last.
-        return dx, dweight.sum(0).flip(0).T.to(weight.dtype), dstate, None
+        return dx, dweight.sum(0).to(weight.dtype), dstate, None
 
 
 def _cut(x: Tensor, weight: Tensor, programs: int) -> tuple[tuple[int, int], int, dict[str, int]]:

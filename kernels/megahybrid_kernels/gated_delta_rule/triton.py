@@ -26,7 +26,7 @@ class Launch:
     """One kernel's tile and how it is compiled.
 
     Attributes:
-        columns: of the values (`prepare` has none) that a program, or a step of its loop, owns.
+        columns: of the values (in `prepare` of the keys) that a program, or a step of its loop, owns.
         warps, stages: Triton's num_warps and num_stages.
         registers: a thread's at most; None is the compiler's choice.
     """
@@ -60,7 +60,7 @@ class Tuning:
     gradient: Launch
     join: Launch
     chunk: int = 64
-    programs: int = 256
+    programs: int = 128
     shortest: int = 16
     keep_states: bool = False
 
@@ -70,12 +70,14 @@ def tuning(width: int, dtype: torch.dtype) -> Tuning:
     if dtype == torch.float32:
         # Every product is three of tf32, whose operands are kept in two parts each.
         scan, chunk = (Launch(16, 4, 1), 32) if width > 128 else (Launch(32, 4, 1), 64)
-        return Tuning(Launch(0, 8, 1), scan, scan, scan, Launch(16, 8, 1), Launch(16, 4, 1), chunk)
+        return Tuning(Launch(32, 4, 1), scan, scan, scan, Launch(16, 8, 1), Launch(16, 4, 1), chunk)
     if width <= 128:
-        scan = Launch(64, 8, 3)
-        return Tuning(Launch(0, 4, 1), scan, scan, scan, Launch(64, 8, 1), Launch(32, 4, 2))
+        scan = Launch(64, 4, 3)
+        # At least two steps of a loop, which keep its products apart; two programs an SM.
+        gradient = Launch(min(64, _width(width) // 2), 8, 1, 128)
+        return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, gradient, Launch(32, 4, 2))
     scan = Launch(64, 8, 2)
-    return Tuning(Launch(0, 4, 1), scan, scan, scan, Launch(32, 8, 1), Launch(16, 4, 2))
+    return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, Launch(32, 8, 1), Launch(16, 4, 2))
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ class _Call:
     def columns(self, launch: Launch, value_dim: int | None = None) -> dict[str, object]:
         """constexpr arguments of the values, and the launch's options."""
         value_dim = value_dim or self.value_dim
-        columns = min(launch.columns, _width(value_dim))
+        columns = max(16, min(launch.columns, _width(value_dim)))
         return {"VALUE_DIM": value_dim, "COLUMNS": columns} | launch.options()
 
 
@@ -218,7 +220,7 @@ def _prepare(call: _Call) -> _Prepared:
         call.q, call.k, call.a, call.b, call.A_log, call.dt_bias, prepared.rows, prepared.ends, prepared.inverse,
         prepared.attention, call.plan.chunks, *call.strides("q", "k", "a", "b"), call.scale,
         **call.heads_constants(), DOT=tl.float32 if dtype == torch.float32 else tl.float16,
-        **call.tune.prepare.options(),
+        COLUMNS=min(call.tune.prepare.columns, _width(call.key_dim)), **call.tune.prepare.options(),
     )  # fmt: skip
     return prepared
 

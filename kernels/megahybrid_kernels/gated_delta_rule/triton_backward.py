@@ -82,7 +82,7 @@ def gradient_kernel(
         a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride
     )  # fmt: skip
 
-    key = k + key_head * k_head_stride
+    query, key = q + key_head * q_head_stride, k + key_head * k_head_stride
     value_stride: tl.constexpr = HEADS * VALUE_DIM
     do += head * VALUE_DIM
     u += head * VALUE_DIM
@@ -122,8 +122,11 @@ def gradient_kernel(
     u_y *= tl.where(i[:, None] < i[None, :], -beta[None, :] * _decay_from(high, low, CHUNK), 0.0)
     y_u *= tl.where(i[:, None] > i[None, :], -beta[:, None] * _decay_to(high, low, CHUNK), 0.0)
     by_kk = ((y_u + u_y) * k_norm[None, :]).to(dtype)
-    k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
-    kk = tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
+    # In a loop: where one product is seen to enter another, the compiler gives eight warps the rows of sixteen.
+    kk = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for first in tl.range(0, WIDTH, COLUMNS):
+        k_part = load_rows(key, row, inside, k_stride, first, KEY_DIM, COLUMNS)
+        kk = tl.dot(k_part, tl.trans(k_part), kk, input_precision=PRECISION)
     pairs += kk * y_u * k_norm[:, None] * k_norm[None, :]
     from_here = tl.where(i[:, None] <= i[None, :], 1.0, 0.0)
     across = tl.dot(from_here, pairs, input_precision=PRECISION)
@@ -140,7 +143,8 @@ def gradient_kernel(
         state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
         dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile, input_precision=PRECISION)
     since_start = tl.exp(high)
-    q_tile = load_rows(q + key_head * q_head_stride, row, inside, q_stride, 0, KEY_DIM, WIDTH)
+    q_tile = load_rows(query, row, inside, q_stride, 0, KEY_DIM, WIDTH)
+    k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
     q_wide = q_tile.to(tl.float32)
     dq_tile *= (scale * since_start)[:, None]
     read = q_norm * tl.sum(q_wide * dq_tile, 1)
@@ -167,8 +171,13 @@ def gradient_kernel(
     until_end = decay_between(end_high, end_low, high, low, inside)
     written = until_end * k_norm * tl.sum(k_wide * dk_tile, 1)
     dk_tile = until_end[:, None] * dk_tile - (beta * since_start)[:, None] * dread
-    dk_tile = tl.dot(by_k, q_tile, dk_tile, input_precision=PRECISION)
+    # Of one turn, for the same reason as above.
+    for _ in tl.range(0, tl.cdiv(stop - begin, CHUNK)):
+        q_tile = load_rows(query, row, inside, q_stride, 0, KEY_DIM, WIDTH)
+        dk_tile = tl.dot(by_k, q_tile, dk_tile, input_precision=PRECISION)
+    k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
     dk_tile = tl.dot(by_kk, k_tile, dk_tile, input_precision=PRECISION)
+    k_wide = k_tile.to(tl.float32)
     along = k_norm * k_norm * tl.sum(k_wide * dk_tile, 1)
     dk_tile = k_norm[:, None] * (dk_tile - along[:, None] * k_wide)
     store_rows(dk + head * KEY_DIM, dk_tile, row, inside, HEADS * KEY_DIM, 0, KEY_DIM, WIDTH)

@@ -103,8 +103,8 @@ def _unit_lower_inverse(lower, SIZE: tl.constexpr, DOT: tl.constexpr, PRECISION:
 def prepare_kernel(
     q, k, a, b, a_log, dt_bias, rows, ends, inverse, attention, chunks,
     q_stride, q_head_stride, k_stride, k_head_stride, a_stride, a_head_stride, b_stride, b_head_stride, scale,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one value head.
 
@@ -118,8 +118,19 @@ def prepare_kernel(
     row = begin + i
     inside = row < stop
     key_head = (head // GROUPS).to(tl.int64)
-    k_tile = load_rows(k + key_head * k_head_stride, row, inside, k_stride, 0, KEY_DIM, WIDTH)
-    q_tile = load_rows(q + key_head * q_head_stride, row, inside, q_stride, 0, KEY_DIM, WIDTH)
+    k += key_head * k_head_stride
+    q += key_head * q_head_stride
+    qk = tl.zeros([CHUNK, CHUNK], tl.float32)
+    kk = tl.zeros([CHUNK, CHUNK], tl.float32)
+    q_square, k_square = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
+    for first in tl.range(0, WIDTH, COLUMNS):
+        k_tile = load_rows(k, row, inside, k_stride, first, KEY_DIM, COLUMNS)
+        q_tile = load_rows(q, row, inside, q_stride, first, KEY_DIM, COLUMNS)
+        qk = tl.dot(q_tile, tl.trans(k_tile), qk, input_precision=PRECISION)
+        kk = tl.dot(k_tile, tl.trans(k_tile), kk, input_precision=PRECISION)
+        k_wide, q_wide = k_tile.to(tl.float32), q_tile.to(tl.float32)
+        k_square += tl.sum(k_wide * k_wide, 1)
+        q_square += tl.sum(q_wide * q_wide, 1)
     _, _, g, beta = log_decay(
         a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride
     )  # fmt: skip
@@ -130,9 +141,7 @@ def prepare_kernel(
     until_end = tl.exp((end - total).to(tl.float32))
     since_start = tl.exp(high)
 
-    k_wide, q_wide = k_tile.to(tl.float32), q_tile.to(tl.float32)
-    k_norm = 1.0 / tl.sqrt(tl.sum(k_wide * k_wide, 1) + 1e-6)
-    q_norm = 1.0 / tl.sqrt(tl.sum(q_wide * q_wide, 1) + 1e-6)
+    k_norm, q_norm = 1.0 / tl.sqrt(k_square + 1e-6), 1.0 / tl.sqrt(q_square + 1e-6)
     rows += (chunk * HEADS + head) * (ROW_KINDS * CHUNK) + i
     tl.store(rows + READ_Q * CHUNK, tl.where(inside, since_start * q_norm * scale, 0.0))
     tl.store(rows + READ_K * CHUNK, beta * since_start * k_norm)
@@ -147,9 +156,7 @@ def prepare_kernel(
     place = (chunk * HEADS + head) * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
     between = decay_between(high[:, None], low[:, None], high[None, :], low[None, :], i[:, None] >= i[None, :])
     between *= k_norm[None, :]
-    qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     tl.store(attention + place, (qk * between * (q_norm * scale)[:, None]).to(attention.dtype.element_ty))
-    kk = tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
     lower = tl.where(i[:, None] > i[None, :], kk * between * (k_norm * beta)[:, None], 0.0)
     system = _unit_lower_inverse(lower, CHUNK, DOT, PRECISION)
     tl.store(inverse + place, system.to(inverse.dtype.element_ty))

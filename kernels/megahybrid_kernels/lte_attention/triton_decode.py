@@ -21,6 +21,7 @@ from megahybrid_kernels.lte_attention.reference import LTECache
 # head's slots are split.
 _SLOTS = 64
 _PROGRAMS = 512
+_MOST_SPLITS = 64
 
 
 @triton.jit
@@ -105,7 +106,8 @@ def _admit(
 ):  # fmt: skip
     """The ring's bookkeeping, and the buffer as the next query finds it: the token about to leave the window enters.
 
-    ring_k, ring_v, buffer_k and buffer_v are those of the pair, the others of all. A free slot is taken first, else the least score is displaced iff it is less, among equal ones the youngest.
+    ring_k, ring_v, buffer_k and buffer_v are those of the pair, the others of all. A free slot is taken first, else the
+    least score is displaced iff it is less, among equal ones the youngest.
     """
     ring_score += pair * window_slots
     late = tl.load(late_score + pair).to(ring_score.dtype.element_ty)
@@ -146,36 +148,27 @@ def _admit(
 def _join_and_admit(
     o, parts, statistics, late_score, ring_k, ring_v, ring_positions, ring_score, buffer_k, buffer_v,
     buffer_positions, buffer_score, positions, window_slots, buffer_slots, sinks, delay, splits,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BUFFER: tl.constexpr,
-    SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr, BUFFER: tl.constexpr,
 ):  # fmt: skip
     """Adds up the splits of a KV head's queries, always in the same order; then `_admit`."""
     head, sequence = tl.program_id(0), tl.program_id(1)
     pair = sequence.to(tl.int64) * tl.num_programs(0) + head
-    column, row = tl.arange(0, WIDTH), tl.arange(0, ROWS)
-    mask = (row < GROUPS)[:, None] & (column < HEAD_DIM)[None, :]
-    # All statistics at once, so that the sum over splits is nothing but independent loads.
-    each = tl.arange(0, SPLITS)
-    statistic = ((pair * splits + each)[:, None] * GROUPS + row[None, :]) * 2
-    listed = (each < splits)[:, None] & (row < GROUPS)[None, :]
-    peaks = tl.load(statistics + statistic, mask=listed, other=-1e30)
-    totals = tl.load(statistics + statistic + 1, mask=listed, other=1)
-    peak = tl.max(peaks, 0)
-    total = tl.sum(tl.where((each < splits)[:, None], totals * tl.exp2(peaks - peak[None, :]), 0), 0)
-    acc = tl.zeros([ROWS, WIDTH], tl.float32)
-    for split in tl.range(0, splits, num_stages=4):
+    column, split = tl.arange(0, WIDTH), tl.arange(0, SPLITS)
+    real, exists = column < HEAD_DIM, split < splits
+    for row in tl.static_range(GROUPS):
         part = (pair * splits + split) * GROUPS + row
-        part_peak = tl.load(statistics + part * 2, mask=row < GROUPS, other=-1e30)
-        part_acc = tl.load(parts + part[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0)
-        acc += part_acc * tl.exp2(part_peak - peak)[:, None]
-    places = (pair * GROUPS + row)[:, None] * HEAD_DIM + column[None, :]
-    tl.store(o + places, (acc / total[:, None]).to(o.dtype.element_ty), mask=mask)
+        peaks = tl.load(statistics + part * 2, mask=exists, other=-1e30)
+        totals = tl.load(statistics + part * 2 + 1, mask=exists, other=0)
+        mask = exists[:, None] & real[None, :]
+        each = tl.load(parts + part[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0)
+        weight = tl.exp2(peaks - tl.max(peaks, 0))
+        y = tl.sum(each * weight[:, None], 0) / tl.sum(totals * weight, 0)
+        tl.store(o + (pair * GROUPS + row) * HEAD_DIM + column, y.to(o.dtype.element_ty), mask=real)
     ring, buffer = pair * window_slots * HEAD_DIM, pair * buffer_slots * HEAD_DIM
     _admit(
         late_score, ring_k + ring, ring_v + ring, ring_positions, ring_score, buffer_k + buffer, buffer_v + buffer,
         buffer_positions, buffer_score, tl.load(positions + sequence), sequence, head, pair, window_slots,
-        buffer_slots, sinks, delay,
-        HEAD_DIM, WIDTH, BUFFER,
+        buffer_slots, sinks, delay, HEAD_DIM, WIDTH, BUFFER,
     )  # fmt: skip
 
 
@@ -200,7 +193,7 @@ def lte_attention_step(
     buffer_slots, groups = cache.buffer_k.shape[2], q.shape[1] // heads
     q, k, v, score = (x.contiguous() for x in (q, k, v, score))
     slots = window_slots + buffer_slots
-    splits = max(1, min(_PROGRAMS // (count * heads), triton.cdiv(slots, _SLOTS)))
+    splits = max(1, min(_PROGRAMS // (count * heads), triton.cdiv(slots, _SLOTS), _MOST_SPLITS))
     span = triton.cdiv(triton.cdiv(slots, splits), _SLOTS) * _SLOTS
     splits = triton.cdiv(slots, span)
     o = torch.empty_like(q)
@@ -212,13 +205,13 @@ def lte_attention_step(
         "HEAD_DIM": head_dim,
         "WIDTH": max(16, triton.next_power_of_2(head_dim)),
         "GROUPS": groups,
-        "ROWS": max(16, triton.next_power_of_2(groups)),
         "BUFFER": triton.next_power_of_2(buffer_slots),
     }
     _attend_slots[(splits, heads, count)](
         q, k, v, cache.k, cache.v, cache.positions, cache.buffer_k, cache.buffer_v, cache.buffer_positions, positions,
         o, parts, statistics, score, cache.score, cache.buffer_score, window_slots, buffer_slots, sink_size, delay,
-        span, head_dim**-0.5 * math.log2(math.e), **sizes, SLOTS=_SLOTS, WHOLE=splits == 1,
+        span, head_dim**-0.5 * math.log2(math.e), **sizes,
+        ROWS=max(16, triton.next_power_of_2(groups)), SLOTS=_SLOTS, WHOLE=splits == 1,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=2,
     )  # fmt: skip
     if splits > 1:

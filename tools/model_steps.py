@@ -1,0 +1,134 @@
+"""Real training steps on random tokens, timed: what tools/bench_model runs in each of its processes."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from megahybrid.config import Config, load_config
+from megahybrid.data.packing import Batch
+from megahybrid.model.context import Context, dropout_keys
+from megahybrid.model.stack import build_stages
+from megahybrid.parallel import groups
+from megahybrid.scaling.flops import flops_per_token
+from megahybrid.scaling.memory import peak_bytes
+from megahybrid.scaling.stages import stage_layers
+from megahybrid.training import zero
+from megahybrid.training.engine import Engine
+from megahybrid.training.speed import model_flops_utilization
+from megahybrid_kernels import Sequences
+
+# The first part whose words stand in a kernel's name.
+PARTS = {
+    "LTE": ("query_gradient", "key_gradient", "far_gradient", "forward_kernel", "sum_chunks", "_visibility", "outrank"),
+    "delta rule": ("scan_kernel", "prepare_kernel", "gradient_kernel", "join_kernel"),
+    "router": ("_layer", "_backward_input", "_backward_weight", "_backward_projection"),
+    "attention": ("flash", "fmha", "cudnn"),
+    "matmul": ("gemm", "nvjet", "cutlass", "wgmma", "splitK"),
+    "conv, norm, rotary, SwiGLU": ("conv", "norm", "rotary", "rotate", "swiglu"),
+    "loss": ("cross_entropy", "softmax", "logits"),
+    "optimizer": ("multi_tensor", "adam"),
+    "copies": ("Memcpy", "Memset", "copy"),
+    "elementwise": ("elementwise", "reduce", "index"),
+}
+
+
+def measure(recipe: str, overrides: Sequence[str], steps: int, with_parts: bool, kept: float | None) -> dict:
+    """Train `steps` steps after two to warm up; this rank's figures. A collective of all processes of the layout.
+
+    kept: the share of tokens that LTE's heads keep at first, as after training; None leaves the routers as they are.
+    """
+    config = load_config(recipe, overrides)
+    groups.initialize(config.parallel, config.train.seed)
+    rank, size = groups.pipeline_parallel()
+    engine = Engine(config, build_stages(config, stage_layers(config)[rank::size], groups.device()))
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    batches = random_batches(config)
+    if kept is not None:
+        keep(engine, batches[0], kept)
+    results, seconds = [], []
+    for step in range(1, steps + 3):
+        began = time.perf_counter()
+        results.append(engine.step(batches, step))
+        seconds.append(time.perf_counter() - began)
+    speed = config.train.global_batch_size * config.train.seq_length / statistics.median(seconds[2:])
+    figures = {
+        "tokens_per_second": round(speed),
+        "mfu": round(model_flops_utilization(flops_per_token(config).training, speed).get("mfu", 0), 4),
+        "step_seconds": round(statistics.median(seconds[2:]), 4),
+        "first_step_seconds": round(seconds[0], 1),
+        "losses": [result.loss for result in results],
+        "grad_norms": [round(result.grad_norm, 5) for result in results],
+        "kept": [round(float(head), 1) for head in engine.controller.kept_now.flatten()[:4]],
+        "micro_batch": config.train.micro_batch_size,
+        "samples": config.train.global_batch_size,
+        "seq_length": config.train.seq_length,
+    }
+    if torch.cuda.is_available():
+        figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        figures["predicted_gib"] = round(max(peak_bytes(config, groups.data_parallel()[1])) / 2**30, 2)
+        if with_parts:
+            figures["parts"] = parts(engine, batches, steps + 3)
+        figures["device"] = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    del engine, batches
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return figures
+
+
+@torch.no_grad()
+def keep(engine: Engine, batch: Batch, share: float) -> None:
+    """Set the biases of all routers, a head each, so that this share of the batch's tokens has a positive score."""
+    batch = batch.to(engine.device)
+    context = Context(batch.sequences, dropout_keys(0, 0, batch.samples, batch.sample_positions))
+    biases = {n: engine.model.layers[str(n)].mixer.router.projection_bias for n in engine.lte_layers}
+    low, high = ({n: torch.full_like(bias, end) for n, bias in biases.items()} for end in (-16.0, 16.0))
+    for _ in range(12):
+        for n, bias in biases.items():
+            bias.copy_((low[n] + high[n]) / 2)
+        for n, aux in engine.model(batch.tokens, context).aux.items():
+            many = aux.kept > share * len(batch.tokens)
+            low[n], high[n] = torch.where(many, low[n], biases[n]), torch.where(many, biases[n], high[n])
+    for bias in biases.values():
+        zero.write(engine.deepspeed, bias, zero.WEIGHTS, bias.float())
+
+
+def random_batches(config: Config) -> list[Batch]:
+    """This replica's micro-batches of a global batch that every layout shares; each sample is one document."""
+    count, length, micro = config.train.global_batch_size, config.train.seq_length, config.train.micro_batch_size
+    generator = torch.Generator().manual_seed(config.train.seed)
+    tokens = torch.randint(config.model.vocab_size, (count, length + 1), generator=generator)
+    replica, replicas = groups.data_parallel()
+    numbers = torch.arange(count)[replica::replicas]
+    return [_batch(tokens[own], own) for own in numbers.split(micro)]
+
+
+def _batch(tokens: torch.Tensor, samples: torch.Tensor) -> Batch:
+    count, length = tokens.shape[0], tokens.shape[1] - 1
+    inputs, labels = tokens[:, :-1].flatten(), tokens[:, 1:].flatten()
+    positions = torch.arange(length).repeat(count)
+    return Batch(inputs, labels, Sequences.of((length,) * count), samples.repeat_interleave(length), positions)
+
+
+def parts(engine: Engine, batches: list[Batch], step: int) -> dict[str, float]:
+    """ms of the GPU by part, of one step."""
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        engine.step(batches, step)
+        torch.cuda.synchronize()
+    found: dict[str, float] = {}
+    rest: dict[str, float] = {}
+    for event in record.key_averages():
+        ms = event.self_device_time_total / 1e3
+        part = next((part for part, words in PARTS.items() if any(word in event.key for word in words)), "other")
+        found[part] = found.get(part, 0) + ms
+        if part == "other" and ms:
+            rest[event.key[:40]] = ms
+    found |= {f"other: {name}": ms for name, ms in sorted(rest.items(), key=lambda item: -item[1])[:3]}
+    return {part: round(ms, 2) for part, ms in sorted(found.items(), key=lambda item: -item[1]) if ms > 0.05}
