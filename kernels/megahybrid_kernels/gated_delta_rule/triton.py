@@ -73,8 +73,8 @@ def tuning(width: int, dtype: torch.dtype) -> Tuning:
         return Tuning(Launch(32, 4, 1), scan, scan, scan, Launch(16, 8, 1), Launch(16, 4, 1), chunk)
     if width <= 128:
         scan = Launch(64, 4, 3)
-        # At least two steps of a loop, which keep its products apart; two programs an SM.
-        gradient = Launch(min(64, _width(width) // 2), 8, 1, 128)
+        # At least two steps of a loop, which keep its products apart. Two programs an SM, in 128 registers, are slower.
+        gradient = Launch(min(64, _width(width) // 2), 8, 1)
         return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, gradient, Launch(32, 4, 2))
     scan = Launch(64, 8, 2)
     return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, Launch(32, 8, 1), Launch(16, 4, 2))

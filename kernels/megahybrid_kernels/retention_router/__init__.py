@@ -50,7 +50,8 @@ def retention_logits(
     _check(k, v, parameters, sequences)
     if dropout is not None and not 0 <= dropout.probability < 1:
         raise ValueError(f"the dropout probability must lie in [0, 1), but is {dropout.probability}")
-    if takes_triton(k):
+    # Wider heads in fp32 need more shared memory than a multiprocessor has.
+    if takes_triton(k) and (k.dtype != torch.float32 or k.shape[2] <= 128):
         from megahybrid_kernels.retention_router import triton as backend
     else:
         backend = reference

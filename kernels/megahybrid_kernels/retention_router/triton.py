@@ -29,8 +29,8 @@ from megahybrid_kernels.counter_dropout import fold
 from megahybrid_kernels.retention_router.reference import Dropout, RouterParameters
 from megahybrid_kernels.sequences import Sequences
 
-# Tokens of a program and its num_warps; of the weight's gradient also num_stages.
-_FORWARD, _INPUT, _WEIGHT = (64, 4), (64, 4), (128, 4, 2)
+# Tokens of a program and its num_warps.
+_FORWARD, _INPUT = (64, 4), (64, 4)
 _BLOCK = 64
 # Token ranges whose weight gradients are summed separately first.
 _SPLITS = 16
@@ -206,9 +206,10 @@ def _backward_weight(
     dy, first, second, dweight, dbias, keys, channel_keys, begins, ends, stride, head_stride, second_stride,
     second_head_stride, tokens, span, dilation, threshold, keep_scale,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, HALVES: tl.constexpr,
-    TAPS: tl.constexpr, ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    TAPS: tl.constexpr, ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW of one half over `span` tokens, with TAPS == 3 (else a tap at a time); and the bias's gradient.
+    """dW of one half over `span` tokens, of three taps at once if TOGETHER, else of one; and the bias's gradient.
 
     dweight: `[splits, kv_heads, TAPS, HALVES * CHANNELS, OUT]`; dbias: `[splits, kv_heads, OUT]`.
     """
@@ -221,8 +222,7 @@ def _backward_weight(
         x, x_stride = second + head * second_head_stride, second_stride
     dy += head * tokens * OUT
     numbers = channel_keys + (head * HALVES + half) * CHANNELS
-    ALL: tl.constexpr = TAPS == 3
-    shift = dilation if ALL else (tap - TAPS // 2) * dilation
+    shift = dilation if TOGETHER else (tap - TAPS // 2) * dilation
     acc = tl.zeros([WIDTH, OUT_WIDTH], tl.float32)
     before, after = acc, acc
     bias = tl.zeros([OUT_WIDTH], tl.float32)
@@ -233,7 +233,7 @@ def _backward_weight(
         end = tl.load(ends + row, mask=exists, other=0)
         value = _layer_input(x, row, exists, x_stride, keys, numbers, threshold, CHANNELS, WIDTH, ACTIVATE, DROPOUT)
         turned = tl.trans(value.to(dy.dtype.element_ty))
-        if ALL:
+        if TOGETHER:
             later = _rows(dy, row + shift, begin, end, OUT, OUT_WIDTH)
             before = tl.dot(turned, later, before, input_precision=PRECISION)
             grad = _rows(dy, row, begin, end, OUT, OUT_WIDTH)
@@ -249,14 +249,14 @@ def _backward_weight(
     mask = (channel < CHANNELS)[:, None] & (out < OUT)[None, :]
     each = HALVES * CHANNELS * OUT
     scale = keep_scale if DROPOUT else 1.0
-    if ALL:
+    if TOGETHER:
         tl.store(sums, before * scale, mask=mask)
         tl.store(sums + each, acc * scale, mask=mask)
         tl.store(sums + 2 * each, after * scale, mask=mask)
     else:
         tl.store(sums + tap * each, acc * scale, mask=mask)
     # The tap without a shift sees every row once.
-    own = (half == 0) & (ALL | (tap == TAPS // 2))
+    own = (half == 0) & (TOGETHER | (tap == TAPS // 2))
     tl.store(dbias + (split * heads + head) * OUT + out, bias, mask=(out < OUT) & own)
 
 
@@ -344,6 +344,13 @@ class _Layer:
         weight = weight.unflatten(0, (self.heads, self.out)).permute(0, 3, 2, 1)
         return weight.to(dtype).contiguous()
 
+    def weight_launch(self, dtype: torch.dtype) -> tuple[bool, int, int, int]:
+        """Of the weight's gradient: whether it takes all taps at once, tokens of a step, num_warps and num_stages."""
+        small = _width(self.channels) * _width(self.out) <= 64 * 64
+        if dtype == torch.float32:
+            return small and self.taps == 3, 32, 4 if small else 8, 1
+        return small and self.taps == 3, 128 if small else 32, 4 if small else 8, 2
+
     def forward(self, inputs: tuple[Tensor, ...], weight, bias, projection, projection_bias, logits: Tensor | None):
         """y from (k, v) or from the last y; logits are written if given."""
         tokens = self.sequences.tokens
@@ -365,7 +372,8 @@ class _Layer:
     def backward(self, inputs: tuple[Tensor, ...], weight: Tensor, dy: Tensor):
         """Gradients of the inputs (for a y of what comes before its activation), the weight and the bias."""
         tokens, heads, packed = self.sequences.tokens, self.heads, self.packed(weight, dy.dtype)
-        span = triton.cdiv(triton.cdiv(tokens, _SPLITS), _WEIGHT[0]) * _WEIGHT[0]
+        together, block, warps, stages = self.weight_launch(dy.dtype)
+        span = triton.cdiv(triton.cdiv(tokens, _SPLITS), block) * block
         splits = triton.cdiv(tokens, span)
         dweight, dbias = (
             torch.empty(splits, heads, *shape, dtype=torch.float32, device=dy.device)
@@ -373,17 +381,14 @@ class _Layer:
         )
         scalars = (tokens, self.dilation, self.threshold, self.keep_scale)
         gradients = [torch.empty(x.shape, dtype=dy.dtype, device=x.device) for x in inputs]
-        block, warps = _INPUT
-        _backward_input[(triton.cdiv(tokens, block), heads)](
+        _backward_input[(triton.cdiv(tokens, _INPUT[0]), heads)](
             dy, packed, inputs[0], gradients[0], gradients[-1], *self.places, *self.strides(gradients[0]), *scalars,
-            **self.constants, BLOCK=block, num_warps=warps,
+            **self.constants, BLOCK=_INPUT[0], num_warps=_INPUT[1],
         )  # fmt: skip
-        block, warps, stages = _WEIGHT
-        programs = self.halves * (1 if self.taps == 3 else self.taps)
-        _backward_weight[(programs, splits, heads)](
+        _backward_weight[(self.halves * (1 if together else self.taps), splits, heads)](
             dy, inputs[0], inputs[-1], dweight, dbias, *self.places, *self.strides(inputs[0]),
-            *self.strides(inputs[-1]), tokens, span, *scalars[1:], **self.constants, BLOCK=block, num_warps=warps,
-            num_stages=stages,
+            *self.strides(inputs[-1]), tokens, span, *scalars[1:], **self.constants, BLOCK=block, TOGETHER=together,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
         dweight = dweight.sum(0).permute(0, 3, 2, 1).reshape(weight.shape).to(weight.dtype)
         return gradients, dweight, dbias.sum(0).flatten()
