@@ -27,7 +27,7 @@ from megahybrid_kernels import Sequences
 PARTS = {
     "LTE": ("query_gradient", "key_gradient", "far_gradient", "forward_kernel", "sum_chunks", "_visibility", "outrank"),
     "delta rule": ("scan_kernel", "prepare_kernel", "gradient_kernel", "join_kernel"),
-    "router": ("_layer", "_backward_input", "_backward_weight", "_backward_projection"),
+    "router": ("_layer", "backward_input", "backward_weight", "backward_projection"),
     "attention": ("flash", "fmha", "cudnn"),
     "matmul": ("gemm", "nvjet", "cutlass", "wgmma", "splitK"),
     "conv, norm, rotary, SwiGLU": ("conv", "norm", "rotary", "rotate", "swiglu"),

@@ -22,242 +22,23 @@ from functools import lru_cache
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.counter_dropout import fold
 from megahybrid_kernels.retention_router.reference import Dropout, RouterParameters
+from megahybrid_kernels.retention_router.triton_layers import (
+    backward_input_kernel,
+    backward_projection_kernel,
+    backward_weight_kernel,
+    forward_layer_kernel,
+)
 from megahybrid_kernels.sequences import Sequences
 
 # Tokens of a program and its num_warps.
 _FORWARD, _INPUT = (64, 4), (64, 4)
-_BLOCK = 64
+_BLOCK = 64  # of the projection's gradient
 # Token ranges whose weight gradients are summed separately first.
 _SPLITS = 16
-
-
-@triton.jit
-def _keep(keys, channel_keys, threshold):
-    """`counter_dropout.keep_mask` of tokens by channels."""
-    x = keys.to(tl.uint32)[:, None] ^ channel_keys.to(tl.uint32)[None, :]
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return (x ^ (x >> 16)) >= threshold.to(tl.uint32)
-
-
-@triton.jit
-def _layer_input(
-    x, row, inside, stride, keys, channel_keys, threshold,
-    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr,
-):  # fmt: skip
-    """What a layer multiplies, `[rows, WIDTH]`, but for dropout's factor 1 / (1 - p); zero where not inside."""
-    channel = tl.arange(0, WIDTH)
-    mask = inside[:, None] & (channel < CHANNELS)[None, :]
-    value = tl.load(x + row.to(tl.int64)[:, None] * stride + channel[None, :], mask=mask, other=0)
-    if ACTIVATE:
-        value = value.to(tl.float32)
-        value *= tl.sigmoid(value)
-    if DROPOUT:
-        token_keys = tl.load(keys + row, mask=inside, other=0)
-        channel_key = tl.load(channel_keys + channel, mask=channel < CHANNELS, other=0)
-        value = tl.where(_keep(token_keys, channel_key, threshold), value, 0)
-    return value
-
-
-@triton.jit
-def _forward_layer(
-    first, second, weight, bias, keys, channel_keys, begins, ends, y, projection, projection_bias, logits,
-    stride, head_stride, second_stride, second_head_stride, tokens, dilation, threshold, keep_scale,
-    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, HALVES: tl.constexpr,
-    TAPS: tl.constexpr, ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """y of a layer, and the logits of the last. weight: `[kv_heads, TAPS, HALVES * CHANNELS, OUT]`.
-
-    A program multiplies BLOCK rows by the weights of all taps and then shifts the products, so that each input is read,
-    activated and dropped once; its first and last `TAPS // 2 * dilation` rows serve the others only.
-    """
-    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    halo = TAPS // 2 * dilation
-    lane = tl.arange(0, BLOCK)
-    row = tl.program_id(0) * (BLOCK - 2 * halo) - halo + lane
-    exists = (row >= 0) & (row < tokens)
-    numbers = channel_keys + head * HALVES * CHANNELS
-    value = _layer_input(
-        first + head * head_stride, row, exists, stride, keys, numbers, threshold, CHANNELS, WIDTH, ACTIVATE, DROPOUT
-    )
-    if HALVES == 2:
-        other_value = _layer_input(
-            second + head * second_head_stride, row, exists, second_stride, keys, numbers + CHANNELS, threshold,
-            CHANNELS, WIDTH, ACTIVATE, DROPOUT,
-        )  # fmt: skip
-    begin = tl.load(begins + row, mask=exists, other=0)
-    end = tl.load(ends + row, mask=exists, other=0)
-    channel, out = tl.arange(0, WIDTH), tl.arange(0, OUT_WIDTH)
-    weight_mask = (channel < CHANNELS)[:, None] & (out < OUT)[None, :]
-    acc = tl.zeros([BLOCK, OUT_WIDTH], tl.float32)
-    for tap in tl.static_range(TAPS):
-        places = ((head * TAPS + tap) * HALVES * CHANNELS + channel)[:, None] * OUT + out[None, :]
-        matrix = tl.load(weight + places, mask=weight_mask, other=0)
-        product = tl.dot(value.to(matrix.dtype), matrix, input_precision=PRECISION)
-        if HALVES == 2:
-            matrix = tl.load(weight + places + CHANNELS * OUT, mask=weight_mask, other=0)
-            product = tl.dot(other_value.to(matrix.dtype), matrix, product, input_precision=PRECISION)
-        shift = (tap - TAPS // 2) * dilation
-        if tap != TAPS // 2:
-            source = tl.minimum(tl.maximum(lane + shift, 0), BLOCK - 1)
-            product = tl.gather(product, tl.broadcast_to(source[:, None], [BLOCK, OUT_WIDTH]), 0)
-        inside = (row + shift >= begin) & (row + shift < end)
-        acc += tl.where(inside[:, None], product, 0)
-    exists = exists & (lane >= halo) & (lane < BLOCK - halo)
-    if DROPOUT:
-        acc *= keep_scale
-    acc += tl.load(bias + head * OUT + out, mask=out < OUT, other=0).to(tl.float32)[None, :]
-    mask = exists[:, None] & (out < OUT)[None, :]
-    # Within what float16 holds.
-    stored = tl.minimum(tl.maximum(acc, -65000.0), 65000.0) if y.dtype.element_ty == tl.float16 else acc
-    tl.store(y + (head * tokens + row)[:, None] * OUT + out[None, :], stored.to(y.dtype.element_ty), mask=mask)
-    if LAST:
-        vector = tl.load(projection + head * OUT + out, mask=out < OUT, other=0).to(tl.float32)
-        logit = tl.sum(acc * tl.sigmoid(acc) * vector[None, :], 1)
-        logit += tl.load(projection_bias + head).to(tl.float32)
-        tl.store(logits + row.to(tl.int64) * heads + head, logit, mask=exists)
-
-
-@triton.jit
-def _silu_gradient(y):
-    gate = tl.sigmoid(y)
-    return gate * (1 + y * (1 - gate))
-
-
-@triton.jit
-def _backward_projection(
-    y, dlogits, projection, dy, dprojection, tokens, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """dy of the last layer; dprojection: `[kv_heads, blocks, OUT]`, a sum for each block of tokens."""
-    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    out = tl.arange(0, OUT_WIDTH)
-    mask = (row < tokens)[:, None] & (out < OUT)[None, :]
-    places = (head * tokens + row)[:, None] * OUT + out[None, :]
-    value = tl.load(y + places, mask=mask, other=0).to(tl.float32)
-    grad = tl.load(dlogits + row.to(tl.int64) * heads + head, mask=row < tokens, other=0).to(tl.float32)
-    vector = tl.load(projection + head * OUT + out, mask=out < OUT, other=0).to(tl.float32)
-    dvalue = grad[:, None] * vector[None, :] * _silu_gradient(value)
-    tl.store(dy + places, dvalue.to(dy.dtype.element_ty), mask=mask)
-    sums = tl.sum(grad[:, None] * value * tl.sigmoid(value), 0)
-    tl.store(dprojection + (head * tl.num_programs(0) + tl.program_id(0)) * OUT + out, sums, mask=out < OUT)
-
-
-@triton.jit
-def _backward_input(
-    dy, weight, y, first, second, keys, channel_keys, begins, ends, stride, head_stride, tokens, dilation, threshold,
-    keep_scale,
-    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, HALVES: tl.constexpr,
-    TAPS: tl.constexpr, ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the first layer's halves (dk and dv, alike in strides), or with ACTIVATE dy of the layer before from
-    its y, into `first`."""
-    head = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exists = row < tokens
-    begin = tl.load(begins + row, mask=exists, other=0)
-    end = tl.load(ends + row, mask=exists, other=0)
-    channel, out = tl.arange(0, WIDTH), tl.arange(0, OUT_WIDTH)
-    weight_mask = (channel < CHANNELS)[:, None] & (out < OUT)[None, :]
-    acc = tl.zeros([BLOCK, WIDTH], tl.float32)
-    other_acc = tl.zeros([BLOCK, WIDTH], tl.float32)
-    for tap in tl.static_range(TAPS):
-        other = row - (tap - TAPS // 2) * dilation
-        grad = _rows(dy + head * tokens * OUT, other, begin, end, OUT, OUT_WIDTH)
-        places = ((head * TAPS + tap) * HALVES * CHANNELS + channel)[:, None] * OUT + out[None, :]
-        matrix = tl.load(weight + places, mask=weight_mask, other=0)
-        acc = tl.dot(grad.to(matrix.dtype), tl.trans(matrix), acc, input_precision=PRECISION)
-        if HALVES == 2:
-            matrix = tl.load(weight + places + CHANNELS * OUT, mask=weight_mask, other=0)
-            other_acc = tl.dot(grad.to(matrix.dtype), tl.trans(matrix), other_acc, input_precision=PRECISION)
-    mask = exists[:, None] & (channel < CHANNELS)[None, :]
-    places = head * head_stride + row.to(tl.int64)[:, None] * stride + channel[None, :]
-    if DROPOUT:
-        token_keys = tl.load(keys + row, mask=exists, other=0)
-        numbers = channel_keys + head * HALVES * CHANNELS + channel
-        channel_key = tl.load(numbers, mask=channel < CHANNELS, other=0)
-        acc = tl.where(_keep(token_keys, channel_key, threshold), acc * keep_scale, 0)
-        if HALVES == 2:
-            channel_key = tl.load(numbers + CHANNELS, mask=channel < CHANNELS, other=0)
-            other_acc = tl.where(_keep(token_keys, channel_key, threshold), other_acc * keep_scale, 0)
-    if ACTIVATE:
-        acc *= _silu_gradient(tl.load(y + places, mask=mask, other=0).to(tl.float32))
-    tl.store(first + places, acc.to(first.dtype.element_ty), mask=mask)
-    if HALVES == 2:
-        tl.store(second + places, other_acc.to(second.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _rows(x, row, begin, end, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """`[rows, WIDTH]` of an array of `[.., SIZE]`; zero for rows outside of [begin, end)."""
-    column = tl.arange(0, WIDTH)
-    mask = ((row >= begin) & (row < end))[:, None] & (column < SIZE)[None, :]
-    return tl.load(x + row.to(tl.int64)[:, None] * SIZE + column[None, :], mask=mask, other=0)
-
-
-@triton.jit
-def _backward_weight(
-    dy, first, second, dweight, dbias, keys, channel_keys, begins, ends, stride, head_stride, second_stride,
-    second_head_stride, tokens, span, dilation, threshold, keep_scale,
-    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, HALVES: tl.constexpr,
-    TAPS: tl.constexpr, ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dW of one half over `span` tokens, of three taps at once if TOGETHER, else of one; and the bias's gradient.
-
-    dweight: `[splits, kv_heads, TAPS, HALVES * CHANNELS, OUT]`; dbias: `[splits, kv_heads, OUT]`.
-    """
-    tap, half = tl.program_id(0) // HALVES, tl.program_id(0) % HALVES
-    split = tl.program_id(1)
-    head, heads = tl.program_id(2).to(tl.int64), tl.num_programs(2)
-    channel, out = tl.arange(0, WIDTH), tl.arange(0, OUT_WIDTH)
-    x, x_stride = first + head * head_stride, stride
-    if half == 1:
-        x, x_stride = second + head * second_head_stride, second_stride
-    dy += head * tokens * OUT
-    numbers = channel_keys + (head * HALVES + half) * CHANNELS
-    shift = dilation if TOGETHER else (tap - TAPS // 2) * dilation
-    acc = tl.zeros([WIDTH, OUT_WIDTH], tl.float32)
-    before, after = acc, acc
-    bias = tl.zeros([OUT_WIDTH], tl.float32)
-    for start in tl.range(split * span, tl.minimum((split + 1) * span, tokens), BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        exists = row < tokens
-        begin = tl.load(begins + row, mask=exists, other=0)
-        end = tl.load(ends + row, mask=exists, other=0)
-        value = _layer_input(x, row, exists, x_stride, keys, numbers, threshold, CHANNELS, WIDTH, ACTIVATE, DROPOUT)
-        turned = tl.trans(value.to(dy.dtype.element_ty))
-        if TOGETHER:
-            later = _rows(dy, row + shift, begin, end, OUT, OUT_WIDTH)
-            before = tl.dot(turned, later, before, input_precision=PRECISION)
-            grad = _rows(dy, row, begin, end, OUT, OUT_WIDTH)
-            acc = tl.dot(turned, grad, acc, input_precision=PRECISION)
-            earlier = _rows(dy, row - shift, begin, end, OUT, OUT_WIDTH)
-            after = tl.dot(turned, earlier, after, input_precision=PRECISION)
-        else:
-            grad = _rows(dy, row - shift, begin, end, OUT, OUT_WIDTH)
-            acc = tl.dot(turned, grad, acc, input_precision=PRECISION)
-        bias += tl.sum(grad.to(tl.float32), 0)
-    sums = dweight + ((split * heads + head) * TAPS * HALVES + half) * CHANNELS * OUT
-    sums += channel[:, None] * OUT + out[None, :]
-    mask = (channel < CHANNELS)[:, None] & (out < OUT)[None, :]
-    each = HALVES * CHANNELS * OUT
-    scale = keep_scale if DROPOUT else 1.0
-    if TOGETHER:
-        tl.store(sums, before * scale, mask=mask)
-        tl.store(sums + each, acc * scale, mask=mask)
-        tl.store(sums + 2 * each, after * scale, mask=mask)
-    else:
-        tl.store(sums + tap * each, acc * scale, mask=mask)
-    # The tap without a shift sees every row once.
-    own = (half == 0) & (TOGETHER | (tap == TAPS // 2))
-    tl.store(dbias + (split * heads + head) * OUT + out, bias, mask=(out < OUT) & own)
 
 
 @lru_cache(maxsize=64)
@@ -362,7 +143,7 @@ class _Layer:
         block, warps = _FORWARD
         halo = self.taps // 2 * self.dilation
         block = max(block, triton.next_power_of_2(4 * halo))
-        _forward_layer[(triton.cdiv(tokens, block - 2 * halo), self.heads)](
+        forward_layer_kernel[(triton.cdiv(tokens, block - 2 * halo), self.heads)](
             first, second, self.packed(weight, first.dtype), bias, *self.places, y, projection, projection_bias,
             y if logits is None else logits, *self.strides(first), *self.strides(second), tokens, self.dilation,
             self.threshold, self.keep_scale, **self.constants, LAST=logits is not None, BLOCK=block, num_warps=warps,
@@ -381,11 +162,11 @@ class _Layer:
         )
         scalars = (tokens, self.dilation, self.threshold, self.keep_scale)
         gradients = [torch.empty(x.shape, dtype=dy.dtype, device=x.device) for x in inputs]
-        _backward_input[(triton.cdiv(tokens, _INPUT[0]), heads)](
+        backward_input_kernel[(triton.cdiv(tokens, _INPUT[0]), heads)](
             dy, packed, inputs[0], gradients[0], gradients[-1], *self.places, *self.strides(gradients[0]), *scalars,
             **self.constants, BLOCK=_INPUT[0], num_warps=_INPUT[1],
         )  # fmt: skip
-        _backward_weight[(self.halves * (1 if together else self.taps), splits, heads)](
+        backward_weight_kernel[(self.halves * (1 if together else self.taps), splits, heads)](
             dy, inputs[0], inputs[-1], dweight, dbias, *self.places, *self.strides(inputs[0]),
             *self.strides(inputs[-1]), tokens, span, *scalars[1:], **self.constants, BLOCK=block, TOGETHER=together,
             num_warps=warps, num_stages=stages,
@@ -419,7 +200,7 @@ class _Router(torch.autograd.Function):
         last, blocks = layers[-1], triton.cdiv(tokens, _BLOCK)
         dy = torch.empty(ys[-1].shape, dtype=k.dtype, device=k.device)
         dprojection = torch.empty(last.heads, blocks, last.out, dtype=torch.float32, device=k.device)
-        _backward_projection[(blocks, last.heads)](
+        backward_projection_kernel[(blocks, last.heads)](
             ys[-1], dlogits, projection, dy, dprojection, tokens, OUT=last.out, OUT_WIDTH=_width(last.out),
             BLOCK=_BLOCK,
         )  # fmt: skip
