@@ -63,10 +63,11 @@ class Case:
         sequences: borders of the micro-batch, on the CPU.
         make: inputs from a dtype and a generator, on the CPU.
         call: runs the op on inputs and sequences, returns the one output that training differentiates.
-        constants: floating inputs without a gradient.
+        constants: inputs without a gradient.
         backward: whether there is a gradient at all.
         judge: error of an output, in place of the comparison with the reference in float64.
         reference: the function's name in `reference`, where it is another.
+        piece: what the op's PyTorch path calls in `reference`, where that is not the whole function.
     """
 
     op: str
@@ -80,6 +81,7 @@ class Case:
     backward: bool = True
     judge: Callable[[Tensor, Inputs, Sequences], float] | None = None
     reference: str | None = None
+    piece: str | None = None
 
     def load(self) -> ModuleType:
         """The op's module."""
@@ -103,6 +105,11 @@ def cases(size: Size) -> list[Case]:
             return inputs | {"score": torch.rand(rows[:2], generator=generator) - (1 - share)}
 
         return make
+
+    def labelled(dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+        inputs = normal(dtype, generator, x=(tokens, size.hidden), weight=(size.intermediate, size.hidden))
+        labels = torch.randint(size.intermediate, (tokens,), generator=generator)
+        return inputs | {"weight": inputs["weight"] * size.hidden**-0.5, "labels": labels}
 
     def route(op: Op, x: Inputs, sequences: Sequences) -> Tensor:
         keys = torch.arange(sequences.tokens, device=x["k"].device) * 2654435761 % 2**32
@@ -217,6 +224,17 @@ def cases(size: Size) -> list[Case]:
             sequences,
             lambda dtype, generator: normal(dtype, generator, gate=inner, up=inner),
             lambda op, x, sequences: op(x["gate"], x["up"]),
+        ),
+        Case(
+            "linear_cross_entropy",
+            "linear_cross_entropy",
+            "linear_cross_entropy",
+            f"{packed} hidden={size.hidden} vocabulary={size.intermediate}",
+            sequences,
+            labelled,
+            lambda op, x, sequences: op(x["x"], x["weight"], x["labels"], 1e-4)[0],
+            constants=("labels",),
+            piece="statistics_and_gradient_",
         ),
     ]
 
