@@ -117,7 +117,8 @@ def test_offline_files_of_one_run_are_synced_by_one_command(server, recipe, tmp_
     assert main([*command, "train.steps=9"]) == 0
     files = sorted(map(str, (tmp_path / "run" / "wandb").glob("offline-run-*")))
     assert len(files) == 2
-    subprocess.run([sys.executable, "-m", "wandb", "sync", *files], check=True, timeout=120)
+    # In a folder of its own: the command leaves its log where it runs.
+    subprocess.run([sys.executable, "-m", "wandb", "sync", *files], check=True, timeout=120, cwd=tmp_path)
     assert [line["step"] for line in server.history] == list(range(1, 10))
 
 
