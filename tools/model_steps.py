@@ -87,7 +87,8 @@ def measure(recipe: str, overrides: Sequence[str], steps: int, with_parts: bool,
 def keep(engine: Engine, batch: Batch, share: float) -> None:
     """Set the biases of all routers, a head each, so that this share of the batch's tokens has a positive score."""
     batch = batch.to(engine.device)
-    context = Context(batch.sequences, dropout_keys(0, 0, batch.samples, batch.sample_positions))
+    keys = dropout_keys(0, 0, batch.samples, batch.sample_positions, len(engine.settings.pattern.letters))
+    context = Context(batch.sequences, keys)
     biases = {n: engine.model.layers[str(n)].mixer.router.projection_bias for n in engine.lte_layers}
     low, high = ({n: torch.full_like(bias, end) for n, bias in biases.items()} for end in (-16.0, 16.0))
     for _ in range(12):

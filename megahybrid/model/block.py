@@ -10,7 +10,7 @@ from megahybrid.model.context import Aux, Context
 from megahybrid.model.loss import attach_loss
 from megahybrid.model.mixers import MIXERS
 from megahybrid.model.settings import Settings
-from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter, shared
+from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter, project, shared
 from megahybrid.parallel.parameters import constant, parameter
 from megahybrid_kernels.norm import add_rms_norm, rms_norm
 from megahybrid_kernels.swiglu import swiglu
@@ -45,7 +45,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = enter(x, self.settings.sequence_parallel)
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
 
 
 class Block(nn.Module):

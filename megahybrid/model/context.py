@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from megahybrid_kernels import Sequences
@@ -17,7 +18,8 @@ class Context:
 
     Attributes:
         sequences: the documents' borders.
-        dropout_keys: int64 `[tokens]`, a hash of (seed, step, sample, position) a token; None switches dropout off.
+        dropout_keys: int64 `[layers, tokens]`, hashes of (seed, step, sample, position, layer); None switches dropout
+            off.
         aux_scale: weight of the auxiliary loss beside the micro-batch's loss (1 / micro-batches of the step).
         in_place: whether mixers may overwrite the states they are given, as they may when nobody needs those again.
     """
@@ -33,9 +35,13 @@ class Context:
         return self.dropout_keys is not None
 
 
-def dropout_keys(seed: int, step: int, samples: Tensor, sample_positions: Tensor) -> Tensor:
-    """Keys for `Context.dropout_keys`, the same in every layout; samples and sample_positions are int64 `[tokens]`."""
-    return fold(fold(fold(samples, seed), step), sample_positions)
+def dropout_keys(seed: int, step: int, samples: Tensor, sample_positions: Tensor, layers: int) -> Tensor:
+    """Keys for `Context.dropout_keys` of a whole model of so many layers, the same in every layout.
+
+    samples and sample_positions are int64 `[tokens]`. All layers' are made at once, since a GPU's launches cost more.
+    """
+    keys = fold(fold(fold(samples, seed), step), sample_positions)
+    return fold(keys, torch.arange(layers, device=keys.device).unsqueeze(1))
 
 
 class Aux(NamedTuple):

@@ -7,6 +7,7 @@ sequence parallelism the residual stream holds `tokens / tensor` rows outside.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import VocabParallelEmbedding, mappings
@@ -29,14 +30,40 @@ def shared(weight: Tensor) -> Tensor:
 
 
 class ColumnLinear(nn.Module):
-    """y = x Wᵀ with W `[out, in]` split over its rows; x must have come through `enter`."""
+    """y = x Wᵀ with W `[out, in]` split over its rows; x must have come through `enter`.
+
+    It is applied by `project`, with those that share its input, in the forward of the module that holds them.
+    """
 
     def __init__(self, in_features: int, out_features: int, initializer: Initializer):
         super().__init__()
         self.weight = parameter(out_features, in_features, axis=0, initializer=initializer)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+
+def project(x: Tensor, *layers: ColumnLinear) -> tuple[Tensor, ...]:
+    """Each layer's output for the one input, whose gradients are added up by the matmuls that make them."""
+    weights = [layer.weight for layer in layers]
+    if not torch.is_grad_enabled():
+        return tuple(F.linear(x, weight) for weight in weights)
+    return _Projections.apply(x, *weights)
+
+
+class _Projections(torch.autograd.Function):
+    """Autograd alone would write one input gradient a projection and add them up in kernels of their own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, ...]:
+        x, *weights = ctx.saved_tensors
+        rows, grads = x.flatten(0, -2), [grad.flatten(0, -2) for grad in grads]
+        dx = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            dx.addmm_(grad, weight)
+        return dx.view_as(x), *(grad.T @ rows for grad in grads)
 
 
 class RowLinear(nn.Module):

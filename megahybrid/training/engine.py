@@ -146,7 +146,8 @@ class Engine:
     def _forward(self, model, batch: Batch, step: int, micro_batches: int, report: StepReport) -> Tensor:
         """A micro-batch through one stage: its hidden states, or its loss where the stage is the last one."""
         batch = batch.to(self.device)
-        keys = dropout_keys(self.config.train.seed, step, batch.samples, batch.sample_positions)
+        layers = len(self.settings.pattern.letters)
+        keys = dropout_keys(self.config.train.seed, step, batch.samples, batch.sample_positions, layers)
         out = model(batch.tokens, Context(batch.sequences, keys, 1 / micro_batches), labels=batch.labels)
         for layer, aux in out.aux.items():
             report.add(layer, aux)

@@ -48,8 +48,22 @@ def initialize(config: Config, model: nn.Module, optimizer: torch.optim.Optimize
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, mpu=ModelParallelUnit(), dist_init_required=False
         )
+    if train.dtype == "bf16" and stage == 1:
+        _accumulate_without_copies(engine.optimizer)
     reset_optimizer_state(engine, 0)
     return engine
+
+
+def _accumulate_without_copies(optimizer: Any) -> None:
+    """Add bf16 gradients to their fp32 sums at once: DeepSpeed's way casts each to a copy of its own first."""
+
+    def update(parameter: nn.Parameter, group: int, index: int, clear_lp_grads: bool) -> None:
+        total = optimizer.fp32_groups_gradients[group][index]
+        total.add_(parameter.grad.view(total.shape))
+        parameter._hp_grad = total
+        optimizer.fp32_groups_has_gradients[group][index] = True
+
+    optimizer._update_hp_grad = update
 
 
 def reset_optimizer_state(engine: Any, steps: int) -> None:

@@ -50,5 +50,5 @@ def tokens(lengths=LENGTHS, seed=0):
 
 def training_context(lengths=LENGTHS, step=3):
     count = sum(lengths)
-    keys = dropout_keys(11, step, torch.zeros(count, dtype=torch.int64), torch.arange(count))
+    keys = dropout_keys(11, step, torch.zeros(count, dtype=torch.int64), torch.arange(count), 8)
     return Context(Sequences.of(lengths), keys)

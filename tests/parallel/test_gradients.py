@@ -56,7 +56,7 @@ def micro_batch(number):
 
     tokens = torch.randint(0, tiny.VOCAB, (TOKENS + 1,), generator=torch.Generator().manual_seed(number))
     lengths = [23 + number, 1, 72 - number]
-    keys = dropout_keys(11, 3, torch.full((TOKENS,), number), torch.arange(TOKENS))
+    keys = dropout_keys(11, 3, torch.full((TOKENS,), number), torch.arange(TOKENS), 16)
     return tokens[:-1], tokens[1:], Sequences.of(lengths), keys, Context
 
 

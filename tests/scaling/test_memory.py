@@ -87,7 +87,7 @@ def step_of(config):
     """A model and a function that runs its forward pass, warmed up: what is cached for later passes does not count."""
     model = build(config, "cpu", torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
     tokens = torch.arange(LENGTH + 1) % config.model.vocab_size
-    keys = dropout_keys(0, 1, torch.zeros(LENGTH, dtype=torch.int64), torch.arange(LENGTH))
+    keys = dropout_keys(0, 1, torch.zeros(LENGTH, dtype=torch.int64), torch.arange(LENGTH), 16)
     context = Context(Sequences.of((LENGTH,)), keys)
 
     def forward():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megahybrid.model.context import Context
 from megahybrid.model.settings import Settings
-from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter, shared
+from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter, project, shared
 from megahybrid.parallel.parameters import (
     constant,
     inverse_softplus_of_log_uniform,
@@ -68,22 +68,24 @@ class GatedDeltaNet(nn.Module):
         x, sequences = enter(x, self.settings.sequence_parallel).squeeze(1), context.sequences
         in_place = context.in_place
         before = state or (None, None, None, None)
-        q, q_rows = causal_conv1d(self.q_proj(x), self.q_conv, sequences, before[1], in_place)
-        k, k_rows = causal_conv1d(self.k_proj(x), self.k_conv, sequences, before[2], in_place)
-        v, v_rows = causal_conv1d(self.v_proj(x), self.v_conv, sequences, before[3], in_place)
+        projections = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj
+        q, k, v, gate, a, b = project(x, *projections)
+        q, q_rows = causal_conv1d(q, self.q_conv, sequences, before[1], in_place)
+        k, k_rows = causal_conv1d(k, self.k_conv, sequences, before[2], in_place)
+        v, v_rows = causal_conv1d(v, self.v_conv, sequences, before[3], in_place)
         o, recurrent = gated_delta_rule(
             q.unflatten(-1, (-1, self.key_dim)),
             k.unflatten(-1, (-1, self.key_dim)),
             v.unflatten(-1, (-1, self.value_dim)),
-            self.a_proj(x),
-            self.b_proj(x),
+            a,
+            b,
             self.A_log,
             self.dt_bias,
             sequences,
             before[0],
             in_place,
         )
-        gate = self.g_proj(x).unflatten(-1, (-1, self.value_dim))
+        gate = gate.unflatten(-1, (-1, self.value_dim))
         o = gated_rms_norm(o, gate, shared(self.norm), self.settings.model.norm_eps)
         y = self.o_proj(o.flatten(-2).unsqueeze(1))
         return y, None, None if state is None else GDNState(recurrent, q_rows, k_rows, v_rows)

@@ -14,7 +14,6 @@ from megahybrid.model.mixers.attention import AttentionProjections
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.parameters import constant, kaiming_normal, parameter, uniform
 from megahybrid_kernels import Sequences
-from megahybrid_kernels.counter_dropout import fold
 from megahybrid_kernels.lte_attention import LTECache, lte_attention, lte_attention_with_cache
 from megahybrid_kernels.retention_router import (
     Dropout,
@@ -121,7 +120,7 @@ class LTEAttention(AttentionProjections):
         if not context.training or self.lte.dropout == 0:
             return None
         first = parallel_state.get_tensor_model_parallel_rank() * self.heads * 2 * self.head_dim
-        return Dropout(self.lte.dropout, fold(context.dropout_keys, self.layer), first)
+        return Dropout(self.lte.dropout, context.dropout_keys[self.layer], first)
 
     def _aux(self, scores: Tensor, context: Context) -> Aux:
         """L1 term and kept counts, over positions whose right context is whole.
