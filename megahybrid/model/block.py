@@ -24,12 +24,12 @@ class RMSNorm(nn.Module):
         self.weight = parameter(settings.model.hidden_size, initializer=constant(1.0), weight_decay=False)
         self.settings = settings
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of x, or given a residual the norm of their sum, and the sum."""
+    def forward(self, x: Tensor, addend: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The norm of the residual stream and the stream, which an addend first goes into."""
         weight = shared(self.weight) if self.settings.sequence_parallel else self.weight
-        if residual is None:
-            return rms_norm(x, weight, self.settings.model.norm_eps)
-        return add_rms_norm(x, residual, weight, self.settings.model.norm_eps)
+        if addend is None:
+            return rms_norm(x, weight, self.settings.model.norm_eps), x
+        return add_rms_norm(addend, x, weight, self.settings.model.norm_eps)
 
 
 class SwiGLU(nn.Module):
@@ -49,7 +49,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """x ← x + mixer(norm(x)); x ← x + SwiGLU(norm(x))."""
+    """x ← x + mixer(norm(x)); x ← x + SwiGLU(norm(x)). The next norm, which reads the sum, does the last addition."""
 
     def __init__(self, settings: Settings, layer: int):
         super().__init__()
@@ -58,10 +58,13 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(settings)
         self.mlp = SwiGLU(settings)
 
-    def forward(self, x: Tensor, context: Context, state: Any = None) -> tuple[Tensor, Aux | None, Any]:
-        """`[tokens, 1, hidden]` → (the same, the mixer's by-products, the mixer's next state)."""
-        y, aux, state = self.mixer(self.mixer_norm(x), context, state)
+    def forward(
+        self, x: Tensor, addend: Tensor | None, context: Context, state: Any = None
+    ) -> tuple[Tensor, Tensor, Aux | None, Any]:
+        """`[tokens, 1, hidden]` and what is still to be added to it → (both, by-products, next state of the mixer)."""
+        normalised, x = self.mixer_norm(x, addend)
+        y, aux, state = self.mixer(normalised, context, state)
         if aux is not None:
             y = attach_loss(y, aux.loss, context.aux_scale)
         normalised, x = self.mlp_norm(x, y)
-        return x + self.mlp(normalised), aux, state
+        return x, self.mlp(normalised), aux, state

@@ -81,20 +81,23 @@ class Stack(nn.Module):
         states: dict[int, Any] | None = None,
     ) -> StackOutput:
         """Tokens and labels int64 `[tokens]` → hidden states and, on the last stage, losses."""
-        x = self.embedding(tokens) if self.first else self._input
+        x, addend = self.embedding(tokens) if self.first else self._input, None
         aux: dict[int, Aux] = {}
         after: dict[int, Any] = {}
         for name, block in self.layers.items():
             layer = int(name)
             if self.settings.pattern.letters[layer] in self.settings.recompute and torch.is_grad_enabled():
-                x, each = _recomputed(block, x, context)
+                x, each = _recomputed(block, _sum(x, addend), context)
+                addend = None
             else:
-                x, each, after[layer] = block(x, context, states[layer] if states else None)
+                x, addend, each, after[layer] = block(x, addend, context, states[layer] if states else None)
             if each is not None:
                 aux[layer] = each
         loss = losses = normalisers = None
-        if self.last:
-            x = self.final_norm(x)
+        if not self.last:
+            x = _sum(x, addend)
+        else:
+            x, _ = self.final_norm(x, addend)
             if labels is not None:
                 loss, losses, normalisers = self._loss(x, labels)
         return StackOutput(x, loss, losses, normalisers, aux, after if states else {})
@@ -183,12 +186,16 @@ def megatron_config(config: Config) -> TransformerConfig:
     )
 
 
+def _sum(x: Tensor, addend: Tensor | None) -> Tensor:
+    return x if addend is None else x + addend
+
+
 def _recomputed(block: Block, x: Tensor, context: Context) -> tuple[Tensor, Aux | None]:
     """The block's output, its activations recomputed in the backward pass."""
 
     def run(x: Tensor) -> tuple[Tensor, ...]:
-        y, aux, _ = block(x, context)
-        return (y,) if aux is None else (y, *aux)
+        y, addend, aux, _ = block(x, None, context)
+        return (y + addend,) if aux is None else (y + addend, *aux)
 
     y, *rest = tensor_parallel.checkpoint(run, False, x)
     return y, Aux(*rest) if rest else None
