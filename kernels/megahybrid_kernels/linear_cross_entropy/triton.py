@@ -16,7 +16,7 @@ _BLOCK, _WARPS, _STAGES = 8192, 16, 3
 
 
 @triton.jit
-def _row(
+def cross_entropy_kernel(
     logits, labels, peaks, totals, targets, normalisers, z_loss, vocabulary,
     STATISTICS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,7 @@ def _launch(logits: Tensor, labels: Tensor, z_loss: float, outputs: dict[str, Te
     unused = next(iter(outputs.values()))
     arrays = [outputs.get(name, unused) for name in ("peaks", "totals", "targets", "normalisers")]
     block = min(_BLOCK, triton.next_power_of_2(logits.shape[1]))
-    _row[(len(logits),)](
+    cross_entropy_kernel[(len(logits),)](
         logits, labels, *arrays, z_loss, logits.shape[1], **flags, BLOCK=block, STAGES=_STAGES,
         num_warps=max(1, _WARPS * block // _BLOCK),
     )  # fmt: skip

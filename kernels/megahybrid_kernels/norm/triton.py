@@ -32,7 +32,7 @@ def _load(x, row, stride, column, mask):
 
 
 @triton.jit
-def _forward(
+def norm_kernel(
     x, other, weight, y, total, x_stride, other_stride, rows, eps,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def norm_backward_kernel(
     x, other, weight, dy, dx, dother, dweight, x_stride, other_stride, dy_stride, rows, eps,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +110,7 @@ class _Norm(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         total = torch.empty_like(y) if residual is not None else y
         tile = _tile(x.shape[1], _FORWARD_TILE, _FORWARD_PER_THREAD)
-        _forward[(triton.cdiv(len(x), tile["ROWS"]),)](
+        norm_kernel[(triton.cdiv(len(x), tile["ROWS"]),)](
             x, other, weight, y, total, x.stride(0), other.stride(0), len(x), eps, **tile, **ctx.flags
         )
         ctx.eps = eps
@@ -131,7 +131,7 @@ class _Norm(torch.autograd.Function):
         tile = _tile(x.shape[1], _BACKWARD_TILE, _BACKWARD_PER_THREAD)
         programs = min(_PROGRAMS, triton.cdiv(len(x), tile["ROWS"]))
         dweight = torch.empty(programs, x.shape[1], dtype=torch.float32, device=x.device)
-        _backward[(programs,)](
+        norm_backward_kernel[(programs,)](
             x, other, weight, dy, dx, dx if dgate is None else dgate, dweight, x.stride(0), other.stride(0),
             dy.stride(0), len(x), ctx.eps, **tile, **flags,
         )  # fmt: skip

@@ -18,7 +18,7 @@ _PAIRS, _HEADS = 1024, 8
 
 
 @triton.jit
-def _turn(
+def rotary_kernel(
     x, positions, frequencies, y, stride, head_stride, tokens, heads, direction,
     HALF: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -49,7 +49,7 @@ def _turned(x: Tensor, positions: Tensor, theta: float, direction: float) -> Ten
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     width = triton.next_power_of_2(half)
     rows = max(1, _PAIRS // width)
-    _turn[(triton.cdiv(tokens, rows), triton.cdiv(heads, _HEADS))](
+    rotary_kernel[(triton.cdiv(tokens, rows), triton.cdiv(heads, _HEADS))](
         x, positions, _frequencies(half, theta, x.device), y, x.stride(0), x.stride(1), tokens, heads, direction,
         HALF=half, WIDTH=width, ROWS=rows, HEADS=_HEADS,
     )  # fmt: skip

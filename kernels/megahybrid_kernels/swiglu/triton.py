@@ -12,7 +12,7 @@ _BLOCK = 2048
 
 
 @triton.jit
-def _forward(gate, up, y, size, BLOCK: tl.constexpr):
+def swiglu_kernel(gate, up, y, size, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     a = tl.load(gate + place, mask=mask, other=0).to(tl.float32)
@@ -21,7 +21,7 @@ def _forward(gate, up, y, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(gate, up, dy, dgate, dup, size, BLOCK: tl.constexpr):
+def swiglu_backward_kernel(gate, up, dy, dgate, dup, size, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     a = tl.load(gate + place, mask=mask, other=0).to(tl.float32)
@@ -38,14 +38,14 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         y = torch.empty_like(up)
-        _forward[(triton.cdiv(up.numel(), _BLOCK),)](gate, up, y, up.numel(), BLOCK=_BLOCK)
+        swiglu_kernel[(triton.cdiv(up.numel(), _BLOCK),)](gate, up, y, up.numel(), BLOCK=_BLOCK)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         dgate, dup, size = torch.empty_like(gate), torch.empty_like(up), up.numel()
-        _backward[(triton.cdiv(size, _BLOCK),)](gate, up, dy.contiguous(), dgate, dup, size, BLOCK=_BLOCK)
+        swiglu_backward_kernel[(triton.cdiv(size, _BLOCK),)](gate, up, dy.contiguous(), dgate, dup, size, BLOCK=_BLOCK)
         return dgate, dup
 
 
