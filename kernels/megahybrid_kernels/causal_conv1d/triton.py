@@ -55,7 +55,7 @@ def _taps(weight, channel, mask, WIDTH: tl.constexpr):
 def _row(x, state, row, begin, sequence, stride, channel, mask, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
          STATE: tl.constexpr):  # fmt: skip
     """x of a row, at most WIDTH - 1 before the row `begin` where its sequence begins: there its state, or 0."""
-    value = tl.load(x + row * stride + channel, mask=mask & (row >= begin), other=0)
+    value = tl.load(x + row.to(tl.int64) * stride + channel, mask=mask & (row >= begin), other=0)
     if STATE:
         slot = sequence * (WIDTH - 1) + WIDTH - 1 + row - begin
         value += tl.load(state + slot * CHANNELS + channel, mask=mask & (row < begin), other=0).to(value.dtype)
@@ -74,12 +74,17 @@ def _window(x, state, first, begin, sequence, stride, channel, mask, CHANNELS: t
 
 
 @triton.jit
-def _rows_from(x, first, end, stride, channel, mask, ROWS: tl.constexpr):
-    """ROWS rows from `first` on, 0 from `end` on."""
+def _load_row(x, row, end, stride, channel, mask):
+    """A row, 0 from the row `end` on."""
+    return tl.load(x + row.to(tl.int64) * stride + channel, mask=mask & (row < end), other=0)
+
+
+@triton.jit
+def _load_rows(x, first, end, stride, channel, mask, ROWS: tl.constexpr):
+    """ROWS rows from `first` on."""
     values = ()
     for i in tl.static_range(ROWS):
-        row = first + i
-        values = values + (tl.load(x + row * stride + channel, mask=mask & (row < end), other=0),)
+        values = values + (_load_row(x, first + i, end, stride, channel, mask),)
     return values
 
 
@@ -111,23 +116,24 @@ def _forward(
 ):  # fmt: skip
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < CHANNELS
-    begin = tl.program_id(1).to(tl.int64) * span
+    begin = tl.program_id(1) * span
     end = tl.minimum(begin + span, tokens)
     taps = _taps(weight, channel, mask, WIDTH)
     for sequence in range(tl.load(index + begin), tl.load(index + end - 1) + 1):
-        own, after = tl.load(borders + sequence).to(tl.int64), tl.load(borders + sequence + 1).to(tl.int64)
+        own, after = tl.load(borders + sequence), tl.load(borders + sequence + 1)
         first, stop = tl.maximum(begin, own), tl.minimum(end, after)
         window = _window(x, state, first, own, sequence, stride, channel, mask, CHANNELS, WIDTH, STATE)
-        coming = _rows_from(x, first, stop, stride, channel, mask, TOGETHER)
+        coming = _load_rows(x, first, stop, stride, channel, mask, TOGETHER)
         for group in range(first, stop, TOGETHER):
-            values = coming
-            coming = _rows_from(x, group + TOGETHER, stop, stride, channel, mask, TOGETHER)
+            later = ()
             for i in tl.static_range(TOGETHER):
                 row = group + i
-                window = _shifted(values[i].to(tl.float32), window, WIDTH)
+                window = _shifted(coming[i].to(tl.float32), window, WIDTH)
+                later = later + (_load_row(x, row + TOGETHER, stop, stride, channel, mask),)
                 total = _sum(taps, window, WIDTH)
                 result = (total * _sigmoid(total)).to(y.dtype.element_ty)
-                tl.store(y + row * CHANNELS + channel, result, mask=mask & (row < stop))
+                tl.store(y + row.to(tl.int64) * CHANNELS + channel, result, mask=mask & (row < stop))
+            coming = later
         if stop == after:
             for i in tl.static_range(WIDTH - 1):
                 row = after - (WIDTH - 1) + i
@@ -143,7 +149,7 @@ def _backward(
     """dweight: `[spans, WIDTH, CHANNELS]`."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < CHANNELS
-    begin = tl.program_id(1).to(tl.int64) * span
+    begin = tl.program_id(1) * span
     end = tl.minimum(begin + span, tokens)
     taps = _taps(weight, channel, mask, WIDTH)
     zero = tl.zeros([BLOCK], tl.float32)
@@ -151,24 +157,25 @@ def _backward(
     for _ in tl.static_range(WIDTH):
         sums = sums + (zero,)
     for sequence in range(tl.load(index + begin), tl.load(index + end - 1) + 1):
-        own, after = tl.load(borders + sequence).to(tl.int64), tl.load(borders + sequence + 1).to(tl.int64)
+        own, after = tl.load(borders + sequence), tl.load(borders + sequence + 1)
         first, stop = tl.maximum(begin, own), tl.minimum(end, after)
         last = tl.minimum(stop + WIDTH - 1, after)
         window = _window(x, state, first, own, sequence, stride, channel, mask, CHANNELS, WIDTH, STATE)
-        coming = _rows_from(x, first, last, stride, channel, mask, TOGETHER)
-        coming_grads = _rows_from(dy, first, last, dy_stride, channel, mask, TOGETHER)
+        coming = _load_rows(x, first, last, stride, channel, mask, TOGETHER)
+        coming_grads = _load_rows(dy, first, last, dy_stride, channel, mask, TOGETHER)
         unfinished = ()
         for _ in tl.static_range(WIDTH):
             unfinished = unfinished + (zero,)
         # dx of a row is complete WIDTH - 1 rows later.
         for group in range(first, stop + WIDTH - 1, TOGETHER):
-            values, grads = coming, coming_grads
-            coming = _rows_from(x, group + TOGETHER, last, stride, channel, mask, TOGETHER)
-            coming_grads = _rows_from(dy, group + TOGETHER, last, dy_stride, channel, mask, TOGETHER)
+            later, later_grads = (), ()
             for i in tl.static_range(TOGETHER):
                 row = group + i
-                window = _shifted(values[i].to(tl.float32), window, WIDTH)
-                ds = grads[i].to(tl.float32) * _silu_gradient(_sum(taps, window, WIDTH))
+                window = _shifted(coming[i].to(tl.float32), window, WIDTH)
+                grad = coming_grads[i].to(tl.float32)
+                later = later + (_load_row(x, row + TOGETHER, last, stride, channel, mask),)
+                later_grads = later_grads + (_load_row(dy, row + TOGETHER, last, dy_stride, channel, mask),)
+                ds = grad * _silu_gradient(_sum(taps, window, WIDTH))
                 counted = tl.where(row < stop, ds, 0.0)
                 unfinished = _shifted(zero, unfinished, WIDTH)
                 new_unfinished, new_sums = (), ()
@@ -178,7 +185,9 @@ def _backward(
                 unfinished, sums = new_unfinished, new_sums
                 target = row - (WIDTH - 1)
                 result = unfinished[WIDTH - 1].to(dx.dtype.element_ty)
-                tl.store(dx + target * CHANNELS + channel, result, mask=mask & (target >= first) & (target < stop))
+                inside = mask & (target >= first) & (target < stop)
+                tl.store(dx + target.to(tl.int64) * CHANNELS + channel, result, mask=inside)
+            coming, coming_grads = later, later_grads
     for i in tl.static_range(WIDTH):
         place = (tl.program_id(1).to(tl.int64) * WIDTH + WIDTH - 1 - i) * CHANNELS + channel
         tl.store(dweight + place, sums[i], mask=mask)
