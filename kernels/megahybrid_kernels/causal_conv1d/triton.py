@@ -6,10 +6,10 @@ With w_i = weight[:, width - 1 - i] on the input of i tokens before, and terms o
     ds_t = dy_t silu'(s_t),  dx_t = sum_i w_i ds_{t+i},  dw_i = sum_t ds_t x_{t-i}
 
 A program walks along a span of tokens with a few channels a thread, from border to border of the sequences in it, so
-that no row between is masked. It keeps the last `width` inputs and the unfinished dx in registers and has the next rows'
-loads on their way: every input is read once, but for the width - 1 tokens around a span, and s is computed again rather
-than stored. Spans' shares of dw are summed in a fixed order. The states' gradients, a few rows a sequence, have kernels
-of their own.
+that no tap between has to be masked. It keeps the last `width` inputs and the unfinished dx in registers, and the loads
+of the next rows are on their way: every input is read once, but for the width - 1 tokens around a span, and s is
+computed again rather than stored. Spans' shares of dw are summed in a fixed order. What concerns the states' gradients,
+a few rows a sequence, has kernels of its own.
 """
 
 # Triton knows no unpacking within a tuple.
@@ -52,10 +52,10 @@ def _taps(weight, channel, mask, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _row(x, state, row, begin, sequence, stride, channel, mask, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-         STATE: tl.constexpr):  # fmt: skip
+def _row(x, state, row, begin, sequence, channel, mask, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
+         WIDTH: tl.constexpr, STATE: tl.constexpr):  # fmt: skip
     """x of a row, at most WIDTH - 1 before the row `begin` where its sequence begins: there its state, or 0."""
-    value = tl.load(x + row.to(tl.int64) * stride + channel, mask=mask & (row >= begin), other=0)
+    value = tl.load(_row_at(x, row, channel, STRIDE), mask=mask & (row >= begin), other=0)
     if STATE:
         slot = sequence * (WIDTH - 1) + WIDTH - 1 + row - begin
         value += tl.load(state + slot * CHANNELS + channel, mask=mask & (row < begin), other=0).to(value.dtype)
@@ -63,28 +63,27 @@ def _row(x, state, row, begin, sequence, stride, channel, mask, CHANNELS: tl.con
 
 
 @triton.jit
-def _window(x, state, first, begin, sequence, stride, channel, mask, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-            STATE: tl.constexpr):  # fmt: skip
+def _window(x, state, first, begin, sequence, channel, mask, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
+            WIDTH: tl.constexpr, STATE: tl.constexpr):  # fmt: skip
     """x of the WIDTH - 1 rows before `first`, the latest first, and a block that a shift drops."""
     window = ()
     for i in tl.static_range(WIDTH - 1):
-        value = _row(x, state, first - 1 - i, begin, sequence, stride, channel, mask, CHANNELS, WIDTH, STATE)
+        value = _row(x, state, first - 1 - i, begin, sequence, channel, mask, STRIDE, CHANNELS, WIDTH, STATE)
         window = window + (value.to(tl.float32),)
     return window + (tl.zeros(channel.shape, tl.float32),)
 
 
 @triton.jit
-def _load_row(x, row, end, stride, channel, mask):
-    """A row, 0 from the row `end` on."""
-    return tl.load(x + row.to(tl.int64) * stride + channel, mask=mask & (row < end), other=0)
+def _row_at(x, row, channel, STRIDE: tl.constexpr):
+    return x + row.to(tl.int64) * STRIDE + channel
 
 
 @triton.jit
-def _load_rows(x, first, end, stride, channel, mask, ROWS: tl.constexpr):
-    """ROWS rows from `first` on."""
+def _load_rows(at, rows, mask, STRIDE: tl.constexpr, TOGETHER: tl.constexpr):
+    """TOGETHER rows from `at` on, 0 where there are only `rows`."""
     values = ()
-    for i in tl.static_range(ROWS):
-        values = values + (_load_row(x, first + i, end, stride, channel, mask),)
+    for i in tl.static_range(TOGETHER):
+        values = values + (tl.load(at + i * STRIDE, mask=mask & (i < rows), other=0),)
     return values
 
 
@@ -111,7 +110,7 @@ def _silu_gradient(x):
 
 @triton.jit
 def _forward(
-    x, weight, state, index, borders, y, new_state, stride, tokens, span,
+    x, weight, state, index, borders, y, new_state, tokens, span, STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -122,28 +121,32 @@ def _forward(
     for sequence in range(tl.load(index + begin), tl.load(index + end - 1) + 1):
         own, after = tl.load(borders + sequence), tl.load(borders + sequence + 1)
         first, stop = tl.maximum(begin, own), tl.minimum(end, after)
-        window = _window(x, state, first, own, sequence, stride, channel, mask, CHANNELS, WIDTH, STATE)
-        coming = _load_rows(x, first, stop, stride, channel, mask, TOGETHER)
+        window = _window(x, state, first, own, sequence, channel, mask, STRIDE, CHANNELS, WIDTH, STATE)
+        x_at, y_at = _row_at(x, first, channel, STRIDE), _row_at(y, first, channel, CHANNELS)
+        coming = _load_rows(x_at, stop - first, mask, STRIDE, TOGETHER)
         for group in range(first, stop, TOGETHER):
             later = ()
             for i in tl.static_range(TOGETHER):
                 row = group + i
                 window = _shifted(coming[i].to(tl.float32), window, WIDTH)
-                later = later + (_load_row(x, row + TOGETHER, stop, stride, channel, mask),)
+                inside = mask & (row + TOGETHER < stop)
+                later = later + (tl.load(x_at + (i + TOGETHER) * STRIDE, mask=inside, other=0),)
                 total = _sum(taps, window, WIDTH)
                 result = (total * _sigmoid(total)).to(y.dtype.element_ty)
-                tl.store(y + row.to(tl.int64) * CHANNELS + channel, result, mask=mask & (row < stop))
+                tl.store(y_at + i * CHANNELS, result, mask=mask & (row < stop))
             coming = later
+            x_at += TOGETHER * STRIDE
+            y_at += TOGETHER * CHANNELS
         if stop == after:
             for i in tl.static_range(WIDTH - 1):
                 row = after - (WIDTH - 1) + i
-                value = _row(x, state, row, own, sequence, stride, channel, mask, CHANNELS, WIDTH, STATE)
+                value = _row(x, state, row, own, sequence, channel, mask, STRIDE, CHANNELS, WIDTH, STATE)
                 tl.store(new_state + (sequence * (WIDTH - 1) + i) * CHANNELS + channel, value, mask=mask)
 
 
 @triton.jit
 def _backward(
-    x, weight, state, index, borders, dy, dx, dweight, stride, dy_stride, tokens, span,
+    x, weight, state, index, borders, dy, dx, dweight, tokens, span, STRIDE: tl.constexpr, DY_STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """dweight: `[spans, WIDTH, CHANNELS]`."""
@@ -160,9 +163,11 @@ def _backward(
         own, after = tl.load(borders + sequence), tl.load(borders + sequence + 1)
         first, stop = tl.maximum(begin, own), tl.minimum(end, after)
         last = tl.minimum(stop + WIDTH - 1, after)
-        window = _window(x, state, first, own, sequence, stride, channel, mask, CHANNELS, WIDTH, STATE)
-        coming = _load_rows(x, first, last, stride, channel, mask, TOGETHER)
-        coming_grads = _load_rows(dy, first, last, dy_stride, channel, mask, TOGETHER)
+        window = _window(x, state, first, own, sequence, channel, mask, STRIDE, CHANNELS, WIDTH, STATE)
+        x_at, dy_at = _row_at(x, first, channel, STRIDE), _row_at(dy, first, channel, DY_STRIDE)
+        dx_at = _row_at(dx, first, channel, CHANNELS)
+        coming = _load_rows(x_at, last - first, mask, STRIDE, TOGETHER)
+        coming_grads = _load_rows(dy_at, last - first, mask, DY_STRIDE, TOGETHER)
         unfinished = ()
         for _ in tl.static_range(WIDTH):
             unfinished = unfinished + (zero,)
@@ -173,8 +178,9 @@ def _backward(
                 row = group + i
                 window = _shifted(coming[i].to(tl.float32), window, WIDTH)
                 grad = coming_grads[i].to(tl.float32)
-                later = later + (_load_row(x, row + TOGETHER, last, stride, channel, mask),)
-                later_grads = later_grads + (_load_row(dy, row + TOGETHER, last, dy_stride, channel, mask),)
+                inside = mask & (row + TOGETHER < last)
+                later = later + (tl.load(x_at + (i + TOGETHER) * STRIDE, mask=inside, other=0),)
+                later_grads = later_grads + (tl.load(dy_at + (i + TOGETHER) * DY_STRIDE, mask=inside, other=0),)
                 ds = grad * _silu_gradient(_sum(taps, window, WIDTH))
                 counted = tl.where(row < stop, ds, 0.0)
                 unfinished = _shifted(zero, unfinished, WIDTH)
@@ -186,8 +192,11 @@ def _backward(
                 target = row - (WIDTH - 1)
                 result = unfinished[WIDTH - 1].to(dx.dtype.element_ty)
                 inside = mask & (target >= first) & (target < stop)
-                tl.store(dx + target.to(tl.int64) * CHANNELS + channel, result, mask=inside)
+                tl.store(dx_at + (i - (WIDTH - 1)) * CHANNELS, result, mask=inside)
             coming, coming_grads = later, later_grads
+            x_at += TOGETHER * STRIDE
+            dy_at += TOGETHER * DY_STRIDE
+            dx_at += TOGETHER * CHANNELS
     for i in tl.static_range(WIDTH):
         place = (tl.program_id(1).to(tl.int64) * WIDTH + WIDTH - 1 - i) * CHANNELS + channel
         tl.store(dweight + place, sums[i], mask=mask)
@@ -266,8 +275,8 @@ class _Convolution(torch.autograd.Function):
         new_state = x.new_empty(sequences.count, weight.shape[1] - 1, x.shape[1])
         grid, span, constants = _cut(x, weight, _FORWARD_PROGRAMS)
         _forward[grid](
-            x, weight, x if state is None else state, sequences.index, sequences.cu_seqlens, y, new_state, x.stride(0),
-            len(x), span, **constants, STATE=state is not None, TOGETHER=_TOGETHER,
+            x, weight, x if state is None else state, sequences.index, sequences.cu_seqlens, y, new_state,
+            len(x), span, x.stride(0), **constants, STATE=state is not None, TOGETHER=_TOGETHER,
         )  # fmt: skip
         ctx.sequences = sequences
         ctx.save_for_backward(x, weight, state)
@@ -284,7 +293,7 @@ class _Convolution(torch.autograd.Function):
         shares = torch.empty(grid[1], weight.shape[1], len(weight), dtype=torch.float32, device=x.device)
         ends, borders = (grid[0], sequences.count), sequences.cu_seqlens
         _backward[grid](
-            x, weight, held, sequences.index, borders, dy, dx, shares, x.stride(0), dy.stride(0), len(x), span,
+            x, weight, held, sequences.index, borders, dy, dx, shares, len(x), span, x.stride(0), dy.stride(0),
             **constants, STATE=state is not None, TOGETHER=_TOGETHER,
         )  # fmt: skip
         dweight = torch.empty_like(weight)
