@@ -24,12 +24,13 @@ from torch import Tensor
 
 from megahybrid_kernels.sequences import Sequences
 
-# Channels of a program and of a thread; rows whose loads are on their way together; programs that run at once.
-_CHANNELS, _PER_THREAD, _TOGETHER = 128, 4, 4
+# Channels of a program and of a thread; bytes of a channel whose loads are on their way together; programs that run at
+# once: 16 warps on each of 132 multiprocessors have 128 registers a thread.
+_CHANNELS, _PER_THREAD, _BYTES = 128, 4, 8
 _FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 132 * 24, 132 * 16
 _SHORTEST_SPAN = 8
-# Values of a program that sums the spans' shares of dweight.
-_SUMMED = 64
+# Values and spans of a tile that sums the spans' shares of dweight.
+_SUMMED, _SUMMED_SPANS = 32, 128
 
 
 @triton.jit
@@ -108,7 +109,7 @@ def _silu_gradient(x):
     return gate * (1 + x * (1 - gate))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "span"])
 def _forward(
     x, weight, state, index, borders, y, new_state, tokens, span, STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, TOGETHER: tl.constexpr,
@@ -144,7 +145,7 @@ def _forward(
                 tl.store(new_state + (sequence * (WIDTH - 1) + i) * CHANNELS + channel, value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "span"])
 def _backward(
     x, weight, state, index, borders, dy, dx, dweight, tokens, span, STRIDE: tl.constexpr, DY_STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, TOGETHER: tl.constexpr,
@@ -202,7 +203,7 @@ def _backward(
         tl.store(dweight + place, sums[i], mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans"])
 def _sum_spans(
     shares, dweight, spans, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -276,7 +277,7 @@ class _Convolution(torch.autograd.Function):
         grid, span, constants = _cut(x, weight, _FORWARD_PROGRAMS)
         _forward[grid](
             x, weight, x if state is None else state, sequences.index, sequences.cu_seqlens, y, new_state,
-            len(x), span, x.stride(0), **constants, STATE=state is not None, TOGETHER=_TOGETHER,
+            len(x), span, x.stride(0), **constants, STATE=state is not None, TOGETHER=_BYTES // x.element_size(),
         )  # fmt: skip
         ctx.sequences = sequences
         ctx.save_for_backward(x, weight, state)
@@ -294,11 +295,11 @@ class _Convolution(torch.autograd.Function):
         ends, borders = (grid[0], sequences.count), sequences.cu_seqlens
         _backward[grid](
             x, weight, held, sequences.index, borders, dy, dx, shares, len(x), span, x.stride(0), dy.stride(0),
-            **constants, STATE=state is not None, TOGETHER=_TOGETHER,
+            **constants, STATE=state is not None, TOGETHER=_BYTES // x.element_size(),
         )  # fmt: skip
         dweight = torch.empty_like(weight)
         _sum_spans[(triton.cdiv(weight.numel(), _SUMMED),)](
-            shares, dweight, len(shares), len(weight), weight.shape[1], BLOCK=_SUMMED, ROWS=32, num_warps=4
+            shares, dweight, len(shares), len(weight), weight.shape[1], BLOCK=_SUMMED, ROWS=_SUMMED_SPANS
         )
         passed = dnew_state is not None
         dnew_state = dnew_state.contiguous() if passed else dx
