@@ -53,8 +53,9 @@ def test_outputs_states_and_gradients_equal_direct_sums(width, channels, dtype):
     assert_same(actual, run(lambda *x: oracle(*x, LENGTHS), [x.double() for x in inputs]), TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("programs", [1, 3, 1000])
-def test_no_initial_state_and_any_number_of_spans(programs, monkeypatch):
+@pytest.mark.parametrize("programs, rows", [(1, 4), (3, 2), (3, 1), (4, 8), (1000, 2)])
+def test_no_initial_state_any_number_of_spans_and_of_rows_on_their_way(programs, rows, monkeypatch):
+    monkeypatch.setattr(conv, "_BYTES", 4 * rows)
     monkeypatch.setattr(conv, "_FORWARD_PROGRAMS", 2 * programs)
     monkeypatch.setattr(conv, "_BACKWARD_PROGRAMS", 2 * programs)
     lengths = (5, 9, 3, 1, 19, 1)
@@ -101,3 +102,24 @@ def test_strided_inputs_and_only_one_output_used():
     expected = torch.zeros_like(x)
     expected[[6, 7, 8, 10, 11, 12]] = 1
     assert torch.equal(dx, expected) and (dweight == 0).all() and (dstate == 0).all()
+
+
+def test_gradients_in_a_part_of_a_wider_tensor():
+    x, weight, state = (t.float().to(DEVICE).requires_grad_() for t in make_inputs((9, 4), channels=12, seed=6))
+    y, _ = op_for((9, 4))(x, weight, state)
+    dy = torch.randn(13, 30, device=DEVICE)[:, 8:20]
+    leaves = (x, weight, state)
+    whole = torch.autograd.grad(y, leaves, dy.contiguous(), retain_graph=True)
+    parts = torch.autograd.grad(y, leaves, dy)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_sums_far_from_zero_stay_finite():
+    values = torch.tensor([-1e30, -1e4, -90.0, -30.0, 0.0, 30.0, 90.0, 1e4, 1e30])[:, None].repeat(1, 8).to(DEVICE)
+    x, weight = values.requires_grad_(), torch.ones(8, 1, device=DEVICE)
+    y, _ = op_for((9,))(x, weight)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    exact = x.detach().double()
+    gate = exact.sigmoid()
+    torch.testing.assert_close(y.double(), exact * gate, rtol=4e-6, atol=1e-30)
+    torch.testing.assert_close(dx.double(), gate * (1 + exact * (1 - gate)), rtol=4e-6, atol=1e-30)

@@ -5,10 +5,11 @@ With w_i = weight[:, width - 1 - i] on the input of i tokens before, and terms o
     s_t = sum_i w_i x_{t-i},  y_t = silu(s_t)
     ds_t = dy_t silu'(s_t),  dx_t = sum_i w_i ds_{t+i},  dw_i = sum_t ds_t x_{t-i}
 
-A program walks along a span of tokens with a few channels a thread, and keeps the last `width` inputs and the
-unfinished dx in registers: every input is read once, but for the width - 1 tokens around a span, and s is computed
-again rather than stored. Spans' shares of dw are summed in a fixed order. What concerns the states, a few rows a
-sequence, has kernels of its own.
+A program walks along a span of tokens with a few channels a thread, from border to border of the sequences in it, so
+that no tap between has to be masked. It keeps the last `width` inputs and the unfinished dx in registers, and the loads
+of the next rows are on their way: every input is read once, but for the width - 1 tokens around a span, and s is
+computed again rather than stored. Spans' shares of dw are summed in a fixed order. What concerns the states' gradients,
+a few rows a sequence, has kernels of its own.
 """
 
 # Triton knows no unpacking within a tuple.
@@ -23,10 +24,13 @@ from torch import Tensor
 
 from megahybrid_kernels.sequences import Sequences
 
-# Channels of a program, of one warp; rows whose loads are on their way together; programs that run at once.
-_CHANNELS, _TOGETHER = 256, 4
-_FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 132 * 20, 132 * 10
+# Channels of a program and of a thread; bytes of a channel whose loads are on their way together; programs that run at
+# once: 16 warps on each of 132 multiprocessors have 128 registers a thread.
+_CHANNELS, _PER_THREAD, _BYTES = 128, 4, 8
+_FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 132 * 24, 132 * 16
 _SHORTEST_SPAN = 8
+# Values and spans of a tile that sums the spans' shares of dweight.
+_SUMMED, _SUMMED_SPANS = 32, 128
 
 
 @triton.jit
@@ -49,27 +53,39 @@ def _taps(weight, channel, mask, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _window(x, first, stride, channel, mask, WIDTH: tl.constexpr):
-    """x of the WIDTH rows before `first`, the latest first."""
-    window = ()
-    for i in tl.static_range(WIDTH):
-        row = first - 1 - i
-        window = window + (tl.load(x + row * stride + channel, mask=mask & (row >= 0), other=0).to(tl.float32),)
-    return window
+def _row(x, state, row, begin, sequence, channel, mask, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
+         WIDTH: tl.constexpr, STATE: tl.constexpr):  # fmt: skip
+    """x of a row, at most WIDTH - 1 before the row `begin` where its sequence begins: there its state, or 0."""
+    value = tl.load(_row_at(x, row, channel, STRIDE), mask=mask & (row >= begin), other=0)
+    if STATE:
+        slot = sequence * (WIDTH - 1) + WIDTH - 1 + row - begin
+        value += tl.load(state + slot * CHANNELS + channel, mask=mask & (row < begin), other=0).to(value.dtype)
+    return value
 
 
 @triton.jit
-def _within(window, offset, state, sequence, channel, mask, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
-            STATE: tl.constexpr):  # fmt: skip
-    """`window` of a token that has `offset` others of its sequence before it: what lies further back is its state's."""
-    result = (window[0],)
-    for i in tl.static_range(1, WIDTH):
-        value = tl.where(offset >= i, window[i], 0.0)
-        if STATE:
-            slot = sequence.to(tl.int64) * (WIDTH - 1) + WIDTH - 1 + offset - i
-            value += tl.load(state + slot * CHANNELS + channel, mask=mask & (offset < i), other=0).to(tl.float32)
-        result = result + (value,)
-    return result
+def _window(x, state, first, begin, sequence, channel, mask, STRIDE: tl.constexpr, CHANNELS: tl.constexpr,
+            WIDTH: tl.constexpr, STATE: tl.constexpr):  # fmt: skip
+    """x of the WIDTH - 1 rows before `first`, the latest first, and a block that a shift drops."""
+    window = ()
+    for i in tl.static_range(WIDTH - 1):
+        value = _row(x, state, first - 1 - i, begin, sequence, channel, mask, STRIDE, CHANNELS, WIDTH, STATE)
+        window = window + (value.to(tl.float32),)
+    return window + (tl.zeros(channel.shape, tl.float32),)
+
+
+@triton.jit
+def _row_at(x, row, channel, STRIDE: tl.constexpr):
+    return x + row.to(tl.int64) * STRIDE + channel
+
+
+@triton.jit
+def _load_rows(at, rows, mask, STRIDE: tl.constexpr, TOGETHER: tl.constexpr):
+    """TOGETHER rows from `at` on, 0 where there are only `rows`."""
+    values = ()
+    for i in tl.static_range(TOGETHER):
+        values = values + (tl.load(at + i * STRIDE, mask=mask & (i < rows), other=0),)
+    return values
 
 
 @triton.jit
@@ -81,100 +97,126 @@ def _sum(taps, window, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _sigmoid(x):
+    # exp2 and rsqrt are an instruction each; exp and a division take nine for the range of denormal numbers.
+    root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * x))
+    return root * root
+
+
+@triton.jit
 def _silu_gradient(x):
-    gate = tl.sigmoid(x)
+    gate = _sigmoid(x)
     return gate * (1 + x * (1 - gate))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "span"])
 def _forward(
-    x, weight, state, begins, index, y, stride, tokens, span,
+    x, weight, state, index, borders, y, new_state, tokens, span, STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < CHANNELS
-    begin = tl.program_id(1).to(tl.int64) * span
+    begin = tl.program_id(1) * span
     end = tl.minimum(begin + span, tokens)
     taps = _taps(weight, channel, mask, WIDTH)
-    window = _window(x, begin, stride, channel, mask, WIDTH)
-    for group in range(begin, end, TOGETHER):
-        values, offsets, numbers = (), (), ()
-        for i in tl.static_range(TOGETHER):
-            row = group + i
-            values = values + (tl.load(x + row * stride + channel, mask=mask & (row < end), other=0),)
-            offsets = offsets + (row - tl.load(begins + row, mask=row < end, other=0),)
-            numbers = numbers + (tl.load(index + row, mask=row < end, other=0) if STATE else 0,)
-        for i in tl.static_range(TOGETHER):
-            row = group + i
-            window = _shifted(values[i].to(tl.float32), window, WIDTH)
-            own = _within(window, offsets[i], state, numbers[i], channel, mask & (row < end), CHANNELS, WIDTH, STATE)
-            total = _sum(taps, own, WIDTH)
-            result = (total * tl.sigmoid(total)).to(y.dtype.element_ty)
-            tl.store(y + row * CHANNELS + channel, result, mask=mask & (row < end))
+    for sequence in range(tl.load(index + begin), tl.load(index + end - 1) + 1):
+        own, after = tl.load(borders + sequence), tl.load(borders + sequence + 1)
+        first, stop = tl.maximum(begin, own), tl.minimum(end, after)
+        window = _window(x, state, first, own, sequence, channel, mask, STRIDE, CHANNELS, WIDTH, STATE)
+        x_at, y_at = _row_at(x, first, channel, STRIDE), _row_at(y, first, channel, CHANNELS)
+        coming = _load_rows(x_at, stop - first, mask, STRIDE, TOGETHER)
+        for group in range(first, stop, TOGETHER):
+            later = ()
+            for i in tl.static_range(TOGETHER):
+                row = group + i
+                window = _shifted(coming[i].to(tl.float32), window, WIDTH)
+                inside = mask & (row + TOGETHER < stop)
+                later = later + (tl.load(x_at + (i + TOGETHER) * STRIDE, mask=inside, other=0),)
+                total = _sum(taps, window, WIDTH)
+                result = (total * _sigmoid(total)).to(y.dtype.element_ty)
+                tl.store(y_at + i * CHANNELS, result, mask=mask & (row < stop))
+            coming = later
+            x_at += TOGETHER * STRIDE
+            y_at += TOGETHER * CHANNELS
+        if stop == after:
+            for i in tl.static_range(WIDTH - 1):
+                row = after - (WIDTH - 1) + i
+                value = _row(x, state, row, own, sequence, channel, mask, STRIDE, CHANNELS, WIDTH, STATE)
+                tl.store(new_state + (sequence * (WIDTH - 1) + i) * CHANNELS + channel, value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "span"])
 def _backward(
-    x, weight, state, begins, index, dy, dx, dweight, stride, dy_stride, tokens, span,
+    x, weight, state, index, borders, dy, dx, dweight, tokens, span, STRIDE: tl.constexpr, DY_STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """dweight: `[spans, CHANNELS, WIDTH]`."""
+    """dweight: `[spans, WIDTH, CHANNELS]`."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < CHANNELS
-    begin = tl.program_id(1).to(tl.int64) * span
+    begin = tl.program_id(1) * span
     end = tl.minimum(begin + span, tokens)
-    last = tl.minimum(end + WIDTH - 1, tokens)
     taps = _taps(weight, channel, mask, WIDTH)
-    window = _window(x, begin, stride, channel, mask, WIDTH)
     zero = tl.zeros([BLOCK], tl.float32)
-    unfinished, sums = (), ()
+    sums = ()
     for _ in tl.static_range(WIDTH):
-        unfinished, sums = unfinished + (zero,), sums + (zero,)
-    # dx of a row is complete WIDTH - 1 rows later.
-    for group in range(begin, end + WIDTH - 1, TOGETHER):
-        values, grads, offsets, numbers = (), (), (), ()
-        for i in tl.static_range(TOGETHER):
-            row = group + i
-            values = values + (tl.load(x + row * stride + channel, mask=mask & (row < last), other=0),)
-            grads = grads + (tl.load(dy + row * dy_stride + channel, mask=mask & (row < last), other=0),)
-            offsets = offsets + (row - tl.load(begins + row, mask=row < last, other=0),)
-            numbers = numbers + (tl.load(index + row, mask=row < last, other=0) if STATE else 0,)
-        for i in tl.static_range(TOGETHER):
-            row, offset = group + i, offsets[i]
-            window = _shifted(values[i].to(tl.float32), window, WIDTH)
-            own = _within(window, offset, state, numbers[i], channel, mask & (row < last), CHANNELS, WIDTH, STATE)
-            ds = grads[i].to(tl.float32) * _silu_gradient(_sum(taps, own, WIDTH))
-            counted = tl.where(row < end, ds, 0.0)
-            unfinished = _shifted(zero, unfinished, WIDTH)
-            new_unfinished, new_sums = (), ()
-            for j in tl.static_range(WIDTH):
-                new_unfinished = new_unfinished + (unfinished[j] + tl.where(offset >= j, taps[j] * ds, 0.0),)
-                new_sums = new_sums + (sums[j] + counted * own[j],)
-            unfinished, sums = new_unfinished, new_sums
-            target = row - (WIDTH - 1)
-            result = unfinished[WIDTH - 1].to(dx.dtype.element_ty)
-            tl.store(dx + target * CHANNELS + channel, result, mask=mask & (target >= begin) & (target < end))
+        sums = sums + (zero,)
+    for sequence in range(tl.load(index + begin), tl.load(index + end - 1) + 1):
+        own, after = tl.load(borders + sequence), tl.load(borders + sequence + 1)
+        first, stop = tl.maximum(begin, own), tl.minimum(end, after)
+        last = tl.minimum(stop + WIDTH - 1, after)
+        window = _window(x, state, first, own, sequence, channel, mask, STRIDE, CHANNELS, WIDTH, STATE)
+        x_at, dy_at = _row_at(x, first, channel, STRIDE), _row_at(dy, first, channel, DY_STRIDE)
+        dx_at = _row_at(dx, first, channel, CHANNELS)
+        coming = _load_rows(x_at, last - first, mask, STRIDE, TOGETHER)
+        coming_grads = _load_rows(dy_at, last - first, mask, DY_STRIDE, TOGETHER)
+        unfinished = ()
+        for _ in tl.static_range(WIDTH):
+            unfinished = unfinished + (zero,)
+        # dx of a row is complete WIDTH - 1 rows later.
+        for group in range(first, stop + WIDTH - 1, TOGETHER):
+            later, later_grads = (), ()
+            for i in tl.static_range(TOGETHER):
+                row = group + i
+                window = _shifted(coming[i].to(tl.float32), window, WIDTH)
+                grad = coming_grads[i].to(tl.float32)
+                inside = mask & (row + TOGETHER < last)
+                later = later + (tl.load(x_at + (i + TOGETHER) * STRIDE, mask=inside, other=0),)
+                later_grads = later_grads + (tl.load(dy_at + (i + TOGETHER) * DY_STRIDE, mask=inside, other=0),)
+                ds = grad * _silu_gradient(_sum(taps, window, WIDTH))
+                counted = tl.where(row < stop, ds, 0.0)
+                unfinished = _shifted(zero, unfinished, WIDTH)
+                new_unfinished, new_sums = (), ()
+                for j in tl.static_range(WIDTH):
+                    new_unfinished = new_unfinished + (unfinished[j] + taps[j] * ds,)
+                    new_sums = new_sums + (sums[j] + counted * window[j],)
+                unfinished, sums = new_unfinished, new_sums
+                target = row - (WIDTH - 1)
+                result = unfinished[WIDTH - 1].to(dx.dtype.element_ty)
+                inside = mask & (target >= first) & (target < stop)
+                tl.store(dx_at + (i - (WIDTH - 1)) * CHANNELS, result, mask=inside)
+            coming, coming_grads = later, later_grads
+            x_at += TOGETHER * STRIDE
+            dy_at += TOGETHER * DY_STRIDE
+            dx_at += TOGETHER * CHANNELS
     for i in tl.static_range(WIDTH):
-        place = (tl.program_id(1).to(tl.int64) * CHANNELS + channel) * WIDTH + (WIDTH - 1 - i)
+        place = (tl.program_id(1).to(tl.int64) * WIDTH + WIDTH - 1 - i) * CHANNELS + channel
         tl.store(dweight + place, sums[i], mask=mask)
 
 
-@triton.jit
-def _last_rows(
-    x, state, borders, new_state, stride,
-    CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr,
-):  # fmt: skip
-    """The state after each sequence, one program a sequence and block of channels."""
-    sequence, channel = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask, history = channel < CHANNELS, sequence * (WIDTH - 1)
-    begin, end = tl.load(borders + sequence).to(tl.int64), tl.load(borders + sequence + 1).to(tl.int64)
-    for i in tl.static_range(WIDTH - 1):
-        row = end - (WIDTH - 1) + i
-        value = tl.load(x + row * stride + channel, mask=mask & (row >= begin), other=0)
-        if STATE:
-            slot = history + WIDTH - 1 + row - begin
-            value += tl.load(state + slot * CHANNELS + channel, mask=mask & (row < begin), other=0).to(value.dtype)
-        tl.store(new_state + (history + i) * CHANNELS + channel, value, mask=mask)
+@triton.jit(do_not_specialize=["spans"])
+def _sum_spans(
+    shares, dweight, spans, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    """shares: `[spans, WIDTH * CHANNELS]`, dweight: `[CHANNELS, WIDTH]`."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < WIDTH * CHANNELS
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, spans, ROWS):
+        row = first + tl.arange(0, ROWS)
+        places = row.to(tl.int64)[:, None] * (WIDTH * CHANNELS) + place[None, :]
+        total += tl.load(shares + places, mask=(row < spans)[:, None] & inside[None, :], other=0)
+    target = dweight + place % CHANNELS * WIDTH + place // CHANNELS
+    tl.store(target, tl.sum(total, 0).to(dweight.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -233,16 +275,10 @@ class _Convolution(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         new_state = x.new_empty(sequences.count, weight.shape[1] - 1, x.shape[1])
         grid, span, constants = _cut(x, weight, _FORWARD_PROGRAMS)
-        flags = {"STATE": state is not None}
-        held = x if state is None else state
-        index = sequences.begins if state is None else sequences.index
         _forward[grid](
-            x, weight, held, sequences.begins, index, y, x.stride(0), len(x), span, **constants, **flags,
-            TOGETHER=_TOGETHER, num_warps=1,
+            x, weight, x if state is None else state, sequences.index, sequences.cu_seqlens, y, new_state,
+            len(x), span, x.stride(0), **constants, STATE=state is not None, TOGETHER=_BYTES // x.element_size(),
         )  # fmt: skip
-        _last_rows[(grid[0], sequences.count)](
-            x, held, sequences.cu_seqlens, new_state, x.stride(0), **constants, **flags, num_warps=1
-        )
         ctx.sequences = sequences
         ctx.save_for_backward(x, weight, state)
         ctx.set_materialize_grads(False)
@@ -255,33 +291,37 @@ class _Convolution(torch.autograd.Function):
         dy = torch.zeros_like(x) if dy is None else _rows(dy)
         dx, dstate = torch.empty(x.shape, dtype=x.dtype, device=x.device), None
         grid, span, constants = _cut(x, weight, _BACKWARD_PROGRAMS)
-        dweight = torch.empty(grid[1], *weight.shape, dtype=torch.float32, device=x.device)
-        index = sequences.begins if state is None else sequences.index
-        _backward[grid](
-            x, weight, held, sequences.begins, index, dy, dx, dweight, x.stride(0), dy.stride(0), len(x), span,
-            **constants, STATE=state is not None, TOGETHER=_TOGETHER, num_warps=1,
-        )  # fmt: skip
+        shares = torch.empty(grid[1], weight.shape[1], len(weight), dtype=torch.float32, device=x.device)
         ends, borders = (grid[0], sequences.count), sequences.cu_seqlens
+        _backward[grid](
+            x, weight, held, sequences.index, borders, dy, dx, shares, len(x), span, x.stride(0), dy.stride(0),
+            **constants, STATE=state is not None, TOGETHER=_BYTES // x.element_size(),
+        )  # fmt: skip
+        dweight = torch.empty_like(weight)
+        _sum_spans[(triton.cdiv(weight.numel(), _SUMMED),)](
+            shares, dweight, len(shares), len(weight), weight.shape[1], BLOCK=_SUMMED, ROWS=_SUMMED_SPANS
+        )
         passed = dnew_state is not None
         dnew_state = dnew_state.contiguous() if passed else dx
         if passed:
-            _backward_last_rows[ends](borders, dnew_state, dx, **constants, num_warps=1)
+            _backward_last_rows[ends](borders, dnew_state, dx, **constants)
         if state is not None and ctx.needs_input_grad[2]:
             dstate = torch.empty_like(state)
             _backward_state[ends](
                 x, weight, state, borders, dy, dnew_state, dstate, x.stride(0), dy.stride(0), **constants,
-                PASSED=passed, num_warps=1,
+                PASSED=passed,
             )  # fmt: skip
-        return dx, dweight.sum(0).to(weight.dtype), dstate, None
+        return dx, dweight, dstate, None
 
 
 def _cut(x: Tensor, weight: Tensor, programs: int) -> tuple[tuple[int, int], int, dict[str, int]]:
-    """The grid of channel blocks and spans, tokens of a span, and constexpr arguments."""
+    """The grid of channel blocks and spans, tokens of a span, and constant arguments."""
     (tokens, channels), width = x.shape, weight.shape[1]
     block = min(_CHANNELS, triton.next_power_of_2(channels))
     blocks = triton.cdiv(channels, block)
     span = max(_SHORTEST_SPAN, triton.cdiv(tokens, max(1, programs // blocks)))
-    return (blocks, triton.cdiv(tokens, span)), span, {"CHANNELS": channels, "BLOCK": block, "WIDTH": width}
+    constants = {"CHANNELS": channels, "BLOCK": block, "WIDTH": width}
+    return (blocks, triton.cdiv(tokens, span)), span, constants | {"num_warps": max(1, block // (32 * _PER_THREAD))}
 
 
 def _rows(x: Tensor) -> Tensor:
