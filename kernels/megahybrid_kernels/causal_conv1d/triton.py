@@ -110,7 +110,7 @@ def _silu_gradient(x):
 
 
 @triton.jit(do_not_specialize=["tokens", "span"])
-def _forward(
+def conv1d_kernel(
     x, weight, state, index, borders, y, new_state, tokens, span, STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
@@ -146,7 +146,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["tokens", "span"])
-def _backward(
+def conv1d_backward_kernel(
     x, weight, state, index, borders, dy, dx, dweight, tokens, span, STRIDE: tl.constexpr, DY_STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
@@ -204,7 +204,7 @@ def _backward(
 
 
 @triton.jit(do_not_specialize=["spans"])
-def _sum_spans(
+def conv1d_sum_kernel(
     shares, dweight, spans, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
     """shares: `[spans, WIDTH * CHANNELS]`, dweight: `[CHANNELS, WIDTH]`."""
@@ -275,7 +275,7 @@ class _Convolution(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         new_state = x.new_empty(sequences.count, weight.shape[1] - 1, x.shape[1])
         grid, span, constants = _cut(x, weight, _FORWARD_PROGRAMS)
-        _forward[grid](
+        conv1d_kernel[grid](
             x, weight, x if state is None else state, sequences.index, sequences.cu_seqlens, y, new_state,
             len(x), span, x.stride(0), **constants, STATE=state is not None, TOGETHER=_BYTES // x.element_size(),
         )  # fmt: skip
@@ -293,12 +293,12 @@ class _Convolution(torch.autograd.Function):
         grid, span, constants = _cut(x, weight, _BACKWARD_PROGRAMS)
         shares = torch.empty(grid[1], weight.shape[1], len(weight), dtype=torch.float32, device=x.device)
         ends, borders = (grid[0], sequences.count), sequences.cu_seqlens
-        _backward[grid](
+        conv1d_backward_kernel[grid](
             x, weight, held, sequences.index, borders, dy, dx, shares, len(x), span, x.stride(0), dy.stride(0),
             **constants, STATE=state is not None, TOGETHER=_BYTES // x.element_size(),
         )  # fmt: skip
         dweight = torch.empty_like(weight)
-        _sum_spans[(triton.cdiv(weight.numel(), _SUMMED),)](
+        conv1d_sum_kernel[(triton.cdiv(weight.numel(), _SUMMED),)](
             shares, dweight, len(shares), len(weight), weight.shape[1], BLOCK=_SUMMED, ROWS=_SUMMED_SPANS
         )
         passed = dnew_state is not None
