@@ -107,7 +107,9 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         report = StepReport(self.lte_layers, self._kv_heads, self._heads, self.device)
-        self._run(batches, step, report)
+        # On this thread: handing Python's lock to autograd's and back costs the host time for nothing.
+        with torch.autograd.set_multithreading_enabled(False):
+            self._run(batches, step, report)
         report.stop += stop
         report.saving += saving
         if groups.is_first_of_replica():

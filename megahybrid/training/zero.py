@@ -38,6 +38,7 @@ def initialize(config: Config, model: nn.Module, optimizer: torch.optim.Optimize
         "managed_gradient_accumulation": stage > 1,
         "gradient_clipping": config.optimizer.clip_grad_norm,
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it makes the host wait for the GPU before every micro-batch
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": False},
     }

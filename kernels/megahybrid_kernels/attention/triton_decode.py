@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.integers import cdiv, next_power_of_2
+
 _SLOTS = 64
 _MOST_SPLITS = 128
 # Programs that fill a GPU of some hundred multiprocessors with several each.
@@ -127,19 +129,19 @@ def attention_step(q: Tensor, new_k: Tensor, new_v: Tensor, k: Tensor, v: Tensor
     query_heads = q.shape[1]
     groups = query_heads // heads
     q, new_k, new_v = (x.contiguous() for x in (q, new_k, new_v))
-    splits = max(1, min(_PROGRAMS // (count * heads), triton.cdiv(capacity, _SLOTS), _MOST_SPLITS))
+    splits = max(1, min(_PROGRAMS // (count * heads), cdiv(capacity, _SLOTS), _MOST_SPLITS))
     parts = torch.empty(count, query_heads, splits, head_dim, dtype=torch.float32, device=q.device)
     statistics = torch.empty(count, query_heads, 2, splits, dtype=torch.float32, device=q.device)
     o = torch.empty_like(q)
     scale = head_dim**-0.5 * math.log2(math.e)
-    width = max(16, triton.next_power_of_2(head_dim))
+    width = max(16, next_power_of_2(head_dim))
     _attend_split[(splits, heads, count)](
         q, k, v, positions, parts, statistics, capacity, scale, HEAD_DIM=head_dim, WIDTH=width, GROUPS=groups,
-        ROWS=max(16, triton.next_power_of_2(groups)), SLOTS=_SLOTS,
+        ROWS=max(16, next_power_of_2(groups)), SLOTS=_SLOTS,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=3 if head_dim <= 128 else 2, num_warps=4,
     )  # fmt: skip
     _join_and_append[(query_heads, count)](
         o, q, new_k, new_v, k, v, positions, parts, statistics, capacity, splits, scale, HEAD_DIM=head_dim,
-        WIDTH=width, GROUPS=groups, SPLITS=triton.next_power_of_2(splits), BLOCK=32, num_warps=4,
+        WIDTH=width, GROUPS=groups, SPLITS=next_power_of_2(splits), BLOCK=32, num_warps=4,
     )  # fmt: skip
     return o

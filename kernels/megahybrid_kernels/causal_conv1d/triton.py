@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.sequences import Sequences
 
 # Channels of a program and of a thread; bytes of a channel whose loads are on their way together; programs that run at
@@ -298,7 +299,7 @@ class _Convolution(torch.autograd.Function):
             **constants, STATE=state is not None, TOGETHER=_BYTES // x.element_size(),
         )  # fmt: skip
         dweight = torch.empty_like(weight)
-        conv1d_sum_kernel[(triton.cdiv(weight.numel(), _SUMMED),)](
+        conv1d_sum_kernel[(cdiv(weight.numel(), _SUMMED),)](
             shares, dweight, len(shares), len(weight), weight.shape[1], BLOCK=_SUMMED, ROWS=_SUMMED_SPANS
         )
         passed = dnew_state is not None
@@ -317,11 +318,11 @@ class _Convolution(torch.autograd.Function):
 def _cut(x: Tensor, weight: Tensor, programs: int) -> tuple[tuple[int, int], int, dict[str, int]]:
     """The grid of channel blocks and spans, tokens of a span, and constant arguments."""
     (tokens, channels), width = x.shape, weight.shape[1]
-    block = min(_CHANNELS, triton.next_power_of_2(channels))
-    blocks = triton.cdiv(channels, block)
-    span = max(_SHORTEST_SPAN, triton.cdiv(tokens, max(1, programs // blocks)))
+    block = min(_CHANNELS, next_power_of_2(channels))
+    blocks = cdiv(channels, block)
+    span = max(_SHORTEST_SPAN, cdiv(tokens, max(1, programs // blocks)))
     constants = {"CHANNELS": channels, "BLOCK": block, "WIDTH": width}
-    return (blocks, triton.cdiv(tokens, span)), span, constants | {"num_warps": max(1, block // (32 * _PER_THREAD))}
+    return (blocks, cdiv(tokens, span)), span, constants | {"num_warps": max(1, block // (32 * _PER_THREAD))}
 
 
 def _rows(x: Tensor) -> Tensor:

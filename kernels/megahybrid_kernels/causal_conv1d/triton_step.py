@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.integers import cdiv
+
 _CHANNELS = 256
 
 
@@ -43,7 +45,7 @@ def causal_conv1d_step(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     count, channels = x.shape
     y = torch.empty(count, channels, dtype=x.dtype, device=x.device)
-    _step[(triton.cdiv(channels, _CHANNELS), count)](
+    _step[(cdiv(channels, _CHANNELS), count)](
         x, weight, state, y, x.stride(0), channels, WIDTH=weight.shape[1], CHANNELS=_CHANNELS, num_warps=2
     )
     return y

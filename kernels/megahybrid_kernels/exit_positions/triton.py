@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.exit_positions.reference import NEVER
+from megahybrid_kernels.integers import cdiv
 from megahybrid_kernels.prefix_sums import BLOCK, exclusive_prefix
 from megahybrid_kernels.sequences import Sequences
 
@@ -185,9 +186,9 @@ def exit_positions(score: Tensor, sequences: Sequences, window_size: int, sink_s
     tokens, heads = score.shape
     # Whole groups, so that each can be sorted.
     group = _OTHERS * _BLOCKS
-    width = triton.cdiv(tokens, group) * group
+    width = cdiv(tokens, group) * group
     exits = torch.empty(tokens, heads, dtype=torch.int64, device=score.device)
-    grid = (triton.cdiv(tokens, BLOCK), heads)
+    grid = (cdiv(tokens, BLOCK), heads)
     sums, rank, rows = (
         torch.empty(heads, count, dtype=torch.int32, device=score.device) for count in (grid[0], tokens + 1, width)
     )
@@ -196,7 +197,7 @@ def exit_positions(score: Tensor, sequences: Sequences, window_size: int, sink_s
     _count_candidates[grid](*places, sums, exits, tokens, sink_size, BLOCK=BLOCK)
     _gather_candidates[grid](*places, sums, rank, keys, rows, tokens, width, sink_size, BLOCK=BLOCK)
     ordered, grouped = (keys.view(heads, -1, size).sort(2).values for size in (_OTHERS, group))
-    _count_outranking[(triton.cdiv(tokens, _OWN), heads)](
+    _count_outranking[(cdiv(tokens, _OWN), heads)](
         keys, ordered, grouped, rows, rank, sequences.positions, sequences.begins, sequences.ends, exits, tokens,
         width, window_size, buffer_size, NEVER, OWN=_OWN, OTHERS=_OTHERS, BITS=_OTHERS.bit_length() - 1,
         BLOCKS=_BLOCKS, GROUP_BITS=group.bit_length() - 1, PIECE=_PIECE,

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.integers import cdiv, next_power_of_2
+
 # Programs that fill a GPU of some hundred multiprocessors; fewer memories are cut into narrower blocks of columns.
 _PROGRAMS = 512
 # The widest block reads 128 bytes of a row at once, the narrowest one sector.
@@ -77,13 +79,13 @@ def gated_delta_rule_step(
     # Rows may lie apart, as those of a fused projection do; inside a row all is dense.
     q, k, v = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k, v))
     a, b = (x if x.stride(1) == 1 else x.contiguous() for x in (a, b))
-    columns = min(_WIDEST, triton.next_power_of_2(value_dim))
-    while columns > _NARROWEST and count * heads * triton.cdiv(value_dim, columns) < _PROGRAMS:
+    columns = min(_WIDEST, next_power_of_2(value_dim))
+    while columns > _NARROWEST and count * heads * cdiv(value_dim, columns) < _PROGRAMS:
         columns //= 2
     o = torch.empty(count, heads, value_dim, dtype=v.dtype, device=v.device)
-    _step[(triton.cdiv(value_dim, columns), heads, count)](
+    _step[(cdiv(value_dim, columns), heads, count)](
         q, k, v, a, b, A_log, dt_bias, state, o, q.stride(0), k.stride(0), v.stride(0), a.stride(0), b.stride(0),
-        heads // k.shape[1], key_dim**-0.5, KEY_DIM=key_dim, KEY_WIDTH=triton.next_power_of_2(key_dim),
+        heads // k.shape[1], key_dim**-0.5, KEY_DIM=key_dim, KEY_WIDTH=next_power_of_2(key_dim),
         VALUE_DIM=value_dim, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
     return o

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.integers import next_power_of_2
+
 # Logits of a step along the row, warps of a program, and steps whose loads are on their way.
 _BLOCK, _WARPS, _STAGES = 8192, 16, 3
 
@@ -58,7 +60,7 @@ def _launch(logits: Tensor, labels: Tensor, z_loss: float, outputs: dict[str, Te
     """`outputs` by the kernel's argument names; those left out are not used."""
     unused = next(iter(outputs.values()))
     arrays = [outputs.get(name, unused) for name in ("peaks", "totals", "targets", "normalisers")]
-    block = min(_BLOCK, triton.next_power_of_2(logits.shape[1]))
+    block = min(_BLOCK, next_power_of_2(logits.shape[1]))
     cross_entropy_kernel[(len(logits),)](
         logits, labels, *arrays, z_loss, logits.shape[1], **flags, BLOCK=block, STAGES=_STAGES,
         num_warps=max(1, _WARPS * block // _BLOCK),

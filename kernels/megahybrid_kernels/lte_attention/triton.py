@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from megahybrid_kernels.exit_positions.triton import exit_positions
+from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.lte_attention.triton_backward import (
     far_gradient_kernel,
     key_gradient_kernel,
@@ -113,7 +113,7 @@ class _Shape:
 
     def constants(self, dtype: torch.dtype) -> dict[str, object]:
         """constexpr arguments that all kernels share."""
-        width = max(16, triton.next_power_of_2(self.head_dim))
+        width = max(16, next_power_of_2(self.head_dim))
         precision = "ieee" if dtype == torch.float32 else "tf32"
         sizes = {"HEAD_DIM": self.head_dim, "WIDTH": width, "PACK": self.pack, "GROUPS": self.groups // self.pack}
         return sizes | {"PRECISION": precision}
@@ -158,7 +158,7 @@ def _far_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Colu
     dk, dv = (torch.empty(sums, dtype=torch.float32, device=q.device) for _ in range(2))
     launch, constants = shape.tune.far, shape.constants(q.dtype)
     chunks, capacity = columns.lists.shape[1:]
-    far_gradient_kernel[(triton.cdiv(capacity, shape.tune.columns), chunks, shape.kv_heads)](
+    far_gradient_kernel[(cdiv(capacity, shape.tune.columns), chunks, shape.kv_heads)](
         q, k, v, do, dk, dv, log_total, delta, columns.until, columns.partial, columns.lists, columns.list_counts,
         *_strides(q, k, v), shape.tokens, part.window, shape.log2_scale, part.chunk, capacity,
         columns.list_counts.stride(0), columns.partial_rows,
@@ -166,7 +166,7 @@ def _far_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Colu
         COLUMNS=shape.tune.columns, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     if columns.partial is not columns.rank:
-        sum_chunks_kernel[(triton.cdiv(shape.tokens, 32), shape.kv_heads)](
+        sum_chunks_kernel[(cdiv(shape.tokens, 32), shape.kv_heads)](
             dk, dv, columns.all, columns.rank, columns.partial, shape.tokens, columns.partial_rows,
             HEAD_DIM=shape.head_dim, WIDTH=constants["WIDTH"], COLUMNS=32,
         )  # fmt: skip
@@ -180,7 +180,7 @@ def _key_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Colu
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     dscore = torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
     launch = shape.tune.near
-    key_gradient_kernel[(triton.cdiv(shape.tokens, part.keys), shape.kv_heads)](
+    key_gradient_kernel[(cdiv(shape.tokens, part.keys), shape.kv_heads)](
         q, k, v, do, dk, dv, dscore, far_dk, far_dv, log_total, delta, columns.until, columns.rank, columns.partial,
         part.begins, part.ends, *_strides(q, k, v), shape.tokens, part.window, shape.log2_scale, shape.softmax_scale,
         columns.partial_rows, **shape.constants(q.dtype), PART_QUERIES=part.queries, KEYS=part.keys,

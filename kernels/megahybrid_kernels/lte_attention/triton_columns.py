@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.integers import cdiv
 from megahybrid_kernels.prefix_sums import BLOCK, exclusive_prefix
 from megahybrid_kernels.sequences import Sequences
 
@@ -57,12 +58,12 @@ class Partition:
     @property
     def tiles(self) -> int:
         """Query tiles."""
-        return triton.cdiv(self.tokens, self.queries)
+        return cdiv(self.tokens, self.queries)
 
     @property
     def chunks(self) -> int:
         """Chunks of rows."""
-        return triton.cdiv(self.tokens, self.chunk)
+        return cdiv(self.tokens, self.chunk)
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ def partition(sequences: Sequences, window: int, queries: int, keys: int, capped
     """The partition for tiles of `queries` rows and near keys aligned to `keys`."""
     # Without a cap one chunk holds all rows: else every kept column would own a row of partial sums a chunk.
     granule = max(queries, keys)
-    chunk = CHUNK if capped else triton.cdiv(sequences.tokens, granule) * granule
+    chunk = CHUNK if capped else cdiv(sequences.tokens, granule) * granule
     return Partition(min(window, sequences.tokens), queries, keys, chunk, sequences.begins, sequences.ends)
 
 
@@ -262,7 +263,7 @@ def far_columns(
     """The lists for `score` `[tokens, heads]`, and for `exits`, int64 `[tokens, heads]`, when there is a cap."""
     tokens, heads = score.shape
     capped = exits is not None
-    blocks = triton.cdiv(tokens, BLOCK)
+    blocks = cdiv(tokens, BLOCK)
     until, chunks_far, columns = (_empty(score, heads, tokens) for _ in range(3))
     far_sums = _empty(score, heads, blocks)
     chunk_sums = _empty(score, heads, blocks) if capped else far_sums
@@ -286,7 +287,7 @@ def _prefixes(columns: Tensor, rank: Tensor, part: Partition) -> tuple[Tensor, .
     heads, tokens = columns.shape
     first = _empty(columns, heads, part.tiles, dtype=torch.int64)
     full, count = (_empty(columns, heads, part.tiles) for _ in range(2))
-    _slices[(triton.cdiv(part.tiles, 128), heads)](
+    _slices[(cdiv(part.tiles, 128), heads)](
         rank, part.begins, part.ends, first, full, count, tokens, part.tiles, part.window,
         QUERIES=part.queries, KEYS=part.keys, BLOCK=128,
     )  # fmt: skip

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.lte_attention.reference import LTECache
 
 # Slots of a step of a program's loop, and the programs that keep a GPU busy: with fewer heads over all sequences, a
@@ -193,9 +194,9 @@ def lte_attention_step(
     buffer_slots, groups = cache.buffer_k.shape[2], q.shape[1] // heads
     q, k, v, score = (x.contiguous() for x in (q, k, v, score))
     slots = window_slots + buffer_slots
-    splits = max(1, min(_PROGRAMS // (count * heads), triton.cdiv(slots, _SLOTS), _MOST_SPLITS))
-    span = triton.cdiv(triton.cdiv(slots, splits), _SLOTS) * _SLOTS
-    splits = triton.cdiv(slots, span)
+    splits = max(1, min(_PROGRAMS // (count * heads), cdiv(slots, _SLOTS), _MOST_SPLITS))
+    span = cdiv(cdiv(slots, splits), _SLOTS) * _SLOTS
+    splits = cdiv(slots, span)
     o = torch.empty_like(q)
     parts = statistics = o
     if splits > 1:
@@ -203,21 +204,21 @@ def lte_attention_step(
         statistics = torch.empty(count, heads, splits, groups, 2, dtype=torch.float32, device=q.device)
     sizes = {
         "HEAD_DIM": head_dim,
-        "WIDTH": max(16, triton.next_power_of_2(head_dim)),
+        "WIDTH": max(16, next_power_of_2(head_dim)),
         "GROUPS": groups,
-        "BUFFER": triton.next_power_of_2(buffer_slots),
+        "BUFFER": next_power_of_2(buffer_slots),
     }
     _attend_slots[(splits, heads, count)](
         q, k, v, cache.k, cache.v, cache.positions, cache.buffer_k, cache.buffer_v, cache.buffer_positions, positions,
         o, parts, statistics, score, cache.score, cache.buffer_score, window_slots, buffer_slots, sink_size, delay,
         span, head_dim**-0.5 * math.log2(math.e), **sizes,
-        ROWS=max(16, triton.next_power_of_2(groups)), SLOTS=_SLOTS, WHOLE=splits == 1,
+        ROWS=max(16, next_power_of_2(groups)), SLOTS=_SLOTS, WHOLE=splits == 1,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=2,
     )  # fmt: skip
     if splits > 1:
         _join_and_admit[(heads, count)](
             o, parts, statistics, score, cache.k, cache.v, cache.positions, cache.score, cache.buffer_k,
             cache.buffer_v, cache.buffer_positions, cache.buffer_score, positions, window_slots, buffer_slots,
-            sink_size, delay, splits, **sizes, SPLITS=triton.next_power_of_2(splits),
+            sink_size, delay, splits, **sizes, SPLITS=next_power_of_2(splits),
         )  # fmt: skip
     return o

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.integers import cdiv, next_power_of_2
+
 # Values of a program's tile and of a thread, forward and backward; a wider row is a tile by itself.
 _FORWARD_TILE, _FORWARD_PER_THREAD = 4096, 32
 _BACKWARD_TILE, _BACKWARD_PER_THREAD = 2048, 16
@@ -89,7 +91,7 @@ def norm_backward_kernel(
 
 
 def _tile(dim: int, tile: int, per_thread: int) -> dict[str, int]:
-    width = triton.next_power_of_2(dim)
+    width = next_power_of_2(dim)
     rows = max(1, tile // width)
     return {"DIM": dim, "WIDTH": width, "ROWS": rows, "num_warps": min(32, max(1, width * rows // (32 * per_thread)))}
 
@@ -110,7 +112,7 @@ class _Norm(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         total = torch.empty_like(y) if residual is not None else y
         tile = _tile(x.shape[1], _FORWARD_TILE, _FORWARD_PER_THREAD)
-        norm_kernel[(triton.cdiv(len(x), tile["ROWS"]),)](
+        norm_kernel[(cdiv(len(x), tile["ROWS"]),)](
             x, other, weight, y, total, x.stride(0), other.stride(0), len(x), eps, **tile, **ctx.flags
         )
         ctx.eps = eps
@@ -129,7 +131,7 @@ class _Norm(torch.autograd.Function):
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         tile = _tile(x.shape[1], _BACKWARD_TILE, _BACKWARD_PER_THREAD)
-        programs = min(_PROGRAMS, triton.cdiv(len(x), tile["ROWS"]))
+        programs = min(_PROGRAMS, cdiv(len(x), tile["ROWS"]))
         dweight = torch.empty(programs, x.shape[1], dtype=torch.float32, device=x.device)
         norm_backward_kernel[(programs,)](
             x, other, weight, dy, dx, dx if dgate is None else dgate, dweight, x.stride(0), other.stride(0),

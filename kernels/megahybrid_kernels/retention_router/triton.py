@@ -21,16 +21,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from megahybrid_kernels.counter_dropout import fold
+from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.retention_router.reference import Dropout, RouterParameters
 from megahybrid_kernels.retention_router.triton_layers import (
     backward_input_kernel,
     backward_projection_kernel,
     backward_weight_kernel,
     forward_layer_kernel,
+    sum_splits_kernel,
 )
 from megahybrid_kernels.sequences import Sequences
 
@@ -39,6 +40,7 @@ _FORWARD, _INPUT = (64, 4), (64, 4)
 _BLOCK = 64  # of the projection's gradient
 # Token ranges whose weight gradients are summed separately first.
 _SPLITS = 16
+_SUMMED = 512  # values of a program that sums them
 
 
 @lru_cache(maxsize=64)
@@ -48,7 +50,7 @@ def _channel_keys(layer: int, offset: int, count: int, device: torch.device) -> 
 
 
 def _width(channels: int) -> int:
-    return max(16, triton.next_power_of_2(channels))
+    return max(16, next_power_of_2(channels))
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,8 @@ class _Layer:
         first, second = inputs[0], inputs[-1]
         block, warps = _FORWARD
         halo = self.taps // 2 * self.dilation
-        block = max(block, triton.next_power_of_2(4 * halo))
-        forward_layer_kernel[(triton.cdiv(tokens, block - 2 * halo), self.heads)](
+        block = max(block, next_power_of_2(4 * halo))
+        forward_layer_kernel[(cdiv(tokens, block - 2 * halo), self.heads)](
             first, second, self.packed(weight, first.dtype), bias, *self.places, y, projection, projection_bias,
             y if logits is None else logits, *self.strides(first), *self.strides(second), tokens, self.dilation,
             self.threshold, self.keep_scale, **self.constants, LAST=logits is not None, BLOCK=block, num_warps=warps,
@@ -154,15 +156,15 @@ class _Layer:
         """Gradients of the inputs (for a y of what comes before its activation), the weight and the bias."""
         tokens, heads, packed = self.sequences.tokens, self.heads, self.packed(weight, dy.dtype)
         together, block, warps, stages = self.weight_launch(dy.dtype)
-        span = triton.cdiv(triton.cdiv(tokens, _SPLITS), block) * block
-        splits = triton.cdiv(tokens, span)
+        span = cdiv(cdiv(tokens, _SPLITS), block) * block
+        splits = cdiv(tokens, span)
         dweight, dbias = (
             torch.empty(splits, heads, *shape, dtype=torch.float32, device=dy.device)
             for shape in ((self.taps, self.halves * self.channels, self.out), (self.out,))
         )
         scalars = (tokens, self.dilation, self.threshold, self.keep_scale)
         gradients = [torch.empty(x.shape, dtype=dy.dtype, device=x.device) for x in inputs]
-        backward_input_kernel[(triton.cdiv(tokens, _INPUT[0]), heads)](
+        backward_input_kernel[(cdiv(tokens, _INPUT[0]), heads)](
             dy, packed, inputs[0], gradients[0], gradients[-1], *self.places, *self.strides(gradients[0]), *scalars,
             **self.constants, BLOCK=_INPUT[0], num_warps=_INPUT[1],
         )  # fmt: skip
@@ -171,12 +173,16 @@ class _Layer:
             *self.strides(inputs[-1]), tokens, span, *scalars[1:], **self.constants, BLOCK=block, TOGETHER=together,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        dweight = dweight.sum(0).permute(0, 3, 2, 1).reshape(weight.shape).to(weight.dtype)
-        return gradients, dweight, dbias.sum(0).flatten()
+        sums = torch.empty_like(weight), torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
+        sum_splits_kernel[(cdiv(weight.numel(), _SUMMED),)](
+            dweight, dbias, *sums, splits, weight.numel(), weight.shape[0], TAPS=self.taps,
+            CHANNELS=self.halves * self.channels, OUT=self.out, BLOCK=_SUMMED,
+        )  # fmt: skip
+        return gradients, *sums
 
 
 class _Router(torch.autograd.Function):
-    """Saves k, v, the parameters and every layer's y."""
+    """Saves k, v, the weights and every layer's y."""
 
     @staticmethod
     def forward(ctx, layers: list[_Layer], k: Tensor, v: Tensor, projection: Tensor, projection_bias: Tensor, *rest):
@@ -188,16 +194,16 @@ class _Router(torch.autograd.Function):
             ys.append(layer.forward(inputs, weight, bias, projection, projection_bias, out))
             inputs = (ys[-1],)
         ctx.layers = layers
-        ctx.save_for_backward(k, v, projection, projection_bias, *weights, *biases, *ys)
+        ctx.save_for_backward(k, v, projection, projection_bias, *weights, *ys)
         return logits
 
     @staticmethod
     def backward(ctx, dlogits: Tensor):
         k, v, projection, projection_bias, *rest = ctx.saved_tensors
         layers, count = ctx.layers, len(ctx.layers)
-        weights, biases, ys = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        weights, ys = rest[:count], rest[count:]
         dlogits, tokens = dlogits.contiguous(), k.shape[0]
-        last, blocks = layers[-1], triton.cdiv(tokens, _BLOCK)
+        last, blocks = layers[-1], cdiv(tokens, _BLOCK)
         dy = torch.empty(ys[-1].shape, dtype=k.dtype, device=k.device)
         dprojection = torch.empty(last.heads, blocks, last.out, dtype=torch.float32, device=k.device)
         backward_projection_kernel[(blocks, last.heads)](
@@ -210,7 +216,7 @@ class _Router(torch.autograd.Function):
             gradients, dweight, dbias = layers[number].backward(inputs, weights[number], dy)
             dy = gradients[0]
             dweights.insert(0, dweight)
-            dbiases.insert(0, dbias.to(biases[number].dtype))
+            dbiases.insert(0, dbias)
         dprojection = dprojection.sum(1).to(projection.dtype)
         return None, *gradients, dprojection, dlogits.sum(0).to(projection_bias.dtype), *dweights, *dbiases
 

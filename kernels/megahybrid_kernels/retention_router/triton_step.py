@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.retention_router.reference import RouterParameters, RouterState
 
 _SEQUENCES = 16
@@ -114,11 +115,11 @@ def retention_logits_step(
         y = torch.empty(count, heads, out, dtype=torch.float32, device=k.device)
         rows.append(torch.empty_like(past))
         first, second = inputs[0], inputs[-1]
-        _step[(triton.cdiv(count, _SEQUENCES), heads)](
+        _step[(cdiv(count, _SEQUENCES), heads)](
             first, second, past, rows[-1], weight, bias, y, parameters.projection, parameters.projection_bias, logits,
             positions, count, *first.stride()[:2], *second.stride()[:2], (number + 1) * (taps // 2) * dilation,
-            dilation, CHANNELS=channels, WIDTH=max(16, triton.next_power_of_2(channels)), OUT=out,
-            OUT_WIDTH=max(16, triton.next_power_of_2(out)), HALVES=len(inputs), TAPS=taps,
+            dilation, CHANNELS=channels, WIDTH=max(16, next_power_of_2(channels)), OUT=out,
+            OUT_WIDTH=max(16, next_power_of_2(out)), HALVES=len(inputs), TAPS=taps,
             LAST=number == len(parameters.weights) - 1, SEQUENCES=_SEQUENCES,
         )  # fmt: skip
         inputs = (y,)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.integers import cdiv, next_power_of_2
+
 # Pairs of one head, and heads, that a program turns.
 _PAIRS, _HEADS = 1024, 8
 
@@ -47,9 +49,9 @@ def _turned(x: Tensor, positions: Tensor, theta: float, direction: float) -> Ten
     x = x if x.stride(2) == 1 else x.contiguous()
     (tokens, heads), half = x.shape[:2], x.shape[2] // 2
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    width = triton.next_power_of_2(half)
+    width = next_power_of_2(half)
     rows = max(1, _PAIRS // width)
-    rotary_kernel[(triton.cdiv(tokens, rows), triton.cdiv(heads, _HEADS))](
+    rotary_kernel[(cdiv(tokens, rows), cdiv(heads, _HEADS))](
         x, positions, _frequencies(half, theta, x.device), y, x.stride(0), x.stride(1), tokens, heads, direction,
         HALF=half, WIDTH=width, ROWS=rows, HEADS=_HEADS,
     )  # fmt: skip

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.integers import cdiv
+
 # Values of a program: 16 for each of its 128 threads.
 _BLOCK = 2048
 
@@ -38,14 +40,14 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         y = torch.empty_like(up)
-        swiglu_kernel[(triton.cdiv(up.numel(), _BLOCK),)](gate, up, y, up.numel(), BLOCK=_BLOCK)
+        swiglu_kernel[(cdiv(up.numel(), _BLOCK),)](gate, up, y, up.numel(), BLOCK=_BLOCK)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         dgate, dup, size = torch.empty_like(gate), torch.empty_like(up), up.numel()
-        swiglu_backward_kernel[(triton.cdiv(size, _BLOCK),)](gate, up, dy.contiguous(), dgate, dup, size, BLOCK=_BLOCK)
+        swiglu_backward_kernel[(cdiv(size, _BLOCK),)](gate, up, dy.contiguous(), dgate, dup, size, BLOCK=_BLOCK)
         return dgate, dup
 
 

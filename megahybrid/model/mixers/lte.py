@@ -128,10 +128,10 @@ class LTEAttention(AttentionProjections):
         The L1 sum is divided by a number fixed by shapes (tokens times scores a token), so that it does not depend on
         how documents fall into micro-batches.
         """
-        whole = (context.sequences.remaining >= self.margin).unsqueeze(-1)
-        excess = torch.relu(scores).masked_fill(~whole, 0).sum(0)
-        loss = (self.l1_lambda.to(scores) * excess).sum() / (len(scores) * self.settings.scores_per_token)
-        return Aux(loss, ((scores > 0) & whole).sum(0))
+        cut = (context.sequences.remaining < self.margin).unsqueeze(-1)
+        excess = scores.masked_fill(cut, 0).relu()
+        loss = torch.dot(self.l1_lambda.to(scores), excess.sum(0)) / (len(scores) * self.settings.scores_per_token)
+        return Aux(loss, (excess > 0).sum(0))
 
     def initial_state(self, sequences: int) -> LTEState:
         """The state before the first token of `sequences` sequences."""
