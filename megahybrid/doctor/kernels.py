@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -28,9 +31,11 @@ def check(
     on a GPU at a 0.4B model's size in bf16.
     """
     size, timed = _size(model), {}
+    chosen = [*cases(size), *decode_cases(size)] if chosen is None else chosen
     if device.type == "cuda":
         timed = {case.op: case for case in cases(SIZES["large"])}
-    for case in chosen if chosen is not None else [*cases(size), *decode_cases(size)]:
+        _compile(chosen, device)
+    for case in chosen:
         parts, faults = [], []
         for name, dtype in _DTYPES.items():
             try:
@@ -50,6 +55,20 @@ def check(
             except torch.OutOfMemoryError:
                 parts.append("not timed: out of memory")
         yield Finding(f"{case.op:24}{' · '.join([*faults, *parts])}", not faults)
+
+
+def _compile(chosen: list[Case], device: torch.device) -> None:
+    """Run everything once, in threads: compilers work side by side, and take longer than all checks together."""
+
+    def attempt(case: Case, dtype: torch.dtype) -> None:
+        with contextlib.suppress(Exception):  # the check itself says what fails
+            inputs, sequences, cotangent = _inputs(case, device, dtype)
+            measuring.run(case, getattr(case.load(), case.function), inputs, sequences, cotangent)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for case in chosen:
+            for dtype in _DTYPES.values():
+                pool.submit(attempt, case, dtype)
 
 
 def _size(model: ModelConfig | None) -> Size:
