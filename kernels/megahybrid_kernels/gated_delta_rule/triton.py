@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megahybrid_kernels.gated_delta_rule.triton_backward import gradient_kernel
+from megahybrid_kernels.gated_delta_rule.triton_backward import PART_KINDS, gate_gradient_kernel, gradient_kernel
 from megahybrid_kernels.gated_delta_rule.triton_prepare import ROW_KINDS, prepare_kernel
 from megahybrid_kernels.gated_delta_rule.triton_scan import join_kernel, reverse_scan_kernel, scan_kernel
 from megahybrid_kernels.sequences import Sequences
@@ -250,14 +250,14 @@ def _reverse_scan(
     prepared: _Prepared,
     do: Tensor,
     dfinal: Tensor | None,
-    y: Tensor | None = None,
+    dv: Tensor | None = None,
     dstates: Tensor | None = None,
     dinitial: Tensor | None = None,
 ) -> None:
     values = call.columns(call.tune.reverse)
     grid = (triton.cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(call.plan.segments) * call.heads)
     reverse_scan_kernel[grid](
-        call.q, call.k, do, prepared.rows, prepared.ends, prepared.inverse, prepared.attention, dfinal, y, dstates,
+        call.q, call.k, do, prepared.rows, prepared.ends, prepared.inverse, prepared.attention, dfinal, dv, dstates,
         dinitial, call.plan.segments, *call.strides("q", "k"), **call.heads_constants(), **values,
     )  # fmt: skip
 
@@ -309,17 +309,17 @@ class _GatedDeltaRule(torch.autograd.Function):
         if states is None:
             u, states = _kept(call)
             _scan(call, prepared, tune.recompute, starts, u=u, states=states)
-        y, dstates = torch.empty_like(u), torch.empty_like(states)
+        dv, dstates = torch.empty_like(u), torch.empty_like(states)
         count = len(ctx.cut.segments) if bounds is None else len(bounds) - 1
         dinitial = None if initial is None and bounds is None else call.empty(*call.state_shape(count))
         if bounds is None:
-            _reverse_scan(call, prepared, do, dfinal, y, dstates, dinitial)
+            _reverse_scan(call, prepared, do, dfinal, dv, dstates, dinitial)
         else:
             own = call.empty(*call.state_shape(len(ctx.cut.segments)))
             _reverse_scan(call, prepared, do, None, dinitial=own)
             ends_of = _join(call, transfer, own, dfinal, dinitial, reverse=True)
-            _reverse_scan(call, prepared, do, ends_of, y, dstates)
-        grads = _gradients(call, prepared, do, u, y, states, dstates)
+            _reverse_scan(call, prepared, do, ends_of, dv, dstates)
+        grads = _gradients(call, prepared, do, u, dv, states, dstates)
         return *grads, None if initial is None else dinitial.to(initial.dtype), None, None, None, None
 
 
@@ -330,18 +330,21 @@ def _kept(call: _Call) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(
-    call: _Call, prepared: _Prepared, do: Tensor, u: Tensor, y: Tensor, states: Tensor, dstates: Tensor
+    call: _Call, prepared: _Prepared, do: Tensor, u: Tensor, dv: Tensor, states: Tensor, dstates: Tensor
 ) -> tuple[Tensor, ...]:
     """Of q, k, v, a, b, A_log and dt_bias."""
-    count, dtype, launch = len(call.plan.chunks), call.v.dtype, call.tune.gradient
+    count, chunk, dtype, launch = len(call.plan.chunks), call.tune.chunk, call.v.dtype, call.tune.gradient
     dq, dk = (call.empty(call.tokens, call.heads, call.key_dim, dtype=dtype) for _ in range(2))
-    dv = torch.empty_like(u)
+    parts = call.empty(count, call.heads, PART_KINDS.value, chunk)
+    gradient_kernel[(2 * call.heads, count)](
+        call.q, call.k, prepared.rows, prepared.ends, prepared.attention, do, u, dv, states, dstates, parts, dq, dk,
+        call.plan.chunks, *call.strides("q", "k"), call.scale, **call.heads_constants(), **call.columns(launch),
+    )  # fmt: skip
     da, db = (call.empty(*x.shape, dtype=x.dtype) for x in (call.a, call.b))
     sums = call.empty(2, count, call.heads)
-    gradient_kernel[(call.heads, count)](
-        call.q, call.k, call.a, call.b, call.A_log, call.dt_bias, prepared.rows, prepared.ends, prepared.attention,
-        do, u, y, states, dstates, dq, dk, dv, da, db, sums, call.plan.chunks, *call.strides("q", "k", "a", "b"),
-        call.scale, **call.heads_constants(), **call.columns(launch),
+    gate_gradient_kernel[(call.heads, count)](
+        call.a, call.b, call.A_log, call.dt_bias, parts, da, db, sums, call.plan.chunks, *call.strides("a", "b"),
+        HEADS=call.heads, CHUNK=chunk, num_warps=1,
     )  # fmt: skip
     if call.heads != call.k.shape[1]:
         dq, dk = (x.unflatten(1, (call.k.shape[1], -1)).sum(2) for x in (dq, dk))
