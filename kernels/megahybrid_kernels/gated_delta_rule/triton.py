@@ -338,7 +338,8 @@ def _gradients(
     parts = call.empty(count, call.heads, PART_KINDS.value, chunk)
     gradient_kernel[(2 * call.heads, count)](
         call.q, call.k, prepared.rows, prepared.ends, prepared.attention, do, u, dv, states, dstates, parts, dq, dk,
-        call.plan.chunks, *call.strides("q", "k"), call.scale, **call.heads_constants(), **call.columns(launch),
+        call.plan.chunks, *call.strides("q", "k"), call.scale, WARPS=launch.warps, **call.heads_constants(),
+        **call.columns(launch),
     )  # fmt: skip
     da, db = (call.empty(*x.shape, dtype=x.dtype) for x in (call.a, call.b))
     sums = call.empty(2, count, call.heads)

@@ -90,7 +90,7 @@ def _query_gradient(
     i = tl.arange(0, CHUNK)
     # <S, dS'>, while nothing else takes registers.
     size: tl.constexpr = KEY_DIM * VALUE_DIM
-    piece: tl.constexpr = WIDTH * COLUMNS
+    piece: tl.constexpr = WIDTH * 32
     flat = tl.arange(0, piece)
     passed = tl.zeros([piece], tl.float32)
     for first in tl.range(0, size, piece):
@@ -117,6 +117,8 @@ def _query_gradient(
     q_wide = load_rows(query, row, inside, q_stride, 0, KEY_DIM, WIDTH).to(tl.float32)
     tl.store(parts + PART_READ_Q * CHUNK + i, q_norm * tl.sum(q_wide * dq_tile, 1))
     dq_tile = tl.dot(by_q, k_tile, dq_tile, input_precision=PRECISION)
+    # Again, rather than held meanwhile.
+    q_wide = load_rows(query, row, inside, q_stride, 0, KEY_DIM, WIDTH).to(tl.float32)
     along = q_norm * q_norm * tl.sum(q_wide * dq_tile, 1)
     dq_tile = q_norm[:, None] * (dq_tile - along[:, None] * q_wide)
     store_rows(dq, dq_tile, row, inside, dq_stride, 0, KEY_DIM, WIDTH)
@@ -140,6 +142,11 @@ def _key_gradient(
         u_do = tl.dot(u_tile, tl.trans(do_tile), u_do, input_precision=PRECISION)
     high, low, q_norm, _ = _gates(rows, CHUNK)
     by_k = (u_do * _decay_from(high, low, CHUNK) * (scale * q_norm)[None, :]).to(dtype)
+    # Loops of one turn: where one product is seen to enter another, the compiler gives eight warps the rows of sixteen.
+    dk_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
+    for _ in tl.range(0, turns, num_stages=1):
+        q_tile = load_rows(query, row, inside, q_stride, 0, KEY_DIM, WIDTH)
+        dk_tile = tl.dot(by_k, q_tile, dk_tile, input_precision=PRECISION)
     u_dv = tl.zeros([CHUNK, CHUNK], tl.float32)
     dv_u = tl.zeros([CHUNK, CHUNK], tl.float32)
     for first in tl.range(0, VALUE_DIM, COLUMNS):
@@ -152,20 +159,21 @@ def _key_gradient(
     upper = tl.where(i[:, None] < i[None, :], u_dv * _decay_from(high, low, CHUNK), 0.0)
     lower = tl.where(i[:, None] > i[None, :], dv_u * _decay_to(high, low, CHUNK), 0.0)
     by_kk = ((lower + upper) * -k_norm[None, :]).to(dtype)
-    # In a loop: where one product is seen to enter another, the compiler gives eight warps the rows of sixteen.
     kk = tl.zeros([CHUNK, CHUNK], tl.float32)
     for first in tl.range(0, WIDTH, COLUMNS):
         k_part = load_rows(key, row, inside, k_stride, first, KEY_DIM, COLUMNS)
         kk = tl.dot(k_part, tl.trans(k_part), kk, input_precision=PRECISION)
     pairs = kk * lower * -k_norm[:, None] * k_norm[None, :]
     tl.store(parts + PART_K * CHUNK + i, _across(pairs, CHUNK, PRECISION))
+    for _ in tl.range(0, turns, num_stages=1):
+        k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
+        dk_tile = tl.dot(by_kk, k_tile, dk_tile, input_precision=PRECISION)
 
     # One tile of sums for want of registers: <k, u dS'^T> is <k dS', u>.
     high, low, q_norm, k_norm = _gates(rows, CHUNK)
     end_high, end_low = tl.load(rows + G_HIGH * CHUNK + CHUNK - 1), tl.load(rows + G_LOW * CHUNK + CHUNK - 1)
     since_start, until_end = -tl.exp(high), decay_between(end_high, end_low, high, low, inside)
     read, written = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
-    dk_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
     state_row = tl.arange(0, WIDTH)
     state_inside = state_row < KEY_DIM
     k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
@@ -182,13 +190,7 @@ def _key_gradient(
         dk_tile = tl.dot(scaled.to(dtype), tl.trans(dstate), dk_tile, input_precision=PRECISION)
     tl.store(parts + PART_READ_K * CHUNK + i, k_norm * read)
     tl.store(parts + PART_WRITTEN * CHUNK + i, k_norm * written)
-    # Of one turn, for the same reason as above.
-    for _ in tl.range(0, turns, num_stages=1):
-        q_tile = load_rows(query, row, inside, q_stride, 0, KEY_DIM, WIDTH)
-        dk_tile = tl.dot(by_k, q_tile, dk_tile, input_precision=PRECISION)
-    k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
-    dk_tile = tl.dot(by_kk, k_tile, dk_tile, input_precision=PRECISION)
-    k_wide = k_tile.to(tl.float32)
+    k_wide = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH).to(tl.float32)
     along = k_norm * k_norm * tl.sum(k_wide * dk_tile, 1)
     dk_tile = k_norm[:, None] * (dk_tile - along[:, None] * k_wide)
     store_rows(dk, dk_tile, row, inside, dk_stride, 0, KEY_DIM, WIDTH)
@@ -199,7 +201,7 @@ def gradient_kernel(
     q, k, rows, ends, attention, do, u, dv, states, dstates, parts, dq, dk, chunks,
     q_stride, q_head_stride, k_stride, k_head_stride, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """dk (even programs) or dq (odd ones) of one chunk of one value head.
 
@@ -208,14 +210,19 @@ def gradient_kernel(
     """
     head, chunk = tl.program_id(0) // 2, tl.program_id(1).to(tl.int64)
     begin, stop = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
-    row = begin + tl.arange(0, CHUNK)
-    inside = row < stop
+    # Rows count from the chunk's first: 32 bits do, which saves registers.
+    row = tl.arange(0, CHUNK)
+    inside = row < stop - begin
     key_head = (head // GROUPS).to(tl.int64)
     place = chunk * HEADS + head
-    q += key_head * q_head_stride
-    k += key_head * k_head_stride
-    do += head * VALUE_DIM
-    u += head * VALUE_DIM
+    token = begin.to(tl.int64)
+    q += token * q_stride + key_head * q_head_stride
+    k += token * k_stride + key_head * k_head_stride
+    do += (token * HEADS + head) * VALUE_DIM
+    u += (token * HEADS + head) * VALUE_DIM
+    dv += (token * HEADS + head) * VALUE_DIM
+    dq += (token * HEADS + head) * KEY_DIM
+    dk += (token * HEADS + head) * KEY_DIM
     states += place * (KEY_DIM * VALUE_DIM)
     dstates += place * (KEY_DIM * VALUE_DIM)
     rows += place * (ROW_KINDS * CHUNK)
@@ -223,15 +230,16 @@ def gradient_kernel(
     value_stride: tl.constexpr = HEADS * VALUE_DIM
     key_stride: tl.constexpr = HEADS * KEY_DIM
     if tl.program_id(0) % 2 == 0:
-        turns = tl.cdiv(stop - begin, CHUNK)
+        # One, which the compiler of more than four warps must not know.
+        turns = 1 if WARPS <= 4 else tl.cdiv(stop - begin, CHUNK)
         _key_gradient(
-            q, k, do, u, dv + head * VALUE_DIM, states, dstates, rows, parts, dk + head * KEY_DIM, row, inside, turns,
+            q, k, do, u, dv, states, dstates, rows, parts, dk, row, inside, turns,
             q_stride, k_stride, key_stride, value_stride, scale, KEY_DIM, WIDTH, VALUE_DIM, COLUMNS, CHUNK, PRECISION,
         )  # fmt: skip
     else:
         _query_gradient(
             q, k, do, u, states, dstates, rows, tl.load(ends + place), attention + place * (CHUNK * CHUNK), parts,
-            dq + head * KEY_DIM, row, inside, q_stride, k_stride, key_stride, value_stride, scale,
+            dq, row, inside, q_stride, k_stride, key_stride, value_stride, scale,
             KEY_DIM, WIDTH, VALUE_DIM, COLUMNS, CHUNK, PRECISION,
         )  # fmt: skip
 

@@ -33,7 +33,7 @@ def load_rows(pointer, row, inside, stride, first, DIM: tl.constexpr, WIDTH: tl.
     mask = inside[:, None]
     if DIM % WIDTH != 0:
         mask = mask & (column < DIM)[None, :]
-    return tl.load(pointer + row.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0)
+    return tl.load(pointer + row[:, None] * stride + column[None, :], mask=mask, other=0)
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def store_rows(pointer, x, row, inside, stride, first, DIM: tl.constexpr, WIDTH:
     mask = inside[:, None]
     if DIM % WIDTH != 0:
         mask = mask & (column < DIM)[None, :]
-    places = pointer + row.to(tl.int64)[:, None] * stride + column[None, :]
+    places = pointer + row[:, None] * stride + column[None, :]
     tl.store(places, x.to(pointer.dtype.element_ty), mask=mask)
 
 
