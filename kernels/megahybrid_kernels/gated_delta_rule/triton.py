@@ -7,8 +7,10 @@ sequences the scans go segment by segment, all at once, after `join_kernel` has 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -51,6 +53,7 @@ class Tuning:
         programs: a scan is cut into segments until about so many programs run; sequences alone suffice from half of it.
         shortest: chunks of a segment at least.
         keep_states: the forward saves states and u, so that backward need not scan for them.
+        overlap: scans that need nothing of each other run at once. Pays if two fit a multiprocessor's shared memory.
     """
 
     prepare: Launch
@@ -63,6 +66,7 @@ class Tuning:
     programs: int = 128
     shortest: int = 16
     keep_states: bool = False
+    overlap: bool = False
 
 
 def tuning(width: int, dtype: torch.dtype) -> Tuning:
@@ -73,11 +77,31 @@ def tuning(width: int, dtype: torch.dtype) -> Tuning:
         return Tuning(Launch(32, 4, 1), scan, scan, scan, Launch(16, 8, 1), Launch(16, 4, 1), chunk)
     if width <= 128:
         scan = Launch(64, 4, 3)
-        # At least two steps of a loop, which keep its products apart. Two programs an SM, in 128 registers, are slower.
-        gradient = Launch(min(64, _width(width) // 2), 8, 1)
+        # At least two steps of a loop, which keep its products apart. Four warps, so that two programs fit an SM.
+        gradient = Launch(min(32, _width(width) // 2), 4, 2)
         return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, gradient, Launch(32, 4, 2))
     scan = Launch(64, 8, 2)
-    return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, Launch(32, 8, 1), Launch(16, 4, 2))
+    return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, Launch(32, 8, 2), Launch(16, 4, 2))
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _aside(device: torch.device) -> Iterator[None]:
+    """Kernels launched within run beside those launched after, until `_rejoin`; they must allocate nothing."""
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        yield
+
+
+def _rejoin(call: _Call) -> None:
+    """What comes after waits for what ran aside: memory used there may be freed or filled again."""
+    if call.overlaps:
+        torch.cuda.current_stream(call.v.device).wait_stream(_side_stream(call.v.device))
 
 
 @dataclass(frozen=True)
@@ -176,6 +200,13 @@ class _Call:
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.v.device)
+
+    @property
+    def overlaps(self) -> bool:
+        return self.tune.overlap and self.v.is_cuda
+
+    def aside(self) -> AbstractContextManager[None]:
+        return _aside(self.v.device) if self.overlaps else nullcontext()
 
     @property
     def precision(self) -> str:
@@ -286,8 +317,10 @@ class _GatedDeltaRule(torch.autograd.Function):
             segments = len(cut.segments)
             own = call.empty(*call.state_shape(segments))
             transfer = call.empty(*call.state_shape(segments, call.key_dim))
-            _scan(call, prepared, tune.scan, final=own)
+            with call.aside():
+                _scan(call, prepared, tune.scan, final=own)
             _scan(call, prepared, tune.scan, final=transfer, transfer=True)
+            _rejoin(call)
             starts = _join(call, transfer, own, initial, final, reverse=False)
         u, states = _kept(call) if keep else (None, None)
         _scan(call, prepared, tune.scan, starts, o, u, states, final=final if cut.bounds is None else None)
@@ -306,17 +339,23 @@ class _GatedDeltaRule(torch.autograd.Function):
         tune, bounds = ctx.tune, ctx.cut.bounds
         do = torch.zeros_like(call.v) if do is None else do
         do, dfinal = do.contiguous(), dfinal if dfinal is None else dfinal.contiguous()
-        if states is None:
+        recompute = states is None
+        if recompute:
             u, states = _kept(call)
-            _scan(call, prepared, tune.recompute, starts, u=u, states=states)
         dv, dstates = torch.empty_like(u), torch.empty_like(states)
         count = len(ctx.cut.segments) if bounds is None else len(bounds) - 1
         dinitial = None if initial is None and bounds is None else call.empty(*call.state_shape(count))
+        own = None if bounds is None else call.empty(*call.state_shape(len(ctx.cut.segments)))
+        if recompute:
+            with call.aside():
+                _scan(call, prepared, tune.recompute, starts, u=u, states=states)
         if bounds is None:
             _reverse_scan(call, prepared, do, dfinal, dv, dstates, dinitial)
         else:
-            own = call.empty(*call.state_shape(len(ctx.cut.segments)))
             _reverse_scan(call, prepared, do, None, dinitial=own)
+        if recompute:
+            _rejoin(call)
+        if bounds is not None:
             ends_of = _join(call, transfer, own, dfinal, dinitial, reverse=True)
             _reverse_scan(call, prepared, do, ends_of, dv, dstates)
         grads = _gradients(call, prepared, do, u, dv, states, dstates)

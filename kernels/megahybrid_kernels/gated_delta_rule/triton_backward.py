@@ -38,14 +38,13 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import (
     store_rows,
 )
 
-# Rows of what `gradient_kernel` leaves for each chunk and value head, by token: the sums above over j < t <= i, done but
-# for the last two lines' sums over tokens, and <dv, u>.
-PART_Q = tl.constexpr(0)
-PART_K = tl.constexpr(1)
-PART_READ_Q = tl.constexpr(2)
-PART_READ_K = tl.constexpr(3)
-PART_WRITTEN = tl.constexpr(4)
-PART_B = tl.constexpr(5)
+# Rows of what `gradient_kernel` leaves for each chunk and value head, by token.
+PART_Q = tl.constexpr(0)  # what A and S add to dg
+PART_K = tl.constexpr(1)  # what N adds to dg
+PART_READ_Q = tl.constexpr(2)  # <q, s exp(G) do S^T>
+PART_READ_K = tl.constexpr(3)  # -<k, exp(G) dv S^T>
+PART_WRITTEN = tl.constexpr(4)  # <k, exp(G_end - G) u dS'^T>
+PART_B = tl.constexpr(5)  # <dv, u>
 PART_KINDS = tl.constexpr(6)
 
 
