@@ -1,8 +1,9 @@
 """The gated delta rule in Triton: launches, how sequences are cut, and the autograd function.
 
 Forward: `prepare_kernel` for all chunks at once, then `scan_kernel` from chunk to chunk. Backward: `scan_kernel` again,
-which now leaves every chunk's state and u; `reverse_scan_kernel`; `gradient_kernel` for all chunks at once. Of few long
-sequences the scans go segment by segment, all at once, after `join_kernel` has found the states between them.
+which now leaves every chunk's state and u; `reverse_scan_kernel`; `gradient_kernel` and `gate_gradient_kernel` for all
+chunks at once. Of few long sequences the scans go segment by segment, all at once, after `join_kernel` has found the
+states between them.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def longest_segment(lengths: tuple[int, ...], heads: int, value_dim: int, tune: 
 
 @dataclass(frozen=True)
 class _Call:
-    """The inputs as the kernels take them, and what all launches need to know of them."""
+    """The inputs as the kernels take them, and what all launches need to know of them; `strongest`: beta's bound."""
 
     q: Tensor
     k: Tensor
@@ -171,6 +172,7 @@ class _Call:
     dt_bias: Tensor
     plan: Plan
     tune: Tuning
+    strongest: float
 
     @property
     def tokens(self) -> int:
@@ -251,7 +253,8 @@ def _prepare(call: _Call) -> _Prepared:
         call.q, call.k, call.a, call.b, call.A_log, call.dt_bias, prepared.rows, prepared.ends, prepared.inverse,
         prepared.attention, call.plan.chunks, *call.strides("q", "k", "a", "b"), call.scale,
         **call.heads_constants(), DOT=tl.float32 if dtype == torch.float32 else tl.float16,
-        COLUMNS=min(call.tune.prepare.columns, _width(call.key_dim)), **call.tune.prepare.options(),
+        COLUMNS=min(call.tune.prepare.columns, _width(call.key_dim)), STRONGEST=call.strongest,
+        **call.tune.prepare.options(),
     )  # fmt: skip
     return prepared
 
@@ -308,8 +311,10 @@ class _GatedDeltaRule(torch.autograd.Function):
     """Saves the inputs, what `prepare_kernel` left, and the states between segments."""
 
     @staticmethod
-    def forward(ctx, q, k, v, a, b, A_log, dt_bias, initial, cut: Plan, count: int, tune: Tuning, keep: bool):
-        call = _Call(q, k, v, a, b, A_log, dt_bias, cut, tune)
+    def forward(
+        ctx, q, k, v, a, b, A_log, dt_bias, initial, cut: Plan, count: int, tune: Tuning, keep: bool, strongest: float
+    ):  # fmt: skip
+        call = _Call(q, k, v, a, b, A_log, dt_bias, cut, tune, strongest)
         prepared = _prepare(call)
         final = call.empty(*call.state_shape(count))
         o, starts, transfer = torch.empty(v.shape, dtype=v.dtype, device=v.device), initial, None
@@ -328,14 +333,15 @@ class _GatedDeltaRule(torch.autograd.Function):
             q, k, v, a, b, A_log, dt_bias, initial, starts, transfer, u, states,
             prepared.rows, prepared.ends, prepared.inverse, prepared.attention,
         )  # fmt: skip
-        ctx.cut, ctx.tune = cut, tune
+        ctx.cut, ctx.tune, ctx.strongest = cut, tune, strongest
         ctx.set_materialize_grads(False)
         return o, final
 
     @staticmethod
     def backward(ctx, do: Tensor | None, dfinal: Tensor | None):
         *inputs, initial, starts, transfer, u, states, rows, ends, inverse, attention = ctx.saved_tensors
-        call, prepared = _Call(*inputs, ctx.cut, ctx.tune), _Prepared(rows, ends, inverse, attention)
+        call = _Call(*inputs, ctx.cut, ctx.tune, ctx.strongest)
+        prepared = _Prepared(rows, ends, inverse, attention)
         tune, bounds = ctx.tune, ctx.cut.bounds
         do = torch.zeros_like(call.v) if do is None else do
         do, dfinal = do.contiguous(), dfinal if dfinal is None else dfinal.contiguous()
@@ -359,7 +365,7 @@ class _GatedDeltaRule(torch.autograd.Function):
             ends_of = _join(call, transfer, own, dfinal, dinitial, reverse=True)
             _reverse_scan(call, prepared, do, ends_of, dv, dstates)
         grads = _gradients(call, prepared, do, u, dv, states, dstates)
-        return *grads, None if initial is None else dinitial.to(initial.dtype), None, None, None, None
+        return *grads, None if initial is None else dinitial.to(initial.dtype), None, None, None, None, None
 
 
 def _kept(call: _Call) -> tuple[Tensor, Tensor]:
@@ -384,7 +390,7 @@ def _gradients(
     sums = call.empty(2, count, call.heads)
     gate_gradient_kernel[(call.heads, count)](
         call.a, call.b, call.A_log, call.dt_bias, parts, da, db, sums, call.plan.chunks, *call.strides("a", "b"),
-        HEADS=call.heads, CHUNK=chunk, num_warps=1,
+        HEADS=call.heads, CHUNK=chunk, STRONGEST=call.strongest, num_warps=1,
     )  # fmt: skip
     if call.heads != call.k.shape[1]:
         dq, dk = (x.unflatten(1, (call.k.shape[1], -1)).sum(2) for x in (dq, dk))
@@ -402,6 +408,7 @@ def gated_delta_rule(
     dt_bias: Tensor,
     sequences: Sequences,
     initial_state: Tensor | None = None,
+    allow_neg_eigval: bool = False,
     *,
     tune: Tuning | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -417,4 +424,7 @@ def gated_delta_rule(
     longest = longest_segment(sequences.lengths, v.shape[1], v.shape[2], tune)
     cut = plan(sequences.lengths, tune.chunk, longest, v.device)
     keep = tune.keep_states and torch.is_grad_enabled()
-    return _GatedDeltaRule.apply(q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune, keep)
+    strongest = 2.0 if allow_neg_eigval else 1.0
+    return _GatedDeltaRule.apply(
+        q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune, keep, strongest
+    )

@@ -6,7 +6,7 @@ s = Dk^-0.5:
     dq = s exp(G) do S^T + (s D do u^T) k
     dk = exp(G_end - G) u dS'^T - exp(G) dv S^T + (s D do u^T)^T q + (N + N^T) k
     N  = -D dv u^T below the diagonal
-    db = (1 - beta) <dv, u> / beta
+    db = (1 - sigmoid(b)) <dv, u> / beta
 
 (the last since dv = beta y, dL = -y u^T and d beta_i = <y_i, x_i - sum_j L_ij u_j / beta_i> = <y_i, u_i> / beta_i). The
 log-decay g_t acts wherever something passes token t. Summing just these terms, instead of gradients of G that have to
@@ -246,7 +246,7 @@ def gradient_kernel(
 @triton.jit
 def gate_gradient_kernel(
     a, b, a_log, dt_bias, parts, da, db, sums, chunks, a_stride, a_head_stride, b_stride, b_head_stride,
-    HEADS: tl.constexpr, CHUNK: tl.constexpr,
+    HEADS: tl.constexpr, CHUNK: tl.constexpr, STRONGEST: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk of one value head; da, db `[tokens, HEADS]`, sums fp32 `[2, chunks, HEADS]`: dA_log and ddt_bias."""
     head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -257,14 +257,14 @@ def gate_gradient_kernel(
     place = chunk * HEADS + head
     parts += place * (PART_KINDS * CHUNK) + i
     rate, x, g, beta = log_decay(
-        a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride
+        a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride, STRONGEST
     )  # fmt: skip
     read = tl.load(parts + PART_READ_Q * CHUNK) + tl.load(parts + PART_READ_K * CHUNK)
     written = tl.load(parts + PART_WRITTEN * CHUNK)
     dg = tl.load(parts + PART_Q * CHUNK) + tl.load(parts + PART_K * CHUNK)
     dg += tl.sum(tl.where(i[None, :] < i[:, None], written[None, :], read[None, :]), 1)
     # No write strength, no gradient of its logit.
-    slope = tl.where(beta > 0.0, (1.0 - beta) / tl.where(beta > 0.0, beta, 1.0), 0.0)
+    slope = tl.where(beta > 0.0, (1.0 - beta / STRONGEST) / tl.where(beta > 0.0, beta, 1.0), 0.0)
     places = row.to(tl.int64) * HEADS + head
     tl.store(db + places, (slope * tl.load(parts + PART_B * CHUNK)).to(db.dtype.element_ty), mask=inside)
     dx = dg * rate * tl.sigmoid(x)
