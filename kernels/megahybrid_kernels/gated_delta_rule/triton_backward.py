@@ -168,7 +168,7 @@ def _key_gradient(
         k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
         dk_tile = tl.dot(by_kk, k_tile, dk_tile, input_precision=PRECISION)
 
-    # One tile of sums for want of registers: <k, u dS'^T> is <k dS', u>.
+    # One tile of sums for want of registers: <k, u dS'^T> is <k dS', u>. Two loops, which keep the products apart.
     high, low, q_norm, k_norm = _gates(rows, CHUNK)
     end_high, end_low = tl.load(rows + G_HIGH * CHUNK + CHUNK - 1), tl.load(rows + G_LOW * CHUNK + CHUNK - 1)
     since_start, until_end = -tl.exp(high), decay_between(end_high, end_low, high, low, inside)
@@ -182,6 +182,7 @@ def _key_gradient(
         scaled = since_start[:, None] * dv_tile.to(tl.float32)
         read += tl.sum(tl.dot(k_tile, state, input_precision=PRECISION) * scaled, 1)
         dk_tile = tl.dot(scaled.to(dtype), tl.trans(state), dk_tile, input_precision=PRECISION)
+    for first in tl.range(0, VALUE_DIM, COLUMNS):
         u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
         dstate = load_rows(dstates, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
         scaled = until_end[:, None] * u_tile.to(tl.float32)
