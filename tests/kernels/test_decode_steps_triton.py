@@ -25,13 +25,13 @@ def error(found, expected):
     return ((found.cpu().double() - expected).abs().max() / expected.abs().max()).item()
 
 
-def delta_steps(inputs, count, steps, dtype):
+def delta_steps(inputs, count, steps, dtype, **options):
     """Outputs `[count * steps, …]`, those of a sequence together, and the memory, after so many launches."""
     q, k, v, a, b, A_log, dt_bias = (x.to(DEVICE, dtype) for x in inputs[:7])
     state = inputs[7].to(DEVICE, torch.float32)
     rows = torch.arange(count * steps, device=DEVICE).view(count, steps)
     outputs = [
-        triton_step.gated_delta_rule_step(*(x[rows[:, t]] for x in (q, k, v, a, b)), A_log, dt_bias, state)
+        triton_step.gated_delta_rule_step(*(x[rows[:, t]] for x in (q, k, v, a, b)), A_log, dt_bias, state, **options)
         for t in range(steps)
     ]
     return torch.stack(outputs, 1).flatten(0, 1), state
@@ -46,6 +46,15 @@ def test_delta_rule(sizes, heads, programs, monkeypatch):
     inputs = delta_inputs((steps,) * count, 1, *heads, *sizes)
     expected = delta_oracle(*inputs, (steps,) * count)
     found = delta_steps(inputs, count, steps, torch.float32)
+    assert all(error(x, y) < 2e-6 for x, y in zip(found, expected, strict=True))
+
+
+def test_delta_rule_with_negative_eigenvalues():
+    count, steps = 2, 6
+    inputs = delta_inputs((steps,) * count, 3)
+    inputs[DELTA_NAMES.index("k")].fill_(1.0)
+    expected = delta_oracle(*inputs, (steps,) * count, strongest=2)
+    found = delta_steps(inputs, count, steps, torch.float32, allow_neg_eigval=True)
     assert all(error(x, y) < 2e-6 for x, y in zip(found, expected, strict=True))
 
 

@@ -15,8 +15,8 @@ NAMES = ("q", "k", "v", "a", "b", "A_log", "dt_bias", "initial_state")
 TOLERANCES = {torch.float64: (1e-10, 1e-10), torch.float32: (1e-5, 2e-5), torch.bfloat16: (4e-3, 8e-3)}
 
 
-def oracle(q, k, v, a, b, A_log, dt_bias, state, lengths):
-    """Token by token, sequence by sequence, with vectors and outer products, in float64."""
+def oracle(q, k, v, a, b, A_log, dt_bias, state, lengths, strongest=1):
+    """Token by token, sequence by sequence, with vectors and outer products, in float64; beta is up to `strongest`."""
     q, k, v, a, b, A_log, dt_bias, state = (x.double() for x in (q, k, v, a, b, A_log, dt_bias, state))
     groups = v.shape[1] // k.shape[1]
     outputs, final, start = [], [], 0
@@ -24,7 +24,7 @@ def oracle(q, k, v, a, b, A_log, dt_bias, state, lengths):
         S = state[n]
         for t in range(start, start + length):
             alpha = torch.exp(-A_log.exp() * torch.logaddexp(a[t] + dt_bias, torch.zeros_like(dt_bias)))
-            beta = 1 / (1 + torch.exp(-b[t]))
+            beta = strongest / (1 + torch.exp(-b[t]))
             rows = [
                 (x[t] / (x[t].pow(2).sum(-1, keepdim=True) + 1e-6).sqrt()).repeat_interleave(groups, 0) for x in (q, k)
             ]
@@ -108,6 +108,16 @@ def test_outputs_and_gradients_equal_the_token_recurrence(case):
     single = [x.float() for x in inputs]
     expected = run(lambda *x: oracle(*x, LENGTHS), [x.double() for x in single])
     assert_same(run(op_for(LENGTHS), single), expected, *TOLERANCES[torch.float32])
+
+
+def test_negative_eigenvalues():
+    inputs = change(make_inputs(LENGTHS), "repeated keys")
+    expected = run(lambda *x: oracle(*x, LENGTHS, strongest=2), inputs)
+
+    def op(*x):
+        return gated_delta_rule(*x[:-1], Sequences.of(LENGTHS), x[-1], allow_neg_eigval=True)
+
+    assert_same(run(op, inputs), expected, *TOLERANCES[torch.float64])
 
 
 @pytest.mark.parametrize("key_heads, value_heads, key_dim, value_dim", [(2, 6, 8, 8), (1, 2, 4, 12), (3, 3, 16, 8)])

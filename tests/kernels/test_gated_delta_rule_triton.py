@@ -27,10 +27,10 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def op_for(lengths, tune=WHOLE):
+def op_for(lengths, tune=WHOLE, **options):
     def op(*x):
         moved = [t.to(DEVICE) for t in x[:-1]]
-        o, state = gdn.gated_delta_rule(*moved, Sequences.of(lengths, DEVICE), x[-1].to(DEVICE), tune=tune)
+        o, state = gdn.gated_delta_rule(*moved, Sequences.of(lengths, DEVICE), x[-1].to(DEVICE), tune=tune, **options)
         return o.cpu(), state.cpu()
 
     return op
@@ -75,6 +75,23 @@ def test_grouped_value_heads_and_uneven_head_dims(key_heads, value_heads, key_di
 def test_segments_of_two_chunks(keep_states, chunk):
     lengths, tune = (300, 5, 128), replace(CUT, shortest=2, keep_states=keep_states, chunk=chunk)
     check(in_dtype(make_inputs(lengths, 2, 1, 1, 16, 16), torch.float32), lengths, tune)
+
+
+@pytest.mark.parametrize("case", ["plain", "repeated keys"])
+def test_negative_eigenvalues(case):
+    lengths = (70, 129)
+    inputs = in_dtype(change(make_inputs(lengths, 8, 1, 2, 16, 16), case), torch.float32)
+    expected = run(lambda *x: oracle(*x, lengths, strongest=2), [x.double() for x in inputs])
+    assert_same(run(op_for(lengths, allow_neg_eigval=True), inputs), expected, 2e-5, 5e-5)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: streams")
+@pytest.mark.parametrize("tune", [WHOLE, CUT], ids=["whole", "cut"])
+def test_overlapping_scans(tune):
+    lengths = (64, 1, 700)
+    inputs = in_dtype(make_inputs(lengths, 9, 1, 2, 32, 32), torch.float32)
+    expected, found = (run(op_for(lengths, replace(tune, overlap=overlap)), inputs) for overlap in (False, True))
+    assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
 
 
 @pytest.mark.parametrize("case", ["plain", "repeated keys"])

@@ -23,6 +23,7 @@ def gated_delta_rule(
     sequences: Sequences,
     initial_state: Tensor | None = None,
     in_place: bool = False,
+    allow_neg_eigval: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Read and write a matrix-valued memory token by token, every sequence its own.
 
@@ -42,6 +43,8 @@ def gated_delta_rule(
         sequences: which tokens belong together.
         initial_state: `[sequences, value_heads, Dk, Dv]`, what an earlier call returned for the tokens before these;
             None is an empty memory.
+        allow_neg_eigval: beta_t is 2 sigmoid(b_t), so that a write may turn what the memory holds along k_t around
+            (Grazzi et al., arXiv 2411.12537).
         in_place: the op may overwrite `initial_state`, as it does on a GPU for one token of every sequence.
 
     Returns:
@@ -71,12 +74,12 @@ def gated_delta_rule(
     if in_place and initial_state is not None and tokens == sequences.count and _takes_step(v, initial_state):
         from megahybrid_kernels.gated_delta_rule.triton_step import gated_delta_rule_step
 
-        return gated_delta_rule_step(q, k, v, a, b, A_log, dt_bias, initial_state), initial_state
+        return gated_delta_rule_step(q, k, v, a, b, A_log, dt_bias, initial_state, allow_neg_eigval), initial_state
     if takes_triton(v) and max(key_dim, value_dim) <= 256:
         from megahybrid_kernels.gated_delta_rule import triton as backend
     else:
         backend = reference
-    return backend.gated_delta_rule(q, k, v, a, b, A_log, dt_bias, sequences, initial_state)
+    return backend.gated_delta_rule(q, k, v, a, b, A_log, dt_bias, sequences, initial_state, allow_neg_eigval)
 
 
 def _takes_step(v: Tensor, state: Tensor) -> bool:

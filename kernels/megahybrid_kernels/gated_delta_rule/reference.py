@@ -118,6 +118,7 @@ def gated_delta_rule(
     dt_bias: Tensor,
     sequences: Sequences,
     initial_state: Tensor | None = None,
+    allow_neg_eigval: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `megahybrid_kernels.gated_delta_rule`.
 
@@ -134,7 +135,8 @@ def gated_delta_rule(
     q, k, v, a, b = (_to_chunks(x.to(dtype), plan) for x in (q, k, v, a, b))
     q = q * (_inverse_norm(q) * k.shape[-1] ** -0.5)
     k = k * _inverse_norm(k)
-    beta = b.sigmoid().masked_fill(plan.filler, 0)[..., None]
+    beta = b.sigmoid() * (2 if allow_neg_eigval else 1)
+    beta = beta.masked_fill(plan.filler, 0)[..., None]
     g = -A_log.to(dtype).exp()[:, None] * F.softplus(a + dt_bias.to(dtype)[:, None])
 
     # Summed in float64: beyond a strong decay float32 differences would lose the weak ones, and the gradients of

@@ -1,23 +1,26 @@
 """The gated delta rule in Triton: launches, how sequences are cut, and the autograd function.
 
 Forward: `prepare_kernel` for all chunks at once, then `scan_kernel` from chunk to chunk. Backward: `scan_kernel` again,
-which now leaves every chunk's state and u; `reverse_scan_kernel`; `gradient_kernel` for all chunks at once. Of few long
-sequences the scans go segment by segment, all at once, after `join_kernel` has found the states between them.
+which now leaves every chunk's state and u; `reverse_scan_kernel`; `gradient_kernel` and `gate_gradient_kernel` for all
+chunks at once. Of few long sequences the scans go segment by segment, all at once, after `join_kernel` has found the
+states between them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from megahybrid_kernels.gated_delta_rule.triton_backward import gradient_kernel
+from megahybrid_kernels.gated_delta_rule.triton_backward import PART_KINDS, gate_gradient_kernel, gradient_kernel
 from megahybrid_kernels.gated_delta_rule.triton_prepare import ROW_KINDS, prepare_kernel
 from megahybrid_kernels.gated_delta_rule.triton_scan import join_kernel, reverse_scan_kernel, scan_kernel
+from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.sequences import Sequences
 
 
@@ -51,6 +54,7 @@ class Tuning:
         programs: a scan is cut into segments until about so many programs run; sequences alone suffice from half of it.
         shortest: chunks of a segment at least.
         keep_states: the forward saves states and u, so that backward need not scan for them.
+        overlap: scans that need nothing of each other run at once. Pays if two fit a multiprocessor's shared memory.
     """
 
     prepare: Launch
@@ -63,6 +67,7 @@ class Tuning:
     programs: int = 128
     shortest: int = 16
     keep_states: bool = False
+    overlap: bool = False
 
 
 def tuning(width: int, dtype: torch.dtype) -> Tuning:
@@ -70,14 +75,35 @@ def tuning(width: int, dtype: torch.dtype) -> Tuning:
     if dtype == torch.float32:
         # Every product is three of tf32, whose operands are kept in two parts each.
         scan, chunk = (Launch(16, 4, 1), 32) if width > 128 else (Launch(32, 4, 1), 64)
-        return Tuning(Launch(32, 4, 1), scan, scan, scan, Launch(16, 8, 1), Launch(16, 4, 1), chunk)
+        gradient = Launch(16, 8 if width > 16 else 4, 1)
+        return Tuning(Launch(32, 4, 1), scan, scan, scan, gradient, Launch(16, 4, 1), chunk)
     if width <= 128:
         scan = Launch(64, 4, 3)
-        # At least two steps of a loop, which keep its products apart. Two programs an SM, in 128 registers, are slower.
-        gradient = Launch(min(64, _width(width) // 2), 8, 1)
+        # At least two steps of a loop, which keep its products apart. Four warps, so that two programs fit an SM.
+        gradient = Launch(min(32, _width(width) // 2), 4, 2)
         return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, gradient, Launch(32, 4, 2))
     scan = Launch(64, 8, 2)
-    return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, Launch(32, 8, 1), Launch(16, 4, 2))
+    return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, Launch(32, 8, 2), Launch(16, 4, 2))
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _aside(device: torch.device) -> Iterator[None]:
+    """Kernels launched within run beside those launched after, until `_rejoin`; they must allocate nothing."""
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        yield
+
+
+def _rejoin(call: _Call) -> None:
+    """What comes after waits for what ran aside: memory used there may be freed or filled again."""
+    if call.overlaps:
+        torch.cuda.current_stream(call.v.device).wait_stream(_side_stream(call.v.device))
 
 
 @dataclass(frozen=True)
@@ -125,18 +151,18 @@ def plan(lengths: tuple[int, ...], chunk: int, longest: int, device: torch.devic
 def longest_segment(lengths: tuple[int, ...], heads: int, value_dim: int, tune: Tuning) -> int:
     """Chunks of a segment: a power of two, so that few plans differ."""
     # Programs that one sequence gives.
-    columns_programs = heads * triton.cdiv(value_dim, min(tune.scan.columns, _width(value_dim)))
-    chunks = [triton.cdiv(length, tune.chunk) for length in lengths]
-    longest = triton.next_power_of_2(max(chunks))
+    columns_programs = heads * cdiv(value_dim, min(tune.scan.columns, _width(value_dim)))
+    chunks = [cdiv(length, tune.chunk) for length in lengths]
+    longest = next_power_of_2(max(chunks))
     # The scan takes as long as its longest sequence: short ones beside it do not help.
     if 2 * len([1 for x in chunks if 2 * x >= max(chunks)]) * columns_programs >= tune.programs:
         return longest
-    return min(longest, max(tune.shortest, triton.next_power_of_2(sum(chunks) * columns_programs // tune.programs)))
+    return min(longest, max(tune.shortest, next_power_of_2(sum(chunks) * columns_programs // tune.programs)))
 
 
 @dataclass(frozen=True)
 class _Call:
-    """The inputs as the kernels take them, and what all launches need to know of them."""
+    """The inputs as the kernels take them, and what all launches need to know of them; `strongest`: beta's bound."""
 
     q: Tensor
     k: Tensor
@@ -147,6 +173,7 @@ class _Call:
     dt_bias: Tensor
     plan: Plan
     tune: Tuning
+    strongest: float
 
     @property
     def tokens(self) -> int:
@@ -178,6 +205,13 @@ class _Call:
         return torch.empty(shape, dtype=dtype, device=self.v.device)
 
     @property
+    def overlaps(self) -> bool:
+        return self.tune.overlap and self.v.is_cuda
+
+    def aside(self) -> AbstractContextManager[None]:
+        return _aside(self.v.device) if self.overlaps else nullcontext()
+
+    @property
     def precision(self) -> str:
         return "tf32x3" if self.v.dtype == torch.float32 else "tf32"
 
@@ -194,7 +228,7 @@ class _Call:
 
 
 def _width(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, next_power_of_2(dim))
 
 
 @dataclass(frozen=True)
@@ -220,7 +254,8 @@ def _prepare(call: _Call) -> _Prepared:
         call.q, call.k, call.a, call.b, call.A_log, call.dt_bias, prepared.rows, prepared.ends, prepared.inverse,
         prepared.attention, call.plan.chunks, *call.strides("q", "k", "a", "b"), call.scale,
         **call.heads_constants(), DOT=tl.float32 if dtype == torch.float32 else tl.float16,
-        COLUMNS=min(call.tune.prepare.columns, _width(call.key_dim)), **call.tune.prepare.options(),
+        COLUMNS=min(call.tune.prepare.columns, _width(call.key_dim)), STRONGEST=call.strongest,
+        **call.tune.prepare.options(),
     )  # fmt: skip
     return prepared
 
@@ -237,7 +272,7 @@ def _scan(
     transfer: bool = False,
 ) -> None:
     values = call.columns(launch, call.key_dim if transfer else None)
-    grid = (triton.cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(call.plan.segments) * call.heads)
+    grid = (cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(call.plan.segments) * call.heads)
     scan_kernel[grid](
         call.q, call.k, None if transfer else call.v, prepared.rows, prepared.ends, prepared.inverse,
         prepared.attention, initial, o, u, states, final, call.plan.segments, *call.strides("q", "k", "v"),
@@ -250,14 +285,14 @@ def _reverse_scan(
     prepared: _Prepared,
     do: Tensor,
     dfinal: Tensor | None,
-    y: Tensor | None = None,
+    dv: Tensor | None = None,
     dstates: Tensor | None = None,
     dinitial: Tensor | None = None,
 ) -> None:
     values = call.columns(call.tune.reverse)
-    grid = (triton.cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(call.plan.segments) * call.heads)
+    grid = (cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(call.plan.segments) * call.heads)
     reverse_scan_kernel[grid](
-        call.q, call.k, do, prepared.rows, prepared.ends, prepared.inverse, prepared.attention, dfinal, y, dstates,
+        call.q, call.k, do, prepared.rows, prepared.ends, prepared.inverse, prepared.attention, dfinal, dv, dstates,
         dinitial, call.plan.segments, *call.strides("q", "k"), **call.heads_constants(), **values,
     )  # fmt: skip
 
@@ -265,7 +300,7 @@ def _reverse_scan(
 def _join(call: _Call, transfer: Tensor, own: Tensor, start: Tensor | None, last: Tensor, reverse: bool) -> Tensor:
     """fp32 `[segments, heads, Dk, Dv]`: the state that each segment starts from; fills `last`."""
     states, values, width = torch.empty_like(own), call.columns(call.tune.join), _width(call.key_dim)
-    grid = (triton.cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(last) * call.heads)
+    grid = (cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(last) * call.heads)
     join_kernel[grid](
         transfer, own, start, states, last, call.plan.bounds, HEADS=call.heads, KEY_DIM=call.key_dim,
         WIDTH=width, ROWS=min(64, width), REVERSE=reverse, PRECISION=call.precision, **values,
@@ -277,8 +312,10 @@ class _GatedDeltaRule(torch.autograd.Function):
     """Saves the inputs, what `prepare_kernel` left, and the states between segments."""
 
     @staticmethod
-    def forward(ctx, q, k, v, a, b, A_log, dt_bias, initial, cut: Plan, count: int, tune: Tuning, keep: bool):
-        call = _Call(q, k, v, a, b, A_log, dt_bias, cut, tune)
+    def forward(
+        ctx, q, k, v, a, b, A_log, dt_bias, initial, cut: Plan, count: int, tune: Tuning, keep: bool, strongest: float
+    ):  # fmt: skip
+        call = _Call(q, k, v, a, b, A_log, dt_bias, cut, tune, strongest)
         prepared = _prepare(call)
         final = call.empty(*call.state_shape(count))
         o, starts, transfer = torch.empty(v.shape, dtype=v.dtype, device=v.device), initial, None
@@ -286,8 +323,10 @@ class _GatedDeltaRule(torch.autograd.Function):
             segments = len(cut.segments)
             own = call.empty(*call.state_shape(segments))
             transfer = call.empty(*call.state_shape(segments, call.key_dim))
-            _scan(call, prepared, tune.scan, final=own)
+            with call.aside():
+                _scan(call, prepared, tune.scan, final=own)
             _scan(call, prepared, tune.scan, final=transfer, transfer=True)
+            _rejoin(call)
             starts = _join(call, transfer, own, initial, final, reverse=False)
         u, states = _kept(call) if keep else (None, None)
         _scan(call, prepared, tune.scan, starts, o, u, states, final=final if cut.bounds is None else None)
@@ -295,32 +334,39 @@ class _GatedDeltaRule(torch.autograd.Function):
             q, k, v, a, b, A_log, dt_bias, initial, starts, transfer, u, states,
             prepared.rows, prepared.ends, prepared.inverse, prepared.attention,
         )  # fmt: skip
-        ctx.cut, ctx.tune = cut, tune
+        ctx.cut, ctx.tune, ctx.strongest = cut, tune, strongest
         ctx.set_materialize_grads(False)
         return o, final
 
     @staticmethod
     def backward(ctx, do: Tensor | None, dfinal: Tensor | None):
         *inputs, initial, starts, transfer, u, states, rows, ends, inverse, attention = ctx.saved_tensors
-        call, prepared = _Call(*inputs, ctx.cut, ctx.tune), _Prepared(rows, ends, inverse, attention)
+        call = _Call(*inputs, ctx.cut, ctx.tune, ctx.strongest)
+        prepared = _Prepared(rows, ends, inverse, attention)
         tune, bounds = ctx.tune, ctx.cut.bounds
         do = torch.zeros_like(call.v) if do is None else do
         do, dfinal = do.contiguous(), dfinal if dfinal is None else dfinal.contiguous()
-        if states is None:
+        recompute = states is None
+        if recompute:
             u, states = _kept(call)
-            _scan(call, prepared, tune.recompute, starts, u=u, states=states)
-        y, dstates = torch.empty_like(u), torch.empty_like(states)
+        dv, dstates = torch.empty_like(u), torch.empty_like(states)
         count = len(ctx.cut.segments) if bounds is None else len(bounds) - 1
         dinitial = None if initial is None and bounds is None else call.empty(*call.state_shape(count))
+        own = None if bounds is None else call.empty(*call.state_shape(len(ctx.cut.segments)))
+        if recompute:
+            with call.aside():
+                _scan(call, prepared, tune.recompute, starts, u=u, states=states)
         if bounds is None:
-            _reverse_scan(call, prepared, do, dfinal, y, dstates, dinitial)
+            _reverse_scan(call, prepared, do, dfinal, dv, dstates, dinitial)
         else:
-            own = call.empty(*call.state_shape(len(ctx.cut.segments)))
             _reverse_scan(call, prepared, do, None, dinitial=own)
+        if recompute:
+            _rejoin(call)
+        if bounds is not None:
             ends_of = _join(call, transfer, own, dfinal, dinitial, reverse=True)
-            _reverse_scan(call, prepared, do, ends_of, y, dstates)
-        grads = _gradients(call, prepared, do, u, y, states, dstates)
-        return *grads, None if initial is None else dinitial.to(initial.dtype), None, None, None, None
+            _reverse_scan(call, prepared, do, ends_of, dv, dstates)
+        grads = _gradients(call, prepared, do, u, dv, states, dstates)
+        return *grads, None if initial is None else dinitial.to(initial.dtype), None, None, None, None, None
 
 
 def _kept(call: _Call) -> tuple[Tensor, Tensor]:
@@ -330,18 +376,22 @@ def _kept(call: _Call) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(
-    call: _Call, prepared: _Prepared, do: Tensor, u: Tensor, y: Tensor, states: Tensor, dstates: Tensor
+    call: _Call, prepared: _Prepared, do: Tensor, u: Tensor, dv: Tensor, states: Tensor, dstates: Tensor
 ) -> tuple[Tensor, ...]:
     """Of q, k, v, a, b, A_log and dt_bias."""
-    count, dtype, launch = len(call.plan.chunks), call.v.dtype, call.tune.gradient
+    count, chunk, dtype, launch = len(call.plan.chunks), call.tune.chunk, call.v.dtype, call.tune.gradient
     dq, dk = (call.empty(call.tokens, call.heads, call.key_dim, dtype=dtype) for _ in range(2))
-    dv = torch.empty_like(u)
+    parts = call.empty(count, call.heads, PART_KINDS.value, chunk)
+    gradient_kernel[(2 * call.heads, count)](
+        call.q, call.k, prepared.rows, prepared.ends, prepared.attention, do, u, dv, states, dstates, parts, dq, dk,
+        call.plan.chunks, *call.strides("q", "k"), call.scale, WARPS=launch.warps, **call.heads_constants(),
+        **call.columns(launch),
+    )  # fmt: skip
     da, db = (call.empty(*x.shape, dtype=x.dtype) for x in (call.a, call.b))
     sums = call.empty(2, count, call.heads)
-    gradient_kernel[(call.heads, count)](
-        call.q, call.k, call.a, call.b, call.A_log, call.dt_bias, prepared.rows, prepared.ends, prepared.attention,
-        do, u, y, states, dstates, dq, dk, dv, da, db, sums, call.plan.chunks, *call.strides("q", "k", "a", "b"),
-        call.scale, **call.heads_constants(), **call.columns(launch),
+    gate_gradient_kernel[(call.heads, count)](
+        call.a, call.b, call.A_log, call.dt_bias, parts, da, db, sums, call.plan.chunks, *call.strides("a", "b"),
+        HEADS=call.heads, CHUNK=chunk, STRONGEST=call.strongest, num_warps=1,
     )  # fmt: skip
     if call.heads != call.k.shape[1]:
         dq, dk = (x.unflatten(1, (call.k.shape[1], -1)).sum(2) for x in (dq, dk))
@@ -359,6 +409,7 @@ def gated_delta_rule(
     dt_bias: Tensor,
     sequences: Sequences,
     initial_state: Tensor | None = None,
+    allow_neg_eigval: bool = False,
     *,
     tune: Tuning | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -374,4 +425,7 @@ def gated_delta_rule(
     longest = longest_segment(sequences.lengths, v.shape[1], v.shape[2], tune)
     cut = plan(sequences.lengths, tune.chunk, longest, v.device)
     keep = tune.keep_states and torch.is_grad_enabled()
-    return _GatedDeltaRule.apply(q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune, keep)
+    strongest = 2.0 if allow_neg_eigval else 1.0
+    return _GatedDeltaRule.apply(
+        q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune, keep, strongest
+    )

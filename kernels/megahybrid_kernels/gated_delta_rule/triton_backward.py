@@ -1,20 +1,23 @@
 """Gradients of the gated delta rule's inputs, all chunks at once, from the states and what the scans leave.
 
-With S before and dS' after a chunk, u and y of `triton_scan`, D, L and A of `triton_prepare`, q and k normalised and
+With S before and dS' after a chunk, u and dv of `triton_scan`, D, L and A of `triton_prepare`, q and k normalised and
 s = Dk^-0.5:
 
     dq = s exp(G) do S^T + (s D do u^T) k
-    dk = exp(G_end - G) u dS'^T - beta exp(G) y S^T + (s D do u^T)^T q + (N + N^T) k
-    N  = -beta D y u^T below the diagonal
-    dv = beta y              db = (1 - beta) <y, u>
+    dk = exp(G_end - G) u dS'^T - exp(G) dv S^T + (s D do u^T)^T q + (N + N^T) k
+    N  = -D dv u^T below the diagonal
+    db = (1 - sigmoid(b)) <dv, u> / beta
 
-(the last since dL = -y u^T and d beta_i = <y_i, x_i - sum_j L_ij u_j / beta_i> = <y_i, u_i> / beta_i). The log-decay
-g_t acts wherever something passes token t. Summing just these terms, instead of gradients of G that have to cancel,
-keeps the gradients of strong decays exact:
+(the last since dv = beta y, dL = -y u^T and d beta_i = <y_i, x_i - sum_j L_ij u_j / beta_i> = <y_i, u_i> / beta_i). The
+log-decay g_t acts wherever something passes token t. Summing just these terms, instead of gradients of G that have to
+cancel, keeps the gradients of strong decays exact:
 
-    dg_t = sum_{i >= t > j} (A_ij <do_i, u_j> - L_ij <y_i, u_j>)                      between tokens of the chunk
-         + sum_{i >= t} <q_i, s exp(G) do S^T> - <k_i, beta exp(G) y S^T>             from the state before
+    dg_t = sum_{i >= t > j} (A_ij <do_i, u_j> + N_ij <k_i, k_j>)                      between tokens of the chunk
+         + sum_{i >= t} <q_i, s exp(G) do S^T> - <k_i, exp(G) dv S^T>                 from the state before
          + sum_{j < t} <k_j, exp(G_end - G) u dS'^T> + exp(G_end) <S, dS'>            to the state after
+
+A chunk's dq and dk are two programs that need nothing of each other: side by side on a multiprocessor, either works
+while the other waits for memory. What they find about the gates is put together by a third, in another launch.
 """
 
 from __future__ import annotations
@@ -34,6 +37,15 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import (
     log_decay,
     store_rows,
 )
+
+# Rows of what `gradient_kernel` leaves for each chunk and value head, by token.
+PART_Q = tl.constexpr(0)  # what A and S add to dg
+PART_K = tl.constexpr(1)  # what N adds to dg
+PART_READ_Q = tl.constexpr(2)  # <q, s exp(G) do S^T>
+PART_READ_K = tl.constexpr(3)  # -<k, exp(G) dv S^T>
+PART_WRITTEN = tl.constexpr(4)  # <k, exp(G_end - G) u dS'^T>
+PART_B = tl.constexpr(5)  # <dv, u>
+PART_KINDS = tl.constexpr(6)
 
 
 @triton.jit
@@ -59,132 +71,204 @@ def _decay_from(high, low, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def gradient_kernel(
-    q, k, a, b, a_log, dt_bias, rows, ends, attention, do, u, y, states, dstates, dq, dk, dv, da, db, sums, chunks,
-    q_stride, q_head_stride, k_stride, k_head_stride, a_stride, a_head_stride, b_stride, b_head_stride, scale,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One chunk of one value head.
+def _across(pairs, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+    """`[CHUNK]`, at t the sum of pairs_ij over j < t <= i."""
+    i = tl.arange(0, CHUNK)
+    before = tl.where(i[:, None] < i[None, :], 1.0, 0.0)
+    sums = tl.dot(pairs, before, input_precision=PRECISION)
+    return tl.sum(tl.where(i[:, None] >= i[None, :], sums, 0.0), 0)
 
-    dq, dk `[tokens, HEADS, KEY_DIM]` (to be summed over the value heads of a key head), dv `[tokens, HEADS,
-    VALUE_DIM]`, da, db `[tokens, HEADS]`; sums fp32 `[2, chunks, HEADS]`: of dA_log and ddt_bias.
+
+@triton.jit
+def _query_gradient(
+    query, key, do, u, states, dstates, rows, end, attention, parts, dq, row, inside, q_stride, k_stride, dq_stride,
+    value_stride, scale, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq, and what passes tokens on the way to q or past the chunk."""
+    i = tl.arange(0, CHUNK)
+    # <S, dS'>, while nothing else takes registers.
+    size: tl.constexpr = KEY_DIM * VALUE_DIM
+    piece: tl.constexpr = WIDTH * 32
+    flat = tl.arange(0, piece)
+    passed = tl.zeros([piece], tl.float32)
+    for first in tl.range(0, size, piece):
+        state = tl.load(states + first + flat, mask=first + flat < size, other=0).to(tl.float32)
+        passed += state * tl.load(dstates + first + flat, mask=first + flat < size, other=0).to(tl.float32)
+    passing = end * tl.sum(passed, 0)
+
+    do_u = tl.zeros([CHUNK, CHUNK], tl.float32)
+    dq_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
+    state_row = tl.arange(0, WIDTH)
+    state_inside = state_row < KEY_DIM
+    for first in tl.range(0, VALUE_DIM, COLUMNS):
+        do_tile = load_rows(do, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        do_u = tl.dot(do_tile, tl.trans(u_tile), do_u, input_precision=PRECISION)
+        dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile, input_precision=PRECISION)
+    pairs = load_square(attention, CHUNK).to(tl.float32) * do_u
+    tl.store(parts + PART_Q * CHUNK + i, _across(pairs, CHUNK, PRECISION) + passing)
+    high, low, q_norm, k_norm = _gates(rows, CHUNK)
+    k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
+    by_q = (do_u * _decay_to(high, low, CHUNK) * (scale * k_norm)[None, :]).to(k_tile.dtype)
+    dq_tile *= (scale * tl.exp(high))[:, None]
+    q_wide = load_rows(query, row, inside, q_stride, 0, KEY_DIM, WIDTH).to(tl.float32)
+    tl.store(parts + PART_READ_Q * CHUNK + i, q_norm * tl.sum(q_wide * dq_tile, 1))
+    dq_tile = tl.dot(by_q, k_tile, dq_tile, input_precision=PRECISION)
+    # Again, rather than held meanwhile.
+    q_wide = load_rows(query, row, inside, q_stride, 0, KEY_DIM, WIDTH).to(tl.float32)
+    along = q_norm * q_norm * tl.sum(q_wide * dq_tile, 1)
+    dq_tile = q_norm[:, None] * (dq_tile - along[:, None] * q_wide)
+    store_rows(dq, dq_tile, row, inside, dq_stride, 0, KEY_DIM, WIDTH)
+
+
+@triton.jit
+def _key_gradient(
+    query, key, do, u, dv, states, dstates, rows, parts, dk, row, inside, turns, q_stride, k_stride, dk_stride,
+    value_stride, scale, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk, and what passes tokens on the way to or from k."""
+    i = tl.arange(0, CHUNK)
+    dtype = key.dtype.element_ty
+    # Transposed products are computed anew: Triton below 3.7.1 miscompiles transposed results of tl.dot on Hopper. One
+    # after the other, for want of registers.
+    u_do = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for first in tl.range(0, VALUE_DIM, COLUMNS):
+        u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        do_tile = load_rows(do, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        u_do = tl.dot(u_tile, tl.trans(do_tile), u_do, input_precision=PRECISION)
+    high, low, q_norm, _ = _gates(rows, CHUNK)
+    by_k = (u_do * _decay_from(high, low, CHUNK) * (scale * q_norm)[None, :]).to(dtype)
+    # Loops of one turn: where one product is seen to enter another, the compiler gives eight warps the rows of sixteen.
+    dk_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
+    for _ in tl.range(0, turns, num_stages=1):
+        q_tile = load_rows(query, row, inside, q_stride, 0, KEY_DIM, WIDTH)
+        dk_tile = tl.dot(by_k, q_tile, dk_tile, input_precision=PRECISION)
+    u_dv = tl.zeros([CHUNK, CHUNK], tl.float32)
+    dv_u = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for first in tl.range(0, VALUE_DIM, COLUMNS):
+        u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        dv_tile = load_rows(dv, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        u_dv = tl.dot(u_tile, tl.trans(dv_tile), u_dv, input_precision=PRECISION)
+        dv_u = tl.dot(dv_tile, tl.trans(u_tile), dv_u, input_precision=PRECISION)
+    tl.store(parts + PART_B * CHUNK + i, tl.sum(tl.where(i[:, None] == i[None, :], dv_u, 0.0), 1))
+    high, low, q_norm, k_norm = _gates(rows, CHUNK)
+    upper = tl.where(i[:, None] < i[None, :], u_dv * _decay_from(high, low, CHUNK), 0.0)
+    lower = tl.where(i[:, None] > i[None, :], dv_u * _decay_to(high, low, CHUNK), 0.0)
+    by_kk = ((lower + upper) * -k_norm[None, :]).to(dtype)
+    kk = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for first in tl.range(0, WIDTH, COLUMNS):
+        k_part = load_rows(key, row, inside, k_stride, first, KEY_DIM, COLUMNS)
+        kk = tl.dot(k_part, tl.trans(k_part), kk, input_precision=PRECISION)
+    pairs = kk * lower * -k_norm[:, None] * k_norm[None, :]
+    tl.store(parts + PART_K * CHUNK + i, _across(pairs, CHUNK, PRECISION))
+    for _ in tl.range(0, turns, num_stages=1):
+        k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
+        dk_tile = tl.dot(by_kk, k_tile, dk_tile, input_precision=PRECISION)
+
+    # One tile of sums for want of registers: <k, u dS'^T> is <k dS', u>. Two loops, which keep the products apart.
+    high, low, q_norm, k_norm = _gates(rows, CHUNK)
+    end_high, end_low = tl.load(rows + G_HIGH * CHUNK + CHUNK - 1), tl.load(rows + G_LOW * CHUNK + CHUNK - 1)
+    since_start, until_end = -tl.exp(high), decay_between(end_high, end_low, high, low, inside)
+    read, written = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
+    state_row = tl.arange(0, WIDTH)
+    state_inside = state_row < KEY_DIM
+    k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
+    for first in tl.range(0, VALUE_DIM, COLUMNS):
+        dv_tile = load_rows(dv, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        scaled = since_start[:, None] * dv_tile.to(tl.float32)
+        read += tl.sum(tl.dot(k_tile, state, input_precision=PRECISION) * scaled, 1)
+        dk_tile = tl.dot(scaled.to(dtype), tl.trans(state), dk_tile, input_precision=PRECISION)
+    for first in tl.range(0, VALUE_DIM, COLUMNS):
+        u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        dstate = load_rows(dstates, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        scaled = until_end[:, None] * u_tile.to(tl.float32)
+        written += tl.sum(tl.dot(k_tile, dstate, input_precision=PRECISION) * scaled, 1)
+        dk_tile = tl.dot(scaled.to(dtype), tl.trans(dstate), dk_tile, input_precision=PRECISION)
+    tl.store(parts + PART_READ_K * CHUNK + i, k_norm * read)
+    tl.store(parts + PART_WRITTEN * CHUNK + i, k_norm * written)
+    k_wide = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH).to(tl.float32)
+    along = k_norm * k_norm * tl.sum(k_wide * dk_tile, 1)
+    dk_tile = k_norm[:, None] * (dk_tile - along[:, None] * k_wide)
+    store_rows(dk, dk_tile, row, inside, dk_stride, 0, KEY_DIM, WIDTH)
+
+
+@triton.jit
+def gradient_kernel(
+    q, k, rows, ends, attention, do, u, dv, states, dstates, parts, dq, dk, chunks,
+    q_stride, q_head_stride, k_stride, k_head_stride, scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """dk (even programs) or dq (odd ones) of one chunk of one value head.
+
+    dq, dk `[tokens, HEADS, KEY_DIM]` (to be summed over the value heads of a key head); parts fp32 `[chunks, HEADS,
+    PART_KINDS, CHUNK]`.
     """
+    head, chunk = tl.program_id(0) // 2, tl.program_id(1).to(tl.int64)
+    begin, stop = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
+    # Rows count from the chunk's first: 32 bits do, which saves registers.
+    row = tl.arange(0, CHUNK)
+    inside = row < stop - begin
+    key_head = (head // GROUPS).to(tl.int64)
+    place = chunk * HEADS + head
+    token = begin.to(tl.int64)
+    q += token * q_stride + key_head * q_head_stride
+    k += token * k_stride + key_head * k_head_stride
+    do += (token * HEADS + head) * VALUE_DIM
+    u += (token * HEADS + head) * VALUE_DIM
+    dv += (token * HEADS + head) * VALUE_DIM
+    dq += (token * HEADS + head) * KEY_DIM
+    dk += (token * HEADS + head) * KEY_DIM
+    states += place * (KEY_DIM * VALUE_DIM)
+    dstates += place * (KEY_DIM * VALUE_DIM)
+    rows += place * (ROW_KINDS * CHUNK)
+    parts += place * (PART_KINDS * CHUNK)
+    value_stride: tl.constexpr = HEADS * VALUE_DIM
+    key_stride: tl.constexpr = HEADS * KEY_DIM
+    if tl.program_id(0) % 2 == 0:
+        # One, which the compiler of more than four warps must not know.
+        turns = 1 if WARPS <= 4 else tl.cdiv(stop - begin, CHUNK)
+        _key_gradient(
+            q, k, do, u, dv, states, dstates, rows, parts, dk, row, inside, turns,
+            q_stride, k_stride, key_stride, value_stride, scale, KEY_DIM, WIDTH, VALUE_DIM, COLUMNS, CHUNK, PRECISION,
+        )  # fmt: skip
+    else:
+        _query_gradient(
+            q, k, do, u, states, dstates, rows, tl.load(ends + place), attention + place * (CHUNK * CHUNK), parts,
+            dq, row, inside, q_stride, k_stride, key_stride, value_stride, scale,
+            KEY_DIM, WIDTH, VALUE_DIM, COLUMNS, CHUNK, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def gate_gradient_kernel(
+    a, b, a_log, dt_bias, parts, da, db, sums, chunks, a_stride, a_head_stride, b_stride, b_head_stride,
+    HEADS: tl.constexpr, CHUNK: tl.constexpr, STRONGEST: tl.constexpr,
+):  # fmt: skip
+    """Of one chunk of one value head; da, db `[tokens, HEADS]`, sums fp32 `[2, chunks, HEADS]`: dA_log and ddt_bias."""
     head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
     begin, stop = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
     i = tl.arange(0, CHUNK)
     row = begin + i
     inside = row < stop
-    key_head = (head // GROUPS).to(tl.int64)
     place = chunk * HEADS + head
-    dtype = k.dtype.element_ty
+    parts += place * (PART_KINDS * CHUNK) + i
     rate, x, g, beta = log_decay(
-        a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride
+        a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride, STRONGEST
     )  # fmt: skip
-
-    query, key = q + key_head * q_head_stride, k + key_head * k_head_stride
-    value_stride: tl.constexpr = HEADS * VALUE_DIM
-    do += head * VALUE_DIM
-    u += head * VALUE_DIM
-    y += head * VALUE_DIM
-
-    # Pairs of tokens. Transposed products are computed anew: Triton below 3.7.1 miscompiles transposed results of
-    # tl.dot on Hopper. One after the other, for want of registers.
-    do_u = tl.zeros([CHUNK, CHUNK], tl.float32)
-    u_do = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for first in tl.range(0, VALUE_DIM, COLUMNS):
-        do_tile = load_rows(do, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        do_u = tl.dot(do_tile, tl.trans(u_tile), do_u, input_precision=PRECISION)
-        u_do = tl.dot(u_tile, tl.trans(do_tile), u_do, input_precision=PRECISION)
-    rows += place * (ROW_KINDS * CHUNK)
-    high, low, q_norm, k_norm = _gates(rows, CHUNK)
-    by_k = (u_do * _decay_from(high, low, CHUNK) * (scale * q_norm)[None, :]).to(dtype)
-    by_q = (do_u * _decay_to(high, low, CHUNK) * (scale * k_norm)[None, :]).to(dtype)
-    pairs = load_square(attention + place * (CHUNK * CHUNK), CHUNK).to(tl.float32) * do_u
-
-    dbeta = tl.zeros([CHUNK], tl.float32)
-    y_u = tl.zeros([CHUNK, CHUNK], tl.float32)
-    u_y = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for first in tl.range(0, VALUE_DIM, COLUMNS):
-        y_tile = load_rows(y, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        y_u = tl.dot(y_tile, tl.trans(u_tile), y_u, input_precision=PRECISION)
-        u_y = tl.dot(u_tile, tl.trans(y_tile), u_y, input_precision=PRECISION)
-        y_wide = y_tile.to(tl.float32)
-        dbeta += tl.sum(y_wide * u_tile.to(tl.float32), 1)
-        store_rows(
-            dv + head * VALUE_DIM, beta[:, None] * y_wide, row, inside, value_stride, first, VALUE_DIM, COLUMNS
-        )  # fmt: skip
-    db_places = db + row.to(tl.int64) * HEADS + head
-    tl.store(db_places, ((1.0 - beta) * dbeta).to(db.dtype.element_ty), mask=inside)
-    high, low, q_norm, k_norm = _gates(rows, CHUNK)
-    u_y *= tl.where(i[:, None] < i[None, :], -beta[None, :] * _decay_from(high, low, CHUNK), 0.0)
-    y_u *= tl.where(i[:, None] > i[None, :], -beta[:, None] * _decay_to(high, low, CHUNK), 0.0)
-    by_kk = ((y_u + u_y) * k_norm[None, :]).to(dtype)
-    # In a loop: where one product is seen to enter another, the compiler gives eight warps the rows of sixteen.
-    kk = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for first in tl.range(0, WIDTH, COLUMNS):
-        k_part = load_rows(key, row, inside, k_stride, first, KEY_DIM, COLUMNS)
-        kk = tl.dot(k_part, tl.trans(k_part), kk, input_precision=PRECISION)
-    pairs += kk * y_u * k_norm[:, None] * k_norm[None, :]
-    from_here = tl.where(i[:, None] <= i[None, :], 1.0, 0.0)
-    across = tl.dot(from_here, pairs, input_precision=PRECISION)
-    dg = tl.sum(tl.where(i[None, :] < i[:, None], across, 0.0), 1)
-
-    # dq.
-    dq_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
-    state_row = tl.arange(0, WIDTH)
-    state_inside = state_row < KEY_DIM
-    states += place * (KEY_DIM * VALUE_DIM)
-    dstates += place * (KEY_DIM * VALUE_DIM)
-    for first in tl.range(0, VALUE_DIM, COLUMNS):
-        do_tile = load_rows(do, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile, input_precision=PRECISION)
-    since_start = tl.exp(high)
-    q_tile = load_rows(query, row, inside, q_stride, 0, KEY_DIM, WIDTH)
-    k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
-    q_wide = q_tile.to(tl.float32)
-    dq_tile *= (scale * since_start)[:, None]
-    read = q_norm * tl.sum(q_wide * dq_tile, 1)
-    dq_tile = tl.dot(by_q, k_tile, dq_tile, input_precision=PRECISION)
-    along = q_norm * q_norm * tl.sum(q_wide * dq_tile, 1)
-    dq_tile = q_norm[:, None] * (dq_tile - along[:, None] * q_wide)
-    store_rows(dq + head * KEY_DIM, dq_tile, row, inside, HEADS * KEY_DIM, 0, KEY_DIM, WIDTH)
-
-    # dk.
-    dread = tl.zeros([CHUNK, WIDTH], tl.float32)
-    dk_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
-    passed = tl.zeros([WIDTH], tl.float32)
-    for first in tl.range(0, VALUE_DIM, COLUMNS):
-        y_tile = load_rows(y, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        dread = tl.dot(y_tile, tl.trans(state), dread, input_precision=PRECISION)
-        u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        dstate = load_rows(dstates, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        dk_tile = tl.dot(u_tile, tl.trans(dstate), dk_tile, input_precision=PRECISION)
-        passed += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
-    k_wide = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH).to(tl.float32)
-    read -= beta * since_start * k_norm * tl.sum(k_wide * dread, 1)
-    end_high, end_low = tl.load(rows + G_HIGH * CHUNK + CHUNK - 1), tl.load(rows + G_LOW * CHUNK + CHUNK - 1)
-    until_end = decay_between(end_high, end_low, high, low, inside)
-    written = until_end * k_norm * tl.sum(k_wide * dk_tile, 1)
-    dk_tile = until_end[:, None] * dk_tile - (beta * since_start)[:, None] * dread
-    # Of one turn, for the same reason as above.
-    for _ in tl.range(0, tl.cdiv(stop - begin, CHUNK)):
-        q_tile = load_rows(query, row, inside, q_stride, 0, KEY_DIM, WIDTH)
-        dk_tile = tl.dot(by_k, q_tile, dk_tile, input_precision=PRECISION)
-    k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
-    dk_tile = tl.dot(by_kk, k_tile, dk_tile, input_precision=PRECISION)
-    k_wide = k_tile.to(tl.float32)
-    along = k_norm * k_norm * tl.sum(k_wide * dk_tile, 1)
-    dk_tile = k_norm[:, None] * (dk_tile - along[:, None] * k_wide)
-    store_rows(dk + head * KEY_DIM, dk_tile, row, inside, HEADS * KEY_DIM, 0, KEY_DIM, WIDTH)
-
+    read = tl.load(parts + PART_READ_Q * CHUNK) + tl.load(parts + PART_READ_K * CHUNK)
+    written = tl.load(parts + PART_WRITTEN * CHUNK)
+    dg = tl.load(parts + PART_Q * CHUNK) + tl.load(parts + PART_K * CHUNK)
     dg += tl.sum(tl.where(i[None, :] < i[:, None], written[None, :], read[None, :]), 1)
-    dg += tl.load(ends + place) * tl.sum(passed, 0)
+    # No write strength, no gradient of its logit.
+    slope = tl.where(beta > 0.0, (1.0 - beta / STRONGEST) / tl.where(beta > 0.0, beta, 1.0), 0.0)
+    places = row.to(tl.int64) * HEADS + head
+    tl.store(db + places, (slope * tl.load(parts + PART_B * CHUNK)).to(db.dtype.element_ty), mask=inside)
     dx = dg * rate * tl.sigmoid(x)
-    tl.store(da + row.to(tl.int64) * HEADS + head, dx.to(da.dtype.element_ty), mask=inside)
+    tl.store(da + places, dx.to(da.dtype.element_ty), mask=inside)
     tl.store(sums + place, tl.sum(dg * g, 0))
     tl.store(sums + tl.num_programs(1).to(tl.int64) * HEADS + place, tl.sum(tl.where(inside, dx, 0.0), 0))

@@ -5,7 +5,8 @@ With G_i the sum of a chunk's log-decays up to token i, q and k normalised and D
     L_ij = beta_i D_ij <k_i, k_j>  (i > j)        T = (I + L)^-1        A_ij = D_ij <q_i, k_j> Dk^-0.5
 
 Every entry of T is a product of a key with contractions of another (Yang et al., arXiv 2406.06484, section 3), so none
-exceeds 1: T is found in fp16 products, which carry as many digits as tf32, when the inputs are half precision.
+exceeds 1, or beta's bound: T is found in fp16 products, which carry as many digits as tf32, when the inputs are half
+precision.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def load_rows(pointer, row, inside, stride, first, DIM: tl.constexpr, WIDTH: tl.
     mask = inside[:, None]
     if DIM % WIDTH != 0:
         mask = mask & (column < DIM)[None, :]
-    return tl.load(pointer + row.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0)
+    return tl.load(pointer + row[:, None] * stride + column[None, :], mask=mask, other=0)
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def store_rows(pointer, x, row, inside, stride, first, DIM: tl.constexpr, WIDTH:
     mask = inside[:, None]
     if DIM % WIDTH != 0:
         mask = mask & (column < DIM)[None, :]
-    places = pointer + row.to(tl.int64)[:, None] * stride + column[None, :]
+    places = pointer + row[:, None] * stride + column[None, :]
     tl.store(places, x.to(pointer.dtype.element_ty), mask=mask)
 
 
@@ -66,13 +67,15 @@ def softplus(x):
 
 
 @triton.jit
-def log_decay(a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride):
-    """fp32 `[rows]`: -exp(A_log), a + dt_bias, the log-decay g (0 where not inside) and beta."""
+def log_decay(
+    a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride, STRONGEST: tl.constexpr
+):  # fmt: skip
+    """fp32 `[rows]`: -exp(A_log), a + dt_bias, the log-decay g and beta (both 0 where not inside)."""
     x = tl.load(a + row.to(tl.int64) * a_stride + head * a_head_stride, mask=inside, other=0).to(tl.float32)
     x += tl.load(dt_bias + head).to(tl.float32)
     rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
     beta = tl.load(b + row.to(tl.int64) * b_stride + head * b_head_stride, mask=inside, other=0).to(tl.float32)
-    return rate, x, tl.where(inside, rate * softplus(x), 0.0), tl.where(inside, tl.sigmoid(beta), 0.0)
+    return rate, x, tl.where(inside, rate * softplus(x), 0.0), tl.where(inside, STRONGEST * tl.sigmoid(beta), 0.0)
 
 
 @triton.jit
@@ -104,7 +107,7 @@ def prepare_kernel(
     q, k, a, b, a_log, dt_bias, rows, ends, inverse, attention, chunks,
     q_stride, q_head_stride, k_stride, k_head_stride, a_stride, a_head_stride, b_stride, b_head_stride, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STRONGEST: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one value head.
 
@@ -132,7 +135,7 @@ def prepare_kernel(
         k_square += tl.sum(k_wide * k_wide, 1)
         q_square += tl.sum(q_wide * q_wide, 1)
     _, _, g, beta = log_decay(
-        a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride
+        a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride, STRONGEST
     )  # fmt: skip
     total = tl.cumsum(g.to(tl.float64), 0)
     high = total.to(tl.float32)

@@ -115,14 +115,14 @@ def scan_kernel(
 
 @triton.jit
 def reverse_scan_kernel(
-    q, k, do, rows, ends, inverse, attention, dfinal, y, dstates, dinitial, segments,
+    q, k, do, rows, ends, inverse, attention, dfinal, dv, dstates, dinitial, segments,
     q_stride, q_head_stride, k_stride, k_head_stride,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient's way back through one segment; do, y as o, dstates (after each chunk) as states of `scan_kernel`.
+    """The gradient's way back through one segment; do, dv as o, dstates (after each chunk) as states of `scan_kernel`.
 
-    y and dstates are written unless None; dfinal is zero when None.
+    dv and dstates are written unless None; dfinal is zero when None.
     """
     first = tl.program_id(0) * COLUMNS
     segment, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
@@ -160,8 +160,9 @@ def reverse_scan_kernel(
         du = write[:, None] * tl.dot(k_tile, narrow, input_precision=PRECISION)
         du = tl.dot(tl.trans(pairs), do_tile, du, input_precision=PRECISION)
         solved = tl.dot(tl.trans(system), du.to(dtype), input_precision=PRECISION)
-        if y is not None:
-            store_rows(y + head * VALUE_DIM, solved, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        if dv is not None:
+            write_v = tl.load(scales + BETA * CHUNK)[:, None] * solved
+            store_rows(dv + head * VALUE_DIM, write_v, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
         dstate *= decay
         scaled = (read_q[:, None] * do_tile.to(tl.float32)).to(dtype)
         dstate = tl.dot(tl.trans(q_tile), scaled, dstate, input_precision=PRECISION)

@@ -28,6 +28,7 @@ _WIDEST, _NARROWEST = 32, 8
 def _step(
     q, k, v, a, b, A_log, dt_bias, state, o, q_stride, k_stride, v_stride, a_stride, b_stride, groups, q_scale,
     KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+    STRONGEST: tl.constexpr,
 ):  # fmt: skip
     """`COLUMNS` columns of the memory of a value head."""
     block, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -52,7 +53,7 @@ def _step(
     log1p = tl.where(one_more == 1, e, tl.log(one_more) * (e / tl.where(one_more == 1, 1.0, one_more - 1)))
     softplus = tl.maximum(x, 0) + log1p
     alpha = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * softplus)
-    beta = tl.sigmoid(tl.load(b + sequence * b_stride + head).to(tl.float32))
+    beta = STRONGEST * tl.sigmoid(tl.load(b + sequence * b_stride + head).to(tl.float32))
 
     read_k = tl.sum(before * k_row[:, None], 0)
     read_q = tl.sum(before * q_row[:, None], 0)
@@ -63,7 +64,15 @@ def _step(
 
 
 def gated_delta_rule_step(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, state: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    allow_neg_eigval: bool = False,
 ) -> Tensor:
     """`gated_delta_rule` for one new token of every sequence, without gradients.
 
@@ -71,6 +80,7 @@ def gated_delta_rule_step(
         q, k: `[sequences, key_heads, Dk]`; v `[sequences, value_heads, Dv]`; a, b `[sequences, value_heads]`.
         A_log, dt_bias: `[value_heads]`.
         state: fp32 `[sequences, value_heads, Dk, Dv]`, contiguous, brought up to date in place.
+        allow_neg_eigval: as in `gated_delta_rule`.
 
     Returns:
         o `[sequences, value_heads, Dv]` in v's dtype.
@@ -86,6 +96,7 @@ def gated_delta_rule_step(
     _step[(cdiv(value_dim, columns), heads, count)](
         q, k, v, a, b, A_log, dt_bias, state, o, q.stride(0), k.stride(0), v.stride(0), a.stride(0), b.stride(0),
         heads // k.shape[1], key_dim**-0.5, KEY_DIM=key_dim, KEY_WIDTH=next_power_of_2(key_dim),
-        VALUE_DIM=value_dim, COLUMNS=columns, num_warps=4,
+        VALUE_DIM=value_dim, COLUMNS=columns,
+        STRONGEST=2.0 if allow_neg_eigval else 1.0, num_warps=4,
     )  # fmt: skip
     return o
