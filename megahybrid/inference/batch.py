@@ -79,7 +79,9 @@ class Batch:
         pieces = share(list(map(len, self._waiting)), self._prefill_chunk)
         tokens = [token for waiting, piece in zip(self._waiting, pieces, strict=True) for token in waiting[:piece]]
         device = self._model.layers[next(iter(self._model.layers))].mixer_norm.weight.device
-        sequences = Sequences.of(pieces, device, torch.tensor(self._read, device=device))
+        # Without starts the mixers know that all begin here, for which they have faster ways.
+        starts = torch.tensor(self._read, device=device) if any(self._read) else None
+        sequences = Sequences.of(pieces, device, starts)
         out = self._model(torch.tensor(tokens, device=device), Context(sequences, in_place=True), states=self._states)
         self._states = out.states
         self._read = [read + piece for read, piece in zip(self._read, pieces, strict=True)]
