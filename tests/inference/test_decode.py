@@ -99,6 +99,28 @@ def test_triton_steps(pattern, recorded, monkeypatch):
         assert (logits - whole(model, row)[n - 1 :]).abs().max() < 1e-4
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="puts CPU tensors through the interpreter")
+def test_triton_pieces(monkeypatch):
+    """A prompt in pieces, then another one that begins beside the first one's decode."""
+    for op in OPS:
+        monkeypatch.setattr(importlib.import_module(f"megahybrid_kernels.{op}"), "takes_triton", lambda x: True)
+    model, first, second = tiny.model("GL", dtype=torch.float32), tokens(43, seed=1), tokens(30, seed=2)
+    batch, found = Batch(model, 14), []
+    batch.add([first[:40]])
+    while not batch.step()[0]:
+        pass
+    batch.add([second])
+    for token in first[40:]:
+        batch.extend(0, token)
+        rows, logits = batch.step()
+        found.append(logits)
+    monkeypatch.undo()
+    assert rows == [0, 1]
+    for n, logits in enumerate(found, 40):
+        assert (logits[0] - whole(model, first)[n]).abs().max() < 1e-4
+    assert (found[-1][1] - whole(model, second)[-1]).abs().max() < 1e-4
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -75,10 +75,8 @@ def attention_with_cache(
         raise ValueError(f"the cache has {slots or 'growing'} slots, but the window is {window_size}")
     if in_place and sequences.tokens == count and takes_triton(q) and not torch.is_grad_enabled():
         return _step(q, k, v, cache, sequences.positions)
-    if window_size is None and _takes_varlen(q) and not torch.is_grad_enabled():
-        new = cache.append(k, v, sequences)
-        keys = Sequences.of(new.lengths, q.device)
-        return _varlen(q, new.packed(new.room.k), new.packed(new.room.v), sequences, keys, None), new
+    if _takes_varlen(q) and not torch.is_grad_enabled():
+        return _pieces(q, k, v, cache, sequences, window_size)
     if window_size is None:
         return reference.attention_with_growing_cache(q, k, v, cache, sequences)
     return reference.attention_with_window_cache(q, k, v, cache, sequences, window_size)
@@ -97,6 +95,26 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences
     left = -1 if window_size is None else window_size - 1
     longest = (max(queries.lengths), max(keys.lengths))
     return varlen_attn(q, k, v, queries.cu_seqlens, keys.cu_seqlens, *longest, window_size=(left, 0))
+
+
+def _pieces(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: KeyValueCache | GrowingCache,
+    sequences: Sequences,
+    window_size: int | None,
+) -> tuple[Tensor, KeyValueCache | GrowingCache]:
+    """By flash attention to the new tokens alone where all sequences begin here, else to what the cache holds, too."""
+    if isinstance(cache, GrowingCache):
+        new = cache.append(k, v, sequences)
+        if cache.slots == 0:
+            return _varlen(q, k, v, sequences, sequences, None), new
+        keys = Sequences.of(new.lengths, q.device)
+        return _varlen(q, new.packed(new.room.k), new.packed(new.room.v), sequences, keys, None), new
+    from megahybrid_kernels.attention.ring_pieces import attention_to_ring
+
+    return attention_to_ring(_varlen, q, k, v, cache, sequences, window_size)
 
 
 def _step(

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahybrid_kernels.attention.reference import gather_slots
+from megahybrid_kernels.attention.reference import gather_slots, last_rows, ring_of
 from megahybrid_kernels.exit_positions.triton import exit_positions
 from megahybrid_kernels.lte_attention.reference import LTECache
 from megahybrid_kernels.lte_attention.triton import _forward, _Shape
@@ -119,9 +119,7 @@ def _held_rows(worth: Tensor, exits: Tensor | None, sequences: Sequences, window
     counts = F.pad(held.cumsum(0, dtype=torch.int32), (0, 0, 1, 0))
     slot = (counts[:-1] - counts[sequences.cu_seqlens[:-1]][sequences.index]).long()
     # Rows that are not held share a slot that is then cut off.
-    places = torch.full(
-        (sequences.count, worth.shape[1], buffer_size + 1), -1, dtype=torch.int64, device=worth.device
-    )
+    places = torch.full((sequences.count, worth.shape[1], buffer_size + 1), -1, dtype=torch.int64, device=worth.device)
     row, heads = (torch.arange(size, device=worth.device) for size in worth.shape)
     places[sequences.index[:, None], heads, torch.where(held, slot, buffer_size)] = row[:, None].expand_as(slot)
     return places[..., :buffer_size]
@@ -131,21 +129,13 @@ def _cache_after(rows: _Rows, held: Tensor, slots: int) -> LTECache:
     heads = torch.arange(rows.k.shape[1], device=held.device)[:, None]
     blank, source = held < 0, held.clamp(min=0)
     positions = rows.positions.expand_as(rows.score)
-    last = rows.sequences.cu_seqlens[1:, None].long() - 1
-    end = rows.positions[last[:, 0], :1]
-    age = (end - torch.arange(slots, device=held.device)) % slots
-    ring_positions = (end - age).clamp(min=-1)
-    ring, missing = (last - age).clamp(min=0), (ring_positions < 0)[:, None]
-
-    def window(x: Tensor) -> Tensor:
-        y = x[ring].transpose(1, 2)
-        return y.masked_fill(missing if y.dim() == 3 else missing[..., None], 0).contiguous()
-
+    ends = rows.sequences.cu_seqlens[1:].long()
+    places = last_rows(ends, positions[ends - 1, 0], slots)
     return LTECache(
-        k=window(rows.k),
-        v=window(rows.v),
-        positions=ring_positions,
-        score=window(rows.score),
+        k=ring_of(rows.k, *places),
+        v=ring_of(rows.v, *places),
+        positions=places[1],
+        score=ring_of(rows.score, *places),
         buffer_k=rows.k[source, heads].masked_fill(blank[..., None], 0),
         buffer_v=rows.v[source, heads].masked_fill(blank[..., None], 0),
         buffer_score=rows.score[source, heads].masked_fill(blank, 0),

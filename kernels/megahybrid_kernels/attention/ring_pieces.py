@@ -1,0 +1,62 @@
+"""Attention of many new tokens to a window's ring and each other, by an attention to packed keys.
+
+The packed keys are each sequence's ring in order of position and then its new tokens. Where a ring is not full yet, its
+blanks come first and count as a sequence of their own, which has no queries: so nothing has to know on the host how
+many tokens a ring holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megahybrid_kernels.attention.reference import KeyValueCache, gather_slots, last_rows, ring_of
+from megahybrid_kernels.sequences import Sequences
+
+PackedAttention = Callable[[Tensor, Tensor, Tensor, Sequences, Sequences, int | None], Tensor]
+"""(q, k, v, queries, keys, window) -> o, where a sequence's last query sees its last key, and so on backwards."""
+
+
+def attention_to_ring(
+    attend: PackedAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: KeyValueCache,
+    sequences: Sequences,
+    window_size: int,
+) -> tuple[Tensor, KeyValueCache]:
+    """`attention_with_cache` with a window; `sequences.starts` None says that the ring is empty."""
+    rows, last = sequences, sequences.cu_seqlens.diff().long() - 1
+    queries = keys = sequences
+    if sequences.starts is not None:
+        rows, last = Sequences.of([window_size + new for new in sequences.lengths], q.device), last + sequences.starts
+        k, v = (_behind_ring(x, ring, sequences, rows) for x, ring in ((k, cache.k), (v, cache.v)))
+        queries, keys = _with_blanks(sequences, rows, window_size)
+    o = attend(q, k, v, queries, keys, window_size)
+    places = last_rows(rows.cu_seqlens[1:], last, window_size)
+    return o, KeyValueCache(ring_of(k, *places), ring_of(v, *places), places[1])
+
+
+def _behind_ring(new: Tensor, ring: Tensor, sequences: Sequences, rows: Sequences) -> Tensor:
+    """`[rows, heads, D]`: the tokens of the ring `[sequences, heads, size, D]`, the oldest first, and the new ones."""
+    size = ring.shape[2]
+    slots = torch.arange(size, device=new.device)
+    in_order = gather_slots(ring, (sequences.starts[:, None] + slots) % size).transpose(1, 2)
+    x = new.new_empty(rows.tokens, *new.shape[1:])
+    x[rows.cu_seqlens[:-1, None].long() + slots] = in_order
+    x[torch.arange(sequences.tokens, device=new.device) + (sequences.index + 1) * size] = new
+    return x
+
+
+def _with_blanks(sequences: Sequences, rows: Sequences, size: int) -> tuple[Sequences, Sequences]:
+    """(queries, keys) with the blanks of each ring, `[rows]` of them, as a sequence without queries before its own."""
+    begins = rows.cu_seqlens[:-1]
+    real = begins + (size - sequences.starts).clamp(min=0).to(torch.int32)
+    key_borders = torch.cat([torch.stack([begins, real], 1).flatten(), rows.cu_seqlens[-1:]])
+    firsts = sequences.cu_seqlens[:-1]
+    query_borders = torch.cat([torch.stack([firsts, firsts], 1).flatten(), sequences.cu_seqlens[-1:]])
+    # Of the lengths only the largest is read.
+    return Sequences(query_borders, sequences.lengths), Sequences(key_borders, rows.lengths)
