@@ -14,6 +14,7 @@ from megahybrid.model.context import Context
 from megahybrid.model.stack import Stack
 from megahybrid.parallel import groups
 from megahybrid_kernels import Sequences
+from megahybrid_kernels.backend import takes_triton
 
 
 class Batch:
@@ -111,6 +112,12 @@ class Batch:
         self._decoded = False
         if self._graph is not None:
             self._states, self._graph = self._graph.states, None
+
+
+def suitable_chunk(model: Stack) -> int:
+    """Tokens of a step of prefill: a GPU reads whole prompts fastest, but a step's memory grows with its tokens; on a
+    CPU each query of a piece is held against all keys of the piece before it."""
+    return 65536 if takes_triton(next(model.parameters())) else 2048
 
 
 def share(waiting: Sequence[int], tokens: int) -> list[int]:

@@ -272,22 +272,6 @@ def gather_slots(x: Tensor, sources: Tensor) -> Tensor:
     return x.gather(2, sources)
 
 
-def last_rows(ends: Tensor, last: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """(rows, positions), int64 `[sequences, size]`, of a ring of each sequence's last `size` tokens in a packed row.
-
-    ends, last: `[sequences]`, the row after the last token, whose position is `last`. `positions` is -1 for blanks.
-    """
-    age = (last[:, None] - torch.arange(size, device=ends.device)) % size
-    return (ends.long()[:, None] - 1 - age).clamp(min=0), (last[:, None] - age).clamp(min=-1)
-
-
-def ring_of(x: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-    """`[sequences, heads, size, ...]` of packed x `[tokens, heads, ...]`; 0 where blank."""
-    blank = (positions < 0)[:, None]
-    ring = x[rows].transpose(1, 2)
-    return ring.masked_fill(blank if ring.dim() == 3 else blank[..., None], 0).contiguous()
-
-
 def attention_with_window_cache(
     q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache, sequences: Sequences, window_size: int
 ) -> tuple[Tensor, KeyValueCache]:

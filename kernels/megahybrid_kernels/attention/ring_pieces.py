@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megahybrid_kernels.attention.reference import KeyValueCache, gather_slots, last_rows, ring_of
+from megahybrid_kernels.attention.reference import KeyValueCache, gather_slots
 from megahybrid_kernels.sequences import Sequences
 
 PackedAttention = Callable[[Tensor, Tensor, Tensor, Sequences, Sequences, int | None], Tensor]
@@ -36,8 +36,8 @@ def attention_to_ring(
         k, v = (_behind_ring(x, ring, sequences, rows) for x, ring in ((k, cache.k), (v, cache.v)))
         queries, keys = _with_blanks(sequences, rows, window_size)
     o = attend(q, k, v, queries, keys, window_size)
-    places = last_rows(rows.cu_seqlens[1:], last, window_size)
-    return o, KeyValueCache(ring_of(k, *places), ring_of(v, *places), places[1])
+    places = _last_rows(rows.cu_seqlens[1:], last, window_size)
+    return o, KeyValueCache(_ring_of(k, *places), _ring_of(v, *places), places[1])
 
 
 def _behind_ring(new: Tensor, ring: Tensor, sequences: Sequences, rows: Sequences) -> Tensor:
@@ -60,3 +60,17 @@ def _with_blanks(sequences: Sequences, rows: Sequences, size: int) -> tuple[Sequ
     query_borders = torch.cat([torch.stack([firsts, firsts], 1).flatten(), sequences.cu_seqlens[-1:]])
     # Of the lengths only the largest is read.
     return Sequences(query_borders, sequences.lengths), Sequences(key_borders, rows.lengths)
+
+
+def _last_rows(ends: Tensor, last: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """(rows, positions), int64 `[sequences, size]`, of a ring of each sequence's last `size` tokens in a packed row.
+
+    ends, last: `[sequences]`, the row after the last token, whose position is `last`. `positions` is -1 for blanks.
+    """
+    age = (last[:, None] - torch.arange(size, device=ends.device)) % size
+    return (ends.long()[:, None] - 1 - age).clamp(min=0), (last[:, None] - age).clamp(min=-1)
+
+
+def _ring_of(x: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    """`[sequences, heads, size, D]` of packed x `[tokens, heads, D]`; 0 where blank."""
+    return x[rows].transpose(1, 2).masked_fill((positions < 0)[:, None, :, None], 0).contiguous()

@@ -15,13 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megahybrid_kernels.attention.reference import gather_slots, last_rows, ring_of
+from megahybrid_kernels.attention.reference import gather_slots
 from megahybrid_kernels.exit_positions.triton import exit_positions
 from megahybrid_kernels.lte_attention.reference import LTECache
 from megahybrid_kernels.lte_attention.triton import _forward, _Shape
+from megahybrid_kernels.lte_attention.triton_cache import cache_after
 from megahybrid_kernels.lte_attention.triton_columns import far_columns, partition
 from megahybrid_kernels.sequences import Sequences
 
@@ -110,39 +110,6 @@ def _worth(rows: _Rows, slots: int, sink_size: int) -> Tensor:
     return worth
 
 
-def _held_rows(worth: Tensor, exits: Tensor | None, sequences: Sequences, window_size: int, buffer_size: int) -> Tensor:
-    """int64 `[sequences, kv_heads, buffer_size]`: the rows that a query after the last one would find in the buffer, in
-    ascending order and then -1."""
-    held = (worth > 0) & (sequences.remaining >= window_size)[:, None]
-    if exits is not None:
-        held &= exits > (sequences.offsets + sequences.remaining + 1)[:, None]
-    counts = F.pad(held.cumsum(0, dtype=torch.int32), (0, 0, 1, 0))
-    slot = (counts[:-1] - counts[sequences.cu_seqlens[:-1]][sequences.index]).long()
-    # Rows that are not held share a slot that is then cut off.
-    places = torch.full((sequences.count, worth.shape[1], buffer_size + 1), -1, dtype=torch.int64, device=worth.device)
-    row, heads = (torch.arange(size, device=worth.device) for size in worth.shape)
-    places[sequences.index[:, None], heads, torch.where(held, slot, buffer_size)] = row[:, None].expand_as(slot)
-    return places[..., :buffer_size]
-
-
-def _cache_after(rows: _Rows, held: Tensor, slots: int) -> LTECache:
-    heads = torch.arange(rows.k.shape[1], device=held.device)[:, None]
-    blank, source = held < 0, held.clamp(min=0)
-    positions = rows.positions.expand_as(rows.score)
-    ends = rows.sequences.cu_seqlens[1:].long()
-    places = last_rows(ends, positions[ends - 1, 0], slots)
-    return LTECache(
-        k=ring_of(rows.k, *places),
-        v=ring_of(rows.v, *places),
-        positions=places[1],
-        score=ring_of(rows.score, *places),
-        buffer_k=rows.k[source, heads].masked_fill(blank[..., None], 0),
-        buffer_v=rows.v[source, heads].masked_fill(blank[..., None], 0),
-        buffer_score=rows.score[source, heads].masked_fill(blank, 0),
-        buffer_positions=positions[source, heads].masked_fill(blank, -1),
-    )
-
-
 def lte_attention_piece(
     q: Tensor,
     k: Tensor,
@@ -174,5 +141,6 @@ def lte_attention_piece(
     part = partition(packed, window_size, shape.queries, shape.tune.keys, exits is not None)
     part = replace(part, begins=rows.begins, ends=rows.ends)
     o, _ = _forward(shape, rows.q, rows.k, rows.v, far_columns(worth, exits, packed, part, 0, buffer_size), part)
-    held = _held_rows(worth, exits, packed, window_size, buffer_size)
-    return o if rows.new is None else o[rows.new], _cache_after(rows, held, slots)
+    positions = rows.positions.expand(-1, k.shape[1])
+    after = cache_after(rows.k, rows.v, rows.score, positions, worth, exits, packed, window_size, buffer_size)
+    return o if rows.new is None else o[rows.new], after
