@@ -32,7 +32,7 @@ def attention_to_ring(
     rows, last = sequences, sequences.cu_seqlens.diff().long() - 1
     queries = keys = sequences
     if sequences.starts is not None:
-        rows, last = Sequences.of([window_size + new for new in sequences.lengths], q.device), last + sequences.starts
+        rows, last = sequences.behind(window_size), last + sequences.starts
         k, v = (_behind_ring(x, ring, sequences, rows) for x, ring in ((k, cache.k), (v, cache.v)))
         queries, keys = _with_blanks(sequences, rows, window_size)
     o = attend(q, k, v, queries, keys, window_size)
@@ -47,7 +47,7 @@ def _behind_ring(new: Tensor, ring: Tensor, sequences: Sequences, rows: Sequence
     in_order = gather_slots(ring, (sequences.starts[:, None] + slots) % size).transpose(1, 2)
     x = new.new_empty(rows.tokens, *new.shape[1:])
     x[rows.cu_seqlens[:-1, None].long() + slots] = in_order
-    x[torch.arange(sequences.tokens, device=new.device) + (sequences.index + 1) * size] = new
+    x[sequences.rows_behind(size)] = new
     return x
 
 

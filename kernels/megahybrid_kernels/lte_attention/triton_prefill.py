@@ -65,9 +65,8 @@ def _later_rows(
     """Those of sequences with a cache, which may be empty."""
     slots, buffer = cache.k.shape[2], cache.buffer_k.shape[2]
     cached = buffer + slots
-    rows = Sequences.of([cached + new for new in sequences.lengths], q.device)
+    rows, new = sequences.behind(cached), sequences.rows_behind(cached)
     starts, first = sequences.starts[:, None], rows.cu_seqlens[:-1, None].long()
-    new = torch.arange(sequences.tokens, device=q.device) + (sequences.index + 1) * cached
     old = first + torch.arange(cached, device=q.device)
 
     by_position = cache.buffer_positions.argsort(dim=2, stable=True)
