@@ -94,7 +94,8 @@ class Sequences:
     def behind(self, rows: int) -> Sequences:
         """The same sequences with `rows` more rows before each one's own, all counted from 0; made once."""
         if rows not in self._behind:
-            self._behind[rows] = Sequences.of([rows + length for length in self.lengths], self.cu_seqlens.device)
+            more = torch.arange(self.count + 1, dtype=torch.int32, device=self.cu_seqlens.device) * rows
+            self._behind[rows] = Sequences(self.cu_seqlens + more, tuple(rows + length for length in self.lengths))
         return self._behind[rows]
 
     def rows_behind(self, rows: int) -> Tensor:

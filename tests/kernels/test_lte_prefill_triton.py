@@ -141,3 +141,19 @@ def test_the_routers_first_piece_equals_the_streamed_path(lengths, heads, head_d
     for one, other in zip(fast.rows, state.rows, strict=True):
         assert one.is_contiguous()
         torch.testing.assert_close(one.cpu(), other, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("starts", [None, (0, 5000)])
+def test_nothing_waits_for_the_gpu(starts):
+    lengths, heads, head_dim = (3000, 700), 2, 64
+    cache = LTECache.empty(2, heads, head_dim, 100, 50, dtype=torch.bfloat16, device="cuda")
+    sequences = Sequences.of(lengths, "cuda", None if starts is None else torch.tensor(starts, device="cuda"))
+    q, k, v = (torch.randn(sequences.tokens, h, head_dim, device="cuda", dtype=torch.bfloat16) for h in (4, 2, 2))
+    score = torch.rand(sequences.tokens, heads, device="cuda") - 0.5
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            lte_attention_piece(q, k, v, score, cache, sequences, 100, 4, 50, 6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
