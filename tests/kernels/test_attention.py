@@ -182,6 +182,20 @@ def test_pieces_through_packed_attention(window_size, monkeypatch):
                 assert torch.equal(one, other)
 
 
+def test_long_prompts_of_one_length(monkeypatch):
+    """By scaled_dot_product_attention, on a GPU in bf16 cuDNN's."""
+    monkeypatch.setattr(attention_module, "_LONG", 1)
+    monkeypatch.setattr(attention_module, "_takes_varlen", lambda q: True)
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float64)
+    q, k, v = (leaf(3 * 150, h, 64, seed=i)[1].detach().to(dtype) for i, h in enumerate((4, 2, 2)))
+    expected = oracle(q.double(), k.double(), v.double(), (150,) * 3, None)
+    cache, sequences = GrowingCache.empty(3, 2, 64, dtype=dtype, device=device), Sequences.of((150,) * 3, device)
+    with torch.no_grad():
+        o, cache = attention_with_cache(*(x.to(device) for x in (q, k, v)), cache, sequences)
+    torch.testing.assert_close(o.cpu().double(), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+    assert torch.equal(cache.packed(cache.v).cpu(), v)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("window_size", [None, 10, 64])
 def test_pieces_on_a_gpu(window_size):
