@@ -123,8 +123,8 @@ def _pieces(
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences) -> Tensor:
-    """Causal attention of sequences that begin here, without gradients. Long ones of one length go to cuDNN, which is up
-    to 1.5 times as fast as flash attention on an H100 but plans anew for each length."""
+    """Causal attention of sequences that begin here, without gradients. Long ones of one length go to cuDNN, which is
+    up to 1.5 times as fast as flash attention on an H100 but plans anew for each length."""
     length = sequences.lengths[0]
     if length < _LONG or len(set(sequences.lengths)) > 1 or q.shape[2] > 128:
         return _varlen(q, k, v, sequences, sequences, None)
