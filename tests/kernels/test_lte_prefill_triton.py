@@ -13,7 +13,7 @@ from megahybrid_kernels.lte_attention import LTECache, reference
 from megahybrid_kernels.lte_attention.triton_prefill import lte_attention_piece
 from megahybrid_kernels.retention_router import RouterParameters, RouterState, margin
 from megahybrid_kernels.retention_router import reference as router_reference
-from megahybrid_kernels.retention_router.triton import retention_logits_first
+from megahybrid_kernels.retention_router.triton_prefill import retention_logits_first
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

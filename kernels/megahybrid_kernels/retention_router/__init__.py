@@ -91,7 +91,7 @@ def retention_logits_streamed(
 
         return retention_logits_step(k, v, parameters, sequences.positions, state, dilation)
     if sequences.starts is None and _takes_layers(k) and not torch.is_grad_enabled():
-        from megahybrid_kernels.retention_router.triton import retention_logits_first
+        from megahybrid_kernels.retention_router.triton_prefill import retention_logits_first
 
         return retention_logits_first(k, v, parameters, sequences, dilation)
     return reference.retention_logits_streamed(k, v, parameters, sequences, state, dilation)

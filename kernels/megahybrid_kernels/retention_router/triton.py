@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from megahybrid_kernels.counter_dropout import fold
-from megahybrid_kernels.retention_router.reference import Dropout, RouterParameters, RouterState
+from megahybrid_kernels.retention_router.reference import Dropout, RouterParameters
 from megahybrid_kernels.retention_router.triton_layers import (
     backward_input_kernel,
     backward_projection_kernel,
@@ -176,7 +175,7 @@ class _Layer:
         return gradients, dweight, dbias.sum(0).flatten()
 
 
-def _forward(layers: list[_Layer], k: Tensor, v: Tensor, projection: Tensor, projection_bias: Tensor, *rest):
+def forward_layers(layers: list[_Layer], k: Tensor, v: Tensor, projection: Tensor, projection_bias: Tensor, *rest):
     """The logits and every layer's y; `rest` are the weights and then the biases."""
     weights, biases = rest[: len(layers)], rest[len(layers) :]
     logits = torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
@@ -194,7 +193,7 @@ class _Router(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layers: list[_Layer], k: Tensor, v: Tensor, projection: Tensor, projection_bias: Tensor, *rest):
         weights, biases = rest[: len(layers)], rest[len(layers) :]
-        logits, ys = _forward(layers, k, v, projection, projection_bias, *rest)
+        logits, ys = forward_layers(layers, k, v, projection, projection_bias, *rest)
         ctx.layers = layers
         ctx.save_for_backward(k, v, projection, projection_bias, *weights, *biases, *ys)
         return logits
@@ -232,37 +231,13 @@ def retention_logits(
     dilation: int = 2,
 ) -> Tensor:
     """See `megahybrid_kernels.retention_router.retention_logits`; float32, bfloat16 or float16."""
-    return _Router.apply(*_arguments(k, v, parameters, sequences, dropout, dilation))
+    return _Router.apply(*router_arguments(k, v, parameters, sequences, dropout, dilation))
 
 
-def retention_logits_first(
-    k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequences, dilation: int = 2
-) -> tuple[Tensor, RouterState]:
-    """`retention_logits_streamed` for sequences that begin here, without gradients.
-
-    The logits are those of `retention_logits`, moved; the state's rows have their whole right context here, too.
-    """
-    layers, k, v, *rest = _arguments(k, v, parameters, sequences, None, dilation)
-    logits, ys = _forward(layers, k, v, *rest)
-    begins, ends = sequences.cu_seqlens[:-1, None].long(), sequences.cu_seqlens[1:, None].long()
-    late, rows = 0, []
-    for layer in layers:
-        past = (layer.taps - 1) * dilation
-        row = ends - late - past + torch.arange(past, device=k.device)
-        source = row.clamp(min=0)
-        if layer.number == 0:
-            x = torch.cat([k[source], v[source]], -1).float()
-        else:
-            x = F.silu(ys[layer.number - 1][:, source].float()).permute(1, 2, 0, 3)
-        rows.append(x.masked_fill((row < begins)[..., None, None], 0).contiguous())
-        late += layer.taps // 2 * dilation
-    # What comes from the sequence before stands where a row means nothing.
-    return logits.roll(late, 0), RouterState(tuple(rows))
-
-
-def _arguments(
+def router_arguments(
     k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequences, dropout: Dropout | None, dilation: int
 ) -> tuple:
+    """Those of `forward_layers`."""
     k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
     weights, biases, projection, projection_bias = parameters
     layers = [_Layer.of(n, parameters, sequences, dropout, dilation, k.dtype) for n in range(len(weights))]
