@@ -90,3 +90,18 @@ class Sequences:
     def remaining(self) -> Tensor:
         """int64 `[tokens]`: how many tokens of the same sequence follow each token here."""
         return self.cu_seqlens.long()[self.index + 1] - 1 - torch.arange(self.tokens, device=self.cu_seqlens.device)
+
+    def behind(self, rows: int) -> Sequences:
+        """The same sequences with `rows` more rows before each one's own, all counted from 0; made once."""
+        if rows not in self._behind:
+            more = torch.arange(self.count + 1, dtype=torch.int32, device=self.cu_seqlens.device) * rows
+            self._behind[rows] = Sequences(self.cu_seqlens + more, tuple(rows + length for length in self.lengths))
+        return self._behind[rows]
+
+    def rows_behind(self, rows: int) -> Tensor:
+        """int64 `[tokens]`: where the tokens stand in `behind(rows)`."""
+        return torch.arange(self.tokens, device=self.cu_seqlens.device) + (self.index + 1) * rows
+
+    @cached_property
+    def _behind(self) -> dict[int, Sequences]:
+        return {}

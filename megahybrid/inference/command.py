@@ -27,7 +27,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
     verb.add_argument("--seed", type=int, default=0, help="of sampling")
     verb.add_argument("--batch-size", type=int, default=16, help="prompts in work at once (default 16)")
-    verb.add_argument("--prefill-chunk", type=int, default=2048, help="prompt tokens read in one step (default 2048)")
+    verb.add_argument(
+        "--prefill-chunk", type=int, help="prompt tokens read in one step (default 65536 on a GPU, else 2048)"
+    )
 
 
 def run(parsed: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import UserError
-from megahybrid.inference.batch import Batch
+from megahybrid.inference.batch import Batch, suitable_chunk
 from megahybrid.inference.sampling import Sampling, penalise
 from megahybrid.inference.text import StopFilter, TextStream
 from megahybrid.model.stack import Stack
@@ -28,19 +28,19 @@ class Options:
         stop: strings before which a text ends.
         sampling: how tokens are chosen.
         batch_size: prompts in work at once; the next one begins when one is done.
-        prefill_chunk: tokens of prompts that are read in one step.
+        prefill_chunk: tokens of prompts that are read in one step; None for as many as suit the device.
     """
 
     tokens: int = 128
     stop: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     batch_size: int = 16
-    prefill_chunk: int = 2048
+    prefill_chunk: int | None = None
 
     def __post_init__(self):
         for name in ("tokens", "batch_size", "prefill_chunk"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1.")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
         if "" in self.stop:
             raise UserError("--stop is empty; give the text before which generation should end.")
 
@@ -73,7 +73,7 @@ class Generator:
         """
         encoded = [[self.tokenizer.document_id, *ids] for ids in self.tokenizer.encode_batch(prompts)]
         coming = iter([_Text(number, ids, self.tokenizer, options) for number, ids in enumerate(encoded)])
-        batch, texts = Batch(self.model, options.prefill_chunk), []
+        batch, texts = Batch(self.model, options.prefill_chunk or suitable_chunk(self.model)), []
         while True:
             new = list(islice(coming, options.batch_size - len(texts)))
             if new:

@@ -8,7 +8,7 @@ import torch
 from megahybrid.inference import batch as batch_module
 from megahybrid.inference.batch import Batch
 from megahybrid.inference.decode import DecodeGraph, DecodeStep
-from tests.inference.oracle import BUFFER, PATTERNS, WINDOW, tokens, whole
+from tests.inference.oracle import BUFFER, PATTERNS, WINDOW, router_logits, tokens, whole
 from tests.model import tiny
 
 OPS = ("attention", "causal_conv1d", "gated_delta_rule", "lte_attention", "retention_router")
@@ -97,6 +97,48 @@ def test_triton_steps(pattern, recorded, monkeypatch):
     monkeypatch.undo()
     for row, n, logits in zip(rows, prompts, found, strict=True):
         assert (logits - whole(model, row)[n - 1 :]).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="puts CPU tensors through the interpreter")
+def test_triton_pieces(monkeypatch):
+    """A prompt in pieces, then another one that begins beside the first one's decode."""
+    for op in OPS:
+        monkeypatch.setattr(importlib.import_module(f"megahybrid_kernels.{op}"), "takes_triton", lambda x: True)
+    model, first, second = tiny.model("GL", dtype=torch.float32), tokens(43, seed=1), tokens(30, seed=2)
+    batch, found = Batch(model, 14), []
+    batch.add([first[:40]])
+    while not batch.step()[0]:
+        pass
+    batch.add([second])
+    for token in first[40:]:
+        batch.extend(0, token)
+        rows, logits = batch.step()
+        found.append(logits)
+    monkeypatch.undo()
+    assert rows == [0, 1]
+    for n, logits in enumerate(found, 40):
+        assert (logits[0] - whole(model, first)[n]).abs().max() < 1e-4
+    assert (found[-1][1] - whole(model, second)[-1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("chunk", [128, 23])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_prefill_in_float32(pattern, chunk):
+    """On a GPU where there is one, by the kernels that it runs: a long prompt beside a short one that decodes."""
+    rows, seen, read = [tokens(60, seed=n) for n in (5, 6)], [], [57, 10]
+    double = tiny.model(pattern)
+    with router_logits(seen):
+        expected = [whole(double, row) for row in rows]
+    assert all(logits.abs().min() > 1e-4 for logits in seen), "a keep decision is too close: choose other seeds"
+    batch = Batch(tiny.model(pattern, dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu"), chunk)
+    batch.add([row[:n] for row, n in zip(rows, read, strict=True)])
+    while read[0] < 60:
+        done, logits = batch.step()
+        for row, each in zip(done, logits, strict=True):
+            assert (each.cpu() - expected[row][read[row] - 1]).abs().max() < 1e-4
+            batch.extend(row, rows[row][read[row]])
+            read[row] += 1
+    assert read[1] > 12
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from oracles_lte import (
@@ -14,6 +16,7 @@ from oracles_lte import (
 )
 
 from megahybrid_kernels import Sequences
+from megahybrid_kernels import attention as attention_module
 from megahybrid_kernels.attention import GrowingCache, KeyValueCache, attention, attention_with_cache
 from megahybrid_kernels.attention.reference import query_blocks
 
@@ -144,3 +147,72 @@ def test_flash_attention_on_a_gpu(heads, window_size):
     o = attention(*on_gpu, Sequences.of(lengths, "cuda"), window_size)
     expected = oracle(*(pair[1] for pair in pairs.values()), lengths, window_size)
     assert_same_gradients(o.cpu(), expected, pairs, BFLOAT16_TOLERANCE)
+
+
+def packed_oracle(q, k, v, queries, keys, window_size):
+    """Each sequence's last query sees its last key; a sequence may have keys only."""
+    found = torch.full_like(q, torch.nan)
+    borders = zip(*(x.cu_seqlens.tolist() for x in (queries, keys)), strict=True)
+    for (first, begin), (last, end) in itertools.pairwise(borders):
+        if last > first:
+            padded = torch.cat([torch.zeros(end - begin - (last - first), *q.shape[1:], dtype=q.dtype), q[first:last]])
+            mask = causal_mask(end - begin, window_size)[None].expand(k.shape[1], -1, -1)
+            found[first:last] = dense_attention(padded, k[begin:end], v[begin:end], mask)[first - last :]
+    return found
+
+
+@pytest.mark.parametrize("window_size", [None, 1, 10, 64])
+def test_pieces_through_packed_attention(window_size, monkeypatch):
+    """The way of a GPU, with the definition in the place of flash attention."""
+    monkeypatch.setattr(attention_module, "_takes_varlen", lambda q: True)
+    monkeypatch.setattr(attention_module, "_varlen", packed_oracle)
+    pieces = [(1, 12, 3), *random_pieces(count=3, rounds=14, seed=1)]
+    lengths = tuple(map(sum, zip(*pieces, strict=True)))
+    q, k, v = (leaf(sum(lengths), h, 8, seed=i)[1].detach() for i, h in enumerate((4, 2, 2)))
+    expected = oracle(q, k, v, lengths, window_size)
+    cache = slow = empty_cache(3, window_size)
+    for number, (sequences, rows) in enumerate(cut(pieces)):
+        first = sequences if number else Sequences.of(sequences.lengths)
+        with torch.no_grad():
+            o, cache = attention_with_cache(q[rows], k[rows], v[rows], cache, first, window_size)
+        torch.testing.assert_close(o, expected[rows], rtol=FLOAT64_TOLERANCE, atol=FLOAT64_TOLERANCE)
+        if window_size is not None:
+            _, slow = attention_with_cache(q[rows], k[rows], v[rows], slow, sequences, window_size)
+            for one, other in zip(vars(cache).values(), vars(slow).values(), strict=True):
+                assert torch.equal(one, other)
+
+
+def test_long_prompts_of_one_length(monkeypatch):
+    """By scaled_dot_product_attention, on a GPU in bf16 cuDNN's."""
+    monkeypatch.setattr(attention_module, "_LONG", 1)
+    monkeypatch.setattr(attention_module, "_takes_varlen", lambda q: True)
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float64)
+    q, k, v = (leaf(3 * 150, h, 64, seed=i)[1].detach().to(dtype) for i, h in enumerate((4, 2, 2)))
+    expected = oracle(q.double(), k.double(), v.double(), (150,) * 3, None)
+    cache, sequences = GrowingCache.empty(3, 2, 64, dtype=dtype, device=device), Sequences.of((150,) * 3, device)
+    with torch.no_grad():
+        o, cache = attention_with_cache(*(x.to(device) for x in (q, k, v)), cache, sequences)
+    torch.testing.assert_close(o.cpu().double(), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+    assert torch.equal(cache.packed(cache.v).cpu(), v)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window_size", [None, 10, 64])
+def test_pieces_on_a_gpu(window_size):
+    pieces = [(1, 12, 3), *random_pieces(count=3, rounds=14, seed=1)]
+    lengths = tuple(map(sum, zip(*pieces, strict=True)))
+    q, k, v = (leaf(sum(lengths), h, 64, seed=i)[1].detach() for i, h in enumerate((4, 2, 2)))
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    expected = oracle(q.double(), k.double(), v.double(), lengths, window_size)
+    kind, sizes = (GrowingCache, ()) if window_size is None else (KeyValueCache, (window_size,))
+    cache = kind.empty(3, 2, 64, *sizes, dtype=q.dtype, device="cuda")
+    for number, (sequences, rows) in enumerate(cut(pieces)):
+        starts = sequences.starts.cuda() if number else None
+        with torch.no_grad():
+            o, cache = attention_with_cache(
+                *(x[rows].cuda() for x in (q, k, v)),
+                cache,
+                Sequences.of(sequences.lengths, "cuda", starts),
+                window_size,
+            )
+        torch.testing.assert_close(o.cpu().double(), expected[rows], rtol=BFLOAT16_TOLERANCE, atol=BFLOAT16_TOLERANCE)

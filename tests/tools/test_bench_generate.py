@@ -17,7 +17,7 @@ def test_all_letters_are_measured_at_toy_sizes(pattern):
     *lines, last = map(json.loads, done.stdout.splitlines())
     eager = [line for line in lines if line.get("mode") != "graph"]
     assert [(line["op"], line["context"], line["batch"]) for line in eager] == [
-        ("prefill", 40, 1),
+        ("prefill", 40, 2),
         ("decode", 40, 2),
         ("decode", 100, 1),
     ]

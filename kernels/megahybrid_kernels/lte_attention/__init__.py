@@ -76,7 +76,8 @@ def lte_attention_with_cache(
         score: `[tokens, kv_heads]`, streamed: the row of position p holds the score of position `p - delay`, as
             `retention_logits_streamed` yields it; rows with `p < delay` are ignored.
         cache: of the sequences' earlier tokens; `LTECache.empty` at first.
-        sequences: borders of the new tokens; `sequences.starts` says how many tokens of each the cache has seen.
+        sequences: borders of the new tokens; `sequences.starts` says how many tokens of each the cache has seen, and
+            None that it has seen none, which costs least.
         delay: tokens by which scores are late, the router's margin.
         in_place: the op may overwrite `cache`, as it does on a GPU for one token of every sequence, where nothing is
             copied then but the row that enters the buffer.
@@ -99,9 +100,11 @@ def lte_attention_with_cache(
         from megahybrid_kernels.lte_attention.triton_decode import lte_attention_step
 
         return lte_attention_step(q, k, v, score, cache, sequences.positions, sink_size, delay), cache
-    return reference.lte_attention_with_cache(
-        q, k, v, score, cache, sequences, window_size, sink_size, buffer_size, delay
-    )
+    if takes_triton(q) and q.shape[2] <= 256 and not torch.is_grad_enabled():
+        from megahybrid_kernels.lte_attention.triton_prefill import lte_attention_piece as backend
+    else:
+        backend = reference.lte_attention_with_cache
+    return backend(q, k, v, score, cache, sequences, window_size, sink_size, buffer_size, delay)
 
 
 def _check(

@@ -50,8 +50,7 @@ def retention_logits(
     _check(k, v, parameters, sequences)
     if dropout is not None and not 0 <= dropout.probability < 1:
         raise ValueError(f"the dropout probability must lie in [0, 1), but is {dropout.probability}")
-    # Wider heads in fp32 need more shared memory than a multiprocessor has.
-    if takes_triton(k) and (k.dtype != torch.float32 or k.shape[2] <= 128):
+    if _takes_layers(k):
         from megahybrid_kernels.retention_router import triton as backend
     else:
         backend = reference
@@ -73,7 +72,8 @@ def retention_logits_streamed(
 
     Args:
         k, v, parameters, dilation: as for `retention_logits`.
-        sequences: borders of the new tokens; `sequences.starts` says how many tokens of each came before.
+        sequences: borders of the new tokens; `sequences.starts` says how many tokens of each came before, and None that
+            none did, which lets a GPU run the kernels of `retention_logits`.
         state: from the sequences' earlier tokens; `RouterState.empty` at first.
 
     Returns:
@@ -90,7 +90,16 @@ def retention_logits_streamed(
         from megahybrid_kernels.retention_router.triton_step import retention_logits_step
 
         return retention_logits_step(k, v, parameters, sequences.positions, state, dilation)
+    if sequences.starts is None and _takes_layers(k) and not torch.is_grad_enabled():
+        from megahybrid_kernels.retention_router.triton_prefill import retention_logits_first
+
+        return retention_logits_first(k, v, parameters, sequences, dilation)
     return reference.retention_logits_streamed(k, v, parameters, sequences, state, dilation)
+
+
+def _takes_layers(k: Tensor) -> bool:
+    # Wider heads in fp32 need more shared memory than a multiprocessor has.
+    return takes_triton(k) and (k.dtype != torch.float32 or k.shape[2] <= 128)
 
 
 def _check(k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequences) -> None:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megahybrid_kernels.attention.reference import Padded
 from megahybrid_kernels.counter_dropout import keep_mask
 from megahybrid_kernels.precision import at_least_fp32
 from megahybrid_kernels.sequences import Sequences
@@ -118,23 +117,24 @@ def retention_logits_streamed(
     state: RouterState,
     dilation: int = 2,
 ) -> tuple[Tensor, RouterState]:
-    """See `megahybrid_kernels.retention_router.retention_logits_streamed`."""
-    heads = k.shape[1]
-    padded = Padded.of(sequences)
-    lengths = (padded.ends - padded.starts)[:, None]
-    x = at_least_fp32(torch.cat([k, v], -1))[padded.rows]
-    positions = padded.positions
+    """See `megahybrid_kernels.retention_router.retention_logits_streamed`.
+
+    Each layer's past rows are put before its sequence's new ones, in one packed row.
+    """
+    heads, device, late = k.shape[1], k.device, 0
+    x = at_least_fp32(torch.cat([k, v], -1))
     rows = []
     for weight, bias, past in zip(parameters.weights, parameters.biases, state.rows, strict=True):
-        kernel_size, new = weight.shape[2], x.shape[1]
-        x = torch.cat([past, x], 1)
-        last = lengths + torch.arange(past.shape[1], device=k.device)
-        rows.append(x.gather(1, last[..., None, None].expand(-1, -1, *x.shape[2:])))
-        taps = torch.einsum("nthc,hco->ntho", x, _per_head(weight, heads)).chunk(kernel_size, 3)
-        y = sum(part[:, tap * dilation : tap * dilation + new] for tap, part in enumerate(taps))
-        positions = positions - (kernel_size - 1) // 2 * dilation
+        kernel_size, size = weight.shape[2], past.shape[1]
+        new, borders = sequences.rows_behind(size), sequences.behind(size).cu_seqlens[:, None].long()
+        slots = torch.arange(size, device=device)
+        packed = x.new_zeros(len(x) + past.shape[0] * size, *x.shape[1:]).index_copy(0, new, x)
+        packed = packed.index_copy(0, (borders[:-1] + slots).flatten(), past.flatten(0, 1))
+        rows.append(packed[borders[1:] - size + slots])
+        taps = torch.bmm(packed.transpose(0, 1), _per_head(weight, heads)).chunk(kernel_size, 2)
+        y = sum(part.index_select(1, new - size + tap * dilation) for tap, part in enumerate(taps))
+        late += (kernel_size - 1) // 2 * dilation
+        y = F.silu(y + at_least_fp32(bias).view(heads, 1, -1))
         # Before the document's start the next layer must find zeros, as its padding would be.
-        y = F.silu(y + at_least_fp32(bias).view(heads, -1)).masked_fill((positions < 0)[..., None, None], 0)
-        x = y
-    x = x[sequences.index, sequences.offsets]
+        x = y.masked_fill((sequences.positions < late)[:, None], 0).transpose(0, 1)
     return _logits(x.transpose(0, 1), parameters), RouterState(tuple(rows))

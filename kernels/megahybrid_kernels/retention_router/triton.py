@@ -181,18 +181,25 @@ class _Layer:
         return gradients, *sums
 
 
+def forward_layers(layers: list[_Layer], k: Tensor, v: Tensor, projection: Tensor, projection_bias: Tensor, *rest):
+    """The logits and every layer's y; `rest` are the weights and then the biases."""
+    weights, biases = rest[: len(layers)], rest[len(layers) :]
+    logits = torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
+    inputs, ys = (k, v), []
+    for layer, weight, bias in zip(layers, weights, biases, strict=True):
+        out = logits if layer is layers[-1] else None
+        ys.append(layer.forward(inputs, weight, bias, projection, projection_bias, out))
+        inputs = (ys[-1],)
+    return logits, ys
+
+
 class _Router(torch.autograd.Function):
     """Saves k, v, the weights and every layer's y."""
 
     @staticmethod
     def forward(ctx, layers: list[_Layer], k: Tensor, v: Tensor, projection: Tensor, projection_bias: Tensor, *rest):
         weights, biases = rest[: len(layers)], rest[len(layers) :]
-        logits = torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
-        inputs, ys = (k, v), []
-        for layer, weight, bias in zip(layers, weights, biases, strict=True):
-            out = logits if layer is layers[-1] else None
-            ys.append(layer.forward(inputs, weight, bias, projection, projection_bias, out))
-            inputs = (ys[-1],)
+        logits, ys = forward_layers(layers, k, v, projection, projection_bias, *rest)
         ctx.layers = layers
         ctx.save_for_backward(k, v, projection, projection_bias, *weights, *ys)
         return logits
@@ -230,9 +237,15 @@ def retention_logits(
     dilation: int = 2,
 ) -> Tensor:
     """See `megahybrid_kernels.retention_router.retention_logits`; float32, bfloat16 or float16."""
+    return _Router.apply(*router_arguments(k, v, parameters, sequences, dropout, dilation))
+
+
+def router_arguments(
+    k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequences, dropout: Dropout | None, dilation: int
+) -> tuple:
+    """Those of `forward_layers`."""
     k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
     weights, biases, projection, projection_bias = parameters
     layers = [_Layer.of(n, parameters, sequences, dropout, dilation, k.dtype) for n in range(len(weights))]
-    return _Router.apply(
-        layers, k, v, projection.contiguous(), projection_bias, *weights, *(bias.contiguous() for bias in biases)
-    )
+    biases = (bias.contiguous() for bias in biases)
+    return layers, k, v, projection.contiguous(), projection_bias, *weights, *biases
