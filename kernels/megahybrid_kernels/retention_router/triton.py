@@ -198,7 +198,7 @@ class _Router(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, layers: list[_Layer], k: Tensor, v: Tensor, projection: Tensor, projection_bias: Tensor, *rest):
-        weights, biases = rest[: len(layers)], rest[len(layers) :]
+        weights = rest[: len(layers)]
         logits, ys = forward_layers(layers, k, v, projection, projection_bias, *rest)
         ctx.layers = layers
         ctx.save_for_backward(k, v, projection, projection_bias, *weights, *ys)
