@@ -85,15 +85,6 @@ def test_negative_eigenvalues(case):
     assert_same(run(op_for(lengths, allow_neg_eigval=True), inputs), expected, 2e-5, 5e-5)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: streams")
-@pytest.mark.parametrize("tune", [WHOLE, CUT], ids=["whole", "cut"])
-def test_overlapping_scans(tune):
-    lengths = (64, 1, 700)
-    inputs = in_dtype(make_inputs(lengths, 9, 1, 2, 32, 32), torch.float32)
-    expected, found = (run(op_for(lengths, replace(tune, overlap=overlap)), inputs) for overlap in (False, True))
-    assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
-
-
 @pytest.mark.parametrize("case", ["plain", "repeated keys"])
 def test_half_precision_with_the_tiles_of_training(case):
     lengths = (70, 129)

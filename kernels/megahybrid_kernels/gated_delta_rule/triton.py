@@ -8,10 +8,8 @@ states between them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 import triton.language as tl
@@ -22,6 +20,9 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import ROW_KINDS, prepar
 from megahybrid_kernels.gated_delta_rule.triton_scan import join_kernel, reverse_scan_kernel, scan_kernel
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.sequences import Sequences
+
+# Keys of a tile of `gradient_kernel` at least: with 32 what Triton 3.6 compiles for Hopper is wrong.
+_NARROWEST = 64
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class Tuning:
         programs: a scan is cut into segments until about so many programs run; sequences alone suffice from half of it.
         shortest: chunks of a segment at least.
         keep_states: the forward saves states and u, so that backward need not scan for them.
-        overlap: scans that need nothing of each other run at once. Pays if two fit a multiprocessor's shared memory.
     """
 
     prepare: Launch
@@ -67,7 +67,6 @@ class Tuning:
     programs: int = 128
     shortest: int = 16
     keep_states: bool = False
-    overlap: bool = False
 
 
 def tuning(width: int, dtype: torch.dtype) -> Tuning:
@@ -75,35 +74,16 @@ def tuning(width: int, dtype: torch.dtype) -> Tuning:
     if dtype == torch.float32:
         # Every product is three of tf32, whose operands are kept in two parts each.
         scan, chunk = (Launch(16, 4, 1), 32) if width > 128 else (Launch(32, 4, 1), 64)
-        gradient = Launch(16, 8 if width > 16 else 4, 1)
+        # Four warps: Triton gives eight the rows of a tile twice as high, and their products read what is not there.
+        gradient = Launch(16, 4, 1)
         return Tuning(Launch(32, 4, 1), scan, scan, scan, gradient, Launch(16, 4, 1), chunk)
     if width <= 128:
         scan = Launch(64, 4, 3)
         # At least two steps of a loop, which keep its products apart. Four warps, so that two programs fit an SM.
-        gradient = Launch(min(32, _width(width) // 2), 4, 2)
-        return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, gradient, Launch(32, 4, 2))
+        gradient = Launch(64 if width > 64 else 32, 4, 2)
+        return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, gradient, Launch(16, 4, 2))
     scan = Launch(64, 8, 2)
-    return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, Launch(32, 8, 2), Launch(16, 4, 2))
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-@contextmanager
-def _aside(device: torch.device) -> Iterator[None]:
-    """Kernels launched within run beside those launched after, until `_rejoin`; they must allocate nothing."""
-    side = _side_stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        yield
-
-
-def _rejoin(call: _Call) -> None:
-    """What comes after waits for what ran aside: memory used there may be freed or filled again."""
-    if call.overlaps:
-        torch.cuda.current_stream(call.v.device).wait_stream(_side_stream(call.v.device))
+    return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, Launch(64, 8, 1), Launch(16, 4, 2))
 
 
 @dataclass(frozen=True)
@@ -203,13 +183,6 @@ class _Call:
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.v.device)
-
-    @property
-    def overlaps(self) -> bool:
-        return self.tune.overlap and self.v.is_cuda
-
-    def aside(self) -> AbstractContextManager[None]:
-        return _aside(self.v.device) if self.overlaps else nullcontext()
 
     @property
     def precision(self) -> str:
@@ -323,10 +296,8 @@ class _GatedDeltaRule(torch.autograd.Function):
             segments = len(cut.segments)
             own = call.empty(*call.state_shape(segments))
             transfer = call.empty(*call.state_shape(segments, call.key_dim))
-            with call.aside():
-                _scan(call, prepared, tune.scan, final=own)
+            _scan(call, prepared, tune.scan, final=own)
             _scan(call, prepared, tune.scan, final=transfer, transfer=True)
-            _rejoin(call)
             starts = _join(call, transfer, own, initial, final, reverse=False)
         u, states = _kept(call) if keep else (None, None)
         _scan(call, prepared, tune.scan, starts, o, u, states, final=final if cut.bounds is None else None)
@@ -346,23 +317,17 @@ class _GatedDeltaRule(torch.autograd.Function):
         tune, bounds = ctx.tune, ctx.cut.bounds
         do = torch.zeros_like(call.v) if do is None else do
         do, dfinal = do.contiguous(), dfinal if dfinal is None else dfinal.contiguous()
-        recompute = states is None
-        if recompute:
+        if states is None:
             u, states = _kept(call)
+            _scan(call, prepared, tune.recompute, starts, u=u, states=states)
         dv, dstates = torch.empty_like(u), torch.empty_like(states)
         count = len(ctx.cut.segments) if bounds is None else len(bounds) - 1
         dinitial = None if initial is None and bounds is None else call.empty(*call.state_shape(count))
-        own = None if bounds is None else call.empty(*call.state_shape(len(ctx.cut.segments)))
-        if recompute:
-            with call.aside():
-                _scan(call, prepared, tune.recompute, starts, u=u, states=states)
         if bounds is None:
             _reverse_scan(call, prepared, do, dfinal, dv, dstates, dinitial)
         else:
+            own = call.empty(*call.state_shape(len(ctx.cut.segments)))
             _reverse_scan(call, prepared, do, None, dinitial=own)
-        if recompute:
-            _rejoin(call)
-        if bounds is not None:
             ends_of = _join(call, transfer, own, dfinal, dinitial, reverse=True)
             _reverse_scan(call, prepared, do, ends_of, dv, dstates)
         grads = _gradients(call, prepared, do, u, dv, states, dstates)
@@ -384,8 +349,9 @@ def _gradients(
     parts = call.empty(count, call.heads, PART_KINDS.value, chunk)
     gradient_kernel[(2 * call.heads, count)](
         call.q, call.k, prepared.rows, prepared.ends, prepared.attention, do, u, dv, states, dstates, parts, dq, dk,
-        call.plan.chunks, *call.strides("q", "k"), call.scale, WARPS=launch.warps, **call.heads_constants(),
-        **call.columns(launch),
+        call.plan.chunks, *call.strides("q", "k"), call.scale, WARPS=launch.warps,
+        **call.heads_constants() | {"WIDTH": max(_NARROWEST, _width(call.key_dim))},
+        **call.columns(launch) | {"COLUMNS": launch.columns},
     )  # fmt: skip
     da, db = (call.empty(*x.shape, dtype=x.dtype) for x in (call.a, call.b))
     sums = call.empty(2, count, call.heads)

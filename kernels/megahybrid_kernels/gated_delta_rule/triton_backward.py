@@ -159,7 +159,7 @@ def _key_gradient(
     lower = tl.where(i[:, None] > i[None, :], dv_u * _decay_to(high, low, CHUNK), 0.0)
     by_kk = ((lower + upper) * -k_norm[None, :]).to(dtype)
     kk = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for first in tl.range(0, WIDTH, COLUMNS):
+    for first in tl.range(0, KEY_DIM, COLUMNS):
         k_part = load_rows(key, row, inside, k_stride, first, KEY_DIM, COLUMNS)
         kk = tl.dot(k_part, tl.trans(k_part), kk, input_precision=PRECISION)
     pairs = kk * lower * -k_norm[:, None] * k_norm[None, :]

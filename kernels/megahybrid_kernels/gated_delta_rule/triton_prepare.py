@@ -126,7 +126,7 @@ def prepare_kernel(
     qk = tl.zeros([CHUNK, CHUNK], tl.float32)
     kk = tl.zeros([CHUNK, CHUNK], tl.float32)
     q_square, k_square = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
-    for first in tl.range(0, WIDTH, COLUMNS):
+    for first in tl.range(0, KEY_DIM, COLUMNS):
         k_tile = load_rows(k, row, inside, k_stride, first, KEY_DIM, COLUMNS)
         q_tile = load_rows(q, row, inside, q_stride, first, KEY_DIM, COLUMNS)
         qk = tl.dot(q_tile, tl.trans(k_tile), qk, input_precision=PRECISION)
