@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -70,12 +71,17 @@ def initialize_parameters(model: nn.Module, seed: int) -> None:
     """Give every parameter its initial value from (seed, global name)."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-            full = weight.spec.initializer(weight.spec.shape, generator)
-            weight.copy_(weight.spec.shard(full, rank, size))
+
+    @torch.no_grad()
+    def draw(name: str, weight: nn.Parameter) -> None:
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        full = weight.spec.initializer(weight.spec.shape, generator)
+        weight.copy_(weight.spec.shard(full, rank, size))
+
+    # A generator draws on one core, and each parameter has its own.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(draw, *zip(*model.named_parameters(), strict=True)))
 
 
 def normal(std: float) -> Initializer:
