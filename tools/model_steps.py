@@ -76,11 +76,20 @@ def measure(recipe: str, overrides: Sequence[str], steps: int, with_parts: bool,
         if with_parts:
             figures["parts"] = parts(engine, batches, steps + 3)
         figures["device"] = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    engine.deepspeed.destroy()
     del engine, batches
+    _free_tensors()
+    return figures
+
+
+def _free_tensors() -> None:
+    """Empty what is left of an engine: DeepSpeed's hooks and marks on parameters keep it alive, unseen by Python."""
     gc.collect()
+    for each in gc.get_objects():
+        if isinstance(each, torch.Tensor) and each.untyped_storage().nbytes() > 2**20:
+            each.untyped_storage().resize_(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return figures
 
 
 @torch.no_grad()
