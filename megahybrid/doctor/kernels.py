@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import multiprocessing
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,8 @@ from megahybrid_kernels import Sequences
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _SECONDS = 0.05  # of calls for each time
+_PROCESSES = 12  # each takes half a gigabyte of a GPU
+Verdict = tuple[list[str], list[str]]  # what is right about an op, and what is wrong
 
 
 def check(
@@ -31,24 +34,12 @@ def check(
     on a GPU at a 0.4B model's size in bf16.
     """
     size, timed = _size(model), {}
-    chosen = [*cases(size), *decode_cases(size)] if chosen is None else chosen
     if device.type == "cuda":
         timed = {case.op: case for case in cases(SIZES["large"])}
-        _compile(chosen, device)
-    for case in chosen:
-        parts, faults = [], []
-        for name, dtype in _DTYPES.items():
-            try:
-                backend, errors = _judge(case, device, dtype)
-            except Exception as error:  # a kernel may fail in any way, and the others are still worth knowing
-                faults.append(f"{name} fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-                continue
-            # A NaN is the worst of all.
-            worst = max(errors, key=lambda each, errors=errors: (not errors[each] >= 0, errors[each]))
-            error, tolerance = errors[worst], 0.0 if case.judge else measuring.TOLERANCE[dtype]
-            parts.append(f"{backend} {name} {error:7.1e} of {tolerance:7.1e}")
-            if not error <= tolerance:
-                faults.append(f"{name}: {worst} is off by {error:.1e}, more than {tolerance:.1e}")
+    apart = device.type == "cuda" and chosen is None
+    chosen = _all_cases(size) if chosen is None else chosen
+    verdicts = judge_apart(size, device) if apart else (_verdict(case, device) for case in chosen)
+    for case, (parts, faults) in zip(chosen, verdicts, strict=True):
         if not faults and case.op in timed:
             try:
                 parts.append(_speed(timed[case.op], device))
@@ -57,18 +48,48 @@ def check(
         yield Finding(f"{case.op:24}{' · '.join([*faults, *parts])}", not faults)
 
 
-def _compile(chosen: list[Case], device: torch.device) -> None:
-    """Run everything once, in threads: compilers work side by side, and take longer than all checks together."""
+def _all_cases(size: Size) -> list[Case]:
+    return [*cases(size), *decode_cases(size)]
 
-    def attempt(case: Case, dtype: torch.dtype) -> None:
-        with contextlib.suppress(Exception):  # the check itself says what fails
-            inputs, sequences, cotangent = _inputs(case, device, dtype)
-            measuring.run(case, getattr(case.load(), case.function), inputs, sequences, cotangent)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for case in chosen:
-            for dtype in _DTYPES.values():
-                pool.submit(attempt, case, dtype)
+def judge_apart(size: Size, device: torch.device, numbers: Sequence[int] | None = None) -> Iterator[Verdict]:
+    """The verdict on each of all cases, or those of `numbers`, from a process of its own, in order.
+
+    A kernel that reads or writes where it must not leaves its process without a GPU, and would make all others look
+    wrong. And side by side their compilers, which take most of the time, end sooner.
+    """
+    numbers = range(len(_all_cases(size))) if numbers is None else numbers
+    processes = min(len(numbers), os.cpu_count() or 1, _PROCESSES)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        verdicts = [pool.submit(_verdict_of_number, number, size, device) for number in numbers]
+        for verdict in verdicts:
+            try:
+                yield verdict.result()
+            except BrokenProcessPool:
+                yield [], ["its process, or one beside it, was killed"]
+
+
+def _verdict_of_number(number: int, size: Size, device: torch.device) -> Verdict:
+    torch.set_num_threads(1)
+    return _verdict(_all_cases(size)[number], device)
+
+
+def _verdict(case: Case, device: torch.device) -> Verdict:
+    """What is right about a case, and what is wrong."""
+    parts, faults = [], []
+    for name, dtype in _DTYPES.items():
+        try:
+            backend, errors = _judge(case, device, dtype)
+        except Exception as error:  # a kernel may fail in any way, and the others are still worth knowing
+            faults.append(f"{name} fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            continue
+        # A NaN is the worst of all.
+        worst = max(errors, key=lambda each, errors=errors: (not errors[each] >= 0, errors[each]))
+        error, tolerance = errors[worst], 0.0 if case.judge else measuring.TOLERANCE[dtype]
+        parts.append(f"{backend} {name} {error:7.1e} of {tolerance:7.1e}")
+        if not error <= tolerance:
+            faults.append(f"{name}: {worst} is off by {error:.1e}, more than {tolerance:.1e}")
+    return parts, faults
 
 
 def _size(model: ModelConfig | None) -> Size:

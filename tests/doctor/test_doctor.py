@@ -69,6 +69,14 @@ def test_a_kernel_that_raises_does_not_hide_the_others(monkeypatch):
     assert right.right
 
 
+def test_judged_in_a_process_of_its_own_as_in_this_one():
+    every = [*cases(SIZES["check"]), *decode_cases(SIZES["check"])]
+    number = next(n for n, each in enumerate(every) if each.op == "swiglu")
+    ((parts, faults),) = kernels.judge_apart(SIZES["check"], CPU, [number])
+    (finding,) = kernels.check(CPU, chosen=[every[number]])
+    assert finding.text.endswith(" · ".join(parts)) and not faults
+
+
 def test_steps_run_in_place_and_are_judged(monkeypatch):
     """A step that forgets its newest token, on the path that generation takes."""
     real, in_place = lte.lte_attention_with_cache, []
