@@ -30,7 +30,7 @@ PARTS = {
     "router": ("_layer", "backward_input", "backward_weight", "backward_projection"),
     "attention": ("flash", "fmha", "cudnn"),
     "matmul": ("gemm", "nvjet", "cutlass", "wgmma", "splitK"),
-    "conv, norm, rotary, SwiGLU": ("conv1d", "norm_", "rotary", "swiglu"),
+    "conv, norm, rotary, SwiGLU": ("conv1d", "norm_", "rotary", "swiglu", "sum_shares"),
     "loss": ("cross_entropy",),
     "optimizer": ("multi_tensor", "adam"),
     "copies": ("Memcpy", "Memset", "copy"),

@@ -24,14 +24,13 @@ from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.sequences import Sequences
+from megahybrid_kernels.shares import sum_shares
 
 # Channels of a program and of a thread; bytes of a channel whose loads are on their way together; programs that run at
 # once: 16 warps on each of 132 multiprocessors have 128 registers a thread.
 _CHANNELS, _PER_THREAD, _BYTES = 128, 4, 8
 _FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 132 * 24, 132 * 16
 _SHORTEST_SPAN = 8
-# Values and spans of a tile that sums the spans' shares of dweight.
-_SUMMED, _SUMMED_SPANS = 32, 128
 
 
 @triton.jit
@@ -204,22 +203,6 @@ def conv1d_backward_kernel(
         tl.store(dweight + place, sums[i], mask=mask)
 
 
-@triton.jit(do_not_specialize=["spans"])
-def conv1d_sum_kernel(
-    shares, dweight, spans, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):
-    """shares: `[spans, WIDTH * CHANNELS]`, dweight: `[CHANNELS, WIDTH]`."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < WIDTH * CHANNELS
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(0, spans, ROWS):
-        row = first + tl.arange(0, ROWS)
-        places = row.to(tl.int64)[:, None] * (WIDTH * CHANNELS) + place[None, :]
-        total += tl.load(shares + places, mask=(row < spans)[:, None] & inside[None, :], other=0)
-    target = dweight + place % CHANNELS * WIDTH + place // CHANNELS
-    tl.store(target, tl.sum(total, 0).to(dweight.dtype.element_ty), mask=inside)
-
-
 @triton.jit
 def _backward_last_rows(borders, dnew_state, dx, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """The new state's gradient is added to that of the rows it consists of."""
@@ -298,10 +281,7 @@ class _Convolution(torch.autograd.Function):
             x, weight, held, sequences.index, borders, dy, dx, shares, len(x), span, x.stride(0), dy.stride(0),
             **constants, STATE=state is not None, TOGETHER=_BYTES // x.element_size(),
         )  # fmt: skip
-        dweight = torch.empty_like(weight)
-        conv1d_sum_kernel[(cdiv(weight.numel(), _SUMMED),)](
-            shares, dweight, len(shares), len(weight), weight.shape[1], BLOCK=_SUMMED, ROWS=_SUMMED_SPANS
-        )
+        dweight = sum_shares(shares, weight)
         passed = dnew_state is not None
         dnew_state = dnew_state.contiguous() if passed else dx
         if passed:

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv, next_power_of_2
+from megahybrid_kernels.shares import sum_shares
 
 # Values of a program's tile and of a thread, forward and backward; a wider row is a tile by itself.
 _FORWARD_TILE, _FORWARD_PER_THREAD = 4096, 32
@@ -137,7 +138,7 @@ class _Norm(torch.autograd.Function):
             x, other, weight, dy, dx, dx if dgate is None else dgate, dweight, x.stride(0), other.stride(0),
             dy.stride(0), len(x), ctx.eps, **tile, **flags,
         )  # fmt: skip
-        return dx, dgate, dx if ctx.flags["ADDED"] else None, dweight.sum(0).to(weight.dtype), None
+        return dx, dgate, dx if ctx.flags["ADDED"] else None, sum_shares(dweight, weight), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
