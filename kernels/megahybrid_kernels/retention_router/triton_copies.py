@@ -114,8 +114,9 @@ def _copy_rows(
 
 @triton.jit
 def state_rows_kernel(
-    k, v, y0, y1, rows0, rows1, rows2, borders, k_stride, k_head_stride, v_stride, v_head_stride, tokens,
-    half, channels1, channels2, past0, past1, past2, late1, late2, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    k, v, y0, y1, rows0, rows1, rows2, borders, k_stride, k_head_stride, v_stride, v_head_stride, y0_head_stride,
+    y1_head_stride, half, channels1, channels2, past0, past1, past2, late1, late2,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`RouterState.rows` after the sequences between `borders`: zero for rows before a sequence's first.
 
@@ -127,11 +128,13 @@ def state_rows_kernel(
         _copy_rows(k, rows0, borders, k_stride, k_head_stride, 2 * half, 0, half, past0, 0, False, WIDTH, ROWS)
         _copy_rows(v, rows0, borders, v_stride, v_head_stride, 2 * half, half, half, past0, 0, False, WIDTH, ROWS)
     elif layer == 1:
-        stride = tokens.to(tl.int64) * channels1
-        _copy_rows(y0, rows1, borders, channels1, stride, channels1, 0, channels1, past1, late1, True, WIDTH, ROWS)
+        _copy_rows(
+            y0, rows1, borders, channels1, y0_head_stride, channels1, 0, channels1, past1, late1, True, WIDTH, ROWS
+        )
     else:
-        stride = tokens.to(tl.int64) * channels2
-        _copy_rows(y1, rows2, borders, channels2, stride, channels2, 0, channels2, past2, late2, True, WIDTH, ROWS)
+        _copy_rows(
+            y1, rows2, borders, channels2, y1_head_stride, channels2, 0, channels2, past2, late2, True, WIDTH, ROWS
+        )
 
 
 def _three(*columns: list) -> Iterator:
@@ -185,10 +188,12 @@ def state_rows(
         torch.empty(sequences.count, count, heads, width, dtype=torch.float32, device=k.device)
         for count, width in zip(past, channels, strict=True)
     ]
+    y0, y1, _ = _three(ys)
+    _, *later_channels = _three(channels)
+    *later_late, _ = _three(late)
     state_rows_kernel[(sequences.count, heads, len(weights))](
-        k, v, *itertools.islice(_three(ys), _LAYERS - 1), *_three(rows), sequences.cu_seqlens, *k.stride()[:2],
-        *v.stride()[:2], sequences.tokens, half, *itertools.islice(_three(channels), 1, None), *_three(past),
-        *itertools.islice(_three(late), _LAYERS - 1), WIDTH=max(16, next_power_of_2(max(half, *channels[1:]))),
+        k, v, y0, y1, *_three(rows), sequences.cu_seqlens, *k.stride()[:2], *v.stride()[:2], y0.stride(0), y1.stride(0),
+        half, *later_channels, *_three(past), *later_late, WIDTH=max(16, next_power_of_2(max([half, *channels[1:]]))),
         ROWS=_ROWS,
     )  # fmt: skip
     return tuple(rows)
