@@ -58,15 +58,13 @@ class Sequences:
     @cached_property
     def index(self) -> Tensor:
         """int64 `[tokens]`: which sequence each token belongs to."""
-        counts = self.cu_seqlens.diff().long()
-        numbers = torch.arange(self.count, device=counts.device)
-        return torch.repeat_interleave(numbers, counts, output_size=self.tokens)
+        rows = torch.arange(self.tokens, dtype=self.cu_seqlens.dtype, device=self.cu_seqlens.device)
+        return torch.searchsorted(self.cu_seqlens[1:], rows, right=True)
 
     @cached_property
     def offsets(self) -> Tensor:
         """int64 `[tokens]`: how many tokens of the same sequence precede each token here (`starts` not counted)."""
-        rows = torch.arange(self.tokens, device=self.cu_seqlens.device)
-        return rows - self.cu_seqlens.long()[self.index]
+        return torch.arange(self.tokens, device=self.cu_seqlens.device) - self.begins
 
     @cached_property
     def positions(self) -> Tensor:
@@ -89,7 +87,7 @@ class Sequences:
     @cached_property
     def remaining(self) -> Tensor:
         """int64 `[tokens]`: how many tokens of the same sequence follow each token here."""
-        return self.cu_seqlens.long()[self.index + 1] - 1 - torch.arange(self.tokens, device=self.cu_seqlens.device)
+        return self.ends - 1 - torch.arange(self.tokens, device=self.cu_seqlens.device)
 
     def behind(self, rows: int) -> Sequences:
         """The same sequences with `rows` more rows before each one's own, all counted from 0; made once."""

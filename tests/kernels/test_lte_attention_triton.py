@@ -101,7 +101,15 @@ def test_packed_equals_separate_and_strided_inputs():
     assert torch.equal(attend(strided, lengths, *sizes), whole)
 
 
-def test_lists_hold_what_is_visible():
+@pytest.mark.parametrize("lengths", [(150, 33), (181,), (64,), (1, 2)])
+def test_one_chunk_needs_no_list_of_its_own(lengths, monkeypatch):
+    monkeypatch.setattr(triton_columns, "CHUNK", 4096)
+    check(inputs(lengths, 2, 1, 16), lengths, 9, 4, 6)
+
+
+@pytest.mark.parametrize("chunk", [64, 256])
+def test_lists_hold_what_is_visible(chunk, monkeypatch):
+    monkeypatch.setattr(triton_columns, "CHUNK", chunk)
     lengths, window_size, sink_size, buffer_size, queries, keys = (150, 33), 20, 4, 6, 32, 16
     score = tied_scores(183, 2, seed=1).float().to(DEVICE)
     sequences = Sequences.of(lengths, DEVICE)
@@ -127,12 +135,14 @@ def test_lists_hold_what_is_visible():
 
 
 @pytest.mark.parametrize("window_size, sink_size, buffer_size", [(0, 0, 1), (5, 4, 9), (9, 1, 40)])
-@pytest.mark.parametrize("lengths", [(1,), (2, 1, 70, 33, 5), (257,)])
-@pytest.mark.parametrize("levels", [3, 10_000])
+@pytest.mark.parametrize("lengths", [(1,), (2, 1, 70, 33, 5), (257,), (64,), (64, 64)])
+@pytest.mark.parametrize("levels", [0, 3, 10_000])
 def test_exits(lengths, window_size, sink_size, buffer_size, levels, monkeypatch):
     for name, size in {"_OWN": 8, "_OTHERS": 16, "_BLOCKS": 4, "_PIECE": 8}.items():
         monkeypatch.setattr(exits_triton, name, size)
-    score = tied_scores(sum(lengths), 2, seed=levels, levels=levels).to(DEVICE)
+    # Without levels all are candidates, which fill whole groups, of 64 here.
+    score = tied_scores(sum(lengths), 2, seed=levels, levels=levels or 50).to(DEVICE)
+    score = score if levels else score.abs() + 0.1
     starts = torch.arange(len(lengths), device=DEVICE) * 2
     sequences = Sequences.of(lengths, DEVICE, starts)
     sizes = (window_size, sink_size, buffer_size)

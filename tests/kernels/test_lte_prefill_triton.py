@@ -143,6 +143,24 @@ def test_the_routers_first_piece_equals_the_streamed_path(lengths, heads, head_d
         torch.testing.assert_close(one.cpu(), other, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
 
 
+@pytest.mark.parametrize("lengths", [(2,), (33, 1, 5, 4)])
+def test_the_routers_rows_in_half_precision(lengths):
+    heads, head_dim = 2, 24
+    parameters = leaves(random_router(heads, head_dim, 1), torch.float16)
+    fused = torch.randn(sum(lengths), 3 * heads, head_dim, generator=torch.Generator().manual_seed(2)).half()
+    k, v = fused[:, :heads], fused[:, heads : 2 * heads]
+    state = RouterState.empty(len(lengths), parameters)
+    with torch.no_grad():
+        _, state = router_reference.retention_logits_streamed(k, v, parameters, Sequences.of(lengths), state)
+        on_device = RouterParameters(*(tuple(moved(*x)) for x in parameters[:2]), *moved(*parameters[2:]))
+        k, v = (x.to(DEVICE)[:, part] for x, part in ((fused, slice(heads)), (fused, slice(heads, 2 * heads))))
+        _, fast = retention_logits_first(k, v, on_device, Sequences.of(lengths, DEVICE))
+    assert torch.equal(fast.rows[0].cpu(), state.rows[0])
+    for one, other in zip(fast.rows[1:], state.rows[1:], strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one.cpu(), other, rtol=5e-3, atol=5e-3)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("starts", [None, (0, 5000)])
 def test_nothing_waits_for_the_gpu(starts):

@@ -48,6 +48,23 @@ def test_outputs_and_gradients(lengths, heads, head_dim, kernel_size, dilation, 
     assert_same_gradients(logits.cpu(), truth, pairs, FLOAT32_TOLERANCE)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_fewer_layers_than_a_launch_serves(count):
+    lengths, heads, head_dim = (3, 40), 2, 8
+    weights, biases, *_ = random_router(heads, head_dim, 1)
+    channels = (head_dim, head_dim // 2)[count - 1]
+    projection = torch.randn(heads, channels, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    whole = RouterParameters(weights[:count], biases[:count], projection, torch.zeros(heads, dtype=torch.float64))
+    k, v = (leaf(sum(lengths), heads, head_dim, seed=i, dtype=torch.float32) for i in range(2))
+    actual = leaves(whole, torch.float32)
+    expected = leaves(actual, torch.float64)
+    sequences = Sequences.of(lengths, DEVICE)
+    logits = router.retention_logits(k[0].to(DEVICE), v[0].to(DEVICE), moved(actual), sequences)
+    truth = reference.retention_logits(k[1], v[1], expected, Sequences.of(lengths))
+    pairs = {"k": k, "v": v} | {name: (x, named(expected)[name]) for name, x in named(actual).items()}
+    assert_same_gradients(logits.cpu(), truth, pairs, FLOAT32_TOLERANCE)
+
+
 def test_strided_inputs():
     lengths, heads, head_dim = (30, 12), 2, 16
     fused = torch.randn(42, 3 * heads, head_dim, generator=torch.Generator().manual_seed(1)).to(DEVICE)

@@ -102,11 +102,12 @@ def _count_pieces(
 
 @triton.jit
 def _count_outranking(
-    keys, ordered, grouped, rows, rank, positions, begins, ends, exits, tokens, width, window, buffer, never,
-    OWN: tl.constexpr, OTHERS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr, GROUP_BITS: tl.constexpr,
+    keys, ordered, grouped, rows, rank, positions, begins, ends, exits, tokens, width, sorted_end, window, buffer,
+    never, OWN: tl.constexpr, OTHERS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr, GROUP_BITS: tl.constexpr,
     PIECE: tl.constexpr,
 ):  # fmt: skip
-    """keys, rows: `[heads, width]`; ordered, grouped: keys, each block of OTHERS, each group of BLOCKS ascending."""
+    """keys, rows: `[heads, width]`; ordered, grouped: keys, each block of OTHERS, each group of BLOCKS ascending; from
+    sorted_end on they are not read."""
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     keys += head * width
     ordered += head * width
@@ -127,7 +128,7 @@ def _count_outranking(
         block_end = tl.max(tl.where(overflows, end, 0), 0)
         # Where no border of documents lies, for any of the program's candidates.
         plain_first = tl.max(tl.where(exists, first, 0), 0)
-        plain_end = tl.min(tl.where(exists, end, total), 0)
+        plain_end = tl.minimum(tl.min(tl.where(exists, end, total), 0), sorted_end)
         own_block = tl.program_id(0) * OWN // OTHERS * OTHERS
         # `count` stands still once it would reach the buffer's size: `place` is then the block in which it does.
         count = tl.zeros([OWN], tl.int32)
@@ -189,17 +190,22 @@ def exit_positions(score: Tensor, sequences: Sequences, window_size: int, sink_s
     width = cdiv(tokens, group) * group
     exits = torch.empty(tokens, heads, dtype=torch.int64, device=score.device)
     grid = (cdiv(tokens, BLOCK), heads)
-    sums, rank, rows = (
-        torch.empty(heads, count, dtype=torch.int32, device=score.device) for count in (grid[0], tokens + 1, width)
+    sums, rank, rows, keys = (
+        torch.empty(heads, count, dtype=torch.int32, device=score.device)
+        for count in (grid[0], tokens + 1, width, width)
     )
-    keys = torch.zeros(heads, width, dtype=torch.int32, device=score.device)
     places = (score, sequences.positions)
     _count_candidates[grid](*places, sums, exits, tokens, sink_size, BLOCK=BLOCK)
     _gather_candidates[grid](*places, sums, rank, keys, rows, tokens, width, sink_size, BLOCK=BLOCK)
-    ordered, grouped = (keys.view(heads, -1, size).sort(2).values for size in (_OTHERS, group))
+    # Only a group within one document is searched. A single group is not, whose sorting would only keep the host busy.
+    ordered = grouped = keys
+    sorted_end = width if max(sequences.lengths) >= group < width else 0
+    if sorted_end:
+        # What stands behind a head's candidates is never read.
+        ordered, grouped = (keys.view(heads, -1, size).sort(2).values for size in (_OTHERS, group))
     _count_outranking[(cdiv(tokens, _OWN), heads)](
         keys, ordered, grouped, rows, rank, sequences.positions, sequences.begins, sequences.ends, exits, tokens,
-        width, window_size, buffer_size, NEVER, OWN=_OWN, OTHERS=_OTHERS, BITS=_OTHERS.bit_length() - 1,
+        width, sorted_end, window_size, buffer_size, NEVER, OWN=_OWN, OTHERS=_OTHERS, BITS=_OTHERS.bit_length() - 1,
         BLOCKS=_BLOCKS, GROUP_BITS=group.bit_length() - 1, PIECE=_PIECE,
     )  # fmt: skip
     return exits

@@ -19,7 +19,7 @@ from megahybrid_kernels.attention.reference import (
     window_end,
 )
 from megahybrid_kernels.exit_positions.reference import NEVER, exit_positions, exits_of_candidates
-from megahybrid_kernels.precision import at_least_fp32
+from megahybrid_kernels.precision import accumulator, at_least_fp32
 from megahybrid_kernels.sequences import Sequences
 
 
@@ -57,16 +57,20 @@ class LTECache:
         device: torch.device | str = "cpu",
     ) -> LTECache:
         """Cache of `count` sequences that have not begun."""
-        window = torch.zeros(count, heads, window_size + 1, head_dim, dtype=dtype, device=device)
-        buffer = torch.zeros(count, heads, buffer_size, head_dim, dtype=dtype, device=device)
+
+        def zeros(slots: int, *width: int, dtype: torch.dtype = dtype) -> Tensor:
+            # Each in memory of its own, which a step may write to.
+            return torch.zeros(count, heads, slots, *width, dtype=dtype, device=device)
+
+        slots, score_dtype = window_size + 1, accumulator(dtype)
         return cls(
-            k=window,
-            v=torch.zeros_like(window),
-            positions=torch.full((count, window_size + 1), -1, device=device),
-            score=_own(window[..., 0]),
-            buffer_k=buffer,
-            buffer_v=torch.zeros_like(buffer),
-            buffer_score=_own(buffer[..., 0]),
+            k=zeros(slots, head_dim),
+            v=zeros(slots, head_dim),
+            positions=torch.full((count, slots), -1, device=device),
+            score=zeros(slots, dtype=score_dtype),
+            buffer_k=zeros(buffer_size, head_dim),
+            buffer_v=zeros(buffer_size, head_dim),
+            buffer_score=zeros(buffer_size, dtype=score_dtype),
             buffer_positions=torch.full((count, heads, buffer_size), -1, device=device),
         )
 
@@ -84,11 +88,6 @@ class _MaskingGradient(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         (v,) = ctx.saved_tensors
         return grad, (at_least_fp32(grad) * at_least_fp32(v)).sum(-1).to(ctx.score_dtype)
-
-
-def _own(x: Tensor) -> Tensor:
-    """`x` in at least fp32 in memory of its own, which a step may write to: in fp32 the cast alone would be a view."""
-    return at_least_fp32(x).clone(memory_format=torch.contiguous_format)
 
 
 def _visible_until(

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.lte_attention.reference import LTECache
 from megahybrid_kernels.sequences import Sequences
 
@@ -131,10 +132,10 @@ def cache_after(
         buffer_score=new(heads, buffer_size, dtype=score.dtype),
         buffer_positions=new(heads, buffer_size, dtype=torch.int64),
     )
-    lte_fill_cache_kernel[(triton.cdiv(window_slots + buffer_size, _SLOTS), heads, count)](
+    lte_fill_cache_kernel[(cdiv(window_slots + buffer_size, _SLOTS), heads, count)](
         k, v, score, positions, sequences.cu_seqlens, held, cache.k, cache.v, cache.positions, cache.score,
         cache.buffer_k, cache.buffer_v, cache.buffer_score, cache.buffer_positions, *k.stride()[:2], *v.stride()[:2],
         *positions.stride(), window_slots, buffer_size, HEAD_DIM=head_dim,
-        WIDTH=max(16, triton.next_power_of_2(head_dim)), SLOTS=_SLOTS, num_warps=4,
+        WIDTH=max(16, next_power_of_2(head_dim)), SLOTS=_SLOTS, num_warps=4,
     )  # fmt: skip
     return cache

@@ -217,14 +217,14 @@ def _chunk_lists(
 @triton.jit
 def _tile_lists(
     lists, counts, until, tile_lists, tile_first, tile_full, tile_count, tokens, window, chunk, chunks, capacity,
-    tile_capacity, QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
+    count_stride, tile_capacity, QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The columns alive for a query tile: first those that all its rows see, then those that leave within it."""
     tile, head, tiles = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     i0 = tile * QUERIES
     i1 = tl.minimum(i0 + QUERIES, tokens)
     source = lists + (head * chunks + i0 // chunk) * capacity
-    end = tl.load(counts + head * chunks + i0 // chunk)
+    end = tl.load(counts + head * count_stride + i0 // chunk)
     out = head * tiles + tile
     target = tile_lists + out * tile_capacity
     count = 0
@@ -297,18 +297,21 @@ def _prefixes(columns: Tensor, rank: Tensor, part: Partition) -> tuple[Tensor, .
 def _alive(columns: Tensor, rank: Tensor, until: Tensor, part: Partition, buffer: int) -> tuple[Tensor, ...]:
     """The same where a buffer of `buffer` columns lets go of some."""
     heads, tokens = columns.shape
-    # At a chunk's first row the buffer holds at most b columns, and at most a chunk's rows turn far within it.
-    chunks, capacity = part.chunks, buffer + part.chunk
-    lists, counts = _empty(columns, heads, chunks, capacity), _empty(columns, heads, chunks)
     sizes = {"QUERIES": part.queries, "KEYS": part.keys, "BLOCK": BLOCK}
-    _chunk_lists[(chunks, heads)](
-        columns, rank, until, part.begins, lists, counts, tokens, part.window, part.chunk, capacity, **sizes
-    )
+    if part.chunks == 1:
+        # Each column is far for some row of the only chunk.
+        lists, counts = columns[:, None], rank[:, tokens:]
+    else:
+        # At a chunk's first row the buffer holds at most b columns, and at most a chunk's rows turn far within it.
+        lists, counts = _empty(columns, heads, part.chunks, buffer + part.chunk), _empty(columns, heads, part.chunks)
+        _chunk_lists[(part.chunks, heads)](
+            columns, rank, until, part.begins, lists, counts, tokens, part.window, part.chunk, lists.shape[2], **sizes
+        )
     tile_lists = _empty(columns, heads, part.tiles, buffer)
     first = _empty(columns, heads, part.tiles, dtype=torch.int64)
     full, count = (_empty(columns, heads, part.tiles) for _ in range(2))
     _tile_lists[(part.tiles, heads)](
-        lists, counts, until, tile_lists, first, full, count, tokens, part.window, part.chunk, chunks, capacity,
-        buffer, **sizes,
+        lists, counts, until, tile_lists, first, full, count, tokens, part.window, part.chunk, part.chunks,
+        lists.shape[2], counts.stride(0), buffer, **sizes,
     )  # fmt: skip
     return lists, counts, tile_lists, first, full, count

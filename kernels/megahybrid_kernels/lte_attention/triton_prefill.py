@@ -15,15 +15,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.attention.reference import gather_slots
 from megahybrid_kernels.exit_positions.triton import exit_positions
+from megahybrid_kernels.integers import cdiv
 from megahybrid_kernels.lte_attention.reference import LTECache
 from megahybrid_kernels.lte_attention.triton import _forward, _Shape
 from megahybrid_kernels.lte_attention.triton_cache import cache_after
 from megahybrid_kernels.lte_attention.triton_columns import far_columns, partition
 from megahybrid_kernels.sequences import Sequences
+
+_SCORES = 1024  # of a program
 
 
 @dataclass(frozen=True)
@@ -33,34 +38,62 @@ class _Rows:
     Attributes:
         q: `[rows, query_heads, head_dim]`; k, v: `[rows, kv_heads, head_dim]`.
         score: `[rows, kv_heads]`, 0 where it has not arrived yet.
+        worth: rank of each row among candidates, `[rows, kv_heads]`; those that are none have 0 or less.
         positions: int64 `[rows, kv_heads or 1]`, -1 for blanks.
         sequences: the borders.
         begins, ends: int32 `[rows]`, as of `Sequences`, but blank rows of a window are a document of their own.
         new: int64 `[tokens]`, rows of the new tokens; None where there are no others.
-        cached: rows before a sequence's first new token.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     score: Tensor
+    worth: Tensor
     positions: Tensor
     sequences: Sequences
     begins: Tensor
     ends: Tensor
     new: Tensor | None
-    cached: int
 
 
-def _first_rows(q: Tensor, k: Tensor, v: Tensor, late_score: Tensor, sequences: Sequences, delay: int) -> _Rows:
+@triton.jit
+def lte_first_scores_kernel(
+    late_score, begins, ends, score, worth, count, heads, delay, sinks, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Score and worth of `_Rows`, all `[rows, heads]` of `count` values, where sequences begin."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    row = place // heads
+    begin = tl.load(begins + row, mask=inside, other=0)
+    end = tl.load(ends + row, mask=inside, other=0)
+    value = tl.load(late_score + place + delay * heads, mask=inside & (row + delay < end), other=0)
+    tl.store(score + place, value, mask=inside)
+    tl.store(worth + place, tl.where(row - begin < sinks, float("inf"), value), mask=inside)
+
+
+def _first_rows(
+    q: Tensor, k: Tensor, v: Tensor, late_score: Tensor, sequences: Sequences, delay: int, sink_size: int
+) -> _Rows:
     """Those of sequences that begin here."""
-    score = late_score.roll(-delay, 0).masked_fill((sequences.remaining < delay)[:, None], 0)
-    positions = sequences.positions[:, None]
-    return _Rows(q, k, v, score, positions, sequences, sequences.begins, sequences.ends, None, 0)
+    late_score = late_score.contiguous()
+    score, worth = torch.empty_like(late_score), torch.empty_like(late_score)
+    begins, ends, count = sequences.begins, sequences.ends, late_score.numel()
+    lte_first_scores_kernel[(cdiv(count, _SCORES),)](
+        late_score, begins, ends, score, worth, count, late_score.shape[1], delay, sink_size, BLOCK=_SCORES
+    )
+    return _Rows(q, k, v, score, worth, sequences.positions[:, None], sequences, begins, ends, None)
 
 
 def _later_rows(
-    q: Tensor, k: Tensor, v: Tensor, late_score: Tensor, cache: LTECache, sequences: Sequences, delay: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    late_score: Tensor,
+    cache: LTECache,
+    sequences: Sequences,
+    delay: int,
+    sink_size: int,
 ) -> _Rows:
     """Those of sequences with a cache, which may be empty."""
     slots, buffer = cache.k.shape[2], cache.buffer_k.shape[2]
@@ -87,6 +120,9 @@ def _later_rows(
     arrives = (rows.offsets + delay >= cached) & (rows.remaining >= delay)
     score = torch.where(arrives[:, None], score.roll(-delay, 0), score.masked_fill(~before_new[:, None], 0))
     score = score.masked_fill(positions < 0, 0)
+    worth = score.masked_fill((positions >= 0) & (positions < sink_size), torch.inf)
+    # The window's oldest has left it before the first new token: it is in the buffer or gone.
+    worth = worth.masked_fill((rows.offsets == buffer)[:, None], 0)
 
     blank = (first + cached - starts).clamp(min=0)
     # A window that is not full yet: the buffer is empty, and the sequence begins within the window's rows.
@@ -97,16 +133,7 @@ def _later_rows(
     keys, values = laid(cache.buffer_k, cache.k, k), laid(cache.buffer_v, cache.v, v)
     # A product with 0 shows what blanks hold if it is not finite.
     values = values.masked_fill((positions < 0)[..., None], 0)
-    return _Rows(queries, keys, values, score, positions, rows, begins, ends, new, cached)
-
-
-def _worth(rows: _Rows, slots: int, sink_size: int) -> Tensor:
-    """Rank of each row among candidates, fp32 `[rows, kv_heads]`; those that are none have 0 or less."""
-    worth = rows.score.masked_fill((rows.positions >= 0) & (rows.positions < sink_size), torch.inf)
-    if rows.cached:
-        # The window's oldest has left it before the first new token: it is in the buffer or gone.
-        worth = worth.masked_fill((rows.sequences.offsets == rows.cached - slots)[:, None], 0)
-    return worth
+    return _Rows(queries, keys, values, score, worth, positions, rows, begins, ends, new)
 
 
 def lte_attention_piece(
@@ -129,12 +156,11 @@ def lte_attention_piece(
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     late_score = late_score.detach().to(cache.score.dtype)
     if sequences.starts is None:
-        rows = _first_rows(q, k, v, late_score, sequences, delay)
+        rows = _first_rows(q, k, v, late_score, sequences, delay, sink_size)
     else:
-        rows = _later_rows(q, k, v, late_score, cache, sequences, delay)
-    packed, slots = rows.sequences, window_size + 1
-    worth, exits = _worth(rows, slots, sink_size), None
-    if max(packed.lengths) > buffer_size + slots:
+        rows = _later_rows(q, k, v, late_score, cache, sequences, delay, sink_size)
+    packed, worth, exits = rows.sequences, rows.worth, None
+    if max(packed.lengths) > buffer_size + window_size + 1:
         exits = exit_positions(worth, packed, window_size, 0, buffer_size)
     shape = _Shape.of(rows.q, rows.k, None)
     part = partition(packed, window_size, shape.queries, shape.tune.keys, exits is not None)

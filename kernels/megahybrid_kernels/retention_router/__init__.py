@@ -50,7 +50,7 @@ def retention_logits(
     _check(k, v, parameters, sequences)
     if dropout is not None and not 0 <= dropout.probability < 1:
         raise ValueError(f"the dropout probability must lie in [0, 1), but is {dropout.probability}")
-    if _takes_layers(k):
+    if _takes_layers(k, parameters):
         from megahybrid_kernels.retention_router import triton as backend
     else:
         backend = reference
@@ -90,16 +90,16 @@ def retention_logits_streamed(
         from megahybrid_kernels.retention_router.triton_step import retention_logits_step
 
         return retention_logits_step(k, v, parameters, sequences.positions, state, dilation)
-    if sequences.starts is None and _takes_layers(k) and not torch.is_grad_enabled():
+    if sequences.starts is None and _takes_layers(k, parameters) and not torch.is_grad_enabled():
         from megahybrid_kernels.retention_router.triton_prefill import retention_logits_first
 
         return retention_logits_first(k, v, parameters, sequences, dilation)
     return reference.retention_logits_streamed(k, v, parameters, sequences, state, dilation)
 
 
-def _takes_layers(k: Tensor) -> bool:
-    # Wider heads in fp32 need more shared memory than a multiprocessor has.
-    return takes_triton(k) and (k.dtype != torch.float32 or k.shape[2] <= 128)
+def _takes_layers(k: Tensor, parameters: RouterParameters) -> bool:
+    # Wider heads in fp32 need more shared memory than a multiprocessor has; a launch serves at most three layers.
+    return takes_triton(k) and (k.dtype != torch.float32 or k.shape[2] <= 128) and len(parameters.weights) <= 3
 
 
 def _check(k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequences) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megahybrid_kernels.counter_dropout import keep_mask
-from megahybrid_kernels.precision import at_least_fp32
+from megahybrid_kernels.precision import accumulator, at_least_fp32
 from megahybrid_kernels.sequences import Sequences
 
 
@@ -53,12 +53,12 @@ class RouterState(NamedTuple):
     def empty(cls, count: int, parameters: RouterParameters, dilation: int = 2) -> RouterState:
         """State of `count` sequences that have not begun."""
         heads = parameters.projection.shape[0]
-        return cls(
-            tuple(
-                at_least_fp32(weight).new_zeros(count, (weight.shape[2] - 1) * dilation, heads, weight.shape[1])
-                for weight in parameters.weights
-            )
-        )
+
+        def rows(weight: Tensor) -> Tensor:
+            sizes = count, (weight.shape[2] - 1) * dilation, heads, weight.shape[1]
+            return weight.new_zeros(sizes, dtype=accumulator(weight.dtype))
+
+        return cls(tuple(map(rows, parameters.weights)))
 
 
 def margin(kernel_size: int, dilation: int, layers: int = 3) -> int:

@@ -26,12 +26,12 @@ from torch import Tensor
 from megahybrid_kernels.counter_dropout import fold
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.retention_router.reference import Dropout, RouterParameters
+from megahybrid_kernels.retention_router.triton_copies import pack_weights, sum_splits
 from megahybrid_kernels.retention_router.triton_layers import (
     backward_input_kernel,
     backward_projection_kernel,
     backward_weight_kernel,
     forward_layer_kernel,
-    sum_splits_kernel,
 )
 from megahybrid_kernels.sequences import Sequences
 
@@ -40,7 +40,6 @@ _FORWARD, _INPUT = (64, 4), (64, 4)
 _BLOCK = 64  # of the projection's gradient
 # Token ranges whose weight gradients are summed separately first.
 _SPLITS = 16
-_SUMMED = 512  # values of a program that sums them
 
 
 @lru_cache(maxsize=64)
@@ -51,6 +50,11 @@ def _channel_keys(layer: int, offset: int, count: int, device: torch.device) -> 
 
 def _width(channels: int) -> int:
     return max(16, next_power_of_2(channels))
+
+
+def _dtype_of_y(dtype: torch.dtype) -> torch.dtype:
+    """Of the y of a layer whose input has `dtype`."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
 
 
 @dataclass(frozen=True)
@@ -122,11 +126,6 @@ class _Layer:
         """Of tokens and heads: y is `[heads, tokens, channels]`, k and v `[tokens, heads, channels]`."""
         return (x.stride(1), x.stride(0)) if self.number else (x.stride(0), x.stride(1))
 
-    def packed(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """`[heads * out, channels, taps]` -> `[heads, taps, channels, out]`."""
-        weight = weight.unflatten(0, (self.heads, self.out)).permute(0, 3, 2, 1)
-        return weight.to(dtype).contiguous()
-
     def weight_launch(self, dtype: torch.dtype) -> tuple[bool, int, int, int]:
         """Of the weight's gradient: whether it takes all taps at once, tokens of a step, num_warps and num_stages."""
         small = _width(self.channels) * _width(self.out) <= 64 * 64
@@ -134,27 +133,24 @@ class _Layer:
             return small and self.taps == 3, 32, 4 if small else 8, 1
         return small and self.taps == 3, 128 if small else 32, 4 if small else 8, 2
 
-    def forward(self, inputs: tuple[Tensor, ...], weight, bias, projection, projection_bias, logits: Tensor | None):
-        """y from (k, v) or from the last y; logits are written if given."""
+    def forward(self, inputs: tuple[Tensor, ...], packed, bias, projection, projection_bias, logits: Tensor | None):
+        """y from (k, v) or from the last y and the packed weight; logits are written if given."""
         tokens = self.sequences.tokens
-        half = inputs[0].dtype != torch.float32
-        y = torch.empty(
-            self.heads, tokens, self.out, dtype=torch.float16 if half else torch.float32, device=weight.device
-        )
+        y = torch.empty(self.heads, tokens, self.out, dtype=_dtype_of_y(inputs[0].dtype), device=packed.device)
         first, second = inputs[0], inputs[-1]
         block, warps = _FORWARD
         halo = self.taps // 2 * self.dilation
         block = max(block, next_power_of_2(4 * halo))
         forward_layer_kernel[(cdiv(tokens, block - 2 * halo), self.heads)](
-            first, second, self.packed(weight, first.dtype), bias, *self.places, y, projection, projection_bias,
+            first, second, packed, bias, *self.places, y, projection, projection_bias,
             y if logits is None else logits, *self.strides(first), *self.strides(second), tokens, self.dilation,
             self.threshold, self.keep_scale, **self.constants, LAST=logits is not None, BLOCK=block, num_warps=warps,
         )  # fmt: skip
         return y
 
-    def backward(self, inputs: tuple[Tensor, ...], weight: Tensor, dy: Tensor):
-        """Gradients of the inputs (for a y of what comes before its activation), the weight and the bias."""
-        tokens, heads, packed = self.sequences.tokens, self.heads, self.packed(weight, dy.dtype)
+    def backward(self, inputs: tuple[Tensor, ...], packed: Tensor, dy: Tensor):
+        """Gradients of the inputs (for a y of what comes before its activation), and what `sum_splits` takes."""
+        tokens, heads = self.sequences.tokens, self.heads
         together, block, warps, stages = self.weight_launch(dy.dtype)
         span = cdiv(cdiv(tokens, _SPLITS), block) * block
         splits = cdiv(tokens, span)
@@ -173,24 +169,22 @@ class _Layer:
             *self.strides(inputs[-1]), tokens, span, *scalars[1:], **self.constants, BLOCK=block, TOGETHER=together,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        sums = torch.empty_like(weight), torch.empty(weight.shape[0], dtype=weight.dtype, device=weight.device)
-        sum_splits_kernel[(cdiv(weight.numel(), _SUMMED),)](
-            dweight, dbias, *sums, splits, weight.numel(), weight.shape[0], TAPS=self.taps,
-            CHANNELS=self.halves * self.channels, OUT=self.out, BLOCK=_SUMMED,
-        )  # fmt: skip
-        return gradients, *sums
+        return gradients, (dweight, dbias)
 
 
-def forward_layers(layers: list[_Layer], k: Tensor, v: Tensor, projection: Tensor, projection_bias: Tensor, *rest):
-    """The logits and every layer's y; `rest` are the weights and then the biases."""
+def forward_layers(
+    layers: list[_Layer], logits: Tensor, k: Tensor, v: Tensor, projection: Tensor, projection_bias: Tensor, *rest
+) -> list[Tensor]:
+    """Every layer's y; fills logits, fp32 `[tokens, kv_heads]`. `rest` are the weights and then the biases."""
     weights, biases = rest[: len(layers)], rest[len(layers) :]
-    logits = torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
+    dtypes = [k.dtype] + [_dtype_of_y(k.dtype)] * (len(layers) - 1)
+    packed = pack_weights(list(weights), layers[0].heads, dtypes)
     inputs, ys = (k, v), []
-    for layer, weight, bias in zip(layers, weights, biases, strict=True):
+    for layer, weight, bias in zip(layers, packed, biases, strict=True):
         out = logits if layer is layers[-1] else None
         ys.append(layer.forward(inputs, weight, bias, projection, projection_bias, out))
         inputs = (ys[-1],)
-    return logits, ys
+    return ys
 
 
 class _Router(torch.autograd.Function):
@@ -199,7 +193,8 @@ class _Router(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layers: list[_Layer], k: Tensor, v: Tensor, projection: Tensor, projection_bias: Tensor, *rest):
         weights = rest[: len(layers)]
-        logits, ys = forward_layers(layers, k, v, projection, projection_bias, *rest)
+        logits = torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
+        ys = forward_layers(layers, logits, k, v, projection, projection_bias, *rest)
         ctx.layers = layers
         ctx.save_for_backward(k, v, projection, projection_bias, *weights, *ys)
         return logits
@@ -217,13 +212,13 @@ class _Router(torch.autograd.Function):
             ys[-1], dlogits, projection, dy, dprojection, tokens, OUT=last.out, OUT_WIDTH=_width(last.out),
             BLOCK=_BLOCK,
         )  # fmt: skip
-        dweights, dbiases = [], []
+        packed, splits = pack_weights(weights, last.heads, [dy.dtype] * count), []
         for number in reversed(range(count)):
             inputs = (ys[number - 1],) if number else (k, v)
-            gradients, dweight, dbias = layers[number].backward(inputs, weights[number], dy)
+            gradients, sums = layers[number].backward(inputs, packed[number], dy)
             dy = gradients[0]
-            dweights.insert(0, dweight)
-            dbiases.insert(0, dbias)
+            splits.insert(0, sums)
+        dweights, dbiases = sum_splits(weights, last.heads, splits)
         dprojection = dprojection.sum(1).to(projection.dtype)
         return None, *gradients, dprojection, dlogits.sum(0).to(projection_bias.dtype), *dweights, *dbiases
 
@@ -243,7 +238,7 @@ def retention_logits(
 def router_arguments(
     k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequences, dropout: Dropout | None, dilation: int
 ) -> tuple:
-    """Those of `forward_layers`."""
+    """Those of `forward_layers`, but for the logits."""
     k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
     weights, biases, projection, projection_bias = parameters
     layers = [_Layer.of(n, parameters, sequences, dropout, dilation, k.dtype) for n in range(len(weights))]

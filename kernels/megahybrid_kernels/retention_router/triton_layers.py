@@ -228,30 +228,3 @@ def backward_weight_kernel(
     # The tap without a shift sees every row once.
     own = (half == 0) & (TOGETHER | (tap == TAPS // 2))
     tl.store(dbias + (split * heads + head) * OUT + out, bias, mask=(out < OUT) & own)
-
-
-@triton.jit
-def sum_splits_kernel(
-    dweight_splits, dbias_splits, dweight, dbias, splits, weights, biases,
-    TAPS: tl.constexpr, CHANNELS: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """What `backward_weight_kernel` left, summed over splits in order, in the parameters' layouts and dtypes.
-
-    dweight: `[heads * OUT, CHANNELS, TAPS]` of all channels; dbias: `[heads * OUT]`; weights, biases: how many.
-    """
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < weights
-    total, shares = tl.zeros([BLOCK], tl.float32), dweight_splits + place
-    for _ in tl.range(0, splits):
-        total += tl.load(shares, mask=inside, other=0)
-        shares += weights
-    out, channel = place % OUT, place // OUT % CHANNELS
-    tap, head = place // (OUT * CHANNELS) % TAPS, place // (OUT * CHANNELS * TAPS)
-    target = ((head * OUT + out) * CHANNELS + channel) * TAPS + tap
-    tl.store(dweight + target, total.to(dweight.dtype.element_ty), mask=inside)
-    inside = place < biases
-    total, shares = tl.zeros([BLOCK], tl.float32), dbias_splits + place
-    for _ in tl.range(0, splits):
-        total += tl.load(shares, mask=inside, other=0)
-        shares += biases
-    tl.store(dbias + place, total.to(dbias.dtype.element_ty), mask=inside)
