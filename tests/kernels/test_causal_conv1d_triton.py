@@ -17,13 +17,9 @@ TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 6e-3 if DEVICE == "cuda" else
 
 
 @pytest.fixture(autouse=True)
-def few_programs_and_poisoned_memory(monkeypatch):
+def few_programs_and_poisoned_memory(monkeypatch, poisoned_memory):
     """Spans of 8 to 16 tokens; what a kernel leaves unwritten is NaN."""
     monkeypatch.setattr(conv, "_CHANNELS", 8)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def op_for(lengths):

@@ -12,19 +12,12 @@ from megahybrid_kernels import Sequences
 from megahybrid_kernels.gated_delta_rule import reference
 from megahybrid_kernels.gated_delta_rule import triton as gdn
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 # Several blocks of columns at small head dims; sequences are never cut, or as soon as they have two chunks.
 WHOLE = replace(gdn.tuning(16, torch.float32), programs=0)
 CUT = replace(WHOLE, programs=10**6, shortest=1)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def op_for(lengths, tune=WHOLE, **options):

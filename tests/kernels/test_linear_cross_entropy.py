@@ -15,15 +15,11 @@ BACKENDS = ["torch", "triton"]
 
 
 @pytest.fixture(autouse=True)
-def small_chunks_and_poisoned_memory(monkeypatch):
+def small_chunks_and_poisoned_memory(monkeypatch, poisoned_memory):
     """Several chunks, and several blocks a row; what is left unwritten is NaN."""
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 4000)
     monkeypatch.setattr(chunks, "_TOKENS", 4)
     monkeypatch.setattr(kernels, "_BLOCK", 64)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def use(backend, monkeypatch):

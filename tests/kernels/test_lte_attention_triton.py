@@ -13,19 +13,12 @@ from megahybrid_kernels.lte_attention import triton_columns
 from megahybrid_kernels.lte_attention.reference import _visible_until
 from megahybrid_kernels.lte_attention.triton import Launch, Tuning
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 # Several tiles and chunks in a few hundred tokens.
 LAUNCH = Launch(16, 4, 1)
 SMALL = Tuning(32, 32, 32, LAUNCH, LAUNCH, LAUNCH, LAUNCH)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

@@ -15,15 +15,8 @@ from megahybrid_kernels.retention_router import RouterParameters, RouterState, m
 from megahybrid_kernels.retention_router import reference as router_reference
 from megahybrid_kernels.retention_router.triton_prefill import retention_logits_first
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def moved(*tensors):

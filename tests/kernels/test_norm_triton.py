@@ -16,14 +16,10 @@ SHAPES = [(1, 1), (7, 16), (70, 3, 40), (5, 1, 1000)]
 
 
 @pytest.fixture(autouse=True)
-def few_programs_and_poisoned_memory(monkeypatch):
+def few_programs_and_poisoned_memory(monkeypatch, poisoned_memory):
     """Several tiles a program; what a kernel leaves unwritten is NaN."""
     monkeypatch.setattr(norm, "_PROGRAMS", 3)
     monkeypatch.setattr(norm, "_BACKWARD_TILE", 256)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random(*shape, seed, dtype):

@@ -11,6 +11,7 @@ from megahybrid_kernels.retention_router import triton as router
 from megahybrid_kernels.retention_router.reference import RouterState, retention_logits_streamed
 from megahybrid_kernels.retention_router.triton_step import retention_logits_step
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -18,14 +19,6 @@ def moved(parameters: RouterParameters) -> RouterParameters:
     return RouterParameters(
         *(tuple(y.to(DEVICE) for y in x) for x in parameters[:2]), *(x.to(DEVICE) for x in parameters[2:])
     )
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.4])
