@@ -11,3 +11,8 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of two that is at least n; n is positive."""
     return 1 << (n - 1).bit_length()
+
+
+def tile_width(size: int) -> int:
+    """Columns of a tile that holds `size`: a power of two, and at least what `tl.dot` takes."""
+    return max(16, next_power_of_2(size))

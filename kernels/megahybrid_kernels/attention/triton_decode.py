@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megahybrid_kernels.integers import cdiv, next_power_of_2
+from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
 
 _SLOTS = 64
 _MOST_SPLITS = 128
@@ -134,10 +134,10 @@ def attention_step(q: Tensor, new_k: Tensor, new_v: Tensor, k: Tensor, v: Tensor
     statistics = torch.empty(count, query_heads, 2, splits, dtype=torch.float32, device=q.device)
     o = torch.empty_like(q)
     scale = head_dim**-0.5 * math.log2(math.e)
-    width = max(16, next_power_of_2(head_dim))
+    width = tile_width(head_dim)
     _attend_split[(splits, heads, count)](
         q, k, v, positions, parts, statistics, capacity, scale, HEAD_DIM=head_dim, WIDTH=width, GROUPS=groups,
-        ROWS=max(16, next_power_of_2(groups)), SLOTS=_SLOTS,
+        ROWS=tile_width(groups), SLOTS=_SLOTS,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=3 if head_dim <= 128 else 2, num_warps=4,
     )  # fmt: skip
     _join_and_append[(query_heads, count)](

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.sequences import Sequences
 from megahybrid_kernels.shares import sum_shares
@@ -114,6 +115,7 @@ def conv1d_kernel(
     x, weight, state, index, borders, y, new_state, tokens, span, STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
+    """y of a span of tokens and a block of channels, and the new state of the sequences that end in it."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < CHANNELS
     begin = tl.program_id(1) * span
@@ -272,7 +274,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, dy: Tensor | None, dnew_state: Tensor | None):
         x, weight, state = ctx.saved_tensors
         sequences, held = ctx.sequences, x if state is None else state
-        dy = torch.zeros_like(x) if dy is None else _rows(dy)
+        dy = torch.zeros_like(x) if dy is None else dense_rows(dy)
         dx, dstate = torch.empty(x.shape, dtype=x.dtype, device=x.device), None
         grid, span, constants = _cut(x, weight, _BACKWARD_PROGRAMS)
         shares = torch.empty(grid[1], weight.shape[1], len(weight), dtype=torch.float32, device=x.device)
@@ -305,13 +307,9 @@ def _cut(x: Tensor, weight: Tensor, programs: int) -> tuple[tuple[int, int], int
     return (blocks, cdiv(tokens, span)), span, constants | {"num_warps": max(1, block // (32 * _PER_THREAD))}
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def causal_conv1d(
     x: Tensor, weight: Tensor, sequences: Sequences, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `megahybrid_kernels.causal_conv1d`; float32, bfloat16 or float16."""
     state = None if initial_state is None else initial_state.contiguous()
-    return _Convolution.apply(_rows(x), weight.contiguous(), state, sequences)
+    return _Convolution.apply(dense_rows(x), weight.contiguous(), state, sequences)

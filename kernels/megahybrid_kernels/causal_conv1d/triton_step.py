@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv
 
 _CHANNELS = 256
@@ -42,7 +43,7 @@ def causal_conv1d_step(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:
     Returns:
         y `[sequences, channels]` in x's dtype.
     """
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = dense_rows(x)
     count, channels = x.shape
     y = torch.empty(count, channels, dtype=x.dtype, device=x.device)
     _step[(cdiv(channels, _CHANNELS), count)](

@@ -15,10 +15,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.gated_delta_rule.triton_backward import PART_KINDS, gate_gradient_kernel, gradient_kernel
 from megahybrid_kernels.gated_delta_rule.triton_prepare import ROW_KINDS, prepare_kernel
 from megahybrid_kernels.gated_delta_rule.triton_scan import join_kernel, reverse_scan_kernel, scan_kernel
-from megahybrid_kernels.integers import cdiv, next_power_of_2
+from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
 from megahybrid_kernels.sequences import Sequences
 
 # Keys of a tile of `gradient_kernel` at least: with 32 what Triton 3.6 compiles for Hopper is wrong.
@@ -131,7 +132,7 @@ def plan(lengths: tuple[int, ...], chunk: int, longest: int, device: torch.devic
 def longest_segment(lengths: tuple[int, ...], heads: int, value_dim: int, tune: Tuning) -> int:
     """Chunks of a segment: a power of two, so that few plans differ."""
     # Programs that one sequence gives.
-    columns_programs = heads * cdiv(value_dim, min(tune.scan.columns, _width(value_dim)))
+    columns_programs = heads * cdiv(value_dim, min(tune.scan.columns, tile_width(value_dim)))
     chunks = [cdiv(length, tune.chunk) for length in lengths]
     longest = next_power_of_2(max(chunks))
     # The scan takes as long as its longest sequence: short ones beside it do not help.
@@ -191,17 +192,13 @@ class _Call:
     def heads_constants(self) -> dict[str, object]:
         """constexpr arguments that all kernels over chunks share."""
         sizes = {"HEADS": self.heads, "GROUPS": self.heads // self.k.shape[1], "KEY_DIM": self.key_dim}
-        return sizes | {"WIDTH": _width(self.key_dim), "CHUNK": self.tune.chunk, "PRECISION": self.precision}
+        return sizes | {"WIDTH": tile_width(self.key_dim), "CHUNK": self.tune.chunk, "PRECISION": self.precision}
 
     def columns(self, launch: Launch, value_dim: int | None = None) -> dict[str, object]:
         """constexpr arguments of the values, and the launch's options."""
         value_dim = value_dim or self.value_dim
-        columns = max(16, min(launch.columns, _width(value_dim)))
+        columns = max(16, min(launch.columns, tile_width(value_dim)))
         return {"VALUE_DIM": value_dim, "COLUMNS": columns} | launch.options()
-
-
-def _width(dim: int) -> int:
-    return max(16, next_power_of_2(dim))
 
 
 @dataclass(frozen=True)
@@ -227,7 +224,7 @@ def _prepare(call: _Call) -> _Prepared:
         call.q, call.k, call.a, call.b, call.A_log, call.dt_bias, prepared.rows, prepared.ends, prepared.inverse,
         prepared.attention, call.plan.chunks, *call.strides("q", "k", "a", "b"), call.scale,
         **call.heads_constants(), DOT=tl.float32 if dtype == torch.float32 else tl.float16,
-        COLUMNS=min(call.tune.prepare.columns, _width(call.key_dim)), STRONGEST=call.strongest,
+        COLUMNS=min(call.tune.prepare.columns, tile_width(call.key_dim)), STRONGEST=call.strongest,
         **call.tune.prepare.options(),
     )  # fmt: skip
     return prepared
@@ -272,7 +269,7 @@ def _reverse_scan(
 
 def _join(call: _Call, transfer: Tensor, own: Tensor, start: Tensor | None, last: Tensor, reverse: bool) -> Tensor:
     """fp32 `[segments, heads, Dk, Dv]`: the state that each segment starts from; fills `last`."""
-    states, values, width = torch.empty_like(own), call.columns(call.tune.join), _width(call.key_dim)
+    states, values, width = torch.empty_like(own), call.columns(call.tune.join), tile_width(call.key_dim)
     grid = (cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(last) * call.heads)
     join_kernel[grid](
         transfer, own, start, states, last, call.plan.bounds, HEADS=call.heads, KEY_DIM=call.key_dim,
@@ -350,7 +347,7 @@ def _gradients(
     gradient_kernel[(2 * call.heads, count)](
         call.q, call.k, prepared.rows, prepared.ends, prepared.attention, do, u, dv, states, dstates, parts, dq, dk,
         call.plan.chunks, *call.strides("q", "k"), call.scale, WARPS=launch.warps,
-        **call.heads_constants() | {"WIDTH": max(_NARROWEST, _width(call.key_dim))},
+        **call.heads_constants() | {"WIDTH": max(_NARROWEST, tile_width(call.key_dim))},
         **call.columns(launch) | {"COLUMNS": launch.columns},
     )  # fmt: skip
     da, db = (call.empty(*x.shape, dtype=x.dtype) for x in (call.a, call.b))
@@ -384,7 +381,7 @@ def gated_delta_rule(
     tune: launches for benchmarks; fixed by head dims and dtype when left out.
     """
     q, k = (x.to(v.dtype) for x in (q, k))
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(dense_rows, (q, k, v))
     if initial_state is not None:
         initial_state = initial_state.contiguous()
     tune = tune or tuning(max(k.shape[2], v.shape[2]), v.dtype)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 
 # Programs that fill a GPU of some hundred multiprocessors; fewer memories are cut into narrower blocks of columns.
@@ -88,7 +89,7 @@ def gated_delta_rule_step(
     count, heads, key_dim, value_dim = state.shape
     # Rows may lie apart, as those of a fused projection do; inside a row all is dense.
     q, k, v = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k, v))
-    a, b = (x if x.stride(1) == 1 else x.contiguous() for x in (a, b))
+    a, b = map(dense_rows, (a, b))
     columns = min(_WIDEST, next_power_of_2(value_dim))
     while columns > _NARROWEST and count * heads * cdiv(value_dim, columns) < _PROGRAMS:
         columns //= 2

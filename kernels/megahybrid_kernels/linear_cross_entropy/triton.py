@@ -22,6 +22,7 @@ def cross_entropy_kernel(
     logits, labels, peaks, totals, targets, normalisers, z_loss, vocabulary,
     STATISTICS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """One row of logits: with STATISTICS its peak, sum and target, with GRADIENT its loss's gradient in its place."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
     label = tl.load(labels + row)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.exit_positions.triton import exit_positions
-from megahybrid_kernels.integers import cdiv, next_power_of_2
+from megahybrid_kernels.integers import cdiv, tile_width
 from megahybrid_kernels.lte_attention.triton_backward import (
     far_gradient_kernel,
     key_gradient_kernel,
@@ -113,7 +114,7 @@ class _Shape:
 
     def constants(self, dtype: torch.dtype) -> dict[str, object]:
         """constexpr arguments that all kernels share."""
-        width = max(16, next_power_of_2(self.head_dim))
+        width = tile_width(self.head_dim)
         precision = "ieee" if dtype == torch.float32 else "tf32"
         sizes = {"HEAD_DIM": self.head_dim, "WIDTH": width, "PACK": self.pack, "GROUPS": self.groups // self.pack}
         return sizes | {"PRECISION": precision}
@@ -223,7 +224,7 @@ def lte_attention(
 
     tune: tile sizes for benchmarks; fixed by head dim and dtype when left out.
     """
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(dense_rows, (q, k, v))
     shape = _Shape.of(q, k, tune)
     keys = score.detach().contiguous()
     exits = None

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megahybrid_kernels.integers import cdiv, next_power_of_2
+from megahybrid_kernels.integers import cdiv, tile_width
 from megahybrid_kernels.lte_attention.reference import LTECache
 from megahybrid_kernels.sequences import Sequences
 
@@ -136,6 +136,6 @@ def cache_after(
         k, v, score, positions, sequences.cu_seqlens, held, cache.k, cache.v, cache.positions, cache.score,
         cache.buffer_k, cache.buffer_v, cache.buffer_score, cache.buffer_positions, *k.stride()[:2], *v.stride()[:2],
         *positions.stride(), window_slots, buffer_size, HEAD_DIM=head_dim,
-        WIDTH=max(16, next_power_of_2(head_dim)), SLOTS=_SLOTS, num_warps=4,
+        WIDTH=tile_width(head_dim), SLOTS=_SLOTS, num_warps=4,
     )  # fmt: skip
     return cache

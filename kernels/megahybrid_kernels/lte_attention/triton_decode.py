@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megahybrid_kernels.integers import cdiv, next_power_of_2
+from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
 from megahybrid_kernels.lte_attention.reference import LTECache
 
 # Slots of a step of a program's loop, and the programs that keep a GPU busy: with fewer heads over all sequences, a
@@ -204,7 +204,7 @@ def lte_attention_step(
         statistics = torch.empty(count, heads, splits, groups, 2, dtype=torch.float32, device=q.device)
     sizes = {
         "HEAD_DIM": head_dim,
-        "WIDTH": max(16, next_power_of_2(head_dim)),
+        "WIDTH": tile_width(head_dim),
         "GROUPS": groups,
         "BUFFER": next_power_of_2(buffer_slots),
     }
@@ -212,7 +212,7 @@ def lte_attention_step(
         q, k, v, cache.k, cache.v, cache.positions, cache.buffer_k, cache.buffer_v, cache.buffer_positions, positions,
         o, parts, statistics, score, cache.score, cache.buffer_score, window_slots, buffer_slots, sink_size, delay,
         span, head_dim**-0.5 * math.log2(math.e), **sizes,
-        ROWS=max(16, next_power_of_2(groups)), SLOTS=_SLOTS, WHOLE=splits == 1,
+        ROWS=tile_width(groups), SLOTS=_SLOTS, WHOLE=splits == 1,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=2,
     )  # fmt: skip
     if splits > 1:

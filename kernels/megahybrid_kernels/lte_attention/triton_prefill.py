@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.attention.reference import gather_slots
+from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.exit_positions.triton import exit_positions
 from megahybrid_kernels.integers import cdiv
 from megahybrid_kernels.lte_attention.reference import LTECache
@@ -153,7 +154,7 @@ def lte_attention_piece(
     It equals the reference but for rounding and the order of the buffer's slots. Arguments are those of
     `lte_attention_with_cache`; where `sequences.starts` is None, `cache` is not read.
     """
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(dense_rows, (q, k, v))
     late_score = late_score.detach().to(cache.score.dtype)
     if sequences.starts is None:
         rows = _first_rows(q, k, v, late_score, sequences, delay, sink_size)

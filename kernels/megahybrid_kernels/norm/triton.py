@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.shares import sum_shares
 
@@ -99,8 +100,7 @@ def _tile(dim: int, tile: int, per_thread: int) -> dict[str, int]:
 
 def _rows(x: Tensor) -> Tensor:
     """`[..., dim]` as `[rows, dim]`, whose values within a row are adjacent."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+    return dense_rows(x.reshape(-1, x.shape[-1]))
 
 
 class _Norm(torch.autograd.Function):

@@ -23,8 +23,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.counter_dropout import fold
-from megahybrid_kernels.integers import cdiv, next_power_of_2
+from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
 from megahybrid_kernels.retention_router.reference import Dropout, RouterParameters
 from megahybrid_kernels.retention_router.triton_copies import pack_weights, sum_splits
 from megahybrid_kernels.retention_router.triton_layers import (
@@ -46,10 +47,6 @@ _SPLITS = 16
 def _channel_keys(layer: int, offset: int, count: int, device: torch.device) -> Tensor:
     """int32 bits of each channel's part of the dropout hash."""
     return fold(layer, torch.arange(offset, offset + count, device=device)).to(torch.int32)
-
-
-def _width(channels: int) -> int:
-    return max(16, next_power_of_2(channels))
 
 
 def _dtype_of_y(dtype: torch.dtype) -> torch.dtype:
@@ -113,9 +110,9 @@ class _Layer:
     @property
     def constants(self) -> dict[str, object]:
         """constexpr arguments of all kernels."""
-        sizes = {"CHANNELS": self.channels, "WIDTH": _width(self.channels), "OUT": self.out, "TAPS": self.taps}
+        sizes = {"CHANNELS": self.channels, "WIDTH": tile_width(self.channels), "OUT": self.out, "TAPS": self.taps}
         flags = {"ACTIVATE": self.number > 0, "DROPOUT": self.drops, "HALVES": self.halves}
-        return sizes | flags | {"OUT_WIDTH": _width(self.out), "PRECISION": self.precision}
+        return sizes | flags | {"OUT_WIDTH": tile_width(self.out), "PRECISION": self.precision}
 
     @property
     def places(self) -> tuple[Tensor, ...]:
@@ -128,7 +125,7 @@ class _Layer:
 
     def weight_launch(self, dtype: torch.dtype) -> tuple[bool, int, int, int]:
         """Of the weight's gradient: whether it takes all taps at once, tokens of a step, num_warps and num_stages."""
-        small = _width(self.channels) * _width(self.out) <= 64 * 64
+        small = tile_width(self.channels) * tile_width(self.out) <= 64 * 64
         if dtype == torch.float32:
             return small and self.taps == 3, 32, 4 if small else 8, 1
         return small and self.taps == 3, 128 if small else 32, 4 if small else 8, 2
@@ -209,7 +206,7 @@ class _Router(torch.autograd.Function):
         dy = torch.empty(ys[-1].shape, dtype=k.dtype, device=k.device)
         dprojection = torch.empty(last.heads, blocks, last.out, dtype=torch.float32, device=k.device)
         backward_projection_kernel[(blocks, last.heads)](
-            ys[-1], dlogits, projection, dy, dprojection, tokens, OUT=last.out, OUT_WIDTH=_width(last.out),
+            ys[-1], dlogits, projection, dy, dprojection, tokens, OUT=last.out, OUT_WIDTH=tile_width(last.out),
             BLOCK=_BLOCK,
         )  # fmt: skip
         packed, splits = pack_weights(weights, last.heads, [dy.dtype] * count), []
@@ -239,7 +236,7 @@ def router_arguments(
     k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequences, dropout: Dropout | None, dilation: int
 ) -> tuple:
     """Those of `forward_layers`, but for the logits."""
-    k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
+    k, v = map(dense_rows, (k, v))
     weights, biases, projection, projection_bias = parameters
     layers = [_Layer.of(n, parameters, sequences, dropout, dilation, k.dtype) for n in range(len(weights))]
     biases = (bias.contiguous() for bias in biases)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megahybrid_kernels.integers import cdiv, next_power_of_2
+from megahybrid_kernels.integers import cdiv, tile_width
 from megahybrid_kernels.sequences import Sequences
 
 _LAYERS = 3  # at most
@@ -193,7 +193,7 @@ def state_rows(
     *later_late, _ = _three(late)
     state_rows_kernel[(sequences.count, heads, len(weights))](
         k, v, y0, y1, *_three(rows), sequences.cu_seqlens, *k.stride()[:2], *v.stride()[:2], y0.stride(0), y1.stride(0),
-        half, *later_channels, *_three(past), *later_late, WIDTH=max(16, next_power_of_2(max([half, *channels[1:]]))),
+        half, *later_channels, *_three(past), *later_late, WIDTH=tile_width(max([half, *channels[1:]])),
         ROWS=_ROWS,
     )  # fmt: skip
     return tuple(rows)

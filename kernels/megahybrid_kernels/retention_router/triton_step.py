@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megahybrid_kernels.integers import cdiv, next_power_of_2
+from megahybrid_kernels.backend import dense_rows
+from megahybrid_kernels.integers import cdiv, tile_width
 from megahybrid_kernels.retention_router.reference import RouterParameters, RouterState
 
 _SEQUENCES = 16
@@ -106,7 +107,7 @@ def retention_logits_step(
         positions: int64 `[sequences]`, of the new tokens.
         parameters, state, dilation: as for `retention_logits_streamed`.
     """
-    k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
+    k, v = map(dense_rows, (k, v))
     count, heads = k.shape[:2]
     logits = torch.empty(count, heads, dtype=torch.float32, device=k.device)
     inputs, rows = (k, v), []
@@ -118,8 +119,8 @@ def retention_logits_step(
         _step[(cdiv(count, _SEQUENCES), heads)](
             first, second, past, rows[-1], weight, bias, y, parameters.projection, parameters.projection_bias, logits,
             positions, count, *first.stride()[:2], *second.stride()[:2], (number + 1) * (taps // 2) * dilation,
-            dilation, CHANNELS=channels, WIDTH=max(16, next_power_of_2(channels)), OUT=out,
-            OUT_WIDTH=max(16, next_power_of_2(out)), HALVES=len(inputs), TAPS=taps,
+            dilation, CHANNELS=channels, WIDTH=tile_width(channels), OUT=out,
+            OUT_WIDTH=tile_width(out), HALVES=len(inputs), TAPS=taps,
             LAST=number == len(parameters.weights) - 1, SEQUENCES=_SEQUENCES,
         )  # fmt: skip
         inputs = (y,)

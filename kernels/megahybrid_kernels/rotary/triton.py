@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 
 # Pairs of one head, and heads, that a program turns.
@@ -24,6 +25,7 @@ def rotary_kernel(
     x, positions, frequencies, y, stride, head_stride, tokens, heads, direction,
     HALF: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
+    """y: pairs of x, HALF apart, turned by their positions' angles (`direction` 1) or back (-1)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column, first_head = tl.arange(0, WIDTH), tl.program_id(1).to(tl.int64) * HEADS
     mask = (row < tokens)[:, None] & (column < HALF)[None, :]
@@ -46,7 +48,7 @@ def _frequencies(half: int, theta: float, device: torch.device) -> Tensor:
 
 
 def _turned(x: Tensor, positions: Tensor, theta: float, direction: float) -> Tensor:
-    x = x if x.stride(2) == 1 else x.contiguous()
+    x = dense_rows(x)
     (tokens, heads), half = x.shape[:2], x.shape[2] // 2
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     width = next_power_of_2(half)

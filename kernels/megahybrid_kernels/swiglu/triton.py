@@ -15,6 +15,7 @@ _BLOCK = 2048
 
 @triton.jit
 def swiglu_kernel(gate, up, y, size, BLOCK: tl.constexpr):
+    """y = silu(gate) * up, of BLOCK among `size` values."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     a = tl.load(gate + place, mask=mask, other=0).to(tl.float32)
@@ -24,6 +25,7 @@ def swiglu_kernel(gate, up, y, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def swiglu_backward_kernel(gate, up, dy, dgate, dup, size, BLOCK: tl.constexpr):
+    """The gradients of `swiglu_kernel`'s inputs."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     a = tl.load(gate + place, mask=mask, other=0).to(tl.float32)
