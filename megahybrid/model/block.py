@@ -10,7 +10,7 @@ from megahybrid.model.context import Aux, Context
 from megahybrid.model.loss import attach_loss
 from megahybrid.model.mixers import MIXERS
 from megahybrid.model.settings import Settings
-from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter, project, shared
+from megahybrid.parallel.layers import ColumnLinear, RowLinear, project, shared
 from megahybrid.parallel.parameters import constant, parameter
 from megahybrid_kernels.norm import add_rms_norm, rms_norm
 from megahybrid_kernels.swiglu import swiglu
@@ -44,8 +44,7 @@ class SwiGLU(nn.Module):
         self.down_proj = RowLinear(inner, hidden, settings.output_projection, settings.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = enter(x, self.settings.sequence_parallel)
-        return self.down_proj(swiglu(*project(x, self.gate_proj, self.up_proj)))
+        return self.down_proj(swiglu(*project(x, (self.gate_proj, self.up_proj), self.settings.sequence_parallel)))
 
 
 class Block(nn.Module):

@@ -1,23 +1,28 @@
-"""Tensor parallel layers on Megatron-core's collectives.
+"""Tensor parallel layers on Megatron-core's groups.
 
-A mixer or MLP gathers its input once (`enter`), applies any number of column-split projections to it without further
-communication, and leaves through one row-split projection that reduces. Hidden states are `[tokens, 1, hidden]`; with
-sequence parallelism the residual stream holds `tokens / tensor` rows outside.
+A mixer or MLP gathers its input once, in `project`, for any number of column-split projections, and leaves through one
+row-split projection that reduces. Hidden states are `[tokens, 1, hidden]`; with sequence parallelism the residual
+stream holds `tokens / tensor` rows outside. What can be multiplied meanwhile is, while tensors travel: a rank's own rows
+while it gathers the others', weight gradients while the input's is reduced (Korthikanti et al., arXiv 2205.05198).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import VocabParallelEmbedding, mappings
 from torch import Tensor, nn
 
+from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import Initializer, ParameterSpec, attach_spec, parameter
 
 
 def enter(x: Tensor, sequence_parallel: bool) -> Tensor:
-    """The input of column-split projections: all tokens, with its gradient reduced over the tensor parallel ranks."""
+    """The input of the output layer: all tokens, with its gradient reduced over the tensor parallel ranks."""
     if sequence_parallel:
         return mappings.gather_from_sequence_parallel_region(x)
     return mappings.copy_to_tensor_model_parallel_region(x)
@@ -30,7 +35,7 @@ def shared(weight: Tensor) -> Tensor:
 
 
 class ColumnLinear(nn.Module):
-    """y = x Wᵀ with W `[out, in]` split over its rows; x must have come through `enter`.
+    """y = x Wᵀ with W `[out, in]` split over its rows.
 
     It is applied by `project`, with those that share its input, in the forward of the module that holds them.
     """
@@ -40,34 +45,39 @@ class ColumnLinear(nn.Module):
         self.weight = parameter(out_features, in_features, axis=0, initializer=initializer)
 
 
-def project(x: Tensor, *layers: ColumnLinear) -> tuple[Tensor, ...]:
-    """Each layer's output for the one input, whose gradients are added up by the matmuls that make them."""
-    weights = [layer.weight for layer in layers]
-    if not torch.is_grad_enabled():
-        return tuple(F.linear(x, weight) for weight in weights)
-    return _Projections.apply(x, *weights)
+def project(x: Tensor, layers: Sequence[ColumnLinear], sequence_parallel: bool) -> tuple[Tensor, ...]:
+    """Hidden states, this rank's, → each layer's output `[tokens, out]`, the tokens being all ranks'."""
+    return _Projections.apply(x.squeeze(1), sequence_parallel, *(layer.weight for layer in layers))
 
 
 class _Projections(torch.autograd.Function):
     """Autograd alone would write one input gradient a projection and add them up in kernels of their own."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, x: Tensor, sequence_parallel: bool, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.sequence_parallel = sequence_parallel
+        if sequence_parallel:
+            x, outputs = _gathered_products(x, [weight.T for weight in weights])
+        else:
+            outputs = [x @ weight.T for weight in weights]
         ctx.save_for_backward(x, *weights)
-        return tuple(F.linear(x, weight) for weight in weights)
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        rows, grads = x.flatten(0, -2), [grad.flatten(0, -2) for grad in grads]
         dx = grads[0] @ weights[0]
         for grad, weight in zip(grads[1:], weights[1:], strict=True):
             dx.addmm_(grad, weight)
-        return dx.view_as(x), *(grad.T @ rows for grad in grads)
+        dx, reduced = _start_reduction(dx, ctx.sequence_parallel)
+        weight_grads = [grad.T @ x for grad in grads]
+        reduced.wait()
+        return dx, None, *weight_grads
 
 
 class RowLinear(nn.Module):
-    """y = x Wᵀ with W `[out, in]` split over its columns; x is this rank's part of the features, y is whole."""
+    """y = x Wᵀ with W `[out, in]` split over its columns; x `[tokens, in]` is this rank's part of the features, y
+    `[tokens, 1, out]` whole."""
 
     def __init__(self, in_features: int, out_features: int, initializer: Initializer, sequence_parallel: bool):
         super().__init__()
@@ -75,10 +85,70 @@ class RowLinear(nn.Module):
         self.sequence_parallel = sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
-        if self.sequence_parallel:
-            return mappings.reduce_scatter_to_sequence_parallel_region(y)
-        return mappings.reduce_from_tensor_model_parallel_region(y)
+        return _ReducedProduct.apply(x, self.weight, self.sequence_parallel).unsqueeze(1)
+
+
+class _ReducedProduct(torch.autograd.Function):
+    """x Wᵀ summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, sequence_parallel: bool) -> Tensor:
+        ctx.sequence_parallel = sequence_parallel
+        ctx.save_for_backward(x, weight)
+        y, reduced = _start_reduction(x @ weight.T, sequence_parallel)
+        reduced.wait()
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if ctx.sequence_parallel:
+            dy, (dx,) = _gathered_products(dy, [weight])
+        else:
+            dx = dy @ weight
+        return dx, dy.T @ x, None
+
+
+def _gathered_products(x: Tensor, matrices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """All ranks' rows of x, and their product with each matrix."""
+    (rank, ranks), rows = groups.tensor_parallel(), len(x)
+    whole = x.new_empty(ranks * rows, x.shape[1])
+    gathered = dist.all_gather_into_tensor(whole, x.contiguous(), _group(), async_op=True)
+    products = [x.new_empty(len(whole), matrix.shape[1]) for matrix in matrices]
+    own = slice(rank * rows, (rank + 1) * rows)
+    _multiply(x, matrices, [product[own] for product in products])
+    gathered.wait()
+    for others in (slice(0, own.start), slice(own.stop, None)):
+        _multiply(whole[others], matrices, [product[others] for product in products])
+    return whole, products
+
+
+def _multiply(x: Tensor, matrices: Sequence[Tensor], products: Sequence[Tensor]) -> None:
+    for matrix, product in zip(matrices, products, strict=True):
+        if len(x):
+            torch.mm(x, matrix, out=product)
+
+
+class _Nothing:
+    """To wait for where there is one rank."""
+
+    def wait(self) -> None:
+        """Return at once."""
+
+
+def _start_reduction(x: Tensor, sequence_parallel: bool) -> tuple[Tensor, dist.Work | _Nothing]:
+    """The sum over the ranks, of this rank's rows alone with sequence parallelism, once its work is waited for."""
+    _, ranks = groups.tensor_parallel()
+    if ranks == 1:
+        return x, _Nothing()
+    if not sequence_parallel:
+        return x, dist.all_reduce(x, group=_group(), async_op=True)
+    part = x.new_empty(len(x) // ranks, x.shape[1])
+    return part, dist.reduce_scatter_tensor(part, x, group=_group(), async_op=True)
+
+
+def _group() -> dist.ProcessGroup:
+    return parallel_state.get_tensor_model_parallel_group()
 
 
 class VocabEmbedding(VocabParallelEmbedding):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from megahybrid.model.context import Context
 from megahybrid.model.settings import Settings
-from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter, project
+from megahybrid.parallel.layers import ColumnLinear, RowLinear, project
 from megahybrid_kernels.attention import GrowingCache, KeyValueCache, attention, attention_with_cache
 from megahybrid_kernels.rotary import rotary
 
@@ -26,9 +26,10 @@ class AttentionProjections(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`[tokens, 1, hidden]` → q, k, v `[tokens, heads of this rank, head_dim]`, not yet rotated."""
-        x = enter(x, self.settings.sequence_parallel).squeeze(1)
-        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
-        return tuple(y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        return tuple(
+            y.unflatten(-1, (-1, self.head_dim)) for y in project(x, projections, self.settings.sequence_parallel)
+        )
 
     def rotate(self, x: Tensor, context: Context) -> Tensor:
         """Rotary embedding at the tokens' positions in their documents."""
@@ -36,7 +37,7 @@ class AttentionProjections(nn.Module):
 
     def output(self, o: Tensor) -> Tensor:
         """`[tokens, heads of this rank, head_dim]` → `[tokens, 1, hidden]`."""
-        return self.o_proj(o.flatten(-2).unsqueeze(1))
+        return self.o_proj(o.flatten(-2))
 
 
 class FullAttention(AttentionProjections):

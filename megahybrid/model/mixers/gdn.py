@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megahybrid.model.context import Context
 from megahybrid.model.settings import Settings
-from megahybrid.parallel.layers import ColumnLinear, RowLinear, enter, project, shared
+from megahybrid.parallel.layers import ColumnLinear, RowLinear, project, shared
 from megahybrid.parallel.parameters import (
     constant,
     inverse_softplus_of_log_uniform,
@@ -65,11 +65,10 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, context: Context, state: GDNState | None = None):
         """`[tokens, 1, hidden]` → (the same, None, the next state)."""
-        x, sequences = enter(x, self.settings.sequence_parallel).squeeze(1), context.sequences
-        in_place = context.in_place
+        sequences, in_place = context.sequences, context.in_place
         before = state or (None, None, None, None)
         projections = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj
-        q, k, v, gate, a, b = project(x, *projections)
+        q, k, v, gate, a, b = project(x, projections, self.settings.sequence_parallel)
         q, q_rows = causal_conv1d(q, self.q_conv, sequences, before[1], in_place)
         k, k_rows = causal_conv1d(k, self.k_conv, sequences, before[2], in_place)
         v, v_rows = causal_conv1d(v, self.v_conv, sequences, before[3], in_place)
@@ -87,7 +86,7 @@ class GatedDeltaNet(nn.Module):
         )
         gate = gate.unflatten(-1, (-1, self.value_dim))
         o = gated_rms_norm(o, gate, shared(self.norm), self.settings.model.norm_eps)
-        y = self.o_proj(o.flatten(-2).unsqueeze(1))
+        y = self.o_proj(o.flatten(-2))
         return y, None, None if state is None else GDNState(recurrent, q_rows, k_rows, v_rows)
 
     def initial_state(self, sequences: int) -> GDNState:
