@@ -2,8 +2,8 @@
 
 A mixer or MLP gathers its input once, in `project`, for any number of column-split projections, and leaves through one
 row-split projection that reduces. Hidden states are `[tokens, 1, hidden]`; with sequence parallelism the residual
-stream holds `tokens / tensor` rows outside. What can be multiplied meanwhile is, while tensors travel: a rank's own rows
-while it gathers the others', weight gradients while the input's is reduced (Korthikanti et al., arXiv 2205.05198).
+stream holds `tokens / tensor` rows outside. While tensors travel, what can be multiplied is: a rank's own rows while it
+gathers the others', weight gradients while the input's is reduced (Korthikanti et al., arXiv 2205.05198).
 """
 
 from __future__ import annotations
