@@ -30,6 +30,8 @@ from megahybrid_kernels.gated_delta_rule.triton import ROW_KINDS, longest_segmen
 from megahybrid_kernels.linear_cross_entropy.chunks import chunk_length
 
 ZERO_STAGES = (1, 2, 3)
+LIVE_PARAMETERS = 10**9
+"""What DeepSpeed's ZeRO-3 leaves gathered at most, its default (stage3_max_live_parameters)."""
 
 
 def states(config: Config, parameters: int, zero_stage: int, replicas: int) -> float:
@@ -37,24 +39,35 @@ def states(config: Config, parameters: int, zero_stage: int, replicas: int) -> f
 
     A parameter takes: its working copy, w; its gradient, accumulated in fp32 in either precision, 4; and 12 in the
     optimizer, master weight and two moments in fp32 (DeepSpeed keeps the master also of fp32 weights). Of these every
-    stage splits the optimizer's over the replicas, stage 2 also the gradients, stage 3 also the working copies; what
-    stage 3 gathers for the layer at work is not counted.
+    stage splits the optimizer's over the replicas, stage 2 also the gradients, stage 3 also the working copies.
     """
-    weights = _width(config) / (replicas if zero_stage >= 3 else 1)
-    gradients = 4 / (replicas if zero_stage >= 2 else 1)
-    return parameters * (weights + gradients + 12 / replicas)
+    weights = parameters * _width(config) / (replicas if zero_stage >= 3 else 1)
+    return weights + _gradients(parameters, zero_stage, replicas) + parameters * 12 / replicas
+
+
+def _gradients(parameters: int, zero_stage: int, replicas: int) -> float:
+    return 4 * parameters / (replicas if zero_stage >= 2 else 1)
 
 
 def peak_bytes(config: Config, replicas: int) -> list[float]:
     """Most bytes that a GPU holds in a step, by pipeline rank, with `replicas` data parallel ones.
 
-    Beside its states that is the activations, or what the update takes when they are gone.
+    Beside its states that is the activations and what ZeRO-3 has gathered, or what the update takes when they are gone.
     """
-    stage = config.parallel.zero_stage
-    return [
-        states(config, count, stage, replicas) + max(activations(config, replicas, rank), update(count, replicas))
-        for rank, count in enumerate(parameters_by_rank(config))
-    ]
+    stage, peaks = config.parallel.zero_stage, []
+    for rank, count in enumerate(parameters_by_rank(config)):
+        passes = activations(config, replicas, rank) + gathered(config, count, replicas)
+        if config.train.dtype == "fp32" and micro_batches(config, replicas) == 1:
+            passes -= _gradients(count, stage, replicas)  # made while the activations go; in bf16 their place is kept
+        peaks.append(states(config, count, stage, replicas) + max(passes, update(count, replicas)))
+    return peaks
+
+
+def gathered(config: Config, parameters: int, replicas: int) -> float:
+    """Whole working copies that ZeRO-3 keeps for the backward pass or for the next micro-batch, w each."""
+    if config.parallel.zero_stage < 3 or replicas == 1:
+        return 0
+    return _width(config) * min(parameters, LIVE_PARAMETERS)
 
 
 def update(parameters: int, replicas: int) -> float:

@@ -40,7 +40,12 @@ def initialize(config: Config, model: nn.Module, optimizer: torch.optim.Optimize
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # it makes the host wait for the GPU before every micro-batch
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": False},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "contiguous_gradients": False,
+            "leaf_module": {"classes": ["megahybrid.model.block.Block"]},  # stage 3 gathers whole layers at once
+        },
     }
     if train.dtype == "bf16":
         settings["bf16"] = {"enabled": True, "immediate_grad_update": stage == 1}

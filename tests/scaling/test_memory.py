@@ -294,3 +294,20 @@ def test_the_peak_adds_states_and_activations():
     (count,) = parameters_by_rank(config)
     (peak,) = memory.peak_bytes(config, 4)
     assert peak == count * (2 + 4 / 4 + 12 / 4) + memory.activations(config, 4, 0)
+
+
+def test_the_peak_with_zero_3_has_gathered_parameters():
+    config = config_of("GL", zero_stage=3)
+    (count,) = parameters_by_rank(config)
+    passes = memory.activations(config, 4, 0)
+    assert memory.peak_bytes(config, 4) == [pytest.approx(count * (2 / 4 + 4 / 4 + 12 / 4 + 2) + passes)]
+    assert memory.peak_bytes(config, 1) == [pytest.approx(count * (2 + 4 + 12) + memory.activations(config, 1, 0))]
+    assert memory.gathered(config, 10**10, 4) == 2 * 10**9
+
+
+def test_of_a_single_micro_batch_in_fp32_gradients_come_as_activations_go():
+    config = config_of("GL", dtype="fp32")
+    (count,) = parameters_by_rank(config)
+    several, one = (count * (4 + 12 / size) + memory.activations(config, size, 0) for size in (4, 8))
+    assert memory.peak_bytes(config, 4) == [pytest.approx(several + 4 * count)]
+    assert memory.peak_bytes(config, 8) == [pytest.approx(one)]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megahybrid_kernels.backend import takes_triton
+from megahybrid_kernels.linear_cross_entropy import reference
 
 # Of a chunk's logits. Each chunk also reads and writes weight's whole gradient once, so that few are better.
 CHUNK_BYTES = 2**30
@@ -36,7 +37,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if takes_triton(x):
             from megahybrid_kernels.linear_cross_entropy import triton as backend
         else:
-            from megahybrid_kernels.linear_cross_entropy import reference as backend
+            backend = reference
         tokens, wide = len(x), torch.promote_types(x.dtype, torch.float32)
         losses, normalisers = (torch.empty(tokens, dtype=wide, device=x.device) for _ in range(2))
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted[0] else None
