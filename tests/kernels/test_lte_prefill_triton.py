@@ -88,6 +88,20 @@ def test_pieces_equal_the_reference(window_size, sink_size, buffer_size, levels,
         starts = starts + torch.tensor(new)
 
 
+@pytest.mark.parametrize("more", [-1, 0, 1, 2])
+def test_a_prompt_that_just_fills_or_overflows_the_buffer(more):
+    window_size, sink_size, buffer_size, delay, heads = 6, 2, 5, 6, 2
+    tokens = window_size + buffer_size + more
+    q, k, v = (torch.randn(tokens, h, 16, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2))
+    late = 0.1 + torch.rand(tokens, heads, generator=torch.Generator().manual_seed(0))
+    cache = LTECache.empty(1, heads, 16, window_size, buffer_size, dtype=torch.float32)
+    sizes = (window_size, sink_size, buffer_size, delay)
+    expected, after = reference.lte_attention_with_cache(q, k, v, late, cache, Sequences.of([tokens]), *sizes)
+    found, fast = lte_attention_piece(*moved(q, k, v, late), cache, Sequences.of([tokens], DEVICE), *sizes)
+    torch.testing.assert_close(found.cpu(), expected, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
+    assert_same_cache(fast, after)
+
+
 def test_sequences_that_begin_beside_others_that_go_on():
     heads, head_dim, sizes = 2, 16, (6, 2, 5, 6)
     cache = LTECache.empty(3, heads, head_dim, 6, 5, dtype=torch.float32)

@@ -161,7 +161,7 @@ def lte_attention_piece(
     else:
         rows = _later_rows(q, k, v, late_score, cache, sequences, delay, sink_size)
     packed, worth, exits = rows.sequences, rows.worth, None
-    if max(packed.lengths) > buffer_size + window_size + 1:
+    if max(packed.lengths) > buffer_size + window_size:  # so many may have left the window of the query to come
         exits = exit_positions(worth, packed, window_size, 0, buffer_size)
     shape = _Shape.of(rows.q, rows.k, None)
     part = partition(packed, window_size, shape.queries, shape.tune.keys, exits is not None)
