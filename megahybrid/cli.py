@@ -183,7 +183,7 @@ def _runs(parsed: argparse.Namespace) -> None:
 
 def _doctor(parsed: argparse.Namespace) -> int:
     config = _config(parsed) if parsed.recipe else None
-    from megahybrid.doctor import diagnose
+    from megahybrid.doctor.diagnosis import diagnose
 
     return 1 if diagnose(config, say=lambda text: print(text, flush=True)) else 0
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,14 @@ from megahybrid_kernels import Sequences
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _SECONDS = 0.05  # of calls for each time
 _PROCESSES = 12  # each takes half a gigabyte of a GPU
-Verdict = tuple[list[str], list[str]]  # what is right about an op, and what is wrong
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be said of an op in one dtype, and whether it is right."""
+
+    said: str
+    right: bool
 
 
 def check(
@@ -38,58 +45,59 @@ def check(
         timed = {case.op: case for case in cases(SIZES["large"])}
     apart = device.type == "cuda" and chosen is None
     chosen = _all_cases(size) if chosen is None else chosen
-    verdicts = judge_apart(size, device) if apart else (_verdict(case, device) for case in chosen)
-    for case, (parts, faults) in zip(chosen, verdicts, strict=True):
-        if not faults and case.op in timed:
+    judged = judge_apart(size, device) if apart else ([_judge(case, device, d) for d in _DTYPES] for case in chosen)
+    for case, verdicts in zip(chosen, judged, strict=True):
+        parts, right = [each.said for each in verdicts], all(each.right for each in verdicts)
+        if right and case.op in timed:
             try:
                 parts.append(_speed(timed[case.op], device))
             except torch.OutOfMemoryError:
                 parts.append("not timed: out of memory")
-        yield Finding(f"{case.op:24}{' · '.join([*faults, *parts])}", not faults)
+        yield Finding(f"{case.op:24}{' · '.join(parts)}", right)
 
 
 def _all_cases(size: Size) -> list[Case]:
     return [*cases(size), *decode_cases(size)]
 
 
-def judge_apart(size: Size, device: torch.device, numbers: Sequence[int] | None = None) -> Iterator[Verdict]:
-    """The verdict on each of all cases, or those of `numbers`, from a process of its own, in order.
+def judge_apart(size: Size, device: torch.device, numbers: Sequence[int] | None = None) -> Iterator[list[Verdict]]:
+    """The verdicts on each of all cases, or those of `numbers`, from processes of their own, in order.
 
     A kernel that reads or writes where it must not leaves its process without a GPU, and would make all others look
     wrong. And side by side their compilers, which take most of the time, end sooner.
     """
     numbers = range(len(_all_cases(size))) if numbers is None else numbers
-    processes = min(len(numbers), os.cpu_count() or 1, _PROCESSES)
+    processes = min(len(_DTYPES) * len(numbers), os.cpu_count() or 1, _PROCESSES)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        verdicts = [pool.submit(_verdict_of_number, number, size, device) for number in numbers]
-        for verdict in verdicts:
-            try:
-                yield verdict.result()
-            except BrokenProcessPool:
-                yield [], ["its process, or one beside it, was killed"]
+        judged = [[pool.submit(_judge_number, n, size, device, dtype) for dtype in _DTYPES] for n in numbers]
+        for verdicts in judged:
+            yield [_result(each) for each in verdicts]
 
 
-def _verdict_of_number(number: int, size: Size, device: torch.device) -> Verdict:
+def _result(verdict: Future[Verdict]) -> Verdict:
+    try:
+        return verdict.result()
+    except BrokenProcessPool:
+        return Verdict("its process, or one beside it, was killed", False)
+
+
+def _judge_number(number: int, size: Size, device: torch.device, dtype: str) -> Verdict:
     torch.set_num_threads(1)
-    return _verdict(_all_cases(size)[number], device)
+    return _judge(_all_cases(size)[number], device, dtype)
 
 
-def _verdict(case: Case, device: torch.device) -> Verdict:
-    """What is right about a case, and what is wrong."""
-    parts, faults = [], []
-    for name, dtype in _DTYPES.items():
-        try:
-            backend, errors = _judge(case, device, dtype)
-        except Exception as error:  # a kernel may fail in any way, and the others are still worth knowing
-            faults.append(f"{name} fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-            continue
-        # A NaN is the worst of all.
-        worst = max(errors, key=lambda each, errors=errors: (not errors[each] >= 0, errors[each]))
-        error, tolerance = errors[worst], 0.0 if case.judge else measuring.TOLERANCE[dtype]
-        parts.append(f"{backend} {name} {error:7.1e} of {tolerance:7.1e}")
-        if not error <= tolerance:
-            faults.append(f"{name}: {worst} is off by {error:.1e}, more than {tolerance:.1e}")
-    return parts, faults
+def _judge(case: Case, device: torch.device, dtype: str) -> Verdict:
+    """Of the path that the op takes here."""
+    try:
+        backend, errors = _errors(case, device, _DTYPES[dtype])
+    except Exception as error:  # a kernel may fail in any way, and the others are still worth knowing
+        return Verdict(f"{dtype} fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}", False)
+    # A NaN is the worst of all.
+    worst = max(errors, key=lambda each: (not errors[each] >= 0, errors[each]))
+    error, tolerance = errors[worst], 0.0 if case.judge else measuring.TOLERANCE[_DTYPES[dtype]]
+    if not error <= tolerance:
+        return Verdict(f"{dtype}: {worst} is off by {error:.1e}, more than {tolerance:.1e}", False)
+    return Verdict(f"{backend} {dtype} {error:7.1e} of {tolerance:7.1e}", True)
 
 
 def _size(model: ModelConfig | None) -> Size:
@@ -99,7 +107,7 @@ def _size(model: ModelConfig | None) -> Size:
     return replace(size, head_dim=model.attention.head_dim, gdn_head_dim=model.gdn.head_dim)
 
 
-def _judge(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, float]]:
+def _errors(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, float]]:
     """The path that the op takes, and its errors."""
     inputs, sequences, cotangent = _inputs(case, device, dtype)
     backend, op = next(iter(measuring.picked(case, inputs, sequences).items()))

@@ -47,6 +47,8 @@ def initialize(
         parallel.pipeline,
         virtual_pipeline_model_parallel_size=virtual,
         create_gloo_process_groups=False,
+        # Beside matmuls, which fill a GPU, what other streams launch comes late.
+        high_priority_stream_groups=["tp"] if torch.cuda.is_available() else None,
     )
     model_parallel_cuda_manual_seed(seed)
 

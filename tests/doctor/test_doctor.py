@@ -12,9 +12,11 @@ import torch
 import megahybrid_kernels.lte_attention as lte
 from megahybrid.cli import main
 from megahybrid.config import load_config
-from megahybrid.doctor import Finding, diagnose, kernels, machine
+from megahybrid.doctor import kernels, machine
 from megahybrid.doctor.cases import SIZES, cases
 from megahybrid.doctor.decode_cases import decode_cases
+from megahybrid.doctor.diagnosis import diagnose
+from megahybrid.doctor.finding import Finding
 from megahybrid_kernels.lte_attention import reference as lte_reference
 from tests.training.conftest import prepared, recipe, text
 
@@ -72,9 +74,9 @@ def test_a_kernel_that_raises_does_not_hide_the_others(monkeypatch):
 def test_judged_in_a_process_of_its_own_as_in_this_one():
     every = [*cases(SIZES["check"]), *decode_cases(SIZES["check"])]
     number = next(n for n, each in enumerate(every) if each.op == "swiglu")
-    ((parts, faults),) = kernels.judge_apart(SIZES["check"], CPU, [number])
+    (verdicts,) = kernels.judge_apart(SIZES["check"], CPU, [number])
     (finding,) = kernels.check(CPU, chosen=[every[number]])
-    assert finding.text.endswith(" · ".join(parts)) and not faults
+    assert finding.text.endswith(" · ".join(each.said for each in verdicts)) and all(each.right for each in verdicts)
 
 
 def test_steps_run_in_place_and_are_judged(monkeypatch):
