@@ -57,8 +57,9 @@ def peak_bytes(config: Config, replicas: int) -> list[float]:
     stage, peaks = config.parallel.zero_stage, []
     for rank, count in enumerate(parameters_by_rank(config)):
         passes = activations(config, replicas, rank) + gathered(config, count, replicas)
-        if config.train.dtype == "fp32" and micro_batches(config, replicas) == 1:
-            passes -= _gradients(count, stage, replicas)  # made while the activations go; in bf16 their place is kept
+        if config.train.dtype == "fp32" and stage < 3 and micro_batches(config, replicas) == 1:
+            # Made while the activations go; elsewhere they have their place from the start.
+            passes -= _gradients(count, stage, replicas)
         peaks.append(states(config, count, stage, replicas) + max(passes, update(count, replicas)))
     return peaks
 
