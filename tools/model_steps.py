@@ -108,8 +108,10 @@ def free_tensors() -> None:
     """Empty what is left of an engine: DeepSpeed's hooks and marks on parameters keep it alive, unseen by Python."""
     gc.collect()
     for each in gc.get_objects():
-        if isinstance(each, torch.Tensor) and each.untyped_storage().nbytes() > 2**20:
-            each.untyped_storage().resize_(0)
+        if isinstance(each, torch.Tensor):
+            storage = each.untyped_storage()
+            if storage.nbytes() > 2**20 and storage.resizable():
+                storage.resize_(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

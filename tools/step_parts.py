@@ -60,21 +60,22 @@ def total(intervals: Iterable[Interval]) -> float:
     return sum(end - start for start, end in intervals)
 
 
-def group_of(name: str, args: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
-    """tensor, pipeline, data or all: whose communication an event is.
+def named_group(name: str, args: Mapping[str, Any]) -> str | None:
+    """tensor, pipeline, data or all: whose communication an event is by its name and the trace's process group.
 
-    Args:
-        name: the kernel's. Only pipelines send and receive; one of two directions goes through the default group.
-        args: the trace's, which name the process group.
-        sizes: of the layout's tensor, pipeline and data parallel groups; where the trace names no group and only one of
-            them is more than one, that one; "all" where none is. Else "unknown".
+    Only pipelines send and receive, and one of their two directions goes through the default group.
     """
     lowered = name.lower()
     if "sendrecv" in lowered or lowered.endswith((":send", ":recv")):
         return "pipeline"
-    description = str(args.get("Process Group Description", "")).strip('"')
-    if found := next((part for words, part in _GROUPS.items() if words in description), None):
-        return found
+    description = str(args.get("Process Group Description", ""))
+    return next((part for words, part in _GROUPS.items() if words in description), None)
+
+
+def only_group(sizes: Mapping[str, int]) -> str:
+    """Of a layout's tensor, pipeline and data parallel groups the one with more than one process, else "unknown";
+    "all" where there is one process.
+    """
     split = [part for part, size in sizes.items() if size > 1]
     return (split or ["all"])[0] if len(split) < 2 else "unknown"
 
@@ -88,19 +89,33 @@ def window(events: Iterable[Mapping[str, Any]]) -> Interval:
 def classify(events: Iterable[Mapping[str, Any]], sizes: Mapping[str, int]) -> Iterator[tuple[str, float, float]]:
     """(part, start, end) of what runs within the step, µs: of kernels and copies, or without a GPU of torch's own ops
     and gloo's collectives, whose groups have no names.
+
+    A collective without one belongs to the group of the others on its stream, since every group has its own.
     """
     events = [each for each in events if each.get("ph") == "X"]
     first, last = window(events)
     on_gpu = any(each.get("cat") == "kernel" for each in events)
+    streams: dict[Any, str] = {}
+    for each in filter(communicates, events):
+        args = each.get("args", {})
+        if "stream" in args and (group := named_group(each["name"], args)):
+            streams[args["stream"]] = group
     for each in events:
-        name, category = each["name"], each.get("cat")
+        category, args = each.get("cat"), each.get("args", {})
         start, end = max(each["ts"], first), min(each["ts"] + each["dur"], last)
         if start >= end:
             continue
-        if (name.lower().startswith("nccl") and category == "kernel") or name.startswith("gloo:"):
-            yield group_of(name, each.get("args", {}), sizes), start, end
-        elif category in _GPU or (not on_gpu and category == "cpu_op" and name.startswith("aten::")):
+        if communicates(each):
+            group = named_group(each["name"], args) or streams.get(args.get("stream")) or only_group(sizes)
+            yield group, start, end
+        elif category in _GPU or (not on_gpu and category == "cpu_op" and each["name"].startswith("aten::")):
             yield "compute", start, end
+
+
+def communicates(event: Mapping[str, Any]) -> bool:
+    """Whether it is one of NCCL's kernels or of gloo's collectives."""
+    nccl = event.get("cat") == "kernel" and event["name"].lower().startswith("nccl")
+    return nccl or event["name"].startswith("gloo:")
 
 
 def time_by_part(events: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> dict[str, Any]:
