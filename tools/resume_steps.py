@@ -17,27 +17,31 @@ from layouts import loss_difference, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6  # half of them before the checkpoint
-# As far as rounding alone takes losses after some steps of full learning rate; a lost moment shows in the second digit.
+# As far as rounding alone takes losses apart within some steps of full learning rate.
 TOLERANCES = {"fp32": 2e-6, "bf16": 1e-3}
 
 
 def layouts(processes: int) -> tuple[str, list[str]]:
     """The layout that saves, the largest that fits, and those that go on: two processes and one."""
-    if processes < 4:
-        saving = "tensor=2,sequence=true" if processes > 1 else ""
-    else:
-        saving = "tensor=2,sequence=true,pipeline=2"
-        saving += f",data={processes // 4}" if processes > 7 else ""
-    return saving, ["data=2", ""] if processes > 1 else [""]
+    if processes < 2:
+        return "", [""]
+    saving = "tensor=2,sequence=true"
+    if processes >= 4:
+        saving += ",pipeline=2"
+    if processes >= 8:
+        saving += f",data={1 << (processes // 4).bit_length() - 1}"
+    return saving, ["data=2", ""]
 
 
 class Resume:
     """A recipe of the same model with fewer layers, on the repository's own text; all of it in a temporary folder."""
 
-    def __init__(self, recipe: str, overrides: Sequence[str], layers: int, samples: int, folder: Path):
+    def __init__(self, recipe: str, overrides: Sequence[str], layers: int, processes: int, folder: Path):
         """Begins to prepare the text, beside whatever else runs.
 
-        layers: how many of the recipe's first layers are kept, since a whole checkpoint of 1.4B is 17 GB; 0 for all.
+        Args:
+            layers: of the recipe's, the first that are kept, since a whole checkpoint of 1.4B is 17 GB; 0 for all.
+            processes: at most.
         """
         from megahybrid.config import load_config, save_config
         from megahybrid.config.schema import SourceConfig
@@ -45,7 +49,7 @@ class Resume:
 
         config = load_config(recipe, overrides)
         letters = Settings.of(config).pattern.letters
-        replace = dataclasses.replace
+        replace, samples = dataclasses.replace, 8 * max(1, processes // 8)
         sources = {
             name: SourceConfig(path=str(ROOT / name), include=["*.py"]) for name in ("megahybrid", "kernels", "tests")
         }
@@ -63,6 +67,7 @@ class Resume:
             tracking=replace(config.tracking, wandb="disabled"),
         )
         self.folder, self.recipe, self.dtype = folder, folder / "recipe.yaml", config.train.dtype
+        self.processes = processes
         save_config(config, self.recipe)
         with open(folder / "prepare.log", "wb") as log:
             command = [sys.executable, "-m", "megahybrid", "prepare", str(self.recipe)]
@@ -70,13 +75,14 @@ class Resume:
             environment = {**os.environ, "PYTHONPATH": paths}
             self._prepare = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
-    def lines(self, run: Callable[..., Any], processes: int) -> Iterator[dict[str, Any]]:
+    def lines(self, run: Callable[..., Any]) -> Iterator[dict[str, Any]]:
         """One for the layout that saves and one for each that goes on.
 
         run: Workers.run with a timeout. Raises AssertionError for what fails.
         """
-        assert self._prepare.wait() == 0, (self.folder / "prepare.log").read_text()[-600:]
-        saving, others = layouts(processes)
+        if self._prepare.wait():
+            raise AssertionError((self.folder / "prepare.log").read_text()[-600:])
+        saving, others = layouts(self.processes)
         uninterrupted, seconds = self._train(run, saving, self.folder / "saved")
         losses = [line["loss"] for line in uninterrupted]
         yield {"checkpoint": "saved", "layout": saving or "one process", "seconds": seconds, "losses": losses}

@@ -83,6 +83,7 @@ def test_goals_are_met_missed_or_not_measured():
 def test_saving_takes_the_largest_layout():
     assert resume_steps.layouts(8) == ("tensor=2,sequence=true,pipeline=2,data=2", ["data=2", ""])
     assert resume_steps.layouts(4)[0] == "tensor=2,sequence=true,pipeline=2"
+    assert resume_steps.layouts(12) == resume_steps.layouts(8)
     assert resume_steps.layouts(1) == ("", [""])
 
 
