@@ -81,6 +81,7 @@ def measure(
         "mfu": round(model_flops_utilization(flops_per_token(config).training, speed).get("mfu", 0), 4),
         "step_seconds": round(median, 4),
         "first_step_seconds": round(seconds[0], 1),
+        "seconds_of_steps": [round(each, 3) for each in seconds],
         "losses": [result.loss for result in results],
         "grad_norms": [round(result.grad_norm, 5) for result in results],
         "kept": [round(float(head), 1) for head in engine.controller.kept_now.flatten()[:4]],
