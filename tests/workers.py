@@ -9,6 +9,7 @@ import random
 import socket
 import time
 import traceback
+from multiprocessing import connection
 from typing import Any
 
 import torch.multiprocessing as multiprocessing
@@ -28,21 +29,25 @@ class Workers:
         port = free_port()
         for rank, (_, pipe) in enumerate(self._processes[:world]):
             pipe.send((function, arguments, rank, world, port))
-        results, faults, deadline = [], [], time.monotonic() + timeout
-        for rank, (_, pipe) in enumerate(self._processes[:world]):
-            try:
-                wait = 5 if faults else max(0.1, deadline - time.monotonic())
-                done, value = pipe.recv() if pipe.poll(wait) else (False, "timed out")
-            except EOFError:
-                done, value = False, "the process died"
-            if done:
-                results.append(value)
-            else:
-                faults.append(f"rank {rank} of {world}: {value}")
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._processes[:world])}
+        results, faults, deadline = {}, [], time.monotonic() + timeout
+        while waiting and (ready := connection.wait(list(waiting), max(0.1, deadline - time.monotonic()))):
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    done, value = pipe.recv()
+                except EOFError:
+                    done, value = False, "the process died"
+                if done:
+                    results[rank] = value
+                else:  # the others may wait for it for ever
+                    faults.append(f"rank {rank} of {world}: {value}")
+                    deadline = min(deadline, time.monotonic() + 5)
+        faults = [f"rank {rank} of {world}: timed out" for rank in waiting.values()] + faults
         if faults:
             self.close()
             raise AssertionError("\n".join(faults))
-        return results
+        return [results[rank] for rank in range(world)]
 
     def close(self) -> None:
         for process, _ in self._processes:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 
+import step_parts
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -38,10 +39,26 @@ PARTS = {
 }
 
 
-def measure(recipe: str, overrides: Sequence[str], steps: int, with_parts: bool, kept: float | None) -> dict:
-    """Train `steps` steps after two to warm up; this rank's figures. A collective of all processes of the layout.
+def ready() -> None:
+    """Nothing: a process that has been called has everything imported."""
 
-    kept: the share of tokens that LTE's heads keep at first, as after training; None leaves the routers as they are.
+
+def measure(
+    recipe: str,
+    overrides: Sequence[str],
+    steps: int,
+    with_parts: bool = False,
+    kept: float | None = None,
+    warm_up: int = 2,
+    traced: int = 0,
+) -> dict:
+    """Train `steps` steps after `warm_up`; this rank's figures. A collective of all processes of the layout.
+
+    Args:
+        with_parts: whether to add the GPU's time by kernels' names, of one more step.
+        kept: the share of tokens that LTE's heads keep at first, as after training; None leaves routers as they are.
+        traced: micro-batches of one more step whose time by part is added on the first and the last rank; 0 for none.
+            With ZeRO 2 and 3 all of a step's, since DeepSpeed counts them.
     """
     config = load_config(recipe, overrides)
     groups.initialize(config.parallel, config.train.seed)
@@ -53,20 +70,23 @@ def measure(recipe: str, overrides: Sequence[str], steps: int, with_parts: bool,
     if kept is not None:
         keep(engine, batches[0], kept)
     results, seconds = [], []
-    for step in range(1, steps + 3):
+    for step in range(1, warm_up + steps + 1):
         began = time.perf_counter()
         results.append(engine.step(batches, step))
         seconds.append(time.perf_counter() - began)
-    speed = config.train.global_batch_size * config.train.seq_length / statistics.median(seconds[2:])
+    median = statistics.median(seconds[warm_up:])
+    speed = config.train.global_batch_size * config.train.seq_length / median
     figures = {
         "tokens_per_second": round(speed),
         "mfu": round(model_flops_utilization(flops_per_token(config).training, speed).get("mfu", 0), 4),
-        "step_seconds": round(statistics.median(seconds[2:]), 4),
+        "step_seconds": round(median, 4),
         "first_step_seconds": round(seconds[0], 1),
+        "seconds_of_steps": [round(each, 3) for each in seconds],
         "losses": [result.loss for result in results],
         "grad_norms": [round(result.grad_norm, 5) for result in results],
         "kept": [round(float(head), 1) for head in engine.controller.kept_now.flatten()[:4]],
         "micro_batch": config.train.micro_batch_size,
+        "micro_batches": len(batches),
         "samples": config.train.global_batch_size,
         "seq_length": config.train.seq_length,
     }
@@ -74,20 +94,25 @@ def measure(recipe: str, overrides: Sequence[str], steps: int, with_parts: bool,
         figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         figures["predicted_gib"] = round(max(peak_bytes(config, groups.data_parallel()[1])) / 2**30, 2)
         if with_parts:
-            figures["parts"] = parts(engine, batches, steps + 3)
+            figures["parts"] = parts(engine, batches, warm_up + steps + 1)
         figures["device"] = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    if traced:
+        some = batches[:traced] if config.parallel.zero_stage == 1 else batches
+        figures["time_by_part"] = step_parts.traced(engine, some, warm_up + steps + 1)
     engine.deepspeed.destroy()
     del engine, batches
-    _free_tensors()
+    free_tensors()
     return figures
 
 
-def _free_tensors() -> None:
+def free_tensors() -> None:
     """Empty what is left of an engine: DeepSpeed's hooks and marks on parameters keep it alive, unseen by Python."""
     gc.collect()
     for each in gc.get_objects():
-        if isinstance(each, torch.Tensor) and each.untyped_storage().nbytes() > 2**20:
-            each.untyped_storage().resize_(0)
+        if isinstance(each, torch.Tensor):
+            storage = each.untyped_storage()
+            if storage.nbytes() > 2**20 and storage.resizable():
+                storage.resize_(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
