@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.training.conftest import prepared, recipe, text  # noqa: F401
 
 TOOL = Path(__file__).parents[2] / "tools" / "bench_layouts"
@@ -16,6 +18,7 @@ def bench(file: Path, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_line_for_each_layout_with_losses_beside_the_first(recipe, tmp_path):  # noqa: F811
     out = tmp_path / "layouts.jsonl"
     lines = bench(recipe, "--layout", "", "--layout", "tensor=2,sequence=true", "--out", str(out))
