@@ -88,18 +88,21 @@ def test_pieces_equal_the_reference(window_size, sink_size, buffer_size, levels,
         starts = starts + torch.tensor(new)
 
 
-@pytest.mark.parametrize("more", [-1, 0, 1, 2])
-def test_a_prompt_that_just_fills_or_overflows_the_buffer(more):
-    window_size, sink_size, buffer_size, delay, heads = 6, 2, 5, 6, 2
-    tokens = window_size + buffer_size + more
-    q, k, v = (torch.randn(tokens, h, 16, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2))
-    late = 0.1 + torch.rand(tokens, heads, generator=torch.Generator().manual_seed(0))
-    cache = LTECache.empty(1, heads, 16, window_size, buffer_size, dtype=torch.float32)
-    sizes = (window_size, sink_size, buffer_size, delay)
-    expected, after = reference.lte_attention_with_cache(q, k, v, late, cache, Sequences.of([tokens]), *sizes)
-    found, fast = lte_attention_piece(*moved(q, k, v, late), cache, Sequences.of([tokens], DEVICE), *sizes)
-    torch.testing.assert_close(found.cpu(), expected, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
-    assert_same_cache(fast, after)
+@pytest.mark.parametrize("tokens", range(1, 29))
+def test_prompts_of_one_token_to_four_windows_and_what_follows(tokens):
+    """Alone, since a longer prompt beside it may take another path; 11 tokens just fill window and buffer."""
+    sizes, generator = (6, 2, 5, 6), torch.Generator().manual_seed(tokens)
+    cache = fast = LTECache.empty(1, 2, 16, 6, 5, dtype=torch.float32)
+    for start, new in ((0, tokens), (tokens, 1), (tokens + 1, 9)):
+        q, k, v = (torch.randn(new, heads, 16, generator=generator) for heads in (4, 2, 2))
+        late, starts = 0.1 + torch.rand(new, 2, generator=generator), torch.tensor([start])
+        expected, cache = reference.lte_attention_with_cache(
+            q, k, v, late, cache, Sequences.of([new], starts=starts), *sizes
+        )
+        sequences = Sequences.of([new], DEVICE, starts.to(DEVICE) if start else None)
+        found, fast = lte_attention_piece(*moved(q, k, v, late), fast, sequences, *sizes)
+        torch.testing.assert_close(found.cpu(), expected, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
+        assert_same_cache(fast, cache)
 
 
 def test_sequences_that_begin_beside_others_that_go_on():
