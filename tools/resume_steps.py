@@ -88,7 +88,7 @@ class Resume:
         yield {"checkpoint": "saved", "layout": saving or "one process", "seconds": seconds, "losses": losses}
         for number, layout in enumerate(others):
             folder = self.folder / f"went_on_{number}"
-            adopt(self.folder / "saved", folder, STEPS // 2)
+            adopt(self.folder / "saved", folder)
             went_on, seconds = self._train(run, layout, folder)
             found = [line["loss"] for line in went_on]
             difference = loss_difference(found, losses[STEPS // 2 :])
@@ -114,12 +114,11 @@ class Resume:
         return lines, round(time.monotonic() - began, 1)
 
 
-def adopt(saved: Path, folder: Path, step: int) -> None:
-    """Make a run that stands at another one's checkpoint of this step."""
-    name = f"step_{step:08d}"
-    checkpoints = folder / "checkpoints"
-    shutil.copytree(saved / "checkpoints" / name, checkpoints / name, copy_function=os.link)
-    (checkpoints / "latest").write_text(name + "\n")
+def adopt(saved: Path, folder: Path) -> None:
+    """Make a run that stands at another one's first checkpoint."""
+    first, checkpoints = min((saved / "checkpoints").glob("step_*")), folder / "checkpoints"
+    shutil.copytree(first, checkpoints / first.name, copy_function=os.link)
+    (checkpoints / "latest").write_text(first.name + "\n")
 
 
 def train(recipe: str, overrides: Sequence[str]) -> None:
