@@ -31,7 +31,7 @@ from megahybrid_kernels.linear_cross_entropy.chunks import chunk_length
 
 ZERO_STAGES = (1, 2, 3)
 LIVE_PARAMETERS = 10**9
-"""What DeepSpeed's ZeRO-3 leaves gathered at most, its default (stage3_max_live_parameters)."""
+"""What ZeRO-3 leaves gathered at most."""
 
 
 def states(config: Config, parameters: int, zero_stage: int, replicas: int) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megahybrid.config.schema import Config
 from megahybrid.parallel import groups
 from megahybrid.parallel.mpu import ModelParallelUnit
+from megahybrid.scaling.memory import LIVE_PARAMETERS
 
 WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -44,6 +45,7 @@ def initialize(config: Config, model: nn.Module, optimizer: torch.optim.Optimize
             "stage": stage,
             "overlap_comm": False,
             "contiguous_gradients": False,
+            "stage3_max_live_parameters": LIVE_PARAMETERS,
             "leaf_module": {"classes": ["megahybrid.model.block.Block"]},  # stage 3 gathers whole layers at once
         },
     }
