@@ -14,23 +14,24 @@ from megahybrid.model.stack import Stack
 from megahybrid.parallel import groups
 from megahybrid_kernels import Sequences
 
-LEAST_PASSES = 3
+PASSES = 3
 
 
 @torch.inference_mode()
 def prefill(model: Stack, context: int, batch: int, together: int, chunk: int, limit: float) -> dict:
     """`batch` prompts of `context` tokens: as many side by side as have `together` tokens, the others after them.
 
-    Such a pass is timed several times, at least three and as often as the batch needs it, but for the time limit
-    (seconds); one before, which compiles, is not. What the passes of a batch leave behind is kept, as generation needs
-    all of it; states that were not reached within the time are added to the memory by their size.
+    Such a pass is timed several times, as often as the batch needs it and at least three times, but none is begun after
+    the time limit (seconds) but the first. Before it two pieces are read untimed, which compiles. What the passes of a
+    batch leave behind is kept, as generation needs all of it; states that were not reached within the time are added to
+    the memory by their size.
     """
     count = max(1, min(batch, together // context))
     needed = -(-batch // count)
-    read_prompts(model, context, count, chunk)
+    read_prompts(model, min(context, 2 * chunk), count, chunk)
     kept, seconds, began = [], [], time.perf_counter()
-    for number in range(max(needed, LEAST_PASSES)):
-        if number >= LEAST_PASSES and time.perf_counter() - began > limit:
+    for number in range(max(needed, PASSES)):
+        if number and time.perf_counter() - began > limit:
             break
         before = time.perf_counter()
         states = read_prompts(model, context, count, chunk)

@@ -204,7 +204,8 @@ def gdn(config: Config, settings: Settings) -> Mixer:
     """Gated DeltaNet as `gated_delta_rule.triton` computes it, with chunks of C tokens.
 
     - q, k and v before and after the short convolution, 2 w (2 K + V); o, gate and their normed product, 3 w V;
-    - a and b, 2 w a head; eight scalings of rows, 32 a head; two matrices `[C, C]` a head and chunk, 2 w C a head;
+    - a and b, 2 w a head; eight scalings of rows, 32 a head; two matrices `[C, C]` a head and chunk, in bf16 three, w C
+      a head each;
     - where sequences are cut into segments of S tokens, the state before each and how it passes through,
       4 K (Dk + Dv) / S.
 
@@ -217,7 +218,8 @@ def gdn(config: Config, settings: Settings) -> Mixer:
     keys, values = heads * key_dim, heads * value_dim
     tune = tuning(max(key_dim, value_dim), torch.bfloat16 if width == 2 else torch.float32)
     segment = tune.chunk * longest_segment((length,) * config.train.micro_batch_size, heads, value_dim, tune)
-    saved = width * (4 * keys + 5 * values) + heads * (2 * width + 4 * ROW_KINDS.value + 2 * width * tune.chunk)
+    squares = 3 if width == 2 else 2
+    saved = width * (4 * keys + 5 * values) + heads * (2 * width + 4 * ROW_KINDS.value + squares * width * tune.chunk)
     if segment < length:
         saved += 4 * keys * (key_dim + value_dim) / segment
     return Mixer(saved, width * (4 * values + 2 * keys + 2 * keys * value_dim / min(tune.chunk, length)))

@@ -80,11 +80,10 @@ def tuning(width: int, dtype: torch.dtype) -> Tuning:
         return Tuning(Launch(32, 4, 1), scan, scan, scan, gradient, Launch(16, 4, 1), chunk)
     if width <= 128:
         scan = Launch(64, 4, 3)
-        # At least two steps of a loop, which keep its products apart. Four warps, so that two programs fit an SM.
-        gradient = Launch(64 if width > 64 else 32, 4, 2)
-        return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, gradient, Launch(16, 4, 2))
+        # Two programs fit an SM in reverse, where more products wait for each other, and of the gradients.
+        return Tuning(Launch(64, 4, 1, 128), scan, scan, Launch(32, 4, 2), Launch(64, 4, 3), Launch(16, 4, 2))
     scan = Launch(64, 8, 2)
-    return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, Launch(64, 8, 1), Launch(16, 4, 2))
+    return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, Launch(64, 8, 4), Launch(16, 4, 2))
 
 
 @dataclass(frozen=True)
@@ -203,26 +202,28 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What `prepare_kernel` leaves."""
+    """What `prepare_kernel` leaves; fine_inverse, T in fp16 where inputs are bf16, for backward alone."""
 
     rows: Tensor
     ends: Tensor
     inverse: Tensor
+    fine_inverse: Tensor | None
     attention: Tensor
 
 
-def _prepare(call: _Call) -> _Prepared:
+def _prepare(call: _Call, training: bool) -> _Prepared:
     count, dtype = len(call.plan.chunks), call.v.dtype
     square = (count, call.heads, call.tune.chunk, call.tune.chunk)
     prepared = _Prepared(
         call.empty(count, call.heads, ROW_KINDS.value, call.tune.chunk),
         call.empty(count, call.heads),
         call.empty(*square, dtype=dtype),
+        call.empty(*square, dtype=torch.float16) if dtype == torch.bfloat16 and training else None,
         call.empty(*square, dtype=dtype),
     )
     prepare_kernel[(call.heads, count)](
         call.q, call.k, call.a, call.b, call.A_log, call.dt_bias, prepared.rows, prepared.ends, prepared.inverse,
-        prepared.attention, call.plan.chunks, *call.strides("q", "k", "a", "b"), call.scale,
+        prepared.fine_inverse, prepared.attention, call.plan.chunks, *call.strides("q", "k", "a", "b"), call.scale,
         **call.heads_constants(), DOT=tl.float32 if dtype == torch.float32 else tl.float16,
         COLUMNS=min(call.tune.prepare.columns, tile_width(call.key_dim)), STRONGEST=call.strongest,
         **call.tune.prepare.options(),
@@ -260,10 +261,11 @@ def _reverse_scan(
     dinitial: Tensor | None = None,
 ) -> None:
     values = call.columns(call.tune.reverse)
+    inverse = prepared.inverse if prepared.fine_inverse is None else prepared.fine_inverse
     grid = (cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(call.plan.segments) * call.heads)
     reverse_scan_kernel[grid](
-        call.q, call.k, do, prepared.rows, prepared.ends, prepared.inverse, prepared.attention, dfinal, dv, dstates,
-        dinitial, call.plan.segments, *call.strides("q", "k"), **call.heads_constants(), **values,
+        call.q, call.k, do, prepared.rows, prepared.ends, inverse, prepared.attention, dfinal, dv, dstates, dinitial,
+        call.plan.segments, *call.strides("q", "k"), **call.heads_constants(), **values,
     )  # fmt: skip
 
 
@@ -283,10 +285,11 @@ class _GatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q, k, v, a, b, A_log, dt_bias, initial, cut: Plan, count: int, tune: Tuning, keep: bool, strongest: float
+        ctx, q, k, v, a, b, A_log, dt_bias, initial, cut: Plan, count: int, tune: Tuning, training: bool,
+        strongest: float,
     ):  # fmt: skip
         call = _Call(q, k, v, a, b, A_log, dt_bias, cut, tune, strongest)
-        prepared = _prepare(call)
+        prepared = _prepare(call, training)
         final = call.empty(*call.state_shape(count))
         o, starts, transfer = torch.empty(v.shape, dtype=v.dtype, device=v.device), initial, None
         if cut.bounds is not None:
@@ -296,11 +299,11 @@ class _GatedDeltaRule(torch.autograd.Function):
             _scan(call, prepared, tune.scan, final=own)
             _scan(call, prepared, tune.scan, final=transfer, transfer=True)
             starts = _join(call, transfer, own, initial, final, reverse=False)
-        u, states = _kept(call) if keep else (None, None)
+        u, states = _kept(call) if tune.keep_states and training else (None, None)
         _scan(call, prepared, tune.scan, starts, o, u, states, final=final if cut.bounds is None else None)
         ctx.save_for_backward(
             q, k, v, a, b, A_log, dt_bias, initial, starts, transfer, u, states,
-            prepared.rows, prepared.ends, prepared.inverse, prepared.attention,
+            prepared.rows, prepared.ends, prepared.inverse, prepared.fine_inverse, prepared.attention,
         )  # fmt: skip
         ctx.cut, ctx.tune, ctx.strongest = cut, tune, strongest
         ctx.set_materialize_grads(False)
@@ -308,9 +311,9 @@ class _GatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do: Tensor | None, dfinal: Tensor | None):
-        *inputs, initial, starts, transfer, u, states, rows, ends, inverse, attention = ctx.saved_tensors
+        *inputs, initial, starts, transfer, u, states, rows, ends, inverse, fine, attention = ctx.saved_tensors
         call = _Call(*inputs, ctx.cut, ctx.tune, ctx.strongest)
-        prepared = _Prepared(rows, ends, inverse, attention)
+        prepared = _Prepared(rows, ends, inverse, fine, attention)
         tune, bounds = ctx.tune, ctx.cut.bounds
         do = torch.zeros_like(call.v) if do is None else do
         do, dfinal = do.contiguous(), dfinal if dfinal is None else dfinal.contiguous()
@@ -387,8 +390,7 @@ def gated_delta_rule(
     tune = tune or tuning(max(k.shape[2], v.shape[2]), v.dtype)
     longest = longest_segment(sequences.lengths, v.shape[1], v.shape[2], tune)
     cut = plan(sequences.lengths, tune.chunk, longest, v.device)
-    keep = tune.keep_states and torch.is_grad_enabled()
     strongest = 2.0 if allow_neg_eigval else 1.0
     return _GatedDeltaRule.apply(
-        q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune, keep, strongest
+        q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune, torch.is_grad_enabled(), strongest
     )

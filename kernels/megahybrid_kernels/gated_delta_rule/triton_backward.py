@@ -87,16 +87,7 @@ def _query_gradient(
 ):  # fmt: skip
     """dq, and what passes tokens on the way to q or past the chunk."""
     i = tl.arange(0, CHUNK)
-    # <S, dS'>, while nothing else takes registers.
-    size: tl.constexpr = KEY_DIM * VALUE_DIM
-    piece: tl.constexpr = WIDTH * 32
-    flat = tl.arange(0, piece)
-    passed = tl.zeros([piece], tl.float32)
-    for first in tl.range(0, size, piece):
-        state = tl.load(states + first + flat, mask=first + flat < size, other=0).to(tl.float32)
-        passed += state * tl.load(dstates + first + flat, mask=first + flat < size, other=0).to(tl.float32)
-    passing = end * tl.sum(passed, 0)
-
+    passed = tl.zeros([WIDTH], tl.float32)
     do_u = tl.zeros([CHUNK, CHUNK], tl.float32)
     dq_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
     state_row = tl.arange(0, WIDTH)
@@ -107,8 +98,10 @@ def _query_gradient(
         state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
         do_u = tl.dot(do_tile, tl.trans(u_tile), do_u, input_precision=PRECISION)
         dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile, input_precision=PRECISION)
+        dstate = load_rows(dstates, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        passed += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
     pairs = load_square(attention, CHUNK).to(tl.float32) * do_u
-    tl.store(parts + PART_Q * CHUNK + i, _across(pairs, CHUNK, PRECISION) + passing)
+    tl.store(parts + PART_Q * CHUNK + i, _across(pairs, CHUNK, PRECISION) + end * tl.sum(passed, 0))
     high, low, q_norm, k_norm = _gates(rows, CHUNK)
     k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
     by_q = (do_u * _decay_to(high, low, CHUNK) * (scale * k_norm)[None, :]).to(k_tile.dtype)
@@ -132,27 +125,48 @@ def _key_gradient(
     """dk, and what passes tokens on the way to or from k."""
     i = tl.arange(0, CHUNK)
     dtype = key.dtype.element_ty
+    high, low, q_norm, k_norm = _gates(rows, CHUNK)
+    end_high, end_low = tl.load(rows + G_HIGH * CHUNK + CHUNK - 1), tl.load(rows + G_LOW * CHUNK + CHUNK - 1)
+    until_end = decay_between(end_high, end_low, high, low, inside)
+    state_row = tl.arange(0, WIDTH)
+    state_inside = state_row < KEY_DIM
+    # One tile of sums for want of registers: what the state after adds comes first and meets k alone, and of what the
+    # state before adds <k, dv S^T> is <k S, dv>. Two loops, which keep the products apart.
+    dk_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
+    for first in tl.range(0, VALUE_DIM, COLUMNS):
+        u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        dstate = load_rows(dstates, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        scaled = until_end[:, None] * u_tile.to(tl.float32)
+        dk_tile = tl.dot(scaled.to(dtype), tl.trans(dstate), dk_tile, input_precision=PRECISION)
+    k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
+    tl.store(parts + PART_WRITTEN * CHUNK + i, k_norm * tl.sum(k_tile.to(tl.float32) * dk_tile, 1))
+    read = tl.zeros([CHUNK], tl.float32)
+    since_start = -tl.exp(high)
+    for first in tl.range(0, VALUE_DIM, COLUMNS):
+        dv_tile = load_rows(dv, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        scaled = since_start[:, None] * dv_tile.to(tl.float32)
+        read += tl.sum(tl.dot(k_tile, state, input_precision=PRECISION) * scaled, 1)
+        dk_tile = tl.dot(scaled.to(dtype), tl.trans(state), dk_tile, input_precision=PRECISION)
+    tl.store(parts + PART_READ_K * CHUNK + i, k_norm * read)
     # Transposed products are computed anew: Triton below 3.7.1 miscompiles transposed results of tl.dot on Hopper. One
     # after the other, for want of registers.
     u_do = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for first in tl.range(0, VALUE_DIM, COLUMNS):
-        u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        do_tile = load_rows(do, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        u_do = tl.dot(u_tile, tl.trans(do_tile), u_do, input_precision=PRECISION)
-    high, low, q_norm, _ = _gates(rows, CHUNK)
-    by_k = (u_do * _decay_from(high, low, CHUNK) * (scale * q_norm)[None, :]).to(dtype)
-    # Loops of one turn: where one product is seen to enter another, the compiler gives eight warps the rows of sixteen.
-    dk_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
-    for _ in tl.range(0, turns, num_stages=1):
-        q_tile = load_rows(query, row, inside, q_stride, 0, KEY_DIM, WIDTH)
-        dk_tile = tl.dot(by_k, q_tile, dk_tile, input_precision=PRECISION)
     u_dv = tl.zeros([CHUNK, CHUNK], tl.float32)
     dv_u = tl.zeros([CHUNK, CHUNK], tl.float32)
     for first in tl.range(0, VALUE_DIM, COLUMNS):
         u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        do_tile = load_rows(do, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
         dv_tile = load_rows(dv, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        u_do = tl.dot(u_tile, tl.trans(do_tile), u_do, input_precision=PRECISION)
         u_dv = tl.dot(u_tile, tl.trans(dv_tile), u_dv, input_precision=PRECISION)
         dv_u = tl.dot(dv_tile, tl.trans(u_tile), dv_u, input_precision=PRECISION)
+    high, low, q_norm, k_norm = _gates(rows, CHUNK)
+    by_k = (u_do * _decay_from(high, low, CHUNK) * (scale * q_norm)[None, :]).to(dtype)
+    # Loops of one turn: where one product is seen to enter another, the compiler gives eight warps the rows of sixteen.
+    for _ in tl.range(0, turns, num_stages=1):
+        q_tile = load_rows(query, row, inside, q_stride, 0, KEY_DIM, WIDTH)
+        dk_tile = tl.dot(by_k, q_tile, dk_tile, input_precision=PRECISION)
     tl.store(parts + PART_B * CHUNK + i, tl.sum(tl.where(i[:, None] == i[None, :], dv_u, 0.0), 1))
     high, low, q_norm, k_norm = _gates(rows, CHUNK)
     upper = tl.where(i[:, None] < i[None, :], u_dv * _decay_from(high, low, CHUNK), 0.0)
@@ -167,29 +181,7 @@ def _key_gradient(
     for _ in tl.range(0, turns, num_stages=1):
         k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
         dk_tile = tl.dot(by_kk, k_tile, dk_tile, input_precision=PRECISION)
-
-    # One tile of sums for want of registers: <k, u dS'^T> is <k dS', u>. Two loops, which keep the products apart.
     high, low, q_norm, k_norm = _gates(rows, CHUNK)
-    end_high, end_low = tl.load(rows + G_HIGH * CHUNK + CHUNK - 1), tl.load(rows + G_LOW * CHUNK + CHUNK - 1)
-    since_start, until_end = -tl.exp(high), decay_between(end_high, end_low, high, low, inside)
-    read, written = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
-    state_row = tl.arange(0, WIDTH)
-    state_inside = state_row < KEY_DIM
-    k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
-    for first in tl.range(0, VALUE_DIM, COLUMNS):
-        dv_tile = load_rows(dv, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        scaled = since_start[:, None] * dv_tile.to(tl.float32)
-        read += tl.sum(tl.dot(k_tile, state, input_precision=PRECISION) * scaled, 1)
-        dk_tile = tl.dot(scaled.to(dtype), tl.trans(state), dk_tile, input_precision=PRECISION)
-    for first in tl.range(0, VALUE_DIM, COLUMNS):
-        u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        dstate = load_rows(dstates, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        scaled = until_end[:, None] * u_tile.to(tl.float32)
-        written += tl.sum(tl.dot(k_tile, dstate, input_precision=PRECISION) * scaled, 1)
-        dk_tile = tl.dot(scaled.to(dtype), tl.trans(dstate), dk_tile, input_precision=PRECISION)
-    tl.store(parts + PART_READ_K * CHUNK + i, k_norm * read)
-    tl.store(parts + PART_WRITTEN * CHUNK + i, k_norm * written)
     k_wide = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH).to(tl.float32)
     along = k_norm * k_norm * tl.sum(k_wide * dk_tile, 1)
     dk_tile = k_norm[:, None] * (dk_tile - along[:, None] * k_wide)

@@ -104,7 +104,7 @@ def _unit_lower_inverse(lower, SIZE: tl.constexpr, DOT: tl.constexpr, PRECISION:
 
 @triton.jit
 def prepare_kernel(
-    q, k, a, b, a_log, dt_bias, rows, ends, inverse, attention, chunks,
+    q, k, a, b, a_log, dt_bias, rows, ends, inverse, fine_inverse, attention, chunks,
     q_stride, q_head_stride, k_stride, k_head_stride, a_stride, a_head_stride, b_stride, b_head_stride, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STRONGEST: tl.constexpr,
@@ -112,8 +112,8 @@ def prepare_kernel(
     """One chunk of one value head.
 
     Writes rows fp32 `[chunks, HEADS, ROW_KINDS, CHUNK]`, ends fp32 `[chunks, HEADS]` (the decay over the whole chunk),
-    inverse (T) and attention (A) `[chunks, HEADS, CHUNK, CHUNK]`. `chunks` int32 `[chunks, 2]`: first row, row after
-    the last.
+    inverse (T), fine_inverse (T in more digits, unless None) and attention (A) `[chunks, HEADS, CHUNK, CHUNK]`.
+    `chunks` int32 `[chunks, 2]`: first row, row after the last.
     """
     head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
     begin, stop = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
@@ -163,3 +163,5 @@ def prepare_kernel(
     lower = tl.where(i[:, None] > i[None, :], kk * between * (k_norm * beta)[:, None], 0.0)
     system = _unit_lower_inverse(lower, CHUNK, DOT, PRECISION)
     tl.store(inverse + place, system.to(inverse.dtype.element_ty))
+    if fine_inverse is not None:
+        tl.store(fine_inverse + place, system.to(fine_inverse.dtype.element_ty))

@@ -114,6 +114,22 @@ def scan_kernel(
 
 
 @triton.jit
+def _solve(system, du, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """system^T du, fp32. Where keys repeat so does du, and T^T takes its differences: half precision has too few digits
+    of du, and bf16 of T as well, so that each comes in two parts.
+    """
+    system = tl.trans(system)
+    if dtype == tl.float32:
+        return tl.dot(system, du, input_precision=PRECISION)
+    system = system.to(tl.float32)
+    system_high, du_high = system.to(dtype), du.to(dtype)
+    solved = tl.dot(system_high, du_high)
+    if dtype == tl.bfloat16:
+        solved = tl.dot((system - system_high.to(tl.float32)).to(dtype), du_high, solved)
+    return tl.dot(system_high, (du - du_high.to(tl.float32)).to(dtype), solved)
+
+
+@triton.jit
 def reverse_scan_kernel(
     q, k, do, rows, ends, inverse, attention, dfinal, dv, dstates, dinitial, segments,
     q_stride, q_head_stride, k_stride, k_head_stride,
@@ -122,7 +138,7 @@ def reverse_scan_kernel(
 ):  # fmt: skip
     """The gradient's way back through one segment; do, dv as o, dstates (after each chunk) as states of `scan_kernel`.
 
-    dv and dstates are written unless None; dfinal is zero when None.
+    dv and dstates are written unless None; dfinal is zero when None. inverse is fp16 where the others are bf16.
     """
     first = tl.program_id(0) * COLUMNS
     segment, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
@@ -159,7 +175,7 @@ def reverse_scan_kernel(
             _store_state(dstates + chunk * state_size, narrow, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS)
         du = write[:, None] * tl.dot(k_tile, narrow, input_precision=PRECISION)
         du = tl.dot(tl.trans(pairs), do_tile, du, input_precision=PRECISION)
-        solved = tl.dot(tl.trans(system), du.to(dtype), input_precision=PRECISION)
+        solved = _solve(system, du, dtype, PRECISION)
         if dv is not None:
             write_v = tl.load(scales + BETA * CHUNK)[:, None] * solved
             store_rows(dv + head * VALUE_DIM, write_v, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
