@@ -149,8 +149,7 @@ def _key_gradient(
         read += tl.sum(tl.dot(k_tile, state, input_precision=PRECISION) * scaled, 1)
         dk_tile = tl.dot(scaled.to(dtype), tl.trans(state), dk_tile, input_precision=PRECISION)
     tl.store(parts + PART_READ_K * CHUNK + i, k_norm * read)
-    # Transposed products are computed anew: Triton below 3.7.1 miscompiles transposed results of tl.dot on Hopper. One
-    # after the other, for want of registers.
+    # Transposed products are computed anew: Triton below 3.7.1 miscompiles transposed results of tl.dot on Hopper.
     u_do = tl.zeros([CHUNK, CHUNK], tl.float32)
     u_dv = tl.zeros([CHUNK, CHUNK], tl.float32)
     dv_u = tl.zeros([CHUNK, CHUNK], tl.float32)
