@@ -137,7 +137,21 @@ def _flat(metrics: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, list):
             for number, heads in enumerate(value):
                 flat[f"{key}/layer_{number}"] = sum(heads) / len(heads)
-                flat[f"{key}_heads/layer_{number}"] = wandb.Histogram(heads)
+                flat[f"{key}_heads/layer_{number}"] = wandb.Histogram(np_histogram=histogram(heads))
         else:
             flat[key] = value
     return flat
+
+
+def histogram(values: list[float], bins: int = 32) -> tuple[list[int], list[float]]:
+    """Counts in `bins` equal bins from the smallest to the largest value, and their edges; one wide around equal values.
+
+    numpy's takes a few values 0.1 ms, and a step has two for each layer.
+    """
+    low, counts = min(values), [0] * bins
+    width = (max(values) - low) / bins
+    if width == 0:
+        low, width = low - 0.5, 1 / bins
+    for value in values:
+        counts[min(int((value - low) / width), bins - 1)] += 1
+    return counts, [low + number * width for number in range(bins + 1)]
