@@ -91,8 +91,7 @@ def test_a_log_call_takes_less_than_5_ms(recipe, tmp_path):
         time.sleep(0.05)  # as a step takes time: else W&B's own threads are still at the calls before
     tracker.finish()
     assert tracker.run is not None, "W&B must not have given up"
-    # The quickest quarter: the others may have waited for a core that other tests had.
-    assert statistics.quantiles(seconds)[0] < 5e-3
+    assert statistics.median(seconds) < 5e-3
 
 
 @pytest.fixture
