@@ -88,7 +88,6 @@ def test_a_log_call_takes_less_than_5_ms(recipe, tmp_path):
         began = time.perf_counter()
         tracker.log({"step": step, "tokens": 512 * step, "loss": 2.0, "kept": heads, "lambda": heads})
         seconds.append(time.perf_counter() - began)
-        time.sleep(0.05)  # as a step takes time: else W&B's own threads are still at the calls before
     tracker.finish()
     assert tracker.run is not None, "W&B must not have given up"
     assert statistics.median(seconds) < 5e-3
