@@ -26,7 +26,8 @@ from megahybrid.scaling.parameters import parameters_by_rank
 from megahybrid.scaling.schedule import in_flight, micro_batches
 from megahybrid.scaling.stages import stage_layers
 from megahybrid_kernels.attention.reference import QUERY_BLOCK
-from megahybrid_kernels.gated_delta_rule.triton import ROW_KINDS, longest_segment, tuning
+from megahybrid_kernels.gated_delta_rule.triton_plan import longest_segment, tuning
+from megahybrid_kernels.gated_delta_rule.triton_prepare import ROW_KINDS
 from megahybrid_kernels.linear_cross_entropy.chunks import chunk_length
 
 ZERO_STAGES = (1, 2, 3)

@@ -1,4 +1,4 @@
-"""The gated delta rule in Triton: launches, how sequences are cut, and the autograd function.
+"""The gated delta rule in Triton: the launches and the autograd function.
 
 Forward: `prepare_kernel` for all chunks at once, then `scan_kernel` from chunk to chunk. Backward: `scan_kernel` again,
 which now leaves every chunk's state and u; `reverse_scan_kernel`; `gradient_kernel` and `gate_gradient_kernel` for all
@@ -8,6 +8,7 @@ states between them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,127 +18,14 @@ from torch import Tensor
 
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.gated_delta_rule.triton_backward import PART_KINDS, gate_gradient_kernel, gradient_kernel
+from megahybrid_kernels.gated_delta_rule.triton_plan import Launch, Plan, Tuning, longest_segment, plan, tuning
 from megahybrid_kernels.gated_delta_rule.triton_prepare import ROW_KINDS, prepare_kernel
 from megahybrid_kernels.gated_delta_rule.triton_scan import join_kernel, reverse_scan_kernel, scan_kernel
-from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
+from megahybrid_kernels.integers import cdiv, tile_width
 from megahybrid_kernels.sequences import Sequences
 
 # Keys of a tile of `gradient_kernel` at least: with 32 what Triton 3.6 compiles for Hopper is wrong.
 _NARROWEST = 64
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel's tile and how it is compiled.
-
-    Attributes:
-        columns: of the values (in `prepare` of the keys) that a program, or a step of its loop, owns.
-        warps, stages: Triton's num_warps and num_stages.
-        registers: a thread's at most; None is the compiler's choice.
-    """
-
-    columns: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-    def options(self) -> dict[str, int | None]:
-        """What every launch takes."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """Launches of all kernels, and what is cut or kept.
-
-    Attributes:
-        prepare, scan, recompute, reverse, gradient, join: the launches; `recompute` is the scan in backward.
-        chunk: tokens of a chunk.
-        programs: a scan is cut into segments until about so many programs run; sequences alone suffice from half of it.
-        shortest: chunks of a segment at least.
-        keep_states: the forward saves states and u, so that backward need not scan for them.
-    """
-
-    prepare: Launch
-    scan: Launch
-    recompute: Launch
-    reverse: Launch
-    gradient: Launch
-    join: Launch
-    chunk: int = 64
-    programs: int = 128
-    shortest: int = 16
-    keep_states: bool = False
-
-
-def tuning(width: int, dtype: torch.dtype) -> Tuning:
-    """Fixed by the wider head dim and the dtype, so that all ranks and lengths run the same code."""
-    if dtype == torch.float32:
-        # Every product is three of tf32, whose operands are kept in two parts each.
-        scan, chunk = (Launch(16, 4, 1), 32) if width > 128 else (Launch(32, 4, 1), 64)
-        # Four warps: Triton gives eight the rows of a tile twice as high, and their products read what is not there.
-        gradient = Launch(16, 4, 1)
-        return Tuning(Launch(32, 4, 1), scan, scan, scan, gradient, Launch(16, 4, 1), chunk)
-    if width <= 128:
-        scan = Launch(64, 4, 3)
-        # Two programs fit an SM in reverse, where more products wait for each other, and of the gradients.
-        return Tuning(Launch(64, 4, 1, 128), scan, scan, Launch(32, 4, 2), Launch(64, 4, 3), Launch(16, 4, 2))
-    scan = Launch(64, 8, 2)
-    return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, Launch(64, 8, 4), Launch(16, 4, 2))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a packing is cut, as int32 tensors on the device.
-
-    Attributes:
-        chunks: `[chunks, 2]`, first row and the row after the last.
-        segments: `[segments, 3]`, the same of a segment, and its first chunk.
-        bounds: `[sequences + 1]`, each sequence's first segment; None where segments are sequences.
-    """
-
-    chunks: Tensor
-    segments: Tensor
-    bounds: Tensor | None
-
-
-def _pieces(begins: Tensor, lengths: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """First rows and rows after the last of pieces of at most `size` rows, and `[n + 1]` the first piece of each."""
-    counts = (lengths + size - 1) // size
-    first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    owner = torch.repeat_interleave(counts)
-    starts = begins[owner] + (torch.arange(len(owner)) - first[owner]) * size
-    return starts, torch.minimum(starts + size, (begins + lengths)[owner]), first
-
-
-@lru_cache(maxsize=16)
-def plan(lengths: tuple[int, ...], chunk: int, longest: int, device: torch.device) -> Plan:
-    """The plan with segments of at most `longest` chunks, made on the host once for all layers that share a packing."""
-    # Out of inference mode, because a plan first made during evaluation is saved for backward by later training.
-    with torch.inference_mode(False):
-        length = torch.tensor(lengths)
-        begin = length.cumsum(0) - length
-        starts, stops, first = _pieces(begin, length, chunk)
-        chunks, segments, bounds = torch.stack([starts, stops], 1), [begin, begin + length, first[:-1]], None
-        if max(lengths) > longest * chunk:
-            starts, stops, bounds = _pieces(begin, length, longest * chunk)
-            owner = torch.repeat_interleave(bounds.diff())
-            segments = [starts, stops, first[owner] + (starts - begin[owner]) // chunk]
-        tensors = (chunks, torch.stack(segments, 1), bounds)
-        moved = (x if x is None else x.to(torch.int32).to(device, non_blocking=True) for x in tensors)
-        return Plan(*moved)
-
-
-def longest_segment(lengths: tuple[int, ...], heads: int, value_dim: int, tune: Tuning) -> int:
-    """Chunks of a segment: a power of two, so that few plans differ."""
-    # Programs that one sequence gives.
-    columns_programs = heads * cdiv(value_dim, min(tune.scan.columns, tile_width(value_dim)))
-    chunks = [cdiv(length, tune.chunk) for length in lengths]
-    longest = next_power_of_2(max(chunks))
-    # The scan takes as long as its longest sequence: short ones beside it do not help.
-    if 2 * len([1 for x in chunks if 2 * x >= max(chunks)]) * columns_programs >= tune.programs:
-        return longest
-    return min(longest, max(tune.shortest, next_power_of_2(sum(chunks) * columns_programs // tune.programs)))
 
 
 @dataclass(frozen=True)
@@ -202,12 +90,12 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What `prepare_kernel` leaves; fine_inverse, T in fp16 where inputs are bf16, for backward alone."""
+    """What `prepare_kernel` leaves; rest, T in fp16 where inputs are bf16, for backward alone."""
 
     rows: Tensor
     ends: Tensor
     inverse: Tensor
-    fine_inverse: Tensor | None
+    rest: Tensor | None
     attention: Tensor
 
 
@@ -218,12 +106,12 @@ def _prepare(call: _Call, training: bool) -> _Prepared:
         call.empty(count, call.heads, ROW_KINDS.value, call.tune.chunk),
         call.empty(count, call.heads),
         call.empty(*square, dtype=dtype),
-        call.empty(*square, dtype=torch.float16) if dtype == torch.bfloat16 and training else None,
+        call.empty(*square, dtype=dtype) if dtype == torch.bfloat16 and training else None,
         call.empty(*square, dtype=dtype),
     )
     prepare_kernel[(call.heads, count)](
         call.q, call.k, call.a, call.b, call.A_log, call.dt_bias, prepared.rows, prepared.ends, prepared.inverse,
-        prepared.fine_inverse, prepared.attention, call.plan.chunks, *call.strides("q", "k", "a", "b"), call.scale,
+        prepared.rest, prepared.attention, call.plan.chunks, *call.strides("q", "k", "a", "b"), call.scale,
         **call.heads_constants(), DOT=tl.float32 if dtype == torch.float32 else tl.float16,
         COLUMNS=min(call.tune.prepare.columns, tile_width(call.key_dim)), STRONGEST=call.strongest,
         **call.tune.prepare.options(),
@@ -261,12 +149,31 @@ def _reverse_scan(
     dinitial: Tensor | None = None,
 ) -> None:
     values = call.columns(call.tune.reverse)
-    inverse = prepared.inverse if prepared.fine_inverse is None else prepared.fine_inverse
     grid = (cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(call.plan.segments) * call.heads)
     reverse_scan_kernel[grid](
-        call.q, call.k, do, prepared.rows, prepared.ends, inverse, prepared.attention, dfinal, dv, dstates, dinitial,
-        call.plan.segments, *call.strides("q", "k"), **call.heads_constants(), **values,
+        call.q, call.k, do, prepared.rows, prepared.ends, prepared.inverse, prepared.rest, prepared.attention,
+        dfinal, dv, dstates, dinitial, call.plan.segments, *call.strides("q", "k"), **call.heads_constants(), **values,
     )  # fmt: skip
+
+
+@lru_cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _at_once(device: torch.device, *launches: Callable[[], None]) -> None:
+    """Two launches that need nothing of each other: a scan alone leaves most of a multiprocessor idle."""
+    first, second = launches
+    if device.type == "cpu":
+        first(), second()
+        return
+    current, beside = torch.cuda.current_stream(device), _second_stream(device)
+    beside.wait_stream(current)
+    first()
+    with torch.cuda.stream(beside):
+        second()
+    # What the second stream used is freed, and taken again, in the order of the first.
+    current.wait_stream(beside)
 
 
 def _join(call: _Call, transfer: Tensor, own: Tensor, start: Tensor | None, last: Tensor, reverse: bool) -> Tensor:
@@ -275,7 +182,7 @@ def _join(call: _Call, transfer: Tensor, own: Tensor, start: Tensor | None, last
     grid = (cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(last) * call.heads)
     join_kernel[grid](
         transfer, own, start, states, last, call.plan.bounds, HEADS=call.heads, KEY_DIM=call.key_dim,
-        WIDTH=width, ROWS=min(64, width), REVERSE=reverse, PRECISION=call.precision, **values,
+        WIDTH=width, ROWS=min(64, width), REVERSE=reverse, **values,
     )  # fmt: skip
     return states
 
@@ -296,14 +203,17 @@ class _GatedDeltaRule(torch.autograd.Function):
             segments = len(cut.segments)
             own = call.empty(*call.state_shape(segments))
             transfer = call.empty(*call.state_shape(segments, call.key_dim))
-            _scan(call, prepared, tune.scan, final=own)
-            _scan(call, prepared, tune.scan, final=transfer, transfer=True)
+            _at_once(
+                v.device,
+                lambda: _scan(call, prepared, tune.scan, final=own),
+                lambda: _scan(call, prepared, tune.scan, final=transfer, transfer=True),
+            )
             starts = _join(call, transfer, own, initial, final, reverse=False)
         u, states = _kept(call) if tune.keep_states and training else (None, None)
         _scan(call, prepared, tune.scan, starts, o, u, states, final=final if cut.bounds is None else None)
         ctx.save_for_backward(
             q, k, v, a, b, A_log, dt_bias, initial, starts, transfer, u, states,
-            prepared.rows, prepared.ends, prepared.inverse, prepared.fine_inverse, prepared.attention,
+            prepared.rows, prepared.ends, prepared.inverse, prepared.rest, prepared.attention,
         )  # fmt: skip
         ctx.cut, ctx.tune, ctx.strongest = cut, tune, strongest
         ctx.set_materialize_grads(False)
@@ -317,17 +227,21 @@ class _GatedDeltaRule(torch.autograd.Function):
         tune, bounds = ctx.tune, ctx.cut.bounds
         do = torch.zeros_like(call.v) if do is None else do
         do, dfinal = do.contiguous(), dfinal if dfinal is None else dfinal.contiguous()
-        if states is None:
+        kept = states is not None
+        if not kept:
             u, states = _kept(call)
-            _scan(call, prepared, tune.recompute, starts, u=u, states=states)
         dv, dstates = torch.empty_like(u), torch.empty_like(states)
         count = len(ctx.cut.segments) if bounds is None else len(bounds) - 1
         dinitial = None if initial is None and bounds is None else call.empty(*call.state_shape(count))
-        if bounds is None:
-            _reverse_scan(call, prepared, do, dfinal, dv, dstates, dinitial)
-        else:
-            own = call.empty(*call.state_shape(len(ctx.cut.segments)))
-            _reverse_scan(call, prepared, do, None, dinitial=own)
+        last = {"dfinal": dfinal, "dv": dv, "dstates": dstates, "dinitial": dinitial}
+        own = None if bounds is None else call.empty(*call.state_shape(len(ctx.cut.segments)))
+        first = last if bounds is None else {"dfinal": None, "dinitial": own}
+        _at_once(
+            do.device,
+            lambda: _reverse_scan(call, prepared, do, **first),
+            lambda: kept or _scan(call, prepared, tune.recompute, starts, u=u, states=states),
+        )
+        if bounds is not None:
             ends_of = _join(call, transfer, own, dfinal, dinitial, reverse=True)
             _reverse_scan(call, prepared, do, ends_of, dv, dstates)
         grads = _gradients(call, prepared, do, u, dv, states, dstates)
@@ -337,7 +251,8 @@ class _GatedDeltaRule(torch.autograd.Function):
 def _kept(call: _Call) -> tuple[Tensor, Tensor]:
     """Room for u and the chunks' states."""
     dtype = call.v.dtype
-    return call.empty(*call.v.shape, dtype=dtype), call.empty(*call.state_shape(len(call.plan.chunks)), dtype=dtype)
+    shape = len(call.plan.chunks), call.heads, call.value_dim, call.key_dim
+    return call.empty(*call.v.shape, dtype=dtype), call.empty(*shape, dtype=dtype)
 
 
 def _gradients(

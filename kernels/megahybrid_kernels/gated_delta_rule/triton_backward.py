@@ -87,18 +87,17 @@ def _query_gradient(
 ):  # fmt: skip
     """dq, and what passes tokens on the way to q or past the chunk."""
     i = tl.arange(0, CHUNK)
-    passed = tl.zeros([WIDTH], tl.float32)
+    passed = tl.zeros([COLUMNS], tl.float32)
     do_u = tl.zeros([CHUNK, CHUNK], tl.float32)
     dq_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
-    state_row = tl.arange(0, WIDTH)
-    state_inside = state_row < KEY_DIM
+    column = tl.arange(0, COLUMNS)
     for first in tl.range(0, VALUE_DIM, COLUMNS):
         do_tile = load_rows(do, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
         u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        state = load_rows(states, first + column, first + column < VALUE_DIM, KEY_DIM, 0, KEY_DIM, WIDTH)
         do_u = tl.dot(do_tile, tl.trans(u_tile), do_u, input_precision=PRECISION)
-        dq_tile = tl.dot(do_tile, tl.trans(state), dq_tile, input_precision=PRECISION)
-        dstate = load_rows(dstates, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        dq_tile = tl.dot(do_tile, state, dq_tile, input_precision=PRECISION)
+        dstate = load_rows(dstates, first + column, first + column < VALUE_DIM, KEY_DIM, 0, KEY_DIM, WIDTH)
         passed += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
     pairs = load_square(attention, CHUNK).to(tl.float32) * do_u
     tl.store(parts + PART_Q * CHUNK + i, _across(pairs, CHUNK, PRECISION) + end * tl.sum(passed, 0))
@@ -128,26 +127,25 @@ def _key_gradient(
     high, low, q_norm, k_norm = _gates(rows, CHUNK)
     end_high, end_low = tl.load(rows + G_HIGH * CHUNK + CHUNK - 1), tl.load(rows + G_LOW * CHUNK + CHUNK - 1)
     until_end = decay_between(end_high, end_low, high, low, inside)
-    state_row = tl.arange(0, WIDTH)
-    state_inside = state_row < KEY_DIM
+    column = tl.arange(0, COLUMNS)
     # One tile of sums for want of registers: what the state after adds comes first and meets k alone, and of what the
     # state before adds <k, dv S^T> is <k S, dv>. Two loops, which keep the products apart.
     dk_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
     for first in tl.range(0, VALUE_DIM, COLUMNS):
         u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        dstate = load_rows(dstates, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        dstate = load_rows(dstates, first + column, first + column < VALUE_DIM, KEY_DIM, 0, KEY_DIM, WIDTH)
         scaled = until_end[:, None] * u_tile.to(tl.float32)
-        dk_tile = tl.dot(scaled.to(dtype), tl.trans(dstate), dk_tile, input_precision=PRECISION)
+        dk_tile = tl.dot(scaled.to(dtype), dstate, dk_tile, input_precision=PRECISION)
     k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
     tl.store(parts + PART_WRITTEN * CHUNK + i, k_norm * tl.sum(k_tile.to(tl.float32) * dk_tile, 1))
     read = tl.zeros([CHUNK], tl.float32)
     since_start = -tl.exp(high)
     for first in tl.range(0, VALUE_DIM, COLUMNS):
         dv_tile = load_rows(dv, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
-        state = load_rows(states, state_row, state_inside, VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        state = load_rows(states, first + column, first + column < VALUE_DIM, KEY_DIM, 0, KEY_DIM, WIDTH)
         scaled = since_start[:, None] * dv_tile.to(tl.float32)
-        read += tl.sum(tl.dot(k_tile, state, input_precision=PRECISION) * scaled, 1)
-        dk_tile = tl.dot(scaled.to(dtype), tl.trans(state), dk_tile, input_precision=PRECISION)
+        read += tl.sum(tl.dot(k_tile, tl.trans(state), input_precision=PRECISION) * scaled, 1)
+        dk_tile = tl.dot(scaled.to(dtype), state, dk_tile, input_precision=PRECISION)
     tl.store(parts + PART_READ_K * CHUNK + i, k_norm * read)
     # Transposed products are computed anew: Triton below 3.7.1 miscompiles transposed results of tl.dot on Hopper.
     u_do = tl.zeros([CHUNK, CHUNK], tl.float32)

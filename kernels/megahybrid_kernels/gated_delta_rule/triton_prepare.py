@@ -16,7 +16,7 @@ import triton.language as tl
 
 # Rows of what `prepare_kernel` leaves for each chunk and value head; places beyond the sequence neither read nor write.
 READ_Q = tl.constexpr(0)  # exp(G) / |q| Dk^-0.5
-READ_K = tl.constexpr(1)  # beta exp(G) / |k|
+READ_RATIO = tl.constexpr(1)  # |q| / |k| Dk^0.5
 WRITE = tl.constexpr(2)  # exp(G_end - G) / |k|
 BETA = tl.constexpr(3)
 # G is summed in float64 and kept as two fp32 numbers: beyond a strong decay one would lose the weak ones.
@@ -104,7 +104,7 @@ def _unit_lower_inverse(lower, SIZE: tl.constexpr, DOT: tl.constexpr, PRECISION:
 
 @triton.jit
 def prepare_kernel(
-    q, k, a, b, a_log, dt_bias, rows, ends, inverse, fine_inverse, attention, chunks,
+    q, k, a, b, a_log, dt_bias, rows, ends, inverse, rest, attention, chunks,
     q_stride, q_head_stride, k_stride, k_head_stride, a_stride, a_head_stride, b_stride, b_head_stride, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, STRONGEST: tl.constexpr,
@@ -112,7 +112,7 @@ def prepare_kernel(
     """One chunk of one value head.
 
     Writes rows fp32 `[chunks, HEADS, ROW_KINDS, CHUNK]`, ends fp32 `[chunks, HEADS]` (the decay over the whole chunk),
-    inverse (T), fine_inverse (T in more digits, unless None) and attention (A) `[chunks, HEADS, CHUNK, CHUNK]`.
+    inverse (T), rest (T in more digits, unless None) and attention (A) `[chunks, HEADS, CHUNK, CHUNK]`.
     `chunks` int32 `[chunks, 2]`: first row, row after the last.
     """
     head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -147,7 +147,7 @@ def prepare_kernel(
     k_norm, q_norm = 1.0 / tl.sqrt(k_square + 1e-6), 1.0 / tl.sqrt(q_square + 1e-6)
     rows += (chunk * HEADS + head) * (ROW_KINDS * CHUNK) + i
     tl.store(rows + READ_Q * CHUNK, tl.where(inside, since_start * q_norm * scale, 0.0))
-    tl.store(rows + READ_K * CHUNK, beta * since_start * k_norm)
+    tl.store(rows + READ_RATIO * CHUNK, k_norm / (q_norm * scale))
     tl.store(rows + WRITE * CHUNK, tl.where(inside, until_end * k_norm, 0.0))
     tl.store(rows + BETA * CHUNK, beta)
     tl.store(rows + G_HIGH * CHUNK, high)
@@ -163,5 +163,6 @@ def prepare_kernel(
     lower = tl.where(i[:, None] > i[None, :], kk * between * (k_norm * beta)[:, None], 0.0)
     system = _unit_lower_inverse(lower, CHUNK, DOT, PRECISION)
     tl.store(inverse + place, system.to(inverse.dtype.element_ty))
-    if fine_inverse is not None:
-        tl.store(fine_inverse + place, system.to(fine_inverse.dtype.element_ty))
+    if rest is not None:
+        left = system - system.to(inverse.dtype.element_ty).to(tl.float32)
+        tl.store(rest + place, left.to(rest.dtype.element_ty))

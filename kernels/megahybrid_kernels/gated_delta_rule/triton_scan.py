@@ -19,14 +19,244 @@ import triton.language as tl
 
 from megahybrid_kernels.gated_delta_rule.triton_prepare import (
     BETA,
-    READ_K,
     READ_Q,
+    READ_RATIO,
     ROW_KINDS,
     WRITE,
     load_rows,
     load_square,
     store_rows,
 )
+
+
+@triton.jit
+def _load_across(pointer, row, inside, stride, first, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """`load_rows`, transposed: `[WIDTH, rows]`."""
+    column = first + tl.arange(0, WIDTH)
+    mask = inside[None, :]
+    if DIM % WIDTH != 0:
+        mask = mask & (column < DIM)[:, None]
+    return tl.load(pointer + row[None, :] * stride + column[:, None], mask=mask, other=0)
+
+
+@triton.jit
+def _store_across(pointer, x, row, inside, stride, first, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """The inverse of `_load_across`, in the array's dtype."""
+    column = first + tl.arange(0, WIDTH)
+    mask = inside[None, :]
+    if DIM % WIDTH != 0:
+        mask = mask & (column < DIM)[:, None]
+    places = pointer + row[None, :] * stride + column[:, None]
+    tl.store(places, x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _initial(
+    pointer, IDENTITY: tl.constexpr, start: tl.constexpr, first, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Keys from `start` of S^T, fp32 `[COLUMNS, WIDTH]`: the identity, what `pointer` has, or 0 where that is None."""
+    key = start + tl.arange(0, WIDTH)
+    if IDENTITY:
+        state = (key[None, :] == first + tl.arange(0, COLUMNS)[:, None]).to(tl.float32)
+    elif pointer is None:
+        state = tl.zeros([COLUMNS, WIDTH], tl.float32)
+    else:
+        state = _load_across(pointer, key, key < KEY_DIM, VALUE_DIM, first, VALUE_DIM, COLUMNS).to(tl.float32)
+    return state
+
+
+@triton.jit
+def _leave(
+    pointer, state, start: tl.constexpr, first, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The inverse of `_initial`."""
+    key = start + tl.arange(0, WIDTH)
+    _store_across(pointer, state, key, key < KEY_DIM, VALUE_DIM, first, VALUE_DIM, COLUMNS)
+
+
+@triton.jit
+def _keep(
+    pointer, state, start: tl.constexpr, first, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Keys from `start` of a chunk's S^T, `[VALUE_DIM, KEY_DIM]`."""
+    column = first + tl.arange(0, COLUMNS)
+    store_rows(pointer, state, column, column < VALUE_DIM, KEY_DIM, start, KEY_DIM, WIDTH)
+
+
+@triton.jit
+def scan_kernel(
+    q, k, v, rows, ends, inverse, attention, initial, o, u, states, final, segments,
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Columns of one segment's state, chunk by chunk; `segments` int32 `[segments, 3]`: rows begin, stop, first chunk.
+
+    Each of o, u `[tokens, HEADS, VALUE_DIM]`, states `[chunks, HEADS, VALUE_DIM, KEY_DIM]` (S^T before each chunk) and
+    final `[segments, HEADS, KEY_DIM, VALUE_DIM]` is written unless None. initial, laid out as final, is zero when
+    None. Without v the values are zero and the scan starts from the identity (VALUE_DIM is KEY_DIM).
+    """
+    first = tl.program_id(0) * COLUMNS
+    segment, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    begin, stop = tl.load(segments + 3 * segment), tl.load(segments + 3 * segment + 1)
+    chunk = tl.load(segments + 3 * segment + 2).to(tl.int64) * HEADS + head
+    key_head = (head // GROUPS).to(tl.int64)
+    q += key_head * q_head_stride
+    k += key_head * k_head_stride
+    place = tl.arange(0, CHUNK)
+    state_size: tl.constexpr = KEY_DIM * VALUE_DIM
+    HALF: tl.constexpr = min(WIDTH, 128)
+    if initial is not None:
+        initial += (segment * HEADS + head) * state_size
+    state = _initial(initial, v is None, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+    if WIDTH > HALF:
+        other = _initial(initial, v is None, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+    dtype = k.dtype.element_ty
+    # Values come out of shared memory in the products' layout by a product.
+    identity = (place[:, None] == place[None, :]).to(dtype)
+    for start in tl.range(begin, stop, CHUNK):
+        row = start + place
+        inside = row < stop
+        system = load_square(inverse + chunk * (CHUNK * CHUNK), CHUNK)
+        scales = rows + chunk * (ROW_KINDS * CHUNK) + place
+        # Not fetched ahead by the compiler's pipeline: asked for early instead.
+        decay = tl.load(ends + chunk)
+        k_tile = load_rows(k, row, inside, k_stride, 0, KEY_DIM, HALF)
+        narrow = state.to(dtype)
+        error = tl.dot(narrow, tl.trans(k_tile), input_precision=PRECISION)
+        if o is not None:
+            q_tile = load_rows(q, row, inside, q_stride, 0, KEY_DIM, HALF)
+            output = tl.dot(narrow, tl.trans(q_tile), input_precision=PRECISION)
+        if states is not None:
+            _keep(states + chunk * state_size, narrow, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+        if WIDTH > HALF:
+            k_other = load_rows(k, row, inside, k_stride, HALF, KEY_DIM, HALF)
+            narrow = other.to(dtype)
+            error = tl.dot(narrow, tl.trans(k_other), error, input_precision=PRECISION)
+            if o is not None:
+                q_other = load_rows(q, row, inside, q_stride, HALF, KEY_DIM, HALF)
+                output = tl.dot(narrow, tl.trans(q_other), output, input_precision=PRECISION)
+            if states is not None:
+                _keep(states + chunk * state_size, narrow, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+        read_q = tl.load(scales + READ_Q * CHUNK)
+        error *= (read_q * tl.load(scales + READ_RATIO * CHUNK))[None, :]
+        if v is None:
+            error = -error
+        else:
+            v_tile = _load_across(
+                v + head.to(tl.int64) * v_head_stride, row, inside, v_stride, first, VALUE_DIM, COLUMNS
+            )  # fmt: skip
+            if dtype != tl.float32:
+                v_tile = tl.dot(v_tile, identity)
+            error = v_tile - error
+        error *= tl.load(scales + BETA * CHUNK)[None, :]
+        written = tl.dot(error.to(dtype), tl.trans(system), input_precision=PRECISION)
+        if u is not None:
+            _store_across(u + head * VALUE_DIM, written, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        if o is not None:
+            output *= read_q[None, :]
+            pairs = load_square(attention + chunk * (CHUNK * CHUNK), CHUNK)
+            output = tl.dot(written.to(dtype), tl.trans(pairs), output, input_precision=PRECISION)
+            _store_across(o + head * VALUE_DIM, output, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        kept = (tl.load(scales + WRITE * CHUNK)[None, :] * written).to(dtype)
+        state = tl.dot(kept, k_tile, state * decay, input_precision=PRECISION)
+        if WIDTH > HALF:
+            other = tl.dot(kept, k_other, other * decay, input_precision=PRECISION)
+        chunk += HEADS
+    if final is not None:
+        final += (segment * HEADS + head) * state_size
+        _leave(final, state, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+        if WIDTH > HALF:
+            _leave(final, other, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+
+
+@triton.jit
+def _precise_dot(x, y, total, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """x y + total, where half precision has too few digits of x: it comes in two parts then."""
+    if dtype == tl.float32:
+        return tl.dot(x, y, total, input_precision=PRECISION)
+    # Cut rather than rounded: one instruction an element.
+    digits: tl.constexpr = -65536 if dtype == tl.bfloat16 else -8192
+    high = (x.to(tl.int32, bitcast=True) & digits).to(tl.float32, bitcast=True)
+    total = tl.dot(high.to(dtype), y, total)
+    return tl.dot((x - high).to(dtype), y, total)
+
+
+@triton.jit
+def reverse_scan_kernel(
+    q, k, do, rows, ends, inverse, rest, attention, dfinal, dv, dstates, dinitial, segments,
+    q_stride, q_head_stride, k_stride, k_head_stride,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient's way back through one segment; do, dv as o, dstates (after each chunk) as states of `scan_kernel`.
+
+    dv and dstates are written unless None; dfinal is zero when None. Where keys repeat k dS' is small beside dS', and
+    T^T takes differences of like numbers: bf16 has too few digits of dS', du and T, which come in two parts each.
+    """
+    first = tl.program_id(0) * COLUMNS
+    segment, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    begin, stop = tl.load(segments + 3 * segment), tl.load(segments + 3 * segment + 1)
+    count = tl.cdiv(stop - begin, CHUNK)
+    chunk = (tl.load(segments + 3 * segment + 2).to(tl.int64) + count - 1) * HEADS + head
+    key_head = (head // GROUPS).to(tl.int64)
+    q += key_head * q_head_stride
+    k += key_head * k_head_stride
+    place = tl.arange(0, CHUNK)
+    state_size: tl.constexpr = KEY_DIM * VALUE_DIM
+    HALF: tl.constexpr = min(WIDTH, 128)
+    if dfinal is not None:
+        dfinal += (segment * HEADS + head) * state_size
+    dstate = _initial(dfinal, False, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+    if WIDTH > HALF:
+        other = _initial(dfinal, False, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+    dtype = k.dtype.element_ty
+    for step in tl.range(0, count):
+        row = begin + (count - 1 - step) * CHUNK + place
+        inside = row < stop
+        do_tile = _load_across(do + head * VALUE_DIM, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        system = load_square(inverse + chunk * (CHUNK * CHUNK), CHUNK)
+        pairs = load_square(attention + chunk * (CHUNK * CHUNK), CHUNK)
+        scales = rows + chunk * (ROW_KINDS * CHUNK) + place
+        decay = tl.load(ends + chunk)
+        k_tile = load_rows(k, row, inside, k_stride, 0, KEY_DIM, HALF)
+        du = tl.zeros([COLUMNS, CHUNK], tl.float32)
+        du = _precise_dot(dstate, tl.trans(k_tile), du, dtype, PRECISION)
+        if dstates is not None:
+            _keep(dstates + chunk * state_size, dstate, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+        if WIDTH > HALF:
+            k_other = load_rows(k, row, inside, k_stride, HALF, KEY_DIM, HALF)
+            du = _precise_dot(other, tl.trans(k_other), du, dtype, PRECISION)
+            if dstates is not None:
+                _keep(dstates + chunk * state_size, other, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+        du *= -tl.load(scales + WRITE * CHUNK)[None, :]
+        du = tl.dot(do_tile, pairs, input_precision=PRECISION) - du
+        solved = tl.zeros([COLUMNS, CHUNK], tl.float32)
+        if rest is not None:
+            solved = tl.dot(du.to(dtype), load_square(rest + chunk * (CHUNK * CHUNK), CHUNK), solved)
+        solved = _precise_dot(du, system, solved, dtype, PRECISION)
+        solved *= tl.load(scales + BETA * CHUNK)[None, :]
+        if dv is not None:
+            _store_across(dv + head * VALUE_DIM, solved, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        read_q = tl.load(scales + READ_Q * CHUNK)
+        taken = ((-read_q * tl.load(scales + READ_RATIO * CHUNK))[None, :] * solved).to(dtype)
+        scaled = (read_q[None, :] * do_tile.to(tl.float32)).to(dtype)
+        q_tile = load_rows(q, row, inside, q_stride, 0, KEY_DIM, HALF)
+        dstate = tl.dot(scaled, q_tile, dstate * decay, input_precision=PRECISION)
+        dstate = tl.dot(taken, k_tile, dstate, input_precision=PRECISION)
+        if WIDTH > HALF:
+            q_other = load_rows(q, row, inside, q_stride, HALF, KEY_DIM, HALF)
+            other = tl.dot(scaled, q_other, other * decay, input_precision=PRECISION)
+            other = tl.dot(taken, k_other, other, input_precision=PRECISION)
+        chunk -= HEADS
+    if dinitial is not None:
+        dinitial += (segment * HEADS + head) * state_size
+        _leave(dinitial, dstate, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+        if WIDTH > HALF:
+            _leave(dinitial, other, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
 
 
 @triton.jit
@@ -46,161 +276,17 @@ def _store_state(
 
 
 @triton.jit
-def scan_kernel(
-    q, k, v, rows, ends, inverse, attention, initial, o, u, states, final, segments,
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Columns of one segment's state, chunk by chunk; `segments` int32 `[segments, 3]`: rows begin, stop, first chunk.
-
-    Each of o, u `[tokens, HEADS, VALUE_DIM]`, states `[chunks, HEADS, KEY_DIM, VALUE_DIM]` (before each chunk) and
-    final `[segments, HEADS, KEY_DIM, VALUE_DIM]` is written unless None. initial, laid out as final, is zero when
-    None. Without v the values are zero and the scan starts from the identity (VALUE_DIM is KEY_DIM).
-    """
-    first = tl.program_id(0) * COLUMNS
-    segment, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
-    begin, stop = tl.load(segments + 3 * segment), tl.load(segments + 3 * segment + 1)
-    chunk = tl.load(segments + 3 * segment + 2).to(tl.int64) * HEADS + head
-    key_head = (head // GROUPS).to(tl.int64)
-    q += key_head * q_head_stride
-    k += key_head * k_head_stride
-    place = tl.arange(0, CHUNK)
-    state_size: tl.constexpr = KEY_DIM * VALUE_DIM
-    if v is None:
-        state = (tl.arange(0, WIDTH)[:, None] == first + tl.arange(0, COLUMNS)[None, :]).to(tl.float32)
-    elif initial is None:
-        state = tl.zeros([WIDTH, COLUMNS], tl.float32)
-    else:
-        state = _load_state(
-            initial + (segment * HEADS + head) * state_size, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS
-        )  # fmt: skip
-    dtype = k.dtype.element_ty
-    for start in tl.range(begin, stop, CHUNK):
-        row = start + place
-        inside = row < stop
-        k_tile = load_rows(k, row, inside, k_stride, 0, KEY_DIM, WIDTH)
-        system = load_square(inverse + chunk * (CHUNK * CHUNK), CHUNK)
-        scales = rows + chunk * (ROW_KINDS * CHUNK) + place
-        read_k = tl.load(scales + READ_K * CHUNK)
-        write = tl.load(scales + WRITE * CHUNK)
-        # Not fetched ahead by the compiler's pipeline: asked for early instead.
-        decay = tl.load(ends + chunk)
-        if o is not None:
-            read_q = tl.load(scales + READ_Q * CHUNK)
-        narrow = state.to(dtype)
-        if states is not None:
-            _store_state(states + chunk * state_size, narrow, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS)
-        error = -read_k[:, None] * tl.dot(k_tile, narrow, input_precision=PRECISION)
-        if v is not None:
-            v_tile = load_rows(v + head.to(tl.int64) * v_head_stride, row, inside, v_stride, first, VALUE_DIM, COLUMNS)
-            error += tl.load(scales + BETA * CHUNK)[:, None] * v_tile.to(tl.float32)
-        written = tl.dot(system, error.to(dtype), input_precision=PRECISION)
-        if u is not None:
-            store_rows(u + head * VALUE_DIM, written, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        if o is not None:
-            q_tile = load_rows(q, row, inside, q_stride, 0, KEY_DIM, WIDTH)
-            output = read_q[:, None] * tl.dot(q_tile, narrow, input_precision=PRECISION)
-            pairs = load_square(attention + chunk * (CHUNK * CHUNK), CHUNK)
-            output = tl.dot(pairs, written.to(dtype), output, input_precision=PRECISION)
-            store_rows(o + head * VALUE_DIM, output, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        state *= decay
-        state = tl.dot(tl.trans(k_tile), (write[:, None] * written).to(dtype), state, input_precision=PRECISION)
-        chunk += HEADS
-    if final is not None:
-        _store_state(
-            final + (segment * HEADS + head) * state_size, state, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS
-        )  # fmt: skip
-
-
-@triton.jit
-def _solve(system, du, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """system^T du, fp32. Where keys repeat so does du, and T^T takes its differences: half precision has too few digits
-    of du, and bf16 of T as well, so that each comes in two parts.
-    """
-    system = tl.trans(system)
-    if dtype == tl.float32:
-        return tl.dot(system, du, input_precision=PRECISION)
-    system = system.to(tl.float32)
-    system_high, du_high = system.to(dtype), du.to(dtype)
-    solved = tl.dot(system_high, du_high)
-    if dtype == tl.bfloat16:
-        solved = tl.dot((system - system_high.to(tl.float32)).to(dtype), du_high, solved)
-    return tl.dot(system_high, (du - du_high.to(tl.float32)).to(dtype), solved)
-
-
-@triton.jit
-def reverse_scan_kernel(
-    q, k, do, rows, ends, inverse, attention, dfinal, dv, dstates, dinitial, segments,
-    q_stride, q_head_stride, k_stride, k_head_stride,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The gradient's way back through one segment; do, dv as o, dstates (after each chunk) as states of `scan_kernel`.
-
-    dv and dstates are written unless None; dfinal is zero when None. inverse is fp16 where the others are bf16.
-    """
-    first = tl.program_id(0) * COLUMNS
-    segment, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
-    begin, stop = tl.load(segments + 3 * segment), tl.load(segments + 3 * segment + 1)
-    count = tl.cdiv(stop - begin, CHUNK)
-    chunk = (tl.load(segments + 3 * segment + 2).to(tl.int64) + count - 1) * HEADS + head
-    key_head = (head // GROUPS).to(tl.int64)
-    q += key_head * q_head_stride
-    k += key_head * k_head_stride
-    place = tl.arange(0, CHUNK)
-    state_size: tl.constexpr = KEY_DIM * VALUE_DIM
-    if dfinal is None:
-        dstate = tl.zeros([WIDTH, COLUMNS], tl.float32)
-    else:
-        dstate = _load_state(
-            dfinal + (segment * HEADS + head) * state_size, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS
-        )  # fmt: skip
-    dtype = k.dtype.element_ty
-    for step in tl.range(0, count):
-        row = begin + (count - 1 - step) * CHUNK + place
-        inside = row < stop
-        k_tile = load_rows(k, row, inside, k_stride, 0, KEY_DIM, WIDTH)
-        q_tile = load_rows(q, row, inside, q_stride, 0, KEY_DIM, WIDTH)
-        do_tile = load_rows(do + head * VALUE_DIM, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        system = load_square(inverse + chunk * (CHUNK * CHUNK), CHUNK)
-        pairs = load_square(attention + chunk * (CHUNK * CHUNK), CHUNK)
-        scales = rows + chunk * (ROW_KINDS * CHUNK) + place
-        read_q = tl.load(scales + READ_Q * CHUNK)
-        read_k = tl.load(scales + READ_K * CHUNK)
-        write = tl.load(scales + WRITE * CHUNK)
-        decay = tl.load(ends + chunk)
-        narrow = dstate.to(dtype)
-        if dstates is not None:
-            _store_state(dstates + chunk * state_size, narrow, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS)
-        du = write[:, None] * tl.dot(k_tile, narrow, input_precision=PRECISION)
-        du = tl.dot(tl.trans(pairs), do_tile, du, input_precision=PRECISION)
-        solved = _solve(system, du, dtype, PRECISION)
-        if dv is not None:
-            write_v = tl.load(scales + BETA * CHUNK)[:, None] * solved
-            store_rows(dv + head * VALUE_DIM, write_v, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        dstate *= decay
-        scaled = (read_q[:, None] * do_tile.to(tl.float32)).to(dtype)
-        dstate = tl.dot(tl.trans(q_tile), scaled, dstate, input_precision=PRECISION)
-        dstate = tl.dot(tl.trans(k_tile), (-read_k[:, None] * solved).to(dtype), dstate, input_precision=PRECISION)
-        chunk -= HEADS
-    if dinitial is not None:
-        _store_state(
-            dinitial + (segment * HEADS + head) * state_size, dstate, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS
-        )  # fmt: skip
-
-
-@triton.jit
 def join_kernel(
     transfer, own, start, states, last, bounds,
     HEADS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """From each segment's map to the state that it starts from: states[n + 1] = transfer[n] states[n] + own[n].
 
     All fp32: transfer `[segments, HEADS, KEY_DIM, KEY_DIM]`; own, states as `scan_kernel`'s final; start and last
     `[sequences, ..]`. Sequence n has the segments from bounds[n] to before bounds[n + 1]. start is zero when None.
-    REVERSE goes from the last segment to the first with the transposed maps.
+    REVERSE goes from the last segment to the first with the transposed maps. Where keys repeat a map takes nearly all
+    of a key's direction from a state: tf32 has too few digits.
     """
     first = tl.program_id(0) * COLUMNS
     sequence, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
@@ -225,7 +311,7 @@ def join_kernel(
             places = row[:, None] * (1 if REVERSE else KEY_DIM) + column[None, :] * (KEY_DIM if REVERSE else 1)
             moved = tl.load(maps + places, mask=square, other=0)
             added = load_rows(own + segment * state_size, row, row < KEY_DIM, VALUE_DIM, first, VALUE_DIM, COLUMNS)
-            added = tl.dot(moved, state, added, input_precision=PRECISION)
+            added = tl.dot(moved, state, added, input_precision="tf32x3")
             store_rows(last, added, row, row < KEY_DIM, VALUE_DIM, first, VALUE_DIM, COLUMNS)
         tl.debug_barrier()
         state = _load_state(last, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS)

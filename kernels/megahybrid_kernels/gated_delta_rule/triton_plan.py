@@ -1,0 +1,125 @@
+"""How the gated delta rule's kernels are launched, and how a packing is cut into chunks and segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's tile and how it is compiled.
+
+    Attributes:
+        columns: of the values (in `prepare` of the keys) that a program, or a step of its loop, owns.
+        warps, stages: Triton's num_warps and num_stages.
+        registers: a thread's at most; None is the compiler's choice.
+    """
+
+    columns: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int | None]:
+        """What every launch takes."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launches of all kernels, and what is cut or kept.
+
+    Attributes:
+        prepare, scan, recompute, reverse, gradient, join: the launches; `recompute` is the scan in backward.
+        chunk: tokens of a chunk.
+        programs: a scan is cut into segments until about so many programs run; sequences alone suffice from half of it.
+        shortest: chunks of a segment at least.
+        keep_states: the forward saves states and u, so that backward need not scan for them.
+    """
+
+    prepare: Launch
+    scan: Launch
+    recompute: Launch
+    reverse: Launch
+    gradient: Launch
+    join: Launch
+    chunk: int = 64
+    programs: int = 128
+    shortest: int = 16
+    keep_states: bool = False
+
+
+def tuning(width: int, dtype: torch.dtype) -> Tuning:
+    """Fixed by the wider head dim and the dtype, so that all ranks and lengths run the same code."""
+    if dtype == torch.float32:
+        # Every product is three of tf32, whose operands are kept in two parts each.
+        scan, chunk = (Launch(16, 4, 1), 32) if width > 128 else (Launch(32, 4, 1), 64)
+        # Four warps: Triton gives eight the rows of a tile twice as high, and their products read what is not there.
+        gradient = Launch(16, 4, 1)
+        return Tuning(Launch(32, 4, 1), scan, scan, scan, gradient, Launch(16, 4, 1), chunk)
+    if width <= 128:
+        # Of backward's two scans each leaves the other room on a multiprocessor.
+        beside = Launch(64, 4, 2)
+        return Tuning(Launch(64, 4, 1, 128), Launch(64, 4, 3), beside, beside, Launch(64, 4, 3), Launch(16, 4, 2))
+    scan = Launch(128, 8, 2)
+    return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, Launch(64, 8, 4), Launch(16, 4, 2))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a packing is cut, as int32 tensors on the device.
+
+    Attributes:
+        chunks: `[chunks, 2]`, first row and the row after the last.
+        segments: `[segments, 3]`, the same of a segment, and its first chunk.
+        bounds: `[sequences + 1]`, each sequence's first segment; None where segments are sequences.
+    """
+
+    chunks: Tensor
+    segments: Tensor
+    bounds: Tensor | None
+
+
+def _pieces(begins: Tensor, lengths: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """First rows and rows after the last of pieces of at most `size` rows, and `[n + 1]` the first piece of each."""
+    counts = (lengths + size - 1) // size
+    first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    owner = torch.repeat_interleave(counts)
+    starts = begins[owner] + (torch.arange(len(owner)) - first[owner]) * size
+    return starts, torch.minimum(starts + size, (begins + lengths)[owner]), first
+
+
+@lru_cache(maxsize=16)
+def plan(lengths: tuple[int, ...], chunk: int, longest: int, device: torch.device) -> Plan:
+    """The plan with segments of at most `longest` chunks, made on the host once for all layers that share a packing."""
+    # Out of inference mode, because a plan first made during evaluation is saved for backward by later training.
+    with torch.inference_mode(False):
+        length = torch.tensor(lengths)
+        begin = length.cumsum(0) - length
+        starts, stops, first = _pieces(begin, length, chunk)
+        chunks, segments, bounds = torch.stack([starts, stops], 1), [begin, begin + length, first[:-1]], None
+        if max(lengths) > longest * chunk:
+            starts, stops, bounds = _pieces(begin, length, longest * chunk)
+            owner = torch.repeat_interleave(bounds.diff())
+            segments = [starts, stops, first[owner] + (starts - begin[owner]) // chunk]
+        tensors = (chunks, torch.stack(segments, 1), bounds)
+        moved = (x if x is None else x.to(torch.int32).to(device, non_blocking=True) for x in tensors)
+        return Plan(*moved)
+
+
+def longest_segment(lengths: tuple[int, ...], heads: int, value_dim: int, tune: Tuning) -> int:
+    """Chunks of a segment: a power of two, so that few plans differ."""
+    # Programs that one sequence gives.
+    columns_programs = heads * cdiv(value_dim, min(tune.scan.columns, tile_width(value_dim)))
+    chunks = [cdiv(length, tune.chunk) for length in lengths]
+    longest = next_power_of_2(max(chunks))
+    # The scan takes as long as its longest sequence: short ones beside it do not help.
+    if 2 * len([1 for x in chunks if 2 * x >= max(chunks)]) * columns_programs >= tune.programs:
+        return longest
+    return min(longest, max(tune.shortest, next_power_of_2(sum(chunks) * columns_programs // tune.programs)))
