@@ -134,7 +134,7 @@ def _scan(
     grid = (cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(call.plan.segments) * call.heads)
     scan_kernel[grid](
         call.q, call.k, None if transfer else call.v, prepared.rows, prepared.ends, prepared.inverse,
-        prepared.attention, initial, o, u, states, final, call.plan.segments, *call.strides("q", "k", "v"),
+        prepared.rest if o is None else None, prepared.attention, initial, o, u, states, final, call.plan.segments, *call.strides("q", "k", "v"),
         **call.heads_constants(), **values,
     )  # fmt: skip
 

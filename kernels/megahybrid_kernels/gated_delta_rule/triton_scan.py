@@ -87,8 +87,20 @@ def _keep(
 
 
 @triton.jit
+def _precise_dot(x, y, total, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """x y + total, where half precision has too few digits of x: it comes in two parts then."""
+    if dtype == tl.float32:
+        return tl.dot(x, y, total, input_precision=PRECISION)
+    # Cut rather than rounded: one instruction an element.
+    digits: tl.constexpr = -65536 if dtype == tl.bfloat16 else -8192
+    high = (x.to(tl.int32, bitcast=True) & digits).to(tl.float32, bitcast=True)
+    total = tl.dot(high.to(dtype), y, total)
+    return tl.dot((x - high).to(dtype), y, total)
+
+
+@triton.jit
 def scan_kernel(
-    q, k, v, rows, ends, inverse, attention, initial, o, u, states, final, segments,
+    q, k, v, rows, ends, inverse, rest, attention, initial, o, u, states, final, segments,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
     COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
@@ -116,7 +128,7 @@ def scan_kernel(
         other = _initial(initial, v is None, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
     dtype = k.dtype.element_ty
     # Values come out of shared memory in the products' layout by a product.
-    identity = (place[:, None] == place[None, :]).to(dtype)
+    identity = tl.where(place[:, None] == place[None, :], 1.0, 0.0).to(dtype)
     for start in tl.range(begin, stop, CHUNK):
         row = start + place
         inside = row < stop
@@ -153,7 +165,12 @@ def scan_kernel(
                 v_tile = tl.dot(v_tile, identity)
             error = v_tile - error
         error *= tl.load(scales + BETA * CHUNK)[None, :]
-        written = tl.dot(error.to(dtype), tl.trans(system), input_precision=PRECISION)
+        if rest is None:
+            written = tl.dot(error.to(dtype), tl.trans(system), input_precision=PRECISION)
+        else:
+            left = load_square(rest + chunk * (CHUNK * CHUNK), CHUNK)
+            written = tl.dot(error.to(dtype), tl.trans(left))
+            written = _precise_dot(error, tl.trans(system), written, dtype, PRECISION)
         if u is not None:
             _store_across(u + head * VALUE_DIM, written, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
         if o is not None:
@@ -161,28 +178,25 @@ def scan_kernel(
             pairs = load_square(attention + chunk * (CHUNK * CHUNK), CHUNK)
             output = tl.dot(written.to(dtype), tl.trans(pairs), output, input_precision=PRECISION)
             _store_across(o + head * VALUE_DIM, output, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        kept = (tl.load(scales + WRITE * CHUNK)[None, :] * written).to(dtype)
-        state = tl.dot(kept, k_tile, state * decay, input_precision=PRECISION)
+        kept = tl.load(scales + WRITE * CHUNK)[None, :] * written
+        state *= decay
         if WIDTH > HALF:
-            other = tl.dot(kept, k_other, other * decay, input_precision=PRECISION)
+            other *= decay
+        if o is None:
+            state = _precise_dot(kept, k_tile, state, dtype, PRECISION)
+            if WIDTH > HALF:
+                other = _precise_dot(kept, k_other, other, dtype, PRECISION)
+        else:
+            kept = kept.to(dtype)
+            state = tl.dot(kept, k_tile, state, input_precision=PRECISION)
+            if WIDTH > HALF:
+                other = tl.dot(kept, k_other, other, input_precision=PRECISION)
         chunk += HEADS
     if final is not None:
         final += (segment * HEADS + head) * state_size
         _leave(final, state, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
         if WIDTH > HALF:
             _leave(final, other, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
-
-
-@triton.jit
-def _precise_dot(x, y, total, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """x y + total, where half precision has too few digits of x: it comes in two parts then."""
-    if dtype == tl.float32:
-        return tl.dot(x, y, total, input_precision=PRECISION)
-    # Cut rather than rounded: one instruction an element.
-    digits: tl.constexpr = -65536 if dtype == tl.bfloat16 else -8192
-    high = (x.to(tl.int32, bitcast=True) & digits).to(tl.float32, bitcast=True)
-    total = tl.dot(high.to(dtype), y, total)
-    return tl.dot((x - high).to(dtype), y, total)
 
 
 @triton.jit
@@ -242,15 +256,15 @@ def reverse_scan_kernel(
         if dv is not None:
             _store_across(dv + head * VALUE_DIM, solved, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
         read_q = tl.load(scales + READ_Q * CHUNK)
-        taken = ((-read_q * tl.load(scales + READ_RATIO * CHUNK))[None, :] * solved).to(dtype)
+        taken = ((-read_q * tl.load(scales + READ_RATIO * CHUNK))[None, :] * solved)
         scaled = (read_q[None, :] * do_tile.to(tl.float32)).to(dtype)
         q_tile = load_rows(q, row, inside, q_stride, 0, KEY_DIM, HALF)
         dstate = tl.dot(scaled, q_tile, dstate * decay, input_precision=PRECISION)
-        dstate = tl.dot(taken, k_tile, dstate, input_precision=PRECISION)
+        dstate = _precise_dot(taken, k_tile, dstate, dtype, PRECISION)
         if WIDTH > HALF:
             q_other = load_rows(q, row, inside, q_stride, HALF, KEY_DIM, HALF)
             other = tl.dot(scaled, q_other, other * decay, input_precision=PRECISION)
-            other = tl.dot(taken, k_other, other, input_precision=PRECISION)
+            other = _precise_dot(taken, k_other, other, dtype, PRECISION)
         chunk -= HEADS
     if dinitial is not None:
         dinitial += (segment * HEADS + head) * state_size
