@@ -90,7 +90,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What `prepare_kernel` leaves; rest, T in fp16 where inputs are bf16, for backward alone."""
+    """What `prepare_kernel` leaves; rest, what bf16 takes from T, for backward alone."""
 
     rows: Tensor
     ends: Tensor
@@ -134,8 +134,8 @@ def _scan(
     grid = (cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(call.plan.segments) * call.heads)
     scan_kernel[grid](
         call.q, call.k, None if transfer else call.v, prepared.rows, prepared.ends, prepared.inverse,
-        prepared.rest if o is None else None, prepared.attention, initial, o, u, states, final, call.plan.segments, *call.strides("q", "k", "v"),
-        **call.heads_constants(), **values,
+        prepared.rest if o is None else None, prepared.attention, initial, o, u, states, final, call.plan.segments,
+        *call.strides("q", "k", "v"), **call.heads_constants(), **values,
     )  # fmt: skip
 
 
@@ -205,14 +205,13 @@ class _GatedDeltaRule(torch.autograd.Function):
             transfer = call.empty(*call.state_shape(segments, call.key_dim))
             _at_once(
                 v.device,
-                lambda: _scan(call, prepared, tune.scan, final=own),
-                lambda: _scan(call, prepared, tune.scan, final=transfer, transfer=True),
+                lambda: _scan(call, prepared, tune.states, final=own),
+                lambda: _scan(call, prepared, tune.states, final=transfer, transfer=True),
             )
             starts = _join(call, transfer, own, initial, final, reverse=False)
-        u, states = _kept(call) if tune.keep_states and training else (None, None)
-        _scan(call, prepared, tune.scan, starts, o, u, states, final=final if cut.bounds is None else None)
+        _scan(call, prepared, tune.scan, starts, o=o, final=final if cut.bounds is None else None)
         ctx.save_for_backward(
-            q, k, v, a, b, A_log, dt_bias, initial, starts, transfer, u, states,
+            q, k, v, a, b, A_log, dt_bias, initial, starts, transfer,
             prepared.rows, prepared.ends, prepared.inverse, prepared.rest, prepared.attention,
         )  # fmt: skip
         ctx.cut, ctx.tune, ctx.strongest = cut, tune, strongest
@@ -221,16 +220,15 @@ class _GatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do: Tensor | None, dfinal: Tensor | None):
-        *inputs, initial, starts, transfer, u, states, rows, ends, inverse, fine, attention = ctx.saved_tensors
+        *inputs, initial, starts, transfer, rows, ends, inverse, rest, attention = ctx.saved_tensors
         call = _Call(*inputs, ctx.cut, ctx.tune, ctx.strongest)
-        prepared = _Prepared(rows, ends, inverse, fine, attention)
+        prepared = _Prepared(rows, ends, inverse, rest, attention)
         tune, bounds = ctx.tune, ctx.cut.bounds
         do = torch.zeros_like(call.v) if do is None else do
         do, dfinal = do.contiguous(), dfinal if dfinal is None else dfinal.contiguous()
-        kept = states is not None
-        if not kept:
-            u, states = _kept(call)
-        dv, dstates = torch.empty_like(u), torch.empty_like(states)
+        u, dv = (torch.empty(call.v.shape, dtype=call.v.dtype, device=call.v.device) for _ in range(2))
+        count, shape = len(ctx.cut.chunks), (call.heads, call.value_dim, call.key_dim)
+        states, dstates = (call.empty(count, *shape, dtype=call.v.dtype) for _ in range(2))
         count = len(ctx.cut.segments) if bounds is None else len(bounds) - 1
         dinitial = None if initial is None and bounds is None else call.empty(*call.state_shape(count))
         last = {"dfinal": dfinal, "dv": dv, "dstates": dstates, "dinitial": dinitial}
@@ -239,20 +237,13 @@ class _GatedDeltaRule(torch.autograd.Function):
         _at_once(
             do.device,
             lambda: _reverse_scan(call, prepared, do, **first),
-            lambda: kept or _scan(call, prepared, tune.recompute, starts, u=u, states=states),
+            lambda: _scan(call, prepared, tune.states, starts, u=u, states=states),
         )
         if bounds is not None:
             ends_of = _join(call, transfer, own, dfinal, dinitial, reverse=True)
             _reverse_scan(call, prepared, do, ends_of, dv, dstates)
         grads = _gradients(call, prepared, do, u, dv, states, dstates)
         return *grads, None if initial is None else dinitial.to(initial.dtype), None, None, None, None, None
-
-
-def _kept(call: _Call) -> tuple[Tensor, Tensor]:
-    """Room for u and the chunks' states."""
-    dtype = call.v.dtype
-    shape = len(call.plan.chunks), call.heads, call.value_dim, call.key_dim
-    return call.empty(*call.v.shape, dtype=dtype), call.empty(*shape, dtype=dtype)
 
 
 def _gradients(

@@ -33,26 +33,24 @@ class Launch:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Launches of all kernels, and what is cut or kept.
+    """Launches of all kernels, and what is cut.
 
     Attributes:
-        prepare, scan, recompute, reverse, gradient, join: the launches; `recompute` is the scan in backward.
+        prepare, scan, states, reverse, gradient, join: the launches; `states` is the scan that has no outputs.
         chunk: tokens of a chunk.
         programs: a scan is cut into segments until about so many programs run; sequences alone suffice from half of it.
         shortest: chunks of a segment at least.
-        keep_states: the forward saves states and u, so that backward need not scan for them.
     """
 
     prepare: Launch
     scan: Launch
-    recompute: Launch
+    states: Launch
     reverse: Launch
     gradient: Launch
     join: Launch
     chunk: int = 64
     programs: int = 128
     shortest: int = 16
-    keep_states: bool = False
 
 
 def tuning(width: int, dtype: torch.dtype) -> Tuning:
@@ -64,7 +62,7 @@ def tuning(width: int, dtype: torch.dtype) -> Tuning:
         gradient = Launch(16, 4, 1)
         return Tuning(Launch(32, 4, 1), scan, scan, scan, gradient, Launch(16, 4, 1), chunk)
     if width <= 128:
-        # Of backward's two scans each leaves the other room on a multiprocessor.
+        # Two scans that run at once fit a multiprocessor.
         beside = Launch(64, 4, 2)
         return Tuning(Launch(64, 4, 1, 128), Launch(64, 4, 3), beside, beside, Launch(64, 4, 3), Launch(16, 4, 2))
     scan = Launch(128, 8, 2)

@@ -16,7 +16,7 @@ import triton.language as tl
 
 # Rows of what `prepare_kernel` leaves for each chunk and value head; places beyond the sequence neither read nor write.
 READ_Q = tl.constexpr(0)  # exp(G) / |q| Dk^-0.5
-READ_RATIO = tl.constexpr(1)  # |q| / |k| Dk^0.5
+READ_RATIO = tl.constexpr(1)  # what makes READ_K of READ_Q
 WRITE = tl.constexpr(2)  # exp(G_end - G) / |k|
 BETA = tl.constexpr(3)
 # G is summed in float64 and kept as two fp32 numbers: beyond a strong decay one would lose the weak ones.
@@ -24,7 +24,8 @@ G_HIGH = tl.constexpr(4)
 G_LOW = tl.constexpr(5)
 NORM_Q = tl.constexpr(6)  # 1 / |q|
 NORM_K = tl.constexpr(7)
-ROW_KINDS = tl.constexpr(8)
+READ_K = tl.constexpr(8)  # exp(G) / |k|
+ROW_KINDS = tl.constexpr(9)
 
 
 @triton.jit
@@ -148,6 +149,7 @@ def prepare_kernel(
     rows += (chunk * HEADS + head) * (ROW_KINDS * CHUNK) + i
     tl.store(rows + READ_Q * CHUNK, tl.where(inside, since_start * q_norm * scale, 0.0))
     tl.store(rows + READ_RATIO * CHUNK, k_norm / (q_norm * scale))
+    tl.store(rows + READ_K * CHUNK, tl.where(inside, since_start * k_norm, 0.0))
     tl.store(rows + WRITE * CHUNK, tl.where(inside, until_end * k_norm, 0.0))
     tl.store(rows + BETA * CHUNK, beta)
     tl.store(rows + G_HIGH * CHUNK, high)

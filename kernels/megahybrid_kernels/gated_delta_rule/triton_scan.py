@@ -19,6 +19,7 @@ import triton.language as tl
 
 from megahybrid_kernels.gated_delta_rule.triton_prepare import (
     BETA,
+    READ_K,
     READ_Q,
     READ_RATIO,
     ROW_KINDS,
@@ -139,22 +140,21 @@ def scan_kernel(
         k_tile = load_rows(k, row, inside, k_stride, 0, KEY_DIM, HALF)
         narrow = state.to(dtype)
         error = tl.dot(narrow, tl.trans(k_tile), input_precision=PRECISION)
-        if o is not None:
-            q_tile = load_rows(q, row, inside, q_stride, 0, KEY_DIM, HALF)
-            output = tl.dot(narrow, tl.trans(q_tile), input_precision=PRECISION)
         if states is not None:
             _keep(states + chunk * state_size, narrow, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
         if WIDTH > HALF:
             k_other = load_rows(k, row, inside, k_stride, HALF, KEY_DIM, HALF)
             narrow = other.to(dtype)
             error = tl.dot(narrow, tl.trans(k_other), error, input_precision=PRECISION)
-            if o is not None:
-                q_other = load_rows(q, row, inside, q_stride, HALF, KEY_DIM, HALF)
-                output = tl.dot(narrow, tl.trans(q_other), output, input_precision=PRECISION)
             if states is not None:
                 _keep(states + chunk * state_size, narrow, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
-        read_q = tl.load(scales + READ_Q * CHUNK)
-        error *= (read_q * tl.load(scales + READ_RATIO * CHUNK))[None, :]
+        if o is None:
+            read_k = tl.load(scales + READ_K * CHUNK)
+        else:
+            # Only what leads to a product's operand is fetched ahead: read_q does so by way of read_k.
+            read_q = tl.load(scales + READ_Q * CHUNK)
+            read_k = read_q * tl.load(scales + READ_RATIO * CHUNK)
+        error *= read_k[None, :]
         if v is None:
             error = -error
         else:
@@ -174,6 +174,11 @@ def scan_kernel(
         if u is not None:
             _store_across(u + head * VALUE_DIM, written, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
         if o is not None:
+            q_tile = load_rows(q, row, inside, q_stride, 0, KEY_DIM, HALF)
+            output = tl.dot(state.to(dtype), tl.trans(q_tile), input_precision=PRECISION)
+            if WIDTH > HALF:
+                q_other = load_rows(q, row, inside, q_stride, HALF, KEY_DIM, HALF)
+                output = tl.dot(other.to(dtype), tl.trans(q_other), output, input_precision=PRECISION)
             output *= read_q[None, :]
             pairs = load_square(attention + chunk * (CHUNK * CHUNK), CHUNK)
             output = tl.dot(written.to(dtype), tl.trans(pairs), output, input_precision=PRECISION)
@@ -237,15 +242,21 @@ def reverse_scan_kernel(
         scales = rows + chunk * (ROW_KINDS * CHUNK) + place
         decay = tl.load(ends + chunk)
         k_tile = load_rows(k, row, inside, k_stride, 0, KEY_DIM, HALF)
-        du = tl.zeros([COLUMNS, CHUNK], tl.float32)
-        du = _precise_dot(dstate, tl.trans(k_tile), du, dtype, PRECISION)
         if dstates is not None:
             _keep(dstates + chunk * state_size, dstate, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+            if WIDTH > HALF:
+                _keep(dstates + chunk * state_size, other, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+        du = tl.zeros([COLUMNS, CHUNK], tl.float32)
+        du = _precise_dot(dstate, tl.trans(k_tile), du, dtype, PRECISION)
         if WIDTH > HALF:
             k_other = load_rows(k, row, inside, k_stride, HALF, KEY_DIM, HALF)
             du = _precise_dot(other, tl.trans(k_other), du, dtype, PRECISION)
-            if dstates is not None:
-                _keep(dstates + chunk * state_size, other, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+        scaled = (tl.load(scales + READ_Q * CHUNK)[None, :] * do_tile.to(tl.float32)).to(dtype)
+        q_tile = load_rows(q, row, inside, q_stride, 0, KEY_DIM, HALF)
+        dstate = tl.dot(scaled, q_tile, dstate * decay, input_precision=PRECISION)
+        if WIDTH > HALF:
+            q_other = load_rows(q, row, inside, q_stride, HALF, KEY_DIM, HALF)
+            other = tl.dot(scaled, q_other, other * decay, input_precision=PRECISION)
         du *= -tl.load(scales + WRITE * CHUNK)[None, :]
         du = tl.dot(do_tile, pairs, input_precision=PRECISION) - du
         solved = tl.zeros([COLUMNS, CHUNK], tl.float32)
@@ -255,15 +266,9 @@ def reverse_scan_kernel(
         solved *= tl.load(scales + BETA * CHUNK)[None, :]
         if dv is not None:
             _store_across(dv + head * VALUE_DIM, solved, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
-        read_q = tl.load(scales + READ_Q * CHUNK)
-        taken = ((-read_q * tl.load(scales + READ_RATIO * CHUNK))[None, :] * solved)
-        scaled = (read_q[None, :] * do_tile.to(tl.float32)).to(dtype)
-        q_tile = load_rows(q, row, inside, q_stride, 0, KEY_DIM, HALF)
-        dstate = tl.dot(scaled, q_tile, dstate * decay, input_precision=PRECISION)
+        taken = -tl.load(scales + READ_K * CHUNK)[None, :] * solved
         dstate = _precise_dot(taken, k_tile, dstate, dtype, PRECISION)
         if WIDTH > HALF:
-            q_other = load_rows(q, row, inside, q_stride, HALF, KEY_DIM, HALF)
-            other = tl.dot(scaled, q_other, other * decay, input_precision=PRECISION)
             other = _precise_dot(taken, k_other, other, dtype, PRECISION)
         chunk -= HEADS
     if dinitial is not None:
