@@ -8,8 +8,14 @@ With r_q, r_k, w and T, A of `triton_prepare`, a chunk that finds the state S le
 
     du = A^T do + w k dS'       y = T^T du       dv = beta y       dS = exp(G_end) dS' + q^T (r_q do) - k^T (r_k y)
 
-Columns of S do not meet: a program owns some of them. Few long sequences are cut into segments whose states are found
-first: a segment maps S to M S + B, where B is its last state from S = 0, and M its last state from S = I with v = 0.
+Columns of S do not meet: a program owns some of them and holds them transposed, `[COLUMNS, keys]`, so that all it
+computes is transposed and each product's result, still in registers, is the next one's left operand. Beyond 128 keys
+the state is in two halves. Few long sequences are cut into segments whose states are found first: a segment maps S to
+M S + B, where B is its last state from S = 0, and M its last state from S = I with v = 0.
+
+Where keys repeat, k S and k dS' are small beside S and dS', T takes differences of like numbers, and roundings of a
+chunk's like writes add up: bf16 has too few digits. Scans whose states backward uses take u, what the states gain, dS'
+and du in two parts, and T as inverse + rest.
 """
 
 from __future__ import annotations
@@ -88,15 +94,17 @@ def _keep(
 
 
 @triton.jit
-def _precise_dot(x, y, total, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """x y + total, where half precision has too few digits of x: it comes in two parts then."""
-    if dtype == tl.float32:
-        return tl.dot(x, y, total, input_precision=PRECISION)
-    # Cut rather than rounded: one instruction an element.
-    digits: tl.constexpr = -65536 if dtype == tl.bfloat16 else -8192
-    high = (x.to(tl.int32, bitcast=True) & digits).to(tl.float32, bitcast=True)
-    total = tl.dot(high.to(dtype), y, total)
-    return tl.dot((x - high).to(dtype), y, total)
+def _dot(x, y, total, PRECISE: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """x y + total; PRECISE: with x in two parts, where y is half precision."""
+    if PRECISE and dtype != tl.float32:
+        # Cut rather than rounded: one instruction an element.
+        digits: tl.constexpr = -65536 if dtype == tl.bfloat16 else -8192
+        high = (x.to(tl.int32, bitcast=True) & digits).to(tl.float32, bitcast=True)
+        total = tl.dot(high.to(dtype), y, total)
+        total = tl.dot((x - high).to(dtype), y, total)
+    else:
+        total = tl.dot(x.to(dtype), y, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -110,7 +118,8 @@ def scan_kernel(
 
     Each of o, u `[tokens, HEADS, VALUE_DIM]`, states `[chunks, HEADS, VALUE_DIM, KEY_DIM]` (S^T before each chunk) and
     final `[segments, HEADS, KEY_DIM, VALUE_DIM]` is written unless None. initial, laid out as final, is zero when
-    None. Without v the values are zero and the scan starts from the identity (VALUE_DIM is KEY_DIM).
+    None. Without v the values are zero and the scan starts from the identity (VALUE_DIM is KEY_DIM). o comes from
+    sums in one part, all else in two.
     """
     first = tl.program_id(0) * COLUMNS
     segment, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
@@ -165,12 +174,10 @@ def scan_kernel(
                 v_tile = tl.dot(v_tile, identity)
             error = v_tile - error
         error *= tl.load(scales + BETA * CHUNK)[None, :]
-        if rest is None:
-            written = tl.dot(error.to(dtype), tl.trans(system), input_precision=PRECISION)
-        else:
-            left = load_square(rest + chunk * (CHUNK * CHUNK), CHUNK)
-            written = tl.dot(error.to(dtype), tl.trans(left))
-            written = _precise_dot(error, tl.trans(system), written, dtype, PRECISION)
+        written = tl.zeros([COLUMNS, CHUNK], tl.float32)
+        if rest is not None:
+            written = tl.dot(error.to(dtype), tl.trans(load_square(rest + chunk * (CHUNK * CHUNK), CHUNK)), written)
+        written = _dot(error, tl.trans(system), written, rest is not None, dtype, PRECISION)
         if u is not None:
             _store_across(u + head * VALUE_DIM, written, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
         if o is not None:
@@ -179,23 +186,13 @@ def scan_kernel(
             if WIDTH > HALF:
                 q_other = load_rows(q, row, inside, q_stride, HALF, KEY_DIM, HALF)
                 output = tl.dot(other.to(dtype), tl.trans(q_other), output, input_precision=PRECISION)
-            output *= read_q[None, :]
             pairs = load_square(attention + chunk * (CHUNK * CHUNK), CHUNK)
-            output = tl.dot(written.to(dtype), tl.trans(pairs), output, input_precision=PRECISION)
+            output = tl.dot(written.to(dtype), tl.trans(pairs), read_q[None, :] * output, input_precision=PRECISION)
             _store_across(o + head * VALUE_DIM, output, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
         kept = tl.load(scales + WRITE * CHUNK)[None, :] * written
-        state *= decay
+        state = _dot(kept, k_tile, state * decay, o is None, dtype, PRECISION)
         if WIDTH > HALF:
-            other *= decay
-        if o is None:
-            state = _precise_dot(kept, k_tile, state, dtype, PRECISION)
-            if WIDTH > HALF:
-                other = _precise_dot(kept, k_other, other, dtype, PRECISION)
-        else:
-            kept = kept.to(dtype)
-            state = tl.dot(kept, k_tile, state, input_precision=PRECISION)
-            if WIDTH > HALF:
-                other = tl.dot(kept, k_other, other, input_precision=PRECISION)
+            other = _dot(kept, k_other, other * decay, o is None, dtype, PRECISION)
         chunk += HEADS
     if final is not None:
         final += (segment * HEADS + head) * state_size
@@ -213,8 +210,7 @@ def reverse_scan_kernel(
 ):  # fmt: skip
     """The gradient's way back through one segment; do, dv as o, dstates (after each chunk) as states of `scan_kernel`.
 
-    dv and dstates are written unless None; dfinal is zero when None. Where keys repeat k dS' is small beside dS', and
-    T^T takes differences of like numbers: bf16 has too few digits of dS', du and T, which come in two parts each.
+    dv and dstates are written unless None; dfinal is zero when None.
     """
     first = tl.program_id(0) * COLUMNS
     segment, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
@@ -247,10 +243,10 @@ def reverse_scan_kernel(
             if WIDTH > HALF:
                 _keep(dstates + chunk * state_size, other, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
         du = tl.zeros([COLUMNS, CHUNK], tl.float32)
-        du = _precise_dot(dstate, tl.trans(k_tile), du, dtype, PRECISION)
+        du = _dot(dstate, tl.trans(k_tile), du, True, dtype, PRECISION)
         if WIDTH > HALF:
             k_other = load_rows(k, row, inside, k_stride, HALF, KEY_DIM, HALF)
-            du = _precise_dot(other, tl.trans(k_other), du, dtype, PRECISION)
+            du = _dot(other, tl.trans(k_other), du, True, dtype, PRECISION)
         scaled = (tl.load(scales + READ_Q * CHUNK)[None, :] * do_tile.to(tl.float32)).to(dtype)
         q_tile = load_rows(q, row, inside, q_stride, 0, KEY_DIM, HALF)
         dstate = tl.dot(scaled, q_tile, dstate * decay, input_precision=PRECISION)
@@ -262,14 +258,14 @@ def reverse_scan_kernel(
         solved = tl.zeros([COLUMNS, CHUNK], tl.float32)
         if rest is not None:
             solved = tl.dot(du.to(dtype), load_square(rest + chunk * (CHUNK * CHUNK), CHUNK), solved)
-        solved = _precise_dot(du, system, solved, dtype, PRECISION)
+        solved = _dot(du, system, solved, True, dtype, PRECISION)
         solved *= tl.load(scales + BETA * CHUNK)[None, :]
         if dv is not None:
             _store_across(dv + head * VALUE_DIM, solved, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
         taken = -tl.load(scales + READ_K * CHUNK)[None, :] * solved
-        dstate = _precise_dot(taken, k_tile, dstate, dtype, PRECISION)
+        dstate = _dot(taken, k_tile, dstate, True, dtype, PRECISION)
         if WIDTH > HALF:
-            other = _precise_dot(taken, k_other, other, dtype, PRECISION)
+            other = _dot(taken, k_other, other, True, dtype, PRECISION)
         chunk -= HEADS
     if dinitial is not None:
         dinitial += (segment * HEADS + head) * state_size
