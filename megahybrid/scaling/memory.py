@@ -205,7 +205,7 @@ def gdn(config: Config, settings: Settings) -> Mixer:
     """Gated DeltaNet as `gated_delta_rule.triton` computes it, with chunks of C tokens.
 
     - q, k and v before and after the short convolution, 2 w (2 K + V); o, gate and their normed product, 3 w V;
-    - a and b, 2 w a head; eight scalings of rows, 32 a head; two matrices `[C, C]` a head and chunk, in bf16 three, w C
+    - a and b, 2 w a head; nine scalings of rows, 36 a head; two matrices `[C, C]` a head and chunk, in bf16 three, w C
       a head each;
     - where sequences are cut into segments of S tokens, the state before each and how it passes through,
       4 K (Dk + Dv) / S.

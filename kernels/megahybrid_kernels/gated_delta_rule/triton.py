@@ -161,9 +161,8 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _at_once(device: torch.device, *launches: Callable[[], None]) -> None:
+def _at_once(device: torch.device, first: Callable[[], None], second: Callable[[], None]) -> None:
     """Two launches that need nothing of each other: a scan alone leaves most of a multiprocessor idle."""
-    first, second = launches
     if device.type == "cpu":
         first(), second()
         return

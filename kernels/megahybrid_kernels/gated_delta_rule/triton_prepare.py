@@ -113,7 +113,7 @@ def prepare_kernel(
     """One chunk of one value head.
 
     Writes rows fp32 `[chunks, HEADS, ROW_KINDS, CHUNK]`, ends fp32 `[chunks, HEADS]` (the decay over the whole chunk),
-    inverse (T), rest (T in more digits, unless None) and attention (A) `[chunks, HEADS, CHUNK, CHUNK]`.
+    inverse (T), rest (T less inverse, unless None) and attention (A) `[chunks, HEADS, CHUNK, CHUNK]`.
     `chunks` int32 `[chunks, 2]`: first row, row after the last.
     """
     head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)

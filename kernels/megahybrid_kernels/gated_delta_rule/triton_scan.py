@@ -2,11 +2,11 @@
 
 With r_q, r_k, w and T, A of `triton_prepare`, a chunk that finds the state S leaves S' and its outputs:
 
-    u  = T (beta v - r_k k S)           o  = r_q q S + A u           S' = exp(G_end) S + k^T (w u)
+    u  = T beta (v - r_k k S)           o  = r_q q S + A u           S' = exp(G_end) S + k^T (w u)
 
 (r_q, r_k, w, beta scale rows; q and k are as they came). Backward, from dS' and do:
 
-    du = A^T do + w k dS'       y = T^T du       dv = beta y       dS = exp(G_end) dS' + q^T (r_q do) - k^T (r_k y)
+    du = A^T do + w k dS'       y = T^T du       dv = beta y       dS = exp(G_end) dS' + q^T (r_q do) - k^T (r_k dv)
 
 Columns of S do not meet: a program owns some of them and holds them transposed, `[COLUMNS, keys]`, so that all it
 computes is transposed and each product's result, still in registers, is the next one's left operand. Beyond 128 keys
