@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton.language as tl
@@ -90,7 +90,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What `prepare_kernel` leaves; rest, what bf16 takes from T, for backward alone."""
+    """What `prepare_kernel` leaves; rest, what bf16 takes from T, for training alone."""
 
     rows: Tensor
     ends: Tensor
@@ -204,8 +204,8 @@ class _GatedDeltaRule(torch.autograd.Function):
             transfer = call.empty(*call.state_shape(segments, call.key_dim))
             _at_once(
                 v.device,
-                lambda: _scan(call, prepared, tune.states, final=own),
-                lambda: _scan(call, prepared, tune.states, final=transfer, transfer=True),
+                partial(_scan, call, prepared, tune.states, final=own),
+                partial(_scan, call, prepared, tune.states, final=transfer, transfer=True),
             )
             starts = _join(call, transfer, own, initial, final, reverse=False)
         _scan(call, prepared, tune.scan, starts, o=o, final=final if cut.bounds is None else None)
@@ -225,19 +225,17 @@ class _GatedDeltaRule(torch.autograd.Function):
         tune, bounds = ctx.tune, ctx.cut.bounds
         do = torch.zeros_like(call.v) if do is None else do
         do, dfinal = do.contiguous(), dfinal if dfinal is None else dfinal.contiguous()
-        u, dv = (torch.empty(call.v.shape, dtype=call.v.dtype, device=call.v.device) for _ in range(2))
+        u, dv = (call.empty(*call.v.shape, dtype=call.v.dtype) for _ in range(2))
         count, shape = len(ctx.cut.chunks), (call.heads, call.value_dim, call.key_dim)
         states, dstates = (call.empty(count, *shape, dtype=call.v.dtype) for _ in range(2))
         count = len(ctx.cut.segments) if bounds is None else len(bounds) - 1
         dinitial = None if initial is None and bounds is None else call.empty(*call.state_shape(count))
-        last = {"dfinal": dfinal, "dv": dv, "dstates": dstates, "dinitial": dinitial}
-        own = None if bounds is None else call.empty(*call.state_shape(len(ctx.cut.segments)))
-        first = last if bounds is None else {"dfinal": None, "dinitial": own}
-        _at_once(
-            do.device,
-            lambda: _reverse_scan(call, prepared, do, **first),
-            lambda: _scan(call, prepared, tune.states, starts, u=u, states=states),
-        )
+        if bounds is None:
+            first = partial(_reverse_scan, call, prepared, do, dfinal, dv, dstates, dinitial)
+        else:
+            own = call.empty(*call.state_shape(len(ctx.cut.segments)))
+            first = partial(_reverse_scan, call, prepared, do, None, dinitial=own)
+        _at_once(do.device, first, partial(_scan, call, prepared, tune.states, starts, u=u, states=states))
         if bounds is not None:
             ends_of = _join(call, transfer, own, dfinal, dinitial, reverse=True)
             _reverse_scan(call, prepared, do, ends_of, dv, dstates)

@@ -84,13 +84,13 @@ def _leave(
 
 
 @triton.jit
-def _keep(
-    pointer, state, start: tl.constexpr, first, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
+def _store_block(
+    pointer, x, first_row, first_column, ROW_DIM: tl.constexpr, COLUMN_DIM: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Keys from `start` of a chunk's S^T, `[VALUE_DIM, KEY_DIM]`."""
-    column = first + tl.arange(0, COLUMNS)
-    store_rows(pointer, state, column, column < VALUE_DIM, KEY_DIM, start, KEY_DIM, WIDTH)
+    """x `[ROWS, COLUMNS]` into a matrix `[ROW_DIM, COLUMN_DIM]`."""
+    row = first_row + tl.arange(0, ROWS)
+    store_rows(pointer, x, row, row < ROW_DIM, COLUMN_DIM, first_column, COLUMN_DIM, COLUMNS)
 
 
 @triton.jit
@@ -150,13 +150,13 @@ def scan_kernel(
         narrow = state.to(dtype)
         error = tl.dot(narrow, tl.trans(k_tile), input_precision=PRECISION)
         if states is not None:
-            _keep(states + chunk * state_size, narrow, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+            _store_block(states + chunk * state_size, narrow, first, 0, VALUE_DIM, KEY_DIM, COLUMNS, HALF)
         if WIDTH > HALF:
             k_other = load_rows(k, row, inside, k_stride, HALF, KEY_DIM, HALF)
             narrow = other.to(dtype)
             error = tl.dot(narrow, tl.trans(k_other), error, input_precision=PRECISION)
             if states is not None:
-                _keep(states + chunk * state_size, narrow, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+                _store_block(states + chunk * state_size, narrow, first, HALF, VALUE_DIM, KEY_DIM, COLUMNS, HALF)
         if o is None:
             read_k = tl.load(scales + READ_K * CHUNK)
         else:
@@ -239,9 +239,9 @@ def reverse_scan_kernel(
         decay = tl.load(ends + chunk)
         k_tile = load_rows(k, row, inside, k_stride, 0, KEY_DIM, HALF)
         if dstates is not None:
-            _keep(dstates + chunk * state_size, dstate, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+            _store_block(dstates + chunk * state_size, dstate, first, 0, VALUE_DIM, KEY_DIM, COLUMNS, HALF)
             if WIDTH > HALF:
-                _keep(dstates + chunk * state_size, other, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
+                _store_block(dstates + chunk * state_size, other, first, HALF, VALUE_DIM, KEY_DIM, COLUMNS, HALF)
         du = tl.zeros([COLUMNS, CHUNK], tl.float32)
         du = _dot(dstate, tl.trans(k_tile), du, True, dtype, PRECISION)
         if WIDTH > HALF:
@@ -283,14 +283,6 @@ def _load_state(
 
 
 @triton.jit
-def _store_state(
-    pointer, state, first, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    row = tl.arange(0, WIDTH)
-    store_rows(pointer, state, row, row < KEY_DIM, VALUE_DIM, first, VALUE_DIM, COLUMNS)
-
-
-@triton.jit
 def join_kernel(
     transfer, own, start, states, last, bounds,
     HEADS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr,
@@ -317,7 +309,7 @@ def join_kernel(
     column = tl.arange(0, WIDTH)
     for step in tl.range(0, stop - begin):
         segment = (stop - 1 - step if REVERSE else begin + step).to(tl.int64) * HEADS + head
-        _store_state(states + segment * state_size, state, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS)
+        _store_block(states + segment * state_size, state, 0, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS)
         maps = transfer + segment * (KEY_DIM * KEY_DIM)
         # A whole map does not fit next to a state: the new one comes row by row, and back through memory.
         for first_row in tl.range(0, WIDTH, ROWS):
