@@ -35,9 +35,7 @@ def is_transient(error: BaseException) -> bool:
     return False
 
 
-def retry(
-    action: Callable[[], Result], what: str, transient: Callable[[BaseException], bool] = is_transient
-) -> Result:
+def retry(action: Callable[[], Result], what: str, transient: Callable[[BaseException], bool] = is_transient) -> Result:
     """Do `action`, again and again for `SECONDS` while it fails with what `transient` takes for a passing fault.
 
     Any other error is raised at once. Raises MachineFault when the time is over: the machine is at fault, and the same

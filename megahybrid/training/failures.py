@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megahybrid.errors import MachineFault, UserError
+from megahybrid.training.ownership import NotOwner, another
 from megahybrid.training.run_directory import RunDirectory
 
 
@@ -41,7 +42,8 @@ def record(run: RunDirectory, error: BaseException, step: int | None = None, det
                 file.write(text.rstrip() + "\n")
         except FileExistsError:
             return
-        run.end_status("failed", sentence, may_succeed(error), step)
+        if not isinstance(error, NotOwner) and another(run) is None:
+            run.end_status("failed", sentence, may_succeed(error), step)
 
 
 def forget(run: RunDirectory) -> None:

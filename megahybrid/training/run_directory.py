@@ -28,6 +28,7 @@ class RunDirectory:
         self.failure = self.logs / "failure.txt"
         self.heartbeats = self.path / "heartbeat"
         self.attempts = self.path / "attempts.jsonl"
+        self.owner = self.path / "owner.json"
 
     def write_status(self, state: str, step: int, target: int, reason: str = "", again: bool = False) -> None:
         """Write status.json.

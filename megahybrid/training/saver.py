@@ -7,7 +7,6 @@ report of every step tells, the main process makes the checkpoint current. The t
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import threading
@@ -22,27 +21,27 @@ from torch import Tensor, nn
 
 from megahybrid import code_version
 from megahybrid.config import save_config
-from megahybrid.config.schema import CheckpointConfig
 from megahybrid.errors import UserError
-from megahybrid.files import sync_folder, write_json, write_text
+from megahybrid.files import sync_folder, write_json
 from megahybrid.parallel import groups
-from megahybrid.training import zero
+from megahybrid.training import checkpoint_folder, zero
 from megahybrid.training.checkpoint import Position, file_name
 from megahybrid.training.engine import Engine
+from megahybrid.training.ownership import Owner
 from megahybrid.training.tensor_files import write_tensors
 
 
 class Saver:
     """The checkpoints of one run, at most one of them in the making. All methods are called by every process."""
 
-    def __init__(self, folder: Path, engine: Engine, tokenizer: Path):
-        self._folder, self._engine, self._tokenizer = folder, engine, tokenizer
+    def __init__(self, folder: Path, engine: Engine, tokenizer: Path, owner: Owner):
+        self._folder, self._engine, self._tokenizer, self._owner = folder, engine, tokenizer, owner
         self._mine = owned_parameters(engine.model)
         self._host: dict[tuple[str, str], Tensor] = {}  # by kind and name, kept from save to save
         self._no_memory: str | None = None
         self._allocation = threading.Thread(target=self._allocate, daemon=True)
         self._allocation.start()
-        self._part = Path()
+        self._name, self._part = "", Path()
         self._facts: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
         self._files: dict[str, dict[str, Any]] = {}
@@ -63,7 +62,9 @@ class Saver:
         began = time.perf_counter()
         self.finish()
         self._await_memory()
-        self._part = self._folder / f".step_{position.step:08d}.part"
+        self._owner.check()
+        self._name = checkpoint_folder.name(position.step)
+        self._part = self._folder / f".{self._name}.{self._owner.token}.part"  # not where a start before still writes
         self._agree(self._make_room() if groups.is_main() else None)
         shares = self._snapshot()
         self._facts = self._facts_at(position)
@@ -82,6 +83,7 @@ class Saver:
         self._thread.join()
         self._thread = None
         written = groups.gather((self._files, self._fault))
+        self._owner.check()
         fault = next((each for _, each in written if each), None)
         if groups.is_main() and fault is None:
             fault = self._seal([files for files, _ in written])
@@ -106,7 +108,7 @@ class Saver:
         if groups.is_main():
             shutil.rmtree(self._part, ignore_errors=True)
         raise UserError(
-            f"The checkpoint {self._part.stem.removeprefix('.')} could not be written to '{self._folder}' ({fault}); "
+            f"The checkpoint {self._name} could not be written to '{self._folder}' ({fault}); "
             "make room and start again: training goes on from the checkpoint before."
         )
 
@@ -170,7 +172,7 @@ class Saver:
 
     def _seal(self, written: list[dict[str, dict[str, Any]]]) -> str | None:
         """Complete the folder and make it current, on the main process; what went wrong, if anything did."""
-        facts, name = self._facts | {"parameters": {}, "files": {}}, self._part.stem.removeprefix(".")
+        facts, name = self._facts | {"parameters": {}, "files": {}}, self._name
         for number, files in enumerate(written):
             for file, each in files.items():
                 for parameter, shape in each.pop("shapes").items():
@@ -184,8 +186,8 @@ class Saver:
             shutil.rmtree(self._folder / name, ignore_errors=True)
             os.replace(self._part, self._folder / name)
             sync_folder(self._folder)
-            write_text(self._folder / "latest", name + "\n")
-            _remove_old(self._folder, self._engine.config.checkpoint)
+            checkpoint_folder.make_current(self._folder, name)
+            checkpoint_folder.remove_old(self._folder, self._engine.config.checkpoint)
         except OSError as fault:
             return fault.strerror or str(fault)
         return None
@@ -217,16 +219,3 @@ def owners(model: nn.Module, members: int) -> dict[str, int]:
         owner[name] = load.index(min(load))
         load[owner[name]] += parameter.spec.full_size
     return owner
-
-
-def _remove_old(folder: Path, config: CheckpointConfig) -> None:
-    passing = [
-        each
-        for each in sorted(folder.glob("step_*"))
-        if not config.milestone_every or int(each.name.removeprefix("step_")) % config.milestone_every
-    ]
-    for old in passing[: -config.keep]:
-        trash = folder / f".{old.name}.old"
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(old, trash)  # never half a checkpoint under its own name
-        shutil.rmtree(trash, ignore_errors=True)
