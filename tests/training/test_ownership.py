@@ -145,10 +145,13 @@ def test_a_start_that_lost_its_run_writes_nothing_more(recipe, tmp_path, monkeyp
 
 
 def test_a_checkpoint_is_not_completed_by_a_start_that_lost_its_run(recipe, tmp_path, monkeypatch):
+    """Lost while the last checkpoint is written, after the last line of metrics."""
     run, real = RunDirectory(tmp_path / "run"), saver.write_tensors
 
     def write(file, tensors):
         if "step_00000004" in str(file):
+            while len(metrics(run.path)) < 4:
+                time.sleep(0.01)
             owned_by(run, job="12")
         return real(file, tensors)
 
