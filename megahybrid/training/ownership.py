@@ -1,6 +1,6 @@
 """One owner a run directory: a second start is refused at once, and one that has lost its run writes nothing more.
 
-`owner.json` names the start that trains the run. It is made by whoever creates it first, touched every few seconds, and
+`owner.json` names the start that trains the run. It is made by whoever creates it first, touched every few seconds and
 removed at the end. What a killed start has left is taken over: at once where it is known to have ended (its process
 was on this host, or Slurm started this job after it), else when it has not been touched for a while.
 """
@@ -84,10 +84,9 @@ class Owner:
         try:
             self._run.path.mkdir(parents=True, exist_ok=True)
             while not self._create():
-                theirs = _read(self._file)
-                if theirs is not None and _is_alive(theirs, self._silence()):
-                    raise NotOwner(_refusal(self._run, theirs))
-                self._displace(theirs)
+                self._refuse_if_alive()
+                if self._take_over():
+                    break
         except OSError as error:
             raise UserError(
                 f"{self._file} cannot be written ({error.strerror}); see to that disk, or give another run.dir."
@@ -105,29 +104,38 @@ class Owner:
     def _is_mine(self, facts: dict[str, Any] | None) -> bool:
         return facts is not None and facts["token"] == self._facts["token"]
 
-    def _silence(self) -> float:
-        """Seconds since the file was last touched, by the clock of the disk."""
-        probe = self._file.with_name(f".owner.{self._facts['token']}.probe")
+    def _silence(self, file: Path) -> float:
+        """Seconds since a file was last touched, by the clock of the disk."""
+        probe = file.with_name(f".owner.{self._facts['token']}.probe")
         try:
             probe.touch()
-            return probe.stat().st_mtime - self._file.stat().st_mtime
-        except FileNotFoundError:
-            return 0.0
+            return probe.stat().st_mtime - file.stat().st_mtime
         finally:
             probe.unlink(missing_ok=True)
 
-    def _displace(self, theirs: dict[str, Any] | None) -> None:
-        """Remove what a dead start has left; what another one has put there meanwhile is put back."""
-        taken = self._file.with_name(f".owner.{self._facts['token']}.taken")
+    def _take_over(self) -> bool:
+        """Put this start in the place of a dead one, one start at a time; whether it is the owner now."""
+        turn = self._file.with_name(".owner.turn")
         try:
-            os.replace(self._file, taken)
-        except FileNotFoundError:
-            return
-        found = _read(taken)
-        if found is not None and found != theirs:
-            with contextlib.suppress(OSError):  # it makes its own anew where it finds none
-                os.link(taken, self._file)
-        taken.unlink()
+            turn.touch(exist_ok=False)
+        except FileExistsError:
+            time.sleep(0.05)
+            with contextlib.suppress(FileNotFoundError):
+                if self._silence(turn) > _SILENT_SECONDS:  # it died at this point
+                    turn.unlink()
+            return False
+        try:
+            self._refuse_if_alive()
+            self._file.unlink(missing_ok=True)
+            return self._create()
+        finally:
+            turn.unlink(missing_ok=True)
+
+    def _refuse_if_alive(self) -> None:
+        theirs = _read(self._file)
+        with contextlib.suppress(FileNotFoundError):  # it has just left
+            if theirs is not None and _is_alive(theirs, self._silence(self._file)):
+                raise NotOwner(_refusal(self._run, theirs))
 
     def _touch(self) -> None:
         while not self._left.wait(_SECONDS_BETWEEN_TOUCHES):
