@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def wandb_lines(run) -> list[tuple[str, dict]]:
 
 
 def test_no_abandoned_step_stands_as_one_of_the_runs_in_wandb(recipe, tmp_path, fails_in_step):
-    """Back from 6 to 2 with another learning rate, ended before the next checkpoint, and on without a word."""
+    """Back from 6 to 2 with another learning rate, ended before the next checkpoint with its log lost, and on."""
     run, command = tmp_path / "run", ["train", str(recipe), "tracking.wandb=offline", "train.validation_samples=2"]
     assert main([*command, "checkpoint.every=2", "train.steps=6", "checkpoint.keep=3"]) == 0
     abandoned = json.loads((run / "wandb" / "run.json").read_text())["id"]
@@ -149,6 +150,9 @@ def test_no_abandoned_step_stands_as_one_of_the_runs_in_wandb(recipe, tmp_path, 
     fails_in_step(4)
     with pytest.raises(RuntimeError, match="went away"):
         main([*other, "train.resume_from=2"])
+    for folder in (run / "wandb").glob("offline-run-*"):
+        if not folder.name.endswith(abandoned):
+            shutil.rmtree(folder)
     fails_in_step(None)
     assert main(other) == 0
     lines = wandb_lines(run)
