@@ -119,15 +119,18 @@ class Trainer:
     def _build(self, start: Path | None) -> Engine:
         rank, size = groups.pipeline_parallel()
         stages = build_stages(self.config, stage_layers(self.config)[rank::size], groups.device())
-        init_from = self.config.train.init_from
-        if start is None and init_from is not None:
-            folder = checkpoint.find(Path(init_from))
-            if folder is None:
-                raise UserError(f"train.init_from: there is no checkpoint in '{init_from}'.")
-            for stage in stages:
-                checkpoint.load_weights(folder, stage)
-            self.say(f"Starting from the weights of {folder}.")
-        return Engine(self.config, stages)
+        engine, init_from = Engine(self.config, stages), self.config.train.init_from
+        if start is not None:
+            return engine
+        if init_from is None:
+            engine.initialize()
+            return engine
+        folder = checkpoint.find(Path(init_from))
+        if folder is None:
+            raise UserError(f"train.init_from: there is no checkpoint in '{init_from}'.")
+        checkpoint.load_weights(folder, engine.model, engine.put_weight)
+        self.say(f"Starting from the weights of {folder}.")
+        return engine
 
     def run_until_told(self) -> None:
         """The remaining steps, with validations and checkpoints on the way; ends early when asked to stop."""

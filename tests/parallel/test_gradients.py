@@ -64,6 +64,7 @@ def gradients(layout):
     """This rank's pipeline stages: {name: gradient at full shape}, {LTE layer: kept tokens}, sum of losses."""
     from megahybrid.model.stack import build_stages
     from megahybrid.parallel import groups
+    from megahybrid.parallel.parameters import initialize_parameters
     from megahybrid.scaling.stages import stage_layers
     from megahybrid.training import schedule
 
@@ -72,6 +73,7 @@ def gradients(layout):
     rank, size = groups.pipeline_parallel()
     stages = build_stages(config, stage_layers(config)[rank::size], "cpu", torch.float64)
     for stage in stages:
+        initialize_parameters(stage, config.train.seed)
         stage.config.pipeline_dtype = torch.float64
         set_lambdas(stage)
     replica, replicas = groups.data_parallel()
