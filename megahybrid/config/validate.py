@@ -103,8 +103,7 @@ def _layout(config: Config) -> None:
         )
     if parallel.gradient_reduction == "bf16" and config.train.dtype == "fp32":
         raise UserError(
-            "parallel.gradient_reduction bf16 would round what train.dtype fp32 computes; set parallel.gradient_reduction "
-            "to fp32."
+            "parallel.gradient_reduction is bf16, which would round what train.dtype fp32 computes; set it to fp32."
         )
     _tensor(config)
     if parallel.sequence and config.train.seq_length % parallel.tensor:
