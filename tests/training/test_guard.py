@@ -75,7 +75,12 @@ def spoilt(out: StackOutput) -> StackOutput:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize(
     ("dtype", "fault"),
-    [("fp32", "loss"), ("fp32", "gradient"), ("bf16", "gradient"), pytest.param("bf16", "loss", marks=pytest.mark.slow)],
+    [
+        ("fp32", "loss"),
+        ("fp32", "gradient"),
+        ("bf16", "gradient"),
+        pytest.param("bf16", "loss", marks=pytest.mark.slow),
+    ],
 )
 def test_a_bad_step_changes_no_weight_and_is_counted(stage, dtype, fault, recipe, tmp_path, monkeypatch):
     """Step 3 turns out NaN; the weights after it are those after step 2."""
