@@ -19,6 +19,13 @@ LAYOUTS = [
     {"tensor": 2, "data": 2, "zero_stage": 2},
 ]
 REPRESENTATIVE = [{"tensor": 2, "sequence": True}, {"pipeline": 2}, {"pipeline": 2, "virtual_pipeline": 2}]
+TIED = "embedding.weight"
+# Bounds of `assert_same_steps`.
+EXACT = 1e-6, 1e-6, 1e-5, 1e-4
+SUMMED_OTHERWISE = 1e-6, 1e-5, 1e-4, 1e-3
+# A tensor parallel layout rounds other partial sums of activations, and in this small model some keep decisions then
+# fall differently: after an update the gradients have no more to do with each other.
+ROUNDED = 5e-3, 1e-2, 0.2
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +66,18 @@ def distance(found, theirs, start=None):
     return largest
 
 
-def assert_same_steps(ranks, theirs, first, later, losses):
-    """Weights' changes and moments within `first` after the first step, `later` afterwards."""
+def assert_same_steps(ranks, theirs, losses, norms, *bounds):
+    """Losses and the gradient's norms within these; weights' changes and moments within a bound for each step."""
     names = set()
     for rank in ranks:
         assert rank["losses"] == pytest.approx(theirs["losses"], rel=losses)
-        assert rank["norms"] == pytest.approx(theirs["norms"], rel=first)
+        steps = len(bounds)
+        assert rank["norms"][:steps] == pytest.approx(theirs["norms"][:steps], rel=norms)
         assert min(theirs["norms"]) > 2 * 0.3  # or nothing is clipped
         start = theirs["states"][0]["weights"]
         for name, value in rank["states"][0]["weights"].items():
             assert torch.equal(value.double(), start[name]), f"{name} is rounded"
-        for step, (ours, other) in enumerate(zip(rank["states"][1:], theirs["states"][1:], strict=True)):
-            bound = later if step else first
+        for bound, ours, other in zip(bounds, rank["states"][1:], theirs["states"][1:], strict=False):
             assert distance(ours["exp_avg"], other["exp_avg"]) < bound
             assert distance(ours["exp_avg_sq"], other["exp_avg_sq"]) < 2 * bound
             assert distance(ours["weights"], other["weights"], start) < bound + 1e-4  # an fp32 weight's last bit
@@ -80,14 +87,14 @@ def assert_same_steps(ranks, theirs, first, later, losses):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_fp32_steps_are_those_of_torch(stage, workers, expected):
-    assert_same_steps(run(workers, "fp32", data=2, zero_stage=stage), expected("fp32"), 1e-5, 1e-4, 1e-6)
+    assert_same_steps(run(workers, "fp32", data=2, zero_stage=stage), expected("fp32"), *EXACT)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_steps_are_those_of_torch_on_exact_sums_of_bf16_gradients(stage, workers, expected):
     """Not so if the sums over micro-batches and replicas were rounded: that is 1e-3 and more."""
     ranks = run(workers, "bf16", data=2, zero_stage=stage)
-    assert_same_steps(ranks, expected("bf16"), 1e-5, 1e-3, 1e-6)
+    assert_same_steps(ranks, expected("bf16"), *EXACT)
     for rank in ranks:
         assert all(sums.keys() == {"torch.float32"} for sums in rank["sums"])
 
@@ -107,11 +114,12 @@ def possibly_slow(layout):
 
 
 @pytest.mark.parametrize("layout", map(possibly_slow, LAYOUTS))
-@pytest.mark.parametrize(("dtype", "bounds"), [("fp32", (1e-4, 1e-3, 1e-6)), ("bf16", (0.1, 0.1, 5e-3))])
-def test_steps_do_not_depend_on_the_layout(dtype, bounds, layout, workers, expected):
-    """In bf16 a layout rounds other partial sums; a gradient that lacks one of its parts is off by far more."""
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_steps_do_not_depend_on_the_layout(dtype, layout, workers, expected):
     ranks = run(workers, dtype, **layout)
-    assert_same_steps(ranks, expected(dtype), *bounds)
-    copies = [rank["states"][-1]["weights"].get("embedding.weight") for rank in ranks]
-    copies = [copy for copy in copies if copy is not None]
-    assert all(torch.equal(copy, copies[0]) for copy in copies)
+    assert_same_steps(ranks, expected(dtype), *(ROUNDED if dtype == "bf16" else SUMMED_OTHERWISE))
+    holders = [rank["states"] for rank in ranks if TIED in rank["states"][0]["weights"]]
+    assert all(torch.equal(*(each[-1]["weights"][TIED] for each in (states, holders[0]))) for states in holders)
+    of_one = expected(dtype)["states"][1]["exp_avg"][TIED]
+    # Without the output layer's part it is 0.14.
+    assert distance({TIED: holders[0][1]["exp_avg"][TIED]}, {TIED: of_one}) < 0.06
