@@ -93,10 +93,13 @@ def reduction(config: Config, parameters: int) -> float:
     one piece that is reduced in its place, or as one copy, r; those of fp32 weights are joined to buckets, w.
     """
     width, travels = _width(config), 4 if config.parallel.gradient_reduction == "fp32" else 2
-    bucket, cast = min(parameters, BUCKET), travels if travels != width else 0
-    if config.parallel.zero_stage == 1:
-        return 4 * bucket if width == 4 else parameters * (travels if travels != 4 else 0)
-    return bucket * (width + cast + (width if config.parallel.zero_stage == 2 else travels))
+    stage, bucket = config.parallel.zero_stage, min(parameters, BUCKET)
+    if stage == 1 and width == 2:
+        return travels * parameters if travels == 2 else 0
+    if stage == 1:
+        return width * bucket
+    cast = travels if travels != width else 0
+    return bucket * (width + cast + (width if stage == 2 else travels))
 
 
 def update(parameters: int, replicas: int) -> float:

@@ -117,19 +117,19 @@ class Trainer:
         self._status_written = 0.0
 
     def _build(self, start: Path | None) -> Engine:
+        init_from, weights = self.config.train.init_from, None
+        if start is None and init_from is not None:
+            weights = checkpoint.find(Path(init_from))
+            if weights is None:
+                raise UserError(f"train.init_from: there is no checkpoint in '{init_from}'.")
         rank, size = groups.pipeline_parallel()
         stages = build_stages(self.config, stage_layers(self.config)[rank::size], groups.device())
-        engine, init_from = Engine(self.config, stages), self.config.train.init_from
-        if start is not None:
-            return engine
-        if init_from is None:
+        engine = Engine(self.config, stages)
+        if weights is not None:
+            checkpoint.load_weights(weights, engine.model, engine.put_weight)
+            self.say(f"Starting from the weights of {weights}.")
+        elif start is None:
             engine.initialize()
-            return engine
-        folder = checkpoint.find(Path(init_from))
-        if folder is None:
-            raise UserError(f"train.init_from: there is no checkpoint in '{init_from}'.")
-        checkpoint.load_weights(folder, engine.model, engine.put_weight)
-        self.say(f"Starting from the weights of {folder}.")
         return engine
 
     def run_until_told(self) -> None:
