@@ -29,8 +29,8 @@ ROUNDED = 5e-3, 1e-2, 0.2
 
 
 @pytest.fixture(scope="module")
-def workers():
-    pool = Workers(4)
+def workers(request):
+    pool = Workers(4 if request.config.getoption("--slow") else 2)
     yield pool
     pool.close()
 
