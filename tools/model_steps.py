@@ -64,6 +64,7 @@ def measure(
     groups.initialize(config.parallel, config.train.seed)
     rank, size = groups.pipeline_parallel()
     engine = Engine(config, build_stages(config, stage_layers(config)[rank::size], groups.device()))
+    engine.initialize()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     batches = random_batches(config)

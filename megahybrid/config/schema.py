@@ -124,6 +124,8 @@ class ParallelConfig:
     """Sequence parallelism: split the residual stream's tokens over the tensor parallel ranks."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage."""
+    gradient_reduction: str = "fp32"
+    """How gradients travel and are summed over the data parallel replicas: fp32, or bf16, at half the bytes."""
 
 
 @dataclass

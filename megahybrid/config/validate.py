@@ -31,6 +31,7 @@ def validate(config: Config) -> None:
     """Check ranges and combinations. Raises UserError at the first fault."""
     _positive(config, "")
     _choice("train.dtype", config.train.dtype, ("bf16", "fp32"))
+    _choice("parallel.gradient_reduction", config.parallel.gradient_reduction, ("fp32", "bf16"))
     _choice("optimizer.schedule", config.optimizer.schedule, ("cosine", "wsd", "constant"))
     _choice("tracking.wandb", config.tracking.wandb, ("offline", "online", "disabled"))
     _model(config)
@@ -99,6 +100,10 @@ def _layout(config: Config) -> None:
     if parallel.zero_stage not in (1, 2, 3):
         raise UserError(
             f"parallel.zero_stage is {parallel.zero_stage}; choose 1, 2 or 3 (0 miscounts the gradient norm)."
+        )
+    if parallel.gradient_reduction == "bf16" and config.train.dtype == "fp32":
+        raise UserError(
+            "parallel.gradient_reduction is bf16, which would round what train.dtype fp32 computes; set it to fp32."
         )
     _tensor(config)
     if parallel.sequence and config.train.seq_length % parallel.tensor:

@@ -138,6 +138,7 @@ class Stages(nn.Module):
 def build(config: Config, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Stack:
     """The whole model with its initial values from (train.seed, parameter name)."""
     (stage,) = build_stages(config, [None], device, dtype)
+    initialize_parameters(stage, config.train.seed)
     return stage
 
 
@@ -147,11 +148,10 @@ def build_stages(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> list[Stack]:
-    """This rank's stages, one for each entry of `layers`, with their initial values."""
+    """This rank's stages, one for each entry of `layers`, their parameters without values."""
     stages = []
     for number, each in enumerate(layers):
         stage = Stack(config, each).to(device=device, dtype=dtype)
-        initialize_parameters(stage, config.train.seed)
         if len(layers) > 1:
             stage.vp_stage = number  # Megatron-core's interleaved schedule asks for it
         stages.append(stage)

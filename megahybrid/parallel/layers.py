@@ -30,8 +30,21 @@ def enter(x: Tensor, sequence_parallel: bool) -> Tensor:
 
 def shared(weight: Tensor) -> Tensor:
     """`weight`, of which every tensor parallel rank has the whole but sees only a part of the uses: other tokens under
-    sequence parallelism, or its own heads. Its gradient is summed over these ranks."""
-    return mappings.copy_to_tensor_model_parallel_region(weight)
+    sequence parallelism, or its own heads. Its gradient is summed over these ranks, in fp32 at least."""
+    _, ranks = groups.tensor_parallel()
+    return _Shared.apply(weight) if ranks > 1 else weight
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+        dist.all_reduce(total, group=_group())
+        return total.to(grad.dtype)
 
 
 class ColumnLinear(nn.Module):

@@ -17,6 +17,8 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 Initializer = Callable[[tuple[int, ...], torch.Generator], Tensor]
+Put = Callable[[nn.Parameter, Tensor], None]
+"""Gives a parameter its value, this tensor parallel rank's part in fp32."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,22 @@ def attach_spec(weight: nn.Parameter, spec: ParameterSpec) -> nn.Parameter:
     return weight
 
 
-def initialize_parameters(model: nn.Module, seed: int) -> None:
-    """Give every parameter its initial value from (seed, global name)."""
+@torch.no_grad()
+def put_in_place(weight: nn.Parameter, value: Tensor) -> None:
+    """The `Put` of a model that no optimizer owns."""
+    weight.copy_(value)
+
+
+def initialize_parameters(model: nn.Module, seed: int, put: Put = put_in_place) -> None:
+    """Give every parameter its initial value from (seed, global name); `put` is called by several threads."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
 
-    @torch.no_grad()
     def draw(name: str, weight: nn.Parameter) -> None:
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         full = weight.spec.initializer(weight.spec.shape, generator)
-        weight.copy_(weight.spec.shard(full, rank, size))
+        put(weight, weight.spec.shard(full, rank, size))
 
     # A generator draws on one core, and each parameter has its own.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:

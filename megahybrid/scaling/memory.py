@@ -33,6 +33,8 @@ from megahybrid_kernels.linear_cross_entropy.chunks import chunk_length
 ZERO_STAGES = (1, 2, 3)
 LIVE_PARAMETERS = 10**9
 """What ZeRO-3 leaves gathered at most."""
+BUCKET = 10**8
+"""Gradients that are reduced at once, at most or of one parameter: enough to fill links, little beside activations."""
 
 
 def states(config: Config, parameters: int, zero_stage: int, replicas: int) -> float:
@@ -53,16 +55,27 @@ def _gradients(parameters: int, zero_stage: int, replicas: int) -> float:
 def peak_bytes(config: Config, replicas: int) -> list[float]:
     """Most bytes that a GPU holds in a step, by pipeline rank, with `replicas` data parallel ones.
 
-    Beside its states that is the activations and what ZeRO-3 has gathered, or what the update takes when they are gone.
+    Beside its states that is the activations, which ZeRO-2 and 3 replace by gradients in reduction, and what ZeRO-3 has
+    gathered; or, when they are gone, what the update takes, or ZeRO-1's reduction.
     """
     stage, peaks = config.parallel.zero_stage, []
     for rank, count in enumerate(parameters_by_rank(config)):
-        passes = activations(config, replicas, rank) + gathered(config, count, replicas)
+        passes = _backward(config, activations(config, replicas, rank), count) + gathered(config, count, replicas)
         if config.train.dtype == "fp32" and stage < 3 and micro_batches(config, replicas) == 1:
             # Made while the activations go; elsewhere they have their place from the start.
             passes -= _gradients(count, stage, replicas)
-        peaks.append(states(config, count, stage, replicas) + max(passes, update(count, replicas)))
+        after = max(update(count, replicas), reduction(config, count) if stage == 1 else 0)
+        peaks.append(states(config, count, stage, replicas) + max(passes, after))
     return peaks
+
+
+def _backward(config: Config, held: float, parameters: int) -> float:
+    """Activations, or what ZeRO-2 and 3 first reduce and the activations that the backward pass has left by then: it
+    has come as far as the bucket's share of the parameters."""
+    if config.parallel.zero_stage == 1:
+        return held
+    left = 1 - min(parameters, BUCKET) / parameters
+    return max(held, held * left + reduction(config, parameters))
 
 
 def gathered(config: Config, parameters: int, replicas: int) -> float:
@@ -70,6 +83,23 @@ def gathered(config: Config, parameters: int, replicas: int) -> float:
     if config.parallel.zero_stage < 3 or replicas == 1:
         return 0
     return _width(config) * min(parameters, LIVE_PARAMETERS)
+
+
+def reduction(config: Config, parameters: int) -> float:
+    """What the reduction of gradients takes, of w bytes each, r on their way.
+
+    Of a bucket ZeRO-2 has the gradients, w, joins them, w, and casts that where it travels in another type, r; ZeRO-3
+    casts first, r, and joins then, r. ZeRO-1 has no other gradients than the sums in fp32. Those of bf16 weights lie in
+    one piece that is reduced in its place, or as one copy, r; those of fp32 weights are joined to buckets, w.
+    """
+    width, travels = _width(config), 4 if config.parallel.gradient_reduction == "fp32" else 2
+    stage, bucket = config.parallel.zero_stage, min(parameters, BUCKET)
+    if stage == 1 and width == 2:
+        return travels * parameters if travels == 2 else 0
+    if stage == 1:
+        return width * bucket
+    cast = travels if travels != width else 0
+    return bucket * (width + cast + (width if stage == 2 else travels))
 
 
 def update(parameters: int, replicas: int) -> float:

@@ -10,7 +10,7 @@ from megahybrid.config import Config
 from megahybrid.config.pattern import LETTERS
 from megahybrid.model.settings import Settings
 from megahybrid.scaling.flops import flops_per_token
-from megahybrid.scaling.memory import ZERO_STAGES, activations, gathered, peak_bytes, states
+from megahybrid.scaling.memory import ZERO_STAGES, activations, gathered, peak_bytes, reduction, states
 from megahybrid.scaling.parameters import parameter_specs, parameters_by_rank
 from megahybrid.scaling.stages import layer_costs, stage_layers
 
@@ -84,6 +84,8 @@ def _memory(config: Config) -> str:
     if parallel.zero_stage == 3:
         per_size = (gathered(config, parameters[rank], size) for size, rank in fullest)
         rows.append(("working copies gathered by ZeRO 3", *map(_gib, per_size)))
+    if parallel.zero_stage > 1:
+        rows.append(("gradients being reduced", *(_gib(reduction(config, parameters[rank])) for _, rank in fullest)))
     for stage in ZERO_STAGES if parallel.pipeline == 1 else (1,):
         per_size = (states(config, parameters[rank], stage, size) for size, rank in fullest)
         rows.append((f"weights, gradients, optimizer: ZeRO {stage}", *map(_gib, per_size)))

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from megahybrid.errors import UserError
 from megahybrid.parallel import groups
+from megahybrid.parallel.parameters import Put, put_in_place
 from megahybrid.training import zero
 from megahybrid.training.checkpoint_folder import others
 from megahybrid.training.engine import Engine
@@ -71,13 +71,12 @@ def load(path: Path, engine: Engine) -> Position:
     return Position(**facts["position"])
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Put a checkpoint's weights into a model that no optimizer owns yet. Called by every process; raises as `load`."""
+def load_weights(path: Path, model: nn.Module, put: Put = put_in_place) -> None:
+    """Give a model a checkpoint's weights, and nothing else. Called by every process; raises as `load`."""
     facts = read_facts(path)
     _verify(path, facts, model, [zero.WEIGHTS])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(_read(path, facts, zero.WEIGHTS, name, parameter))
+    for name, parameter in model.named_parameters():
+        put(parameter, _read(path, facts, zero.WEIGHTS, name, parameter))
 
 
 def read_facts(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megahybrid.config.schema import Config
 from megahybrid.data.packing import Batch
@@ -19,6 +19,7 @@ from megahybrid.errors import UserError
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.stack import Stack, Stages
 from megahybrid.parallel import groups
+from megahybrid.parallel.parameters import initialize_parameters
 from megahybrid.scaling.schedule import micro_batches
 from megahybrid.training import schedule, zero
 from megahybrid.training.controller import LambdaController
@@ -61,7 +62,8 @@ class Engine:
     """
 
     def __init__(self, config: Config, stages: Sequence[Stack]):
-        """Raises UserError where the micro-batches do not fit the pipeline's schedule."""
+        """`stages` need no values, `initialize` or a checkpoint gives them: DeepSpeed would round those they have to
+        bf16, masters included. Raises UserError where the micro-batches do not fit the pipeline's schedule."""
         self.config, self.stages, self.settings = config, stages, stages[0].settings
         self.model = stages[0] if len(stages) == 1 else Stages(stages)
         self.device = groups.device()
@@ -75,6 +77,14 @@ class Engine:
         self.optimizer.accept = self._accept
         self.deepspeed = zero.initialize(config, self.model, self.optimizer)
         self._loss = 0.0
+
+    def initialize(self) -> None:
+        """Give the weights their initial values from (train.seed, parameter name)."""
+        initialize_parameters(self.model, self.config.train.seed, self.put_weight)
+
+    def put_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set a parameter's fp32 master and its working copy to this tensor parallel rank's part of a weight."""
+        zero.write(self.deepspeed, parameter, zero.WEIGHTS, value.to(self.device))
 
     def _make_controller(self) -> LambdaController:
         """The controller of the whole model; this rank's mixers get their heads' lambdas."""

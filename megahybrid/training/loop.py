@@ -128,17 +128,20 @@ class Trainer:
         self._status_written = 0.0
 
     def _build(self, start: Path | None) -> Engine:
+        init_from, weights = self.config.train.init_from, None
+        if start is None and init_from is not None:
+            weights = checkpoint_folder.find(Path(init_from))
+            if weights is None:
+                raise UserError(f"train.init_from: there is no checkpoint in '{init_from}'.")
         rank, size = groups.pipeline_parallel()
         stages = build_stages(self.config, stage_layers(self.config)[rank::size], groups.device())
-        init_from = self.config.train.init_from
-        if start is None and init_from is not None:
-            folder = checkpoint_folder.find(Path(init_from))
-            if folder is None:
-                raise UserError(f"train.init_from: there is no checkpoint in '{init_from}'.")
-            for stage in stages:
-                checkpoint.load_weights(folder, stage)
-            self.say(f"Starting from the weights of {folder}.")
-        return Engine(self.config, stages)
+        engine = Engine(self.config, stages)
+        if weights is not None:
+            checkpoint.load_weights(weights, engine.model, engine.put_weight)
+            self.say(f"Starting from the weights of {weights}.")
+        elif start is None:
+            engine.initialize()
+        return engine
 
     def _go_on_from_here(self, goes_back: bool) -> None:
         """On the main process: the run's files become those of a run that stands at this step."""

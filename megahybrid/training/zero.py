@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megahybrid.config.schema import Config
 from megahybrid.parallel import groups
 from megahybrid.parallel.mpu import ModelParallelUnit
-from megahybrid.scaling.memory import LIVE_PARAMETERS
+from megahybrid.scaling.memory import BUCKET, LIVE_PARAMETERS
 
 WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -21,7 +21,8 @@ KINDS = (WEIGHTS, *MOMENTS)
 
 
 def initialize(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-    """DeepSpeed's engine around the model, its optimizer state made and linked.
+    """DeepSpeed's engine around the model, its optimizer state made and linked. Masters of bf16 weights are rounded to
+    bf16 until `write` puts others in their place.
 
     With stage 1 a schedule runs all micro-batches of a step by itself: to DeepSpeed they are one. With stages 2 and 3
     DeepSpeed sees every micro-batch, and reduces its gradients at once.
@@ -38,6 +39,7 @@ def initialize(config: Config, model: nn.Module, optimizer: torch.optim.Optimize
         "gradient_accumulation_steps": 1 if stage == 1 else samples // train.micro_batch_size,
         "managed_gradient_accumulation": stage > 1,
         "gradient_clipping": config.optimizer.clip_grad_norm,
+        "communication_data_type": config.parallel.gradient_reduction,
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # it makes the host wait for the GPU before every micro-batch
         "zero_allow_untested_optimizer": True,
@@ -45,6 +47,7 @@ def initialize(config: Config, model: nn.Module, optimizer: torch.optim.Optimize
             "stage": stage,
             "overlap_comm": False,
             "contiguous_gradients": False,
+            "reduce_bucket_size": BUCKET,
             "stage3_max_live_parameters": LIVE_PARAMETERS,
             "leaf_module": {"classes": ["megahybrid.model.block.Block"]},  # stage 3 gathers whole layers at once
         },

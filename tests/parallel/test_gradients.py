@@ -64,6 +64,7 @@ def gradients(layout):
     """This rank's pipeline stages: {name: gradient at full shape}, {LTE layer: kept tokens}, sum of losses."""
     from megahybrid.model.stack import build_stages
     from megahybrid.parallel import groups
+    from megahybrid.parallel.parameters import initialize_parameters
     from megahybrid.scaling.stages import stage_layers
     from megahybrid.training import schedule
 
@@ -72,6 +73,7 @@ def gradients(layout):
     rank, size = groups.pipeline_parallel()
     stages = build_stages(config, stage_layers(config)[rank::size], "cpu", torch.float64)
     for stage in stages:
+        initialize_parameters(stage, config.train.seed)
         stage.config.pipeline_dtype = torch.float64
         set_lambdas(stage)
     replica, replicas = groups.data_parallel()
@@ -150,3 +152,23 @@ def test_every_gradient_is_one_processs(layout, data, workers, expected):
         names |= found.keys()
         layers |= found_kept.keys()
     assert names == gradient.keys() and layers == kept.keys()
+
+
+def shared_gradient(dtype):
+    """Of four tensor parallel ranks, where rank i gives 1 to the i-th entry and 2⁻⁹ to the others."""
+    from megahybrid.parallel import groups
+    from megahybrid.parallel.layers import shared
+
+    groups.initialize(ParallelConfig(tensor=4))
+    weight = torch.zeros(4, dtype=getattr(torch, dtype), requires_grad=True)
+    given = torch.full_like(weight, 2**-9)
+    given[groups.tensor_parallel()[0]] = 1
+    shared(weight).backward(given)
+    return weight.grad
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float64", 1 + 3 * 2**-9), ("bfloat16", 1 + 2**-7)])
+def test_a_shared_weights_gradient_is_summed_in_fp32_at_least(dtype, expected, workers):
+    """In bf16, 1 + 2⁻⁹ is 1: whatever the order, some entry would stay there."""
+    for gradient in workers.run(4, "tests.parallel.test_gradients:shared_gradient", dtype):
+        assert gradient.dtype == getattr(torch, dtype) and gradient.tolist() == [expected] * 4

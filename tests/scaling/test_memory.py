@@ -311,3 +311,34 @@ def test_of_a_single_micro_batch_in_fp32_gradients_come_as_activations_go():
     several, one = (count * (4 + 12 / size) + memory.activations(config, size, 0) for size in (4, 8))
     assert memory.peak_bytes(config, 4) == [pytest.approx(several + 4 * count)]
     assert memory.peak_bytes(config, 8) == [pytest.approx(one)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "travels", "expected"),
+    [
+        (1, "bf16", "fp32", 0),
+        (1, "bf16", "bf16", 2),
+        (1, "fp32", "fp32", 4),
+        (2, "bf16", "fp32", 2 + 2 + 4),
+        (2, "bf16", "bf16", 2 + 2),
+        (2, "fp32", "fp32", 4 + 4),
+        (3, "bf16", "fp32", 2 + 4 + 4),
+        (3, "bf16", "bf16", 2 + 2),
+        (3, "fp32", "fp32", 4 + 4),
+    ],
+)
+def test_what_the_reduction_takes(stage, dtype, travels, expected):
+    config = config_of("G", dtype=dtype, zero_stage=stage, gradient_reduction=travels)
+    assert memory.reduction(config, 1000) == expected * 1000
+    in_one_piece = stage == 1 and dtype == "bf16"
+    assert memory.reduction(config, 10**9) == expected * (10**9 if in_one_piece else memory.BUCKET)
+
+
+@pytest.mark.parametrize(("stage", "travels"), [(1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")])
+def test_without_activations_the_reduction_is_the_peak(stage, travels):
+    config = config_of("G" * 8, recompute="all", zero_stage=stage, gradient_reduction=travels)
+    config.train.seq_length = 16
+    (count,) = parameters_by_rank(config)
+    gathered = memory.gathered(config, count, 64)
+    expected = memory.states(config, count, stage, 64) + gathered + memory.reduction(config, count)
+    assert memory.peak_bytes(config, 64) == [expected]

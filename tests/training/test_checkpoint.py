@@ -98,6 +98,14 @@ def test_init_from_takes_weights_and_nothing_else(recipe, reference, tmp_path):
     assert line["validation_loss"] == pytest.approx(metrics(reference)[-1]["validation_loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_init_from_keeps_every_bit_in_bf16(stage, recipe, reference, tmp_path):
+    still = ["optimizer.learning_rate=1e-30", "optimizer.weight_decay=0", f"parallel.zero_stage={stage}"]
+    command = ["train", str(recipe), "train.dtype=bf16", "train.steps=1", f"train.init_from={reference}", *still]
+    assert main(command) == 0
+    assert weights(tmp_path / "run", 1) == weights(reference, 20)
+
+
 def test_bf16_resumes_bit_equal(recipe, tmp_path, monkeypatch):
     runs = []
     for stop in (None, 4):
