@@ -21,6 +21,7 @@ from typing import Any
 
 from megahybrid.errors import MachineFault, UserError
 from megahybrid.parallel import groups
+from megahybrid.retry import may_succeed
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,8 @@ class PeerWatch:
     `last_words(cause)` is called and the process exits with code 1.
     """
 
-    def __init__(self, grace: float = 5.0):
-        self.last_words: Callable[[UserError], None] = lambda cause: None
-        self._grace = grace
+    def __init__(self, last_words: Callable[[UserError], None], grace: float = 5.0):
+        self._last_words, self._grace = last_words, grace
         self._cause: UserError | None = None
         self._news, self._left = threading.Event(), threading.Event()
         self._members: dict[socket.socket, str] = {}  # the other end of every connection, by name
@@ -58,7 +58,8 @@ class PeerWatch:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self._left.set()
         for connection in list(self._members):
-            self._send(connection, {"left": None if error is None else _sentence(error)})
+            left = None if error is None else _sentence(error)
+            self._send(connection, {"left": left, "machine": error is not None and may_succeed(error)})
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_WR)
 
@@ -126,10 +127,10 @@ class PeerWatch:
                     f"{name} died; its log says more, and the same command goes on from the last checkpoint."
                 )
             if "cause" in message:
-                return (MachineFault if message["machine"] else UserError)(message["cause"])
+                return _kind(message)(message["cause"])
             self._members[connection] = f"{name} left"
             if message["left"] is not None:
-                return UserError(f"{name} failed: {message['left']}")
+                return _kind(message)(f"{name} failed: {message['left']}")
         return None
 
     def _alarm(self, cause: UserError) -> None:
@@ -143,7 +144,7 @@ class PeerWatch:
             return
         log.info("%s", cause)
         with contextlib.suppress(Exception):
-            self.last_words(cause)
+            self._last_words(cause)
         print(f"megahybrid (rank {groups.world()[0]}): {cause}", file=sys.stderr, flush=True)
         os._exit(1)
 
@@ -169,6 +170,10 @@ def _receive(connection: socket.socket) -> list[dict[str, Any]]:
     except ConnectionError:
         return []
     return [json.loads(line) for line in data.splitlines()]
+
+
+def _kind(message: dict[str, Any]) -> type[UserError]:
+    return MachineFault if message["machine"] else UserError
 
 
 def _sentence(error: BaseException) -> str:

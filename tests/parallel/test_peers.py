@@ -22,8 +22,7 @@ from megahybrid.parallel.peers import PeerWatch
 
 groups.initialize(ParallelConfig())
 rank, _ = groups.world()
-with PeerWatch(grace=1.0) as peers:
-    peers.last_words = lambda cause: print("last words:", cause, flush=True)
+with PeerWatch(lambda cause: print("last words:", cause, flush=True), grace=1.0):
     print("watching", flush=True)
     what = sys.argv[1].split(",")[rank]
     if what == "wait":  # as in a collective of NCCL
