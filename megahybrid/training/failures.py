@@ -103,6 +103,11 @@ def forget(run: RunDirectory) -> None:
     run.failure_of(run.start).unlink(missing_ok=True)
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether it says what is wrong with a start by hand: told on the terminal, it changes nothing of the run."""
+    return isinstance(error, UserError) and not may_succeed(error) and "MEGAHYBRID_SUBMISSION" not in os.environ
+
+
 def describe(error: BaseException) -> str:
     """One line about an error: a UserError's own sentence, else its type and first line."""
     lines = str(error).strip().splitlines()

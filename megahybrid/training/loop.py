@@ -16,7 +16,7 @@ from megahybrid.model.stack import build_stages
 from megahybrid.parallel import groups
 from megahybrid.parallel.peers import PeerWatch
 from megahybrid.parallel.self_check import self_check
-from megahybrid.retry import may_succeed, retry
+from megahybrid.retry import retry
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.stages import stage_layers
 from megahybrid.training import attempts, checkpoint, failures
@@ -74,8 +74,8 @@ def train(config: Config, report: Report = print, stop_request: StopRequest | No
             log.info("Ended by an error.", exc_info=True)
             cause = peers.explain(error)
             log.info(failures.describe(cause))
-            if trainer is not None or may_succeed(cause) or not isinstance(cause, UserError):
-                record(cause)  # a refusal by hand is told on the terminal, and changes nothing
+            if trainer is not None or not failures.is_refusal(cause):
+                record(cause)
             if cause is error:
                 raise
             raise cause from error
