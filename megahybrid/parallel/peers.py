@@ -16,6 +16,7 @@ import selectors
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,9 @@ from megahybrid.retry import may_succeed
 log = logging.getLogger(__name__)
 
 _SECONDS_TO_CONNECT = 60.0
+_SECONDS_TO_GREET = 5.0
 _SECONDS_FOR_NEWS = 3.0
+_LONGEST_GREETING = 1000  # bytes
 
 
 class PeerWatch:
@@ -36,7 +39,7 @@ class PeerWatch:
     `last_words(cause)` is called and the process exits with code 1.
     """
 
-    def __init__(self, last_words: Callable[[UserError], None], grace: float = 5.0):
+    def __init__(self, last_words: Callable[[UserError], None] = lambda cause: None, grace: float = 5.0):
         self._last_words, self._grace = last_words, grace
         self._cause: UserError | None = None
         self._news, self._left = threading.Event(), threading.Event()
@@ -70,15 +73,21 @@ class PeerWatch:
         return error if self._cause is None else self._cause
 
     def _accept(self, listening: socket.socket, name: str, count: int) -> None:
-        listening.settimeout(_SECONDS_TO_CONNECT)
+        deadline = time.monotonic() + _SECONDS_TO_CONNECT
         with listening:
-            for _ in range(count):
+            while len(self._members) < count:
                 try:
+                    listening.settimeout(max(0.0, deadline - time.monotonic()))
                     connection, _ = listening.accept()
-                    self._members[connection] = _receive_name(connection)
                 except OSError as error:
                     log.warning("%d processes could not be watched (%s).", count - len(self._members), error)
                     return
+                try:  # a port is open to scanners, too
+                    connection.settimeout(min(_SECONDS_TO_GREET, max(0.1, deadline - time.monotonic())))
+                    self._members[connection] = _receive_name(connection)
+                except (OSError, ValueError, KeyError, TypeError):
+                    connection.close()
+                    continue
                 self._keep_alive(connection)
                 self._send(connection, {"name": name})
 
@@ -152,7 +161,7 @@ class PeerWatch:
 def _receive_name(connection: socket.socket) -> str:
     """The other end's greeting, and nothing of what may follow it at once."""
     line = b""
-    while not line.endswith(b"\n"):
+    while not line.endswith(b"\n") and len(line) < _LONGEST_GREETING:
         if not (byte := connection.recv(1)):
             raise ConnectionError("it left at once")
         line += byte
