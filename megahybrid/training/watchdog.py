@@ -109,7 +109,9 @@ class Watchdog:
             return
         if first:
             cause = f"No progress for {seconds:.0f} s after step {self._step} ({self._doing})"
-            details = places(self._run)
+            details = ""
+            with contextlib.suppress(OSError):
+                details = places(self._run)
             hint = "; the ranks that stand apart in this file are the ones to look at."
             failures.record(self._run, MachineFault(cause + hint), self._step, details)
             print(f"megahybrid (rank {self._rank}): {cause}\n{details}", file=sys.stderr, flush=True)
