@@ -36,8 +36,7 @@ class MetricsFile:
         with open(os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
             size = file.seek(0, os.SEEK_END)
             self._end = size if self._end is None else min(self._end, size)
-            file.truncate(self._end)  # a write that failed may have left a part of a line, or all of it
-            file.seek(self._end)
+            file.seek(self._end)  # over what a write of these lines that failed may have left
             file.write(lines)
         self._end += len(lines)
         self._waiting.clear()
