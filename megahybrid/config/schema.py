@@ -180,6 +180,8 @@ class TrainConfig:
     """Weight of the squared log of the softmax's normaliser (PaLM, arXiv 2204.02311, section 5)."""
     init_from: str | None = None
     """A checkpoint (or run directory) whose weights a new run starts from; nothing else of it is taken over."""
+    resume_from: int | None = None
+    """The step of a checkpoint of this run to go back to, once a submission; later checkpoints are abandoned."""
     skip: SkipConfig = field(default_factory=SkipConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     validate_every: int = 0
@@ -267,7 +269,7 @@ class CheckpointConfig:
     every: int = 1000
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = 2
-    """Newest checkpoints that stay on disk."""
+    """Newest checkpoints that stay on disk, and as many of those that a rollback abandons."""
     milestone_every: int = 0
     """Checkpoints whose step is a multiple of this stay for ever; 0 for none."""
 
@@ -283,7 +285,7 @@ class TrackingConfig:
     name: str | None = None
     """W&B run name; the run directory's name when left out."""
     group: str | None = None
-    """W&B group, to find runs that belong together."""
+    """W&B group, to find runs that belong together; the run's name when left out, shared by what a rollback began."""
     tags: list[str] = field(default_factory=list)
     """W&B tags."""
 

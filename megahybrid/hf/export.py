@@ -28,7 +28,7 @@ from megahybrid.hf.card import model_card
 from megahybrid.hf.naming import MODEL_TYPE, exported_config, exported_name
 from megahybrid.hf.staging import staged, told
 from megahybrid.scaling.parameters import parameter_specs
-from megahybrid.training import checkpoint
+from megahybrid.training import checkpoint, checkpoint_folder
 from megahybrid.training.tensor_files import facts_of, write_stream
 
 Report = Callable[[str], None]
@@ -63,7 +63,7 @@ def export(
     Raises UserError for a checkpoint that is missing or damaged, a target that is not empty, a full disk, and logits
     that differ; the target is then left as it was.
     """
-    folder = checkpoint.find(path)
+    folder = checkpoint_folder.find(path)
     if folder is None:
         raise UserError(f"There is no checkpoint in '{path}'; give a run directory or a checkpoint inside one.")
     facts, config = checkpoint.read_facts(folder), load_config(folder / "config.yaml")

@@ -13,7 +13,7 @@ from megahybrid.errors import UserError
 from megahybrid.inference.generate import Generator
 from megahybrid.model.stack import Stack
 from megahybrid.parallel import groups
-from megahybrid.training import checkpoint
+from megahybrid.training import checkpoint, checkpoint_folder
 
 
 def load_generator(path: Path) -> Generator:
@@ -22,7 +22,7 @@ def load_generator(path: Path) -> Generator:
     The tensor parallel size is the number of processes. Raises UserError if there is no checkpoint, it is damaged, or
     its model does not split into so many parts.
     """
-    folder = checkpoint.find(path)
+    folder = checkpoint_folder.find(path)
     if folder is None:
         raise UserError(
             f"There is no checkpoint in '{path}'; give a run directory that `megahybrid train` has saved in."

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from megahybrid.files import read_json, write_json, write_text
 from megahybrid.launch import slurm
 from megahybrid.launch.profile import Profile
 from megahybrid.launch.script import Job, render
+from megahybrid.training.checkpoint_folder import find_step
 from megahybrid.training.run_directory import RunDirectory
 
 
@@ -102,6 +104,8 @@ def _check(config: Config, request: Request) -> None:
         )
     if config.data.remote is None and not Path(config.data.path).is_dir():
         raise UserError(f"There is no data in '{config.data.path}'; run `megahybrid prepare {request.recipe}` first.")
+    if train.resume_from is not None:
+        find_step(RunDirectory(config.run.dir).checkpoints, train.resume_from)
 
 
 def _refuse_a_second_job(run_dirs: Sequence[Path]) -> None:
@@ -116,9 +120,25 @@ def _refuse_a_second_job(run_dirs: Sequence[Path]) -> None:
 
 
 def _send(job: Job, configs: Sequence[Config], script: str, request: Request) -> list[str]:
-    files = [path.parent for path in job.configs]
+    """Write what the jobs read and who they are, then submit them; all is taken back where one is refused."""
+    folders = [path.parent for path in job.configs]
+    numbers: list[str] = []
+    try:
+        _write(job, folders, configs, script)
+        _record(job, folders, numbers, request)
+        for _ in range(request.chain):
+            after = ["--dependency=afterany:" + numbers[-1]] if numbers else []
+            numbers.append(slurm.sbatch(folders[0] / "job.sbatch", *after))
+            _record(job, folders, numbers, request)
+    except BaseException:
+        _take_back(folders, numbers)
+        raise
+    return numbers
+
+
+def _write(job: Job, folders: Sequence[Path], configs: Sequence[Config], script: str) -> None:
     job.output.parent.mkdir(parents=True, exist_ok=True)
-    for folder, config, run_dir in zip(files, configs, job.run_dirs, strict=True):
+    for folder, config, run_dir in zip(folders, configs, job.run_dirs, strict=True):
         snapshot = dataclasses.replace(
             config,
             run=dataclasses.replace(config.run, dir=str(run_dir)),
@@ -126,17 +146,31 @@ def _send(job: Job, configs: Sequence[Config], script: str, request: Request) ->
         )
         save_config(snapshot, folder / "config.yaml")
         write_text(folder / "job.sbatch", script)
-    path = files[0] / "job.sbatch"
-    numbers: list[str] = []
-    for _ in range(request.chain):
-        after = ["--dependency=afterany:" + numbers[-1]] if numbers else []
-        numbers.append(slurm.sbatch(path, *after))
-    facts = {"submission": job.submission, "jobs": numbers, "code_version": code_version(), "recipe": request.recipe}
-    for number, (folder, run_dir) in enumerate(zip(files, job.run_dirs, strict=True)):
-        element = {"element": number} if len(files) > 1 else {}
-        write_json(folder / "job.json", {**facts, **element, "overrides": list(request.overrides)})
         RunDirectory(run_dir).logs.mkdir(exist_ok=True)
-    return numbers
+
+
+def _record(job: Job, folders: Sequence[Path], numbers: Sequence[str], request: Request) -> None:
+    facts = {"submission": job.submission, "jobs": numbers, "code_version": code_version(), "recipe": request.recipe}
+    for number, folder in enumerate(folders):
+        element = {"element": number} if len(folders) > 1 else {}
+        write_json(folder / "job.json", {**facts, **element, "overrides": list(request.overrides)})
+
+
+def _take_back(folders: Sequence[Path], numbers: Sequence[str]) -> None:
+    """Cancel the jobs, the last of a chain first so that none begins, and remove what was written for them.
+
+    Raises UserError, which names those that stay in the queue, where Slurm does not take them back.
+    """
+    left = []
+    for number in reversed(numbers):
+        try:
+            slurm.cancel(number)
+        except UserError:
+            left.append(number)
+    if left:
+        raise UserError(f"The chain could not be submitted whole, nor taken back: run scancel {' '.join(left)}.")
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def describe(script: str, numbers: Sequence[str]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from megahybrid.config.schema import ParallelConfig
 from megahybrid.errors import UserError
 from megahybrid.parallel.cpu import prepare_cpu
 from megahybrid.parallel.rendezvous import meet
+
+Result = TypeVar("Result")
 
 
 def initialize(
@@ -130,11 +133,25 @@ def gather_tensor_parallel(part: torch.Tensor, axis: int | None) -> torch.Tensor
     return torch.cat(parts, axis)
 
 
-def agree(error: str | None) -> str | None:
-    """The main process's `error`, on every process: what only it can notice, all have to react to."""
-    box = [error]
+def agree(value: Any) -> Any:
+    """The main process's `value`, on every process: what only it can notice, all have to react to."""
+    box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(action: Callable[[], Result]) -> Result:
+    """What `action` gives on the main process, on every process; a UserError that it raises there is raised on all."""
+    value = fault = None
+    if is_main():
+        try:
+            value = action()
+        except UserError as error:
+            fault = error
+    value, fault = agree((value, fault))
+    if fault is not None:
+        raise fault
+    return value
 
 
 def is_main() -> bool:

@@ -69,6 +69,22 @@ def _giving_up(run: RunDirectory, starts: list[dict[str, Any]]) -> str:
     )
 
 
+def note_rollback(run: RunDirectory, step: int) -> None:
+    """Note that the run went back to a step, which train.resume_from asked for."""
+    _append(run, {"back_to": step})
+
+
+def has_gone_back(run: RunDirectory, step: int) -> bool:
+    """Whether this submission went back to that step already: its later starts go on from the latest checkpoint.
+
+    What is started by hand goes back every time, but for the restarts of torchrun.
+    """
+    submission = _submission()
+    if submission is None:
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return any((each["submission"], each.get("back_to")) == (submission, step) for each in read(run))
+
+
 def _submission() -> str | None:
     return os.environ.get("MEGAHYBRID_SUBMISSION")
 
@@ -82,7 +98,7 @@ def _append(run: RunDirectory, facts: dict[str, Any]) -> None:
 
 
 def read(run: RunDirectory) -> list[dict[str, Any]]:
-    """All starts so far, the oldest first; a line that is not whole is left out."""
+    """All starts and rollbacks so far, the oldest first; a line that is not whole is left out."""
     try:
         text = retry(lambda: run.attempts.read_text(encoding="utf-8"), f"Reading {run.attempts}")
     except FileNotFoundError:

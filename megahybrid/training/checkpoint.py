@@ -5,10 +5,9 @@
         weights-00001.safetensors, …            the parameters, each in one of the numbered files
         config.yaml, tokenizer.json
         checkpoint.json     position, controller, guard, layout, each parameter's shape and file, the files' hashes
-    checkpoints/latest      the name of the newest complete one
 
-Written by saver.py under another name and renamed when it is durable; `latest` moves after that, so a kill at any
-moment leaves the last good one current. There is no random state to keep: data order and dropout are counted.
+Written by saver.py under another name and renamed when it is durable; checkpoint_folder.py says which one is current. A
+kill at any moment leaves the last good one so. There is no random state to keep: data order and dropout are counted.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from megahybrid.errors import UserError
 from megahybrid.parallel import groups
 from megahybrid.retry import retry
 from megahybrid.training import zero
+from megahybrid.training.checkpoint_folder import others
 from megahybrid.training.engine import Engine
 from megahybrid.training.tensor_files import facts_of, read_part
 
@@ -52,22 +52,6 @@ class Position:
 def file_name(kind: str, number: int) -> str:
     """The file of weights or moments that process `number` wrote."""
     return f"{kind}-{number:05d}.safetensors"
-
-
-def find(path: Path) -> Path | None:
-    """The checkpoint that a path means: itself, a run directory's or a checkpoints folder's latest, or None.
-
-    Raises UserError where `latest` names one that is not there.
-    """
-    for folder in (path, path / "checkpoints"):
-        if (folder / "checkpoint.json").is_file():
-            return folder
-        if (folder / "latest").is_file():
-            found = folder / (folder / "latest").read_text().strip()
-            if not (found / "checkpoint.json").is_file():
-                raise UserError(f"'{found}' is not whole; {_older(found)}.")
-            return found
-    return None
 
 
 def load(path: Path, engine: Engine) -> Position:
@@ -103,7 +87,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     try:
         return json.loads(retry((path / "checkpoint.json").read_text, f"Reading '{path}'"))
     except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' is not a readable checkpoint; {_older(path)}.") from error
+        raise UserError(f"'{path}' is not a readable checkpoint; {others(path)}.") from error
 
 
 def _verify(path: Path, facts: dict[str, Any], model: nn.Module, kinds: Sequence[str]) -> None:
@@ -139,7 +123,7 @@ def _damage(path: Path, facts: dict[str, Any], kinds: Sequence[str]) -> str | No
     with ThreadPoolExecutor() as pool:
         for name, whole in zip(mine, pool.map(is_whole, mine), strict=True):
             if not whole:
-                return f"'{path / name}' is missing or not what was saved; {_older(path)}."
+                return f"'{path / name}' is missing or not what was saved; {others(path)}."
     return None
 
 
@@ -147,13 +131,3 @@ def _read(path: Path, facts: dict[str, Any], kind: str, name: str, parameter: nn
     """This tensor parallel rank's part of a weight or moment."""
     file = path / file_name(kind, facts["parameters"][name]["file"])
     return retry(lambda: read_part(file, name, parameter.spec, *groups.tensor_parallel()), f"Reading '{file}'")
-
-
-def _older(path: Path) -> str:
-    """What to do about a damaged checkpoint."""
-    whole = [
-        each for each in sorted(path.parent.glob("step_*")) if each != path and (each / "checkpoint.json").is_file()
-    ]
-    if whole:
-        return f"write {whole[-1].name} into '{path.parent / 'latest'}' to go on from there"
-    return "there is no other one beside it: start again in another run.dir"

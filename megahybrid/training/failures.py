@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from megahybrid.errors import MachineFault, UserError
 from megahybrid.files import write_text
 from megahybrid.retry import may_succeed, retry
+from megahybrid.training.ownership import NotOwner, another
 from megahybrid.training.run_directory import RunDirectory
 
 _SECONDS_TO_WRITE = 10.0  # a process that fails is soon ended by others
@@ -30,12 +31,14 @@ class Failure:
         cause: one line.
         again: whether the same start may succeed when it is made again.
         step: the last finished one, where the process knew it.
+        ours: whether the run was this start's: else it says nothing about the run.
         text: all of it.
     """
 
     cause: str
     again: bool
     step: int | None
+    ours: bool
     text: str
 
 
@@ -53,6 +56,7 @@ def record(run: RunDirectory, error: BaseException, step: int | None = None, det
         "start": run.start,
         "again": "yes" if may_succeed(error) else "no",
         **({} if step is None else {"step": step}),
+        **({"of": "another start"} if isinstance(error, NotOwner) else {}),
     }
     header = (f"{name:<6} {value}" for name, value in facts.items())
     text = "\n".join([describe(error), "", *header, "", details]).rstrip() + "\n"
@@ -88,13 +92,14 @@ def read(run: RunDirectory, start: str | None = None) -> Failure | None:
         return None
     cause, _, *lines = text.splitlines()
     facts = dict(line.split(maxsplit=1) for line in itertools.takewhile(bool, lines))
-    return Failure(cause, facts["again"] == "yes", int(facts["step"]) if "step" in facts else None, text)
+    step = int(facts["step"]) if "step" in facts else None
+    return Failure(cause, facts["again"] == "yes", step, "of" not in facts, text)
 
 
 def tell(run: RunDirectory) -> None:
-    """Have status.json say what this start's file says. Raises OSError."""
+    """Have status.json say what this start's file says, unless the run is another one's. Raises OSError."""
     failure = read(run)
-    if failure is not None:
+    if failure is not None and failure.ours and another(run) is None:
         run.end_status("failed", failure.cause, failure.again, failure.step)
 
 

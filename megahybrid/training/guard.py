@@ -48,7 +48,7 @@ class StepGuard:
         if self.in_a_row > self.config.most_in_a_row:
             raise UserError(
                 f"{self.in_a_row} steps in a row had to be left out, the last because {reason}; "
-                "go back to an older checkpoint with a lower optimizer.learning_rate, or look at the data."
+                "go back with train.resume_from=STEP and a lower optimizer.learning_rate, or look at the data."
             )
 
     def state(self) -> dict:

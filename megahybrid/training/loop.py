@@ -19,11 +19,12 @@ from megahybrid.parallel.self_check import self_check
 from megahybrid.retry import retry
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.stages import stage_layers
-from megahybrid.training import attempts, checkpoint, failures
+from megahybrid.training import attempts, checkpoint, checkpoint_folder, failures, tracking
 from megahybrid.training.checkpoint import Position
 from megahybrid.training.engine import Engine, StepResult
 from megahybrid.training.logs import log, rank_log
 from megahybrid.training.metrics_file import MetricsFile
+from megahybrid.training.ownership import Owner
 from megahybrid.training.resume import check_resume
 from megahybrid.training.run_directory import RunDirectory, duration
 from megahybrid.training.saver import Saver
@@ -56,7 +57,8 @@ def train(config: Config, report: Report = print, stop_request: StopRequest | No
     with contextlib.ExitStack() as resources:
         peers = resources.enter_context(PeerWatch(record))
         try:
-            start = retry(lambda: checkpoint.find(run.path), f"Reading {run.checkpoints}")
+            owner = resources.enter_context(Owner(run))
+            start, goes_back = groups.on_main(lambda: retry(lambda: _start(run, config), f"Reading {run.path}"))
             step = 0
             if start is not None:
                 check_resume(retry(lambda: load_config(start / "config.yaml"), f"Reading {start}"), config, str(start))
@@ -68,7 +70,7 @@ def train(config: Config, report: Report = print, stop_request: StopRequest | No
             if fault := groups.agree(attempts.begin(run, step, world, watch.restarts) if groups.is_main() else None):
                 raise UserError(fault)
             stop_request = stop_request or resources.enter_context(StopRequest())
-            trainer = Trainer(config, run, start, say, stop_request, resources)
+            trainer = Trainer(config, run, owner, start, goes_back, say, stop_request, resources)
             trainer.run_until_told()
         except BaseException as error:
             log.info("Ended by an error.", exc_info=True)
@@ -81,6 +83,14 @@ def train(config: Config, report: Report = print, stop_request: StopRequest | No
             raise cause from error
 
 
+def _start(run: RunDirectory, config: Config) -> tuple[Path | None, bool]:
+    """The checkpoint from which to go on, None for the beginning, and whether that is a step back."""
+    step = config.train.resume_from
+    if step is None or attempts.has_gone_back(run, step):
+        return checkpoint_folder.find(run.path), False
+    return checkpoint_folder.find_step(run.checkpoints, step), True
+
+
 class Trainer:
     """A run in progress: built at the position of a checkpoint, or at the start."""
 
@@ -88,12 +98,14 @@ class Trainer:
         self,
         config: Config,
         run: RunDirectory,
+        owner: Owner,
         start: Path | None,
+        goes_back: bool,
         say: Report,
         stop_request: StopRequest,
         resources: contextlib.ExitStack,
     ):
-        self.config, self.run, self.say, self.stop_request = config, run, say, stop_request
+        self.config, self.run, self.owner, self.say, self.stop_request = config, run, owner, say, stop_request
         replica, replicas = groups.data_parallel()
         # Data first: what is wrong with it is found before anything is written.
         self.data = resources.enter_context(TrainingData(config, replica, replicas))
@@ -113,13 +125,12 @@ class Trainer:
                 raise UserError(f"'{start}' was trained on other data than '{config.data.path}' holds; set it back.")
             self.data.seek(self.position.consumed)
             self._tell(f"Going on from {start} (loaded in {time.perf_counter() - began:.1f} s).")
-        if groups.is_main():
-            retry(lambda: run.cut_metrics(self.position.step), f"Writing {run.metrics}")
-            retry(lambda: save_config(config, run.config), f"Writing {run.config}")
-        self.metrics = MetricsFile(run.metrics)
+        owner.check()
+        groups.on_main(lambda: retry(lambda: self._go_on_from_here(goes_back), f"Writing to {run.path}"))
+        self.metrics = MetricsFile(run.metrics, owner.check_here)
         self.tracker = Tracker(config if groups.is_main() else None, self.position.tracking_id, self.position.step)
         resources.callback(self.tracker.finish)
-        self.saver = Saver(run.checkpoints, self.engine, self.data.prepared.tokenizer_file, self.metrics.write)
+        self.saver = Saver(run.checkpoints, self.engine, self.data.prepared.tokenizer_file, owner, self.metrics.write)
         self.flops_per_token = flops_per_token(config).training
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_length
         self._status_written = 0.0
@@ -129,13 +140,30 @@ class Trainer:
         stages = build_stages(self.config, stage_layers(self.config)[rank::size], groups.device())
         init_from = self.config.train.init_from
         if start is None and init_from is not None:
-            folder = checkpoint.find(Path(init_from))
+            folder = checkpoint_folder.find(Path(init_from))
             if folder is None:
                 raise UserError(f"train.init_from: there is no checkpoint in '{init_from}'.")
             for stage in stages:
                 checkpoint.load_weights(folder, stage)
             self.say(f"Starting from the weights of {folder}.")
         return Engine(self.config, stages)
+
+    def _go_on_from_here(self, goes_back: bool) -> None:
+        """On the main process: the run's files become those of a run that stands at this step."""
+        run, step = self.run, self.position.step
+        if step:
+            checkpoint_folder.make_current(run.checkpoints, checkpoint_folder.name(step))
+        if goes_back:
+            tracking.begin_anew(run.path)
+            attempts.note_rollback(run, step)
+        later = checkpoint_folder.later(run.checkpoints, step)
+        if later:
+            tracking.begin_anew(run.path)
+            checkpoint_folder.abandon(run.checkpoints, later, self.config.checkpoint.keep)
+            names, place = ", ".join(each.name for each in later), checkpoint_folder.ABANDONED
+            self._tell(f"What was trained after step {step} is left behind; {names} moved to {place}/.")
+        run.cut_metrics(step)
+        save_config(self.config, run.config)
 
     def run_until_told(self) -> None:
         """The remaining steps, with validations and checkpoints on the way; ends early when asked to stop."""
@@ -161,12 +189,17 @@ class Trainer:
                 signals = {name for name in groups.gather(self.stop_request.signal) if name}
                 reason = "SIGTERM" if "SIGTERM" in signals else signals.pop()
                 self.write_status("stopped", reason)
-                self._tell(f"Stopped by {reason} after step {step}; the same command goes on.")
+                self._tell(f"Stopped by {reason} after step {step}; {self._command_that_goes_on()} goes on.")
                 return
             self.watchdog.beat(step)
         self.saver.insist(self.position)
         self.write_status("done")
         log.info("Done after step %d.", train.steps)
+
+    def _command_that_goes_on(self) -> str:
+        back_to = self.config.train.resume_from
+        again = back_to is not None and not attempts.has_gone_back(self.run, back_to)
+        return "the same command without train.resume_from" if again else "the same command"
 
     def write_status(self, state: str, reason: str = "") -> None:
         """Write status.json on the main process; while the run goes on, if the disk takes it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from megahybrid.retry import Patience
 class MetricsFile:
     """The end of a metrics.jsonl whose lines are whole; one process writes it."""
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, check: Callable[[], None] = lambda: None):
+        """`check` raises what forbids to write, or OSError where it cannot tell now; called before every write."""
+        self._path, self._check = path, check
         self._end: int | None = None  # bytes of whole lines on disk
         self._waiting: list[bytes] = []
         self._patience = Patience()
@@ -31,6 +33,7 @@ class MetricsFile:
         """Write the lines that wait. Raises OSError where the disk does not take them: they go on waiting."""
         if not self._waiting:
             return
+        self._check()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         lines = b"".join(self._waiting)
         with open(os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "train.recompute",
     "train.z_loss",
     "train.init_from",
+    "train.resume_from",
     "train.skip",
     "train.validate_every",
     "train.validation_samples",

@@ -34,6 +34,7 @@ class RunDirectory:
         self.failure = self.logs / "failure.txt"  # the newest of all starts
         self.heartbeats = self.path / "heartbeat"
         self.attempts = self.path / "attempts.jsonl"
+        self.owner = self.path / "owner.json"
         self.by_hand = f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}-{os.getpid()}"
 
     @property

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from megahybrid import code_version
 from megahybrid.config import save_config
-from megahybrid.config.schema import CheckpointConfig
 from megahybrid.errors import MachineFault, UserError
-from megahybrid.files import sync_folder, write_json, write_text
+from megahybrid.files import sync_folder, write_json
 from megahybrid.parallel import groups
 from megahybrid.retry import Patience, is_of_a_disk, retry
-from megahybrid.training import zero
+from megahybrid.training import checkpoint_folder, zero
 from megahybrid.training.checkpoint import Position, file_name
 from megahybrid.training.engine import Engine
+from megahybrid.training.ownership import Owner
 from megahybrid.training.tensor_files import write_tensors
 
 _SECONDS_AT_ONCE = 20.0  # for which a part of a checkpoint is tried again before the save has failed
@@ -46,11 +46,11 @@ class Saver:
         failed: whether the last save has failed, the same on every process.
     """
 
-    def __init__(self, folder: Path, engine: Engine, tokenizer: Path, before_sealing: Callable[[], None]):
+    def __init__(self, folder: Path, engine: Engine, tokenizer: Path, owner: Owner, before_sealing: Callable[[], None]):
         """`before_sealing` is called by the main process before a checkpoint becomes current, which it does not do
         while that raises OSError.
         """
-        self._folder, self._engine, self._tokenizer = folder, engine, tokenizer
+        self._folder, self._engine, self._tokenizer, self._owner = folder, engine, tokenizer, owner
         self._before_sealing = before_sealing
         self.failed = False
         self._patience = Patience()
@@ -59,7 +59,7 @@ class Saver:
         self._no_memory: str | None = None
         self._allocation = threading.Thread(target=self._allocate, daemon=True)
         self._allocation.start()
-        self._part = Path()
+        self._name, self._part = "", Path()
         self._facts: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
         self._files: dict[str, dict[str, Any]] = {}
@@ -80,7 +80,8 @@ class Saver:
         began = time.perf_counter()
         self.finish()
         self._await_memory()
-        self._part = self._folder / f".step_{position.step:08d}.part"
+        self._name = checkpoint_folder.name(position.step)
+        self._part = self._folder / f".{self._name}.{self._owner.token}.part"  # not where a start before still writes
         if self._fails(self._make_room() if groups.is_main() else None):
             return time.perf_counter() - began
         shares = self._snapshot()
@@ -112,23 +113,26 @@ class Saver:
             self.start(position)
             self.finish()
 
-    def _make_room(self) -> OSError | None:
+    def _make_room(self) -> OSError | UserError | None:
         """Remove what interrupted runs left, and make the folder; what went wrong, if anything did."""
         try:
+            self._owner.check_here()
             self._folder.mkdir(parents=True, exist_ok=True)
             for left in [*self._folder.glob(".step_*.part"), *self._folder.glob(".step_*.old")]:
                 shutil.rmtree(left, ignore_errors=True)
             self._part.mkdir(exist_ok=True)
-        except OSError as fault:
+        except (OSError, UserError) as fault:
             return fault
         return None
 
-    def _attempt(self, action: Callable[[], Any]) -> OSError | None:
+    def _attempt(self, action: Callable[[], Any]) -> OSError | UserError | None:
         """Do what writes a part of the checkpoint, with a few tries; why it failed, if it did."""
         try:
             retry(action, f"Writing {self._part}", is_of_a_disk, _SECONDS_AT_ONCE)
         except MachineFault as error:
             return error.__cause__
+        except UserError as error:
+            return error
         return None
 
     def _fails(self, fault: OSError | UserError | None) -> bool:
@@ -136,7 +140,7 @@ class Saver:
         end = None
         if groups.is_main() and fault is not None:
             shutil.rmtree(self._part, ignore_errors=True)
-            what = f"The checkpoint {self._part.stem.removeprefix('.')} in '{self._folder}'"
+            what = f"The checkpoint {self._name} in '{self._folder}'"
             try:
                 if isinstance(fault, UserError):
                     raise fault
@@ -221,7 +225,8 @@ class Saver:
 
     def _seal(self, facts: dict[str, Any]) -> None:
         """Complete the folder and make it current, on the main process; goes on where a try before it has failed."""
-        name = self._part.stem.removeprefix(".")
+        name = self._name
+        self._owner.check_here()
         self._before_sealing()
         if self._part.exists():
             save_config(self._engine.config, self._part / "config.yaml")
@@ -231,9 +236,9 @@ class Saver:
             shutil.rmtree(self._folder / name, ignore_errors=True)
             os.replace(self._part, self._folder / name)
         sync_folder(self._folder)
-        write_text(self._folder / "latest", name + "\n")
+        checkpoint_folder.make_current(self._folder, self._name)
         with contextlib.suppress(OSError):  # what is too much today is removed next time
-            _remove_old(self._folder, self._engine.config.checkpoint)
+            checkpoint_folder.remove_old(self._folder, self._engine.config.checkpoint)
 
 
 def _host_tensor(shape: tuple[int, ...]) -> Tensor:
@@ -262,16 +267,3 @@ def owners(model: nn.Module, members: int) -> dict[str, int]:
         owner[name] = load.index(min(load))
         load[owner[name]] += parameter.spec.full_size
     return owner
-
-
-def _remove_old(folder: Path, config: CheckpointConfig) -> None:
-    passing = [
-        each
-        for each in sorted(folder.glob("step_*"))
-        if not config.milestone_every or int(each.name.removeprefix("step_")) % config.milestone_every
-    ]
-    for old in passing[: -config.keep]:
-        trash = folder / f".{old.name}.old"
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(old, trash)  # never half a checkpoint under its own name
-        shutil.rmtree(trash, ignore_errors=True)

@@ -24,16 +24,17 @@ class Tracker:
     """One W&B run over all resumes, every step in it once on the axis of tokens; silent where W&B is off or fails."""
 
     def __init__(self, config: Config | None, run_id: str | None, step: int = 0):
-        """Start the run, or continue the one with this id after `step`; None for `config` where nothing is logged.
+        """Start the run, or continue it after `step`; None for `config` where nothing is logged.
 
-        A killed process may have logged steps after its last checkpoint, which are now done again, and may have lost
-        some before it: W&B gets what it lacks from metrics.jsonl, and what it has is not logged again.
+        `run_id` is the checkpoint's, which counts where the folder does not know better. A killed process may have
+        logged steps after its last checkpoint, which are now done again, and may have lost some before it: W&B gets
+        what it lacks from metrics.jsonl, and what it has is not logged again.
         """
         self.run, self._logged = None, 0
         if config is not None and config.tracking.wandb != "disabled":
             folder = Path(config.run.dir)
-            run_id = run_id or _id_of_submission(folder)
-            self._logged = _last_step_in_files(folder / "wandb") if run_id else 0
+            run_id = _id_to_go_on_with(folder, run_id, step)
+            self._logged = _last_step_in_files(folder / "wandb", run_id) if run_id else 0
             self.run = _start(config, run_id, config.tracking.wandb)
             if self.run is None and config.tracking.wandb == "online":
                 self.run = _start(config, run_id, "offline")
@@ -74,14 +75,15 @@ def _start(config: Config, run_id: str | None, mode: str):
     try:
         import wandb
 
+        name = config.tracking.name or config.run.dir.rstrip("/").rsplit("/", 1)[-1]
         run = wandb.init(
             project=config.tracking.project,
-            name=config.tracking.name or config.run.dir.rstrip("/").rsplit("/", 1)[-1],
+            name=name,
             id=run_id,
             resume="allow" if run_id and mode == "online" else None,
             dir=config.run.dir,
             mode=mode,
-            group=config.tracking.group,
+            group=config.tracking.group or name,  # with what a rollback leaves behind
             tags=config.tracking.tags or None,
             config={**dataclasses.asdict(config), "code_version": code_version()},
             settings=wandb.Settings(
@@ -101,11 +103,23 @@ def _start(config: Config, run_id: str | None, mode: str):
         return None
 
 
-def _id_of_submission(folder: Path) -> str | None:
-    """The id that an earlier start of this job has left, which may have made no checkpoint."""
-    noted = read_json(folder / "wandb" / "run.json") or {}
+def begin_anew(folder: Path) -> None:
+    """The run goes back: what follows gets an id of its own, so that no abandoned step stands as one of the run's."""
+    if (folder / "wandb").is_dir():
+        _note_id(folder, None)
+
+
+def _id_to_go_on_with(folder: Path, saved: str | None, step: int) -> str | None:
+    """The id that the last start, which may have made no checkpoint, has left, or the checkpoint's; None: a new one.
+
+    What is begun at step 0 is another run, unless the same job begins it again.
+    """
+    noted = read_json(folder / "wandb" / "run.json")
+    if noted is None:
+        return saved
     submission = os.environ.get("MEGAHYBRID_SUBMISSION")
-    return noted.get("id") if submission and noted.get("submission") == submission else None
+    same = submission is not None and noted.get("submission") == submission
+    return noted["id"] if step or same else None
 
 
 def _note_id(folder: Path, run_id: str | None) -> None:
@@ -114,9 +128,9 @@ def _note_id(folder: Path, run_id: str | None) -> None:
         write_json(folder / "wandb" / "run.json", noted)
 
 
-def _last_step_in_files(folder: Path) -> int:
+def _last_step_in_files(folder: Path, run_id: str) -> int:
     """The highest step in the offline files that earlier starts have left; 0 where there is none to be read."""
-    for file in sorted(folder.glob("offline-run-*/*.wandb"), reverse=True):
+    for file in sorted(folder.glob(f"offline-run-*-{run_id}/*.wandb"), reverse=True):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
         done = subprocess.run(command, capture_output=True, text=True)
         steps = [

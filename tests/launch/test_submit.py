@@ -159,6 +159,52 @@ def test_restarts_without_progress_end(run, monkeypatch):
     assert attempts.begin(run, 5, 4, 2) is None
 
 
+def stub_slurm(folder, refused: int):
+    """Slurm's commands: sbatch refuses its `refused`-th job; what they were called with is in calls.txt."""
+    stubs = {
+        "squeue": "echo '{\"jobs\": []}'",
+        "scancel": 'echo "scancel $*" >>calls.txt',
+        "sbatch": """
+[[ $1 == --test-only ]] && exit 0
+echo "sbatch $(ls run/submit/*/job.json) ${*:2:$#-2}" >>calls.txt
+number=$(grep -c ^sbatch calls.txt)
+((number == REFUSED)) && { echo 'QOSMaxSubmitJobPerUserLimit' >&2; exit 1; }
+echo "10$number"
+""".replace("REFUSED", str(refused)),
+    }
+    (folder / "bin").mkdir()
+    for name, body in stubs.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\ncd {folder}\n{body}\n")
+        (folder / "bin" / name).chmod(0o755)
+
+
+def test_a_chain_that_is_refused_in_part_is_taken_back(recipe, tmp_path, monkeypatch, capsys):
+    """Slurm knows no job of which the run directory does not, and keeps none of a chain that is not whole."""
+    stub_slurm(tmp_path, refused=3)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert submit(recipe, "--chain", "4") == 2
+    assert "QOSMaxSubmitJobPerUserLimit" in capsys.readouterr().err
+    calls = (tmp_path / "calls.txt").read_text().splitlines()
+    assert [line.partition(" ")[0] for line in calls] == ["sbatch"] * 3 + ["scancel"] * 2
+    assert all("/job.json " in line for line in calls[:3])  # recorded before it was submitted
+    assert calls[1].endswith("--dependency=afterany:101") and calls[2].endswith("--dependency=afterany:102")
+    assert calls[3:] == ["scancel 102", "scancel 101"]
+    assert not list((tmp_path / "run" / "submit").iterdir())
+
+
+def test_a_chain_is_recorded_job_by_job(recipe, tmp_path, monkeypatch):
+    stub_slurm(tmp_path, refused=9)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert submit(recipe, "--chain", "3") == 0
+    (facts,) = (tmp_path / "run" / "submit").glob("*/job.json")
+    assert json.loads(facts.read_text())["jobs"] == ["101", "102", "103"]
+
+
+def test_a_step_back_that_is_not_possible_is_refused(recipe, tmp_path, capsys):
+    assert submit(recipe, "--dry-run", "train.resume_from=3") == 2
+    assert "has no checkpoint of that step; it has none" in capsys.readouterr().err
+
+
 HANGS = """
 import sys, time
 from megahybrid.config.schema import WatchConfig

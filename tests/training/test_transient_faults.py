@@ -10,7 +10,7 @@ import megahybrid.training.loop as loop
 import megahybrid.training.saver as saver
 from megahybrid import retry
 from megahybrid.cli import main
-from megahybrid.training import checkpoint
+from megahybrid.training import checkpoint, checkpoint_folder
 from megahybrid.training.engine import Engine
 from megahybrid.training.metrics_file import MetricsFile
 from megahybrid.training.run_directory import RunDirectory
@@ -73,7 +73,7 @@ def test_a_short_refusal_does_not_cost_the_checkpoint(recipe, tmp_path, refuse, 
     left = [
         refuse(saver, "write_tensors", 2, of_step(4)),
         refuse(saver, "write_json", 1, of_step(4)),
-        refuse(saver, "write_text", 1),  # after the folder has its name
+        refuse(checkpoint_folder, "write_text", 1),  # after the folder has its name
     ]
     assert main(["train", str(recipe), *SHORT]) == 0
     assert left == [[0], [0], [0]] and saved(tmp_path) == [2, 4, 6]
@@ -88,7 +88,7 @@ def test_the_last_step_is_saved_after_all(what, recipe, tmp_path, refuse):
 
 
 def test_old_checkpoints_that_cannot_be_removed_do_not_undo_the_new_one(recipe, tmp_path, refuse):
-    refuse(saver, "_remove_old", 99)
+    refuse(checkpoint_folder, "remove_old", 99)
     assert main(["train", str(recipe), *SHORT]) == 0
     assert saved(tmp_path) == [2, 4, 6]
 
@@ -130,7 +130,7 @@ def test_metrics_wait_and_a_checkpoint_waits_for_them(recipe, tmp_path, monkeypa
 def test_a_start_reads_and_writes_again_what_was_refused(recipe, tmp_path, refuse):
     assert main(["train", str(recipe), *SHORT, "train.steps=4"]) == 0
     left = [
-        refuse(checkpoint, "find"),
+        refuse(checkpoint_folder, "find"),
         refuse(loop, "load_config"),
         refuse(checkpoint, "facts_of"),
         refuse(checkpoint, "read_part"),
