@@ -13,6 +13,9 @@ from pathlib import Path
 
 from megahybrid.training.signals import StopRequest
 
+GO_ON = 75
+"""The exit code for: starting again may do it."""
+
 
 def main(config_file: str) -> int:
     """Train in the place that Slurm gives this process; returns the exit code."""
@@ -20,13 +23,18 @@ def main(config_file: str) -> int:
         os.environ.update(places(os.environ))
         from megahybrid.cli import quieten_libraries
         from megahybrid.config import load_config
-        from megahybrid.errors import UserError
+        from megahybrid.errors import MachineFault, UserError
+        from megahybrid.retry import retry
         from megahybrid.training import failures
         from megahybrid.training.loop import train
         from megahybrid.training.run_directory import RunDirectory
 
         quieten_libraries()
-        config = load_config(Path(config_file))
+        try:
+            config = retry(lambda: load_config(Path(config_file)), f"Reading {config_file}")
+        except MachineFault as error:  # the verdict's word for "again": where the run is, is not known here
+            print(f"megahybrid: {error}", file=sys.stderr, flush=True)
+            return GO_ON
         run = RunDirectory(config.run.dir)
         try:
             train(config, lambda text: print(text, flush=True), stop_request)

@@ -6,15 +6,19 @@ Exit code 0: done, or cancelled; 75: there is more to do, and starting again may
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from megahybrid.errors import UserError
+from megahybrid.config import load_config
+from megahybrid.config.schema import WatchConfig
+from megahybrid.errors import MachineFault, UserError
 from megahybrid.launch import slurm
+from megahybrid.launch.task import GO_ON
+from megahybrid.training import attempts, failures
 from megahybrid.training.run_directory import RunDirectory
-
-GO_ON = 75
 
 
 def main() -> int:
@@ -22,40 +26,70 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--exit-code", type=int, default=0, help="of srun")
+    parser.add_argument("--config", type=Path, help="that was trained, for its train.watch.restarts")
     parsed = parser.parse_args()
-    code, words = judge(RunDirectory(parsed.run), parsed.exit_code)
+    code, words = judge(RunDirectory(parsed.run), parsed.exit_code, _restarts(parsed.config))
     print(f"megahybrid: {words}", flush=True)
     if code != GO_ON:
         _cancel_chain()
     return code
 
 
-def judge(run: RunDirectory, exit_code: int) -> tuple[int, str]:
-    """The verdict on this start of the job, and a sentence about it; status.json tells the same afterwards."""
+def judge(run: RunDirectory, exit_code: int, restarts: int = WatchConfig.restarts) -> tuple[int, str]:
+    """The verdict on this start of the job, and a sentence about it; status.json tells the same afterwards.
+
+    `restarts` is how many starts whose processes do not even meet are put back into the queue.
+    """
     status = run.read_status()
-    ours = (status.get("job"), status.get("restart")) == (
-        os.environ.get("SLURM_JOB_ID"),
-        int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-    )
-    if not ours:
-        if exit_code == 0:  # a job of a chain after the last step: nothing was left to do
+    job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    ours = (status.get("job"), status.get("restart")) == (job, restart)
+    if failures.read(run) is None:
+        if ours and status["state"] != "running":
+            return _judge_end(run, status)
+        if not ours and exit_code == 0:  # after the last step nothing was left to do
             return 0, f"{run.path} is done."
-        cause = f"The processes ended before training began (srun's exit code {exit_code}); see {run.logs}/rank_*.out."
-        run.end_status("failed", cause)
-        return 1, cause
-    if status["state"] == "running":  # nobody was left to write
-        cause = f"All processes ended without a word (srun's exit code {exit_code}); see {run.logs}/rank_*.out."
-        run.end_status("failed", cause, again=True)
-        return GO_ON, cause
+        failures.record(run, _silent_end(run, exit_code, ours or attempts.has_begun(run)))
+    return _judge_failure(run, restarts)
+
+
+def _judge_end(run: RunDirectory, status: dict[str, Any]) -> tuple[int, str]:
+    """The verdict on a start that came to an end by itself."""
     at = f"step {status['step']} of {status['target']}"
-    if status["state"] == "done":
-        return 0, f"{run.path} is done: {at}."
+    if status["state"] == "stopped" and status["reason"] == "SIGTERM":
+        return 0, f"Cancelled, or preempted, at {at}; the state is saved."
     if status["state"] == "stopped":
-        if status["reason"] == "SIGTERM":
-            return 0, f"Cancelled, or preempted, at {at}; the state is saved."
         return GO_ON, f"Stopped by {status['reason']} at {at}; the state is saved."
-    failure = run.failure.read_text(encoding="utf-8") if run.failure.exists() else status["reason"]
-    return (GO_ON if status["again"] else 1), f"Failed at {at}: {failure}"
+    return 0, f"{run.path} is done: {at}."
+
+
+def _silent_end(run: RunDirectory, exit_code: int, had_begun: bool) -> UserError:
+    """What has ended processes that left no word: a machine, unless they ended by themselves before training began."""
+    see = f"(srun's exit code {exit_code}); see {run.logs}/rank_*.out."
+    if had_begun:
+        return MachineFault(f"All processes ended without a word {see}")
+    if exit_code > 128 or exit_code == GO_ON:  # killed by a signal, or the disk did not even give the configuration
+        return MachineFault(f"A machine ended the processes before training began {see}")
+    return UserError(f"The processes ended before training began {see}")
+
+
+def _judge_failure(run: RunDirectory, restarts: int) -> tuple[int, str]:
+    """The verdict on a start that has failed."""
+    failure = failures.read(run)
+    if failure.again and (fault := attempts.note_lost(run, restarts)):
+        failures.forget(run)
+        failures.record(run, UserError(fault), details=failure.text)
+        failure = failures.read(run)
+    failures.tell(run)
+    status = run.read_status()
+    return (GO_ON if failure.again else 1), f"Failed at step {status['step']} of {status['target']}: {failure.text}"
+
+
+def _restarts(config: Path | None) -> int:
+    """The configuration's train.watch.restarts, the default where there is none that can be read."""
+    with contextlib.suppress(UserError):
+        if config is not None:
+            return load_config(config).train.watch.restarts
+    return WatchConfig.restarts
 
 
 def _cancel_chain() -> None:

@@ -16,16 +16,20 @@ import selectors
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from megahybrid.errors import MachineFault, UserError
 from megahybrid.parallel import groups
+from megahybrid.retry import may_succeed
 
 log = logging.getLogger(__name__)
 
 _SECONDS_TO_CONNECT = 60.0
+_SECONDS_TO_GREET = 5.0
 _SECONDS_FOR_NEWS = 3.0
+_LONGEST_GREETING = 1000  # bytes
 
 
 class PeerWatch:
@@ -35,9 +39,8 @@ class PeerWatch:
     `last_words(cause)` is called and the process exits with code 1.
     """
 
-    def __init__(self, grace: float = 5.0):
-        self.last_words: Callable[[UserError], None] = lambda cause: None
-        self._grace = grace
+    def __init__(self, last_words: Callable[[UserError], None] = lambda cause: None, grace: float = 5.0):
+        self._last_words, self._grace = last_words, grace
         self._cause: UserError | None = None
         self._news, self._left = threading.Event(), threading.Event()
         self._members: dict[socket.socket, str] = {}  # the other end of every connection, by name
@@ -58,7 +61,8 @@ class PeerWatch:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         self._left.set()
         for connection in list(self._members):
-            self._send(connection, {"left": None if error is None else _sentence(error)})
+            left = None if error is None else _sentence(error)
+            self._send(connection, {"left": left, "machine": error is not None and may_succeed(error)})
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_WR)
 
@@ -69,15 +73,21 @@ class PeerWatch:
         return error if self._cause is None else self._cause
 
     def _accept(self, listening: socket.socket, name: str, count: int) -> None:
-        listening.settimeout(_SECONDS_TO_CONNECT)
+        deadline = time.monotonic() + _SECONDS_TO_CONNECT
         with listening:
-            for _ in range(count):
+            while len(self._members) < count:
                 try:
+                    listening.settimeout(max(0.0, deadline - time.monotonic()))
                     connection, _ = listening.accept()
-                    self._members[connection] = _receive_name(connection)
                 except OSError as error:
                     log.warning("%d processes could not be watched (%s).", count - len(self._members), error)
                     return
+                try:  # a port is open to scanners, too
+                    connection.settimeout(min(_SECONDS_TO_GREET, max(0.1, deadline - time.monotonic())))
+                    self._members[connection] = _receive_name(connection)
+                except (OSError, ValueError, KeyError, TypeError):
+                    connection.close()
+                    continue
                 self._keep_alive(connection)
                 self._send(connection, {"name": name})
 
@@ -126,10 +136,10 @@ class PeerWatch:
                     f"{name} died; its log says more, and the same command goes on from the last checkpoint."
                 )
             if "cause" in message:
-                return (MachineFault if message["machine"] else UserError)(message["cause"])
+                return _kind(message)(message["cause"])
             self._members[connection] = f"{name} left"
             if message["left"] is not None:
-                return UserError(f"{name} failed: {message['left']}")
+                return _kind(message)(f"{name} failed: {message['left']}")
         return None
 
     def _alarm(self, cause: UserError) -> None:
@@ -143,7 +153,7 @@ class PeerWatch:
             return
         log.info("%s", cause)
         with contextlib.suppress(Exception):
-            self.last_words(cause)
+            self._last_words(cause)
         print(f"megahybrid (rank {groups.world()[0]}): {cause}", file=sys.stderr, flush=True)
         os._exit(1)
 
@@ -151,7 +161,7 @@ class PeerWatch:
 def _receive_name(connection: socket.socket) -> str:
     """The other end's greeting, and nothing of what may follow it at once."""
     line = b""
-    while not line.endswith(b"\n"):
+    while not line.endswith(b"\n") and len(line) < _LONGEST_GREETING:
         if not (byte := connection.recv(1)):
             raise ConnectionError("it left at once")
         line += byte
@@ -169,6 +179,10 @@ def _receive(connection: socket.socket) -> list[dict[str, Any]]:
     except ConnectionError:
         return []
     return [json.loads(line) for line in data.splitlines()]
+
+
+def _kind(message: dict[str, Any]) -> type[UserError]:
+    return MachineFault if message["machine"] else UserError
 
 
 def _sentence(error: BaseException) -> str:

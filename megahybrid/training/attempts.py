@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import time
 from typing import Any
 
+from megahybrid.files import write_text
+from megahybrid.retry import retry
+from megahybrid.training import failures
 from megahybrid.training.run_directory import RunDirectory
 
 
@@ -17,22 +21,52 @@ def begin(run: RunDirectory, step: int, world: int, restarts: int) -> str | None
     Returns a sentence when the same submission has been restarted from there `restarts` times already. Starts that
     somebody makes by hand (without MEGAHYBRID_SUBMISSION) are not counted.
     """
-    submission = _submission()
-    if submission is None:
+    if _submission() is None:
         return None
-    before = 0
-    for attempt in reversed(read(run)):
-        if attempt["submission"] != submission or attempt.get("step") != step:
-            break
-        before += 1
-    if before > restarts:
-        return (
-            f"{run.path} was started {before} times from step {step} without reaching another checkpoint; see "
-            f"{run.failure.with_name('failure.previous.txt')}, mend the cause and submit it again."
-        )
+    if len(before := _starts_in_a_row(run, step)) > restarts:
+        return _giving_up(run, before)
     nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
     _append(run, {"nodes": nodes, "processes": world, "step": step})
     return None
+
+
+def note_lost(run: RunDirectory, restarts: int) -> str | None:
+    """Note a start of a submitted job that has ended before `begin` could; returns a sentence as `begin` does."""
+    if _submission() is None or has_begun(run):
+        return None
+    _append(run, {"step": None})
+    starts = _starts_in_a_row(run)
+    return _giving_up(run, starts) if len(starts) > restarts else None
+
+
+def has_begun(run: RunDirectory) -> bool:
+    """Whether the processes of this start had met and noted it."""
+    return any(each.get("start") == run.start and each.get("step") is not None for each in read(run))
+
+
+def _starts_in_a_row(run: RunDirectory, step: int | None = None) -> list[dict[str, Any]]:
+    """The last starts of this submission that went from `step` (None: wherever the last one did), the newest first.
+
+    Those that ended before they knew where they would go on count with the others.
+    """
+    found = []
+    for start in (each for each in reversed(read(run)) if "step" in each):
+        step = start["step"] if step is None else step
+        if start["submission"] != _submission() or start["step"] not in (step, None):
+            break
+        found.append(start)
+    return found
+
+
+def _giving_up(run: RunDirectory, starts: list[dict[str, Any]]) -> str:
+    step = next((f" from step {each['step']}" for each in starts if each["step"] is not None), "")
+    last = starts[0]["start"]
+    failure = failures.read(run, last)
+    why = f"by this ({run.failure_of(last)}): {failure.cause.rstrip('.')}" if failure else "without a word"
+    return (
+        f"{run.path} was started {len(starts)} times{step} without reaching another checkpoint, the last time ended "
+        f"{why}; mend that and submit it again."
+    )
 
 
 def note_rollback(run: RunDirectory, step: int) -> None:
@@ -56,19 +90,21 @@ def _submission() -> str | None:
 
 
 def _append(run: RunDirectory, facts: dict[str, Any]) -> None:
-    line = {"submission": _submission(), "job": os.environ.get("SLURM_JOB_ID"), **facts, "time": time.time()}
-    run.path.mkdir(parents=True, exist_ok=True)
-    with open(run.attempts, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    """Add a line; what is there is written anew with it, since a torn one would spoil the next."""
+    ours = {"submission": _submission(), "job": os.environ.get("SLURM_JOB_ID"), "start": run.start}
+    lines = [*read(run), {**ours, **facts, "time": time.time()}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    retry(lambda: write_text(run.attempts, text), f"Writing {run.attempts}")
 
 
 def read(run: RunDirectory) -> list[dict[str, Any]]:
     """All starts and rollbacks so far, the oldest first; a line that is not whole is left out."""
+    try:
+        text = retry(lambda: run.attempts.read_text(encoding="utf-8"), f"Reading {run.attempts}")
+    except FileNotFoundError:
+        return []
     attempts = []
-    if run.attempts.exists():
-        for line in run.attempts.read_text(encoding="utf-8").splitlines():
-            try:
-                attempts.append(json.loads(line))
-            except ValueError:
-                continue
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            attempts.append(json.loads(line))
     return attempts

@@ -12,6 +12,7 @@ kill at any moment leaves the last good one so. There is no random state to keep
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from megahybrid.errors import UserError
 from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import Put, put_in_place
+from megahybrid.retry import retry
 from megahybrid.training import zero
 from megahybrid.training.checkpoint_folder import others
 from megahybrid.training.engine import Engine
@@ -82,7 +84,7 @@ def load_weights(path: Path, model: nn.Module, put: Put = put_in_place) -> None:
 def read_facts(path: Path) -> dict[str, Any]:
     """A checkpoint's checkpoint.json. Raises UserError where there is none that can be read."""
     try:
-        return json.loads((path / "checkpoint.json").read_text())
+        return json.loads(retry((path / "checkpoint.json").read_text, f"Reading '{path}'"))
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' is not a readable checkpoint; {others(path)}.") from error
 
@@ -112,7 +114,9 @@ def _damage(path: Path, facts: dict[str, Any], kinds: Sequence[str]) -> str | No
     names = [name for name in sorted(facts["files"]) if name.rpartition("-")[0] in kinds]
 
     def is_whole(name: str) -> bool:
-        return (path / name).is_file() and facts_of(path / name) == facts["files"][name]
+        with contextlib.suppress(FileNotFoundError):
+            return retry(lambda: facts_of(path / name), f"Reading '{path / name}'") == facts["files"][name]
+        return False
 
     mine = names[rank::world]
     with ThreadPoolExecutor() as pool:
@@ -125,4 +129,4 @@ def _damage(path: Path, facts: dict[str, Any], kinds: Sequence[str]) -> str | No
 def _read(path: Path, facts: dict[str, Any], kind: str, name: str, parameter: nn.Parameter) -> Tensor:
     """This tensor parallel rank's part of a weight or moment."""
     file = path / file_name(kind, facts["parameters"][name]["file"])
-    return read_part(file, name, parameter.spec, *groups.tensor_parallel())
+    return retry(lambda: read_part(file, name, parameter.spec, *groups.tensor_parallel()), f"Reading '{file}'")

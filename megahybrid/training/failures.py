@@ -1,65 +1,121 @@
-"""The first failure of a run's processes, brought to the top: logs/failure.txt and status.json.
+"""Why a start of the run has failed: logs/failures/START.txt, its newest copy logs/failure.txt, and status.json.
 
 When one process fails, the others follow within seconds with errors of their own. The first to write decides: the file
-is created, never overwritten, until the next start moves it away.
+of a start is made once. The file is the truth, status.json follows it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import socket
 import traceback
-
-import torch
-import torch.distributed as dist
+from dataclasses import dataclass
 
 from megahybrid.errors import MachineFault, UserError
+from megahybrid.files import write_text
+from megahybrid.retry import may_succeed, retry
 from megahybrid.training.ownership import NotOwner, another
 from megahybrid.training.run_directory import RunDirectory
 
+_SECONDS_TO_WRITE = 10.0  # a process that fails is soon ended by others
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a start's file says.
+
+    Attributes:
+        cause: one line.
+        again: whether the same start may succeed when it is made again.
+        step: the last finished one, where the process knew it.
+        ours: whether the run was this start's: else it says nothing about the run.
+        text: all of it.
+    """
+
+    cause: str
+    again: bool
+    step: int | None
+    ours: bool
+    text: str
+
 
 def record(run: RunDirectory, error: BaseException, step: int | None = None, details: str = "") -> None:
-    """Write why this process ends, unless another one of the run has; nothing where the disk does not take it.
+    """Write why this process ends, unless another one of this start has; nothing where the disk does not take it.
 
     `step` is the last finished one, where status.json may know an older one; `details` stand in the place of the
     error's traceback.
     """
-    sentence = describe(error)
     if not details and not isinstance(error, UserError):
         details = "".join(traceback.format_exception(error))
     facts = {
         "when": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "where": f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}, process {os.getpid()}",
-        "job": os.environ.get("SLURM_JOB_ID", "none"),
+        "start": run.start,
+        "again": "yes" if may_succeed(error) else "no",
+        **({} if step is None else {"step": step}),
+        **({"of": "another start"} if isinstance(error, NotOwner) else {}),
     }
-    text = "\n".join([sentence, "", *(f"{name:<6} {value}" for name, value in facts.items()), "", details])
-    with contextlib.suppress(OSError):
-        run.logs.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(run.failure, "x", encoding="utf-8") as file:
-                file.write(text.rstrip() + "\n")
-        except FileExistsError:
+    header = (f"{name:<6} {value}" for name, value in facts.items())
+    text = "\n".join([describe(error), "", *header, "", details]).rstrip() + "\n"
+    with contextlib.suppress(OSError, MachineFault):
+        if retry(lambda: _create(run, text), "Recording the failure", seconds=_SECONDS_TO_WRITE):
+            retry(lambda: write_text(run.failure, text), f"Writing {run.failure}", seconds=_SECONDS_TO_WRITE)
+        elif os.environ.get("RANK", "0") != "0":  # the main process may have written "running" since
             return
-        if not isinstance(error, NotOwner) and another(run) is None:
-            run.end_status("failed", sentence, may_succeed(error), step)
+        tell(run)
+
+
+def _create(run: RunDirectory, text: str) -> bool:
+    """Whether this process was the first; the file is whole from the moment at which it is there."""
+    file = run.failure_of(run.start)
+    part = file.with_name(f".{socket.gethostname()}.{os.getpid()}.part")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.link(part, file)
+    except FileExistsError:
+        return False
+    finally:
+        part.unlink(missing_ok=True)
+    return True
+
+
+def read(run: RunDirectory, start: str | None = None) -> Failure | None:
+    """Why a start, this one by default, has failed; None where nobody has recorded it."""
+    file = run.failure_of(start or run.start)
+    try:
+        text = retry(lambda: file.read_text(encoding="utf-8"), f"Reading {file}")
+    except FileNotFoundError:
+        return None
+    cause, _, *lines = text.splitlines()
+    facts = dict(line.split(maxsplit=1) for line in itertools.takewhile(bool, lines))
+    step = int(facts["step"]) if "step" in facts else None
+    return Failure(cause, facts["again"] == "yes", step, "of" not in facts, text)
+
+
+def tell(run: RunDirectory) -> None:
+    """Have status.json say what this start's file says, unless the run is another one's. Raises OSError."""
+    failure = read(run)
+    if failure is not None and failure.ours and another(run) is None:
+        run.end_status("failed", failure.cause, failure.again, failure.step)
 
 
 def forget(run: RunDirectory) -> None:
-    """Move what an earlier start left away to failure.previous.txt."""
-    with contextlib.suppress(OSError):
-        os.replace(run.failure, run.failure.with_name("failure.previous.txt"))
+    """Remove this start's file: several starts by hand may share a job."""
+    run.failure_of(run.start).unlink(missing_ok=True)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether it says what is wrong with a start by hand: told on the terminal, it changes nothing of the run."""
+    return isinstance(error, UserError) and not may_succeed(error) and "MEGAHYBRID_SUBMISSION" not in os.environ
 
 
 def describe(error: BaseException) -> str:
     """One line about an error: a UserError's own sentence, else its type and first line."""
-    if isinstance(error, UserError):
-        return str(error)
     lines = str(error).strip().splitlines()
+    if isinstance(error, UserError):
+        return " ".join(lines)
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def may_succeed(error: BaseException) -> bool:
-    """Whether the same start could succeed elsewhere or later: machines, GPUs and links fail, programs do not heal."""
-    return isinstance(error, (MachineFault, dist.DistError, torch.AcceleratorError))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megahybrid.parallel import groups
+from megahybrid.retry import retry
 
 log = logging.getLogger("megahybrid")
 
@@ -21,8 +22,7 @@ def rank_log(folder: Path) -> Iterator[None]:
     Warnings of the main process also go to the terminal.
     """
     rank, world = groups.world()
-    folder.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(folder / f"rank_{rank:05d}.log", encoding="utf-8")
+    to_file = retry(lambda: _open(folder / f"rank_{rank:05d}.log"), f"Writing to {folder}")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     to_terminal = logging.StreamHandler()
     to_terminal.setLevel(logging.WARNING if groups.is_main() else logging.CRITICAL)
@@ -44,4 +44,10 @@ def rank_log(folder: Path) -> Iterator[None]:
         log.setLevel(level)
         for handler in (to_file, to_terminal):
             log.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):
+                handler.close()
+
+
+def _open(file: Path) -> logging.FileHandler:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return logging.FileHandler(file, encoding="utf-8")

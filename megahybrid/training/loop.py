@@ -16,12 +16,14 @@ from megahybrid.model.stack import build_stages
 from megahybrid.parallel import groups
 from megahybrid.parallel.peers import PeerWatch
 from megahybrid.parallel.self_check import self_check
+from megahybrid.retry import retry
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.stages import stage_layers
 from megahybrid.training import attempts, checkpoint, checkpoint_folder, failures, tracking
 from megahybrid.training.checkpoint import Position
 from megahybrid.training.engine import Engine, StepResult
 from megahybrid.training.logs import log, rank_log
+from megahybrid.training.metrics_file import MetricsFile
 from megahybrid.training.ownership import Owner
 from megahybrid.training.resume import check_resume
 from megahybrid.training.run_directory import RunDirectory, duration
@@ -46,31 +48,36 @@ def train(config: Config, report: Report = print, stop_request: StopRequest | No
     run, watch = RunDirectory(config.run.dir), config.train.watch
     longest = max(watch.start_seconds, watch.step_seconds) + 120  # the watchdog tells more than a collective's timeout
     groups.initialize(config.parallel, config.train.seed, watch.join_seconds, longest)
-    say = report if groups.is_main() else _nothing
+    run.by_hand = groups.agree(run.by_hand)
+    say, trainer = report if groups.is_main() else _nothing, None
+
+    def record(cause: BaseException) -> None:
+        failures.record(run, cause, trainer.position.step if trainer else None)
+
     with contextlib.ExitStack() as resources:
-        owner = resources.enter_context(Owner(run))
-        start, goes_back = groups.on_main(lambda: _start(run, config))
-        step = 0
-        if start is not None:
-            check_resume(load_config(start / "config.yaml"), config, str(start))
-            step = checkpoint.read_facts(start)["position"]["step"]
-            if step >= config.train.steps:
-                say(f"{run.path} has done its {config.train.steps} steps; a larger train.steps goes on from there.")
-                return
-        _, world = groups.world()
-        if fault := groups.agree(attempts.begin(run, step, world, watch.restarts) if groups.is_main() else None):
-            raise UserError(fault)
-        stop_request = stop_request or resources.enter_context(StopRequest())
-        peers = resources.enter_context(PeerWatch())
-        trainer = Trainer(config, run, owner, start, goes_back, say, stop_request, resources)
-        peers.last_words = lambda cause: failures.record(run, cause, trainer.position.step)
+        peers = resources.enter_context(PeerWatch(record))
         try:
+            owner = resources.enter_context(Owner(run))
+            start, goes_back = groups.on_main(lambda: retry(lambda: _start(run, config), f"Reading {run.path}"))
+            step = 0
+            if start is not None:
+                check_resume(retry(lambda: load_config(start / "config.yaml"), f"Reading {start}"), config, str(start))
+                step = checkpoint.read_facts(start)["position"]["step"]
+                if step >= config.train.steps:
+                    say(f"{run.path} has done its {config.train.steps} steps; a larger train.steps goes on from there.")
+                    return
+            _, world = groups.world()
+            if fault := groups.agree(attempts.begin(run, step, world, watch.restarts) if groups.is_main() else None):
+                raise UserError(fault)
+            stop_request = stop_request or resources.enter_context(StopRequest())
+            trainer = Trainer(config, run, owner, start, goes_back, say, stop_request, resources)
             trainer.run_until_told()
         except BaseException as error:
             log.info("Ended by an error.", exc_info=True)
             cause = peers.explain(error)
             log.info(failures.describe(cause))
-            failures.record(run, cause, trainer.position.step)
+            if trainer is not None or not failures.is_refusal(cause):
+                record(cause)
             if cause is error:
                 raise
             raise cause from error
@@ -104,7 +111,7 @@ class Trainer:
         self.data = resources.enter_context(TrainingData(config, replica, replicas))
         self.validation = resources.enter_context(validation_batches(config, replica, replicas))
         if groups.is_main():
-            failures.forget(run)
+            retry(lambda: failures.forget(run), f"Writing to {run.logs}")
         resources.enter_context(rank_log(run.logs))
         self.watchdog = resources.enter_context(Watchdog(run, config.train.watch, groups.world()[0]))
         self_check()
@@ -119,10 +126,11 @@ class Trainer:
             self.data.seek(self.position.consumed)
             self._tell(f"Going on from {start} (loaded in {time.perf_counter() - began:.1f} s).")
         owner.check()
-        groups.on_main(lambda: self._go_on_from_here(goes_back))
+        groups.on_main(lambda: retry(lambda: self._go_on_from_here(goes_back), f"Writing to {run.path}"))
+        self.metrics = MetricsFile(run.metrics, owner.check_here)
         self.tracker = Tracker(config if groups.is_main() else None, self.position.tracking_id, self.position.step)
         resources.callback(self.tracker.finish)
-        self.saver = Saver(run.checkpoints, self.engine, self.data.prepared.tokenizer_file, owner)
+        self.saver = Saver(run.checkpoints, self.engine, self.data.prepared.tokenizer_file, owner, self.metrics.write)
         self.flops_per_token = flops_per_token(config).training
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_length
         self._status_written = 0.0
@@ -173,21 +181,21 @@ class Trainer:
                 metrics["validation_loss"] = self.engine.validate(self.validation)
             if self.saver.pending and not result.saving:
                 self.saver.finish()
-            if last or result.stop or step % every == 0:
+            if last or result.stop or self.saver.failed or step % every == 0:
                 metrics["checkpoint_seconds"] = self.saver.start(self.position)
             self._record(metrics)
             if step == first + 1 or step % train.log_every == 0 or "validation_loss" in metrics or result.skipped:
                 left = (time.perf_counter() - began) / (step - first) * (train.steps - step)
                 self.say(_line(metrics, result, train.steps, left))
             if result.stop and not last:
-                self.saver.finish()
+                self.saver.insist(self.position)
                 signals = {name for name in groups.gather(self.stop_request.signal) if name}
                 reason = "SIGTERM" if "SIGTERM" in signals else signals.pop()
                 self.write_status("stopped", reason)
                 self._tell(f"Stopped by {reason} after step {step}; {self._command_that_goes_on()} goes on.")
                 return
             self.watchdog.beat(step)
-        self.saver.finish()
+        self.saver.insist(self.position)
         self.write_status("done")
         log.info("Done after step %d.", train.steps)
 
@@ -197,11 +205,19 @@ class Trainer:
         return "the same command without train.resume_from" if again else "the same command"
 
     def write_status(self, state: str, reason: str = "") -> None:
-        """Write status.json, on the main process, if the disk takes it."""
+        """Write status.json on the main process; while the run goes on, if the disk takes it."""
         self._status_written = time.monotonic()
-        if groups.is_main():
+        if not groups.is_main():
+            return
+
+        def write() -> None:
+            self.run.write_status(state, self.position.step, self.config.train.steps, reason)
+
+        if state != "running":
+            retry(write, f"Writing {self.run.status}")
+        else:
             with contextlib.suppress(OSError):
-                self.run.write_status(state, self.position.step, self.config.train.steps, reason)
+                write()
 
     def _tell(self, text: str) -> None:
         log.info(text)
@@ -241,8 +257,7 @@ class Trainer:
 
     def _record(self, metrics: dict[str, Any]) -> None:
         if groups.is_main():
-            self.owner.check_here()
-            self.run.log(metrics)
+            self.metrics.add(metrics)
             self.tracker.log(metrics)
         if time.monotonic() - self._status_written > _SECONDS_BETWEEN_STATUS:
             self.write_status("running")

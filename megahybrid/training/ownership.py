@@ -68,11 +68,11 @@ class Owner:
 
     def check(self) -> None:
         """Before anything is replaced or removed: raise NotOwner, on every process, where another start has the run."""
-        groups.on_main(self.check_here)
+        groups.on_main(lambda: retry(self.check_here, f"Reading {self._file}"))
 
     def check_here(self) -> None:
-        """The same on the main process alone, for what it writes by itself."""
-        theirs = retry(lambda: _read(self._file), f"Reading {self._file}")
+        """The same on the main process alone, for what it writes by itself. Raises OSError where it cannot tell."""
+        theirs = _read(self._file)
         if self._is_mine(theirs) or (theirs is None and self._create()):
             return
         raise NotOwner(

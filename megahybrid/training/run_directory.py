@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ Metrics = list[dict[str, Any]]
 
 
 class RunDirectory:
-    """Paths and small files of one run."""
+    """Paths and small files of one run.
+
+    Attributes:
+        by_hand: names the start of the run that this process belongs to where no job does; all its processes have to
+            agree on it.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -25,13 +31,26 @@ class RunDirectory:
         self.status = self.path / "status.json"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
-        self.failure = self.logs / "failure.txt"
+        self.failure = self.logs / "failure.txt"  # the newest of all starts
         self.heartbeats = self.path / "heartbeat"
         self.attempts = self.path / "attempts.jsonl"
         self.owner = self.path / "owner.json"
+        self.by_hand = f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}-{os.getpid()}"
+
+    @property
+    def start(self) -> str:
+        """The name of this start, which no other start of the run has: the job's number and how often it was requeued,
+        or `by_hand`.
+        """
+        job = os.environ.get("SLURM_JOB_ID")
+        return f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}" if job else self.by_hand
+
+    def failure_of(self, start: str) -> Path:
+        """Where a start's first failure is recorded (failures.py)."""
+        return self.logs / "failures" / f"{start}.txt"
 
     def write_status(self, state: str, step: int, target: int, reason: str = "", again: bool = False) -> None:
-        """Write status.json.
+        """Write status.json; nothing but `failed` once a process of this start has failed.
 
         Args:
             state: running, stopped (asked to, will go on), done or failed.
@@ -39,6 +58,8 @@ class RunDirectory:
             reason: why, if there is a why.
             again: whether a failed run may succeed when it is started again.
         """
+        if state != "failed" and os.path.exists(self.failure_of(self.start)):
+            return
         write_json(
             self.status,
             {
@@ -62,12 +83,6 @@ class RunDirectory:
         """Write status.json with another state and reason, where not told otherwise at the step that it has."""
         last = self.read_status()
         self.write_status(state, last.get("step", 0) if step is None else step, last.get("target", 0), reason, again)
-
-    def log(self, metrics: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
 
     def cut_metrics(self, step: int) -> None:
         """Remove the lines after `step`: training goes on from there."""

@@ -7,11 +7,12 @@ report of every step tells, the main process makes the checkpoint current. The t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,38 @@ from torch import Tensor, nn
 
 from megahybrid import code_version
 from megahybrid.config import save_config
-from megahybrid.errors import UserError
+from megahybrid.errors import MachineFault, UserError
 from megahybrid.files import sync_folder, write_json
 from megahybrid.parallel import groups
+from megahybrid.retry import Patience, is_of_a_disk, retry
 from megahybrid.training import checkpoint_folder, zero
 from megahybrid.training.checkpoint import Position, file_name
 from megahybrid.training.engine import Engine
 from megahybrid.training.ownership import Owner
 from megahybrid.training.tensor_files import write_tensors
 
+_SECONDS_AT_ONCE = 20.0  # for which a part of a checkpoint is tried again before the save has failed
+_SECONDS_BETWEEN_LAST_TRIES = 1.0
+
 
 class Saver:
-    """The checkpoints of one run, at most one of them in the making. All methods are called by every process."""
+    """The checkpoints of one run, at most one of them in the making. All methods are called by every process.
 
-    def __init__(self, folder: Path, engine: Engine, tokenizer: Path, owner: Owner):
+    A save that a disk does not take is logged, and is due again at once, with the state of then; the last checkpoint
+    stays current. Once that has lasted too long, all processes raise: MachineFault, or UserError for a full disk.
+
+    Attributes:
+        failed: whether the last save has failed, the same on every process.
+    """
+
+    def __init__(self, folder: Path, engine: Engine, tokenizer: Path, owner: Owner, before_sealing: Callable[[], None]):
+        """`before_sealing` is called by the main process before a checkpoint becomes current, which it does not do
+        while that raises OSError.
+        """
         self._folder, self._engine, self._tokenizer, self._owner = folder, engine, tokenizer, owner
+        self._before_sealing = before_sealing
+        self.failed = False
+        self._patience = Patience()
         self._mine = owned_parameters(engine.model)
         self._host: dict[tuple[str, str], Tensor] = {}  # by kind and name, kept from save to save
         self._no_memory: str | None = None
@@ -45,7 +63,7 @@ class Saver:
         self._facts: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
         self._files: dict[str, dict[str, Any]] = {}
-        self._fault: str | None = None
+        self._fault: OSError | UserError | None = None
 
     @property
     def pending(self) -> bool:
@@ -58,14 +76,14 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, position: Position) -> float:
-        """Begin a checkpoint; returns the seconds for which training was stopped. Raises as `finish`."""
+        """Begin a checkpoint; returns the seconds for which training was stopped."""
         began = time.perf_counter()
         self.finish()
         self._await_memory()
-        self._owner.check()
         self._name = checkpoint_folder.name(position.step)
         self._part = self._folder / f".{self._name}.{self._owner.token}.part"  # not where a start before still writes
-        self._agree(self._make_room() if groups.is_main() else None)
+        if self._fails(self._make_room() if groups.is_main() else None):
+            return time.perf_counter() - began
         shares = self._snapshot()
         self._facts = self._facts_at(position)
         self._files, self._fault = {}, None
@@ -74,43 +92,65 @@ class Saver:
         return time.perf_counter() - began
 
     def finish(self) -> None:
-        """Wait until the checkpoint in the making, if there is one, is durable, and make it current.
-
-        Raises UserError, on every process, where the disk did not take it; the last checkpoint then stays current.
-        """
+        """Wait until the checkpoint in the making, if there is one, is durable, and make it current."""
         if self._thread is None:
             return
         self._thread.join()
         self._thread = None
         written = groups.gather((self._files, self._fault))
-        self._owner.check()
         fault = next((each for _, each in written if each), None)
         if groups.is_main() and fault is None:
-            fault = self._seal([files for files, _ in written])
-        self._agree(fault)
+            facts = self._completed_facts([files for files, _ in written])
+            fault = self._attempt(lambda: self._seal(facts))
+        if not self._fails(fault):
+            self._patience.relax()
 
-    def _make_room(self) -> str | None:
+    def insist(self, position: Position) -> None:
+        """Return once the state, which stands at `position`, is saved: after a save that failed it is tried again."""
+        self.finish()
+        while self.failed:
+            time.sleep(_SECONDS_BETWEEN_LAST_TRIES)
+            self.start(position)
+            self.finish()
+
+    def _make_room(self) -> OSError | UserError | None:
         """Remove what interrupted runs left, and make the folder; what went wrong, if anything did."""
         try:
+            self._owner.check_here()
             self._folder.mkdir(parents=True, exist_ok=True)
             for left in [*self._folder.glob(".step_*.part"), *self._folder.glob(".step_*.old")]:
                 shutil.rmtree(left, ignore_errors=True)
-            self._part.mkdir()
-        except OSError as fault:
-            return fault.strerror or str(fault)
+            self._part.mkdir(exist_ok=True)
+        except (OSError, UserError) as fault:
+            return fault
         return None
 
-    def _agree(self, fault: str | None) -> None:
-        """Raise UserError on all processes for a fault that the main one knows."""
-        fault = groups.agree(fault)
-        if fault is None:
-            return
-        if groups.is_main():
+    def _attempt(self, action: Callable[[], Any]) -> OSError | UserError | None:
+        """Do what writes a part of the checkpoint, with a few tries; why it failed, if it did."""
+        try:
+            retry(action, f"Writing {self._part}", is_of_a_disk, _SECONDS_AT_ONCE)
+        except MachineFault as error:
+            return error.__cause__
+        except UserError as error:
+            return error
+        return None
+
+    def _fails(self, fault: OSError | UserError | None) -> bool:
+        """Whether the main process knows a fault of this save. Raises it where saves have failed for too long."""
+        end = None
+        if groups.is_main() and fault is not None:
             shutil.rmtree(self._part, ignore_errors=True)
-        raise UserError(
-            f"The checkpoint {self._name} could not be written to '{self._folder}' ({fault}); "
-            "make room and start again: training goes on from the checkpoint before."
-        )
+            what = f"The checkpoint {self._name} in '{self._folder}'"
+            try:
+                if isinstance(fault, UserError):
+                    raise fault
+                self._patience.bear(what, fault)
+            except UserError as error:
+                end = error
+        self.failed, end = groups.agree((fault is not None, end))
+        if end is not None:
+            raise end
+        return self.failed
 
     def _allocate(self) -> None:
         """Get the host memory of all saves, beside the first steps: pinning it takes seconds for some GB."""
@@ -162,35 +202,43 @@ class Saver:
         rank, _ = groups.world()
         try:
             for kind, tensors in shares.items():
-                if tensors:
+                if tensors and self._fault is None:
                     name = file_name(kind, rank)
-                    facts = write_tensors(self._part / name, tensors)
-                    shapes = {each: list(tensor.shape) for each, tensor in tensors.items()}
-                    self._files[name] = {**facts, "shapes": shapes}
+                    self._fault = self._attempt(lambda name=name, tensors=tensors: self._write_file(name, tensors))
         except Exception as fault:  # a thread's own traceback would reach nobody
-            self._fault = getattr(fault, "strerror", None) or f"{type(fault).__name__}: {fault}"
+            sentence = f"A checkpoint could not be written to '{self._folder}': {type(fault).__name__}: {fault}."
+            self._fault = UserError(sentence)
 
-    def _seal(self, written: list[dict[str, dict[str, Any]]]) -> str | None:
-        """Complete the folder and make it current, on the main process; what went wrong, if anything did."""
-        facts, name = self._facts | {"parameters": {}, "files": {}}, self._name
+    def _write_file(self, name: str, tensors: dict[str, Tensor]) -> None:
+        facts = write_tensors(self._part / name, tensors)
+        self._files[name] = {**facts, "shapes": {each: list(tensor.shape) for each, tensor in tensors.items()}}
+
+    def _completed_facts(self, written: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+        """The checkpoint's checkpoint.json, with what every process has written."""
+        facts = self._facts | {"parameters": {}, "files": {}}
         for number, files in enumerate(written):
             for file, each in files.items():
                 for parameter, shape in each.pop("shapes").items():
                     facts["parameters"][parameter] = {"shape": shape, "file": number}
                 facts["files"][file] = each
-        try:
+        return facts
+
+    def _seal(self, facts: dict[str, Any]) -> None:
+        """Complete the folder and make it current, on the main process; goes on where a try before it has failed."""
+        name = self._name
+        self._owner.check_here()
+        self._before_sealing()
+        if self._part.exists():
             save_config(self._engine.config, self._part / "config.yaml")
             shutil.copyfile(self._tokenizer, self._part / "tokenizer.json")
             write_json(self._part / "checkpoint.json", facts)
             sync_folder(self._part)
             shutil.rmtree(self._folder / name, ignore_errors=True)
             os.replace(self._part, self._folder / name)
-            sync_folder(self._folder)
-            checkpoint_folder.make_current(self._folder, name)
+        sync_folder(self._folder)
+        checkpoint_folder.make_current(self._folder, self._name)
+        with contextlib.suppress(OSError):  # what is too much today is removed next time
             checkpoint_folder.remove_old(self._folder, self._engine.config.checkpoint)
-        except OSError as fault:
-            return fault.strerror or str(fault)
-        return None
 
 
 def _host_tensor(shape: tuple[int, ...]) -> Tensor:

@@ -1,8 +1,9 @@
 """Heartbeats, and an end to hangs: a process that makes no progress shows where it stands, and all of them end.
 
 Every process has a thread that writes `heartbeat/rank_00000.json` and looks at the time of the last beat. The first to
-miss one too long leaves a file that all others see; each then writes the stacks of its threads to its log and the place
-where it stands to its heartbeat, so that the cause can say which ranks wait and which one they wait for.
+miss one too long leaves a file that all others of this start see; each then writes the stacks of its threads to its log
+and the place where it stands to its heartbeat, so that the cause can say which ranks wait and which one they wait for.
+A disk that does not take these files ends nothing, and does not keep a hang from being ended.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import megahybrid
 from megahybrid.config.schema import WatchConfig
 from megahybrid.errors import MachineFault
 from megahybrid.files import read_json
+from megahybrid.retry import retry
 from megahybrid.training import failures
 from megahybrid.training.run_directory import RunDirectory
 
@@ -41,7 +43,7 @@ class Watchdog:
     def __init__(self, run: RunDirectory, limits: WatchConfig, rank: int, grace: float = 8.0):
         self._run, self._limits, self._rank, self._grace = run, limits, rank, grace
         self._file = run.heartbeats / f"rank_{rank:05d}.json"
-        self._alarm = run.heartbeats / "stuck"
+        self._alarm = run.heartbeats / f"stuck-{run.start}"
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._log: IO[str] | None = None
@@ -49,10 +51,7 @@ class Watchdog:
         self._step, self._doing, self._limit, self._since = 0, "starting", limits.start_seconds, time.monotonic()
 
     def __enter__(self) -> Watchdog:
-        for folder in (self._run.heartbeats, self._run.logs):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._alarm.unlink(missing_ok=True)
-        self._log = open(self._run.logs / f"rank_{self._rank:05d}.log", "a", encoding="utf-8")
+        self._log = retry(self._open, f"Writing to {self._run.path}")
         faulthandler.enable(self._log)
         self.beat(0, "starting", long=True)
         self._thread.start()
@@ -63,9 +62,17 @@ class Watchdog:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         faulthandler.disable()
-        self._log.close()
+        with contextlib.suppress(OSError):
+            self._log.close()
         with contextlib.suppress(OSError):
             self._file.unlink(missing_ok=True)
+
+    def _open(self) -> IO[str]:
+        for folder in (self._run.heartbeats, self._run.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        for left in self._run.heartbeats.glob("stuck*") if self._rank == 0 else ():
+            left.unlink(missing_ok=True)
+        return open(self._run.logs / f"rank_{self._rank:05d}.log", "a", encoding="utf-8")
 
     def beat(self, step: int, doing: str = "training", long: bool = False) -> None:
         """Progress: `step` steps are done, and this is what comes now; `long` allows it `start_seconds`."""
@@ -81,45 +88,51 @@ class Watchdog:
             if now - written >= _SECONDS_BETWEEN_HEARTBEATS:
                 self._write()
                 written = now
-            if now - self._since > self._limit or self._alarm.exists():
-                self._end(now - self._since > self._limit)
+            late = now - self._since > self._limit
+            if late or os.path.exists(self._alarm):  # False where the disk cannot tell; Path.exists would raise
+                try:
+                    self._end(late)
+                finally:
+                    if not self._left.is_set():
+                        os._exit(1)
                 return
 
     def _end(self, first: bool) -> None:
         seconds = time.monotonic() - self._since
         with contextlib.suppress(OSError):
             self._alarm.touch()
-        self._log.write(f"No progress for {seconds:.0f} s after step {self._step} ({self._doing}):\n")
-        self._log.flush()
+            self._log.write(f"No progress for {seconds:.0f} s after step {self._step} ({self._doing}):\n")
+            self._log.flush()
         faulthandler.dump_traceback(self._log)
         self._write(_place(sys._current_frames().get(self._main)))
         if self._left.wait(self._grace):
             return
         if first:
             cause = f"No progress for {seconds:.0f} s after step {self._step} ({self._doing})"
-            details = places(self._run.heartbeats)
+            details = ""
+            with contextlib.suppress(OSError):
+                details = places(self._run)
             hint = "; the ranks that stand apart in this file are the ones to look at."
             failures.record(self._run, MachineFault(cause + hint), self._step, details)
             print(f"megahybrid (rank {self._rank}): {cause}\n{details}", file=sys.stderr, flush=True)
         else:
             self._left.wait(2 * _SECONDS_BETWEEN_LOOKS)  # the first one writes the cause
-        os._exit(1)
 
     def _write(self, place: str = "") -> None:
         heartbeat = {"rank": self._rank, "host": socket.gethostname(), "process": os.getpid(), "time": time.time()}
-        heartbeat |= {"step": self._step, "doing": self._doing, "place": place}
+        heartbeat |= {"start": self._run.start, "step": self._step, "doing": self._doing, "place": place}
         part = self._file.with_suffix(".part")
         with contextlib.suppress(OSError):
             part.write_text(json.dumps(heartbeat))
             os.replace(part, self._file)
 
 
-def places(folder: Path) -> str:
-    """Where the processes stand that have said so in their heartbeats, ranks at the same place in one line."""
+def places(run: RunDirectory) -> str:
+    """Where the processes of this start stand that have said so, ranks at the same place in one line."""
     at = defaultdict(list)
-    for path in sorted(folder.glob("rank_*.json")):
+    for path in sorted(run.heartbeats.glob("rank_*.json")):
         heartbeat = read_json(path)
-        if heartbeat and heartbeat["place"]:
+        if heartbeat and heartbeat["start"] == run.start and heartbeat["place"]:
             at[heartbeat["step"], heartbeat["doing"], heartbeat["place"]].append(heartbeat)
     lines = []
     for (step, doing, place), beats in sorted(at.items(), key=lambda each: len(each[1])):

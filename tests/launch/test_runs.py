@@ -9,6 +9,7 @@ from rich.console import Console
 
 from megahybrid.cli import main
 from megahybrid.launch import runs, slurm
+from megahybrid.training.metrics_file import MetricsFile
 from megahybrid.training.run_directory import RunDirectory
 
 
@@ -35,7 +36,8 @@ def make(folder, name, queue, job=None, status=None, silent=0.0, reason="Priorit
         beat = run.heartbeats / "rank_00000.json"
         beat.write_text("{}")
         os.utime(beat, (time.time() - silent,) * 2)
-        run.log({"step": 5, "tokens": 5_000_000, "loss": 2.5, "tokens_per_second": 1e6, "mfu": 0.42})
+        line = {"step": 5, "tokens": 5_000_000, "loss": 2.5, "tokens_per_second": 1e6, "mfu": 0.42}
+        MetricsFile(run.metrics).add(line)
     if job:
         queue.append(slurm.QueuedJob("7", job, reason, name, None, 0))
 

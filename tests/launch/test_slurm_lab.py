@@ -125,7 +125,7 @@ def test_a_hang_ends_with_stacks_and_goes_on(submit, reference, tmp_path):
     (number,) = submit("--nodes", "2", "train.watch.step_seconds=6", fault="hang 1 7")
     wait(number, "COMPLETED", seconds=180)
     run = tmp_path / "run"
-    failure = (run / "logs" / "failure.previous.txt").read_text()
+    failure = (run / "logs" / "failures" / f"{number}-0.txt").read_text()
     assert failure.startswith("No progress for ")
     (stuck,) = [line for line in failure.splitlines() if line.startswith("rank 1 on n1:")]
     assert "faulty.py" in stuck and "step 6" in stuck
@@ -133,6 +133,29 @@ def test_a_hang_ends_with_stacks_and_goes_on(submit, reference, tmp_path):
         assert "most recent call first" in (run / "logs" / f"rank_{rank:05d}.log").read_text()
     assert [start["step"] for start in attempts(run)] == [0, 4]
     assert_same_run(metrics(run), metrics(reference))
+
+
+@pytest.mark.slow
+def test_a_process_killed_in_start_up_is_named_and_the_job_goes_on(submit, reference, tmp_path):
+    (number,) = submit("--nodes", "2", fault="kill 3 0")
+    wait(number, "COMPLETED", seconds=180)
+    run = tmp_path / "run"
+    (record,) = (run / "logs" / "failures").iterdir()
+    assert record.name == f"{number}-0.txt" and record.read_text().startswith("Rank 3 on n2 died")
+    assert [start["step"] for start in attempts(run)] == [0, 0]
+    assert_same_run(metrics(run), metrics(reference))
+
+
+@pytest.mark.slow
+def test_a_machine_that_breaks_again_and_again_is_given_up(submit, tmp_path):
+    (number,) = submit("train.watch.restarts=1", fault="break 1 7")
+    assert wait(number, "FAILED", seconds=240)
+    run = tmp_path / "run"
+    assert [start["step"] for start in attempts(run)] == [0, 4, 4]
+    for told in (status(run)["reason"], (run / "logs" / "failure.txt").read_text().splitlines()[0]):
+        assert "started 2 times from step 4" in told and "fell off the bus in start 2" in told
+    assert (status(run)["state"], status(run)["again"], status(run)["restart"]) == ("failed", False, 3)
+    assert "Failed at step" in output(run)
 
 
 @pytest.mark.slow

@@ -1,15 +1,20 @@
 """A process that dies or fails ends the others within seconds, even while they wait for what never comes."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from queue import Queue
 
 import pytest
 
+from megahybrid.errors import MachineFault
+from megahybrid.parallel import groups, peers
 from tests.workers import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -22,8 +27,7 @@ from megahybrid.parallel.peers import PeerWatch
 
 groups.initialize(ParallelConfig())
 rank, _ = groups.world()
-with PeerWatch(grace=1.0) as peers:
-    peers.last_words = lambda cause: print("last words:", cause, flush=True)
+with PeerWatch(lambda cause: print("last words:", type(cause).__name__, cause, flush=True), grace=1.0):
     print("watching", flush=True)
     what = sys.argv[1].split(",")[rank]
     if what == "wait":  # as in a collective of NCCL
@@ -67,7 +71,7 @@ def test_a_killed_process_ends_the_others(victim):
         out, err = process.communicate(timeout=30)
         if rank != victim:
             assert process.returncode == 1
-            assert f"last words: Rank {victim} on {socket.gethostname()} died" in out
+            assert f"last words: MachineFault Rank {victim} on {socket.gethostname()} died" in out
             assert f"(rank {rank}): Rank {victim} on {socket.gethostname()} died" in err
     assert time.monotonic() - began < 10
 
@@ -77,7 +81,49 @@ def test_a_failure_is_told_to_the_others():
     assert "The disk is full" in failing.communicate(timeout=30)[1]
     out, _ = waiting.communicate(timeout=30)
     assert waiting.returncode == 1
-    assert f"Rank 0 on {socket.gethostname()} failed: The disk is full; make room." in out
+    assert f"UserError Rank 0 on {socket.gethostname()} failed: The disk is full; make room." in out
+
+
+@pytest.fixture
+def entering(monkeypatch):
+    """Rank 0 of two as it waits for the other one: its watch, and the address."""
+    port = Queue()
+    monkeypatch.setattr(groups, "world", lambda: (0, 2))
+    monkeypatch.setattr(groups, "agree", lambda value: port.put(value) or value)
+    monkeypatch.setattr(peers, "_SECONDS_TO_GREET", 0.1)
+    watch = peers.PeerWatch()
+    thread = threading.Thread(target=watch.__enter__)
+    thread.start()
+    yield watch, thread, ("127.0.0.1", port.get(timeout=10))
+    thread.join(10)
+    watch.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("greeting", [b"", b"GET / HTTP/1.1\r\n\r\n", b"[1]\n"], ids=["silent", "http", "json"])
+def test_a_stranger_does_not_keep_the_processes_from_each_other(greeting, entering):
+    watch, thread, address = entering
+    with socket.create_connection(address) as stranger, socket.create_connection(address, timeout=10) as member:
+        stranger.sendall(greeting)
+        member.sendall(b'{"name": "Rank 1"}\n')
+        thread.join(10)
+        assert not thread.is_alive() and list(watch._members.values()) == ["Rank 1"]
+        assert json.loads(member.recv(1000))["name"].startswith("Rank 0 on")
+        member.sendall(b'{"left": null, "machine": false}\n')
+
+
+def test_a_fault_of_the_machine_is_one_for_the_others_too(entering):
+    """Its own disk may not have taken why it ended: the others' word must let the job be put back into the queue."""
+    watch, thread, address = entering
+    with socket.create_connection(address, timeout=10) as member:
+        member.sendall(b'{"name": "Rank 1"}\n')
+        thread.join(10)
+        assert b"Rank 0 on" in member.recv(1000)
+        member.sendall(b'{"left": "Its disk is gone.", "machine": true}\n')
+        cause = watch.explain(RuntimeError("gloo lost a connection"))
+        assert type(cause) is MachineFault and str(cause) == "Rank 1 failed: Its disk is gone."
+        assert json.loads(member.recv(1000)) == {"cause": str(cause), "machine": True}
+        watch.__exit__(MachineFault, MachineFault("A GPU is gone."), None)
+        assert json.loads(member.recv(1000)) == {"left": "A GPU is gone.", "machine": True}
 
 
 def test_normal_ends_at_different_times_are_silent():

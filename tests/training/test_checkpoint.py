@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 import megahybrid.training.saver as saver
+from megahybrid import retry
 from megahybrid.cli import main
 from megahybrid.training.engine import Engine
 from tests.training.conftest import metrics
@@ -34,9 +35,11 @@ def test_a_full_disk_keeps_the_last_checkpoint(recipe, tmp_path, monkeypatch, ca
         return real(file, tensors)
 
     monkeypatch.setattr(saver, "write_tensors", full)
+    monkeypatch.setattr(saver, "_SECONDS_AT_ONCE", 0.0)
+    monkeypatch.setattr(retry, "SECONDS_BESIDE_TRAINING", 0.0)
     assert main(["train", str(recipe)]) == 2
     message = capsys.readouterr().err
-    assert "checkpoint step_00000010 could not be written" in message and "No space left on device" in message
+    assert "could not be written (No space left on device); make room and start again" in message
     assert names(tmp_path / "run") == ["latest", "step_00000005"]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     monkeypatch.setattr(saver, "write_tensors", real)

@@ -8,6 +8,7 @@ import pytest
 from safetensors import safe_open
 
 import megahybrid.training.saver as saver
+from megahybrid import retry
 from megahybrid.cli import main
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.parallel import groups
@@ -24,8 +25,8 @@ def workers():
     pool.close()
 
 
-def train_with_full_disk(recipe, full_rank, *overrides):
-    """One rank of a run on whose rank `full_rank` the second checkpoint does not fit; what it was told."""
+def train_with_full_disk(recipe, full_rank, patience, *overrides):
+    """One rank of a run on whose rank `full_rank` the checkpoint of step 10 does not fit; what it was told."""
     from megahybrid.config import load_config
     from megahybrid.errors import UserError
     from megahybrid.training.loop import train
@@ -38,12 +39,15 @@ def train_with_full_disk(recipe, full_rank, *overrides):
         return real(file, tensors)
 
     saver.write_tensors = full
+    before = saver._SECONDS_AT_ONCE, retry.SECONDS_BESIDE_TRAINING
+    saver._SECONDS_AT_ONCE, retry.SECONDS_BESIDE_TRAINING = 0.0, patience
     try:
         train(load_config(recipe, overrides))
     except UserError as error:
         return str(error)
     finally:
         saver.write_tensors = real
+        saver._SECONDS_AT_ONCE, retry.SECONDS_BESIDE_TRAINING = before
 
 
 @pytest.mark.parametrize("full_rank", [0, 1])
@@ -52,17 +56,19 @@ def test_a_disk_that_is_full_for_one_rank_ends_all_and_keeps_the_last_checkpoint
 ):
     layout = ["parallel.pipeline=2", "train.micro_batch_size=1"]
     run = "tests.training.test_saver:train_with_full_disk"
-    told = workers.run(2, run, str(recipe), full_rank, *layout)
-    assert all("step_00000010 could not be written" in each and "No space left" in each for each in told)
+    told = workers.run(2, run, str(recipe), full_rank, 0.0, *layout)
+    assert all("step_00000010 " in each and "could not be written (No space left" in each for each in told)
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000005"]
-    assert workers.run(2, run, str(recipe), -1, *layout) == [None, None]
+    assert workers.run(2, run, str(recipe), full_rank, 600.0, *layout, "checkpoint.keep=9") == [None, None]
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 21))
+    steps = [int(path.name[5:]) for path in sorted(checkpoints.glob("step_*"))]
+    assert steps[0] == 5 and steps[1] in (11, 12, 13) and steps[-2:] == [15, 20]  # when the others know, it is due
 
 
 def test_every_parameter_is_written_once_by_one_of_the_ranks(workers, recipe, reference, tmp_path):
     layout = ["parallel.pipeline=2", "train.steps=1"]
-    workers.run(2, "tests.training.test_saver:train_with_full_disk", str(recipe), -1, *layout)
+    workers.run(2, "tests.training.test_saver:train_with_full_disk", str(recipe), -1, 0.0, *layout)
     folders = tmp_path / "run" / "checkpoints" / "step_00000001", reference / "checkpoints" / "step_00000020"
     ours, theirs = (names(folder, "exp_avg") for folder in folders)
     assert len(list(folders[0].glob("exp_avg-*"))) == 2
