@@ -78,6 +78,8 @@ def _create(run: RunDirectory, text: str) -> bool:
         os.link(part, file)
     except FileExistsError:
         return False
+    except PermissionError:  # a file system without hard links
+        os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
     return True

@@ -82,16 +82,19 @@ class Owner:
 
     def _take(self) -> None:
         try:
-            self._run.path.mkdir(parents=True, exist_ok=True)
-            while not self._create():
-                self._refuse_if_alive()
-                if self._take_over():
-                    break
+            retry(self._become_owner, f"Writing {self._file}")
         except OSError as error:
             raise UserError(
                 f"{self._file} cannot be written ({error.strerror}); see to that disk, or give another run.dir."
             ) from error
         self._thread.start()
+
+    def _become_owner(self) -> None:
+        self._run.path.mkdir(parents=True, exist_ok=True)
+        while not self._create():
+            self._refuse_if_alive()
+            if self._take_over():
+                break
 
     def _create(self) -> bool:
         try:
