@@ -79,11 +79,13 @@ def spoilt(out: StackOutput) -> StackOutput:
         ("fp32", "loss"),
         ("fp32", "gradient"),
         ("bf16", "gradient"),
+        ("bf16", "spike"),
         pytest.param("bf16", "loss", marks=pytest.mark.slow),
+        pytest.param("fp32", "spike", marks=pytest.mark.slow),
     ],
 )
 def test_a_bad_step_changes_no_weight_and_is_counted(stage, dtype, fault, recipe, tmp_path, monkeypatch):
-    """Step 3 turns out NaN; the weights after it are those after step 2."""
+    """Step 3 turns out NaN, or a spike, which DeepSpeed would take; the weights after it are those after step 2."""
     real, calls = Stack.forward, []
 
     def forward(self, *arguments, **options):
@@ -93,11 +95,13 @@ def test_a_bad_step_changes_no_weight_and_is_counted(stage, dtype, fault, recipe
         if torch.is_grad_enabled() and len(calls) == 9:  # the first of the third step's four micro-batches
             if fault == "loss":
                 return spoilt(out)
-            out.loss.register_hook(lambda gradient: gradient * math.inf)
+            factor = 1e6 if fault == "spike" else math.inf
+            out.loss.register_hook(lambda gradient: gradient * factor)
         return out
 
     monkeypatch.setattr(Stack, "forward", forward)
     overrides = [f"parallel.zero_stage={stage}", "checkpoint.every=1", "checkpoint.keep=4", "train.steps=4"]
+    overrides += ["train.skip.spikes=true", "train.skip.window=2", "train.skip.sigma=1000"]
     assert main(["train", str(recipe), f"train.dtype={dtype}", *overrides]) == 0
     assert [line["skipped"] for line in metrics(tmp_path / "run")] == [0, 0, 1, 1]
     checkpoints = tmp_path / "run" / "checkpoints"
