@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megahybrid_kernels.attention import reference
 from megahybrid_kernels.attention.growing_cache import GrowingCache
 from megahybrid_kernels.attention.reference import KeyValueCache
-from megahybrid_kernels.backend import takes_triton
+from megahybrid_kernels.backend import check_devices, takes_triton
 from megahybrid_kernels.sequences import Sequences
 
 try:
@@ -153,5 +153,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window_size: i
         raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit together")
     if q.shape[0] != sequences.tokens:
         raise ValueError(f"q has {q.shape[0]} tokens, but the sequences have {sequences.tokens}")
+    check_devices(q, k, v, sequences.cu_seqlens)
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size counts the query itself and must be at least 1, but is {window_size}")

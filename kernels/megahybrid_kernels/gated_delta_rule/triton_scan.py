@@ -34,6 +34,14 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import (
     load_square,
     store_rows,
 )
+from megahybrid_kernels.launch import kernel
+
+
+@triton.jit
+def _own_columns(VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """This program's first column, and the number of its pair of a segment (or sequence) and a head."""
+    blocks: tl.constexpr = (VALUE_DIM + COLUMNS - 1) // COLUMNS
+    return tl.program_id(0) % blocks * COLUMNS, tl.program_id(0) // blocks
 
 
 @triton.jit
@@ -107,7 +115,7 @@ def _dot(x, y, total, PRECISE: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.
     return total
 
 
-@triton.jit
+@kernel
 def scan_kernel(
     q, k, v, rows, ends, inverse, rest, attention, initial, o, u, states, final, segments,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
@@ -121,14 +129,21 @@ def scan_kernel(
     None. Without v the values are zero and the scan starts from the identity (VALUE_DIM is KEY_DIM). o comes from
     sums in one part, all else in two.
     """
-    first = tl.program_id(0) * COLUMNS
-    segment, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    first, pair = _own_columns(VALUE_DIM, COLUMNS)
+    segment, head = (pair // HEADS).to(tl.int64), pair % HEADS
     begin, stop = tl.load(segments + 3 * segment), tl.load(segments + 3 * segment + 1)
     chunk = tl.load(segments + 3 * segment + 2).to(tl.int64) * HEADS + head
     key_head = (head // GROUPS).to(tl.int64)
     q += key_head * q_head_stride
     k += key_head * k_head_stride
     place = tl.arange(0, CHUNK)
+    if v is not None:
+        v += head.to(tl.int64) * v_head_stride
+    if u is not None:
+        u += head * VALUE_DIM
+    if o is not None:
+        o += head * VALUE_DIM
+    value_stride: tl.constexpr = HEADS * VALUE_DIM
     state_size: tl.constexpr = KEY_DIM * VALUE_DIM
     HALF: tl.constexpr = min(WIDTH, 128)
     if initial is not None:
@@ -140,19 +155,19 @@ def scan_kernel(
     # Values come out of shared memory in the products' layout by a product.
     identity = tl.where(place[:, None] == place[None, :], 1.0, 0.0).to(dtype)
     for start in tl.range(begin, stop, CHUNK):
-        row = start + place
-        inside = row < stop
+        # Rows count from the chunk's first: 32 bits do, which saves registers.
+        token, inside = start.to(tl.int64), place < stop - start
         system = load_square(inverse + chunk * (CHUNK * CHUNK), CHUNK)
         scales = rows + chunk * (ROW_KINDS * CHUNK) + place
         # Not fetched ahead by the compiler's pipeline: asked for early instead.
         decay = tl.load(ends + chunk)
-        k_tile = load_rows(k, row, inside, k_stride, 0, KEY_DIM, HALF)
+        k_tile = load_rows(k + token * k_stride, place, inside, k_stride, 0, KEY_DIM, HALF)
         narrow = state.to(dtype)
         error = tl.dot(narrow, tl.trans(k_tile), input_precision=PRECISION)
         if states is not None:
             _store_block(states + chunk * state_size, narrow, first, 0, VALUE_DIM, KEY_DIM, COLUMNS, HALF)
         if WIDTH > HALF:
-            k_other = load_rows(k, row, inside, k_stride, HALF, KEY_DIM, HALF)
+            k_other = load_rows(k + token * k_stride, place, inside, k_stride, HALF, KEY_DIM, HALF)
             narrow = other.to(dtype)
             error = tl.dot(narrow, tl.trans(k_other), error, input_precision=PRECISION)
             if states is not None:
@@ -167,9 +182,7 @@ def scan_kernel(
         if v is None:
             error = -error
         else:
-            v_tile = _load_across(
-                v + head.to(tl.int64) * v_head_stride, row, inside, v_stride, first, VALUE_DIM, COLUMNS
-            )  # fmt: skip
+            v_tile = _load_across(v + token * v_stride, place, inside, v_stride, first, VALUE_DIM, COLUMNS)
             if dtype != tl.float32:
                 v_tile = tl.dot(v_tile, identity)
             error = v_tile - error
@@ -179,16 +192,18 @@ def scan_kernel(
             written = tl.dot(error.to(dtype), tl.trans(load_square(rest + chunk * (CHUNK * CHUNK), CHUNK)), written)
         written = _dot(error, tl.trans(system), written, rest is not None, dtype, PRECISION)
         if u is not None:
-            _store_across(u + head * VALUE_DIM, written, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
+            at = u + token * value_stride
+            _store_across(at, written, place, inside, value_stride, first, VALUE_DIM, COLUMNS)
         if o is not None:
-            q_tile = load_rows(q, row, inside, q_stride, 0, KEY_DIM, HALF)
+            q_tile = load_rows(q + token * q_stride, place, inside, q_stride, 0, KEY_DIM, HALF)
             output = tl.dot(state.to(dtype), tl.trans(q_tile), input_precision=PRECISION)
             if WIDTH > HALF:
-                q_other = load_rows(q, row, inside, q_stride, HALF, KEY_DIM, HALF)
+                q_other = load_rows(q + token * q_stride, place, inside, q_stride, HALF, KEY_DIM, HALF)
                 output = tl.dot(other.to(dtype), tl.trans(q_other), output, input_precision=PRECISION)
             pairs = load_square(attention + chunk * (CHUNK * CHUNK), CHUNK)
             output = tl.dot(written.to(dtype), tl.trans(pairs), read_q[None, :] * output, input_precision=PRECISION)
-            _store_across(o + head * VALUE_DIM, output, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
+            at = o + token * value_stride
+            _store_across(at, output, place, inside, value_stride, first, VALUE_DIM, COLUMNS)
         kept = tl.load(scales + WRITE * CHUNK)[None, :] * written
         state = _dot(kept, k_tile, state * decay, o is None, dtype, PRECISION)
         if WIDTH > HALF:
@@ -201,7 +216,7 @@ def scan_kernel(
             _leave(final, other, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
 
 
-@triton.jit
+@kernel
 def reverse_scan_kernel(
     q, k, do, rows, ends, inverse, rest, attention, dfinal, dv, dstates, dinitial, segments,
     q_stride, q_head_stride, k_stride, k_head_stride,
@@ -212,8 +227,8 @@ def reverse_scan_kernel(
 
     dv and dstates are written unless None; dfinal is zero when None.
     """
-    first = tl.program_id(0) * COLUMNS
-    segment, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    first, pair = _own_columns(VALUE_DIM, COLUMNS)
+    segment, head = (pair // HEADS).to(tl.int64), pair % HEADS
     begin, stop = tl.load(segments + 3 * segment), tl.load(segments + 3 * segment + 1)
     count = tl.cdiv(stop - begin, CHUNK)
     chunk = (tl.load(segments + 3 * segment + 2).to(tl.int64) + count - 1) * HEADS + head
@@ -221,6 +236,10 @@ def reverse_scan_kernel(
     q += key_head * q_head_stride
     k += key_head * k_head_stride
     place = tl.arange(0, CHUNK)
+    do += head * VALUE_DIM
+    if dv is not None:
+        dv += head * VALUE_DIM
+    value_stride: tl.constexpr = HEADS * VALUE_DIM
     state_size: tl.constexpr = KEY_DIM * VALUE_DIM
     HALF: tl.constexpr = min(WIDTH, 128)
     if dfinal is not None:
@@ -230,14 +249,14 @@ def reverse_scan_kernel(
         other = _initial(dfinal, False, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
     dtype = k.dtype.element_ty
     for step in tl.range(0, count):
-        row = begin + (count - 1 - step) * CHUNK + place
-        inside = row < stop
-        do_tile = _load_across(do + head * VALUE_DIM, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
+        start = begin + (count - 1 - step) * CHUNK
+        token, inside = start.to(tl.int64), place < stop - start
+        do_tile = _load_across(do + token * value_stride, place, inside, value_stride, first, VALUE_DIM, COLUMNS)
         system = load_square(inverse + chunk * (CHUNK * CHUNK), CHUNK)
         pairs = load_square(attention + chunk * (CHUNK * CHUNK), CHUNK)
         scales = rows + chunk * (ROW_KINDS * CHUNK) + place
         decay = tl.load(ends + chunk)
-        k_tile = load_rows(k, row, inside, k_stride, 0, KEY_DIM, HALF)
+        k_tile = load_rows(k + token * k_stride, place, inside, k_stride, 0, KEY_DIM, HALF)
         if dstates is not None:
             _store_block(dstates + chunk * state_size, dstate, first, 0, VALUE_DIM, KEY_DIM, COLUMNS, HALF)
             if WIDTH > HALF:
@@ -245,13 +264,13 @@ def reverse_scan_kernel(
         du = tl.zeros([COLUMNS, CHUNK], tl.float32)
         du = _dot(dstate, tl.trans(k_tile), du, True, dtype, PRECISION)
         if WIDTH > HALF:
-            k_other = load_rows(k, row, inside, k_stride, HALF, KEY_DIM, HALF)
+            k_other = load_rows(k + token * k_stride, place, inside, k_stride, HALF, KEY_DIM, HALF)
             du = _dot(other, tl.trans(k_other), du, True, dtype, PRECISION)
         scaled = (tl.load(scales + READ_Q * CHUNK)[None, :] * do_tile.to(tl.float32)).to(dtype)
-        q_tile = load_rows(q, row, inside, q_stride, 0, KEY_DIM, HALF)
+        q_tile = load_rows(q + token * q_stride, place, inside, q_stride, 0, KEY_DIM, HALF)
         dstate = tl.dot(scaled, q_tile, dstate * decay, input_precision=PRECISION)
         if WIDTH > HALF:
-            q_other = load_rows(q, row, inside, q_stride, HALF, KEY_DIM, HALF)
+            q_other = load_rows(q + token * q_stride, place, inside, q_stride, HALF, KEY_DIM, HALF)
             other = tl.dot(scaled, q_other, other * decay, input_precision=PRECISION)
         du *= -tl.load(scales + WRITE * CHUNK)[None, :]
         du = tl.dot(do_tile, pairs, input_precision=PRECISION) - du
@@ -261,7 +280,8 @@ def reverse_scan_kernel(
         solved = _dot(du, system, solved, True, dtype, PRECISION)
         solved *= tl.load(scales + BETA * CHUNK)[None, :]
         if dv is not None:
-            _store_across(dv + head * VALUE_DIM, solved, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
+            at = dv + token * value_stride
+            _store_across(at, solved, place, inside, value_stride, first, VALUE_DIM, COLUMNS)
         taken = -tl.load(scales + READ_K * CHUNK)[None, :] * solved
         dstate = _dot(taken, k_tile, dstate, True, dtype, PRECISION)
         if WIDTH > HALF:
@@ -282,7 +302,7 @@ def _load_state(
     return load_rows(pointer, row, row < KEY_DIM, VALUE_DIM, first, VALUE_DIM, COLUMNS).to(tl.float32)
 
 
-@triton.jit
+@kernel
 def join_kernel(
     transfer, own, start, states, last, bounds,
     HEADS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr,
@@ -295,8 +315,8 @@ def join_kernel(
     REVERSE goes from the last segment to the first with the transposed maps. Where keys repeat a map takes nearly all
     of a key's direction from a state: tf32 has too few digits.
     """
-    first = tl.program_id(0) * COLUMNS
-    sequence, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    first, pair = _own_columns(VALUE_DIM, COLUMNS)
+    sequence, head = (pair // HEADS).to(tl.int64), pair % HEADS
     begin, stop = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
     state_size: tl.constexpr = KEY_DIM * VALUE_DIM
     last += (sequence * HEADS + head) * state_size
