@@ -13,6 +13,11 @@ from torch import Tensor
 MOST_TOKENS = 2**30
 
 
+def _check_tokens(tokens: int) -> None:
+    if tokens > MOST_TOKENS:
+        raise ValueError(f"at most {MOST_TOKENS} tokens can be packed together, not {tokens}")
+
+
 @dataclass(frozen=True)
 class Sequences:
     """Sequences laid end to end in one row of tokens, as `cu_seqlens` describes them.
@@ -38,8 +43,7 @@ class Sequences:
         """Sequences of the given lengths. Raises ValueError for an empty list, a length below 1 or too many tokens."""
         if not lengths or min(lengths) < 1:
             raise ValueError(f"every sequence needs at least one token, but the lengths are {list(lengths)}")
-        if sum(lengths) > MOST_TOKENS:
-            raise ValueError(f"at most {MOST_TOKENS} tokens can be packed together, not {sum(lengths)}")
+        _check_tokens(sum(lengths))
         borders = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
         return cls(borders.to(device, non_blocking=True), tuple(lengths), starts)
 
@@ -99,6 +103,7 @@ class Sequences:
     def behind(self, rows: int) -> Sequences:
         """The same sequences with `rows` more rows before each one's own, all counted from 0; made once."""
         if rows not in self._behind:
+            _check_tokens(self.tokens + self.count * rows)
             more = torch.arange(self.count + 1, dtype=torch.int32, device=self.cu_seqlens.device) * rows
             self._behind[rows] = Sequences(self.cu_seqlens + more, tuple(rows + length for length in self.lengths))
         return self._behind[rows]

@@ -200,7 +200,7 @@ def prefill(case: Case) -> None:
 def decode(case: Case, window: int = 768) -> None:
     """One token of each of as many sequences as there are tokens."""
     count, heads, dim = case.tokens, case.heads, case.dim
-    positions, gates = new(count, dtype=torch.int64), [new(count, heads) for _ in range(2)]
+    positions, gates = new(count, dtype=torch.int64, grad=False), [new(count, heads) for _ in range(2)]
     state = new(count, heads, dim, dim, dtype=torch.float32)
     q, k, v = (case.rows() for _ in range(3))
     gated_delta_rule_step(q, k, v, *gates, new(heads), new(heads), state)

@@ -23,8 +23,8 @@ class Wrapped:
 
 Value = Range | Wrapped
 _SAME = {"splat", "expand_dims", "broadcast", "reshape", "trans", "unsplat", "extsi", "extui", "index_cast", "gather"}
-_OPERATION = re.compile(r'^(?:(%[\w$.]+)(?::(\d+))? = )?"?([a-z_]+\.[\w.]+)"?\s*(.*)$')
-_NAME = re.compile(r"%[\w$.]+(?:#\d+)?")
+_OPERATION = re.compile(r'^(?:(%[\w$.-]+)(?::(\d+))? = )?"?([a-z_]+\.[\w.]+)"?\s*(.*)$')
+_NAME = re.compile(r"%[\w$.-]+(?:#\d+)?")
 
 
 @dataclass
@@ -41,7 +41,7 @@ def _regions(text: str) -> _Region:
         line = re.sub(r"\s+loc\(.*\)$", "", raw).strip()
         if line.startswith("}"):
             stack.pop()
-            if line.endswith("{") or line.endswith("({"):
+            if line.endswith("{"):
                 # `} else {` and `} do {` belong to the line before.
                 region = _Region(line)
                 stack[-1].lines.append(region)
@@ -100,7 +100,7 @@ class Ranges:
         self.values: dict[str, Value] = {}
         self.faults: set[str] = set()
         function = next(x for x in _regions(ttir).lines[0].lines if isinstance(x, _Region))
-        names = re.findall(r"(%[\w$.]+): (!tt\.ptr<[^>]*>|[\w.]+)", function.header)
+        names = re.findall(r"(%[\w$.-]+): (!tt\.ptr<[^>]*>|[\w.]+)", function.header)
         for number, (name, kind) in enumerate(names):
             if kind in ("i32", "i64"):
                 self.values[name] = (arguments[number],) * 2
@@ -174,12 +174,12 @@ class Ranges:
         value = _join(low, high)
         self.values[variable] = value if isinstance(value, Wrapped) else (value[0], max(value[0], value[1] - 1))
         carried = re.search(r"iter_args\((.*?)\) ->", rest)
-        pairs = re.findall(r"(%\S+) = (%[\w$.#]+)", carried[1]) if carried else []
+        pairs = re.findall(r"(%\S+) = (%[\w$.#-]+)", carried[1]) if carried else []
         names, initial = [x for x, _ in pairs], [self._read(x) for _, x in pairs]
         self._name(name, self._carried(initial, names, lambda: [self._read(x) for x in self._block(region.lines)]))
 
     def _while(self, name: str | None, rest: str, region: _Region, after: _Region) -> None:
-        pairs = re.findall(r"(%[\w$.]+) = (%[\w$.#]+)", rest)
+        pairs = re.findall(r"(%[\w$.-]+) = (%[\w$.#-]+)", rest)
         names, initial = [x for x, _ in pairs], [self._read(x) for _, x in pairs]
         passed: list[Value] = []
 
@@ -187,7 +187,7 @@ class Ranges:
             nonlocal passed
             passed = [self._read(x) for x in self._block(region.lines)[1:]]
             head = after.lines[0] if isinstance(after.lines[0], str) else ""
-            self.values.update(zip(re.findall(r"(%[\w$.]+):", head), passed, strict=False))
+            self.values.update(zip(re.findall(r"(%[\w$.-]+):", head), passed, strict=False))
             return [self._read(x) for x in self._block(after.lines)]
 
         self._carried(initial, names, body)
@@ -201,7 +201,8 @@ class Ranges:
             if adds and not isinstance(value, Wrapped):
                 axis = int(re.search(r"axis = (\d+)", region.header)[1])
                 size = int(re.search(r"tensor<([\dx]+)x", str(after))[1].split("x")[axis])
-                value = min(value[0], value[0] * size), min(value[1] * size, max(value[1], self.most))
+                low, high = max(value[0] * size, -self.most), min(value[1] * size, self.most)
+                value = min(value[0], low), max(value[1], high)
             results.append(value)
         self._name(name, results)
 
@@ -215,6 +216,9 @@ class Ranges:
         if short == "addptr" and isinstance(operands[1], Wrapped):
             self.faults.add(f"{line} <- {operands[1].origin}")
         if name is None:
+            return
+        if short in ("cmpi", "cmpf"):
+            self.values[name] = 0, 1
             return
         kind = line.rsplit(" : ", 1)[-1].rsplit(" to ", 1)[-1].rsplit("-> ", 1)[-1]
         bits = re.search(r"(?:^|x)(i\d+)>?$", kind)
@@ -241,8 +245,8 @@ class Ranges:
             end, start = (int(re.search(rf"{x} = (\d+)", rest)[1]) for x in ("end", "start"))
             return start, end - 1
         if short == "load":
-            return (-1, self.most) if re.search(r"ptr<i(32|16|8)>", kind) else (-(2**62), 2**62)
-        if kind.endswith("i1") or kind.endswith("i1>"):
+            return -1, self.most if re.search(r"ptr<i(32|16|8)>", kind) else 2**62
+        if kind.endswith(("i1", "i1>")):
             return 0, 1
         wrapped = next((x for x in operands if isinstance(x, Wrapped)), None)
         if short == "select":

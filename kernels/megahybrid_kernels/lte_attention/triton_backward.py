@@ -249,10 +249,12 @@ def sum_chunks_kernel(
         start = (head * partial_rows + first)[:, None] * HEAD_DIM + column[None, :]
         some = (rows > 1)[:, None] & (column < HEAD_DIM)[None, :]
         dk, dv = tl.load(dk_partial + start, mask=some, other=0), tl.load(dv_partial + start, mask=some, other=0)
+        places = start
         for n in range(1, tl.max(rows, 0)):
+            places += HEAD_DIM
             more = (n < rows)[:, None] & (column < HEAD_DIM)[None, :]
-            dk += tl.load(dk_partial + start + n * HEAD_DIM, mask=more, other=0)
-            dv += tl.load(dv_partial + start + n * HEAD_DIM, mask=more, other=0)
+            dk += tl.load(dk_partial + places, mask=more, other=0)
+            dv += tl.load(dv_partial + places, mask=more, other=0)
         tl.store(dk_partial + start, dk, mask=some)
         tl.store(dv_partial + start, dv, mask=some)
 
