@@ -66,6 +66,12 @@ class _Call:
     def strides(self, *names: str) -> list[int]:
         return [stride for name in names for stride in getattr(self, name).stride()[:2]]
 
+    @property
+    def row_type(self) -> tl.dtype:
+        """Of the scans' row numbers: 64 bits, which cost them registers, only where offsets need them."""
+        farthest = max(self.heads * self.value_dim, *(x.stride(0) for x in (self.q, self.k, self.v)))
+        return tl.int64 if (self.tokens + 256) * farthest >= 2**31 else tl.int32
+
     def state_shape(self, count: int, value_dim: int | None = None) -> tuple[int, ...]:
         return count, self.heads, self.key_dim, value_dim or self.value_dim
 
@@ -138,7 +144,7 @@ def _scan(
     scan_kernel[call.programs(values, len(call.plan.segments))](
         call.q, call.k, None if transfer else call.v, prepared.rows, prepared.ends, prepared.inverse,
         prepared.rest if o is None else None, prepared.attention, initial, o, u, states, final, call.plan.segments,
-        *call.strides("q", "k", "v"), **call.heads_constants(), **values,
+        *call.strides("q", "k", "v"), **call.heads_constants(), **values, ROW=call.row_type,
     )  # fmt: skip
 
 
@@ -155,6 +161,7 @@ def _reverse_scan(
     reverse_scan_kernel[call.programs(values, len(call.plan.segments))](
         call.q, call.k, do, prepared.rows, prepared.ends, prepared.inverse, prepared.rest, prepared.attention,
         dfinal, dv, dstates, dinitial, call.plan.segments, *call.strides("q", "k"), **call.heads_constants(), **values,
+        ROW=call.row_type,
     )  # fmt: skip
 
 

@@ -120,14 +120,14 @@ def scan_kernel(
     q, k, v, rows, ends, inverse, rest, attention, initial, o, u, states, final, segments,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """Columns of one segment's state, chunk by chunk; `segments` int32 `[segments, 3]`: rows begin, stop, first chunk.
 
     Each of o, u `[tokens, HEADS, VALUE_DIM]`, states `[chunks, HEADS, VALUE_DIM, KEY_DIM]` (S^T before each chunk) and
     final `[segments, HEADS, KEY_DIM, VALUE_DIM]` is written unless None. initial, laid out as final, is zero when
     None. Without v the values are zero and the scan starts from the identity (VALUE_DIM is KEY_DIM). o comes from
-    sums in one part, all else in two.
+    sums in one part, all else in two. ROW is the type of rows' numbers.
     """
     first, pair = _own_columns(VALUE_DIM, COLUMNS)
     segment, head = (pair // HEADS).to(tl.int64), pair % HEADS
@@ -137,13 +137,6 @@ def scan_kernel(
     q += key_head * q_head_stride
     k += key_head * k_head_stride
     place = tl.arange(0, CHUNK)
-    if v is not None:
-        v += head.to(tl.int64) * v_head_stride
-    if u is not None:
-        u += head * VALUE_DIM
-    if o is not None:
-        o += head * VALUE_DIM
-    value_stride: tl.constexpr = HEADS * VALUE_DIM
     state_size: tl.constexpr = KEY_DIM * VALUE_DIM
     HALF: tl.constexpr = min(WIDTH, 128)
     if initial is not None:
@@ -155,19 +148,19 @@ def scan_kernel(
     # Values come out of shared memory in the products' layout by a product.
     identity = tl.where(place[:, None] == place[None, :], 1.0, 0.0).to(dtype)
     for start in tl.range(begin, stop, CHUNK):
-        # Rows count from the chunk's first: 32 bits do, which saves registers.
-        token, inside = start.to(tl.int64), place < stop - start
+        row = (start + place).to(ROW)
+        inside = row < stop
         system = load_square(inverse + chunk * (CHUNK * CHUNK), CHUNK)
         scales = rows + chunk * (ROW_KINDS * CHUNK) + place
         # Not fetched ahead by the compiler's pipeline: asked for early instead.
         decay = tl.load(ends + chunk)
-        k_tile = load_rows(k + token * k_stride, place, inside, k_stride, 0, KEY_DIM, HALF)
+        k_tile = load_rows(k, row, inside, k_stride, 0, KEY_DIM, HALF)
         narrow = state.to(dtype)
         error = tl.dot(narrow, tl.trans(k_tile), input_precision=PRECISION)
         if states is not None:
             _store_block(states + chunk * state_size, narrow, first, 0, VALUE_DIM, KEY_DIM, COLUMNS, HALF)
         if WIDTH > HALF:
-            k_other = load_rows(k + token * k_stride, place, inside, k_stride, HALF, KEY_DIM, HALF)
+            k_other = load_rows(k, row, inside, k_stride, HALF, KEY_DIM, HALF)
             narrow = other.to(dtype)
             error = tl.dot(narrow, tl.trans(k_other), error, input_precision=PRECISION)
             if states is not None:
@@ -182,7 +175,9 @@ def scan_kernel(
         if v is None:
             error = -error
         else:
-            v_tile = _load_across(v + token * v_stride, place, inside, v_stride, first, VALUE_DIM, COLUMNS)
+            v_tile = _load_across(
+                v + head.to(tl.int64) * v_head_stride, row, inside, v_stride, first, VALUE_DIM, COLUMNS
+            )  # fmt: skip
             if dtype != tl.float32:
                 v_tile = tl.dot(v_tile, identity)
             error = v_tile - error
@@ -192,18 +187,16 @@ def scan_kernel(
             written = tl.dot(error.to(dtype), tl.trans(load_square(rest + chunk * (CHUNK * CHUNK), CHUNK)), written)
         written = _dot(error, tl.trans(system), written, rest is not None, dtype, PRECISION)
         if u is not None:
-            at = u + token * value_stride
-            _store_across(at, written, place, inside, value_stride, first, VALUE_DIM, COLUMNS)
+            _store_across(u + head * VALUE_DIM, written, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
         if o is not None:
-            q_tile = load_rows(q + token * q_stride, place, inside, q_stride, 0, KEY_DIM, HALF)
+            q_tile = load_rows(q, row, inside, q_stride, 0, KEY_DIM, HALF)
             output = tl.dot(state.to(dtype), tl.trans(q_tile), input_precision=PRECISION)
             if WIDTH > HALF:
-                q_other = load_rows(q + token * q_stride, place, inside, q_stride, HALF, KEY_DIM, HALF)
+                q_other = load_rows(q, row, inside, q_stride, HALF, KEY_DIM, HALF)
                 output = tl.dot(other.to(dtype), tl.trans(q_other), output, input_precision=PRECISION)
             pairs = load_square(attention + chunk * (CHUNK * CHUNK), CHUNK)
             output = tl.dot(written.to(dtype), tl.trans(pairs), read_q[None, :] * output, input_precision=PRECISION)
-            at = o + token * value_stride
-            _store_across(at, output, place, inside, value_stride, first, VALUE_DIM, COLUMNS)
+            _store_across(o + head * VALUE_DIM, output, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
         kept = tl.load(scales + WRITE * CHUNK)[None, :] * written
         state = _dot(kept, k_tile, state * decay, o is None, dtype, PRECISION)
         if WIDTH > HALF:
@@ -221,7 +214,7 @@ def reverse_scan_kernel(
     q, k, do, rows, ends, inverse, rest, attention, dfinal, dv, dstates, dinitial, segments,
     q_stride, q_head_stride, k_stride, k_head_stride,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """The gradient's way back through one segment; do, dv as o, dstates (after each chunk) as states of `scan_kernel`.
 
@@ -236,10 +229,6 @@ def reverse_scan_kernel(
     q += key_head * q_head_stride
     k += key_head * k_head_stride
     place = tl.arange(0, CHUNK)
-    do += head * VALUE_DIM
-    if dv is not None:
-        dv += head * VALUE_DIM
-    value_stride: tl.constexpr = HEADS * VALUE_DIM
     state_size: tl.constexpr = KEY_DIM * VALUE_DIM
     HALF: tl.constexpr = min(WIDTH, 128)
     if dfinal is not None:
@@ -249,14 +238,14 @@ def reverse_scan_kernel(
         other = _initial(dfinal, False, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
     dtype = k.dtype.element_ty
     for step in tl.range(0, count):
-        start = begin + (count - 1 - step) * CHUNK
-        token, inside = start.to(tl.int64), place < stop - start
-        do_tile = _load_across(do + token * value_stride, place, inside, value_stride, first, VALUE_DIM, COLUMNS)
+        row = (begin + (count - 1 - step) * CHUNK + place).to(ROW)
+        inside = row < stop
+        do_tile = _load_across(do + head * VALUE_DIM, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
         system = load_square(inverse + chunk * (CHUNK * CHUNK), CHUNK)
         pairs = load_square(attention + chunk * (CHUNK * CHUNK), CHUNK)
         scales = rows + chunk * (ROW_KINDS * CHUNK) + place
         decay = tl.load(ends + chunk)
-        k_tile = load_rows(k + token * k_stride, place, inside, k_stride, 0, KEY_DIM, HALF)
+        k_tile = load_rows(k, row, inside, k_stride, 0, KEY_DIM, HALF)
         if dstates is not None:
             _store_block(dstates + chunk * state_size, dstate, first, 0, VALUE_DIM, KEY_DIM, COLUMNS, HALF)
             if WIDTH > HALF:
@@ -264,13 +253,13 @@ def reverse_scan_kernel(
         du = tl.zeros([COLUMNS, CHUNK], tl.float32)
         du = _dot(dstate, tl.trans(k_tile), du, True, dtype, PRECISION)
         if WIDTH > HALF:
-            k_other = load_rows(k + token * k_stride, place, inside, k_stride, HALF, KEY_DIM, HALF)
+            k_other = load_rows(k, row, inside, k_stride, HALF, KEY_DIM, HALF)
             du = _dot(other, tl.trans(k_other), du, True, dtype, PRECISION)
         scaled = (tl.load(scales + READ_Q * CHUNK)[None, :] * do_tile.to(tl.float32)).to(dtype)
-        q_tile = load_rows(q + token * q_stride, place, inside, q_stride, 0, KEY_DIM, HALF)
+        q_tile = load_rows(q, row, inside, q_stride, 0, KEY_DIM, HALF)
         dstate = tl.dot(scaled, q_tile, dstate * decay, input_precision=PRECISION)
         if WIDTH > HALF:
-            q_other = load_rows(q + token * q_stride, place, inside, q_stride, HALF, KEY_DIM, HALF)
+            q_other = load_rows(q, row, inside, q_stride, HALF, KEY_DIM, HALF)
             other = tl.dot(scaled, q_other, other * decay, input_precision=PRECISION)
         du *= -tl.load(scales + WRITE * CHUNK)[None, :]
         du = tl.dot(do_tile, pairs, input_precision=PRECISION) - du
@@ -280,8 +269,7 @@ def reverse_scan_kernel(
         solved = _dot(du, system, solved, True, dtype, PRECISION)
         solved *= tl.load(scales + BETA * CHUNK)[None, :]
         if dv is not None:
-            at = dv + token * value_stride
-            _store_across(at, solved, place, inside, value_stride, first, VALUE_DIM, COLUMNS)
+            _store_across(dv + head * VALUE_DIM, solved, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
         taken = -tl.load(scales + READ_K * CHUNK)[None, :] * solved
         dstate = _dot(taken, k_tile, dstate, True, dtype, PRECISION)
         if WIDTH > HALF:
