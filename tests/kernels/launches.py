@@ -114,13 +114,15 @@ def far_heads(tokens: int, heads: int, dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one call of every op; `make` lays out what has rows of heads."""
+    """Sizes of one call of every op; `make` lays out what has rows of heads, `most` is as of `ttir_ranges`, the tokens
+    and some blocks when left out."""
 
     lengths: tuple[int, ...]
     heads: int
     dim: int
     make: Callable[..., Tensor] = new
     groups: int = 1
+    most: int | None = None
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -149,11 +151,19 @@ def delta_rule(case: Case, tune: gdn.Tuning | None = None) -> None:
     a, b = (new(case.tokens, case.heads) for _ in range(2))
     gates = (new(case.heads, dtype=torch.float32) for _ in range(2))
     state = new(len(case.lengths), case.heads, case.dim, case.dim, dtype=torch.float32)
-    backward(*gdn.gated_delta_rule(q, k, v, a, b, *gates, case.sequences, state, tune=tune))
+    outputs = gdn.gated_delta_rule(q, k, v, a, b, *gates, case.sequences, state, tune=tune)
+    if torch.is_grad_enabled():
+        backward(*outputs)
 
 
 def delta_rule_in_segments(case: Case) -> None:
     delta_rule(case, replace(gdn.tuning(case.dim, BF16), programs=10**9, shortest=1))
+
+
+@torch.no_grad()
+def delta_rule_forward(case: Case) -> None:
+    delta_rule(case)
+    delta_rule_in_segments(case)
 
 
 def attention(case: Case, buffer: int | None) -> None:
@@ -219,12 +229,16 @@ TRAINING = (
 )  # fmt: skip
 CASES: dict[str, tuple[Case, tuple[Callable[[Case], None], ...]]] = {
     "many tokens": (Case((2_100_000,), 8, 256, groups=2), TRAINING),
-    "many documents": (Case((1,) * 70_000, 8, 256, groups=2), (*TRAINING, prefill, decode)),
+    # The scans' row numbers have 32 bits up to here.
+    "just enough tokens": (Case((2**20 - 257,), 8, 256, most=2**20 - 257), (delta_rule_forward,)),
+    "many documents": (Case((1,) * 70_000, 8, 256, groups=2), TRAINING),
+    "many cached documents": (Case((1,) * 70_000, 8, 256, groups=2, most=2**27), (prefill, decode)),
     "documents longer than a window": (Case((1500,) * 2000, 8, 256, groups=2), (*TRAINING, prefill)),
-    "many heads": (Case((3, 1), 70_000, 16), (*TRAINING, prefill, decode)),
+    "many heads": (Case((3, 1), 70_000, 16), TRAINING),
+    "many cached heads": (Case((3, 1), 70_000, 16, most=2**13), (prefill, decode)),
     "far rows": (Case((5000,), 8, 256, far_rows, groups=2), TRAINING),
     "far heads": (Case((2_100_000,), 8, 256, far_heads, groups=2), TRAINING),
-    "a wide window": (Case((1, 1), 8, 256, groups=2), (partial(decode, window=2**24),)),
+    "a wide window": (Case((1, 1), 8, 256, groups=2, most=2**25), (partial(decode, window=2**24),)),
 }
 
 
@@ -244,8 +258,7 @@ def main() -> None:
     recorder, launches = Recorder(), {}
     JITFunction.__getitem__ = lambda function, grid: recorder.getitem(function, grid)
     for name, (case, ops) in CASES.items():
-        # Tokens, or of a cache the slots, and what stands around them.
-        recorder.most, recorder.launches = 4 * max(case.tokens, 2**20), []
+        recorder.most, recorder.launches = case.most or case.tokens + 512, []
         for op in ops:
             op(case)
         launches[name] = recorder.launches

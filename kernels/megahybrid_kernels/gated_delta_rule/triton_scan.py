@@ -140,7 +140,7 @@ def scan_kernel(
     state_size: tl.constexpr = KEY_DIM * VALUE_DIM
     HALF: tl.constexpr = min(WIDTH, 128)
     if initial is not None:
-        initial += (segment * HEADS + head) * state_size
+        initial += pair.to(tl.int64) * state_size
     state = _initial(initial, v is None, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
     if WIDTH > HALF:
         other = _initial(initial, v is None, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
@@ -203,7 +203,7 @@ def scan_kernel(
             other = _dot(kept, k_other, other * decay, o is None, dtype, PRECISION)
         chunk += HEADS
     if final is not None:
-        final += (segment * HEADS + head) * state_size
+        final += pair.to(tl.int64) * state_size
         _leave(final, state, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
         if WIDTH > HALF:
             _leave(final, other, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
@@ -232,7 +232,7 @@ def reverse_scan_kernel(
     state_size: tl.constexpr = KEY_DIM * VALUE_DIM
     HALF: tl.constexpr = min(WIDTH, 128)
     if dfinal is not None:
-        dfinal += (segment * HEADS + head) * state_size
+        dfinal += pair.to(tl.int64) * state_size
     dstate = _initial(dfinal, False, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
     if WIDTH > HALF:
         other = _initial(dfinal, False, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
@@ -276,7 +276,7 @@ def reverse_scan_kernel(
             other = _dot(taken, k_other, other, True, dtype, PRECISION)
         chunk -= HEADS
     if dinitial is not None:
-        dinitial += (segment * HEADS + head) * state_size
+        dinitial += pair.to(tl.int64) * state_size
         _leave(dinitial, dstate, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
         if WIDTH > HALF:
             _leave(dinitial, other, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
@@ -307,12 +307,12 @@ def join_kernel(
     sequence, head = (pair // HEADS).to(tl.int64), pair % HEADS
     begin, stop = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
     state_size: tl.constexpr = KEY_DIM * VALUE_DIM
-    last += (sequence * HEADS + head) * state_size
+    last += pair.to(tl.int64) * state_size
     if start is None:
         state = tl.zeros([WIDTH, COLUMNS], tl.float32)
     else:
         state = _load_state(
-            start + (sequence * HEADS + head) * state_size, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS
+            start + pair.to(tl.int64) * state_size, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS
         )  # fmt: skip
     column = tl.arange(0, WIDTH)
     for step in tl.range(0, stop - begin):
