@@ -228,7 +228,8 @@ TRAINING = (
     retention, convolution, elementwise,
 )  # fmt: skip
 CASES: dict[str, tuple[Case, tuple[Callable[[Case], None], ...]]] = {
-    "many tokens": (Case((1_200_000,), 8, 256, groups=2), TRAINING),
+    "many tokens": (Case((1_200_000,), 8, 256), (delta_rule, delta_rule_in_segments)),
+    "very many tokens": (Case((2**24,), 8, 256, groups=2), TRAINING),
     # The scans' row numbers have 32 bits up to here.
     "just enough tokens": (Case((2**20 - 257,), 8, 256, most=2**20 - 257), (delta_rule_forward,)),
     "many documents": (Case((1,) * 70_000, 8, 256, groups=2), TRAINING),
@@ -237,7 +238,7 @@ CASES: dict[str, tuple[Case, tuple[Callable[[Case], None], ...]]] = {
     "many heads": (Case((3, 1), 70_000, 16), TRAINING),
     "many cached heads": (Case((3, 1), 70_000, 16, most=2**13), (prefill, decode)),
     "far rows": (Case((5000,), 8, 256, far_rows, groups=2), TRAINING),
-    "far heads": (Case((1_200_000,), 8, 256, far_heads, groups=2), TRAINING),
+    "far heads": (Case((1_200_000,), 8, 256, far_heads, groups=8), TRAINING),
     "a wide window": (Case((1, 1), 8, 256, groups=2, most=2**25), (partial(decode, window=2**24),)),
 }
 
