@@ -6,13 +6,30 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Elements from row to row, below which the last of 64 rows is within 32 bits of the first.
+_FARTHEST_ROWS = 2**25
 
 
-def takes_triton(x: Tensor) -> bool:
-    """Whether an op on `x` runs its Triton kernels: on a GPU, in at most 32 bits. All else is PyTorch's."""
-    return x.is_cuda and x.dtype in _DTYPES
+def takes_triton(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether an op on `x` runs its Triton kernels: on a GPU, in at most 32 bits. All else is PyTorch's.
+
+    others: all that the op reads beside x. Raises ValueError when one is on another device, where PyTorch's own ops
+    raise but a kernel would read what is not there.
+    """
+    if not x.is_cuda or x.dtype not in _DTYPES:
+        return False
+    check_devices(x, *others)
+    return True
+
+
+def check_devices(x: Tensor, *others: Tensor | None) -> None:
+    """Raises ValueError when not all are on x's device."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(f"an op's inputs are on {x.device} and {other.device}: move them to one device")
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """`x` with the values of its last dimension beside each other, as kernels read them; copied where they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """`x` as kernels read it: the values of its last dimension beside each other, and rows not so far apart that the
+    offsets within a tile of 64 need more than 32 bits; copied where it is not."""
+    return x if x.stride(-1) == 1 and x.stride(0) < _FARTHEST_ROWS else x.contiguous()

@@ -14,12 +14,8 @@ BLOCK = 1024
 
 
 @triton.jit
-def exclusive_prefix(value, sums, BLOCK: tl.constexpr):
-    """What stands before each of this block's values: int32 `[BLOCK]`.
-
-    sums: int32, the block sums of this program's head; program_id(0) is the block.
-    """
-    block = tl.program_id(0)
+def exclusive_prefix(value, sums, block, BLOCK: tl.constexpr):
+    """What stands before each value of block number `block`: int32 `[BLOCK]`; sums: int32, the head's block sums."""
     before = tl.zeros([BLOCK], tl.int32)
     for first in range(0, block, BLOCK):
         other = first + tl.arange(0, BLOCK)

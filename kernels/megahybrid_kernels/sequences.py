@@ -9,12 +9,22 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+# Twice as many, a window beyond the last row included, still have numbers of 32 bits.
+MOST_TOKENS = 2**30
+
+
+def _check_tokens(tokens: int) -> None:
+    if tokens > MOST_TOKENS:
+        raise ValueError(f"at most {MOST_TOKENS} tokens can be packed together, not {tokens}")
+
 
 @dataclass(frozen=True)
 class Sequences:
     """Sequences laid end to end in one row of tokens, as `cu_seqlens` describes them.
 
     Ops read `cu_seqlens` on the device and `lengths` on the host, so that none of them has to synchronise.
+
+    Rows are numbered in 32 bits, so that there are at most 2^30 of them.
 
     Attributes:
         cu_seqlens: int32 `[sequences + 1]` on the ops' device; sequence n holds the tokens from `cu_seqlens[n]` to
@@ -30,9 +40,10 @@ class Sequences:
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu", starts: Tensor | None = None) -> Sequences:
-        """Sequences of the given lengths. Raises ValueError for an empty list or a length below 1."""
+        """Sequences of the given lengths. Raises ValueError for an empty list, a length below 1 or too many tokens."""
         if not lengths or min(lengths) < 1:
             raise ValueError(f"every sequence needs at least one token, but the lengths are {list(lengths)}")
+        _check_tokens(sum(lengths))
         borders = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
         return cls(borders.to(device, non_blocking=True), tuple(lengths), starts)
 
@@ -92,6 +103,7 @@ class Sequences:
     def behind(self, rows: int) -> Sequences:
         """The same sequences with `rows` more rows before each one's own, all counted from 0; made once."""
         if rows not in self._behind:
+            _check_tokens(self.tokens + self.count * rows)
             more = torch.arange(self.count + 1, dtype=torch.int32, device=self.cu_seqlens.device) * rows
             self._behind[rows] = Sequences(self.cu_seqlens + more, tuple(rows + length for length in self.lengths))
         return self._behind[rows]

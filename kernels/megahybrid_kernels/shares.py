@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv
+from megahybrid_kernels.launch import kernel
 
 # Values of a program, and shares that it adds at once.
 _BLOCK, _ROWS = 32, 128
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel(do_not_specialize=["count"])
 def sum_shares_kernel(
     shares, total, count, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -36,7 +36,7 @@ def sum_shares(shares: Tensor, parameter: Tensor) -> Tensor:
     """
     total = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
     width = parameter.shape[1] if parameter.dim() == 2 else 1
-    sum_shares_kernel[(cdiv(parameter.numel(), _BLOCK),)](
+    sum_shares_kernel[cdiv(parameter.numel(), _BLOCK)](
         shares, total, len(shares), len(parameter), width, BLOCK=_BLOCK, ROWS=_ROWS
     )
     return total

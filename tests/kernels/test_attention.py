@@ -182,6 +182,36 @@ def test_pieces_through_packed_attention(window_size, monkeypatch):
                 assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("window_size", [None, 10])
+def test_more_sequences_than_flash_attention_takes(window_size, monkeypatch):
+    """They go in parts, also where each has the blanks of a ring beside it."""
+    most, counts = 4, []
+
+    def flash(q, k, v, query_borders, key_borders, longest_query, longest_key, window_size):
+        counts.append(len(query_borders) - 1)
+        assert query_borders[0] == key_borders[0] == 0
+        assert query_borders[-1] == len(q) and key_borders[-1] == len(k)
+        borders = (Sequences(x, ()) for x in (query_borders, key_borders))
+        return packed_oracle(q, k, v, *borders, None if window_size[0] < 0 else window_size[0] + 1)
+
+    monkeypatch.setattr(attention_module, "_takes_varlen", lambda q: True)
+    monkeypatch.setattr(attention_module, "_MOST_SEQUENCES", most)
+    monkeypatch.setattr(attention_module, "varlen_attn", flash)
+    pieces = [(1, 12, 3, 2, 5, 7, 4), (3, 1, 9, 2, 2, 6, 1)]
+    lengths = tuple(map(sum, zip(*pieces, strict=True)))
+    q, k, v = (leaf(sum(lengths), h, 8, seed=i)[1].detach() for i, h in enumerate((4, 2, 2)))
+    expected = oracle(q, k, v, lengths, window_size)
+    whole = attention_module.attention(q, k, v, Sequences.of(lengths), window_size)
+    torch.testing.assert_close(whole, expected, rtol=FLOAT64_TOLERANCE, atol=FLOAT64_TOLERANCE)
+    cache = empty_cache(len(lengths), window_size)
+    for number, (sequences, rows) in enumerate(cut(pieces)):
+        first = sequences if number else Sequences.of(sequences.lengths)
+        with torch.no_grad():
+            o, cache = attention_with_cache(q[rows], k[rows], v[rows], cache, first, window_size)
+        torch.testing.assert_close(o, expected[rows], rtol=FLOAT64_TOLERANCE, atol=FLOAT64_TOLERANCE)
+    assert max(counts) == most and len(counts) == (2 + 2 + (2 if window_size is None else 4))
+
+
 def test_long_prompts_of_one_length(monkeypatch):
     """By scaled_dot_product_attention, on a GPU in bf16 cuDNN's."""
     monkeypatch.setattr(attention_module, "_LONG", 1)

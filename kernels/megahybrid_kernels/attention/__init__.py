@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megahybrid_kernels.attention import reference
 from megahybrid_kernels.attention.growing_cache import GrowingCache
 from megahybrid_kernels.attention.reference import KeyValueCache
-from megahybrid_kernels.backend import takes_triton
+from megahybrid_kernels.backend import check_devices, takes_triton
 from megahybrid_kernels.sequences import Sequences
 
 try:
@@ -18,6 +18,8 @@ try:
 except ImportError:
     varlen_attn = None
 
+# Sequences that torch's flash attention takes at once: one dimension of its grid counts them.
+_MOST_SEQUENCES = 65535
 # Tokens from which on a plan of cuDNN's for one length pays.
 _LONG = 16384
 
@@ -93,6 +95,16 @@ def _takes_varlen(q: Tensor) -> bool:
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, window_size: int | None) -> Tensor:
     """A sequence's last query sees its last key, the one before all but the last, and so on."""
+    # Borders a sequence: two where blanks of a ring count as one of their own.
+    each = (len(queries.cu_seqlens) - 1) // queries.count
+    if each * queries.count > _MOST_SEQUENCES:
+        parts = []
+        for first in range(0, queries.count, _MOST_SEQUENCES // each):
+            part = slice(first, first + _MOST_SEQUENCES // each)
+            own, rows = _part(queries, part, each)
+            others, columns = _part(keys, part, each)
+            parts.append(_varlen(q[rows], k[columns], v[columns], own, others, window_size))
+        return torch.cat(parts)
     # torch 2.11 has no grouped queries here, 2.14 asks for a flag that 2.11 does not know: repeat for both.
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
@@ -100,6 +112,14 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences
     left = -1 if window_size is None else window_size - 1
     longest = (max(queries.lengths), max(keys.lengths))
     return varlen_attn(q, k, v, queries.cu_seqlens, keys.cu_seqlens, *longest, window_size=(left, 0))
+
+
+def _part(sequences: Sequences, part: slice, each: int) -> tuple[Sequences, slice]:
+    """Some of the sequences, of `each` borders a sequence, and their rows."""
+    lengths = sequences.lengths[part]
+    first = sequences.borders[part.start]
+    borders = sequences.cu_seqlens[each * part.start : each * (part.start + len(lengths)) + 1] - first
+    return Sequences(borders, lengths), slice(first, first + sum(lengths))
 
 
 def _pieces(
@@ -153,5 +173,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window_size: i
         raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit together")
     if q.shape[0] != sequences.tokens:
         raise ValueError(f"q has {q.shape[0]} tokens, but the sequences have {sequences.tokens}")
+    check_devices(q, k, v, sequences.cu_seqlens)
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size counts the query itself and must be at least 1, but is {window_size}")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
+from megahybrid_kernels.launch import kernel
 
 _SLOTS = 64
 _MOST_SPLITS = 128
@@ -22,9 +22,9 @@ _MOST_SPLITS = 128
 _PROGRAMS = 1056
 
 
-@triton.jit
+@kernel
 def _attend_split(
-    q, k, v, positions, parts, statistics, capacity, scale,
+    q, k, v, positions, parts, statistics, splits, heads, capacity, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -33,9 +33,8 @@ def _attend_split(
     parts: fp32 `[sequences, query_heads, splits, HEAD_DIM]`, not normalised; statistics: fp32 `[sequences, query_heads,
     2, splits]`, peak in powers of two and sum.
     """
-    split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    splits = tl.num_programs(0)
-    pair = sequence.to(tl.int64) * tl.num_programs(1) + head
+    split, sequence = tl.program_id(0) % splits, tl.program_id(0) // splits // heads
+    pair = (tl.program_id(0) // splits).to(tl.int64)
     column, row = tl.arange(0, WIDTH), tl.arange(0, ROWS)
     real = (column < HEAD_DIM)[None, :]
     rows_mask = (row < GROUPS)[:, None] & real
@@ -74,14 +73,14 @@ def _attend_split(
     tl.store(statistics + (query * 2 + 1) * splits + split, total, mask=row < GROUPS)
 
 
-@triton.jit
+@kernel
 def _join_and_append(
-    o, q, new_k, new_v, k, v, positions, parts, statistics, capacity, splits, scale,
+    o, q, new_k, new_v, k, v, positions, parts, statistics, query_heads, capacity, splits, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A query head's output from its splits and its own token, always added in the same order."""
-    head, sequence = tl.program_id(0), tl.program_id(1)
-    query = sequence.to(tl.int64) * tl.num_programs(0) + head
+    head, sequence = tl.program_id(0) % query_heads, tl.program_id(0) // query_heads
+    query = tl.program_id(0).to(tl.int64)
     pair = query // GROUPS  # query heads are a multiple of GROUPS a sequence
     column = tl.arange(0, WIDTH)
     real = column < HEAD_DIM
@@ -135,13 +134,13 @@ def attention_step(q: Tensor, new_k: Tensor, new_v: Tensor, k: Tensor, v: Tensor
     o = torch.empty_like(q)
     scale = head_dim**-0.5 * math.log2(math.e)
     width = tile_width(head_dim)
-    _attend_split[(splits, heads, count)](
-        q, k, v, positions, parts, statistics, capacity, scale, HEAD_DIM=head_dim, WIDTH=width, GROUPS=groups,
-        ROWS=tile_width(groups), SLOTS=_SLOTS,
+    _attend_split[splits * heads * count](
+        q, k, v, positions, parts, statistics, splits, heads, capacity, scale, HEAD_DIM=head_dim, WIDTH=width,
+        GROUPS=groups, ROWS=tile_width(groups), SLOTS=_SLOTS,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=3 if head_dim <= 128 else 2, num_warps=4,
     )  # fmt: skip
-    _join_and_append[(query_heads, count)](
-        o, q, new_k, new_v, k, v, positions, parts, statistics, capacity, splits, scale, HEAD_DIM=head_dim,
-        WIDTH=width, GROUPS=groups, SPLITS=next_power_of_2(splits), BLOCK=32, num_warps=4,
+    _join_and_append[query_heads * count](
+        o, q, new_k, new_v, k, v, positions, parts, statistics, query_heads, capacity, splits, scale,
+        HEAD_DIM=head_dim, WIDTH=width, GROUPS=groups, SPLITS=next_power_of_2(splits), BLOCK=32, num_warps=4,
     )  # fmt: skip
     return o

@@ -49,17 +49,17 @@ def causal_conv1d(
         raise ValueError(
             f"initial_state is {tuple(initial_state.shape)}, but weight and the sequences call for {state_shape}"
         )
-    if in_place and initial_state is not None and sequences.tokens == sequences.count and _takes_step(x, initial_state):
+    takes = takes_triton(x, weight, initial_state, sequences.cu_seqlens)
+    if takes and in_place and sequences.tokens == sequences.count and _overwritable(x, initial_state):
         from megahybrid_kernels.causal_conv1d.triton_step import causal_conv1d_step
 
         return causal_conv1d_step(x, weight, initial_state), initial_state
-    if takes_triton(x):
+    if takes:
         from megahybrid_kernels.causal_conv1d import triton as backend
     else:
         backend = reference
     return backend.causal_conv1d(x, weight, sequences, initial_state)
 
 
-def _takes_step(x: Tensor, state: Tensor) -> bool:
-    overwritable = state.dtype == x.dtype and state.is_contiguous()
-    return takes_triton(x) and overwritable and not torch.is_grad_enabled()
+def _overwritable(x: Tensor, state: Tensor | None) -> bool:
+    return state is not None and state.dtype == x.dtype and state.is_contiguous() and not torch.is_grad_enabled()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, next_power_of_2
+from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.sequences import Sequences
 from megahybrid_kernels.shares import sum_shares
 
@@ -32,6 +33,13 @@ from megahybrid_kernels.shares import sum_shares
 _CHANNELS, _PER_THREAD, _BYTES = 128, 4, 8
 _FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 132 * 24, 132 * 16
 _SHORTEST_SPAN = 8
+
+
+@triton.jit
+def _own_channels(CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's channels, and the number of its span (or sequence)."""
+    blocks: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
+    return tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK), tl.program_id(0) // blocks
 
 
 @triton.jit
@@ -110,15 +118,15 @@ def _silu_gradient(x):
     return gate * (1 + x * (1 - gate))
 
 
-@triton.jit(do_not_specialize=["tokens", "span"])
+@kernel(do_not_specialize=["tokens", "span"])
 def conv1d_kernel(
     x, weight, state, index, borders, y, new_state, tokens, span, STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """y of a span of tokens and a block of channels, and the new state of the sequences that end in it."""
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel, number = _own_channels(CHANNELS, BLOCK)
     mask = channel < CHANNELS
-    begin = tl.program_id(1) * span
+    begin = number * span
     end = tl.minimum(begin + span, tokens)
     taps = _taps(weight, channel, mask, WIDTH)
     for sequence in range(tl.load(index + begin), tl.load(index + end - 1) + 1):
@@ -147,15 +155,15 @@ def conv1d_kernel(
                 tl.store(new_state + (sequence * (WIDTH - 1) + i) * CHANNELS + channel, value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "span"])
+@kernel(do_not_specialize=["tokens", "span"])
 def conv1d_backward_kernel(
     x, weight, state, index, borders, dy, dx, dweight, tokens, span, STRIDE: tl.constexpr, DY_STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """dweight: `[spans, WIDTH, CHANNELS]`."""
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel, number = _own_channels(CHANNELS, BLOCK)
     mask = channel < CHANNELS
-    begin = tl.program_id(1) * span
+    begin = number * span
     end = tl.minimum(begin + span, tokens)
     taps = _taps(weight, channel, mask, WIDTH)
     zero = tl.zeros([BLOCK], tl.float32)
@@ -201,14 +209,15 @@ def conv1d_backward_kernel(
             dy_at += TOGETHER * DY_STRIDE
             dx_at += TOGETHER * CHANNELS
     for i in tl.static_range(WIDTH):
-        place = (tl.program_id(1).to(tl.int64) * WIDTH + WIDTH - 1 - i) * CHANNELS + channel
+        place = (number.to(tl.int64) * WIDTH + WIDTH - 1 - i) * CHANNELS + channel
         tl.store(dweight + place, sums[i], mask=mask)
 
 
-@triton.jit
+@kernel
 def _backward_last_rows(borders, dnew_state, dx, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """The new state's gradient is added to that of the rows it consists of."""
-    sequence, channel = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel, number = _own_channels(CHANNELS, BLOCK)
+    sequence = number.to(tl.int64)
     mask, history = channel < CHANNELS, sequence * (WIDTH - 1)
     begin, end = tl.load(borders + sequence).to(tl.int64), tl.load(borders + sequence + 1).to(tl.int64)
     for i in tl.static_range(WIDTH - 1):
@@ -219,13 +228,14 @@ def _backward_last_rows(borders, dnew_state, dx, CHANNELS: tl.constexpr, BLOCK: 
         tl.store(target, value.to(dx.dtype.element_ty), mask=mask & (row >= begin))
 
 
-@triton.jit
+@kernel
 def _backward_state(
     x, weight, state, borders, dy, dnew_state, dstate, stride, dy_stride,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PASSED: tl.constexpr,
 ):  # fmt: skip
     """The state's gradient: from the first WIDTH - 1 tokens, and where PASSED from what of it is in the new state."""
-    sequence, channel = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel, number = _own_channels(CHANNELS, BLOCK)
+    sequence = number.to(tl.int64)
     mask, history = channel < CHANNELS, sequence * (WIDTH - 1)
     begin, end = tl.load(borders + sequence).to(tl.int64), tl.load(borders + sequence + 1).to(tl.int64)
     taps = _taps(weight, channel, mask, WIDTH)
@@ -260,8 +270,8 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, state: Tensor | None, sequences: Sequences):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         new_state = x.new_empty(sequences.count, weight.shape[1] - 1, x.shape[1])
-        grid, span, constants = _cut(x, weight, _FORWARD_PROGRAMS)
-        conv1d_kernel[grid](
+        blocks, spans, span, constants = _cut(x, weight, _FORWARD_PROGRAMS)
+        conv1d_kernel[blocks * spans](
             x, weight, x if state is None else state, sequences.index, sequences.cu_seqlens, y, new_state,
             len(x), span, x.stride(0), **constants, STATE=state is not None, TOGETHER=_BYTES // x.element_size(),
         )  # fmt: skip
@@ -276,10 +286,10 @@ class _Convolution(torch.autograd.Function):
         sequences, held = ctx.sequences, x if state is None else state
         dy = torch.zeros_like(x) if dy is None else dense_rows(dy)
         dx, dstate = torch.empty(x.shape, dtype=x.dtype, device=x.device), None
-        grid, span, constants = _cut(x, weight, _BACKWARD_PROGRAMS)
-        shares = torch.empty(grid[1], weight.shape[1], len(weight), dtype=torch.float32, device=x.device)
-        ends, borders = (grid[0], sequences.count), sequences.cu_seqlens
-        conv1d_backward_kernel[grid](
+        blocks, spans, span, constants = _cut(x, weight, _BACKWARD_PROGRAMS)
+        shares = torch.empty(spans, weight.shape[1], len(weight), dtype=torch.float32, device=x.device)
+        borders = sequences.cu_seqlens
+        conv1d_backward_kernel[blocks * spans](
             x, weight, held, sequences.index, borders, dy, dx, shares, len(x), span, x.stride(0), dy.stride(0),
             **constants, STATE=state is not None, TOGETHER=_BYTES // x.element_size(),
         )  # fmt: skip
@@ -287,24 +297,24 @@ class _Convolution(torch.autograd.Function):
         passed = dnew_state is not None
         dnew_state = dnew_state.contiguous() if passed else dx
         if passed:
-            _backward_last_rows[ends](borders, dnew_state, dx, **constants)
+            _backward_last_rows[blocks * sequences.count](borders, dnew_state, dx, **constants)
         if state is not None and ctx.needs_input_grad[2]:
             dstate = torch.empty_like(state)
-            _backward_state[ends](
+            _backward_state[blocks * sequences.count](
                 x, weight, state, borders, dy, dnew_state, dstate, x.stride(0), dy.stride(0), **constants,
                 PASSED=passed,
             )  # fmt: skip
         return dx, dweight, dstate, None
 
 
-def _cut(x: Tensor, weight: Tensor, programs: int) -> tuple[tuple[int, int], int, dict[str, int]]:
-    """The grid of channel blocks and spans, tokens of a span, and constant arguments."""
+def _cut(x: Tensor, weight: Tensor, programs: int) -> tuple[int, int, int, dict[str, int]]:
+    """Numbers of channel blocks and spans, tokens of a span, and constant arguments."""
     (tokens, channels), width = x.shape, weight.shape[1]
     block = min(_CHANNELS, next_power_of_2(channels))
     blocks = cdiv(channels, block)
     span = max(_SHORTEST_SPAN, cdiv(tokens, max(1, programs // blocks)))
     constants = {"CHANNELS": channels, "BLOCK": block, "WIDTH": width}
-    return (blocks, cdiv(tokens, span)), span, constants | {"num_warps": max(1, block // (32 * _PER_THREAD))}
+    return blocks, cdiv(tokens, span), span, constants | {"num_warps": max(1, block // (32 * _PER_THREAD))}
 
 
 def causal_conv1d(

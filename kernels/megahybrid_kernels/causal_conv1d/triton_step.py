@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv
+from megahybrid_kernels.launch import kernel
 
 _CHANNELS = 256
 
 
-@triton.jit
+@kernel
 def _step(x, weight, state, y, x_stride, channels, WIDTH: tl.constexpr, CHANNELS: tl.constexpr):
     """Some channels of a sequence; a thread keeps to its own ones, so that what it overwrites it has read."""
-    sequence = tl.program_id(1).to(tl.int64)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    blocks = tl.cdiv(channels, CHANNELS)
+    sequence = (tl.program_id(0) // blocks).to(tl.int64)
+    channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     mask = channel < channels
     rows = state + sequence * (WIDTH - 1) * channels + channel
     newest = tl.load(x + sequence * x_stride + channel, mask=mask, other=0)
@@ -46,7 +47,7 @@ def causal_conv1d_step(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:
     x = dense_rows(x)
     count, channels = x.shape
     y = torch.empty(count, channels, dtype=x.dtype, device=x.device)
-    _step[(cdiv(channels, _CHANNELS), count)](
+    _step[cdiv(channels, _CHANNELS) * count](
         x, weight, state, y, x.stride(0), channels, WIDTH=weight.shape[1], CHANNELS=_CHANNELS, num_warps=2
     )
     return y

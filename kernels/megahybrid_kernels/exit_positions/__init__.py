@@ -37,7 +37,7 @@ def exit_positions(score: Tensor, sequences: Sequences, window_size: int, sink_s
         raise ValueError(f"buffer_size must hold the {sink_size} sinks and at least one token, but is {buffer_size}")
     if score.dim() != 2 or score.shape[0] != sequences.tokens:
         raise ValueError(f"score is {list(score.shape)}, but the sequences have {sequences.tokens} tokens")
-    if takes_triton(score):
+    if takes_triton(score, sequences.cu_seqlens):
         from megahybrid_kernels.exit_positions import triton as backend
     else:
         backend = reference

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megahybrid_kernels.exit_positions.reference import NEVER
 from megahybrid_kernels.integers import cdiv
+from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.prefix_sums import BLOCK, exclusive_prefix
 from megahybrid_kernels.sequences import Sequences
 
@@ -27,10 +28,9 @@ _OWN, _OTHERS, _BLOCKS, _PIECE = 128, 512, 8, 16
 
 
 @triton.jit
-def _candidates(score, positions, tokens, sinks, BLOCK: tl.constexpr):
-    """Of this program's rows and head: the row, whether it is a candidate, and its rank among candidates as int32."""
-    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def _candidates(score, positions, tokens, sinks, block, head, heads, BLOCK: tl.constexpr):
+    """Of a block of a head: the rows, whether each is a candidate, and its rank among candidates as int32."""
+    row = block * BLOCK + tl.arange(0, BLOCK)
     inside = row < tokens
     value = tl.load(score + row.to(tl.int64) * heads + head, mask=inside, other=0).to(tl.float32)
     is_sink = tl.load(positions + row, mask=inside, other=0) < sinks
@@ -38,23 +38,27 @@ def _candidates(score, positions, tokens, sinks, BLOCK: tl.constexpr):
     return row, inside & (is_sink | (value > 0)), key
 
 
-@triton.jit
+@kernel
 def _count_candidates(score, positions, sums, exits, tokens, sinks, BLOCK: tl.constexpr):
     """Sums over blocks for `exclusive_prefix`; the exit of those that are no candidates, 0, is written."""
-    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    row, is_candidate, _ = _candidates(score, positions, tokens, sinks, BLOCK)
-    tl.store(sums + head * tl.num_programs(0) + tl.program_id(0), tl.sum(is_candidate.to(tl.int32), 0))
+    blocks = tl.cdiv(tokens, BLOCK)
+    block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    heads = tl.num_programs(0) // blocks
+    row, is_candidate, _ = _candidates(score, positions, tokens, sinks, block, head, heads, BLOCK)
+    tl.store(sums + head * blocks + block, tl.sum(is_candidate.to(tl.int32), 0))
     zero = tl.zeros([BLOCK], tl.int64)
     tl.store(exits + row.to(tl.int64) * heads + head, zero, mask=(row < tokens) & (is_candidate == 0))
 
 
-@triton.jit
+@kernel
 def _gather_candidates(score, positions, sums, rank, keys, rows, tokens, width, sinks, BLOCK: tl.constexpr):
     """`[heads, width]`: rows and keys of each head's candidates, in order; rank `[heads, tokens + 1]` counts them."""
-    head, blocks = tl.program_id(1).to(tl.int64), tl.num_programs(0)
-    row, is_candidate, key = _candidates(score, positions, tokens, sinks, BLOCK)
+    blocks = tl.cdiv(tokens, BLOCK)
+    block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    heads = tl.num_programs(0) // blocks
+    row, is_candidate, key = _candidates(score, positions, tokens, sinks, block, head, heads, BLOCK)
     one = is_candidate.to(tl.int32)
-    slot = exclusive_prefix(one, sums + head * blocks, BLOCK)
+    slot = exclusive_prefix(one, sums + head * blocks, block, BLOCK)
     rank += head * (tokens + 1) + row
     tl.store(rank, slot, mask=row < tokens)
     tl.store(rank + 1, slot + one, mask=row == tokens - 1)
@@ -100,7 +104,7 @@ def _count_pieces(
     return count, below
 
 
-@triton.jit
+@kernel
 def _count_outranking(
     keys, ordered, grouped, rows, rank, positions, begins, ends, exits, tokens, width, sorted_end, window, buffer,
     never, OWN: tl.constexpr, OTHERS: tl.constexpr, BITS: tl.constexpr, BLOCKS: tl.constexpr, GROUP_BITS: tl.constexpr,
@@ -108,15 +112,17 @@ def _count_outranking(
 ):  # fmt: skip
     """keys, rows: `[heads, width]`; ordered, grouped: keys, each block of OTHERS, each group of BLOCKS ascending; from
     sorted_end on they are not read."""
-    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    own_blocks = tl.cdiv(tokens, OWN)
+    head, heads = (tl.program_id(0) // own_blocks).to(tl.int64), tl.num_programs(0) // own_blocks
     keys += head * width
     ordered += head * width
     grouped += head * width
     rows += head * width
     rank += head * (tokens + 1)
     total = tl.load(rank + tokens)
-    own = tl.program_id(0) * OWN + tl.arange(0, OWN)
-    if tl.program_id(0) * OWN < total:
+    own_first = tl.program_id(0) % own_blocks * OWN
+    own = own_first + tl.arange(0, OWN)
+    if own_first < total:
         exists = own < total
         row = tl.load(rows + own, mask=exists, other=0)
         key = tl.load(keys + own, mask=exists, other=0)
@@ -129,7 +135,7 @@ def _count_outranking(
         # Where no border of documents lies, for any of the program's candidates.
         plain_first = tl.max(tl.where(exists, first, 0), 0)
         plain_end = tl.minimum(tl.min(tl.where(exists, end, total), 0), sorted_end)
-        own_block = tl.program_id(0) * OWN // OTHERS * OTHERS
+        own_block = own_first // OTHERS * OTHERS
         # `count` stands still once it would reach the buffer's size: `place` is then the block in which it does.
         count = tl.zeros([OWN], tl.int32)
         place = tl.zeros([OWN], tl.int32)
@@ -189,21 +195,21 @@ def exit_positions(score: Tensor, sequences: Sequences, window_size: int, sink_s
     group = _OTHERS * _BLOCKS
     width = cdiv(tokens, group) * group
     exits = torch.empty(tokens, heads, dtype=torch.int64, device=score.device)
-    grid = (cdiv(tokens, BLOCK), heads)
+    blocks = cdiv(tokens, BLOCK)
     sums, rank, rows, keys = (
         torch.empty(heads, count, dtype=torch.int32, device=score.device)
-        for count in (grid[0], tokens + 1, width, width)
+        for count in (blocks, tokens + 1, width, width)
     )
     places = (score, sequences.positions)
-    _count_candidates[grid](*places, sums, exits, tokens, sink_size, BLOCK=BLOCK)
-    _gather_candidates[grid](*places, sums, rank, keys, rows, tokens, width, sink_size, BLOCK=BLOCK)
+    _count_candidates[blocks * heads](*places, sums, exits, tokens, sink_size, BLOCK=BLOCK)
+    _gather_candidates[blocks * heads](*places, sums, rank, keys, rows, tokens, width, sink_size, BLOCK=BLOCK)
     # Only a group within one document is searched. A single group is not, whose sorting would only keep the host busy.
     ordered = grouped = keys
     sorted_end = width if max(sequences.lengths) >= group < width else 0
     if sorted_end:
         # What stands behind a head's candidates is never read.
         ordered, grouped = (keys.view(heads, -1, size).sort(2).values for size in (_OTHERS, group))
-    _count_outranking[(cdiv(tokens, _OWN), heads)](
+    _count_outranking[cdiv(tokens, _OWN) * heads](
         keys, ordered, grouped, rows, rank, sequences.positions, sequences.begins, sequences.ends, exits, tokens,
         width, sorted_end, window_size, buffer_size, NEVER, OWN=_OWN, OTHERS=_OTHERS, BITS=_OTHERS.bit_length() - 1,
         BLOCKS=_BLOCKS, GROUP_BITS=group.bit_length() - 1, PIECE=_PIECE,

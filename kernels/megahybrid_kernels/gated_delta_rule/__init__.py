@@ -71,17 +71,17 @@ def gated_delta_rule(
     for name, (x, shape) in expected.items():
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} is {tuple(x.shape)}, but k, v and the sequences call for {shape}")
-    if in_place and initial_state is not None and tokens == sequences.count and _takes_step(v, initial_state):
+    takes = takes_triton(v, q, k, a, b, A_log, dt_bias, initial_state, sequences.cu_seqlens)
+    if takes and in_place and tokens == sequences.count and _overwritable(initial_state):
         from megahybrid_kernels.gated_delta_rule.triton_step import gated_delta_rule_step
 
         return gated_delta_rule_step(q, k, v, a, b, A_log, dt_bias, initial_state, allow_neg_eigval), initial_state
-    if takes_triton(v) and max(key_dim, value_dim) <= 256:
+    if takes and max(key_dim, value_dim) <= 256:
         from megahybrid_kernels.gated_delta_rule import triton as backend
     else:
         backend = reference
     return backend.gated_delta_rule(q, k, v, a, b, A_log, dt_bias, sequences, initial_state, allow_neg_eigval)
 
 
-def _takes_step(v: Tensor, state: Tensor) -> bool:
-    overwritable = state.dtype == torch.float32 and state.is_contiguous()
-    return takes_triton(v) and overwritable and not torch.is_grad_enabled()
+def _overwritable(state: Tensor | None) -> bool:
+    return state is not None and state.dtype == torch.float32 and state.is_contiguous() and not torch.is_grad_enabled()

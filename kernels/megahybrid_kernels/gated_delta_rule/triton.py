@@ -66,6 +66,12 @@ class _Call:
     def strides(self, *names: str) -> list[int]:
         return [stride for name in names for stride in getattr(self, name).stride()[:2]]
 
+    @property
+    def row_type(self) -> tl.dtype:
+        """Of the scans' row numbers: 64 bits, which cost them registers, only where offsets need them."""
+        farthest = max(self.heads * self.value_dim, *(x.stride(0) for x in (self.q, self.k, self.v)))
+        return tl.int64 if (self.tokens + 256) * farthest >= 2**31 else tl.int32
+
     def state_shape(self, count: int, value_dim: int | None = None) -> tuple[int, ...]:
         return count, self.heads, self.key_dim, value_dim or self.value_dim
 
@@ -86,6 +92,10 @@ class _Call:
         value_dim = value_dim or self.value_dim
         columns = max(16, min(launch.columns, tile_width(value_dim)))
         return {"VALUE_DIM": value_dim, "COLUMNS": columns} | launch.options()
+
+    def programs(self, columns: dict[str, object], states: int) -> int:
+        """Of a kernel with these `columns`, for so many states of each head."""
+        return cdiv(columns["VALUE_DIM"], columns["COLUMNS"]) * self.heads * states
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ def _prepare(call: _Call, training: bool) -> _Prepared:
         call.empty(*square, dtype=dtype) if dtype == torch.bfloat16 and training else None,
         call.empty(*square, dtype=dtype),
     )
-    prepare_kernel[(call.heads, count)](
+    prepare_kernel[call.heads * count](
         call.q, call.k, call.a, call.b, call.A_log, call.dt_bias, prepared.rows, prepared.ends, prepared.inverse,
         prepared.rest, prepared.attention, call.plan.chunks, *call.strides("q", "k", "a", "b"), call.scale,
         **call.heads_constants(), DOT=tl.float32 if dtype == torch.float32 else tl.float16,
@@ -131,11 +141,10 @@ def _scan(
     transfer: bool = False,
 ) -> None:
     values = call.columns(launch, call.key_dim if transfer else None)
-    grid = (cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(call.plan.segments) * call.heads)
-    scan_kernel[grid](
+    scan_kernel[call.programs(values, len(call.plan.segments))](
         call.q, call.k, None if transfer else call.v, prepared.rows, prepared.ends, prepared.inverse,
         prepared.rest if o is None else None, prepared.attention, initial, o, u, states, final, call.plan.segments,
-        *call.strides("q", "k", "v"), **call.heads_constants(), **values,
+        *call.strides("q", "k", "v"), **call.heads_constants(), **values, ROW=call.row_type,
     )  # fmt: skip
 
 
@@ -149,10 +158,10 @@ def _reverse_scan(
     dinitial: Tensor | None = None,
 ) -> None:
     values = call.columns(call.tune.reverse)
-    grid = (cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(call.plan.segments) * call.heads)
-    reverse_scan_kernel[grid](
+    reverse_scan_kernel[call.programs(values, len(call.plan.segments))](
         call.q, call.k, do, prepared.rows, prepared.ends, prepared.inverse, prepared.rest, prepared.attention,
         dfinal, dv, dstates, dinitial, call.plan.segments, *call.strides("q", "k"), **call.heads_constants(), **values,
+        ROW=call.row_type,
     )  # fmt: skip
 
 
@@ -163,7 +172,7 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 
 def _at_once(device: torch.device, first: Callable[[], None], second: Callable[[], None]) -> None:
     """Two launches that need nothing of each other: a scan alone leaves most of a multiprocessor idle."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         first(), second()
         return
     current, beside = torch.cuda.current_stream(device), _second_stream(device)
@@ -178,8 +187,7 @@ def _at_once(device: torch.device, first: Callable[[], None], second: Callable[[
 def _join(call: _Call, transfer: Tensor, own: Tensor, start: Tensor | None, last: Tensor, reverse: bool) -> Tensor:
     """fp32 `[segments, heads, Dk, Dv]`: the state that each segment starts from; fills `last`."""
     states, values, width = torch.empty_like(own), call.columns(call.tune.join), tile_width(call.key_dim)
-    grid = (cdiv(values["VALUE_DIM"], values["COLUMNS"]), len(last) * call.heads)
-    join_kernel[grid](
+    join_kernel[call.programs(values, len(last))](
         transfer, own, start, states, last, call.plan.bounds, HEADS=call.heads, KEY_DIM=call.key_dim,
         WIDTH=width, ROWS=min(64, width), REVERSE=reverse, **values,
     )  # fmt: skip
@@ -250,7 +258,7 @@ def _gradients(
     count, chunk, dtype, launch = len(call.plan.chunks), call.tune.chunk, call.v.dtype, call.tune.gradient
     dq, dk = (call.empty(call.tokens, call.heads, call.key_dim, dtype=dtype) for _ in range(2))
     parts = call.empty(count, call.heads, PART_KINDS.value, chunk)
-    gradient_kernel[(2 * call.heads, count)](
+    gradient_kernel[2 * call.heads * count](
         call.q, call.k, prepared.rows, prepared.ends, prepared.attention, do, u, dv, states, dstates, parts, dq, dk,
         call.plan.chunks, *call.strides("q", "k"), call.scale, WARPS=launch.warps,
         **call.heads_constants() | {"WIDTH": max(_NARROWEST, tile_width(call.key_dim))},
@@ -258,7 +266,7 @@ def _gradients(
     )  # fmt: skip
     da, db = (call.empty(*x.shape, dtype=x.dtype) for x in (call.a, call.b))
     sums = call.empty(2, count, call.heads)
-    gate_gradient_kernel[(call.heads, count)](
+    gate_gradient_kernel[call.heads * count](
         call.a, call.b, call.A_log, call.dt_bias, parts, da, db, sums, call.plan.chunks, *call.strides("a", "b"),
         HEADS=call.heads, CHUNK=chunk, STRONGEST=call.strongest, num_warps=1,
     )  # fmt: skip

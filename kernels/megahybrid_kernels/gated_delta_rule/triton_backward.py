@@ -37,6 +37,7 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import (
     log_decay,
     store_rows,
 )
+from megahybrid_kernels.launch import kernel
 
 # Rows of what `gradient_kernel` leaves for each chunk and value head, by token.
 PART_Q = tl.constexpr(0)  # what A and S add to dg
@@ -185,7 +186,7 @@ def _key_gradient(
     store_rows(dk, dk_tile, row, inside, dk_stride, 0, KEY_DIM, WIDTH)
 
 
-@triton.jit
+@kernel
 def gradient_kernel(
     q, k, rows, ends, attention, do, u, dv, states, dstates, parts, dq, dk, chunks,
     q_stride, q_head_stride, k_stride, k_head_stride, scale,
@@ -197,7 +198,7 @@ def gradient_kernel(
     dq, dk `[tokens, HEADS, KEY_DIM]` (to be summed over the value heads of a key head); parts fp32 `[chunks, HEADS,
     PART_KINDS, CHUNK]`.
     """
-    head, chunk = tl.program_id(0) // 2, tl.program_id(1).to(tl.int64)
+    head, chunk = tl.program_id(0) // 2 % HEADS, (tl.program_id(0) // (2 * HEADS)).to(tl.int64)
     begin, stop = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
     # Rows count from the chunk's first: 32 bits do, which saves registers.
     row = tl.arange(0, CHUNK)
@@ -233,13 +234,13 @@ def gradient_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def gate_gradient_kernel(
     a, b, a_log, dt_bias, parts, da, db, sums, chunks, a_stride, a_head_stride, b_stride, b_head_stride,
     HEADS: tl.constexpr, CHUNK: tl.constexpr, STRONGEST: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk of one value head; da, db `[tokens, HEADS]`, sums fp32 `[2, chunks, HEADS]`: dA_log and ddt_bias."""
-    head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head, chunk = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
     begin, stop = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
     i = tl.arange(0, CHUNK)
     row = begin + i
@@ -260,4 +261,4 @@ def gate_gradient_kernel(
     dx = dg * rate * tl.sigmoid(x)
     tl.store(da + places, dx.to(da.dtype.element_ty), mask=inside)
     tl.store(sums + place, tl.sum(dg * g, 0))
-    tl.store(sums + tl.num_programs(1).to(tl.int64) * HEADS + place, tl.sum(tl.where(inside, dx, 0.0), 0))
+    tl.store(sums + tl.num_programs(0).to(tl.int64) + place, tl.sum(tl.where(inside, dx, 0.0), 0))

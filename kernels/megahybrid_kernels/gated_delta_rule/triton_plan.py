@@ -116,8 +116,9 @@ def longest_segment(lengths: tuple[int, ...], heads: int, value_dim: int, tune: 
     # Programs that one sequence gives.
     columns_programs = heads * cdiv(value_dim, min(tune.scan.columns, tile_width(value_dim)))
     chunks = [cdiv(length, tune.chunk) for length in lengths]
-    longest = next_power_of_2(max(chunks))
+    most = max(chunks)
+    longest = next_power_of_2(most)
     # The scan takes as long as its longest sequence: short ones beside it do not help.
-    if 2 * len([1 for x in chunks if 2 * x >= max(chunks)]) * columns_programs >= tune.programs:
+    if 2 * len([1 for x in chunks if 2 * x >= most]) * columns_programs >= tune.programs:
         return longest
     return min(longest, max(tune.shortest, next_power_of_2(sum(chunks) * columns_programs // tune.programs)))

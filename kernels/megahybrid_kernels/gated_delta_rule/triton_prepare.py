@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megahybrid_kernels.launch import kernel
+
 # Rows of what `prepare_kernel` leaves for each chunk and value head; places beyond the sequence neither read nor write.
 READ_Q = tl.constexpr(0)  # exp(G) / |q| Dk^-0.5
 READ_RATIO = tl.constexpr(1)  # what makes READ_K of READ_Q
@@ -72,6 +74,7 @@ def log_decay(
     a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride, STRONGEST: tl.constexpr
 ):  # fmt: skip
     """fp32 `[rows]`: -exp(A_log), a + dt_bias, the log-decay g and beta (both 0 where not inside)."""
+    head = head.to(tl.int64)
     x = tl.load(a + row.to(tl.int64) * a_stride + head * a_head_stride, mask=inside, other=0).to(tl.float32)
     x += tl.load(dt_bias + head).to(tl.float32)
     rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
@@ -103,7 +106,7 @@ def _unit_lower_inverse(lower, SIZE: tl.constexpr, DOT: tl.constexpr, PRECISION:
     return x
 
 
-@triton.jit
+@kernel
 def prepare_kernel(
     q, k, a, b, a_log, dt_bias, rows, ends, inverse, rest, attention, chunks,
     q_stride, q_head_stride, k_stride, k_head_stride, a_stride, a_head_stride, b_stride, b_head_stride, scale,
@@ -116,27 +119,27 @@ def prepare_kernel(
     inverse (T), rest (T less inverse, unless None) and attention (A) `[chunks, HEADS, CHUNK, CHUNK]`.
     `chunks` int32 `[chunks, 2]`: first row, row after the last.
     """
-    head, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head, chunk = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
     begin, stop = tl.load(chunks + 2 * chunk), tl.load(chunks + 2 * chunk + 1)
+    # Rows count from the chunk's first: 32 bits do, which saves registers.
     i = tl.arange(0, CHUNK)
-    row = begin + i
-    inside = row < stop
-    key_head = (head // GROUPS).to(tl.int64)
-    k += key_head * k_head_stride
-    q += key_head * q_head_stride
+    inside = i < stop - begin
+    token, key_head = begin.to(tl.int64), (head // GROUPS).to(tl.int64)
+    k += token * k_stride + key_head * k_head_stride
+    q += token * q_stride + key_head * q_head_stride
     qk = tl.zeros([CHUNK, CHUNK], tl.float32)
     kk = tl.zeros([CHUNK, CHUNK], tl.float32)
     q_square, k_square = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
     for first in tl.range(0, KEY_DIM, COLUMNS):
-        k_tile = load_rows(k, row, inside, k_stride, first, KEY_DIM, COLUMNS)
-        q_tile = load_rows(q, row, inside, q_stride, first, KEY_DIM, COLUMNS)
+        k_tile = load_rows(k, i, inside, k_stride, first, KEY_DIM, COLUMNS)
+        q_tile = load_rows(q, i, inside, q_stride, first, KEY_DIM, COLUMNS)
         qk = tl.dot(q_tile, tl.trans(k_tile), qk, input_precision=PRECISION)
         kk = tl.dot(k_tile, tl.trans(k_tile), kk, input_precision=PRECISION)
         k_wide, q_wide = k_tile.to(tl.float32), q_tile.to(tl.float32)
         k_square += tl.sum(k_wide * k_wide, 1)
         q_square += tl.sum(q_wide * q_wide, 1)
     _, _, g, beta = log_decay(
-        a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride, STRONGEST
+        a, b, a_log, dt_bias, begin + i, inside, head, a_stride, a_head_stride, b_stride, b_head_stride, STRONGEST
     )  # fmt: skip
     total = tl.cumsum(g.to(tl.float64), 0)
     high = total.to(tl.float32)

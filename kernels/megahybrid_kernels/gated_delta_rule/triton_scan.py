@@ -34,6 +34,14 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import (
     load_square,
     store_rows,
 )
+from megahybrid_kernels.launch import kernel
+
+
+@triton.jit
+def _own_columns(VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """This program's first column, and the number of its pair of a segment (or sequence) and a head."""
+    blocks: tl.constexpr = (VALUE_DIM + COLUMNS - 1) // COLUMNS
+    return tl.program_id(0) % blocks * COLUMNS, tl.program_id(0) // blocks
 
 
 @triton.jit
@@ -107,22 +115,22 @@ def _dot(x, y, total, PRECISE: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.
     return total
 
 
-@triton.jit
+@kernel
 def scan_kernel(
     q, k, v, rows, ends, inverse, rest, attention, initial, o, u, states, final, segments,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """Columns of one segment's state, chunk by chunk; `segments` int32 `[segments, 3]`: rows begin, stop, first chunk.
 
     Each of o, u `[tokens, HEADS, VALUE_DIM]`, states `[chunks, HEADS, VALUE_DIM, KEY_DIM]` (S^T before each chunk) and
     final `[segments, HEADS, KEY_DIM, VALUE_DIM]` is written unless None. initial, laid out as final, is zero when
     None. Without v the values are zero and the scan starts from the identity (VALUE_DIM is KEY_DIM). o comes from
-    sums in one part, all else in two.
+    sums in one part, all else in two. ROW is the type of rows' numbers.
     """
-    first = tl.program_id(0) * COLUMNS
-    segment, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    first, pair = _own_columns(VALUE_DIM, COLUMNS)
+    segment, head = (pair // HEADS).to(tl.int64), pair % HEADS
     begin, stop = tl.load(segments + 3 * segment), tl.load(segments + 3 * segment + 1)
     chunk = tl.load(segments + 3 * segment + 2).to(tl.int64) * HEADS + head
     key_head = (head // GROUPS).to(tl.int64)
@@ -132,7 +140,7 @@ def scan_kernel(
     state_size: tl.constexpr = KEY_DIM * VALUE_DIM
     HALF: tl.constexpr = min(WIDTH, 128)
     if initial is not None:
-        initial += (segment * HEADS + head) * state_size
+        initial += pair.to(tl.int64) * state_size
     state = _initial(initial, v is None, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
     if WIDTH > HALF:
         other = _initial(initial, v is None, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
@@ -140,7 +148,7 @@ def scan_kernel(
     # Values come out of shared memory in the products' layout by a product.
     identity = tl.where(place[:, None] == place[None, :], 1.0, 0.0).to(dtype)
     for start in tl.range(begin, stop, CHUNK):
-        row = start + place
+        row = (start + place).to(ROW)
         inside = row < stop
         system = load_square(inverse + chunk * (CHUNK * CHUNK), CHUNK)
         scales = rows + chunk * (ROW_KINDS * CHUNK) + place
@@ -195,25 +203,25 @@ def scan_kernel(
             other = _dot(kept, k_other, other * decay, o is None, dtype, PRECISION)
         chunk += HEADS
     if final is not None:
-        final += (segment * HEADS + head) * state_size
+        final += pair.to(tl.int64) * state_size
         _leave(final, state, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
         if WIDTH > HALF:
             _leave(final, other, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
 
 
-@triton.jit
+@kernel
 def reverse_scan_kernel(
     q, k, do, rows, ends, inverse, rest, attention, dfinal, dv, dstates, dinitial, segments,
     q_stride, q_head_stride, k_stride, k_head_stride,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """The gradient's way back through one segment; do, dv as o, dstates (after each chunk) as states of `scan_kernel`.
 
     dv and dstates are written unless None; dfinal is zero when None.
     """
-    first = tl.program_id(0) * COLUMNS
-    segment, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    first, pair = _own_columns(VALUE_DIM, COLUMNS)
+    segment, head = (pair // HEADS).to(tl.int64), pair % HEADS
     begin, stop = tl.load(segments + 3 * segment), tl.load(segments + 3 * segment + 1)
     count = tl.cdiv(stop - begin, CHUNK)
     chunk = (tl.load(segments + 3 * segment + 2).to(tl.int64) + count - 1) * HEADS + head
@@ -224,13 +232,13 @@ def reverse_scan_kernel(
     state_size: tl.constexpr = KEY_DIM * VALUE_DIM
     HALF: tl.constexpr = min(WIDTH, 128)
     if dfinal is not None:
-        dfinal += (segment * HEADS + head) * state_size
+        dfinal += pair.to(tl.int64) * state_size
     dstate = _initial(dfinal, False, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
     if WIDTH > HALF:
         other = _initial(dfinal, False, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
     dtype = k.dtype.element_ty
     for step in tl.range(0, count):
-        row = begin + (count - 1 - step) * CHUNK + place
+        row = (begin + (count - 1 - step) * CHUNK + place).to(ROW)
         inside = row < stop
         do_tile = _load_across(do + head * VALUE_DIM, row, inside, HEADS * VALUE_DIM, first, VALUE_DIM, COLUMNS)
         system = load_square(inverse + chunk * (CHUNK * CHUNK), CHUNK)
@@ -268,7 +276,7 @@ def reverse_scan_kernel(
             other = _dot(taken, k_other, other, True, dtype, PRECISION)
         chunk -= HEADS
     if dinitial is not None:
-        dinitial += (segment * HEADS + head) * state_size
+        dinitial += pair.to(tl.int64) * state_size
         _leave(dinitial, dstate, 0, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
         if WIDTH > HALF:
             _leave(dinitial, other, HALF, first, KEY_DIM, HALF, VALUE_DIM, COLUMNS)
@@ -282,7 +290,7 @@ def _load_state(
     return load_rows(pointer, row, row < KEY_DIM, VALUE_DIM, first, VALUE_DIM, COLUMNS).to(tl.float32)
 
 
-@triton.jit
+@kernel
 def join_kernel(
     transfer, own, start, states, last, bounds,
     HEADS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr,
@@ -295,16 +303,16 @@ def join_kernel(
     REVERSE goes from the last segment to the first with the transposed maps. Where keys repeat a map takes nearly all
     of a key's direction from a state: tf32 has too few digits.
     """
-    first = tl.program_id(0) * COLUMNS
-    sequence, head = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    first, pair = _own_columns(VALUE_DIM, COLUMNS)
+    sequence, head = (pair // HEADS).to(tl.int64), pair % HEADS
     begin, stop = tl.load(bounds + sequence), tl.load(bounds + sequence + 1)
     state_size: tl.constexpr = KEY_DIM * VALUE_DIM
-    last += (sequence * HEADS + head) * state_size
+    last += pair.to(tl.int64) * state_size
     if start is None:
         state = tl.zeros([WIDTH, COLUMNS], tl.float32)
     else:
         state = _load_state(
-            start + (sequence * HEADS + head) * state_size, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS
+            start + pair.to(tl.int64) * state_size, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS
         )  # fmt: skip
     column = tl.arange(0, WIDTH)
     for step in tl.range(0, stop - begin):

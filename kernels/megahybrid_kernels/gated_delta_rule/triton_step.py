@@ -12,12 +12,12 @@ so a program takes all rows of some columns of a memory, and columns need nothin
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, next_power_of_2
+from megahybrid_kernels.launch import kernel
 
 # Programs that fill a GPU of some hundred multiprocessors; fewer memories are cut into narrower blocks of columns.
 _PROGRAMS = 512
@@ -25,15 +25,16 @@ _PROGRAMS = 512
 _WIDEST, _NARROWEST = 32, 8
 
 
-@triton.jit
+@kernel
 def _step(
-    q, k, v, a, b, A_log, dt_bias, state, o, q_stride, k_stride, v_stride, a_stride, b_stride, groups, q_scale,
+    q, k, v, a, b, A_log, dt_bias, state, o, q_stride, k_stride, v_stride, a_stride, b_stride, heads, groups, q_scale,
     KEY_DIM: tl.constexpr, KEY_WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr,
     STRONGEST: tl.constexpr,
 ):  # fmt: skip
     """`COLUMNS` columns of the memory of a value head."""
-    block, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    heads = tl.num_programs(1)
+    blocks: tl.constexpr = (VALUE_DIM + COLUMNS - 1) // COLUMNS
+    block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    head, sequence = pair % heads, (pair // heads).to(tl.int64)
     row, column = tl.arange(0, KEY_WIDTH), block * COLUMNS + tl.arange(0, COLUMNS)
     in_row, in_column = row < KEY_DIM, column < VALUE_DIM
     mask = in_row[:, None] & in_column[None, :]
@@ -94,9 +95,9 @@ def gated_delta_rule_step(
     while columns > _NARROWEST and count * heads * cdiv(value_dim, columns) < _PROGRAMS:
         columns //= 2
     o = torch.empty(count, heads, value_dim, dtype=v.dtype, device=v.device)
-    _step[(cdiv(value_dim, columns), heads, count)](
+    _step[cdiv(value_dim, columns) * heads * count](
         q, k, v, a, b, A_log, dt_bias, state, o, q.stride(0), k.stride(0), v.stride(0), a.stride(0), b.stride(0),
-        heads // k.shape[1], key_dim**-0.5, KEY_DIM=key_dim, KEY_WIDTH=next_power_of_2(key_dim),
+        heads, heads // k.shape[1], key_dim**-0.5, KEY_DIM=key_dim, KEY_WIDTH=next_power_of_2(key_dim),
         VALUE_DIM=value_dim, COLUMNS=columns,
         STRONGEST=2.0 if allow_neg_eigval else 1.0, num_warps=4,
     )  # fmt: skip

@@ -34,7 +34,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float, group, wanted: tuple[bool, bool]):
-        if takes_triton(x):
+        if takes_triton(x, weight, labels):
             from megahybrid_kernels.linear_cross_entropy import triton as backend
         else:
             backend = reference

@@ -7,17 +7,17 @@ row of 128k logits in bf16 is 256 KiB, so that most of what is read again comes 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.integers import next_power_of_2
+from megahybrid_kernels.launch import kernel
 
 # Logits of a step along the row, warps of a program, and steps whose loads are on their way.
 _BLOCK, _WARPS, _STAGES = 8192, 16, 3
 
 
-@triton.jit
+@kernel
 def cross_entropy_kernel(
     logits, labels, peaks, totals, targets, normalisers, z_loss, vocabulary,
     STATISTICS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -62,7 +62,7 @@ def _launch(logits: Tensor, labels: Tensor, z_loss: float, outputs: dict[str, Te
     unused = next(iter(outputs.values()))
     arrays = [outputs.get(name, unused) for name in ("peaks", "totals", "targets", "normalisers")]
     block = min(_BLOCK, next_power_of_2(logits.shape[1]))
-    cross_entropy_kernel[(len(logits),)](
+    cross_entropy_kernel[len(logits)](
         logits, labels, *arrays, z_loss, logits.shape[1], **flags, BLOCK=block, STAGES=_STAGES,
         num_warps=max(1, _WARPS * block // _BLOCK),
     )  # fmt: skip

@@ -46,7 +46,7 @@ def lte_attention(
         ValueError: shapes do not fit, `window_size` or `sink_size` is negative, or the buffer cannot hold the sinks.
     """
     _check(q, k, v, score, sequences, window_size, sink_size, buffer_size)
-    if takes_triton(q) and q.shape[2] <= 256:
+    if takes_triton(q, k, v, score, sequences.cu_seqlens) and q.shape[2] <= 256:
         from megahybrid_kernels.lte_attention import triton as backend
     else:
         backend = reference
@@ -96,11 +96,12 @@ def lte_attention_with_cache(
     actual = (*cache.k.shape[:2], cache.k.shape[2] + cache.buffer_k.shape[2])
     if actual != expected or cache.k.shape[2] != window_size + 1:
         raise ValueError(f"the cache has (sequences, heads, slots) {actual}, but {expected} are needed")
-    if in_place and takes_triton(q) and not torch.is_grad_enabled() and max(sequences.lengths) == 1:
+    takes = takes_triton(q, k, v, score, cache.k, sequences.cu_seqlens) and not torch.is_grad_enabled()
+    if takes and in_place and max(sequences.lengths) == 1:
         from megahybrid_kernels.lte_attention.triton_decode import lte_attention_step
 
         return lte_attention_step(q, k, v, score, cache, sequences.positions, sink_size, delay), cache
-    if takes_triton(q) and q.shape[2] <= 256 and not torch.is_grad_enabled():
+    if takes and q.shape[2] <= 256:
         from megahybrid_kernels.lte_attention.triton_prefill import lte_attention_piece as backend
     else:
         backend = reference.lte_attention_with_cache

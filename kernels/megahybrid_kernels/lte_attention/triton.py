@@ -130,7 +130,7 @@ def _forward(
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     log_total = torch.empty(shape.kv_heads, shape.tokens, shape.groups, dtype=torch.float32, device=q.device)
     launch = shape.tune.forward
-    forward_kernel[(part.tiles, shape.kv_heads * (shape.groups // shape.pack))](
+    forward_kernel[part.tiles * shape.kv_heads * (shape.groups // shape.pack)](
         q, k, v, o, log_total, columns.until, part.begins, part.ends, columns.tile_lists, columns.tile_first,
         columns.tile_full, columns.tile_count, *_strides(q, k, v), shape.tokens, part.window, shape.log2_scale,
         **shape.constants(q.dtype), QUERIES=part.queries, KEYS=part.keys, STEP=launch.step,
@@ -143,7 +143,7 @@ def _query_gradient(shape: _Shape, saved: tuple[Tensor, ...], do: Tensor, column
     q, k, v, o, log_total = saved
     dq, delta = torch.empty_like(o), torch.empty_like(log_total)
     launch = shape.tune.dq
-    query_gradient_kernel[(part.tiles, shape.kv_heads * (shape.groups // shape.pack))](
+    query_gradient_kernel[part.tiles * shape.kv_heads * (shape.groups // shape.pack)](
         q, k, v, o, do, dq, log_total, delta, columns.until, part.begins, part.ends, columns.tile_lists,
         columns.tile_first, columns.tile_full, columns.tile_count, *_strides(q, k, v), shape.tokens, part.window,
         shape.log2_scale, shape.softmax_scale, **shape.constants(q.dtype), QUERIES=part.queries, KEYS=part.keys,
@@ -159,15 +159,15 @@ def _far_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Colu
     dk, dv = (torch.empty(sums, dtype=torch.float32, device=q.device) for _ in range(2))
     launch, constants = shape.tune.far, shape.constants(q.dtype)
     chunks, capacity = columns.lists.shape[1:]
-    far_gradient_kernel[(cdiv(capacity, shape.tune.columns), chunks, shape.kv_heads)](
+    far_gradient_kernel[cdiv(capacity, shape.tune.columns) * chunks * shape.kv_heads](
         q, k, v, do, dk, dv, log_total, delta, columns.until, columns.partial, columns.lists, columns.list_counts,
-        *_strides(q, k, v), shape.tokens, part.window, shape.log2_scale, part.chunk, capacity,
+        *_strides(q, k, v), shape.tokens, part.window, shape.log2_scale, part.chunk, chunks, capacity,
         columns.list_counts.stride(0), columns.partial_rows,
         **constants, PART_QUERIES=part.queries, PART_KEYS=part.keys, QUERIES=max(1, launch.step // shape.pack),
         COLUMNS=shape.tune.columns, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     if columns.partial is not columns.rank:
-        sum_chunks_kernel[(cdiv(shape.tokens, 32), shape.kv_heads)](
+        sum_chunks_kernel[cdiv(shape.tokens, 32) * shape.kv_heads](
             dk, dv, columns.all, columns.rank, columns.partial, shape.tokens, columns.partial_rows,
             HEAD_DIM=shape.head_dim, WIDTH=constants["WIDTH"], COLUMNS=32,
         )  # fmt: skip
@@ -181,7 +181,7 @@ def _key_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Colu
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     dscore = torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
     launch = shape.tune.near
-    key_gradient_kernel[(cdiv(shape.tokens, part.keys), shape.kv_heads)](
+    key_gradient_kernel[cdiv(shape.tokens, part.keys) * shape.kv_heads](
         q, k, v, do, dk, dv, dscore, far_dk, far_dv, log_total, delta, columns.until, columns.rank, columns.partial,
         part.begins, part.ends, *_strides(q, k, v), shape.tokens, part.window, shape.log2_scale, shape.softmax_scale,
         columns.partial_rows, **shape.constants(q.dtype), PART_QUERIES=part.queries, KEYS=part.keys,

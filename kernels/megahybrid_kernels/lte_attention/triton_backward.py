@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.lte_attention.triton_columns import far_begin
 from megahybrid_kernels.lte_attention.triton_forward import (
     edge_keys,
@@ -43,7 +44,7 @@ def _query_step(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
-@triton.jit
+@kernel
 def query_gradient_kernel(
     q, k, v, o, do, dq, log_total, delta, until, begins, ends, tile_lists, tile_first, tile_full, tile_count,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, tokens, window, scale, softmax_scale,
@@ -55,9 +56,9 @@ def query_gradient_kernel(
     `scale` is head_dim ** -0.5 * log2(e), `softmax_scale` without the last factor.
     """
     ROWS: tl.constexpr = QUERIES * PACK
-    tiles = tl.num_programs(0)
-    tile = tiles - 1 - tl.program_id(0)
-    head, group = (tl.program_id(1) // GROUPS).to(tl.int64), tl.program_id(1) % GROUPS
+    tiles = tl.cdiv(tokens, QUERIES)
+    tile, pack = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    head, group = (pack // GROUPS).to(tl.int64), pack % GROUPS
     i0 = tile * QUERIES
     i1 = tl.minimum(i0 + QUERIES, tokens)
     token, member, inside = packed_rows(i0, tokens, group, ROWS, PACK)
@@ -66,7 +67,8 @@ def query_gradient_kernel(
     q_mask = inside[:, None] & (column < HEAD_DIM)[None, :]
     q_rows = token.to(tl.int64) * q_stride + query_head * q_head_stride
     q_tile = tl.load(q + q_rows[:, None] + column[None, :], mask=q_mask, other=0)
-    o_rows = token.to(tl.int64) * (tl.num_programs(1) * PACK * HEAD_DIM) + query_head * HEAD_DIM
+    o_stride = tl.num_programs(0) // tiles * (PACK * HEAD_DIM)
+    o_rows = token.to(tl.int64) * o_stride + query_head * HEAD_DIM
     o_places = o_rows[:, None] + column[None, :]
     do_tile = tl.load(do + o_places, mask=q_mask, other=0)
     o_tile = tl.load(o + o_places, mask=q_mask, other=0)
@@ -127,7 +129,8 @@ def _key_step(
     ROWS: tl.constexpr = QUERIES * PACK
     token, member, inside = packed_rows(i0, tokens, group, ROWS, PACK)
     column = tl.arange(0, WIDTH)
-    q_places = (token.to(tl.int64) * q_stride + member * q_head_stride)[:, None] + column[None, :]
+    q_rows = token.to(tl.int64) * q_stride + member.to(tl.int64) * q_head_stride
+    q_places = q_rows[:, None] + column[None, :]
     o_places = (token.to(tl.int64) * o_stride + member * HEAD_DIM)[:, None] + column[None, :]
     statistics = token.to(tl.int64) * (GROUPS * PACK) + member
     if MASKED:
@@ -178,11 +181,11 @@ def _sum_over_queries(
     return dk, dv
 
 
-@triton.jit
+@kernel
 def far_gradient_kernel(
     q, k, v, do, dk_partial, dv_partial, log_total, delta, until, partial, lists, list_counts,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, tokens, window, scale,
-    chunk, capacity, count_stride, partial_rows,
+    chunk, chunks, capacity, count_stride, partial_rows,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr,
     PART_QUERIES: tl.constexpr, PART_KEYS: tl.constexpr, QUERIES: tl.constexpr, COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -192,10 +195,12 @@ def far_gradient_kernel(
     dk_partial, dv_partial: fp32 `[kv_heads, partial_rows, HEAD_DIM]`; column j's row of its n-th chunk is
     `partial[j] + n`.
     """
-    number, head, chunks = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    blocks = tl.cdiv(capacity, COLUMNS)
+    block, number = tl.program_id(0) % blocks, tl.program_id(0) // blocks % chunks
+    head, heads = (tl.program_id(0) // blocks // chunks).to(tl.int64), tl.num_programs(0) // blocks // chunks
+    c = block * COLUMNS + tl.arange(0, COLUMNS)
     count = tl.load(list_counts + head * count_stride + number)
-    if tl.program_id(0) * COLUMNS < count:
+    if block * COLUMNS < count:
         listed = c < count
         j = tl.load(lists + (head * chunks + number) * capacity + c, mask=listed, other=0)
         k_tile = load_rows(k + head * k_head_stride, j, k_stride, listed, HEAD_DIM, WIDTH)
@@ -210,7 +215,7 @@ def far_gradient_kernel(
         inner_end = tl.min(tl.where(listed, upper, tokens), 0) // QUERIES * QUERIES
         some = inner_end > inner
         inner, inner_end = tl.where(some, inner, i0), tl.where(some, inner_end, i0)
-        o_stride = tl.num_programs(2) * (GROUPS * PACK * HEAD_DIM)
+        o_stride = heads * (GROUPS * PACK * HEAD_DIM)
         dk, dv = _sum_over_queries(
             k_tile, v_tile, lower, upper, i0, inner, inner_end, i1,
             q + head * (GROUPS * PACK) * q_head_stride, do + head * (GROUPS * PACK * HEAD_DIM),
@@ -226,16 +231,17 @@ def far_gradient_kernel(
         tl.store(dv_partial + places, dv, mask=mask)
 
 
-@triton.jit
+@kernel
 def sum_chunks_kernel(
     dk_partial, dv_partial, columns, counts, partial, tokens, partial_rows,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Adds up each far column's rows of partial sums into its first."""
-    head = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(tokens, COLUMNS)
+    block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     count = tl.load(counts + head * (tokens + 1) + tokens)
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    if tl.program_id(0) * COLUMNS < count:
+    c = block * COLUMNS + tl.arange(0, COLUMNS)
+    if block * COLUMNS < count:
         j = tl.load(columns + head * tokens + c, mask=c < count, other=0)
         first = tl.load(partial + head * (tokens + 1) + j, mask=c < count, other=0)
         rows = tl.load(partial + head * (tokens + 1) + j + 1, mask=c < count, other=0) - first
@@ -243,15 +249,17 @@ def sum_chunks_kernel(
         start = (head * partial_rows + first)[:, None] * HEAD_DIM + column[None, :]
         some = (rows > 1)[:, None] & (column < HEAD_DIM)[None, :]
         dk, dv = tl.load(dk_partial + start, mask=some, other=0), tl.load(dv_partial + start, mask=some, other=0)
+        places = start
         for n in range(1, tl.max(rows, 0)):
+            places += HEAD_DIM
             more = (n < rows)[:, None] & (column < HEAD_DIM)[None, :]
-            dk += tl.load(dk_partial + start + n * HEAD_DIM, mask=more, other=0)
-            dv += tl.load(dv_partial + start + n * HEAD_DIM, mask=more, other=0)
+            dk += tl.load(dk_partial + places, mask=more, other=0)
+            dv += tl.load(dv_partial + places, mask=more, other=0)
         tl.store(dk_partial + start, dk, mask=some)
         tl.store(dv_partial + start, dv, mask=some)
 
 
-@triton.jit
+@kernel
 def key_gradient_kernel(
     q, k, v, do, dk, dv, dscore, dk_partial, dv_partial, log_total, delta, until, rank, partial, begins, ends,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, tokens, window, scale, softmax_scale,
@@ -263,8 +271,9 @@ def key_gradient_kernel(
 
     `near` and `far` uses of a key are told apart by query tiles of PART_QUERIES rows; see `triton_columns`.
     """
-    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    j0 = tl.program_id(0) * KEYS
+    blocks = tl.cdiv(tokens, KEYS)
+    head, heads = (tl.program_id(0) // blocks).to(tl.int64), tl.num_programs(0) // blocks
+    j0 = tl.program_id(0) % blocks * KEYS
     j = j0 + tl.arange(0, KEYS)
     exists = j < tokens
     k_tile = load_rows(k + head * k_head_stride, j, k_stride, exists, HEAD_DIM, WIDTH)

@@ -7,11 +7,11 @@ cache has, so its work does not grow with the tokens.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv, tile_width
+from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.lte_attention.reference import LTECache
 from megahybrid_kernels.sequences import Sequences
 
@@ -19,13 +19,13 @@ from megahybrid_kernels.sequences import Sequences
 _TOKENS, _SLOTS = 2048, 32
 
 
-@triton.jit
+@kernel
 def lte_held_kernel(
-    worth, exits, borders, held, window, buffer_slots, CAPPED: tl.constexpr, TOKENS: tl.constexpr
+    worth, exits, borders, held, heads, window, buffer_slots, CAPPED: tl.constexpr, TOKENS: tl.constexpr
 ):  # fmt: skip
     """int32 `[sequences, heads, buffer_slots]`: the rows that a query after the last one finds in the buffer, in
     ascending order and then -1. worth, exits: `[rows, heads]`."""
-    head, heads, sequence = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    head, sequence = tl.program_id(0) % heads, tl.program_id(0) // heads
     begin, end = tl.load(borders + sequence), tl.load(borders + sequence + 1)
     held += (sequence.to(tl.int64) * heads + head) * buffer_slots
     arrived = end - window  # the rows before have left that query's window
@@ -45,18 +45,20 @@ def lte_held_kernel(
         tl.store(held + slot, -1, mask=slot < buffer_slots)
 
 
-@triton.jit
+@kernel
 def lte_fill_cache_kernel(
     k, v, score, positions, borders, held, ring_k, ring_v, ring_positions, ring_score, buffer_k, buffer_v,
     buffer_score, buffer_positions, k_stride, k_head_stride, v_stride, v_head_stride, position_stride,
-    position_head_stride, window_slots, buffer_slots,
+    position_head_stride, heads, window_slots, buffer_slots,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Some slots of a sequence and KV head, counted through the window's ring and then the buffer; blanks hold 0."""
-    head, heads, sequence = tl.program_id(1).to(tl.int64), tl.num_programs(1), tl.program_id(2)
-    pair = sequence.to(tl.int64) * heads + head
+    blocks = tl.cdiv(window_slots + buffer_slots, SLOTS)
+    pair = tl.program_id(0) // blocks
+    head, sequence = (pair % heads).to(tl.int64), (pair // heads).to(tl.int64)
+    pair = pair.to(tl.int64)
     end = tl.load(borders + sequence + 1).to(tl.int64)
-    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    slot = tl.program_id(0) % blocks * SLOTS + tl.arange(0, SLOTS)
     in_ring = slot < window_slots
     in_buffer = (in_ring == 0) & (slot < window_slots + buffer_slots)
     positions += head * position_head_stride
@@ -70,7 +72,7 @@ def lte_fill_cache_kernel(
     position = tl.load(positions + row * position_stride, mask=real, other=-1)
     value = tl.load(score + row * heads + head, mask=real, other=0)
     ring_place, buffer_place = pair * window_slots + slot, pair * buffer_slots + buffer_slot
-    tl.store(ring_positions + sequence.to(tl.int64) * window_slots + slot, position, mask=in_ring & (head == 0))
+    tl.store(ring_positions + sequence * window_slots + slot, position, mask=in_ring & (head == 0))
     tl.store(ring_score + ring_place, value, mask=in_ring)
     tl.store(buffer_positions + buffer_place, position, mask=in_buffer)
     tl.store(buffer_score + buffer_place, value, mask=in_buffer)
@@ -118,9 +120,9 @@ def cache_after(
         return torch.empty(count, *shape, dtype=dtype, device=device)
 
     held = new(heads, buffer_size, dtype=torch.int32)
-    lte_held_kernel[(heads, count)](
-        worth, worth if exits is None else exits, sequences.cu_seqlens, held, window_size, buffer_size,
-        CAPPED=exits is not None, TOKENS=_TOKENS, num_warps=8,
+    lte_held_kernel[heads * count](
+        worth, worth if exits is None else exits, sequences.cu_seqlens, held, heads, window_size,
+        buffer_size, CAPPED=exits is not None, TOKENS=_TOKENS, num_warps=8,
     )  # fmt: skip
     cache = LTECache(
         k=new(heads, window_slots, head_dim, dtype=k.dtype),
@@ -132,10 +134,10 @@ def cache_after(
         buffer_score=new(heads, buffer_size, dtype=score.dtype),
         buffer_positions=new(heads, buffer_size, dtype=torch.int64),
     )
-    lte_fill_cache_kernel[(cdiv(window_slots + buffer_size, _SLOTS), heads, count)](
+    lte_fill_cache_kernel[cdiv(window_slots + buffer_size, _SLOTS) * heads * count](
         k, v, score, positions, sequences.cu_seqlens, held, cache.k, cache.v, cache.positions, cache.score,
         cache.buffer_k, cache.buffer_v, cache.buffer_score, cache.buffer_positions, *k.stride()[:2], *v.stride()[:2],
-        *positions.stride(), window_slots, buffer_size, HEAD_DIM=head_dim,
+        *positions.stride(), heads, window_slots, buffer_size, HEAD_DIM=head_dim,
         WIDTH=tile_width(head_dim), SLOTS=_SLOTS, num_warps=4,
     )  # fmt: skip
     return cache

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv
+from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.prefix_sums import BLOCK, exclusive_prefix
 from megahybrid_kernels.sequences import Sequences
 
@@ -109,7 +110,7 @@ def far_begin(j, window, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     return (j // KEYS * KEYS + KEYS + window + QUERIES - 1) // QUERIES * QUERIES
 
 
-@triton.jit
+@kernel
 def _visibility(
     score, exits, positions, ends, until, chunks_far, far_sums, chunk_sums, tokens, window, sinks, chunk,
     CAPPED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
@@ -118,8 +119,10 @@ def _visibility(
 
     far_sums counts the keys that are far at all.
     """
-    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(tokens, BLOCK)
+    heads = tl.num_programs(0) // blocks
+    block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    row = block * BLOCK + tl.arange(0, BLOCK)
     inside = row < tokens
     place = row.to(tl.int64) * heads + head
     position = tl.load(positions + row, mask=inside, other=0)
@@ -138,23 +141,23 @@ def _visibility(
     chunks = tl.where(is_far, (seen_until - 1) // chunk - first // chunk + 1, 0)
     tl.store(until + head * tokens + row, seen_until, mask=inside)
     tl.store(chunks_far + head * tokens + row, chunks, mask=inside)
-    block = head * tl.num_programs(0) + tl.program_id(0)
-    tl.store(far_sums + block, tl.sum(is_far.to(tl.int32), 0))
+    tl.store(far_sums + head * blocks + block, tl.sum(is_far.to(tl.int32), 0))
     if CAPPED:
-        tl.store(chunk_sums + block, tl.sum(chunks, 0))
+        tl.store(chunk_sums + head * blocks + block, tl.sum(chunks, 0))
 
 
-@triton.jit
+@kernel
 def _all_columns(
     chunks_far, far_sums, chunk_sums, rank, partial, columns, tokens, CAPPED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """A head's far columns in ascending order, and the prefix sums `rank` and `partial`."""
-    head, blocks = tl.program_id(1).to(tl.int64), tl.num_programs(0)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(tokens, BLOCK)
+    block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    row = block * BLOCK + tl.arange(0, BLOCK)
     inside = row < tokens
     chunks = tl.load(chunks_far + head * tokens + row, mask=inside, other=0)
     far = (chunks > 0).to(tl.int32)
-    slot = exclusive_prefix(far, far_sums + head * blocks, BLOCK)
+    slot = exclusive_prefix(far, far_sums + head * blocks, block, BLOCK)
     tl.store(columns + head * tokens + slot, row, mask=far > 0)
     # The total stands after the last row.
     last = inside & (row == tokens - 1)
@@ -162,20 +165,21 @@ def _all_columns(
     tl.store(rank, slot, mask=inside)
     tl.store(rank + 1, slot + far, mask=last)
     if CAPPED:
-        before = exclusive_prefix(chunks, chunk_sums + head * blocks, BLOCK)
+        before = exclusive_prefix(chunks, chunk_sums + head * blocks, block, BLOCK)
         partial += head * (tokens + 1) + row
         tl.store(partial, before, mask=inside)
         tl.store(partial + 1, before + chunks, mask=last)
 
 
-@triton.jit
+@kernel
 def _slices(
     rank, begins, ends, tile_first, tile_full, tile_count, tokens, tiles, window,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Each query tile's far columns as a slice of `_all_columns`, when nothing ever leaves."""
-    head = tl.program_id(1).to(tl.int64)
-    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(tiles, BLOCK)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    tile = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = tile < tiles
     i0 = tile * QUERIES
     begin = tl.load(begins + i0, mask=inside, other=0)
@@ -191,13 +195,14 @@ def _slices(
     tl.store(tile_full + out, tl.where(one_document, count, 0), mask=inside)
 
 
-@triton.jit
+@kernel
 def _chunk_lists(
     columns, rank, until, begins, lists, counts, tokens, window, chunk, capacity,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The columns that are far for some row of a chunk, in ascending order."""
-    number, head, chunks = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    chunks = tl.cdiv(tokens, chunk)
+    number, head = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
     i0 = number * chunk
     i1 = tl.minimum(i0 + chunk, tokens)
     first = tl.load(rank + head * (tokens + 1) + tl.load(begins + i0))
@@ -214,13 +219,14 @@ def _chunk_lists(
     tl.store(counts + head * chunks + number, count)
 
 
-@triton.jit
+@kernel
 def _tile_lists(
     lists, counts, until, tile_lists, tile_first, tile_full, tile_count, tokens, window, chunk, chunks, capacity,
     count_stride, tile_capacity, QUERIES: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The columns alive for a query tile: first those that all its rows see, then those that leave within it."""
-    tile, head, tiles = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
+    tiles = tl.cdiv(tokens, QUERIES)
+    tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     i0 = tile * QUERIES
     i1 = tl.minimum(i0 + QUERIES, tokens)
     source = lists + (head * chunks + i0 // chunk) * capacity
@@ -269,11 +275,11 @@ def far_columns(
     chunk_sums = _empty(score, heads, blocks) if capped else far_sums
     rank = _empty(score, heads, tokens + 1)
     partial = _empty(score, heads, tokens + 1) if capped else rank
-    _visibility[(blocks, heads)](
+    _visibility[blocks * heads](
         score, exits if capped else score, sequences.positions, part.ends, until, chunks_far, far_sums, chunk_sums,
         tokens, part.window, sinks, part.chunk, CAPPED=capped, QUERIES=part.queries, KEYS=part.keys, BLOCK=BLOCK,
     )  # fmt: skip
-    _all_columns[(blocks, heads)](
+    _all_columns[blocks * heads](
         chunks_far, far_sums, chunk_sums, rank, partial, columns, tokens, CAPPED=capped, BLOCK=BLOCK
     )
     lists = _alive(columns, rank, until, part, buffer) if capped else _prefixes(columns, rank, part)
@@ -287,7 +293,7 @@ def _prefixes(columns: Tensor, rank: Tensor, part: Partition) -> tuple[Tensor, .
     heads, tokens = columns.shape
     first = _empty(columns, heads, part.tiles, dtype=torch.int64)
     full, count = (_empty(columns, heads, part.tiles) for _ in range(2))
-    _slices[(cdiv(part.tiles, 128), heads)](
+    _slices[cdiv(part.tiles, 128) * heads](
         rank, part.begins, part.ends, first, full, count, tokens, part.tiles, part.window,
         QUERIES=part.queries, KEYS=part.keys, BLOCK=128,
     )  # fmt: skip
@@ -304,13 +310,13 @@ def _alive(columns: Tensor, rank: Tensor, until: Tensor, part: Partition, buffer
     else:
         # At a chunk's first row the buffer holds at most b columns, and at most a chunk's rows turn far within it.
         lists, counts = _empty(columns, heads, part.chunks, buffer + part.chunk), _empty(columns, heads, part.chunks)
-        _chunk_lists[(part.chunks, heads)](
+        _chunk_lists[part.chunks * heads](
             columns, rank, until, part.begins, lists, counts, tokens, part.window, part.chunk, lists.shape[2], **sizes
         )
     tile_lists = _empty(columns, heads, part.tiles, buffer)
     first = _empty(columns, heads, part.tiles, dtype=torch.int64)
     full, count = (_empty(columns, heads, part.tiles) for _ in range(2))
-    _tile_lists[(part.tiles, heads)](
+    _tile_lists[part.tiles * heads](
         lists, counts, until, tile_lists, first, full, count, tokens, part.window, part.chunk, part.chunks,
         lists.shape[2], counts.stride(0), buffer, **sizes,
     )  # fmt: skip

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
+from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.lte_attention.reference import LTECache
 
 # Slots of a step of a program's loop, and the programs that keep a GPU busy: with fewer heads over all sequences, a
@@ -25,10 +26,10 @@ _PROGRAMS = 512
 _MOST_SPLITS = 64
 
 
-@triton.jit
+@kernel
 def _attend_slots(
     q, k, v, ring_k, ring_v, ring_positions, buffer_k, buffer_v, buffer_positions, positions, o, parts, statistics,
-    late_score, ring_score, buffer_score, window_slots, buffer_slots, sinks, delay, span, scale,
+    late_score, ring_score, buffer_score, splits, heads, window_slots, buffer_slots, sinks, delay, span, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BUFFER: tl.constexpr,
     SLOTS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -37,8 +38,9 @@ def _attend_slots(
     If WHOLE these are all slots: writes o, then `_admit`. Else parts: fp32 `[sequences, kv_heads, splits, GROUPS,
     HEAD_DIM]`, not normalised; statistics: the same without head dim but with (peak in powers of two, sum).
     """
-    split, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    pair = sequence.to(tl.int64) * tl.num_programs(1) + head
+    split, pair = tl.program_id(0) % splits, tl.program_id(0) // splits
+    head, sequence = pair % heads, pair // heads
+    pair = pair.to(tl.int64)
     column, row = tl.arange(0, WIDTH), tl.arange(0, ROWS)
     real = column < HEAD_DIM
     rows_mask = (row < GROUPS)[:, None] & real[None, :]
@@ -68,7 +70,7 @@ def _attend_slots(
         recent = tl.load(ring_positions + sequence.to(tl.int64) * window_slots + ring_slot, mask=in_ring, other=-1)
         visible = (held >= 0) | ((recent >= 0) & (ring_slot != new_slot))
         mask = (slot < end)[:, None] & real[None, :]
-        places = tl.where(in_buffer, slot, ring_slot)[:, None] * HEAD_DIM + column[None, :]
+        places = tl.where(in_buffer, slot, ring_slot).to(tl.int64)[:, None] * HEAD_DIM + column[None, :]
         k_tile = tl.load(tl.where(in_buffer[:, None], buffer_k, ring_k) + places, mask=mask, other=0)
         v_tile = tl.load(tl.where(in_buffer[:, None], buffer_v, ring_v) + places, mask=mask, other=0)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
@@ -82,8 +84,9 @@ def _attend_slots(
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
         peak = new_peak
 
-    tl.store(ring_k + new_slot * HEAD_DIM + column, new_k, mask=real & own)
-    tl.store(ring_v + new_slot * HEAD_DIM + column, new_v, mask=real & own)
+    new_place = new_slot.to(tl.int64) * HEAD_DIM + column
+    tl.store(ring_k + new_place, new_k, mask=real & own)
+    tl.store(ring_v + new_place, new_v, mask=real & own)
     if WHOLE:
         places = (pair * GROUPS + row)[:, None] * HEAD_DIM + column[None, :]
         tl.store(o + places, (acc / total[:, None]).to(o.dtype.element_ty), mask=rows_mask)
@@ -93,7 +96,7 @@ def _attend_slots(
             position, sequence, head, pair, window_slots, buffer_slots, sinks, delay, HEAD_DIM, WIDTH, BUFFER,
         )  # fmt: skip
     else:
-        out = (pair * tl.num_programs(0) + split) * GROUPS + row
+        out = (pair * splits + split) * GROUPS + row
         tl.store(parts + out[:, None] * HEAD_DIM + column[None, :], acc, mask=rows_mask)
         tl.store(statistics + out * 2, peak, mask=row < GROUPS)
         tl.store(statistics + out * 2 + 1, total, mask=row < GROUPS)
@@ -145,15 +148,15 @@ def _admit(
     tl.store(buffer_score + place, score, mask=enters)
 
 
-@triton.jit
+@kernel
 def _join_and_admit(
     o, parts, statistics, late_score, ring_k, ring_v, ring_positions, ring_score, buffer_k, buffer_v,
-    buffer_positions, buffer_score, positions, window_slots, buffer_slots, sinks, delay, splits,
+    buffer_positions, buffer_score, positions, heads, window_slots, buffer_slots, sinks, delay, splits,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr, BUFFER: tl.constexpr,
 ):  # fmt: skip
     """Adds up the splits of a KV head's queries, always in the same order; then `_admit`."""
-    head, sequence = tl.program_id(0), tl.program_id(1)
-    pair = sequence.to(tl.int64) * tl.num_programs(0) + head
+    head, sequence = tl.program_id(0) % heads, tl.program_id(0) // heads
+    pair = tl.program_id(0).to(tl.int64)
     column, split = tl.arange(0, WIDTH), tl.arange(0, SPLITS)
     real, exists = column < HEAD_DIM, split < splits
     for row in tl.static_range(GROUPS):
@@ -208,17 +211,17 @@ def lte_attention_step(
         "GROUPS": groups,
         "BUFFER": next_power_of_2(buffer_slots),
     }
-    _attend_slots[(splits, heads, count)](
+    _attend_slots[splits * heads * count](
         q, k, v, cache.k, cache.v, cache.positions, cache.buffer_k, cache.buffer_v, cache.buffer_positions, positions,
-        o, parts, statistics, score, cache.score, cache.buffer_score, window_slots, buffer_slots, sink_size, delay,
-        span, head_dim**-0.5 * math.log2(math.e), **sizes,
+        o, parts, statistics, score, cache.score, cache.buffer_score, splits, heads, window_slots, buffer_slots,
+        sink_size, delay, span, head_dim**-0.5 * math.log2(math.e), **sizes,
         ROWS=tile_width(groups), SLOTS=_SLOTS, WHOLE=splits == 1,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=2,
     )  # fmt: skip
     if splits > 1:
-        _join_and_admit[(heads, count)](
+        _join_and_admit[heads * count](
             o, parts, statistics, score, cache.k, cache.v, cache.positions, cache.score, cache.buffer_k,
-            cache.buffer_v, cache.buffer_positions, cache.buffer_score, positions, window_slots, buffer_slots,
+            cache.buffer_v, cache.buffer_positions, cache.buffer_score, positions, heads, window_slots, buffer_slots,
             sink_size, delay, splits, **sizes, SPLITS=next_power_of_2(splits),
         )  # fmt: skip
     return o

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.lte_attention.triton_columns import near_begin
 
 
@@ -88,7 +89,7 @@ def _softmax_step(
     return o, total, new_peak
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     q, k, v, o, log_total, until, begins, ends, tile_lists, tile_first, tile_full, tile_count,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, tokens, window, scale,
@@ -103,9 +104,9 @@ def forward_kernel(
     """
     ROWS: tl.constexpr = QUERIES * PACK
     # The last tiles of a document see the most: they go first.
-    tiles = tl.num_programs(0)
-    tile = tiles - 1 - tl.program_id(0)
-    head, group = (tl.program_id(1) // GROUPS).to(tl.int64), tl.program_id(1) % GROUPS
+    tiles = tl.cdiv(tokens, QUERIES)
+    tile, pack = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    head, group = (pack // GROUPS).to(tl.int64), pack % GROUPS
     i0 = tile * QUERIES
     i1 = tl.minimum(i0 + QUERIES, tokens)
     token, member, inside = packed_rows(i0, tokens, group, ROWS, PACK)
@@ -148,7 +149,8 @@ def forward_kernel(
         acc, total, peak = _softmax_step(acc, total, peak, q_tile, k_tile, v_tile, visible, scale, True, PRECISION)
 
     total = tl.where(inside, total, 1.0)
-    o_rows = token.to(tl.int64) * (tl.num_programs(1) * PACK * HEAD_DIM) + query_head * HEAD_DIM
+    o_stride = tl.num_programs(0) // tiles * (PACK * HEAD_DIM)
+    o_rows = token.to(tl.int64) * o_stride + query_head * HEAD_DIM
     tl.store(o + o_rows[:, None] + column[None, :], (acc / total[:, None]).to(o.dtype.element_ty), mask=q_mask)
     statistics = (head * tokens + token) * (GROUPS * PACK) + member
     tl.store(log_total + statistics, peak + tl.log2(total), mask=inside)

@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from megahybrid_kernels.attention.reference import gather_slots
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.exit_positions.triton import exit_positions
 from megahybrid_kernels.integers import cdiv
+from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.lte_attention.reference import LTECache
 from megahybrid_kernels.lte_attention.triton import _forward, _Shape
 from megahybrid_kernels.lte_attention.triton_cache import cache_after
@@ -58,7 +58,7 @@ class _Rows:
     new: Tensor | None
 
 
-@triton.jit
+@kernel
 def lte_first_scores_kernel(
     late_score, begins, ends, score, worth, count, heads, delay, sinks, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -80,7 +80,7 @@ def _first_rows(
     late_score = late_score.contiguous()
     score, worth = torch.empty_like(late_score), torch.empty_like(late_score)
     begins, ends, count = sequences.begins, sequences.ends, late_score.numel()
-    lte_first_scores_kernel[(cdiv(count, _SCORES),)](
+    lte_first_scores_kernel[cdiv(count, _SCORES)](
         late_score, begins, ends, score, worth, count, late_score.shape[1], delay, sink_size, BLOCK=_SCORES
     )
     return _Rows(q, k, v, score, worth, sequences.positions[:, None], sequences, begins, ends, None)

@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ValueError: weight is not as long as x's last dimension.
     """
     _check_weight(x, weight)
-    return _backend(x).rms_norm(x, weight, eps)
+    return _backend(x, weight).rms_norm(x, weight, eps)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -44,7 +44,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     _check_weight(x, weight)
     if gate.shape != x.shape:
         raise ValueError(f"gate is {tuple(gate.shape)}, but x is {tuple(x.shape)}")
-    return _backend(x).gated_rms_norm(x, gate, weight, eps)
+    return _backend(x, gate, weight).gated_rms_norm(x, gate, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -67,11 +67,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         raise ValueError(
             f"residual is {tuple(residual.shape)} in {residual.dtype}, but x is {tuple(x.shape)} in {x.dtype}"
         )
-    return _backend(x).add_rms_norm(x, residual, weight, eps)
+    return _backend(x, residual, weight).add_rms_norm(x, residual, weight, eps)
 
 
-def _backend(x: Tensor):
-    if takes_triton(x):
+def _backend(x: Tensor, *others: Tensor):
+    if takes_triton(x, *others):
         from megahybrid_kernels.norm import triton as backend
     else:
         backend = reference

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, next_power_of_2
+from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.shares import sum_shares
 
 # Values of a program's tile and of a thread, forward and backward; a wider row is a tile by itself.
@@ -35,7 +36,7 @@ def _load(x, row, stride, column, mask):
     return tl.load(x + row[:, None] * stride + column[None, :], mask=mask, other=0).to(tl.float32)
 
 
-@triton.jit
+@kernel
 def norm_kernel(
     x, other, weight, y, total, x_stride, other_stride, rows, eps,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
@@ -59,7 +60,7 @@ def norm_kernel(
     tl.store(y + places, result.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def norm_backward_kernel(
     x, other, weight, dy, dx, dother, dweight, x_stride, other_stride, dy_stride, rows, eps,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
@@ -113,7 +114,7 @@ class _Norm(torch.autograd.Function):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         total = torch.empty_like(y) if residual is not None else y
         tile = _tile(x.shape[1], _FORWARD_TILE, _FORWARD_PER_THREAD)
-        norm_kernel[(cdiv(len(x), tile["ROWS"]),)](
+        norm_kernel[cdiv(len(x), tile["ROWS"])](
             x, other, weight, y, total, x.stride(0), other.stride(0), len(x), eps, **tile, **ctx.flags
         )
         ctx.eps = eps
@@ -134,7 +135,7 @@ class _Norm(torch.autograd.Function):
         tile = _tile(x.shape[1], _BACKWARD_TILE, _BACKWARD_PER_THREAD)
         programs = min(_PROGRAMS, cdiv(len(x), tile["ROWS"]))
         dweight = torch.empty(programs, x.shape[1], dtype=torch.float32, device=x.device)
-        norm_backward_kernel[(programs,)](
+        norm_backward_kernel[programs](
             x, other, weight, dy, dx, dx if dgate is None else dgate, dweight, x.stride(0), other.stride(0),
             dy.stride(0), len(x), ctx.eps, **tile, **flags,
         )  # fmt: skip

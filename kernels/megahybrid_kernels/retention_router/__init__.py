@@ -50,7 +50,7 @@ def retention_logits(
     _check(k, v, parameters, sequences)
     if dropout is not None and not 0 <= dropout.probability < 1:
         raise ValueError(f"the dropout probability must lie in [0, 1), but is {dropout.probability}")
-    if _takes_layers(k, parameters):
+    if _takes(k, v, parameters, sequences) and _fits_layers(k, parameters):
         from megahybrid_kernels.retention_router import triton as backend
     else:
         backend = reference
@@ -86,20 +86,26 @@ def retention_logits_streamed(
     _check(k, v, parameters, sequences)
     if state.rows[0].shape[0] != sequences.count:
         raise ValueError(f"the state holds {state.rows[0].shape[0]} sequences, but {sequences.count} were given")
-    if takes_triton(k) and not torch.is_grad_enabled() and max(sequences.lengths) == 1:
+    takes = _takes(k, v, parameters, sequences) and not torch.is_grad_enabled()
+    if takes and max(sequences.lengths) == 1:
         from megahybrid_kernels.retention_router.triton_step import retention_logits_step
 
         return retention_logits_step(k, v, parameters, sequences.positions, state, dilation)
-    if sequences.starts is None and _takes_layers(k, parameters) and not torch.is_grad_enabled():
+    if takes and sequences.starts is None and _fits_layers(k, parameters):
         from megahybrid_kernels.retention_router.triton_prefill import retention_logits_first
 
         return retention_logits_first(k, v, parameters, sequences, dilation)
     return reference.retention_logits_streamed(k, v, parameters, sequences, state, dilation)
 
 
-def _takes_layers(k: Tensor, parameters: RouterParameters) -> bool:
+def _takes(k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequences) -> bool:
+    weights, biases, *projection = parameters
+    return takes_triton(k, v, *weights, *biases, *projection, sequences.cu_seqlens)
+
+
+def _fits_layers(k: Tensor, parameters: RouterParameters) -> bool:
     # Wider heads in fp32 need more shared memory than a multiprocessor has; a launch serves at most three layers.
-    return takes_triton(k) and (k.dtype != torch.float32 or k.shape[2] <= 128) and len(parameters.weights) <= 3
+    return (k.dtype != torch.float32 or k.shape[2] <= 128) and len(parameters.weights) <= 3
 
 
 def _check(k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequences) -> None:

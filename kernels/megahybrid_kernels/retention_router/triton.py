@@ -138,7 +138,7 @@ class _Layer:
         block, warps = _FORWARD
         halo = self.taps // 2 * self.dilation
         block = max(block, next_power_of_2(4 * halo))
-        forward_layer_kernel[(cdiv(tokens, block - 2 * halo), self.heads)](
+        forward_layer_kernel[cdiv(tokens, block - 2 * halo) * self.heads](
             first, second, packed, bias, *self.places, y, projection, projection_bias,
             y if logits is None else logits, *self.strides(first), *self.strides(second), tokens, self.dilation,
             self.threshold, self.keep_scale, **self.constants, LAST=logits is not None, BLOCK=block, num_warps=warps,
@@ -157,11 +157,11 @@ class _Layer:
         )
         scalars = (tokens, self.dilation, self.threshold, self.keep_scale)
         gradients = [torch.empty(x.shape, dtype=dy.dtype, device=x.device) for x in inputs]
-        backward_input_kernel[(cdiv(tokens, _INPUT[0]), heads)](
+        backward_input_kernel[cdiv(tokens, _INPUT[0]) * heads](
             dy, packed, inputs[0], gradients[0], gradients[-1], *self.places, *self.strides(gradients[0]), *scalars,
             **self.constants, BLOCK=_INPUT[0], num_warps=_INPUT[1],
         )  # fmt: skip
-        backward_weight_kernel[(self.halves * (1 if together else self.taps), splits, heads)](
+        backward_weight_kernel[self.halves * (1 if together else self.taps) * splits * heads](
             dy, inputs[0], inputs[-1], dweight, dbias, *self.places, *self.strides(inputs[0]),
             *self.strides(inputs[-1]), tokens, span, *scalars[1:], **self.constants, BLOCK=block, TOGETHER=together,
             num_warps=warps, num_stages=stages,
@@ -205,7 +205,7 @@ class _Router(torch.autograd.Function):
         last, blocks = layers[-1], cdiv(tokens, _BLOCK)
         dy = torch.empty(ys[-1].shape, dtype=k.dtype, device=k.device)
         dprojection = torch.empty(last.heads, blocks, last.out, dtype=torch.float32, device=k.device)
-        backward_projection_kernel[(blocks, last.heads)](
+        backward_projection_kernel[blocks * last.heads](
             ys[-1], dlogits, projection, dy, dprojection, tokens, OUT=last.out, OUT_WIDTH=tile_width(last.out),
             BLOCK=_BLOCK,
         )  # fmt: skip

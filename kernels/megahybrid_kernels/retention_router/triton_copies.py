@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv, tile_width
+from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.sequences import Sequences
 
 _LAYERS = 3  # at most
@@ -20,84 +21,94 @@ _VALUES, _ROWS = 512, 4
 
 
 @triton.jit
-def _pack_weight(weight, packed, heads, channels, taps, out, BLOCK: tl.constexpr):
-    """One layer of `pack_weights_kernel`."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < heads * channels * taps * out
-    column, channel = place % out, place // out % channels
-    tap, head = place // (out * channels) % taps, place // (out * channels * taps)
-    source = ((head * out + column) * channels + channel) * taps + tap
-    value = tl.load(weight + source, mask=inside, other=0).to(tl.float32)
-    tl.store(packed + place, value.to(packed.dtype.element_ty), mask=inside)
+def _own_block(heads, blocks):
+    """This program's block of a head, the head, and the layer."""
+    program = tl.program_id(0)
+    return program % blocks, (program // blocks % heads).to(tl.int64), program // blocks // heads
 
 
 @triton.jit
+def _pack_weight(weight, packed, block, head, channels, taps, out, BLOCK: tl.constexpr):
+    """A block of one head and layer of `pack_weights_kernel`."""
+    place, size = block * BLOCK + tl.arange(0, BLOCK), channels * taps * out
+    column, channel, tap = place % out, place // out % channels, place // (out * channels)
+    source = head * size + (column * channels + channel) * taps + tap
+    value = tl.load(weight + source, mask=place < size, other=0).to(tl.float32)
+    tl.store(packed + head * size + place, value.to(packed.dtype.element_ty), mask=place < size)
+
+
+@kernel
 def pack_weights_kernel(
-    weight0, weight1, weight2, packed0, packed1, packed2, heads, channels0, channels1, channels2, taps0, taps1, taps2,
-    out0, out1, out2, BLOCK: tl.constexpr,
+    weight0, weight1, weight2, packed0, packed1, packed2, heads, blocks, channels0, channels1, channels2,
+    taps0, taps1, taps2, out0, out1, out2, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`[heads * out, channels, taps]` -> `[heads, taps, channels, out]`."""
-    layer = tl.program_id(1)
+    block, head, layer = _own_block(heads, blocks)
     if layer == 0:
-        _pack_weight(weight0, packed0, heads, channels0, taps0, out0, BLOCK)
+        _pack_weight(weight0, packed0, block, head, channels0, taps0, out0, BLOCK)
     elif layer == 1:
-        _pack_weight(weight1, packed1, heads, channels1, taps1, out1, BLOCK)
+        _pack_weight(weight1, packed1, block, head, channels1, taps1, out1, BLOCK)
     else:
-        _pack_weight(weight2, packed2, heads, channels2, taps2, out2, BLOCK)
+        _pack_weight(weight2, packed2, block, head, channels2, taps2, out2, BLOCK)
 
 
 @triton.jit
-def _sum_values(shares, splits, count, place):
-    """fp32, each of `count` values summed over splits in order."""
-    total, shares = tl.zeros_like(place).to(tl.float32), shares + place
-    for _ in tl.range(0, splits):
-        total += tl.load(shares, mask=place < count, other=0)
-        shares += count
+def _sum_values(shares, splits, head, heads, count, place):
+    """fp32, each of a head's `count` values of `[splits, heads, count]` summed over splits in order."""
+    total = tl.zeros_like(place).to(tl.float32)
+    for split in tl.range(0, splits):
+        own = shares + (split * heads + head) * count
+        total += tl.load(own + place, mask=place < count, other=0)
     return total
 
 
 @triton.jit
-def _sum_layer(dweight_splits, dbias_splits, dweight, dbias, splits, heads, channels, taps, out, BLOCK: tl.constexpr):
-    """One layer of `sum_splits_kernel`."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    weights, biases = heads * channels * taps * out, heads * out
-    if tl.program_id(0) * BLOCK < weights:
-        total = _sum_values(dweight_splits, splits, weights, place)
-        column, channel = place % out, place // out % channels
-        tap, head = place // (out * channels) % taps, place // (out * channels * taps)
-        target = ((head * out + column) * channels + channel) * taps + tap
-        tl.store(dweight + target, total.to(dweight.dtype.element_ty), mask=place < weights)
-    if tl.program_id(0) * BLOCK < biases:
-        total = _sum_values(dbias_splits, splits, biases, place)
-        tl.store(dbias + place, total.to(dbias.dtype.element_ty), mask=place < biases)
+def _sum_layer(
+    dweight_splits, dbias_splits, dweight, dbias, splits, block, head, heads, channels, taps, out, BLOCK: tl.constexpr
+):  # fmt: skip
+    """A block of one head and layer of `sum_splits_kernel`."""
+    place, size = block * BLOCK + tl.arange(0, BLOCK), channels * taps * out
+    if block * BLOCK < size:
+        total = _sum_values(dweight_splits, splits, head, heads, size, place)
+        column, channel, tap = place % out, place // out % channels, place // (out * channels)
+        target = head * size + (column * channels + channel) * taps + tap
+        tl.store(dweight + target, total.to(dweight.dtype.element_ty), mask=place < size)
+    if block * BLOCK < out:
+        total = _sum_values(dbias_splits, splits, head, heads, out, place)
+        tl.store(dbias + head * out + place, total.to(dbias.dtype.element_ty), mask=place < out)
 
 
-@triton.jit
+@kernel
 def sum_splits_kernel(
     dweight_splits0, dweight_splits1, dweight_splits2, dbias_splits0, dbias_splits1, dbias_splits2,
-    dweight0, dweight1, dweight2, dbias0, dbias1, dbias2, splits0, splits1, splits2, heads,
+    dweight0, dweight1, dweight2, dbias0, dbias1, dbias2, splits0, splits1, splits2, heads, blocks,
     channels0, channels1, channels2, taps0, taps1, taps2, out0, out1, out2, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What `backward_weight_kernel` left, summed over splits in order, in the parameters' layouts and dtypes.
 
     dweight: `[heads * out, channels, taps]` of all channels; dbias: `[heads * out]`.
     """
-    layer = tl.program_id(1)
+    block, head, layer = _own_block(heads, blocks)
     if layer == 0:
-        _sum_layer(dweight_splits0, dbias_splits0, dweight0, dbias0, splits0, heads, channels0, taps0, out0, BLOCK)
+        _sum_layer(
+            dweight_splits0, dbias_splits0, dweight0, dbias0, splits0, block, head, heads, channels0, taps0, out0, BLOCK
+        )
     elif layer == 1:
-        _sum_layer(dweight_splits1, dbias_splits1, dweight1, dbias1, splits1, heads, channels1, taps1, out1, BLOCK)
+        _sum_layer(
+            dweight_splits1, dbias_splits1, dweight1, dbias1, splits1, block, head, heads, channels1, taps1, out1, BLOCK
+        )
     else:
-        _sum_layer(dweight_splits2, dbias_splits2, dweight2, dbias2, splits2, heads, channels2, taps2, out2, BLOCK)
+        _sum_layer(
+            dweight_splits2, dbias_splits2, dweight2, dbias2, splits2, block, head, heads, channels2, taps2, out2, BLOCK
+        )
 
 
 @triton.jit
 def _copy_rows(
-    x, target, borders, stride, head_stride, columns, first_column, channels, past, late,
+    x, target, borders, sequence, head, heads, stride, head_stride, columns, first_column, channels, past, late,
     ACTIVATE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One layer, or one half of the first one's channels, of `state_rows_kernel`."""
-    sequence, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     begin, end = tl.load(borders + sequence), tl.load(borders + sequence + 1)
     channel = tl.arange(0, WIDTH)
     for first in range(0, past, ROWS):
@@ -112,10 +123,10 @@ def _copy_rows(
         tl.store(target + at, value, mask=mask)
 
 
-@triton.jit
+@kernel
 def state_rows_kernel(
-    k, v, y0, y1, rows0, rows1, rows2, borders, k_stride, k_head_stride, v_stride, v_head_stride, y0_head_stride,
-    y1_head_stride, half, channels1, channels2, past0, past1, past2, late1, late2,
+    k, v, y0, y1, rows0, rows1, rows2, borders, count, heads, k_stride, k_head_stride, v_stride, v_head_stride,
+    y0_head_stride, y1_head_stride, half, channels1, channels2, past0, past1, past2, late1, late2,
     WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`RouterState.rows` after the sequences between `borders`: zero for rows before a sequence's first.
@@ -123,18 +134,27 @@ def state_rows_kernel(
     Layer n keeps `past` rows of its input, the last of which stands `late` rows before the sequence's last: k and v of
     `half` channels side by side, then SiLU(y), y `[kv_heads, tokens, channels]`.
     """
-    layer = tl.program_id(2)
+    sequence, head, layer = _own_block(heads, count)
+    sequence = sequence.to(tl.int64)
     if layer == 0:
-        _copy_rows(k, rows0, borders, k_stride, k_head_stride, 2 * half, 0, half, past0, 0, False, WIDTH, ROWS)
-        _copy_rows(v, rows0, borders, v_stride, v_head_stride, 2 * half, half, half, past0, 0, False, WIDTH, ROWS)
+        _copy_rows(
+            k, rows0, borders, sequence, head, heads, k_stride, k_head_stride, 2 * half, 0, half, past0, 0,
+            False, WIDTH, ROWS,
+        )  # fmt: skip
+        _copy_rows(
+            v, rows0, borders, sequence, head, heads, v_stride, v_head_stride, 2 * half, half, half, past0, 0,
+            False, WIDTH, ROWS,
+        )  # fmt: skip
     elif layer == 1:
         _copy_rows(
-            y0, rows1, borders, channels1, y0_head_stride, channels1, 0, channels1, past1, late1, True, WIDTH, ROWS
-        )
+            y0, rows1, borders, sequence, head, heads, channels1, y0_head_stride, channels1, 0, channels1, past1, late1,
+            True, WIDTH, ROWS,
+        )  # fmt: skip
     else:
         _copy_rows(
-            y1, rows2, borders, channels2, y1_head_stride, channels2, 0, channels2, past2, late2, True, WIDTH, ROWS
-        )
+            y1, rows2, borders, sequence, head, heads, channels2, y1_head_stride, channels2, 0, channels2, past2, late2,
+            True, WIDTH, ROWS,
+        )  # fmt: skip
 
 
 def _three(*columns: list) -> Iterator:
@@ -147,8 +167,9 @@ def _sizes(weights: list[Tensor], heads: int) -> Iterator[int]:
     return _three([w.shape[1] for w in weights], [w.shape[2] for w in weights], [w.shape[0] // heads for w in weights])
 
 
-def _grid(weights: list[Tensor]) -> tuple[int, int]:
-    return cdiv(max(w.numel() for w in weights), _VALUES), len(weights)
+def _blocks(weights: list[Tensor], heads: int) -> int:
+    """Of a head of the largest layer."""
+    return cdiv(max(w.numel() for w in weights) // heads, _VALUES)
 
 
 def pack_weights(weights: list[Tensor], heads: int, dtypes: list[torch.dtype]) -> list[Tensor]:
@@ -158,7 +179,10 @@ def pack_weights(weights: list[Tensor], heads: int, dtypes: list[torch.dtype]) -
         torch.empty(heads, w.shape[2], w.shape[1], w.shape[0] // heads, dtype=dtype, device=w.device)
         for w, dtype in zip(weights, dtypes, strict=True)
     ]
-    pack_weights_kernel[_grid(weights)](*_three(weights, packed), heads, *_sizes(weights, heads), BLOCK=_VALUES)
+    blocks = _blocks(weights, heads)
+    pack_weights_kernel[blocks * heads * len(weights)](
+        *_three(weights, packed), heads, blocks, *_sizes(weights, heads), BLOCK=_VALUES
+    )
     return packed
 
 
@@ -170,8 +194,9 @@ def sum_splits(
     dbiases = [torch.empty(w.shape[0], dtype=w.dtype, device=w.device) for w in weights]
     parts = ([dweight for dweight, _ in splits], [dbias for _, dbias in splits])
     counts = [dweight.shape[0] for dweight, _ in splits]
-    sum_splits_kernel[_grid(weights)](
-        *_three(*parts, dweights, dbiases, counts), heads, *_sizes(weights, heads), BLOCK=_VALUES
+    blocks = _blocks(weights, heads)
+    sum_splits_kernel[blocks * heads * len(weights)](
+        *_three(*parts, dweights, dbiases, counts), heads, blocks, *_sizes(weights, heads), BLOCK=_VALUES
     )
     return dweights, dbiases
 
@@ -191,9 +216,9 @@ def state_rows(
     y0, y1, _ = _three(ys)
     _, *later_channels = _three(channels)
     *later_late, _ = _three(late)
-    state_rows_kernel[(sequences.count, heads, len(weights))](
-        k, v, y0, y1, *_three(rows), sequences.cu_seqlens, *k.stride()[:2], *v.stride()[:2], y0.stride(0), y1.stride(0),
-        half, *later_channels, *_three(past), *later_late, WIDTH=tile_width(max([half, *channels[1:]])),
-        ROWS=_ROWS,
+    state_rows_kernel[sequences.count * heads * len(weights)](
+        k, v, y0, y1, *_three(rows), sequences.cu_seqlens, sequences.count, heads, *k.stride()[:2], *v.stride()[:2],
+        y0.stride(0), y1.stride(0), half, *later_channels, *_three(past), *later_late,
+        WIDTH=tile_width(max([half, *channels[1:]])), ROWS=_ROWS,
     )  # fmt: skip
     return tuple(rows)

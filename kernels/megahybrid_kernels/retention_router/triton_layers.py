@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megahybrid_kernels.launch import kernel
+
 
 @triton.jit
 def _keep(keys, channel_keys, threshold):
@@ -34,7 +36,7 @@ def _layer_input(
     return value
 
 
-@triton.jit
+@kernel
 def forward_layer_kernel(
     first, second, weight, bias, keys, channel_keys, begins, ends, y, projection, projection_bias, logits,
     stride, head_stride, second_stride, second_head_stride, tokens, dilation, threshold, keep_scale,
@@ -47,10 +49,11 @@ def forward_layer_kernel(
     A program multiplies BLOCK rows by the weights of all taps and then shifts the products, so that each input is read,
     activated and dropped once; its first and last `TAPS // 2 * dilation` rows serve the others only.
     """
-    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     halo = TAPS // 2 * dilation
+    blocks = tl.cdiv(tokens, BLOCK - 2 * halo)
+    head, heads = (tl.program_id(0) // blocks).to(tl.int64), tl.num_programs(0) // blocks
     lane = tl.arange(0, BLOCK)
-    row = tl.program_id(0) * (BLOCK - 2 * halo) - halo + lane
+    row = tl.program_id(0) % blocks * (BLOCK - 2 * halo) - halo + lane
     exists = (row >= 0) & (row < tokens)
     numbers = channel_keys + head * HALVES * CHANNELS
     value = _layer_input(
@@ -100,13 +103,15 @@ def _silu_gradient(y):
     return gate * (1 + y * (1 - gate))
 
 
-@triton.jit
+@kernel
 def backward_projection_kernel(
     y, dlogits, projection, dy, dprojection, tokens, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """dy of the last layer; dprojection: `[kv_heads, blocks, OUT]`, a sum for each block of tokens."""
-    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(tokens, BLOCK)
+    block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    heads = tl.num_programs(0) // blocks
+    row = block * BLOCK + tl.arange(0, BLOCK)
     out = tl.arange(0, OUT_WIDTH)
     mask = (row < tokens)[:, None] & (out < OUT)[None, :]
     places = (head * tokens + row)[:, None] * OUT + out[None, :]
@@ -116,10 +121,10 @@ def backward_projection_kernel(
     dvalue = grad[:, None] * vector[None, :] * _silu_gradient(value)
     tl.store(dy + places, dvalue.to(dy.dtype.element_ty), mask=mask)
     sums = tl.sum(grad[:, None] * value * tl.sigmoid(value), 0)
-    tl.store(dprojection + (head * tl.num_programs(0) + tl.program_id(0)) * OUT + out, sums, mask=out < OUT)
+    tl.store(dprojection + (head * blocks + block) * OUT + out, sums, mask=out < OUT)
 
 
-@triton.jit
+@kernel
 def backward_input_kernel(
     dy, weight, y, first, second, keys, channel_keys, begins, ends, stride, head_stride, tokens, dilation, threshold,
     keep_scale,
@@ -128,8 +133,9 @@ def backward_input_kernel(
 ):  # fmt: skip
     """Gradients of the first layer's halves (dk and dv, alike in strides), or with ACTIVATE dy of the layer before from
     its y, into `first`."""
-    head = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(tokens, BLOCK)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     exists = row < tokens
     begin = tl.load(begins + row, mask=exists, other=0)
     end = tl.load(ends + row, mask=exists, other=0)
@@ -171,7 +177,7 @@ def _rows(x, row, begin, end, SIZE: tl.constexpr, WIDTH: tl.constexpr):
     return tl.load(x + row.to(tl.int64)[:, None] * SIZE + column[None, :], mask=mask, other=0)
 
 
-@triton.jit
+@kernel
 def backward_weight_kernel(
     dy, first, second, dweight, dbias, keys, channel_keys, begins, ends, stride, head_stride, second_stride,
     second_head_stride, tokens, span, dilation, threshold, keep_scale,
@@ -183,9 +189,11 @@ def backward_weight_kernel(
 
     dweight: `[splits, kv_heads, TAPS, HALVES * CHANNELS, OUT]`; dbias: `[splits, kv_heads, OUT]`.
     """
-    tap, half = tl.program_id(0) // HALVES, tl.program_id(0) % HALVES
-    split = tl.program_id(1)
-    head, heads = tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    parts: tl.constexpr = HALVES if TOGETHER else HALVES * TAPS
+    splits = tl.cdiv(tokens, span)
+    tap, half = tl.program_id(0) % parts // HALVES, tl.program_id(0) % HALVES
+    split, head = tl.program_id(0) // parts % splits, (tl.program_id(0) // parts // splits).to(tl.int64)
+    heads = tl.num_programs(0) // parts // splits
     channel, out = tl.arange(0, WIDTH), tl.arange(0, OUT_WIDTH)
     x, x_stride = first + head * head_stride, stride
     if half == 1:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, tile_width
+from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.retention_router.reference import RouterParameters, RouterState
 
 _SEQUENCES = 16
@@ -69,7 +70,7 @@ def _layer(
     return tl.where((position >= 0)[:, None], acc * tl.sigmoid(acc), 0)
 
 
-@triton.jit
+@kernel
 def _step(
     new, second, state, next_state, weight, bias, y, projection, projection_bias, logits, positions, count,
     stride, head_stride, second_stride, second_head_stride, late, dilation,
@@ -77,8 +78,9 @@ def _step(
     TAPS: tl.constexpr, LAST: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     """One layer: y, fp32 `[sequences, kv_heads, OUT]`, and from the last the logits."""
-    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    sequence = tl.program_id(0) * SEQUENCES + tl.arange(0, SEQUENCES)
+    blocks = tl.cdiv(count, SEQUENCES)
+    head, heads = (tl.program_id(0) // blocks).to(tl.int64), tl.num_programs(0) // blocks
+    sequence = tl.program_id(0) % blocks * SEQUENCES + tl.arange(0, SEQUENCES)
     exists = sequence < count
     position = tl.load(positions + sequence, mask=exists, other=-1) - late
     value = _layer(
@@ -116,7 +118,7 @@ def retention_logits_step(
         y = torch.empty(count, heads, out, dtype=torch.float32, device=k.device)
         rows.append(torch.empty_like(past))
         first, second = inputs[0], inputs[-1]
-        _step[(cdiv(count, _SEQUENCES), heads)](
+        _step[cdiv(count, _SEQUENCES) * heads](
             first, second, past, rows[-1], weight, bias, y, parameters.projection, parameters.projection_bias, logits,
             positions, count, *first.stride()[:2], *second.stride()[:2], (number + 1) * (taps // 2) * dilation,
             dilation, CHANNELS=channels, WIDTH=tile_width(channels), OUT=out,

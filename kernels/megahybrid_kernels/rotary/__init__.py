@@ -30,7 +30,7 @@ def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
         raise ValueError(f"rotary needs an even head_dim, not {x.shape[-1]}")
     if positions.shape != x.shape[:1]:
         raise ValueError(f"positions is {tuple(positions.shape)}, but x has {x.shape[0]} tokens")
-    if takes_triton(x):
+    if takes_triton(x, positions):
         from megahybrid_kernels.rotary import triton as backend
     else:
         backend = reference

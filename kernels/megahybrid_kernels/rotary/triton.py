@@ -9,25 +9,26 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, next_power_of_2
+from megahybrid_kernels.launch import kernel
 
 # Pairs of one head, and heads, that a program turns.
 _PAIRS, _HEADS = 1024, 8
 
 
-@triton.jit
+@kernel
 def rotary_kernel(
     x, positions, frequencies, y, stride, head_stride, tokens, heads, direction,
     HALF: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """y: pairs of x, HALF apart, turned by their positions' angles (`direction` 1) or back (-1)."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column, first_head = tl.arange(0, WIDTH), tl.program_id(1).to(tl.int64) * HEADS
+    blocks = tl.cdiv(tokens, ROWS)
+    row = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column, first_head = tl.arange(0, WIDTH), (tl.program_id(0) // blocks).to(tl.int64) * HEADS
     mask = (row < tokens)[:, None] & (column < HALF)[None, :]
     position = tl.load(positions + row, mask=row < tokens, other=0).to(tl.float32)
     angle = position[:, None] * tl.load(frequencies + column, mask=column < HALF, other=0)[None, :]
@@ -53,7 +54,7 @@ def _turned(x: Tensor, positions: Tensor, theta: float, direction: float) -> Ten
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     width = next_power_of_2(half)
     rows = max(1, _PAIRS // width)
-    rotary_kernel[(cdiv(tokens, rows), cdiv(heads, _HEADS))](
+    rotary_kernel[cdiv(tokens, rows) * cdiv(heads, _HEADS)](
         x, positions, _frequencies(half, theta, x.device), y, x.stride(0), x.stride(1), tokens, heads, direction,
         HALF=half, WIDTH=width, ROWS=rows, HEADS=_HEADS,
     )  # fmt: skip

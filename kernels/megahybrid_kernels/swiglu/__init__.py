@@ -23,7 +23,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if gate.shape != up.shape:
         raise ValueError(f"gate is {tuple(gate.shape)}, but up is {tuple(up.shape)}")
-    if takes_triton(gate) and takes_triton(up):
+    if takes_triton(gate, up) and takes_triton(up):
         from megahybrid_kernels.swiglu import triton as backend
     else:
         backend = reference

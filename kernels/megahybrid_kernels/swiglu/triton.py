@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv
+from megahybrid_kernels.launch import kernel
 
 # Values of a program: 16 for each of its 128 threads.
 _BLOCK = 2048
 
 
-@triton.jit
+@kernel
 def swiglu_kernel(gate, up, y, size, BLOCK: tl.constexpr):
     """y = silu(gate) * up, of BLOCK among `size` values."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -23,7 +23,7 @@ def swiglu_kernel(gate, up, y, size, BLOCK: tl.constexpr):
     tl.store(y + place, (a * tl.sigmoid(a) * b).to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def swiglu_backward_kernel(gate, up, dy, dgate, dup, size, BLOCK: tl.constexpr):
     """The gradients of `swiglu_kernel`'s inputs."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -42,14 +42,14 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         y = torch.empty_like(up)
-        swiglu_kernel[(cdiv(up.numel(), _BLOCK),)](gate, up, y, up.numel(), BLOCK=_BLOCK)
+        swiglu_kernel[cdiv(up.numel(), _BLOCK)](gate, up, y, up.numel(), BLOCK=_BLOCK)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         dgate, dup, size = torch.empty_like(gate), torch.empty_like(up), up.numel()
-        swiglu_backward_kernel[(cdiv(size, _BLOCK),)](gate, up, dy.contiguous(), dgate, dup, size, BLOCK=_BLOCK)
+        swiglu_backward_kernel[cdiv(size, _BLOCK)](gate, up, dy.contiguous(), dgate, dup, size, BLOCK=_BLOCK)
         return dgate, dup
 
 
