@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "data.remote",
     "data.cache",
     "data.cache_limit",
+    "data.identity",
     "data.workers",
     "data.tokenizer",
 )

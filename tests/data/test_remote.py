@@ -29,7 +29,8 @@ def store(corpus, monkeypatch):
     with serve(Path(config.data.path)) as store:
         for name, value in {**ENVIRONMENT, "S3_ENDPOINT_URL": store.url, "AWS_MAX_ATTEMPTS": "1"}.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr("megahybrid.data.stores._PAUSES", (0.0, 0.0))
+        monkeypatch.setattr("megahybrid.retry._FIRST_PAUSE", 0.001)
+        monkeypatch.setattr("megahybrid.retry.SECONDS", 0.1)
         yield store
 
 
@@ -93,8 +94,8 @@ def test_the_samples_are_those_of_the_folder_and_fetched_once(corpus, recipe, st
     ("fault", "named"),
     [
         ("missing", "cannot be downloaded"),
-        ("error", "cannot be downloaded"),
-        ("broken", "cannot be downloaded"),
+        ("error", "kept failing"),
+        ("broken", "kept failing"),
         ("cut", "bytes, not"),
         ("flipped", "does not match its xxh64 hash"),
     ],
@@ -174,13 +175,12 @@ def test_silence_has_a_deadline(recipe, store, monkeypatch):
 
 
 def test_a_download_that_stands_still_is_given_up(recipe, store, monkeypatch):
-    monkeypatch.setattr("megahybrid.data.stores._DOWNLOAD_SECONDS", 0.5)
-    monkeypatch.setattr("megahybrid.data.stores._PAUSES", ())
+    monkeypatch.setattr("megahybrid.data.downloads._SECONDS", 0.5)
     epoch(recipe)
     next(path for path in cached(recipe) if path.name == SHARD).unlink()
     store.faults[SHARD] = "silent"
     began = time.monotonic()
-    assert f"{SHARD}' cannot be downloaded (Read timeout" in refused(lambda: epoch(recipe))
+    assert f"{SHARD}' kept failing for 0 s (Read timeout" in refused(lambda: epoch(recipe))
     assert time.monotonic() - began < 15
 
 
