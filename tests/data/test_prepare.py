@@ -164,6 +164,7 @@ def test_a_second_prepare_does_nothing_and_other_settings_are_refused(corpus):
     lines = []
     prepare(config, lines.append)
     assert len(lines) == 1 and "already prepared" in lines[0]
+    assert f'data.identity "{open_prepared(config).identity}"' in lines[0]
     assert {file: file.stat().st_mtime_ns for file in Path(config.data.path).rglob("*")} == before
     other = replace(config, train=replace(config.train, seq_length=16))
     with pytest.raises(UserError, match=r"train\.seq_length \(32, now 16\).*another data\.path"):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from megahybrid.data import TrainingData, open_prepared, validation_batches
+from megahybrid.data.fetching import Fetcher
 from megahybrid.errors import UserError
 from tests.data.corpora import SEQ_LENGTH
 from tests.data.object_store import ENVIRONMENT, serve
@@ -223,6 +224,27 @@ def test_shards_are_there_before_they_are_needed(recipe, store):
         assert wanted <= {path.name for path in cached(small)}
         everything = len(data._reader.shards)
         assert len([path for path in cached(small) if path.suffix == ".mds"]) < everything
+
+
+def test_later_epochs_look_ahead_as_the_first_does(recipe, corpus, monkeypatch):
+    """What the limit has thrown out since it was ready is fetched before it is read, not when."""
+    waited, require = [], Fetcher.require
+
+    def note(self, number):
+        if number not in self._ready:
+            waited.append(data.consumed // data.samples_per_epoch)
+        require(self, number)
+
+    monkeypatch.setattr(Fetcher, "require", note)
+    remote = corpus[0].data.path
+    limited = with_data(recipe, remote=remote, shuffle_block_size=16, cache_limit=9e-6)
+    with TrainingData(limited, 0, 1) as data:
+        while data.consumed < 2 * data.samples_per_epoch:
+            data.next_step()
+            deadline = time.monotonic() + 10  # a real step takes longer than a fetch
+            while (data._reader._fetcher._ahead or data._reader._fetcher._running) and time.monotonic() < deadline:
+                time.sleep(0.001)
+        assert len(data._reader.shards) > 8 > 2 * waited.count(1)
 
 
 def test_a_folder_can_be_the_remote(corpus, recipe, tmp_path):
