@@ -200,6 +200,7 @@ def offset(data, index):
         (lambda data: edited(data, 8, offset(data, 0)), "offsets"),  # an empty sample
         (lambda data: edited(data, 8, offset(data, 2) + 1), "offsets"),  # not ascending
         (lambda data: edited(data, 4, 0), "offsets"),  # the first sample is the shard's head
+        (lambda data: edited(data, 4, offset(data, 0) - 4), "offsets"),  # it begins in there
         (lambda data: bytes(data) + b"more", "offsets"),
         (lambda data: bytes(data).replace(b'"compression": null', b'"compression": "br"'), "description"),
         (lambda data: bytes(data).replace(b"ndarray:uint16", b"ndarray:int16 "), "description"),
