@@ -154,15 +154,14 @@ def test_a_server_that_stays_out_is_the_machines_fault(remote, store, monkeypatc
         epoch(remote)
 
 
-def test_what_is_not_there_is_asked_for_once(remote, store, monkeypatch):
-    heads = []
-    real = store.next_fault
-    monkeypatch.setattr(store, "next_fault", lambda name: heads.append(name) or real(name))
+def test_what_is_not_there_is_not_waited_for(remote, store, caplog):
     store.faults[SHARD] = "missing"
-    with pytest.raises(UserError, match="cannot be downloaded") as error:
+    with (
+        caplog.at_level(logging.WARNING, "megahybrid.retry"),
+        pytest.raises(UserError, match="cannot be downloaded") as error,
+    ):
         epoch(remote)
-    assert not isinstance(error.value, MachineFault)
-    assert heads.count(SHARD) <= 2  # looked ahead, and required
+    assert not isinstance(error.value, MachineFault) and not caplog.records
 
 
 def test_a_disk_of_the_cache_that_fails_for_a_moment_is_waited_for(corpus, remote, store, monkeypatch):
