@@ -256,6 +256,8 @@ class DataConfig:
     """Where shards of data.remote are kept on every node: a folder on its own disk."""
     cache_limit: float | None = None
     """GB that data.cache may hold (the oldest shards go first); no limit when left out."""
+    identity: str | None = None
+    """The data that may be read, as `prepare` and `doctor` print it, in quotes; any when left out."""
     validation_fraction: float = 0.005
     """Part of the documents held out for validation (by a hash of a text file's name, or of a line's text)."""
     document_masking: bool = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 from megahybrid.config.pattern import parse_pattern
@@ -195,6 +196,11 @@ def _data(config: Config) -> None:
     if "://" in data.path:
         raise UserError(
             f"data.path '{data.path}' must be a local folder; copy what `prepare` writes there and set data.remote."
+        )
+    if data.identity is not None and not re.fullmatch("[0-9a-f]{16}", data.identity):
+        raise UserError(
+            f"data.identity is '{data.identity}'; write the 16 hexadecimal digits that `megahybrid doctor RECIPE` "
+            "prints, in quotes."
         )
     if data.remote is not None and data.cache is None:
         raise UserError("data.remote needs data.cache, a folder on each node's own disk for the shards in use.")

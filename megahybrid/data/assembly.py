@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megahybrid.data.documents import TRAIN, VALIDATION
+from megahybrid.data.mds import index_of, shard_name
 from megahybrid.data.units import documents_in
 from megahybrid.data.writing import SampleWriter
 
@@ -30,9 +31,8 @@ def assemble(folders: list[Path], source: Path, seq_length: int, dtype: str, doc
                 writer.add(documents)
         _take(tails, source / TRAIN, shards)
         shutil.rmtree(tails)
-    index = json.dumps({"version": 2, "shards": shards}, sort_keys=True)
     (source / TRAIN).mkdir(parents=True, exist_ok=True)
-    (source / TRAIN / "index.json").write_text(index, encoding="utf-8")
+    (source / TRAIN / "index.json").write_text(index_of(shards), encoding="utf-8")
     with SampleWriter(source / VALIDATION, seq_length, dtype) as writer:
         for documents in documents_in(folders, "validation.bin", dtype, document_id):
             writer.add(documents)
@@ -43,7 +43,7 @@ def _take(folder: Path, target: Path, shards: list[dict[str, Any]]) -> None:
     """Append a folder's shards to those of `target`, numbered on."""
     target.mkdir(parents=True, exist_ok=True)
     for shard in json.loads((folder / "index.json").read_text(encoding="utf-8"))["shards"]:
-        name = f"shard.{len(shards):05}.mds"
+        name = shard_name(len(shards))
         _link(folder / shard["raw_data"]["basename"], target / name)
         shards.append({**shard, "raw_data": {**shard["raw_data"], "basename": name}})
 

@@ -6,14 +6,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from megahybrid.errors import UserError
+from megahybrid.errors import MachineFault
 
 
 class Fetcher:
     """Runs `fetch(number)` once for every number, on its own threads: what is required first, then what lies ahead."""
 
     def __init__(self, fetch: Callable[[int], None], describe: Callable[[int], str], threads: int, seconds: float):
-        """`fetch` returns when a number is ready or raises UserError; `describe` names it in messages.
+        """`fetch` returns when a number is ready or raises; `describe` names it in messages.
 
         `seconds`: how long `require` waits.
         """
@@ -40,8 +40,8 @@ class Fetcher:
     def require(self, number: int) -> None:
         """Wait until a number is ready.
 
-        Raises what `fetch` raised for it just now, and UserError if it takes too long. An error from looking ahead is
-        not final: it is tried again.
+        Raises what `fetch` raised for it just now, and MachineFault if it takes too long. An error from looking ahead
+        is not final: it is tried again.
         """
         if number in self._ready:
             return
@@ -51,7 +51,7 @@ class Fetcher:
                 self._required.append(number)
                 self._changed.notify_all()
             if not self._changed.wait_for(lambda: number in self._ready or number in self._errors, self._seconds):
-                raise UserError(
+                raise MachineFault(
                     f"{self._describe(number)} was not there after {self._seconds:g} s; check the connection and "
                     "start again."
                 )

@@ -12,7 +12,7 @@ from megahybrid.data.order import OrderedSource, SampleOrder, apportion
 from megahybrid.data.packing import Batch, pack
 from megahybrid.data.prepared import Prepared, open_prepared, open_store
 from megahybrid.data.shards import ShardReader
-from megahybrid.errors import UserError
+from megahybrid.errors import MachineFault, UserError
 
 
 class TrainingData:
@@ -224,12 +224,13 @@ def _on_all_ranks(open_data: Callable[[], str]) -> None:
     except Exception as caught:
         error = caught
     if dist.is_available() and dist.is_initialized():
-        found: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
-        dist.all_gather_object(found, (f"{error}" if error else "", identity))
-        first = next((message for message, _ in found if message), "")
+        found: list[tuple[str, bool, str]] = [("", False, "")] * dist.get_world_size()
+        mine = f"{error}" if error else "", isinstance(error, MachineFault), identity
+        dist.all_gather_object(found, mine)
+        first, machine = next(((message, machine) for message, machine, _ in found if message), ("", False))
         if error is None and first:
-            raise UserError(first)
-        if error is None and len({name for _, name in found}) > 1:
+            raise (MachineFault if machine else UserError)(first)
+        if error is None and len({name for _, _, name in found}) > 1:
             raise UserError(
                 "The processes do not find the same prepared data in data.path; give all nodes the same copy."
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from megahybrid.data.documents import (
     list_files,
     split_names,
 )
-from megahybrid.data.prepared import include_patterns
+from megahybrid.data.prepared import include_patterns, is_source_name
 from megahybrid.errors import UserError
 
 # A unit is lost when `prepare` is killed, and its shards end with a short one: about a minute of a core, some shards.
@@ -38,7 +37,7 @@ def plan(config: Config, skipped: Skipped) -> dict[str, list[Unit]]:
         raise UserError("data.sources is empty; name at least one folder of text, such as data.sources.books.path=DIR.")
     units = {}
     for name, source in sorted(config.data.sources.items()):
-        if not re.fullmatch(r"\w[\w.-]*", name) or name in ("tokenizer", "dataset.json"):
+        if not is_source_name(name):
             raise UserError(f"data.sources.{name} needs another name, one that can name a folder beside tokenizer/.")
         root = Path(source.path).expanduser()
         files = list_files(name, root, include_patterns(source), source.exclude, skipped)

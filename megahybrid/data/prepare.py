@@ -16,13 +16,13 @@ from megahybrid.config.schema import Config
 from megahybrid.data import writing
 from megahybrid.data.assembly import assemble
 from megahybrid.data.documents import TRAIN, VALIDATION, Skipped, Unit, read_unit
+from megahybrid.data.mds import token_dtype
 from megahybrid.data.planning import fingerprint, plan
 from megahybrid.data.prepared import Prepared, SplitCounts, differences, find_prepared, prepare_settings
 from megahybrid.data.progress import progress
 from megahybrid.data.tokenizer import Tokenizer, tokenizer_file, tokenizer_hash
 from megahybrid.data.units import Format, UnitCounts, finished_unit
 from megahybrid.data.workers import write_units
-from megahybrid.data.writing import token_dtype
 from megahybrid.errors import UserError
 from megahybrid.files import sync_folder, write_json
 
@@ -47,7 +47,10 @@ def prepare(config: Config, report: Report = print) -> Prepared:
     settings = prepare_settings(config)
     target = Path(config.data.path).expanduser().absolute()
     if (prepared := _already(target, settings)) is not None:
-        report(f"{target} is already prepared: {prepared.samples(TRAIN):,} samples to train on.")
+        report(
+            f"{target} is already prepared: {prepared.samples(TRAIN):,} samples to train on, "
+            f'data.identity "{prepared.identity}".'
+        )
         return prepared
     skipped = Skipped()
     units = plan(config, skipped)
@@ -74,7 +77,7 @@ def prepare(config: Config, report: Report = print) -> Prepared:
         prepared.save()
         _appear(place / "final", target)
     prepared.root = target
-    report(f"Prepared {target}.")
+    report(f'Prepared {target}, data.identity "{prepared.identity}".')
     return prepared
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megahybrid.config.schema import Config, SourceConfig
+from megahybrid.data.documents import TRAIN, VALIDATION
+from megahybrid.data.mds import token_dtype
 from megahybrid.data.stores import Folder, Remote, Store
 from megahybrid.data.tokenizer import tokenizer_file, tokenizer_hash
-from megahybrid.errors import UserError
+from megahybrid.errors import MachineFault, UserError
 from megahybrid.files import write_json
 
 _FILE = "dataset.json"
@@ -134,11 +137,44 @@ def _parse(store: Store, remedy: str) -> Prepared:
             name: {split: SplitCounts(**counts) for split, counts in splits.items()}
             for name, splits in fields["sources"].items()
         }
-        return Prepared(root=store.root, **fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        prepared = Prepared(root=store.root, **fields)
+        _check(prepared)
+        return prepared
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{store.describe(_FILE)} is not readable ({' '.join(str(error).split())}); {remedy}."
+            f"{store.describe(_FILE)} is not readable ({' '.join(str(error).split())[:200]}); {remedy}."
         ) from error
+
+
+def _check(prepared: Prepared) -> None:
+    """Raises ValueError for what `prepare` does not write: the file may come from anywhere."""
+
+    def require(fits: bool, what: str, value: object) -> None:
+        if not fits:
+            raise ValueError(f"its {what} is {value!r:.60}")
+
+    for key, least in (("seq_length", 1), ("vocab_size", 1), ("document_id", 0)):
+        value = getattr(prepared, key)
+        require(type(value) is int and least <= value < 1 << 32, key, value)
+    require(prepared.token_dtype == token_dtype(prepared.vocab_size), "token_dtype", prepared.token_dtype)
+    require(_is_sha256(prepared.tokenizer_sha256), "tokenizer_sha256", prepared.tokenizer_sha256)
+    for name, splits in prepared.sources.items():
+        require(is_source_name(name), "source's name", name)
+        require(splits.keys() == {TRAIN, VALIDATION}, f"splits of {name}", sorted(splits))
+        for counts in splits.values():
+            for key in ("documents", "bytes", "tokens", "samples"):
+                value = getattr(counts, key)
+                require(type(value) is int and value >= 0, key, value)
+            require(_is_sha256(counts.index_sha256), "index_sha256", counts.index_sha256)
+
+
+def is_source_name(name: str) -> bool:
+    """Whether a source may be called so: its name is that of a folder in data.path."""
+    return re.fullmatch(r"\w[\w.-]*", name) is not None and name not in ("tokenizer", _FILE)
+
+
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def open_store(config: Config) -> Store:
@@ -153,9 +189,9 @@ def open_store(config: Config) -> Store:
 def open_prepared(config: Config) -> Prepared:
     """What `prepare` wrote for this recipe, in data.path or as a copy at data.remote.
 
-    Raises UserError if there is nothing, if its samples are shorter than train.seq_length or no multiple of it, if it
-    has more tokens than the model or other sources than the recipe, and if its tokenizer is not the one that it was
-    prepared with.
+    Raises UserError if there is nothing, if it is not what data.identity names, if its samples are shorter than
+    train.seq_length or no multiple of it, if it has more tokens than the model or other sources than the recipe, and
+    if its tokenizer is not the one that it was prepared with.
     """
     store = open_store(config)
     where = f"data.path '{config.data.path}'" if config.data.remote is None else f"data.remote '{config.data.remote}'"
@@ -165,6 +201,8 @@ def open_prepared(config: Config) -> Prepared:
     _check_fit(prepared, config, where)
     try:
         store.read("tokenizer/tokenizer.json", prepared.tokenizer_sha256)
+    except MachineFault:
+        raise
     except UserError as error:
         raise UserError(
             f"{store.describe('tokenizer/tokenizer.json')} is missing or not the tokenizer that the data was prepared "
@@ -174,6 +212,11 @@ def open_prepared(config: Config) -> Prepared:
 
 
 def _check_fit(prepared: Prepared, config: Config, where: str) -> None:
+    if config.data.identity not in (None, prepared.identity):
+        raise UserError(
+            f"{where} holds data whose identity is {prepared.identity}, but data.identity is {config.data.identity}; "
+            "put back the data that was meant, or change the key."
+        )
     length = config.train.seq_length
     if length > prepared.seq_length:
         raise UserError(

@@ -1,26 +1,25 @@
-"""Reading MDS shards by index, safely.
+"""Reading shards by index, safely.
 
-The format, its writer and the downloaders are mosaicml-streaming's; its StreamingDataset is not used. It answers a
-missing or corrupt shard with a silent end or a hang, keeps its state in shared memory that outlives a killed run, and
-orders samples by itself. Here every file is compared with its index before anything is read from it, the order is
-order.py's, and the only state is the files.
+mosaicml-streaming's StreamingDataset is not used: it answers a missing or corrupt shard with a silent end or a hang,
+keeps its state in shared memory that outlives a killed run, and orders samples by itself. Here every file is compared
+with its index before anything is read from it, the order is order.py's, and the only state is the files.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megahybrid.data.fetching import Fetcher
+from megahybrid.data.mds import Layout, parse_index
 from megahybrid.data.prepared import Prepared
-from megahybrid.data.stores import HASH, File, Store
+from megahybrid.data.stores import File, Store
 from megahybrid.errors import UserError
+from megahybrid.retry import retry
 
 # Longer than a store's own deadlines: what hangs is named by the store where that is possible.
 _SECONDS = 900.0
@@ -37,15 +36,15 @@ class Shard:
     """Where it lies."""
     samples: int
     """Samples as stored."""
-    facts: dict[str, Any]
-    """Its entry in index.json."""
+    layout: Layout
+    """What its bytes mean."""
 
 
 class ShardReader:
     """The samples of one split, of the sources given in their order: `reader[i]` → columns.
 
     A stored sample may be read in equal pieces, which are then what the index counts. Every shard is compared with
-    its size and hash when this process first reads from it.
+    its size, hash and description when this process first reads from it. Faults that pass are waited for.
     """
 
     def __init__(self, prepared: Prepared, store: Store, split: str, sources: Iterable[str], seq_length: int):
@@ -53,9 +52,6 @@ class ShardReader:
 
         Raises UserError, naming the file, for an index or a size that is not what was prepared.
         """
-        from streaming.base.format import reader_from_json  # takes seconds, which only readers should pay
-
-        self._open = reader_from_json
         self.shards: list[Shard] = []
         """All shards, source after source."""
         self.shard_samples: dict[str, NDArray[np.int64]] = {}
@@ -69,10 +65,11 @@ class ShardReader:
             self.shard_samples[source] = np.array([shard.samples for shard in shards], np.int64) * self._pieces
         store.check_sizes([shard.file for shard in self.shards])
         self._ends = np.cumsum([shard.samples for shard in self.shards])
-        self._readers: dict[int, Any] = {}
+        self._vocab_size = prepared.vocab_size
+        self._places: dict[int, tuple[str, str]] = {}
         self._touched: dict[int, float] = {}
         self._fetcher = Fetcher(
-            lambda number: store.fetch(self.shards[number].file),
+            self._make_ready,
             lambda number: store.describe(self.shards[number].file.name),
             store.threads,
             _SECONDS,
@@ -84,7 +81,8 @@ class ShardReader:
     def __getitem__(self, index: int) -> dict[str, NDArray]:
         """`tokens` `[L + 1]` and `borders`, offsets below L where a sequence begins, 0 first; L is the seq_length.
 
-        Raises UserError for a damaged shard, IndexError beyond the end.
+        Raises UserError for a damaged shard, MachineFault for a disk or server that stays out, IndexError beyond the
+        end.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -108,6 +106,10 @@ class ShardReader:
 
     def look_ahead(self, shards: Iterable[int]) -> None:
         """Make these shards ready in the background, in this order."""
+        shards = list(shards)
+        for number in shards:
+            if not self._store.touch(self.shards[number].file):  # thrown out since it was ready
+                self._fetcher.forget(number)
         self._fetcher.look_ahead(shards)
 
     def close(self) -> None:
@@ -116,29 +118,39 @@ class ShardReader:
 
     def _read(self, number: int, index: int) -> dict[str, NDArray]:
         shard = self.shards[number]
+        path, what = self._place(number)
         for _ in range(_ATTEMPTS):
-            self._fetcher.require(number)
-            self._touch(number)
             try:
-                sample = self._reader(number)[index]
+                self._fetcher.require(number)
+                self._touch(number)
+                sample = retry(lambda: shard.layout.read(path, index), what)
             except FileNotFoundError:
                 self._fetcher.forget(number)
                 continue
-            except Exception as error:
+            except (OSError, ValueError) as error:
                 raise self._damaged(shard, f"cannot be read ({error})") from error
-            if sample["tokens"].shape != (self._length * self._pieces + 1,):
-                raise self._damaged(shard, f"holds samples of {len(sample['tokens'])} tokens")
+            if (largest := int(sample["tokens"].max())) >= self._vocab_size:
+                raise self._damaged(shard, f"holds token {largest} of a vocabulary of {self._vocab_size}")
             return sample
         raise UserError(
             f"{self._store.describe(shard.file.name)} leaves the cache as soon as it is there; raise data.cache_limit."
         )
 
-    def _reader(self, number: int) -> Any:
-        if number not in self._readers:
-            shard = self.shards[number]
-            file = self._store.root / shard.file.name
-            self._readers[number] = self._open(str(file.parent), "", shard.facts)
-        return self._readers[number]
+    def _make_ready(self, number: int) -> None:
+        shard = self.shards[number]
+        self._store.fetch(shard.file)
+        path, what = self._place(number)
+        try:
+            retry(lambda: shard.layout.check(path, shard.samples), what)
+        except ValueError as error:
+            raise self._damaged(shard, f"cannot be read ({error})") from error
+
+    def _place(self, number: int) -> tuple[str, str]:
+        """A shard's path, and what begins the sentence of a fault; kept, since every sample needs them."""
+        if number not in self._places:
+            name = self.shards[number].file.name
+            self._places[number] = str(self._store.root / name), f"Reading {self._store.describe(name)}"
+        return self._places[number]
 
     def _touch(self, number: int) -> None:
         now = time.monotonic()
@@ -156,20 +168,13 @@ def _index(prepared: Prepared, store: Store, source: str, split: str) -> list[Sh
     name = f"{source}/{split}/index.json"
     data = store.read(name, counts.index_sha256)
     try:
-        shards = [
-            Shard(
-                File(
-                    f"{source}/{split}/{facts['raw_data']['basename']}",
-                    facts["raw_data"]["bytes"],
-                    facts["raw_data"]["hashes"][HASH],
-                ),
-                facts["samples"],
-                facts,
-            )
-            for facts in json.loads(data)["shards"]
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{store.describe(name)} is unreadable; {store.remedy()}.") from error
+        entries = parse_index(data, prepared.seq_length, prepared.token_dtype)
+    except ValueError as error:
+        raise UserError(f"{store.describe(name)} {error}; {store.remedy()}.") from error
+    shards = [
+        Shard(File(f"{source}/{split}/{entry.basename}", entry.bytes, entry.xxh64), entry.samples, entry.layout)
+        for entry in entries
+    ]
     found = sum(shard.samples for shard in shards)
     if found != counts.samples:
         raise UserError(f"{store.describe(name)} lists {found} samples, not {counts.samples}; {store.remedy()}.")

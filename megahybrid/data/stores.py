@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
-import threading
 import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Protocol
 
 import xxhash
 
-from megahybrid.errors import UserError
+from megahybrid.data.downloads import Downloads, is_passing
+from megahybrid.data.mds import HASH
+from megahybrid.errors import MachineFault, UserError
+from megahybrid.retry import is_transient, retry
 
-HASH = "xxh64"
-
-# A download that fails is tried again after so many seconds each.
-_PAUSES = (1.0, 4.0)
-# The server may be silent for so long.
-_DOWNLOAD_SECONDS = 60.0
 # A process that waits for another's download gives up after this; the lock of a dead process is free at once.
 _LOCK_SECONDS = 600.0
 _LOCKS = 64
-_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,10 @@ class File:
     """Its hash."""
 
     def fault(self, path: Path) -> str:
-        """What is wrong with the file at `path`, as the end of a sentence; empty if nothing is."""
+        """What is wrong with the file at `path`, as the end of a sentence; empty if nothing is.
+
+        Raises OSError for a fault of the disk that may pass.
+        """
         try:
             size = path.stat().st_size
             if size != self.bytes:
@@ -52,6 +49,8 @@ class File:
         except FileNotFoundError:
             return "is missing"
         except OSError as error:
+            if is_transient(error):
+                raise
             return f"cannot be read ({error.strerror})"
         return "" if found == self else f"does not match its {HASH} hash"
 
@@ -67,7 +66,7 @@ def file_of(path: Path, name: str) -> File:
 
 
 class Store(Protocol):
-    """What readers need."""
+    """What readers need. Faults of disks and connections are waited for, then raised as MachineFault."""
 
     root: Path
     """Where files lie once they are fetched."""
@@ -83,8 +82,8 @@ class Store(Protocol):
     def fetch(self, file: File) -> None:
         """Returns once the file is there and whole. Raises UserError if it cannot be."""
 
-    def touch(self, file: File) -> None:
-        """Note that a file is in use."""
+    def touch(self, file: File) -> bool:
+        """Note that a file is in use; whether it is (still) there."""
 
     def describe(self, name: str) -> str:
         """A file in messages."""
@@ -105,16 +104,18 @@ class Folder:
         """Compare every file's size; their hashes are compared when they are first read from."""
         for file in files:
             try:
-                size = (self.root / file.name).stat().st_size
-            except OSError:
+                size = retry((self.root / file.name).stat, f"Reading {self.describe(file.name)}").st_size
+            except FileNotFoundError:
                 raise UserError(self._damaged(file.name, "is missing")) from None
+            except OSError as error:
+                raise UserError(self._damaged(file.name, f"cannot be read ({error.strerror})")) from error
             if size != file.bytes:
                 raise UserError(self._damaged(file.name, f"has {size} bytes, not {file.bytes}"))
 
     def read(self, name: str, sha256: str | None) -> bytes:
         """See Store."""
         try:
-            data = (self.root / name).read_bytes()
+            data = retry((self.root / name).read_bytes, f"Reading {self.describe(name)}")
         except OSError as error:
             raise UserError(self._damaged(name, "is missing or unreadable")) from error
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
@@ -123,11 +124,12 @@ class Folder:
 
     def fetch(self, file: File) -> None:
         """See Store."""
-        if fault := file.fault(self.root / file.name):
+        if fault := retry(lambda: file.fault(self.root / file.name), f"Reading {self.describe(file.name)}"):
             raise UserError(self._damaged(file.name, fault))
 
-    def touch(self, file: File) -> None:
+    def touch(self, file: File) -> bool:
         """Nothing is ever thrown out."""
+        return True
 
     def describe(self, name: str) -> str:
         """See Store."""
@@ -156,14 +158,41 @@ class Remote:
         self._cache = cache
         self._limit = limit
         self.root = cache / hashlib.sha256(self._url.encode()).hexdigest()[:16]
-        self._local = threading.local()
-        self._downloader()
+        self._downloads = Downloads(self._url)
 
     def check_sizes(self, files: list[File]) -> None:
         """Nothing: what is in the cache and not whole is fetched again."""
 
     def read(self, name: str, sha256: str | None) -> bytes:
         """See Store. Without a hash the file is fetched anew, since nothing says that the cached one is the newest."""
+        return retry(lambda: self._read(name, sha256), f"Fetching {self.describe(name)}")
+
+    def fetch(self, file: File) -> None:
+        """See Store."""
+        retry(lambda: self._fetch(file), f"Fetching {self.describe(file.name)}")
+
+    def touch(self, file: File) -> bool:
+        """See Store."""
+        try:
+            os.utime(self.root / file.name, follow_symlinks=False)
+        except FileNotFoundError:  # thrown out just now: it will be fetched again
+            return False
+        except OSError:
+            pass
+        return True
+
+    def describe(self, name: str) -> str:
+        """See Store."""
+        return f"'{self._url}/{name}'"
+
+    def remedy(self) -> str:
+        """See Store."""
+        return "copy the prepared data there again"
+
+    def _damaged(self, name: str, fault: str) -> str:
+        return f"{self.describe(name)} {fault}; {self.remedy()}."
+
+    def _read(self, name: str, sha256: str | None) -> bytes:
         path = self.root / name
         with self._writing():
             with contextlib.suppress(OSError):
@@ -179,8 +208,7 @@ class Remote:
                 os.replace(part, path)
         return data
 
-    def fetch(self, file: File) -> None:
-        """See Store."""
+    def _fetch(self, file: File) -> None:
         path = self.root / file.name
         if not file.fault(path):
             self.touch(file)
@@ -200,27 +228,13 @@ class Remote:
                 raise UserError(self._damaged(file.name, fault))
             os.replace(part, path)
 
-    def touch(self, file: File) -> None:
-        """See Store."""
-        with contextlib.suppress(OSError):  # thrown out just now: it will be fetched again
-            os.utime(self.root / file.name)
-
-    def describe(self, name: str) -> str:
-        """See Store."""
-        return f"'{self._url}/{name}'"
-
-    def remedy(self) -> str:
-        """See Store."""
-        return "copy the prepared data there again"
-
-    def _damaged(self, name: str, fault: str) -> str:
-        return f"{self.describe(name)} {fault}; {self.remedy()}."
-
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
+            if is_transient(error):
+                raise
             raise UserError(
                 f"data.cache '{self._cache}' cannot be written: {error.strerror or error}; make room, set "
                 "data.cache_limit or choose another."
@@ -228,11 +242,9 @@ class Remote:
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-        locks = self._cache / ".locks"
-        locks.mkdir(exist_ok=True)
+        self._folder((self.root / name).parent)
         # A lock may stand for several files: one a shard would litter the cache.
-        with open(locks / str(zlib.crc32(f"{self._url}/{name}".encode()) % _LOCKS), "w") as lock:
+        with self._lock_file(str(zlib.crc32(f"{self._url}/{name}".encode()) % _LOCKS)) as lock:
             end = time.monotonic() + _LOCK_SECONDS
             while True:
                 try:
@@ -240,55 +252,42 @@ class Remote:
                     break
                 except BlockingIOError:
                     if time.monotonic() > end:
-                        raise UserError(
+                        raise MachineFault(
                             f"Another process has been fetching {self.describe(name)} for {_LOCK_SECONDS:g} s; "
                             "check the connection and start again."
                         ) from None
                 time.sleep(0.02)
             yield
 
+    def _lock_file(self, name: str) -> IO[str]:
+        locks = self._folder(self._cache / ".locks")
+        return open(locks / name, "w", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))
+
+    def _folder(self, path: Path) -> Path:
+        """Make a folder of the cache; refused if a link on the way leads out of it."""
+        if path.resolve() != self._cache.resolve() / path.relative_to(self._cache):
+            raise UserError(f"'{path}' leads out of data.cache '{self._cache}' by a link; remove it.")
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
     def _download(self, name: str) -> Path:
         """Fetch a file beside its place in the cache; the caller holds its lock."""
         path = self.root / name
         part = path.with_name(f".{path.name}.part")
-        pauses = iter(_PAUSES)
-        while True:
+
+        def download() -> None:
             for left in path.parent.glob(f"{part.name}*"):  # of a killed process; some downloaders add letters
                 left.unlink(missing_ok=True)
-            try:
-                self._downloader().download(f"{self._url}/{name}", str(part), _DOWNLOAD_SECONDS)
-                return part
-            except Exception as error:  # every kind of store has its own
-                if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
-                    raise
-                pause = next(pauses, None)
-                if pause is None or _is_final(error):
-                    self._local.downloader = None
-                    raise UserError(
-                        f"{self.describe(name)} cannot be downloaded ({_first_line(error)}); check data.remote, its "
-                        "access rights and the connection."
-                    ) from error
-            time.sleep(pause)
+            self._downloads.get(name, part)
 
-    def _downloader(self) -> Any:
-        """This thread's client."""
-        if getattr(self._local, "downloader", None) is None:
-            from streaming.base.storage import CloudDownloader  # takes seconds, and a local folder does not need it
-
-            try:
-                self._local.downloader = CloudDownloader.get(self._url)
-            except (ValueError, ImportError) as error:
-                raise UserError(
-                    f"data.remote '{self._url}' is of no kind that can be read here ({_first_line(error)}); use "
-                    "s3://BUCKET/FOLDER or a folder."
-                ) from error
-        return self._local.downloader
+        retry(download, f"The download of {self.describe(name)}", is_passing)
+        return part
 
     def _make_room(self, size: int) -> None:
         """Throw out the shards that were not used for longest until another one fits."""
         if self._limit is None:
             return
-        with open(self._cache / ".locks" / "room", "w") as lock:
+        with self._lock_file("room") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             found = []
             for path in self._cache.rglob("*.mds"):
@@ -301,22 +300,3 @@ class Remote:
                     break
                 path.unlink(missing_ok=True)
                 used -= bytes_
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether trying again cannot help."""
-    if isinstance(error, (FileNotFoundError, PermissionError)):
-        return True
-    final = {"403", "404", "NoSuchKey", "NoSuchBucket", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
-    return _code(error) in final or "Credentials" in type(error).__name__
-
-
-def _code(error: Exception) -> str | None:
-    """What an S3 server answered."""
-    response = getattr(error, "response", None)
-    return str(response.get("Error", {}).get("Code")) if isinstance(response, dict) else None
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() if _code(error) is None else f"the server answered {_code(error)}"
-    return " ".join(text.splitlines()[0].rstrip(".").split()) if text else type(error).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,15 +11,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from megahybrid.data.stores import HASH
+from megahybrid.data.mds import Layout, index_of
 
 # Small enough that a block of the order has samples of several shards, large enough for object stores.
 SHARD_BYTES = 1 << 25
-
-
-def token_dtype(vocab_size: int) -> str:
-    """The smallest dtype that holds every id below `vocab_size`."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 class SampleWriter:
@@ -41,7 +35,7 @@ class SampleWriter:
         self._rest_starts = np.empty(0, np.int64)
         self.samples = 0
         """Written so far."""
-        self._shards = _Shards(folder, seq_length + 1, dtype, shard_bytes or SHARD_BYTES)
+        self._shards = _Shards(folder, Layout(seq_length, dtype, shard_bytes or SHARD_BYTES))
 
     def add(self, documents: Sequence[Sequence[int] | NDArray]) -> None:
         """Append documents, each beginning with the document token."""
@@ -76,39 +70,20 @@ class SampleWriter:
 
 
 class _Shards:
-    """Writes the MDS format (mosaicml-streaming's, version 2) with the two columns of a sample, and its index.
+    """Writes shards and their index."""
 
-    A shard is `[samples: uint32][offset of each sample and of the end: uint32][the columns as JSON][samples]`, a sample
-    `[bytes of borders: uint32][borders][tokens]`. The library's own writer takes 700 MB and five seconds to import,
-    in every process of `prepare`; the tests compare with it byte for byte.
-    """
-
-    def __init__(self, folder: Path, tokens: int, dtype: str, shard_bytes: int):
+    def __init__(self, folder: Path, layout: Layout):
         self._folder = folder
-        self._limit = shard_bytes
-        self._columns = {
-            "version": 2,
-            "format": "mds",
-            "compression": None,
-            "hashes": [HASH],
-            "size_limit": shard_bytes,
-            "column_names": ["borders", "tokens"],
-            "column_encodings": ["ndarray:int32", f"ndarray:{dtype}:{tokens}"],
-            "column_sizes": [None, tokens * np.dtype(dtype).itemsize],
-        }
-        self._header = json.dumps(self._columns, sort_keys=True).encode()
-        self._shards: list[dict[str, Any]] = []
+        self._layout = layout
+        self._entries: list[dict[str, Any]] = []
         self._samples: list[bytes] = []
-        self._size = self._empty = 8 + len(self._header)
+        self._size = self._empty = layout.head_bytes(0)
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, tokens: NDArray, borders: NDArray[np.int32]) -> None:
         """Append a sample."""
-        count = len(borders)
-        width = 1 if count < 1 << 8 else 2 if count < 1 << 16 else 4
-        column = bytes([4 + width // 2]) + count.to_bytes(width, "little") + borders.tobytes()
-        sample = len(column).to_bytes(4, "little") + column + tokens.tobytes()
-        if self._size + len(sample) + 4 > self._limit:
+        sample = self._layout.encode(tokens, borders)
+        if self._size + len(sample) + 4 > self._layout.size_limit:
             self._flush()
         self._samples.append(sample)
         self._size += len(sample) + 4
@@ -116,17 +91,13 @@ class _Shards:
     def finish(self) -> None:
         """Write what is left, and the index."""
         self._flush()
-        index = json.dumps({"version": 2, "shards": self._shards}, sort_keys=True)
-        (self._folder / "index.json").write_text(index, encoding="utf-8")
+        (self._folder / "index.json").write_text(index_of(self._entries), encoding="utf-8")
 
     def _flush(self) -> None:
         if not self._samples:
             return
-        sizes = [len(sample) for sample in self._samples]
-        offsets = np.cumsum([4 + 4 * (len(sizes) + 1) + len(self._header), *sizes]).astype(np.uint32)
-        name = f"shard.{len(self._shards):05}.mds"
-        data = b"".join([np.uint32(len(sizes)).tobytes(), offsets.tobytes(), self._header, *self._samples])
-        (self._folder / name).write_bytes(data)
-        facts = {"basename": name, "bytes": len(data), "hashes": {HASH: xxhash.xxh64(data).hexdigest()}}
-        self._shards.append({**self._columns, "samples": len(sizes), "raw_data": facts, "zip_data": None})
+        data = self._layout.shard(self._samples)
+        entry = self._layout.entry(len(self._entries), len(self._samples), len(data), xxhash.xxh64(data).hexdigest())
+        (self._folder / entry["raw_data"]["basename"]).write_bytes(data)
+        self._entries.append(entry)
         self._samples, self._size = [], self._empty

@@ -135,6 +135,7 @@ def data(config: Config | None) -> Iterator[Finding]:
         return
     try:
         prepared = open_prepared(config)
+        yield Finding(f'data.identity is "{prepared.identity}"')
         for split in (TRAIN, VALIDATION):
             sources = prepared.sources_of(split)
             if not sources:

@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "data.remote",
     "data.cache",
     "data.cache_limit",
+    "data.identity",
     "data.workers",
     "data.tokenizer",
 )

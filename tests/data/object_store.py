@@ -19,21 +19,34 @@ ENVIRONMENT = {
 }
 
 
+_STATUS = {"error": 500, "busy": 503}
+
+
 class ObjectStore:
     """Serves a folder as s3://bucket/…"""
 
     def __init__(self, root: Path):
         self.root = root
         self.faults: dict[str, str] = {}
-        """File name → missing, cut, flipped, error, broken (a connection that ends early) or silent."""
+        """File name → missing, cut, flipped, error, busy (SlowDown), broken (a connection that ends early), closed
+        (one that ends without an answer) or silent."""
+        self.times: dict[str, int] = {}
+        """File name → how many requests have the fault; all, if it is not here."""
         self.downloads: Counter[str] = Counter()
         """File name → how often it was asked for."""
         self.url = ""
 
-    def content(self, key: str) -> bytes | None:
+    def next_fault(self, name: str) -> str | None:
+        """The fault of a request for a file."""
+        if name in self.times and name in self.faults:
+            if not self.times[name]:
+                return None
+            self.times[name] -= 1
+        return self.faults.get(name)
+
+    def content(self, key: str, fault: str | None) -> bytes | None:
         """What a GET of this key gives; None if it gives an error."""
         path = self.root / key
-        fault = self.faults.get(path.name)
         if fault == "missing" or not path.is_file():
             return None
         data = path.read_bytes()
@@ -57,15 +70,18 @@ def serve(root: Path) -> Iterator[ObjectStore]:
 
         def answer(self, with_body: bool):
             key = self.path.split("?")[0].removeprefix("/bucket/")
-            fault = store.faults.get(Path(key).name)
+            fault = store.next_fault(Path(key).name)
             if with_body:
                 store.downloads[Path(key).name] += 1
             if fault == "silent":
                 ended.wait(30)
                 return
-            data = store.content(key)
-            if data is None or fault == "error":
-                self.send_response(404 if data is None else 500)
+            if fault == "closed":
+                self.close_connection = True
+                return
+            data = store.content(key, fault)
+            if data is None or fault in _STATUS:
+                self.send_response(404 if data is None else _STATUS[fault])
                 self.end_headers()
                 return
             self.send_response(200)

@@ -25,7 +25,7 @@ from megahybrid.data.prepared import open_store
 from megahybrid.data.shards import ShardReader
 from megahybrid.data.units import Format
 from megahybrid.data.workers import write_units
-from megahybrid.data.writing import SampleWriter, token_dtype
+from megahybrid.data.writing import SampleWriter
 from megahybrid.errors import UserError
 from tests.data.corpora import SEQ_LENGTH, make_config, silent, write_texts
 
@@ -127,8 +127,7 @@ def test_the_shards_are_those_of_the_librarys_writer(tmp_path):
     assert_same_files(tmp_path / "ours", tmp_path / "theirs")
 
 
-def test_token_dtype_follows_the_vocabulary(tmp_path):
-    assert (token_dtype(65_536), token_dtype(65_537)) == ("uint16", "uint32")
+def test_a_token_that_does_not_fit_the_dtype_is_an_error(tmp_path):
     with SampleWriter(tmp_path / "out", 4, "uint32") as writer:
         writer.add([[0, 65_536, 100_000, 1, 2]])
     index = json.loads((tmp_path / "out" / "index.json").read_text())
@@ -165,6 +164,7 @@ def test_a_second_prepare_does_nothing_and_other_settings_are_refused(corpus):
     lines = []
     prepare(config, lines.append)
     assert len(lines) == 1 and "already prepared" in lines[0]
+    assert f'data.identity "{open_prepared(config).identity}"' in lines[0]
     assert {file: file.stat().st_mtime_ns for file in Path(config.data.path).rglob("*")} == before
     other = replace(config, train=replace(config.train, seq_length=16))
     with pytest.raises(UserError, match=r"train\.seq_length \(32, now 16\).*another data\.path"):

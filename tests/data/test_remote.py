@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from megahybrid.data import TrainingData, open_prepared, validation_batches
+from megahybrid.data.fetching import Fetcher
 from megahybrid.errors import UserError
 from tests.data.corpora import SEQ_LENGTH
 from tests.data.object_store import ENVIRONMENT, serve
@@ -29,7 +30,8 @@ def store(corpus, monkeypatch):
     with serve(Path(config.data.path)) as store:
         for name, value in {**ENVIRONMENT, "S3_ENDPOINT_URL": store.url, "AWS_MAX_ATTEMPTS": "1"}.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr("megahybrid.data.stores._PAUSES", (0.0, 0.0))
+        monkeypatch.setattr("megahybrid.retry._FIRST_PAUSE", 0.001)
+        monkeypatch.setattr("megahybrid.retry.SECONDS", 0.1)
         yield store
 
 
@@ -93,8 +95,8 @@ def test_the_samples_are_those_of_the_folder_and_fetched_once(corpus, recipe, st
     ("fault", "named"),
     [
         ("missing", "cannot be downloaded"),
-        ("error", "cannot be downloaded"),
-        ("broken", "cannot be downloaded"),
+        ("error", "kept failing"),
+        ("broken", "kept failing"),
         ("cut", "bytes, not"),
         ("flipped", "does not match its xxh64 hash"),
     ],
@@ -174,13 +176,12 @@ def test_silence_has_a_deadline(recipe, store, monkeypatch):
 
 
 def test_a_download_that_stands_still_is_given_up(recipe, store, monkeypatch):
-    monkeypatch.setattr("megahybrid.data.stores._DOWNLOAD_SECONDS", 0.5)
-    monkeypatch.setattr("megahybrid.data.stores._PAUSES", ())
+    monkeypatch.setattr("megahybrid.data.downloads._SECONDS", 0.5)
     epoch(recipe)
     next(path for path in cached(recipe) if path.name == SHARD).unlink()
     store.faults[SHARD] = "silent"
     began = time.monotonic()
-    assert f"{SHARD}' cannot be downloaded (Read timeout" in refused(lambda: epoch(recipe))
+    assert f"{SHARD}' kept failing for 0 s (Read timeout" in refused(lambda: epoch(recipe))
     assert time.monotonic() - began < 15
 
 
@@ -223,6 +224,27 @@ def test_shards_are_there_before_they_are_needed(recipe, store):
         assert wanted <= {path.name for path in cached(small)}
         everything = len(data._reader.shards)
         assert len([path for path in cached(small) if path.suffix == ".mds"]) < everything
+
+
+def test_later_epochs_look_ahead_as_the_first_does(recipe, corpus, monkeypatch):
+    """What the limit has thrown out since it was ready is fetched before it is read, not when."""
+    waited, require = [], Fetcher.require
+
+    def note(self, number):
+        if number not in self._ready:
+            waited.append(data.consumed // data.samples_per_epoch)
+        require(self, number)
+
+    monkeypatch.setattr(Fetcher, "require", note)
+    remote = corpus[0].data.path
+    limited = with_data(recipe, remote=remote, shuffle_block_size=16, cache_limit=9e-6)
+    with TrainingData(limited, 0, 1) as data:
+        while data.consumed < 2 * data.samples_per_epoch:
+            data.next_step()
+            deadline = time.monotonic() + 10  # a real step takes longer than a fetch
+            while (data._reader._fetcher._ahead or data._reader._fetcher._running) and time.monotonic() < deadline:
+                time.sleep(0.001)
+        assert len(data._reader.shards) > 8 > 2 * waited.count(1)
 
 
 def test_a_folder_can_be_the_remote(corpus, recipe, tmp_path):

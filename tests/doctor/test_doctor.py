@@ -1,6 +1,7 @@
 """`megahybrid doctor` on a CPU: what is right is said with its error, what is wrong is named and ends with 1."""
 
 import inspect
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -126,6 +127,7 @@ def test_data_that_is_missing_or_damaged_is_wrong(recipe, prepared, tmp_path, ca
     shard.write_bytes(content)
     findings = list(machine.data(load_config(recipe, [f"data.path={copy}"])))
     assert not findings[-1].right and shard.name in findings[-1].text
+    assert findings[0].right and re.fullmatch('data.identity is "[0-9a-f]{16}"', findings[0].text)
 
 
 def test_a_check_that_breaks_is_a_finding(monkeypatch):
