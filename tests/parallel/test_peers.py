@@ -1,18 +1,14 @@
 """A process that dies or fails ends the others within seconds, even while they wait for what never comes."""
 
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.workers import free_port
+from tests.workers import environment, free_port, python
 
-ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import logging, sys, threading, time
 from megahybrid.config.schema import ParallelConfig
@@ -39,18 +35,11 @@ time.sleep(1.0)
 def start(*behaviour: str) -> list[subprocess.Popen]:
     processes, port = [], free_port()
     for rank in range(len(behaviour)):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
-            "OMP_NUM_THREADS": "1",
-            "RANK": str(rank),
-            "WORLD_SIZE": str(len(behaviour)),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        command = [sys.executable, "-c", PROGRAM, ",".join(behaviour)]
+        place = {"RANK": str(rank), "WORLD_SIZE": str(len(behaviour))}
+        surroundings = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **place)
+        command = [python(), "-c", PROGRAM, ",".join(behaviour)]
         processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(command, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
     for process in processes:
         assert process.stdout.readline() == "watching\n", process.stderr.read()[-2000:]
