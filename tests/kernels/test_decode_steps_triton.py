@@ -118,10 +118,10 @@ def test_convolution(width, channels, dtype):
 @pytest.mark.parametrize("query_heads, head_dim", [(2, 16), (6, 8)])
 @pytest.mark.parametrize("window", [None, 1, 20])
 def test_attention(window, query_heads, head_dim, programs, monkeypatch):
-    """From the first token on, and past the window; None is a cache with room for all."""
+    """From the first token on, and past the window, whose slots begin anew at 60; None is a cache with room for all."""
     monkeypatch.setattr(triton_decode, "_SLOTS", 16)
     monkeypatch.setattr(triton_decode, "_PROGRAMS", programs)
-    heads, steps, starts = 2, 25, torch.tensor([0, 70])
+    heads, steps, starts = 2, 10, torch.tensor([0, 55])
     total, generator = int(starts.max()) + steps, torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, total, h, head_dim, generator=generator) for h in (query_heads, heads, heads))
     capacity = window or total + 3

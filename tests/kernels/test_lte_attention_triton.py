@@ -128,7 +128,7 @@ def test_lists_hold_what_is_visible(chunk, monkeypatch):
 
 
 @pytest.mark.parametrize("window_size, sink_size, buffer_size", [(0, 0, 1), (5, 4, 9), (9, 1, 40)])
-@pytest.mark.parametrize("lengths", [(1,), (2, 1, 70, 33, 5), (257,), (64,), (64, 64)])
+@pytest.mark.parametrize("lengths", [(1,), (2, 1, 70, 33, 5), (129,), (64,), (64, 64)])
 @pytest.mark.parametrize("levels", [0, 3, 10_000])
 def test_exits(lengths, window_size, sink_size, buffer_size, levels, monkeypatch):
     for name, size in {"_OWN": 8, "_OTHERS": 16, "_BLOCKS": 4, "_PIECE": 8}.items():
