@@ -1,6 +1,6 @@
 """Decoding with the Triton kernels: on a GPU where there is one, else on Triton's interpreter."""
 
-import itertools
+from itertools import product
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from megahybrid_kernels.lte_attention import LTECache, lte_attention_with_cache,
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("query_heads, programs", interpreted({(2, 1), (6, 24)}, itertools.product((2, 6), (1, 24))))
+@pytest.mark.parametrize("query_heads, programs", interpreted({(2, 1), (6, 24)}, product((2, 6), (1, 24))))
 @pytest.mark.parametrize(
     "window_size, sink_size, buffer_size, delay", [(6, 4, 5, 6), (9, 0, 3, 6), (0, 1, 2, 0), (40, 2, 8, 6)]
 )
