@@ -1,6 +1,8 @@
 """Options and surroundings of all tests."""
 
 import os
+import shutil
+import tempfile
 
 # Before torch is imported: pytest-xdist's processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,9 +11,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from tests import workers
+
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined, those of its own library when it is first imported.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def shared_gpu(request: pytest.FixtureRequest):
+    """Several processes test on one GPU: what a test has used goes back to it."""
+    yield
+    if request.config.getoption("--gpu"):
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture
@@ -25,11 +37,36 @@ def poisoned_memory():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that are marked slow")
+    parser.addoption("--gpu", action="store_true", help="run the tests that use a GPU, on one, and no others")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gpu") and not torch.cuda.is_available():
+        raise pytest.UsageError("torch sees no GPU here; run --gpu on a host that has one.")
+    if "MEGAHYBRID_FORKS" not in os.environ and not torch.cuda.is_available():
+        # For tests/workers.py; pytest-xdist's processes inherit it from the first.
+        os.environ["MEGAHYBRID_FORKS"] = folder = tempfile.mkdtemp(prefix="megahybrid-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    config.add_cleanup(workers.let_go)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: list) -> None:
+    """Its processes, too, have everything imported."""
+    for spec in specs:
+        spec.python = workers.python()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name.endswith(("_triton.py", "_on_a_gpu.py")):
+            item.add_marker("gpu")
+        if item.path.name.endswith("_on_a_gpu.py"):
+            item.add_marker("most_memory")
     # The files that take minutes are in the last folders: begun last, one would keep a single core busy to the end.
     items.sort(key=lambda item: item.path, reverse=True)
+    if config.getoption("--gpu"):
+        items[:] = [item for item in items if "gpu" in item.keywords]
     if config.getoption("--slow"):
         return
     for item in items:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -28,6 +26,7 @@ from megahybrid.data.workers import write_units
 from megahybrid.data.writing import SampleWriter
 from megahybrid.errors import UserError
 from tests.data.corpora import SEQ_LENGTH, make_config, silent, write_texts
+from tests.workers import environment, python
 
 
 def read_stream(config, split):
@@ -262,8 +261,7 @@ def test_the_result_does_not_depend_on_the_workers_or_on_kills(tmp_path, monkeyp
         "import sys; from megahybrid.config import load_config; from megahybrid.data import planning;"
         "from megahybrid.data.prepare import prepare; planning._SMALLEST_UNIT = 4000; prepare(load_config(sys.argv[1]))"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    process = subprocess.Popen([sys.executable, "-c", script, str(recipe)], env=environment, stdout=subprocess.PIPE)
+    process = subprocess.Popen([python(), "-c", script, str(recipe)], env=environment(), stdout=subprocess.PIPE)
     units = tmp_path / ".data.part" / "units" / "small"
     deadline = time.monotonic() + 60
     while not list(units.glob("0*")) and process.poll() is None and time.monotonic() < deadline:

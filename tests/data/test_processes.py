@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 
 from megahybrid.config import save_config
 from megahybrid.data import TrainingData, validation_batches
+from tests.workers import environment, python
 
 _WORKER = """
 import json, os, signal, sys
@@ -37,12 +36,11 @@ def start(recipe, store, world, mode):
     """One job of `world` processes, which know their ranks from torch.distributed alone; a recipe, or one each."""
     recipes = recipe if isinstance(recipe, list) else [recipe] * world
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    surroundings = {name: value for name, value in environment().items() if name not in names}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", _WORKER, str(recipes[rank]), str(store), str(rank), str(world), mode],
-            env=environment,
+            [python(), "-c", _WORKER, str(recipes[rank]), str(store), str(rank), str(world), mode],
+            env=surroundings,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from megahybrid.data.fetching import Fetcher
 from megahybrid.errors import UserError
 from tests.data.corpora import SEQ_LENGTH
 from tests.data.object_store import ENVIRONMENT, serve
+from tests.workers import environment, python
 
 SHARD = "shard.00001.mds"
 
@@ -266,10 +266,10 @@ def test_what_cannot_be_a_remote_is_refused(recipe, tmp_path):
 
 
 _READ = """
-import sys
+import hashlib, sys
 from megahybrid.config import load_config
 from tests.data.test_remote import epoch
-print(hash(str(epoch(load_config(sys.argv[1])))))
+print(hashlib.sha256(str(epoch(load_config(sys.argv[1]))).encode()).hexdigest())
 """
 
 
@@ -304,9 +304,8 @@ def test_a_real_server_and_two_processes_with_one_cache(corpus, recipe, tmp_path
                 client.upload_file(str(path), "bucket", f"folder/{path.relative_to(config.data.path).as_posix()}")
         recipe = with_data(recipe, remote="s3://bucket/folder")
         save_config(recipe, tmp_path / "recipe.yaml")
-        environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        command = [sys.executable, "-c", _READ, str(tmp_path / "recipe.yaml")]
-        both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        command = [python(), "-c", _READ, str(tmp_path / "recipe.yaml")]
+        both = [subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) for _ in range(2)]
         said = [process.communicate(timeout=120)[0].split()[-1] for process in both]
         assert said[0] == said[1]
         assert epoch(recipe) == epoch(config)

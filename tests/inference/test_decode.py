@@ -121,6 +121,7 @@ def test_triton_pieces(monkeypatch):
     assert (found[-1][1] - whole(model, second)[-1]).abs().max() < 1e-4
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("chunk", [128, 23])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_prefill_in_float32(pattern, chunk):
@@ -141,6 +142,7 @@ def test_prefill_in_float32(pattern, chunk):
     assert read[1] > 12
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -1,9 +1,7 @@
 """Texts: the same alone and in company, whatever the portions, up to a stop string, on any tensor parallel size."""
 
 import dataclasses
-import os
 import subprocess
-import sys
 
 import pytest
 
@@ -18,6 +16,7 @@ from megahybrid.parallel import groups
 from tests.inference.oracle import BUFFER, WINDOW, tokens, whole
 from tests.model import tiny
 from tests.training.conftest import prepared, recipe, reference, text  # noqa: F401
+from tests.workers import environment, python
 
 PROMPTS = ["def main(", "import", "class Queue:\n    def __init__(self", "x"]
 
@@ -130,12 +129,12 @@ def test_wrong_flags_are_refused(reference, capsys, arguments, said):  # noqa: F
 def test_tensor_parallel_processes_write_the_same_text(reference):  # noqa: F811
     arguments = ["-m", "megahybrid", "generate", str(reference), "--prompt", "def main(", "--tokens", "30"]
     arguments += ["--temperature", "0.7"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    surroundings = environment(PYTHON_EXEC=python())  # what torchrun starts its processes with
+    two = [python(), "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     two += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     said = []
-    for command in ([sys.executable, *arguments], [*two, *arguments]):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    for command in ([python(), *arguments], [*two, *arguments]):
+        done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-2000:]
         said.append(done.stdout)
     assert said[0] == said[1] and said[0].startswith("def main(") and len(said[0]) > 20

@@ -136,6 +136,7 @@ def test_refuses_what_does_not_fit():
         attention_with_cache(q, k, k, KeyValueCache.empty(1, 2, 8, 4, dtype=q.dtype), Sequences.of([5]), 5)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("window_size", [None, 10])
 @pytest.mark.parametrize("heads", [6, 2])
@@ -212,6 +213,7 @@ def test_more_sequences_than_flash_attention_takes(window_size, monkeypatch):
     assert max(counts) == most and len(counts) == (2 + 2 + (2 if window_size is None else 4))
 
 
+@pytest.mark.gpu
 def test_long_prompts_of_one_length(monkeypatch):
     """By scaled_dot_product_attention, on a GPU in bf16 cuDNN's."""
     monkeypatch.setattr(attention_module, "_LONG", 1)
@@ -226,6 +228,7 @@ def test_long_prompts_of_one_length(monkeypatch):
     assert torch.equal(cache.packed(cache.v).cpu(), v)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("window_size", [None, 10, 64])
 def test_pieces_on_a_gpu(window_size):

@@ -1,8 +1,11 @@
 """Steps of decoding with the Triton kernels: on a GPU where there is one, else on Triton's interpreter."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import interpreted
 from oracles_lte import FLOAT32_TOLERANCE, dense_attention
 from test_causal_conv1d import make_inputs as conv_inputs
 from test_causal_conv1d import oracle as conv_oracle
@@ -37,8 +40,9 @@ def delta_steps(inputs, count, steps, dtype, **options):
     return torch.stack(outputs, 1).flatten(0, 1), state
 
 
-@pytest.mark.parametrize("programs", [1, 64])
-@pytest.mark.parametrize("heads", [(2, 2), (1, 3)])
+@pytest.mark.parametrize(
+    "heads, programs", interpreted({((2, 2), 64), ((1, 3), 1)}, product([(2, 2), (1, 3)], [1, 64]))
+)
 @pytest.mark.parametrize("sizes", [(8, 8), (16, 24), (20, 40)])
 def test_delta_rule(sizes, heads, programs, monkeypatch):
     monkeypatch.setattr(triton_step, "_PROGRAMS", programs)
@@ -114,14 +118,21 @@ def test_convolution(width, channels, dtype):
     assert torch.equal(state.cpu().double(), expected[1])
 
 
-@pytest.mark.parametrize("programs", [1, 12, 1000])
-@pytest.mark.parametrize("query_heads, head_dim", [(2, 16), (6, 8)])
-@pytest.mark.parametrize("window", [None, 1, 20])
-def test_attention(window, query_heads, head_dim, programs, monkeypatch):
-    """From the first token on, and past the window; None is a cache with room for all."""
+HEADS = [(2, 16), (6, 8)]
+# Every pair of a window, heads, and how many programs there are.
+PAIRS = {
+    *((None, (2, 16), 1), (None, (6, 8), 12), (None, (6, 8), 1000)),
+    *((1, (6, 8), 1), (1, (2, 16), 12), (1, (2, 16), 1000)),
+    *((20, (6, 8), 1), (20, (2, 16), 12), (20, (6, 8), 1000), (20, (2, 16), 1000)),
+}
+
+
+@pytest.mark.parametrize("window, heads, programs", interpreted(PAIRS, product([None, 1, 20], HEADS, [1, 12, 1000])))
+def test_attention(window, heads, programs, monkeypatch):
+    """From the first token on, and past the window, whose slots begin anew at 60; None is a cache with room for all."""
     monkeypatch.setattr(triton_decode, "_SLOTS", 16)
     monkeypatch.setattr(triton_decode, "_PROGRAMS", programs)
-    heads, steps, starts = 2, 25, torch.tensor([0, 70])
+    (query_heads, head_dim), heads, steps, starts = heads, 2, 10, torch.tensor([0, 55])
     total, generator = int(starts.max()) + steps, torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, total, h, head_dim, generator=generator) for h in (query_heads, heads, heads))
     capacity = window or total + 3

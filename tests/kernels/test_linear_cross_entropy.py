@@ -12,6 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Norm of the error by the norm; bf16 logits are rounded, too, by the interpreter towards zero.
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 BACKENDS = ["torch", "triton"]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)

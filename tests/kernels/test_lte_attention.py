@@ -176,6 +176,7 @@ def test_refuses_what_does_not_fit():
         lte_attention_with_cache(q, q, q, score, cache, sequences, 9, 4, 8, 6)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_nothing_waits_for_the_gpu():
     lengths, (window_size, sink_size, buffer_size) = (131, 1, 290), (9, 4, 8)

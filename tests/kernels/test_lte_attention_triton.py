@@ -1,7 +1,10 @@
 """The Triton kernels of LTE: on a GPU where there is one, else on Triton's interpreter with small shapes."""
 
+from itertools import product
+
 import pytest
 import torch
+from cases import interpreted
 from oracles_lte import FLOAT32_TOLERANCE, assert_same_gradients, dense_lte_attention, documents, leaf
 from test_exit_positions import tied_scores
 
@@ -127,10 +130,20 @@ def test_lists_hold_what_is_visible(chunk, monkeypatch):
                 assert cap is None or len(listed) <= cap
 
 
-@pytest.mark.parametrize("window_size, sink_size, buffer_size", [(0, 0, 1), (5, 4, 9), (9, 1, 40)])
-@pytest.mark.parametrize("lengths", [(1,), (2, 1, 70, 33, 5), (257,), (64,), (64, 64)])
-@pytest.mark.parametrize("levels", [0, 3, 10_000])
-def test_exits(lengths, window_size, sink_size, buffer_size, levels, monkeypatch):
+EXIT_LENGTHS, EXIT_LEVELS = [(1,), (2, 1, 70, 33, 5), (129,), (64,), (64, 64)], [0, 3, 10_000]
+EXIT_SIZES = [(0, 0, 1), (5, 4, 9), (9, 1, 40)]  # window, sinks, buffer
+# Every pair of lengths, sizes and levels.
+EXIT_PAIRS = {
+    (lengths, sizes, EXIT_LEVELS[(n + m) % 3])
+    for n, lengths in enumerate(EXIT_LENGTHS)
+    for m, sizes in enumerate(EXIT_SIZES)
+}
+
+
+@pytest.mark.parametrize(
+    "lengths, sizes, levels", interpreted(EXIT_PAIRS, product(EXIT_LENGTHS, EXIT_SIZES, EXIT_LEVELS))
+)
+def test_exits(lengths, sizes, levels, monkeypatch):
     for name, size in {"_OWN": 8, "_OTHERS": 16, "_BLOCKS": 4, "_PIECE": 8}.items():
         monkeypatch.setattr(exits_triton, name, size)
     # Without levels all are candidates, which fill whole groups, of 64 here.
@@ -138,7 +151,6 @@ def test_exits(lengths, window_size, sink_size, buffer_size, levels, monkeypatch
     score = score if levels else score.abs() + 0.1
     starts = torch.arange(len(lengths), device=DEVICE) * 2
     sequences = Sequences.of(lengths, DEVICE, starts)
-    sizes = (window_size, sink_size, buffer_size)
     actual = exits_triton.exit_positions(score, sequences, *sizes)
     assert torch.equal(actual, exits_reference.exit_positions(score, sequences, *sizes))
 

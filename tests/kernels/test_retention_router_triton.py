@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import interpreted
 from oracles_lte import FLOAT32_TOLERANCE, assert_same_gradients, leaf
 from test_retention_router import leaves, named, random_router
 
@@ -21,9 +22,14 @@ def moved(parameters: RouterParameters) -> RouterParameters:
     )
 
 
-@pytest.mark.parametrize("probability", [0.0, 0.4])
-@pytest.mark.parametrize("kernel_size, dilation", [(3, 2), (5, 1)])
-@pytest.mark.parametrize("lengths, heads, head_dim", [((1,), 1, 16), ((3, 1, 2, 40, 90), 2, 8), ((57, 64), 3, 24)])
+SHAPES = [((1,), 1, 16), ((3, 1, 2, 40, 90), 2, 8), ((57, 64), 3, 24)]
+FILTERS = [(3, 2), (5, 1)]
+EVERY = [(*shape, *each, dropped) for shape in SHAPES for each in FILTERS for dropped in (0.0, 0.4)]
+# Every pair of a shape, a filter, and with dropout or without.
+PAIRS = {(*shape, *each, 0.4 * ((n + m) % 2)) for n, shape in enumerate(SHAPES) for m, each in enumerate(FILTERS)}
+
+
+@pytest.mark.parametrize("lengths, heads, head_dim, kernel_size, dilation, probability", interpreted(PAIRS, EVERY))
 def test_outputs_and_gradients(lengths, heads, head_dim, kernel_size, dilation, probability):
     """Against the PyTorch path in float64, which is held against a convolution in its own tests."""
     tokens = sum(lengths)

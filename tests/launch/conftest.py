@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.conftest import prepared, recipe, reference, text  # noqa: F401
+from tests.training.conftest import brief, brief_recipe, brief_reference, prepared, recipe, reference, text  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from megahybrid.launch.task import places
 from megahybrid.training import attempts, failures
 from megahybrid.training.run_directory import RunDirectory
 from tests.launch.conftest import ROOT
+from tests.workers import environment, python
 
 
 def submit(recipe, *arguments) -> int:
@@ -223,9 +223,8 @@ with Watchdog(run, WatchConfig(step_seconds=1), int(sys.argv[2]), grace=3) as wa
 
 
 def test_a_hang_ends_all_processes_with_their_stacks(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", HANGS, str(tmp_path)]
-    both = [subprocess.Popen([*command, rank], env=environment, stderr=subprocess.DEVNULL) for rank in "01"]
+    command = [python(), "-c", HANGS, str(tmp_path)]
+    both = [subprocess.Popen([*command, rank], env=environment(), stderr=subprocess.DEVNULL) for rank in "01"]
     assert [process.wait(60) for process in both] == [1, 1]
     for rank in range(2):
         assert "in a_long_wait" in (tmp_path / "logs" / f"rank_0000{rank}.log").read_text()

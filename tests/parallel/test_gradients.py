@@ -10,7 +10,7 @@ from megahybrid.config.schema import ParallelConfig
 from megahybrid.config.validate import validate
 from tests.workers import Workers
 
-PATTERN, HEADS, MICRO_BATCHES, TOKENS = "GLSFGL", 4, 8, 96
+PATTERN, HEADS, TOKENS = "GLSFGL", 4, 96
 # tensor, pipeline, virtual pipeline, sequence, tied embeddings; and the data parallel size.
 LAYOUTS = [
     ((tensor, pipeline, virtual, sequence, tied), data)
@@ -32,7 +32,12 @@ def workers():
     pool.close()
 
 
-def config_of(layout):
+def micro_batches(layout, data):
+    """How many of all replicas together: twice as many as stages for each."""
+    return 2 * layout[1] * data
+
+
+def config_of(layout, count):
     from tests.model import tiny
 
     tensor, pipeline, virtual, sequence, tied = layout
@@ -40,7 +45,7 @@ def config_of(layout):
     config.model.gdn.num_heads = config.model.attention.num_kv_heads = HEADS
     config.model.attention.num_heads = 2 * HEADS
     config.train.seq_length = TOKENS
-    config.train.global_batch_size = MICRO_BATCHES
+    config.train.global_batch_size = count
     config.parallel = ParallelConfig(tensor, pipeline, virtual, sequence)
     config.data.path = "unused"
     config.train.z_loss = 0.1
@@ -60,15 +65,15 @@ def micro_batch(number):
     return tokens[:-1], tokens[1:], Sequences.of(lengths), keys, Context
 
 
-def gradients(layout):
-    """This rank's pipeline stages: {name: gradient at full shape}, {LTE layer: kept tokens}, sum of losses."""
+def gradients(layout, count):
+    """After `count` micro-batches, on this rank's stages: {name: gradient at full shape}, {LTE layer: kept}, losses."""
     from megahybrid.model.stack import build_stages
     from megahybrid.parallel import groups
     from megahybrid.parallel.parameters import initialize_parameters
     from megahybrid.scaling.stages import stage_layers
     from megahybrid.training import schedule
 
-    config = config_of(layout)
+    config = config_of(layout, count)
     groups.initialize(config.parallel)
     rank, size = groups.pipeline_parallel()
     stages = build_stages(config, stage_layers(config)[rank::size], "cpu", torch.float64)
@@ -81,7 +86,7 @@ def gradients(layout):
 
     def forward(stage, batch):
         tokens, labels, sequences, keys, context = batch
-        out = stage(tokens, context(sequences, keys, replicas / MICRO_BATCHES), labels=labels)
+        out = stage(tokens, context(sequences, keys, replicas / count), labels=labels)
         for layer, aux in out.aux.items():
             kept[layer] = kept.get(layer, 0) + aux.kept
         if out.losses is None:
@@ -89,7 +94,7 @@ def gradients(layout):
         losses.add_(out.losses.detach().mean())
         return out.loss
 
-    batches = [micro_batch(number) for number in range(MICRO_BATCHES)][replica::replicas]
+    batches = [micro_batch(number) for number in range(count)][replica::replicas]
     schedule.run(stages, batches, TOKENS, forward)
     found = {name: whole_gradient(p) for stage in stages for name, p in stage.named_parameters()}
     dist.all_reduce(losses)
@@ -131,17 +136,18 @@ def whole(value, axis, sum_over_replicas):
 
 @pytest.fixture(scope="module")
 def expected(workers):
-    """One process's, with embeddings tied and not."""
+    """One process's, with embeddings tied and not, of every number of micro-batches."""
     run = "tests.parallel.test_gradients:gradients"
-    return {tied: workers.run(1, run, (1, 1, 1, False, tied))[0] for tied in (True, False)}
+    kinds = itertools.product((True, False), {micro_batches(*each) for each in LAYOUTS})
+    return {(tied, count): workers.run(1, run, (1, 1, 1, False, tied), count)[0] for tied, count in kinds}
 
 
 @pytest.mark.parametrize(("layout", "data"), LAYOUTS, ids=str)
 def test_every_gradient_is_one_processs(layout, data, workers, expected):
-    world = layout[0] * layout[1] * data
-    gradient, kept, losses = expected[layout[-1]]
+    world, count = layout[0] * layout[1] * data, micro_batches(layout, data)
+    gradient, kept, losses = expected[layout[-1], count]
     names, layers = set(), set()
-    for found, found_kept, found_losses in workers.run(world, "tests.parallel.test_gradients:gradients", layout):
+    for found, found_kept, found_losses in workers.run(world, "tests.parallel.test_gradients:gradients", layout, count):
         assert found_losses / layout[0] == pytest.approx(losses, rel=1e-12)
         for name, value in found.items():
             scale = gradient[name].abs().max()

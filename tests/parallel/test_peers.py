@@ -1,23 +1,19 @@
 """A process that dies or fails ends the others within seconds, even while they wait for what never comes."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 from queue import Queue
 
 import pytest
 
 from megahybrid.errors import MachineFault
 from megahybrid.parallel import groups, peers
-from tests.workers import free_port
+from tests.workers import environment, free_port, python
 
-ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import logging, sys, threading, time
 from megahybrid.config.schema import ParallelConfig
@@ -43,18 +39,11 @@ time.sleep(1.0)
 def start(*behaviour: str) -> list[subprocess.Popen]:
     processes, port = [], free_port()
     for rank in range(len(behaviour)):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
-            "OMP_NUM_THREADS": "1",
-            "RANK": str(rank),
-            "WORLD_SIZE": str(len(behaviour)),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        command = [sys.executable, "-c", PROGRAM, ",".join(behaviour)]
+        place = {"RANK": str(rank), "WORLD_SIZE": str(len(behaviour))}
+        surroundings = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **place)
+        command = [python(), "-c", PROGRAM, ",".join(behaviour)]
         processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(command, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
     for process in processes:
         assert process.stdout.readline() == "watching\n", process.stderr.read()[-2000:]
@@ -91,7 +80,7 @@ def entering(monkeypatch):
     monkeypatch.setattr(groups, "world", lambda: (0, 2))
     monkeypatch.setattr(groups, "agree", lambda value: port.put(value) or value)
     monkeypatch.setattr(peers, "_SECONDS_TO_GREET", 0.1)
-    watch = peers.PeerWatch()
+    watch = peers.PeerWatch(lambda cause: None)
     thread = threading.Thread(target=watch.__enter__)
     thread.start()
     yield watch, thread, ("127.0.0.1", port.get(timeout=10))

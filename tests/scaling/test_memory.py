@@ -29,7 +29,7 @@ from megahybrid_kernels import Sequences, attention
 from megahybrid_kernels.linear_cross_entropy import chunks
 from tests.workers import Workers
 
-LENGTH = 2048
+LENGTH = 1024
 OPS = "causal_conv1d gated_delta_rule lte_attention norm retention_router rotary swiglu linear_cross_entropy.chunks"
 
 

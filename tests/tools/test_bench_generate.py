@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["GLSF"])
 def test_all_letters_are_measured_at_toy_sizes(pattern):
     command = [sys.executable, ROOT / "tools" / "bench_generate", "gdn-0.4b", "--tiny", f"model.pattern={pattern}"]

@@ -27,6 +27,7 @@ def test_a_line_for_each_layout_with_losses_beside_the_first(recipe, tmp_path): 
     assert lines[1]["loss_difference"] < 2e-6 and lines[1]["tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_what_fails_says_why_and_what_takes_too_long_leaves_no_process(recipe, tmp_path):  # noqa: F811
     missing = tmp_path / "missing"
     [line] = bench(recipe, f"data.path={missing}")

@@ -3,9 +3,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_layouts_train_on_the_same_tokens_one_after_the_other_in_the_same_processes():
     command = [
         sys.executable,

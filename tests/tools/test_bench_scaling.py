@@ -18,6 +18,7 @@ import step_parts  # noqa: E402
 sys.path.remove(str(ROOT / "tools"))
 
 
+@pytest.mark.slow
 def test_layouts_are_compared_with_one_process_and_a_checkpoint_goes_on_in_others(tmp_path):
     out = tmp_path / "out.jsonl"
     command = [sys.executable, ROOT / "tools" / "bench_scaling", "recipes/quickstart.yaml", "--gpus", "2", "--out", out]

@@ -61,8 +61,36 @@ def recipe(tmp_path, text, prepared):
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory, text, prepared):
     """An uninterrupted run of 20 steps on one process."""
-    folder = tmp_path_factory.mktemp("reference")
-    (folder / "recipe.yaml").write_text(RECIPE.format(run=folder / "run", data=prepared, text=text))
+    return run_alone(tmp_path_factory.mktemp("reference"), RECIPE, text, prepared)
+
+
+@pytest.fixture(scope="session")
+def brief(pytestconfig):
+    """The recipe of runs that are compared in many layouts: with --slow the usual one, else of 8 steps.
+
+    They take four times the learning rate, so that as many heads come to evict (test_layouts.py sees to it).
+    """
+    if pytestconfig.getoption("--slow"):
+        return RECIPE
+    return RECIPE.replace("steps: 20", "steps: 8").replace("learning_rate: 0.005", "learning_rate: 0.02")
+
+
+@pytest.fixture
+def brief_recipe(brief, tmp_path, text, prepared):
+    """As `recipe`, of as many steps as `brief` has."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(brief.format(run=tmp_path / "run", data=prepared, text=text))
+    return path
+
+
+@pytest.fixture(scope="session")
+def brief_reference(tmp_path_factory, brief, text, prepared):
+    """An uninterrupted run of `brief` on one process."""
+    return run_alone(tmp_path_factory.mktemp("brief"), brief, text, prepared)
+
+
+def run_alone(folder: Path, recipe: str, text: Path, prepared: Path) -> Path:
+    (folder / "recipe.yaml").write_text(recipe.format(run=folder / "run", data=prepared, text=text))
     assert main(["train", str(folder / "recipe.yaml")]) == 0
     return folder / "run"
 

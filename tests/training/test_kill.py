@@ -1,6 +1,5 @@
 """kill -9 at random moments, saves included: the losses are those of an uninterrupted run, bit for bit."""
 
-import os
 import random
 import signal
 import subprocess
@@ -11,14 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.training.conftest import metrics
+from tests.workers import environment, python
 
-ROOT = Path(__file__).parents[2]
 
-
-def start(recipe: Path) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "megahybrid", "train", str(recipe), "checkpoint.every=1"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(recipe: Path, program: str | None = None) -> subprocess.Popen:
+    command = [program or python(), "-m", "megahybrid", "train", str(recipe), "checkpoint.every=1"]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def lines(run: Path) -> int:
@@ -70,7 +67,7 @@ def test_twenty_kills(recipe, reference, tmp_path):
 def test_sigterm_saves_and_exits_cleanly(recipe, reference, tmp_path):
     import json
 
-    process, run = start(recipe), tmp_path / "run"
+    process, run = start(recipe, sys.executable), tmp_path / "run"  # the way users start one process, from nothing
     while process.poll() is None and lines(run) < 3:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)

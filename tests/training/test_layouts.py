@@ -27,7 +27,9 @@ class Layout(NamedTuple):
 
     @property
     def overrides(self):
-        return [f"parallel.{key}={value}" for key, value in self._asdict().items() if key != "data"]
+        micro_batch = max(1, 8 // self.data // (2 * self.pipeline))  # twice as many as stages for every replica
+        parallel = [f"parallel.{key}={value}" for key, value in self._asdict().items() if key != "data"]
+        return [*parallel, f"train.micro_batch_size={micro_batch}"]
 
     def __str__(self):
         parts = [f"tp{self.tensor}", f"pp{self.pipeline}", f"dp{self.data}", f"zero{self.zero_stage}"]
@@ -105,13 +107,22 @@ def possibly_slow(layout):
     return pytest.param(layout, id=str(layout), marks=[] if layout in REPRESENTATIVE else [pytest.mark.slow])
 
 
+def test_the_runs_that_are_compared_have_everything_to_compare(brief_reference):
+    """In both halves, between which runs stop and go on: lambda moves, and heads of both LTE layers evict."""
+    lines = metrics(brief_reference)
+    for half in (lines[: len(lines) // 2], lines[len(lines) // 2 :]):
+        for key in ("lambda", "kept"):
+            assert len({json.dumps(line[key]) for line in half}) > 1, key
+    evicting = [[kept < 64 for kept in layer] for layer in lines[-1]["kept"]]
+    assert all(any(layer) for layer in evicting) and sum(map(sum, evicting)) >= 5
+    assert {0, 1} == {value for layer in lines[-1]["lambda"] for value in layer}
+    assert len(list((brief_reference / "checkpoints").glob("step_*"))) == 2
+
+
 @pytest.mark.parametrize("layout", [possibly_slow(layout) for layout in POSSIBLE])
-def test_losses_do_not_depend_on_the_layout(layout, workers, reference, recipe, tmp_path):
-    overrides = [*layout.overrides, f"train.micro_batch_size={1 if layout.zero_stage == 2 else 2}"]
-    if layout.pipeline > 1:
-        overrides.append("train.micro_batch_size=1")  # more micro-batches than stages
-    workers.run(layout.world, "tests.training.test_layouts:train", str(recipe), *overrides)
-    assert_same_run(metrics(tmp_path / "run"), metrics(reference))
+def test_losses_do_not_depend_on_the_layout(layout, workers, brief_reference, brief_recipe, tmp_path):
+    workers.run(layout.world, "tests.training.test_layouts:train", str(brief_recipe), *layout.overrides)
+    assert_same_run(metrics(tmp_path / "run"), metrics(brief_reference))
 
 
 @pytest.mark.parametrize(
@@ -124,27 +135,28 @@ def test_losses_do_not_depend_on_the_layout(layout, workers, reference, recipe, 
     ],
     ids=str,
 )
-def test_recompute_changes_nothing(layout, recompute, workers, reference, recipe, tmp_path):
+def test_recompute_changes_nothing(layout, recompute, workers, brief_reference, brief_recipe, tmp_path):
     overrides = [*layout.overrides, f"train.recompute={recompute}"]
-    workers.run(layout.world, "tests.training.test_layouts:train", str(recipe), *overrides)
-    assert_same_run(metrics(tmp_path / "run"), metrics(reference))
+    workers.run(layout.world, "tests.training.test_layouts:train", str(brief_recipe), *overrides)
+    assert_same_run(metrics(tmp_path / "run"), metrics(brief_reference))
 
 
 @pytest.mark.parametrize(("before", "after"), RESUMES, ids=str)
-def test_a_run_goes_on_in_another_layout(before, after, workers, reference, recipe, tmp_path):
-    """Stopped by SIGTERM to one rank in step 10, gone on in another layout."""
-    at = "tests.training.test_layouts:train_and_stop", str(recipe), 10, *before.overrides
+def test_a_run_goes_on_in_another_layout(before, after, workers, brief_reference, brief_recipe, tmp_path):
+    """Stopped by SIGTERM to one rank in the middle, gone on in another layout."""
+    steps = len(metrics(brief_reference))
+    at = "tests.training.test_layouts:train_and_stop", str(brief_recipe), steps // 2, *before.overrides
     workers.run(before.world, *at)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["state"], status["step"]) == ("stopped", 10)
-    workers.run(after.world, "tests.training.test_layouts:train", str(recipe), *after.overrides)
-    assert_same_run(metrics(tmp_path / "run"), metrics(reference))
+    assert (status["state"], status["step"]) == ("stopped", steps // 2)
+    workers.run(after.world, "tests.training.test_layouts:train", str(brief_recipe), *after.overrides)
+    assert_same_run(metrics(tmp_path / "run"), metrics(brief_reference))
 
 
 @pytest.mark.parametrize("layout", [Layout(tensor=2, sequence=True, data=2, zero_stage=2), Layout(pipeline=2)], ids=str)
-def test_weights_alone_start_a_run_in_any_layout(layout, workers, reference, recipe, tmp_path):
+def test_weights_alone_start_a_run_in_any_layout(layout, workers, brief_reference, brief_recipe, tmp_path):
     """As those of an imported model do."""
-    weights = [f"train.init_from={reference}", "train.steps=3", "checkpoint.every=3"]
-    assert main(["train", str(recipe), *weights, f"run.dir={tmp_path / 'alone'}"]) == 0
-    workers.run(layout.world, "tests.training.test_layouts:train", str(recipe), *weights, *layout.overrides)
+    weights = [f"train.init_from={brief_reference}", "train.steps=3", "checkpoint.every=3"]
+    assert main(["train", str(brief_recipe), *weights, f"run.dir={tmp_path / 'alone'}"]) == 0
+    workers.run(layout.world, "tests.training.test_layouts:train", str(brief_recipe), *weights, *layout.overrides)
     assert_same_run(metrics(tmp_path / "run"), metrics(tmp_path / "alone"))

@@ -4,20 +4,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.training.conftest import assert_same_run, metrics
-
-ROOT = Path(__file__).parents[2]
+from tests.workers import environment, python
 
 
 def launch(recipe: Path) -> subprocess.Popen:
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *(python(), "-m", "torch.distributed.run", "--nproc-per-node", "2"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
         *(
             "-m",
@@ -26,11 +24,11 @@ def launch(recipe: Path) -> subprocess.Popen:
             str(recipe),
             "parallel.tensor=2",
             "parallel.sequence=true",
-            "checkpoint.every=2",
+            "checkpoint.every=1",
         ),
     ]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    surroundings = environment(PYTHON_EXEC=python())  # what torchrun starts its processes with
+    return subprocess.Popen(command, env=surroundings, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def process_of(log: Path) -> int:
@@ -38,9 +36,9 @@ def process_of(log: Path) -> int:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_all_processes_end_and_the_next_start_goes_on(victim, recipe, reference, tmp_path):
+def test_all_processes_end_and_the_next_start_goes_on(victim, brief_recipe, brief_reference, tmp_path):
     run, logs = tmp_path / "run", tmp_path / "run" / "logs"
-    job, deadline = launch(recipe), time.monotonic() + 300
+    job, deadline = launch(brief_recipe), time.monotonic() + 300
     while not (run / "checkpoints" / "latest").exists():
         assert job.poll() is None and time.monotonic() < deadline, job.stderr.read()[-3000:]
         time.sleep(0.02)
@@ -53,7 +51,7 @@ def test_all_processes_end_and_the_next_start_goes_on(victim, recipe, reference,
     if victim == 1:
         status = json.loads((run / "status.json").read_text())
         assert status["state"] == "failed" and "Rank 1 on " in status["reason"]
-    job = launch(recipe)
+    job = launch(brief_recipe)
     assert job.wait(300) == 0, job.stderr.read()[-3000:]
     assert "Going on from" in survivor.read_text()
-    assert_same_run(metrics(run), metrics(reference))
+    assert_same_run(metrics(run), metrics(brief_reference))

@@ -1,18 +1,15 @@
 """Whole runs through the command line, on real text."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from megahybrid.cli import main
 from megahybrid.training.engine import Engine
 from tests.training.conftest import assert_same_run, metrics
-
-ROOT = Path(__file__).parents[2]
+from tests.workers import environment
 
 
 def test_it_learns_and_leaves_a_complete_run_directory(reference):
@@ -58,17 +55,16 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(reference, recipe, tmp_
     assert metrics(tmp_path / "run") == metrics(reference)
 
 
-def test_torchrun_gives_the_same_losses(reference, recipe, tmp_path):
-    """The way users start several processes; all other layouts are in test_layouts.py."""
+def test_torchrun_gives_the_same_losses(brief_reference, brief_recipe, tmp_path):
+    """The way users start several processes, each from nothing; all other layouts are in test_layouts.py."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
-        *("-m", "megahybrid", "train", str(recipe)),
+        *("-m", "megahybrid", "train", str(brief_recipe)),
     ]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_run(metrics(tmp_path / "run"), metrics(reference))
+    assert_same_run(metrics(tmp_path / "run"), metrics(brief_reference))
 
 
 def test_generate_continues_a_prompt_the_same_way_twice(reference, capsys):
@@ -111,9 +107,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(verb, override, reason, re
 
 
 def test_missing_recipe_is_one_sentence_on_a_real_terminal(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     command = [sys.executable, "-m", "megahybrid", "train", "absent.yaml"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 2
     assert "absent.yaml" in done.stderr and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -26,7 +26,7 @@ def workers():
 
 
 def train_with_full_disk(recipe, full_rank, patience, *overrides):
-    """One rank of a run on whose rank `full_rank` the checkpoint of step 10 does not fit; what it was told."""
+    """One rank of a run on whose rank `full_rank` the checkpoint of step 8 does not fit; what it was told."""
     from megahybrid.config import load_config
     from megahybrid.errors import UserError
     from megahybrid.training.loop import train
@@ -34,7 +34,7 @@ def train_with_full_disk(recipe, full_rank, patience, *overrides):
     real = saver.write_tensors
 
     def full(file, tensors):
-        if "step_00000010" in str(file) and int(os.environ["RANK"]) == full_rank:
+        if "step_00000008" in str(file) and int(os.environ["RANK"]) == full_rank:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(file, tensors)
 
@@ -51,19 +51,17 @@ def train_with_full_disk(recipe, full_rank, patience, *overrides):
 
 
 @pytest.mark.parametrize("full_rank", [0, 1])
-def test_a_disk_that_is_full_for_one_rank_ends_all_and_keeps_the_last_checkpoint(
-    full_rank, workers, recipe, reference, tmp_path
-):
-    layout = ["parallel.pipeline=2", "train.micro_batch_size=1"]
+def test_a_disk_that_is_full_for_one_rank_ends_all_and_keeps_the_last_checkpoint(full_rank, workers, recipe, tmp_path):
+    layout = ["parallel.pipeline=2", "train.micro_batch_size=1", "train.steps=12", "checkpoint.every=4"]
     run = "tests.training.test_saver:train_with_full_disk"
     told = workers.run(2, run, str(recipe), full_rank, 0.0, *layout)
-    assert all("step_00000010 " in each and "could not be written (No space left" in each for each in told)
+    assert all("step_00000008 " in each and "could not be written (No space left" in each for each in told)
     checkpoints = tmp_path / "run" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000005"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000004"]
     assert workers.run(2, run, str(recipe), full_rank, 600.0, *layout, "checkpoint.keep=9") == [None, None]
-    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 21))
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 13))
     steps = [int(path.name[5:]) for path in sorted(checkpoints.glob("step_*"))]
-    assert steps[0] == 5 and steps[1] in (11, 12, 13) and steps[-2:] == [15, 20]  # when the others know, it is due
+    assert steps[0] == 4 and steps[1] in (9, 10, 11) and steps[-1] == 12  # when the others know, it is due
 
 
 def test_every_parameter_is_written_once_by_one_of_the_ranks(workers, recipe, reference, tmp_path):
