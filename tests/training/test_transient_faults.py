@@ -52,6 +52,9 @@ def saved(tmp_path) -> list[int]:
     assert (folder / "latest").read_text() == f"step_{steps[-1]:08d}\n" and len(steps) == len(
         list(folder.iterdir())
     ) - 1
+    files = {path.name for path in (tmp_path / "run" / "checkpoints" / f"step_{steps[-1]:08d}").iterdir()}
+    assert all({each.name for each in saved.iterdir()} == files for saved in folder.glob("step_*"))
+    assert "weights-00000.safetensors" in files
     return steps
 
 
@@ -88,9 +91,9 @@ def test_the_last_step_is_saved_after_all(what, recipe, tmp_path, refuse):
 
 
 def test_old_checkpoints_that_cannot_be_removed_do_not_undo_the_new_one(recipe, tmp_path, refuse):
-    refuse(checkpoint_folder, "remove_old", 99)
+    left = refuse(checkpoint_folder, "remove_old", 99)
     assert main(["train", str(recipe), *SHORT]) == 0
-    assert saved(tmp_path) == [2, 4, 6]
+    assert saved(tmp_path) == [2, 4, 6] and left == [96]
 
 
 @pytest.mark.parametrize(("number", "again"), [(errno.EIO, True), (errno.ENOSPC, False)])
