@@ -24,7 +24,7 @@ def small_chunks_and_poisoned_memory(monkeypatch, poisoned_memory):
 
 
 def use(backend, monkeypatch):
-    monkeypatch.setattr(chunks, "takes_triton", lambda x: backend == "triton")
+    monkeypatch.setattr(chunks, "takes_triton", lambda *_: backend == "triton")
 
 
 def make_inputs(tokens, hidden, vocabulary, dtype):
