@@ -23,7 +23,7 @@ def small_chunks_and_poisoned_memory(monkeypatch, poisoned_memory):
 
 
 def use(backend, monkeypatch):
-    monkeypatch.setattr(chunks, "takes_triton", lambda x: backend == "triton")
+    monkeypatch.setattr(chunks, "takes_triton", lambda *x: backend == "triton")
 
 
 def make_inputs(tokens, hidden, vocabulary, dtype):
