@@ -90,7 +90,7 @@ def test_sequences_join_and_leave_between_recorded_steps(recorded):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_triton_steps(pattern, recorded, monkeypatch):
     for op in OPS:
-        monkeypatch.setattr(importlib.import_module(f"megahybrid_kernels.{op}"), "takes_triton", lambda x: True)
+        monkeypatch.setattr(importlib.import_module(f"megahybrid_kernels.{op}"), "takes_triton", lambda *x: True)
     model, prompts = tiny.model(pattern, dtype=torch.float32), [2, WINDOW + 1]
     rows = [tokens(n + WINDOW + 2 * BUFFER, seed=n) for n in prompts]
     found, _ = continued(model, rows, prompts)
@@ -103,7 +103,7 @@ def test_triton_steps(pattern, recorded, monkeypatch):
 def test_triton_pieces(monkeypatch):
     """A prompt in pieces, then another one that begins beside the first one's decode."""
     for op in OPS:
-        monkeypatch.setattr(importlib.import_module(f"megahybrid_kernels.{op}"), "takes_triton", lambda x: True)
+        monkeypatch.setattr(importlib.import_module(f"megahybrid_kernels.{op}"), "takes_triton", lambda *x: True)
     model, first, second = tiny.model("GL", dtype=torch.float32), tokens(43, seed=1), tokens(30, seed=2)
     batch, found = Batch(model, 14), []
     batch.add([first[:40]])

@@ -54,7 +54,7 @@ def use_triton(patch):
     for function in (KernelInterface, InterpretedFunction):
         patch.setattr(function, "__getitem__", lambda self, grid: lambda *x, **constants: None)
     for op in OPS.split():
-        patch.setattr(importlib.import_module(f"megahybrid_kernels.{op}"), "takes_triton", lambda x: True)
+        patch.setattr(importlib.import_module(f"megahybrid_kernels.{op}"), "takes_triton", lambda *x: True)
     patch.setattr(chunks, "_add_product", lambda dweight, dlogits, x: None)
     patch.setattr(attention, "_takes_varlen", lambda q: q.dtype == torch.bfloat16)
     patch.setattr(attention, "varlen_attn", lambda *x, window_size: Flash.apply(*x, window_size))
