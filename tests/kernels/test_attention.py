@@ -183,10 +183,10 @@ def test_pieces_through_packed_attention(window_size, monkeypatch):
                 assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("window_size", [None, 10])
-def test_more_sequences_than_flash_attention_takes(window_size, monkeypatch):
+@pytest.mark.parametrize("window_size, most, calls", [(None, 4, 6), (None, 7, 3), (10, 4, 8), (10, 7, 5)])
+def test_more_sequences_than_flash_attention_takes(window_size, most, calls, monkeypatch):
     """They go in parts, also where each has the blanks of a ring beside it."""
-    most, counts = 4, []
+    counts = []
 
     def flash(q, k, v, query_borders, key_borders, longest_query, longest_key, window_size):
         counts.append(len(query_borders) - 1)
@@ -210,7 +210,7 @@ def test_more_sequences_than_flash_attention_takes(window_size, monkeypatch):
         with torch.no_grad():
             o, cache = attention_with_cache(q[rows], k[rows], v[rows], cache, first, window_size)
         torch.testing.assert_close(o, expected[rows], rtol=FLOAT64_TOLERANCE, atol=FLOAT64_TOLERANCE)
-    assert max(counts) == most and len(counts) == (2 + 2 + (2 if window_size is None else 4))
+    assert max(counts) <= most and len(counts) == calls
 
 
 @pytest.mark.gpu
