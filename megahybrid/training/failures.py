@@ -62,7 +62,8 @@ def record(run: RunDirectory, error: BaseException, step: int | None = None, det
     text = "\n".join([describe(error), "", *header, "", details]).rstrip() + "\n"
     with contextlib.suppress(OSError, MachineFault):
         if retry(lambda: _create(run, text), "Recording the failure", seconds=_SECONDS_TO_WRITE):
-            retry(lambda: write_text(run.failure, text), f"Writing {run.failure}", seconds=_SECONDS_TO_WRITE)
+            if not isinstance(error, NotOwner):  # which is no failure of this run
+                retry(lambda: write_text(run.failure, text), f"Writing {run.failure}", seconds=_SECONDS_TO_WRITE)
         elif os.environ.get("RANK", "0") != "0":  # the main process may have written "running" since
             return
         tell(run)

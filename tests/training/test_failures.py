@@ -9,6 +9,7 @@ from megahybrid import retry
 from megahybrid.errors import MachineFault, UserError
 from megahybrid.files import write_json
 from megahybrid.training import failures
+from megahybrid.training.ownership import NotOwner
 from megahybrid.training.run_directory import RunDirectory
 
 
@@ -36,6 +37,13 @@ def test_a_later_start_records_its_own_failure(run, monkeypatch):
     assert run.failure.read_text().startswith("Node n5 did not come.\n")
     before = failures.read(run, "7-0")
     assert (before.cause, before.again, before.step) == ("The data is damaged.", False, 1200)
+
+
+def test_a_start_that_was_refused_the_run_says_nothing_about_it(run):
+    run.write_status("running", 1000, 5000)
+    failures.record(run, NotOwner("The run is job 6's."))
+    assert run.read_status()["state"] == "running" and not run.failure.exists()
+    assert failures.read(run).cause == "The run is job 6's."
 
 
 def test_the_first_of_a_start_decides(run):
