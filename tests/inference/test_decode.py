@@ -87,7 +87,9 @@ def test_sequences_join_and_leave_between_recorded_steps(recorded):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="puts CPU tensors through the interpreter")
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    "pattern", [pytest.param(each, marks=[pytest.mark.slow] * (len(each) == 1)) for each in PATTERNS]
+)
 def test_triton_steps(pattern, recorded, monkeypatch):
     for op in OPS:
         monkeypatch.setattr(importlib.import_module(f"megahybrid_kernels.{op}"), "takes_triton", lambda *_: True)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import interpreted
 from test_gated_delta_rule import CASES, NAMES, change, make_inputs, oracle, run
 
 from megahybrid_kernels import Sequences
@@ -56,8 +57,16 @@ def test_outputs_and_gradients_equal_the_token_recurrence(case):
     check(in_dtype(inputs, torch.float32), lengths)
 
 
-@pytest.mark.parametrize("tune", [WHOLE, CUT], ids=["whole", "cut"])
-@pytest.mark.parametrize("key_heads, value_heads, key_dim, value_dim", [(2, 4, 16, 32), (1, 1, 24, 40), (1, 2, 32, 16)])
+GROUPED = [(2, 4, 16, 32), (1, 1, 24, 40), (1, 2, 32, 16)]
+
+
+@pytest.mark.parametrize(
+    "key_heads, value_heads, key_dim, value_dim, tune",
+    interpreted(
+        [(*sizes, tune) for sizes, tune in zip(GROUPED, (CUT, WHOLE, CUT), strict=True)],
+        [(*sizes, tune) for sizes in GROUPED for tune in (WHOLE, CUT)],
+    ),
+)
 def test_grouped_value_heads_and_uneven_head_dims(key_heads, value_heads, key_dim, value_dim, tune):
     lengths = (64, 1, 140)
     inputs = make_inputs(lengths, 1, key_heads, value_heads, key_dim, value_dim)

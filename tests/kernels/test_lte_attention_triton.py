@@ -50,10 +50,17 @@ def check(pairs, lengths, *sizes, tune=SMALL, tolerance=FLOAT32_TOLERANCE):
     assert_same_gradients(attend(pairs, lengths, *sizes, tune=tune), expected, pairs, tolerance)
 
 
+SIZES = [(0, 0, None), (9, 4, None), (9, 4, 6), (0, 1, 5), (40, 2, 12), (300, 3, 4)]
+LENGTHS = [(1,), (3, 1, 2, 40, 9, 70), (131, 1, 60)]
+
+
 @pytest.mark.parametrize(
-    "window_size, sink_size, buffer_size", [(0, 0, None), (9, 4, None), (9, 4, 6), (0, 1, 5), (40, 2, 12), (300, 3, 4)]
+    "lengths, window_size, sink_size, buffer_size",
+    interpreted(  # of one token all, of many sequences and of long ones every other one
+        [(x, *sizes) for n, sizes in enumerate(SIZES) for x in (LENGTHS[0], LENGTHS[1 + n % 2])],
+        [(x, *sizes) for x in LENGTHS for sizes in SIZES],
+    ),
 )
-@pytest.mark.parametrize("lengths", [(1,), (3, 1, 2, 40, 9, 70), (131, 1, 60)])
 def test_outputs_and_gradients(lengths, window_size, sink_size, buffer_size):
     check(inputs(lengths, 2, 2, 16), lengths, window_size, sink_size, buffer_size)
 
@@ -141,7 +148,7 @@ EXIT_PAIRS = {
 
 
 @pytest.mark.parametrize(
-    "lengths, sizes, levels", interpreted(EXIT_PAIRS, product(EXIT_LENGTHS, EXIT_SIZES, EXIT_LEVELS))
+    "lengths, sizes, levels", interpreted(EXIT_PAIRS, product([*EXIT_LENGTHS, (257,)], EXIT_SIZES, EXIT_LEVELS))
 )
 def test_exits(lengths, sizes, levels, monkeypatch):
     for name, size in {"_OWN": 8, "_OTHERS": 16, "_BLOCKS": 4, "_PIECE": 8}.items():

@@ -1,7 +1,5 @@
 """Decoding with the Triton kernels: on a GPU where there is one, else on Triton's interpreter."""
 
-from itertools import product
-
 import pytest
 import torch
 from cases import interpreted
@@ -14,9 +12,15 @@ from megahybrid_kernels.lte_attention import LTECache, lte_attention_with_cache,
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("query_heads, programs", interpreted({(2, 1), (6, 24)}, product((2, 6), (1, 24))))
+SIZES, GROUPS = [(6, 4, 5, 6), (9, 0, 3, 6), (0, 1, 2, 0), (40, 2, 8, 6)], [(2, 1), (6, 24), (6, 1), (2, 24)]
+
+
 @pytest.mark.parametrize(
-    "window_size, sink_size, buffer_size, delay", [(6, 4, 5, 6), (9, 0, 3, 6), (0, 1, 2, 0), (40, 2, 8, 6)]
+    "window_size, sink_size, buffer_size, delay, query_heads, programs",
+    interpreted(
+        [(*sizes, *group) for sizes, group in zip(SIZES, GROUPS, strict=True)],
+        [(*sizes, *group) for sizes in SIZES for group in GROUPS],
+    ),
 )
 def test_steps_equal_the_whole(window_size, sink_size, buffer_size, delay, query_heads, programs, monkeypatch):
     monkeypatch.setattr(triton_decode, "_SLOTS", 16)

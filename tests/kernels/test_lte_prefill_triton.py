@@ -90,7 +90,7 @@ def test_pieces_equal_the_reference(window_size, sink_size, buffer_size, levels,
 
 
 # Around the delay of the scores (6), the window and its end (6, 7), a full buffer (11), and with the sinks (13).
-@pytest.mark.parametrize("tokens", interpreted({1, 2, 5, 6, 7, 10, 11, 12, 13, 14, 19, 28}, range(1, 29)))
+@pytest.mark.parametrize("tokens", interpreted({1, 5, 6, 7, 11, 12, 13, 28}, range(1, 29)))
 def test_prompts_of_one_token_to_four_windows_and_what_follows(tokens):
     """Alone, since a longer prompt beside it may take another path; 11 tokens just fill window and buffer."""
     sizes, generator = (6, 2, 5, 6), torch.Generator().manual_seed(tokens)

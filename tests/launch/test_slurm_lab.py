@@ -66,16 +66,18 @@ def attempts(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
 
 
-def test_two_nodes_train_as_one_process_does(submit, brief_recipe, brief_reference, tmp_path):
+@pytest.mark.parametrize("a_node", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_two_nodes_train_as_one_process_does(a_node, submit, brief_recipe, brief_reference, tmp_path):
     expected = metrics(brief_reference)  # of the recipe that now stands in place of the one that `submit` has
     steps = len(expected)
-    (number,) = submit("--nodes", "2", "parallel.tensor=2", "checkpoint.every=5")
+    (number,) = submit("--nodes", "2", "--gpus-per-node", str(a_node), "parallel.tensor=2", "checkpoint.every=5")
     assert wait(number, *ENDED) == "COMPLETED", output(tmp_path / "run")
     run = tmp_path / "run"
     assert_same_run(metrics(run), expected)
     (attempt,) = attempts(run)
-    assert attempt["job"] == number and attempt["processes"] == 4 and attempt["nodes"] == "n[1-2]"
-    assert "rank 3 of 4" in (run / "logs" / "rank_00003.log").read_text()
+    assert attempt["job"] == number and attempt["processes"] == 2 * a_node and attempt["nodes"] == "n[1-2]"
+    last = 2 * a_node - 1
+    assert f"rank {last} of {last + 1}" in (run / "logs" / f"rank_{last:05d}.log").read_text()
     (found,) = runs.find(tmp_path)
     assert (found.state, found.step, found.target, found.jobs) == ("done", steps, steps, (number,))
 

@@ -142,7 +142,15 @@ def expected(workers):
     return {(tied, count): workers.run(1, run, (1, 1, 1, False, tied), count)[0] for tied, count in kinds}
 
 
-@pytest.mark.parametrize(("layout", "data"), LAYOUTS, ids=str)
+# Tied embeddings take turns with others over the layouts; --slow runs both for each.
+IN_TURN = {each for number, each in enumerate(LAYOUTS) if each[0][4] == (number // 2 % 2 == 0)}
+
+
+@pytest.mark.parametrize(
+    ("layout", "data"),
+    [pytest.param(*each, marks=[] if each in IN_TURN else [pytest.mark.slow]) for each in LAYOUTS],
+    ids=str,
+)
 def test_every_gradient_is_one_processs(layout, data, workers, expected):
     world, count = layout[0] * layout[1] * data, micro_batches(layout, data)
     gradient, kept, losses = expected[layout[-1], count]

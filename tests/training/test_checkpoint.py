@@ -9,7 +9,7 @@ import megahybrid.training.saver as saver
 from megahybrid import retry
 from megahybrid.cli import main
 from megahybrid.training.engine import Engine
-from tests.training.conftest import metrics
+from tests.training.conftest import RECIPE, metrics
 
 
 def names(run):
@@ -68,6 +68,15 @@ def test_more_steps_go_on_and_fewer_are_done(recipe, tmp_path, capsys):
     assert "has done its 5 steps" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory, text, prepared):
+    """A run of the tiny recipe that has stopped after two steps."""
+    folder = tmp_path_factory.mktemp("two_steps")
+    (folder / "recipe.yaml").write_text(RECIPE.format(run=folder / "run", data=prepared, text=text))
+    assert main(["train", str(folder / "recipe.yaml"), "train.steps=2"]) == 0
+    return folder / "run"
+
+
 @pytest.mark.parametrize(
     ("override", "refused"),
     [
@@ -83,8 +92,8 @@ def test_more_steps_go_on_and_fewer_are_done(recipe, tmp_path, capsys):
         ("checkpoint.keep=1", False),
     ],
 )
-def test_which_keys_may_change_on_resume(override, refused, recipe, tmp_path, capsys):
-    assert main(["train", str(recipe), "train.steps=2"]) == 0
+def test_which_keys_may_change_on_resume(override, refused, recipe, two_steps, tmp_path, capsys):
+    shutil.copytree(two_steps, tmp_path / "run")
     assert main(["train", str(recipe), "train.steps=3", override]) == (2 if refused else 0)
     if refused:
         assert f"was trained with {override.split('=')[0]} = " in capsys.readouterr().err

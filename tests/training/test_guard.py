@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -72,17 +73,18 @@ def spoilt(out: StackOutput) -> StackOutput:
     return out._replace(loss=out.loss * math.nan, losses=out.losses * math.nan)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+FAULTS = list(itertools.product(("fp32", "bf16"), ("loss", "gradient", "spike"), (1, 2, 3)))
+USUAL = {
+    ("fp32", "loss", 1),
+    ("fp32", "gradient", 2),
+    ("bf16", "gradient", 3),
+    *(("bf16", "spike", n) for n in (1, 2, 3)),
+}
+
+
 @pytest.mark.parametrize(
-    ("dtype", "fault"),
-    [
-        ("fp32", "loss"),
-        ("fp32", "gradient"),
-        ("bf16", "gradient"),
-        ("bf16", "spike"),
-        pytest.param("bf16", "loss", marks=pytest.mark.slow),
-        pytest.param("fp32", "spike", marks=pytest.mark.slow),
-    ],
+    ("dtype", "fault", "stage"),
+    [pytest.param(*each, marks=[] if each in USUAL else [pytest.mark.slow]) for each in FAULTS],
 )
 def test_a_bad_step_changes_no_weight_and_is_counted(stage, dtype, fault, recipe, tmp_path, monkeypatch):
     """Step 3 turns out NaN, or a spike, which DeepSpeed would take; the weights after it are those after step 2."""

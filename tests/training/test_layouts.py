@@ -69,6 +69,7 @@ RESUMES = [
     (Layout(pipeline=2, virtual_pipeline=2), Layout(tensor=2, pipeline=2)),
     (Layout(tensor=4), Layout(pipeline=4)),
 ]
+"""The first seven leave or enter every kind; --slow runs all."""
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,13 @@ def test_recompute_changes_nothing(layout, recompute, workers, brief_reference, 
     assert_same_run(metrics(tmp_path / "run"), metrics(brief_reference))
 
 
-@pytest.mark.parametrize(("before", "after"), RESUMES, ids=str)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param(*pair, id=f"{pair[0]}-{pair[1]}", marks=[pytest.mark.slow] * (n >= 7))
+        for n, pair in enumerate(RESUMES)
+    ],
+)
 def test_a_run_goes_on_in_another_layout(before, after, workers, brief_reference, brief_recipe, tmp_path):
     """Stopped by SIGTERM to one rank in the middle, gone on in another layout."""
     steps = len(metrics(brief_reference))

@@ -35,7 +35,7 @@ def process_of(log: Path) -> int:
     return int(log.read_text().split("process ")[1].split(",")[0])
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_all_processes_end_and_the_next_start_goes_on(victim, brief_recipe, brief_reference, tmp_path):
     run, logs = tmp_path / "run", tmp_path / "run" / "logs"
     job, deadline = launch(brief_recipe), time.monotonic() + 300

@@ -50,7 +50,7 @@ def train_with_full_disk(recipe, full_rank, patience, *overrides):
         saver._SECONDS_AT_ONCE, retry.SECONDS_BESIDE_TRAINING = before
 
 
-@pytest.mark.parametrize("full_rank", [0, 1])
+@pytest.mark.parametrize("full_rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_disk_that_is_full_for_one_rank_ends_all_and_keeps_the_last_checkpoint(full_rank, workers, recipe, tmp_path):
     layout = ["parallel.pipeline=2", "train.micro_batch_size=1", "train.steps=12", "checkpoint.every=4"]
     run = "tests.training.test_saver:train_with_full_disk"
