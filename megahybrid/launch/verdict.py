@@ -17,6 +17,7 @@ from megahybrid.config.schema import WatchConfig
 from megahybrid.errors import MachineFault, UserError
 from megahybrid.launch import slurm
 from megahybrid.launch.task import GO_ON
+from megahybrid.retry import retry
 from megahybrid.training import attempts, failures
 from megahybrid.training.run_directory import RunDirectory
 
@@ -28,7 +29,10 @@ def main() -> int:
     parser.add_argument("--exit-code", type=int, default=0, help="of srun")
     parser.add_argument("--config", type=Path, help="that was trained, for its train.watch.restarts")
     parsed = parser.parse_args()
-    code, words = judge(RunDirectory(parsed.run), parsed.exit_code, _restarts(parsed.config))
+    try:
+        code, words = judge(RunDirectory(parsed.run), parsed.exit_code, _restarts(parsed.config))
+    except (OSError, MachineFault) as error:
+        code, words = GO_ON, f"What became of {parsed.run} cannot be read ({error}); it is started again."
     print(f"megahybrid: {words}", flush=True)
     if code != GO_ON:
         _cancel_chain()
@@ -40,16 +44,17 @@ def judge(run: RunDirectory, exit_code: int, restarts: int = WatchConfig.restart
 
     `restarts` is how many starts whose processes do not even meet are put back into the queue.
     """
-    status = run.read_status()
+    status = retry(run.read_status, f"Reading {run.status}")
     job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     ours = (status.get("job"), status.get("restart")) == (job, restart)
-    if failures.read(run) is None:
+    failure = failures.read(run)
+    if failure is None:
         if ours and status["state"] != "running":
             return _judge_end(run, status)
         if not ours and exit_code == 0:  # after the last step nothing was left to do
             return 0, f"{run.path} is done."
-        failures.record(run, _silent_end(run, exit_code, ours or attempts.has_begun(run)))
-    return _judge_failure(run, restarts)
+        failure = failures.recorded(run, _silent_end(run, exit_code, ours or attempts.has_begun(run)))
+    return _judge_failure(run, failure, restarts)
 
 
 def _judge_end(run: RunDirectory, status: dict[str, Any]) -> tuple[int, str]:
@@ -59,6 +64,8 @@ def _judge_end(run: RunDirectory, status: dict[str, Any]) -> tuple[int, str]:
         return 0, f"Cancelled, or preempted, at {at}; the state is saved."
     if status["state"] == "stopped":
         return GO_ON, f"Stopped by {status['reason']} at {at}; the state is saved."
+    if status["state"] == "failed":  # whose own record is lost
+        return GO_ON if status["again"] else 1, f"Failed at {at}: {status['reason']}"
     return 0, f"{run.path} is done: {at}."
 
 
@@ -72,23 +79,25 @@ def _silent_end(run: RunDirectory, exit_code: int, had_begun: bool) -> UserError
     return UserError(f"The processes ended before training began {see}")
 
 
-def _judge_failure(run: RunDirectory, restarts: int) -> tuple[int, str]:
+def _judge_failure(run: RunDirectory, failure: failures.Failure, restarts: int) -> tuple[int, str]:
     """The verdict on a start that has failed."""
-    failure = failures.read(run)
     if failure.again and (fault := attempts.note_lost(run, restarts)):
         failures.forget(run)
-        failures.record(run, UserError(fault), details=failure.text)
-        failure = failures.read(run)
-    failures.tell(run)
-    status = run.read_status()
-    return (GO_ON if failure.again else 1), f"Failed at step {status['step']} of {status['target']}: {failure.text}"
+        failure = failures.recorded(run, UserError(fault), details=failure.text)
+    with contextlib.suppress(OSError):
+        failures.tell(run)
+    code = GO_ON if failure.again else 1
+    if not failure.ours:
+        return code, failure.text
+    status = retry(run.read_status, f"Reading {run.status}")
+    return code, f"Failed at step {status.get('step', 0)} of {status.get('target', 0)}: {failure.text}"
 
 
 def _restarts(config: Path | None) -> int:
     """The configuration's train.watch.restarts, the default where there is none that can be read."""
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(UserError, OSError):
         if config is not None:
-            return load_config(config).train.watch.restarts
+            return retry(lambda: load_config(config), f"Reading {config}").train.watch.restarts
     return WatchConfig.restarts
 
 

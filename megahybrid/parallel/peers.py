@@ -176,7 +176,7 @@ def _receive(connection: socket.socket) -> list[dict[str, Any]]:
             if not (piece := connection.recv(65536)):
                 return []
             data += piece
-    except ConnectionError:
+    except OSError:  # reset, or no answer to TCP's keepalive
         return []
     return [json.loads(line) for line in data.splitlines()]
 

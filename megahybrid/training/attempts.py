@@ -11,7 +11,7 @@ from typing import Any
 
 from megahybrid.files import write_text
 from megahybrid.retry import retry
-from megahybrid.training import failures
+from megahybrid.training import checkpoint_folder, failures
 from megahybrid.training.run_directory import RunDirectory
 
 
@@ -35,7 +35,9 @@ def note_lost(run: RunDirectory, restarts: int) -> str | None:
     if _submission() is None or has_begun(run):
         return None
     _append(run, {"step": None})
-    starts = _starts_in_a_row(run)
+    starts = _starts_in_a_row(
+        run, retry(lambda: checkpoint_folder.current_step(run.checkpoints), f"Reading {run.path}")
+    )
     return _giving_up(run, starts) if len(starts) > restarts else None
 
 
@@ -44,14 +46,13 @@ def has_begun(run: RunDirectory) -> bool:
     return any(each.get("start") == run.start and each.get("step") is not None for each in read(run))
 
 
-def _starts_in_a_row(run: RunDirectory, step: int | None = None) -> list[dict[str, Any]]:
-    """The last starts of this submission that went from `step` (None: wherever the last one did), the newest first.
+def _starts_in_a_row(run: RunDirectory, step: int) -> list[dict[str, Any]]:
+    """The last starts of this submission that went on from `step`, the newest first.
 
     Those that ended before they knew where they would go on count with the others.
     """
     found = []
     for start in (each for each in reversed(read(run)) if "step" in each):
-        step = start["step"] if step is None else step
         if start["submission"] != _submission() or start["step"] not in (step, None):
             break
         found.append(start)
@@ -71,7 +72,7 @@ def _giving_up(run: RunDirectory, starts: list[dict[str, Any]]) -> str:
 
 def note_rollback(run: RunDirectory, step: int) -> None:
     """Note that the run went back to a step, which train.resume_from asked for."""
-    _append(run, {"back_to": step})
+    _append(run, {"back_to": step, "torchrun": os.environ.get("TORCHELASTIC_RUN_ID")})
 
 
 def has_gone_back(run: RunDirectory, step: int) -> bool:
@@ -79,10 +80,11 @@ def has_gone_back(run: RunDirectory, step: int) -> bool:
 
     What is started by hand goes back every time, but for the restarts of torchrun.
     """
-    submission = _submission()
-    if submission is None:
-        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return any((each["submission"], each.get("back_to")) == (submission, step) for each in read(run))
+    before = [each for each in read(run) if each.get("back_to") == step and each["submission"] == _submission()]
+    if _submission() is not None:
+        return bool(before)
+    restarts, torchrun = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "RUN_ID"))
+    return int(restarts or 0) > 0 and any(each["torchrun"] == torchrun for each in before)
 
 
 def _submission() -> str | None:

@@ -4,7 +4,8 @@
     checkpoints/latest           the name of the one from which the run goes on
     checkpoints/abandoned/       those past a step to which the run went back
 
-A checkpoint counts from the moment at which it has its name; `latest` moves after that.
+A run goes on from what `latest` names, which moves once a checkpoint is complete; before there is such a file, from the
+newest one.
 """
 
 from __future__ import annotations
@@ -68,7 +69,17 @@ def current(folder: Path) -> str:
 
 def whole(folder: Path) -> list[Path]:
     """The complete checkpoints, the oldest first."""
-    return [each for each in sorted(folder.glob("step_*")) if (each / "checkpoint.json").is_file()]
+    return [each for each in _named(folder) if (each / "checkpoint.json").is_file()]
+
+
+def current_step(folder: Path) -> int:
+    """The step of what `latest` names; 0 where there is no such file."""
+    checkpoint = current(folder)
+    return step_of(folder / checkpoint) if checkpoint else 0
+
+
+def _named(folder: Path) -> list[Path]:
+    return [each for each in sorted(folder.glob("step_*")) if each.name.removeprefix("step_").isdigit()]
 
 
 def others(damaged: Path) -> str:
@@ -87,11 +98,7 @@ def make_current(folder: Path, checkpoint: str) -> None:
 
 def remove_old(folder: Path, config: CheckpointConfig) -> None:
     """Keep the newest checkpoints, the milestones, and what `latest` names."""
-    passing = [
-        each
-        for each in sorted(folder.glob("step_*"))
-        if not config.milestone_every or step_of(each) % config.milestone_every
-    ]
+    passing = [each for each in _named(folder) if not config.milestone_every or step_of(each) % config.milestone_every]
     for old in passing[: -config.keep]:
         if old.name != current(folder):
             _remove(old)
@@ -99,7 +106,7 @@ def remove_old(folder: Path, config: CheckpointConfig) -> None:
 
 def later(folder: Path, step: int) -> list[Path]:
     """The checkpoints past a step, the oldest first."""
-    return [each for each in sorted(folder.glob("step_*")) if step_of(each) > step]
+    return [each for each in _named(folder) if step_of(each) > step]
 
 
 def abandon(folder: Path, checkpoints: Sequence[Path], keep: int) -> None:
@@ -117,12 +124,13 @@ def abandon(folder: Path, checkpoints: Sequence[Path], keep: int) -> None:
 
 
 def _by_age(abandoned: Path) -> Sequence[Path]:
-    return sorted(abandoned.glob("step_*"), key=lambda each: (each.stat().st_mtime_ns, each.name))
+    return sorted(_named(abandoned), key=lambda each: (each.stat().st_mtime_ns, each.name))
 
 
 def _remove(checkpoint: Path) -> None:
     """Never half a checkpoint under its own name."""
     trash = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(trash, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         os.replace(checkpoint, trash)
     shutil.rmtree(trash, ignore_errors=True)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import itertools
 import os
 import socket
+import threading
 import traceback
 from dataclasses import dataclass
 
@@ -20,6 +22,7 @@ from megahybrid.retry import may_succeed, retry
 from megahybrid.training.ownership import NotOwner, another
 from megahybrid.training.run_directory import RunDirectory
 
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # on some file systems
 _SECONDS_TO_WRITE = 10.0  # a process that fails is soon ended by others
 
 
@@ -48,6 +51,23 @@ def record(run: RunDirectory, error: BaseException, step: int | None = None, det
     `step` is the last finished one, where status.json may know an older one; `details` stand in the place of the
     error's traceback.
     """
+    text = _text(run, error, step, details)
+    with contextlib.suppress(OSError, MachineFault):
+        if retry(lambda: _create(run, text), "Recording the failure", seconds=_SECONDS_TO_WRITE):
+            if not isinstance(error, NotOwner):  # which is no failure of this run
+                retry(lambda: write_text(run.failure, text), f"Writing {run.failure}", seconds=_SECONDS_TO_WRITE)
+        elif os.environ.get("RANK", "0") != "0":  # the main process may have written "running" since
+            return
+        tell(run)
+
+
+def recorded(run: RunDirectory, error: BaseException, details: str = "") -> Failure:
+    """`record` it; what the start's file says then, or would say where the disk does not take it."""
+    record(run, error, details=details)
+    return read(run) or _parse(_text(run, error, None, details))
+
+
+def _text(run: RunDirectory, error: BaseException, step: int | None, details: str) -> str:
     if not details and not isinstance(error, UserError):
         details = "".join(traceback.format_exception(error))
     facts = {
@@ -59,28 +79,26 @@ def record(run: RunDirectory, error: BaseException, step: int | None = None, det
         **({"of": "another start"} if isinstance(error, NotOwner) else {}),
     }
     header = (f"{name:<6} {value}" for name, value in facts.items())
-    text = "\n".join([describe(error), "", *header, "", details]).rstrip() + "\n"
-    with contextlib.suppress(OSError, MachineFault):
-        if retry(lambda: _create(run, text), "Recording the failure", seconds=_SECONDS_TO_WRITE):
-            if not isinstance(error, NotOwner):  # which is no failure of this run
-                retry(lambda: write_text(run.failure, text), f"Writing {run.failure}", seconds=_SECONDS_TO_WRITE)
-        elif os.environ.get("RANK", "0") != "0":  # the main process may have written "running" since
-            return
-        tell(run)
+    return "\n".join([describe(error), "", *header, "", details]).rstrip() + "\n"
 
 
 def _create(run: RunDirectory, text: str) -> bool:
     """Whether this process was the first; the file is whole from the moment at which it is there."""
     file = run.failure_of(run.start)
-    part = file.with_name(f".{socket.gethostname()}.{os.getpid()}.part")
+    part = file.with_name(f".{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.part")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         part.write_text(text, encoding="utf-8")
         os.link(part, file)
     except FileExistsError:
         return False
-    except PermissionError:  # a file system without hard links
-        os.replace(part, file)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        with contextlib.suppress(FileExistsError), open(file, "x", encoding="utf-8") as whole:
+            whole.write(text)
+            return True
+        return False
     finally:
         part.unlink(missing_ok=True)
     return True
@@ -93,6 +111,10 @@ def read(run: RunDirectory, start: str | None = None) -> Failure | None:
         text = retry(lambda: file.read_text(encoding="utf-8"), f"Reading {file}")
     except FileNotFoundError:
         return None
+    return _parse(text)
+
+
+def _parse(text: str) -> Failure:
     cause, _, *lines = text.splitlines()
     facts = dict(line.split(maxsplit=1) for line in itertools.takewhile(bool, lines))
     step = int(facts["step"]) if "step" in facts else None
@@ -107,7 +129,7 @@ def tell(run: RunDirectory) -> None:
 
 
 def forget(run: RunDirectory) -> None:
-    """Remove this start's file: several starts by hand may share a job."""
+    """Remove this start's file."""
     run.failure_of(run.start).unlink(missing_ok=True)
 
 

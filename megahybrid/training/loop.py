@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -58,6 +59,8 @@ def train(config: Config, report: Report = print, stop_request: StopRequest | No
         peers = resources.enter_context(PeerWatch(record))
         try:
             owner = resources.enter_context(Owner(run))
+            if "MEGAHYBRID_SUBMISSION" not in os.environ:  # several starts by hand may share a job, and its number
+                groups.on_main(lambda: retry(lambda: failures.forget(run), f"Writing to {run.logs}"))
             start, goes_back = groups.on_main(lambda: retry(lambda: _start(run, config), f"Reading {run.path}"))
             step = 0
             if start is not None:
@@ -110,8 +113,6 @@ class Trainer:
         # Data first: what is wrong with it is found before anything is written.
         self.data = resources.enter_context(TrainingData(config, replica, replicas))
         self.validation = resources.enter_context(validation_batches(config, replica, replicas))
-        if groups.is_main():
-            retry(lambda: failures.forget(run), f"Writing to {run.logs}")
         resources.enter_context(rank_log(run.logs))
         self.watchdog = resources.enter_context(Watchdog(run, config.train.watch, groups.world()[0]))
         self_check()
@@ -138,7 +139,8 @@ class Trainer:
     def _build(self, start: Path | None) -> Engine:
         init_from, weights = self.config.train.init_from, None
         if start is None and init_from is not None:
-            weights = checkpoint_folder.find(Path(init_from))
+            place = Path(init_from)
+            weights = groups.on_main(lambda: retry(lambda: checkpoint_folder.find(place), f"Reading {place}"))
             if weights is None:
                 raise UserError(f"train.init_from: there is no checkpoint in '{init_from}'.")
         rank, size = groups.pipeline_parallel()
@@ -195,6 +197,7 @@ class Trainer:
                 self._tell(f"Stopped by {reason} after step {step}; {self._command_that_goes_on()} goes on.")
                 return
             self.watchdog.beat(step)
+        self.watchdog.beat(train.steps, "saving", long=True)
         self.saver.insist(self.position)
         self.write_status("done")
         log.info("Done after step %d.", train.steps)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megahybrid.errors import UserError
-from megahybrid.files import read_json, write_json, write_text
+from megahybrid.files import write_json, write_text
 
 Metrics = list[dict[str, Any]]
 
@@ -76,8 +76,11 @@ class RunDirectory:
         )
 
     def read_status(self) -> dict[str, Any]:
-        """What status.json says; {} where there is none."""
-        return read_json(self.status) or {}
+        """What status.json says; {} where there is none, or not a whole one. Raises OSError where it cannot tell."""
+        try:
+            return json.loads(self.status.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
 
     def end_status(self, state: str, reason: str, again: bool = False, step: int | None = None) -> None:
         """Write status.json with another state and reason, where not told otherwise at the step that it has."""

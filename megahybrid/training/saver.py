@@ -8,6 +8,7 @@ report of every step tells, the main process makes the checkpoint current. The t
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import threading
@@ -236,7 +237,9 @@ class Saver:
             shutil.rmtree(self._folder / name, ignore_errors=True)
             os.replace(self._part, self._folder / name)
         sync_folder(self._folder)
-        checkpoint_folder.make_current(self._folder, self._name)
+        if not (self._folder / name / "checkpoint.json").is_file():
+            raise FileNotFoundError(errno.ENOENT, "what was written of it is gone")
+        checkpoint_folder.make_current(self._folder, name)
         with contextlib.suppress(OSError):  # what is too much today is removed next time
             checkpoint_folder.remove_old(self._folder, self._engine.config.checkpoint)
 

@@ -14,7 +14,9 @@ from typing import Any
 
 from megahybrid import code_version
 from megahybrid.config.schema import Config
-from megahybrid.files import read_json, write_json
+from megahybrid.errors import UserError
+from megahybrid.files import write_json
+from megahybrid.retry import retry
 from megahybrid.training.run_directory import read_metrics
 
 log = logging.getLogger(__name__)
@@ -56,10 +58,13 @@ class Tracker:
             self.run = None
 
     def _catch_up(self, folder: Path, step: int) -> None:
-        if self._logged < step and (folder / "metrics.jsonl").exists():
-            for line in read_metrics(folder):
-                if line["step"] <= step:
-                    self.log(line)
+        try:
+            if self._logged < step and (folder / "metrics.jsonl").exists():
+                for line in read_metrics(folder):
+                    if line["step"] <= step:
+                        self.log(line)
+        except (OSError, UserError) as error:
+            log.warning("W&B does not get the steps before this start (%s).", error)
 
     def finish(self) -> None:
         """Close the run, waiting at most half a minute."""
@@ -114,7 +119,10 @@ def _id_to_go_on_with(folder: Path, saved: str | None, step: int) -> str | None:
 
     What is begun at step 0 is another run, unless the same job begins it again.
     """
-    noted = read_json(folder / "wandb" / "run.json")
+    noted = None
+    with contextlib.suppress(FileNotFoundError, ValueError, UserError):
+        file = folder / "wandb" / "run.json"
+        noted = json.loads(retry(lambda: file.read_text(encoding="utf-8"), f"Reading {file}"))
     if noted is None:
         return saved
     submission = os.environ.get("MEGAHYBRID_SUBMISSION")

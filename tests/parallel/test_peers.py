@@ -79,7 +79,7 @@ def entering(monkeypatch):
     port = Queue()
     monkeypatch.setattr(groups, "world", lambda: (0, 2))
     monkeypatch.setattr(groups, "agree", lambda value: port.put(value) or value)
-    monkeypatch.setattr(peers, "_SECONDS_TO_GREET", 0.1)
+    monkeypatch.setattr(peers, "_SECONDS_TO_GREET", 1.0)
     watch = peers.PeerWatch(lambda cause: None)
     thread = threading.Thread(target=watch.__enter__)
     thread.start()
@@ -113,6 +113,22 @@ def test_a_fault_of_the_machine_is_one_for_the_others_too(entering):
         assert json.loads(member.recv(1000)) == {"cause": str(cause), "machine": True}
         watch.__exit__(MachineFault, MachineFault("A GPU is gone."), None)
         assert json.loads(member.recv(1000)) == {"left": "A GPU is gone.", "machine": True}
+
+
+@pytest.mark.parametrize(
+    "error", [TimeoutError(110, "keepalive"), OSError(113, "No route to host"), ConnectionResetError()]
+)
+def test_a_node_that_vanishes_has_died(error):
+    """What TCP's keepalive reports is no end of the watch, but of the process at the other end."""
+
+    class Gone:
+        def recv(self, size):
+            raise error
+
+    watch = peers.PeerWatch(lambda cause: None)
+    watch._members[connection := Gone()] = "Rank 3 on n2"
+    cause = watch._news_from(connection)
+    assert type(cause) is MachineFault and str(cause).startswith("Rank 3 on n2 died")
 
 
 def test_normal_ends_at_different_times_are_silent():

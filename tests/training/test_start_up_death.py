@@ -24,7 +24,10 @@ def workers():
 def start(recipe: str, where: str) -> None:
     """In a worker: a task of Slurm, whose rank 1 is killed on the way."""
     from megahybrid.launch import task
+    from megahybrid.parallel import peers
     from megahybrid.training import loop
+
+    peers._SECONDS_TO_CONNECT = 1.0  # rank 0 may wait for a rank 1 that is gone
 
     for ours, slurm in (("RANK", "PROCID"), ("RANK", "LOCALID"), ("WORLD_SIZE", "NTASKS")):
         os.environ[f"SLURM_{slurm}"] = os.environ[ours]
