@@ -72,6 +72,7 @@ def test_a_kernel_that_raises_does_not_hide_the_others(monkeypatch):
     assert right.right
 
 
+@pytest.mark.slow
 def test_judged_in_a_process_of_its_own_as_in_this_one():
     every = [*cases(SIZES["check"]), *decode_cases(SIZES["check"])]
     number = next(n for n, each in enumerate(every) if each.op == "swiglu")

@@ -101,6 +101,7 @@ def test_triton_steps(pattern, recorded, monkeypatch):
         assert (logits - whole(model, row)[n - 1 :]).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="puts CPU tensors through the interpreter")
 def test_triton_pieces(monkeypatch):
     """A prompt in pieces, then another one that begins beside the first one's decode."""

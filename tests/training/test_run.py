@@ -55,8 +55,9 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(reference, recipe, tmp_
     assert metrics(tmp_path / "run") == metrics(reference)
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_same_losses(brief_reference, brief_recipe, tmp_path):
-    """The way users start several processes, each from nothing; all other layouts are in test_layouts.py."""
+    """The way users start several processes, each from nothing; test_rank_death.py starts torchrun in every run."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),

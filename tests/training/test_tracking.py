@@ -46,7 +46,7 @@ def steps_in_files(run) -> list[int]:
     return steps
 
 
-@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("lost", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_step_is_logged_once_over_a_failure(lost, recipe, tmp_path, monkeypatch):
     """Interrupted in step 8, three after a checkpoint; `lost`: what was logged until then never reached the disk."""
     command, run, real = (
@@ -95,10 +95,14 @@ def test_a_log_call_takes_less_than_5_ms(recipe, tmp_path):
 
 @pytest.fixture
 def server(monkeypatch):
+    import wandb
+
     with WandbServer() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        wandb.teardown()  # it reads the environment once a process
         yield server
+    wandb.teardown()
 
 
 @pytest.mark.slow
