@@ -54,7 +54,15 @@ def test_greedy_is_the_likeliest_token_of_a_whole_pass(generator):
     assert found == generator.tokenizer.decode(written)
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 2}, {"prefill_chunk": 1}, {"prefill_chunk": 5}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 1},
+        pytest.param({"batch_size": 2}, marks=pytest.mark.slow),
+        pytest.param({"prefill_chunk": 1}, marks=pytest.mark.slow),
+        {"prefill_chunk": 5},
+    ],
+)
 def test_a_text_does_not_depend_on_its_company(generator, changes):
     options = Options(tokens=40, sampling=Sampling(temperature=0.9, top_k=50, repetition_penalty=1.1, seed=3))
     together = texts(generator, PROMPTS, options)

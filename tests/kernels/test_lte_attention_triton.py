@@ -65,8 +65,10 @@ def test_outputs_and_gradients(lengths, window_size, sink_size, buffer_size):
     check(inputs(lengths, 2, 2, 16), lengths, window_size, sink_size, buffer_size)
 
 
-@pytest.mark.parametrize("buffer_size", [None, 6])
-@pytest.mark.parametrize("query_heads, heads, head_dim", [(8, 2, 16), (3, 1, 24)])
+@pytest.mark.parametrize(
+    "query_heads, heads, head_dim, buffer_size",
+    interpreted([(8, 2, 16, 6), (3, 1, 24, None)], [(*x, y) for x in [(8, 2, 16), (3, 1, 24)] for y in (None, 6)]),
+)
 def test_grouped_heads_and_odd_head_dims(query_heads, heads, head_dim, buffer_size):
     lengths = (60, 23)
     check(inputs(lengths, query_heads, heads, head_dim), lengths, 11, 2, buffer_size)

@@ -181,7 +181,7 @@ def workers():
     pool.close()
 
 
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("sequence", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     ("letter", "options"),
     [

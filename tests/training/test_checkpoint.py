@@ -26,6 +26,7 @@ def test_keep_and_milestones(recipe, tmp_path):
     assert names(tmp_path / "run") == ["latest"] + [f"step_0000000{step}" for step in (3, 5, 6, 7)]
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_checkpoint(recipe, tmp_path, monkeypatch, capsys, reference):
     real = saver.write_tensors
 
@@ -141,6 +142,7 @@ def test_bf16_resumes_bit_equal(recipe, tmp_path, monkeypatch):
     assert weights(runs[0], 8) == weights(runs[1], 8)
 
 
+@pytest.mark.slow
 def test_bf16_learns_as_fp32_does(recipe, reference, tmp_path):
     assert main(["train", str(recipe), "train.dtype=bf16"]) == 0
     ours, theirs = metrics(tmp_path / "run")[-1], metrics(reference)[-1]

@@ -76,8 +76,6 @@ def spoilt(out: StackOutput) -> StackOutput:
 FAULTS = list(itertools.product(("fp32", "bf16"), ("loss", "gradient", "spike"), (1, 2, 3)))
 USUAL = {
     ("fp32", "loss", 1),
-    ("fp32", "gradient", 2),
-    ("bf16", "gradient", 3),
     *(("bf16", "spike", n) for n in (1, 2, 3)),
 }
 
