@@ -104,7 +104,7 @@ def _directories(folder: Path) -> Iterator[Path]:
 
 def _read(path: Path, queue: Sequence[slurm.QueuedJob]) -> Run:
     run = RunDirectory(path)
-    status = run.read_status()
+    status = read_json(run.status) or {}  # one run that cannot be read now does not hide the others
     submitted = [read_json(each) for each in sorted(path.glob("submit/*/job.json"))]
     mine = [job for job in queue for facts in submitted if facts and _belongs(job, facts)]
     state, reason = _state(run, status, mine)

@@ -70,7 +70,7 @@ def train(config: Config, report: Report = print, stop_request: StopRequest | No
                     say(f"{run.path} has done its {config.train.steps} steps; a larger train.steps goes on from there.")
                     return
             _, world = groups.world()
-            if fault := groups.agree(attempts.begin(run, step, world, watch.restarts) if groups.is_main() else None):
+            if fault := groups.on_main(lambda: attempts.begin(run, step, world, watch.restarts)):
                 raise UserError(fault)
             stop_request = stop_request or resources.enter_context(StopRequest())
             trainer = Trainer(config, run, owner, start, goes_back, say, stop_request, resources)

@@ -1,8 +1,10 @@
 """The table of runs, from files and a queue written by hand."""
 
+import errno
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -77,3 +79,17 @@ def test_two_runs_are_told_apart_and_no_run_is_said(queue, tmp_path, capsys):
     make(tmp_path, "a", queue, "RUNNING", ("running", ""))
     make(tmp_path, "b", queue, "PENDING")
     assert [(run.path.name, run.state) for run in runs.find(tmp_path)] == [("a", "running"), ("b", "queued")]
+
+
+def test_a_status_that_cannot_be_read_now_does_not_hide_the_other_runs(queue, tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        RunDirectory(tmp_path / name).write_status("done", 20, 20)
+    real = Path.read_text
+
+    def read_text(self, *arguments, **options):
+        if self == tmp_path / "one" / "status.json":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert [(run.path.name, run.state) for run in runs.find(tmp_path)] == [("one", "failed"), ("two", "done")]
