@@ -1,6 +1,9 @@
 """Attention layers of MegaHybrid language models: full, sliding window, and learnable token eviction (He & Garner,
 arXiv 2510.20787). Shapes and the way a mixer is called are those of layers_megahybrid."""
 
+from decimal import Decimal, localcontext
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -8,6 +11,21 @@ from torch import nn
 from .layers_megahybrid import at_least_fp32, linear
 
 QUERY_BLOCK = 256
+TWO_PI = Decimal("6.283185307179586476925286766559005768394338798750")
+
+
+@lru_cache
+def frequencies(half, theta, device):
+    """Rotary embedding's turns a position, theta^(-i / half) / (2 pi), in units of 2^-64: int64 `[half]`.
+
+    Their products with positions wrap around, which loses whole turns alone: angles are exact at any position. Made at
+    first use, not as a buffer, which `from_pretrained` would leave without values or cast.
+    """
+    with localcontext() as context:
+        context.prec = 50
+        turns = [Decimal(theta) ** (-Decimal(i) / half) / TWO_PI for i in range(half)]
+        units = [int((each * 2**64).to_integral_value()) for each in turns]
+    return torch.tensor([(each + 2**63) % 2**64 - 2**63 for each in units], device=device)
 
 
 class Attention(nn.Module):
@@ -32,8 +50,8 @@ class Attention(nn.Module):
     def rotate(self, x, positions):
         """Rotary embedding; halves are paired."""
         first, second = at_least_fp32(x).chunk(2, -1)
-        exponents = torch.arange(first.shape[-1], dtype=first.dtype, device=x.device) / first.shape[-1]
-        angles = positions[:, None, :, None].to(first.dtype) * self.theta**-exponents
+        phases = positions[:, None, :, None] * frequencies(first.shape[-1], self.theta, x.device)
+        angles = phases.to(first.dtype) * float(TWO_PI / 2**64)
         cos, sin = angles.cos(), angles.sin()
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 

@@ -8,6 +8,9 @@ import torch.nn.functional as F
 
 import megahybrid.hf.attention_megahybrid as attention
 import megahybrid.hf.layers_megahybrid as layers
+from megahybrid.hf.modeling_megahybrid import MegahybridCache
+from megahybrid.model.context import Context
+from megahybrid_kernels import Sequences
 from tests.hf.tiny import expected_logits, pair, random_tokens
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -108,6 +111,19 @@ def test_in_fp32(pattern):
     expected = expected_logits(model, tokens)
     close(whole, expected, 1e-4)
     close(in_pieces(exported, tokens[None], [33] + [1] * (LENGTH - 33))[0], expected, 1e-4)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_far_positions(dtype, tolerance):
+    """Attention knows distances alone: a text that begins beyond 2^24 has the logits of one that begins at 0."""
+    model, exported = pair("SF", dtype)
+    tokens, start = random_tokens(LENGTH), 2**24 + 1001
+    expected = expected_logits(model, tokens)
+    cache = MegahybridCache(2)
+    cache.lengths = torch.tensor([start])
+    close(exported(tokens[None], past_key_values=cache, use_cache=True).logits[0], expected, tolerance)
+    sequences = Sequences.of([LENGTH], starts=torch.tensor([start]))
+    close(model.logits(model(tokens, Context(sequences)).hidden), expected, tolerance)
 
 
 def test_the_buffer_overflows_in_these_tests():

@@ -13,8 +13,8 @@ __all__ = ["rotary"]
 def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Turn each pair (x_i, x_{i + D/2}) by the angle position * theta^(-2i/D), over the whole head.
 
-    Su et al., "RoFormer", arXiv 2104.09864, equation 34, with the halves paired as GPT-NeoX does. Angles are float32,
-    float64 for a float64 x. x is differentiable.
+    Su et al., "RoFormer", arXiv 2104.09864, equation 34, with the halves paired as GPT-NeoX does. Angles are reduced to
+    one turn exactly, at any position, and then float32, float64 for a float64 x. x is differentiable.
 
     Args:
         x: `[tokens, heads, head_dim]`.

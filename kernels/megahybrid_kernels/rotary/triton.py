@@ -6,8 +6,6 @@ product does.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -15,6 +13,7 @@ from torch import Tensor
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.launch import kernel
+from megahybrid_kernels.rotary.phases import RADIANS, frequencies
 
 # Pairs of one head, and heads, that a program turns.
 _PAIRS, _HEADS = 1024, 8
@@ -22,16 +21,18 @@ _PAIRS, _HEADS = 1024, 8
 
 @kernel
 def rotary_kernel(
-    x, positions, frequencies, y, stride, head_stride, tokens, heads, direction,
+    x, positions, frequencies, y, stride, head_stride, tokens, heads, direction, radians,
     HALF: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """y: pairs of x, HALF apart, turned by their positions' angles (`direction` 1) or back (-1)."""
+    """y: pairs of x, HALF apart, turned by their positions' angles (`direction` 1) or back (-1), of phases of `radians`
+    a unit."""
     blocks = tl.cdiv(tokens, ROWS)
     row = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column, first_head = tl.arange(0, WIDTH), (tl.program_id(0) // blocks).to(tl.int64) * HEADS
     mask = (row < tokens)[:, None] & (column < HALF)[None, :]
-    position = tl.load(positions + row, mask=row < tokens, other=0).to(tl.float32)
-    angle = position[:, None] * tl.load(frequencies + column, mask=column < HALF, other=0)[None, :]
+    position = tl.load(positions + row, mask=row < tokens, other=0).to(tl.int64)
+    phase = position[:, None] * tl.load(frequencies + column, mask=column < HALF, other=0)[None, :]
+    angle = phase.to(tl.float32) * radians
     cos, sin = tl.cos(angle), tl.sin(angle) * direction
     for head in range(first_head, tl.minimum(first_head + HEADS, heads)):
         source = x + head * head_stride + row[:, None] * stride + column[None, :]
@@ -42,12 +43,6 @@ def rotary_kernel(
         tl.store(target + HALF, (second * cos + first * sin).to(y.dtype.element_ty), mask=mask)
 
 
-@lru_cache
-def _frequencies(half: int, theta: float, device: torch.device) -> Tensor:
-    """`[half]` in fp32, as the PyTorch path has them."""
-    return theta ** -(torch.arange(half, dtype=torch.float32, device=device) / half)
-
-
 def _turned(x: Tensor, positions: Tensor, theta: float, direction: float) -> Tensor:
     x = dense_rows(x)
     (tokens, heads), half = x.shape[:2], x.shape[2] // 2
@@ -55,8 +50,8 @@ def _turned(x: Tensor, positions: Tensor, theta: float, direction: float) -> Ten
     width = next_power_of_2(half)
     rows = max(1, _PAIRS // width)
     rotary_kernel[cdiv(tokens, rows) * cdiv(heads, _HEADS)](
-        x, positions, _frequencies(half, theta, x.device), y, x.stride(0), x.stride(1), tokens, heads, direction,
-        HALF=half, WIDTH=width, ROWS=rows, HEADS=_HEADS,
+        x, positions, frequencies(half, theta, x.device), y, x.stride(0), x.stride(1), tokens, heads, direction,
+        RADIANS, HALF=half, WIDTH=width, ROWS=rows, HEADS=_HEADS,
     )  # fmt: skip
     return y
 
