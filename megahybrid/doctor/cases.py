@@ -232,7 +232,7 @@ def cases(size: Size) -> list[Case]:
             f"{packed} hidden={size.hidden} vocabulary={size.intermediate}",
             sequences,
             labelled,
-            lambda op, x, sequences: op(x["x"], x["weight"], x["labels"], 1e-4)[0],
+            lambda op, x, sequences: op(x["x"], x["weight"], x["labels"], z_loss=1e-4)[0],
             constants=("labels",),
             piece="statistics_and_gradient_",
         ),

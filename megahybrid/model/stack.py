@@ -27,7 +27,7 @@ class StackOutput(NamedTuple):
     Attributes:
         hidden: `[tokens, 1, hidden]`, after the final norm where this is the last stage; with sequence parallelism
             `[tokens / tensor, 1, hidden]`.
-        loss: of the last stage, when labels were given: the mean of `losses` and `train.z_loss` times that of
+        loss: of the last stage, when labels were given: the sum of `losses` and `train.z_loss` times that of
             `normalisers` squared, at least fp32. Gradients come through it alone, once.
         losses: negative log-likelihood of every label in nats, `[tokens]`, at least fp32, likewise.
         normalisers: log of the softmax's normaliser, `[tokens]`, at least fp32, likewise.
@@ -109,7 +109,7 @@ class Stack(nn.Module):
     def _loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = enter(hidden, self.settings.sequence_parallel).squeeze(1)
         group = parallel_state.get_tensor_model_parallel_group()
-        return linear_cross_entropy(x, self._output_weight(), labels, self.z_loss, group)
+        return linear_cross_entropy(x, self._output_weight(), labels, z_loss=self.z_loss, group=group)
 
     def _output_weight(self) -> Tensor:
         return self.embedding.weight if self.settings.model.tie_embeddings else self.output.weight

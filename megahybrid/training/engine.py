@@ -165,9 +165,16 @@ class Engine:
             report.add(layer, aux)
         if out.losses is None:
             return out.hidden
+        divisor = self._divisor(micro_batches)
         if groups.tensor_parallel()[0] == 0:
-            report.loss += out.losses.mean()
-        return out.loss
+            report.loss += out.losses.sum() / divisor
+        return out.loss / divisor
+
+    def _divisor(self, micro_batches: int) -> float:
+        """By what a micro-batch's sums are divided: the weight of the global batch, whose tokens weigh 1 each, a
+        micro-batch, since schedules and ZeRO average over micro-batches and replicas."""
+        train, (_, replicas) = self.config.train, groups.data_parallel()
+        return train.global_batch_size * train.seq_length / (micro_batches * replicas)
 
     def _counted_positions(self, batch: Batch) -> int:
         """Positions whose right context is whole: those the mixers count."""

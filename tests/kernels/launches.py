@@ -193,7 +193,8 @@ def elementwise(case: Case) -> None:
     backward(swiglu.swiglu(case.rows(), case.rows()))
     vocabulary = 128_000
     logits, labels = new(case.tokens, vocabulary, grad=False), new(case.tokens, dtype=torch.int64, grad=False)
-    cross_entropy.statistics_and_gradient_(logits, labels, 0.0, True)
+    weights = new(case.tokens, dtype=torch.float32, grad=False)
+    cross_entropy.statistics_and_gradient_(logits, labels, weights, 0.0, True)
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ def elementwise(x: Inputs) -> tuple[Tensor, ...]:
 def cross_entropy(x: Inputs) -> tuple[Tensor, ...]:
     labels = torch.arange(x.rows.stop - x.rows.start, device=x.device) % 50
     loss, *rest = linear_cross_entropy(x.tokens(DIM), x.shared(50, DIM), labels)
-    return loss[None] * len(labels), *rest
+    return loss[None], *rest
 
 
 def step(x: Inputs) -> tuple[Tensor, ...]:

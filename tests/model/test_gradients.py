@@ -10,14 +10,14 @@ from tests.model import tiny
 def total_loss(model, tokens):
     """Cross-entropy plus the auxiliary losses, as a plain sum for finite differences."""
     out = model(tokens[:-1], tiny.training_context(), tokens[1:])
-    return out.loss + sum(each.loss for each in out.aux.values())
+    return out.loss / (len(tokens) - 1) + sum(each.loss for each in out.aux.values())
 
 
 def autograd_gradients(model, tokens):
     """What training computes: the auxiliary loss comes in through the activations alone."""
     model.zero_grad()
     out = model(tokens[:-1], tiny.training_context(), tokens[1:])
-    out.loss.backward()
+    (out.loss / (len(tokens) - 1)).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 

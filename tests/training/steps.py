@@ -135,10 +135,10 @@ def by_torch(dtype, tied=True):
             where = torch.arange(sum(LENGTHS))
             keys = dropout_keys(0, step, torch.zeros_like(where), where, 4)
             out = model(tokens[:-1], Context(Sequences.of(LENGTHS), keys), labels=tokens[1:])
-            gradients = torch.autograd.grad(out.loss, list(model.parameters()))
+            gradients = torch.autograd.grad(out.loss / len(where), list(model.parameters()))
             for master, gradient in zip(masters.values(), gradients, strict=True):
                 master.grad += gradient.double() / SAMPLES
-            loss += float(out.loss) / SAMPLES
+            loss += float(out.loss) / len(where) / SAMPLES
         found["losses"].append(loss)
         found["norms"].append(float(torch.nn.utils.clip_grad_norm_(list(masters.values()), 0.3)))
         adamw.step()

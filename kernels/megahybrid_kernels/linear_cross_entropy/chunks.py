@@ -1,11 +1,11 @@
 """Linear + cross-entropy chunk by chunk: matmuls, reductions over the vocabulary's ranks, and gradients.
 
-For logits l of a token, over the whole vocabulary, with its normaliser n = log sum exp l:
+For logits l of a token of weight w, over the whole vocabulary, with its normaliser n = log sum exp l:
 
-    loss = n - l_label + z n^2,  dl_j = exp(l_j - n) (1 + 2 z n) - [j = label]
+    loss = w (n - l_label + z n^2),  dl_j = exp(l_j - n) w (1 + 2 z n) - w [j = label]
 
-This is the mean's gradient but for a factor that is only known in the backward pass. dl, the sum of dl x^T and dl W
-are made in the forward pass without it; the backward pass multiplies the latter two by it.
+This is the gradient but for the sum's own, which is only known in the backward pass. dl, the sum of dl x^T and dl W are
+made in the forward pass without it; the backward pass multiplies the latter two by it.
 """
 
 from __future__ import annotations
@@ -30,15 +30,28 @@ def differentiated(x: Tensor, weight: Tensor) -> tuple[bool, bool]:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Saves the gradients of x and weight but for the mean's factor."""
+    """Saves the gradients of x and weight but for the sum's own."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float, group, wanted: tuple[bool, bool]):
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        token_weights: Tensor | None,
+        z_loss: float,
+        group,
+        wanted: tuple[bool, bool],
+    ):
         if takes_triton(x, weight, labels):
             from megahybrid_kernels.linear_cross_entropy import triton as backend
         else:
             backend = reference
         tokens, wide = len(x), torch.promote_types(x.dtype, torch.float32)
+        labels = labels.contiguous()
+        ignored = labels == reference.IGNORED
+        token_weights = x.new_ones(tokens, dtype=wide) if token_weights is None else token_weights.to(wide)
+        token_weights = token_weights.masked_fill(ignored, 0)
         losses, normalisers = (torch.empty(tokens, dtype=wide, device=x.device) for _ in range(2))
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted[0] else None
         dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if wanted[1] else None
@@ -48,35 +61,38 @@ class LinearCrossEntropy(torch.autograd.Function):
         buffer = torch.empty(min(length, tokens), len(weight), dtype=x.dtype, device=x.device)
         for begin in range(0, tokens, length):
             rows = slice(begin, min(begin + length, tokens))
-            logits, own_labels = buffer[: rows.stop - begin], local_labels[rows]
+            logits, own_labels, own_weights = buffer[: rows.stop - begin], local_labels[rows], token_weights[rows]
             torch.mm(x[rows], weight.T, out=logits)
             if split:
                 peak, total, target = _over_ranks(*backend.statistics(logits, own_labels), group)
                 normaliser = peak + total.log()
                 if any(wanted):
-                    backend.gradient_(logits, own_labels, normaliser, z_loss)
+                    backend.gradient_(logits, own_labels, own_weights, normaliser, z_loss)
             else:
-                normaliser, target = backend.statistics_and_gradient_(logits, own_labels, z_loss, any(wanted))
+                normaliser, target = backend.statistics_and_gradient_(
+                    logits, own_labels, own_weights, z_loss, any(wanted)
+                )
             losses[rows], normalisers[rows] = normaliser - target, normaliser
             if dx is not None:
                 torch.mm(logits, weight, out=dx[rows])
             if dweight is not None:
                 _add_product(dweight, logits, x[rows])
+        losses.masked_fill_(ignored, 0)
         ctx.save_for_backward(dx, dweight)
-        ctx.tokens, ctx.dtype = tokens, weight.dtype
+        ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(losses, normalisers)
-        return (losses + z_loss * normalisers.square()).mean(), losses, normalisers
+        total = (token_weights * (losses + z_loss * normalisers.square())).sum()
+        return total, losses, normalisers
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:
-        factor = grad / ctx.tokens
         dx, dweight = ctx.saved_tensors
         if dx is not None:
-            dx = torch.mul(dx, factor, out=torch.empty_like(dx))
+            dx = torch.mul(dx, grad, out=torch.empty_like(dx))
         if dweight is not None:
             # Rounded as it is written: a scaled fp32 copy would be the largest tensor of all.
-            dweight = torch.mul(dweight, factor, out=torch.empty_like(dweight, dtype=ctx.dtype))
-        return dx, dweight, None, None, None, None
+            dweight = torch.mul(dweight, grad, out=torch.empty_like(dweight, dtype=ctx.dtype))
+        return dx, dweight, None, None, None, None, None
 
 
 def chunk_length(tokens: int, vocabulary: int, item: int) -> int:

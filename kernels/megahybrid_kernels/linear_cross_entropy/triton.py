@@ -19,10 +19,13 @@ _BLOCK, _WARPS, _STAGES = 8192, 16, 3
 
 @kernel
 def cross_entropy_kernel(
-    logits, labels, peaks, totals, targets, normalisers, z_loss, vocabulary,
+    logits, labels, weights, peaks, totals, targets, normalisers, z_loss, vocabulary,
     STATISTICS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One row of logits: with STATISTICS its peak, sum and target, with GRADIENT its loss's gradient in its place."""
+    """One row of logits: with STATISTICS its peak, sum and target, with GRADIENT its loss's gradient in its place.
+
+    A label outside of the vocabulary is another rank's, or of weight 0.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
     label = tl.load(labels + row)
@@ -48,23 +51,26 @@ def cross_entropy_kernel(
     else:
         normaliser = tl.load(normalisers + row)
     if GRADIENT:
-        factor = 1 + 2 * z_loss * normaliser
+        weight = tl.load(weights + row)
+        factor = weight * (1 + 2 * z_loss * normaliser)
         for first in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
             place = first + lane
             value = tl.load(logits + place, mask=place < vocabulary, other=0).to(tl.float32)
             slope = tl.exp(value - normaliser) * factor
-            slope = tl.where(place == label, slope - 1, slope)
+            slope = tl.where(place == label, slope - weight, slope)
             tl.store(logits + place, slope.to(logits.dtype.element_ty), mask=place < vocabulary)
 
 
-def _launch(logits: Tensor, labels: Tensor, z_loss: float, outputs: dict[str, Tensor], **flags: bool) -> None:
-    """`outputs` by the kernel's argument names; those left out are not used."""
+def _launch(
+    logits: Tensor, labels: Tensor, weights: Tensor | None, z_loss: float, outputs: dict[str, Tensor], **flags: bool
+) -> None:
+    """`outputs` by the kernel's argument names; those left out are not used, nor are weights without a gradient."""
     unused = next(iter(outputs.values()))
     arrays = [outputs.get(name, unused) for name in ("peaks", "totals", "targets", "normalisers")]
     block = min(_BLOCK, next_power_of_2(logits.shape[1]))
     cross_entropy_kernel[len(logits)](
-        logits, labels, *arrays, z_loss, logits.shape[1], **flags, BLOCK=block, STAGES=_STAGES,
-        num_warps=max(1, _WARPS * block // _BLOCK),
+        logits, labels, unused if weights is None else weights, *arrays, z_loss, logits.shape[1], **flags,
+        BLOCK=block, STAGES=_STAGES, num_warps=max(1, _WARPS * block // _BLOCK),
     )  # fmt: skip
 
 
@@ -75,20 +81,22 @@ def _empty(logits: Tensor, *names: str) -> dict[str, Tensor]:
 def statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As the PyTorch path's."""
     outputs = _empty(logits, "peaks", "totals", "targets")
-    _launch(logits, labels, 0.0, outputs, STATISTICS=True, GRADIENT=False)
+    _launch(logits, labels, None, 0.0, outputs, STATISTICS=True, GRADIENT=False)
     return tuple(outputs.values())
 
 
-def gradient_(logits: Tensor, labels: Tensor, normaliser: Tensor, z_loss: float) -> None:
+def gradient_(logits: Tensor, labels: Tensor, weights: Tensor, normaliser: Tensor, z_loss: float) -> None:
     """As the PyTorch path's."""
-    _launch(logits, labels, z_loss, {"normalisers": normaliser}, STATISTICS=False, GRADIENT=True)
+    _launch(logits, labels, weights, z_loss, {"normalisers": normaliser}, STATISTICS=False, GRADIENT=True)
 
 
-def statistics_and_gradient_(logits: Tensor, labels: Tensor, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor]:
+def statistics_and_gradient_(
+    logits: Tensor, labels: Tensor, weights: Tensor, z_loss: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
     """As the PyTorch path's."""
     if not gradient:
         peak, total, target = statistics(logits, labels)
         return peak + total.log(), target
     outputs = _empty(logits, "normalisers", "targets")
-    _launch(logits, labels, z_loss, outputs, STATISTICS=True, GRADIENT=True)
+    _launch(logits, labels, weights, z_loss, outputs, STATISTICS=True, GRADIENT=True)
     return outputs["normalisers"], outputs["targets"]
