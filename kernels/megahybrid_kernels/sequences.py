@@ -83,7 +83,7 @@ class Sequences:
         if self.starts is None:
             return self.offsets
         # Of one token each the places are the starts, and a step of decoding needs no more.
-        return self.starts if self.tokens == self.count else self.offsets + self.starts[self.index]
+        return self.starts.contiguous() if self.tokens == self.count else self.offsets + self.starts[self.index]
 
     @cached_property
     def begins(self) -> Tensor:

@@ -80,13 +80,18 @@ def attention_with_cache(
         raise ValueError(f"the cache holds {count} sequences, but {sequences.count} were given")
     if slots != window_size:
         raise ValueError(f"the cache has {slots or 'growing'} slots, but the window is {window_size}")
-    if in_place and sequences.tokens == count and takes_triton(q) and not torch.is_grad_enabled():
+    if in_place and sequences.tokens == count and takes_triton(q) and _overwritable(cache):
         return _step(q, k, v, cache, sequences.positions)
     if _takes_varlen(q) and not torch.is_grad_enabled():
         return _pieces(q, k, v, cache, sequences, window_size)
     if window_size is None:
         return reference.attention_with_growing_cache(q, k, v, cache, sequences)
     return reference.attention_with_window_cache(q, k, v, cache, sequences, window_size)
+
+
+def _overwritable(cache: KeyValueCache | GrowingCache) -> bool:
+    dense = isinstance(cache, GrowingCache) or all(x.is_contiguous() for x in (cache.k, cache.v))
+    return dense and not torch.is_grad_enabled()
 
 
 def _takes_varlen(q: Tensor) -> bool:

@@ -38,13 +38,13 @@ def causal_conv1d_step(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:
 
     Args:
         x: `[sequences, channels]`.
-        weight: `[channels, width]`, contiguous.
+        weight: `[channels, width]`.
         state: `[sequences, width - 1, channels]`, contiguous, the latest inputs, brought up to date in place.
 
     Returns:
         y `[sequences, channels]` in x's dtype.
     """
-    x = dense_rows(x)
+    x, weight = dense_rows(x), weight.contiguous()
     count, channels = x.shape
     y = torch.empty(count, channels, dtype=x.dtype, device=x.device)
     _step[cdiv(channels, _CHANNELS) * count](

@@ -296,6 +296,7 @@ def gated_delta_rule(
     """
     q, k = (x.to(v.dtype) for x in (q, k))
     q, k, v = map(dense_rows, (q, k, v))
+    A_log, dt_bias = A_log.contiguous(), dt_bias.contiguous()
     if initial_state is not None:
         initial_state = initial_state.contiguous()
     tune = tune or tuning(max(k.shape[2], v.shape[2]), v.dtype)

@@ -91,6 +91,7 @@ def gated_delta_rule_step(
     # Rows may lie apart, as those of a fused projection do; inside a row all is dense.
     q, k, v = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k, v))
     a, b = map(dense_rows, (a, b))
+    A_log, dt_bias = A_log.contiguous(), dt_bias.contiguous()
     columns = min(_WIDEST, next_power_of_2(value_dim))
     while columns > _NARROWEST and count * heads * cdiv(value_dim, columns) < _PROGRAMS:
         columns //= 2

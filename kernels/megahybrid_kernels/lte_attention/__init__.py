@@ -97,7 +97,7 @@ def lte_attention_with_cache(
     if actual != expected or cache.k.shape[2] != window_size + 1:
         raise ValueError(f"the cache has (sequences, heads, slots) {actual}, but {expected} are needed")
     takes = takes_triton(q, k, v, score, cache.k, sequences.cu_seqlens) and not torch.is_grad_enabled()
-    if takes and in_place and max(sequences.lengths) == 1:
+    if takes and in_place and max(sequences.lengths) == 1 and all(x.is_contiguous() for x in vars(cache).values()):
         from megahybrid_kernels.lte_attention.triton_decode import lte_attention_step
 
         return lte_attention_step(q, k, v, score, cache, sequences.positions, sink_size, delay), cache

@@ -99,7 +99,7 @@ class _Layer:
         keys, channel_keys, threshold, keep_scale = sequences.begins, sequences.begins, 0, 1.0
         if drops:
             offset = dropout.channel_offset * weight.shape[1] // parameters.weights[0].shape[1]
-            keys, keep_scale = dropout.keys, 1 / (1 - dropout.probability)
+            keys, keep_scale = dropout.keys.contiguous(), 1 / (1 - dropout.probability)
             channel_keys = _channel_keys(number, offset, heads * weight.shape[1], keys.device)
             threshold = min(round(dropout.probability * (1 << 32)), 0xFFFFFFFF)
         return cls(
@@ -240,4 +240,4 @@ def router_arguments(
     weights, biases, projection, projection_bias = parameters
     layers = [_Layer.of(n, parameters, sequences, dropout, dilation, k.dtype) for n in range(len(weights))]
     biases = (bias.contiguous() for bias in biases)
-    return layers, k, v, projection.contiguous(), projection_bias, *weights, *biases
+    return layers, k, v, projection.contiguous(), projection_bias.contiguous(), *weights, *biases

@@ -113,13 +113,16 @@ def retention_logits_step(
     count, heads = k.shape[:2]
     logits = torch.empty(count, heads, dtype=torch.float32, device=k.device)
     inputs, rows = (k, v), []
-    for number, (weight, bias, past) in enumerate(zip(parameters.weights, parameters.biases, state.rows, strict=True)):
+    projection, projection_bias = parameters.projection.contiguous(), parameters.projection_bias.contiguous()
+    layers = zip(parameters.weights, parameters.biases, state.rows, strict=True)
+    for number, layer in enumerate(layers):
+        weight, bias, past = (x.contiguous() for x in layer)
         channels, out, taps = weight.shape[1] // len(inputs), weight.shape[0] // heads, weight.shape[2]
         y = torch.empty(count, heads, out, dtype=torch.float32, device=k.device)
         rows.append(torch.empty_like(past))
         first, second = inputs[0], inputs[-1]
         _step[cdiv(count, _SEQUENCES) * heads](
-            first, second, past, rows[-1], weight, bias, y, parameters.projection, parameters.projection_bias, logits,
+            first, second, past, rows[-1], weight, bias, y, projection, projection_bias, logits,
             positions, count, *first.stride()[:2], *second.stride()[:2], (number + 1) * (taps // 2) * dilation,
             dilation, CHANNELS=channels, WIDTH=tile_width(channels), OUT=out,
             OUT_WIDTH=tile_width(out), HALVES=len(inputs), TAPS=taps,
