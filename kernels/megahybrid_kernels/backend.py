@@ -1,4 +1,8 @@
-"""Which tensors the Triton kernels take."""
+"""Which tensors the Triton kernels take.
+
+Ops whose kernels have limits of their own say so by a public function `unsupported`, which their dispatch reads, too: a
+reason, the end of the sentence "its kernels …", or None where they take what is asked for.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST_HEAD_DIM = 256
 # Elements from row to row, below which the last of 64 rows is within 32 bits of the first.
 _FARTHEST_ROWS = 2**25
 
@@ -20,6 +25,15 @@ def takes_triton(x: Tensor, *others: Tensor | None) -> bool:
         return False
     check_devices(x, *others)
     return True
+
+
+def unsupported_head_dims(dtype: torch.dtype, *head_dims: int) -> str | None:
+    """`unsupported` of kernels that hold a head's row in a tile."""
+    if dtype not in _DTYPES:
+        return f"take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if max(head_dims) > _LARGEST_HEAD_DIM:
+        return f"take head dims up to {_LARGEST_HEAD_DIM}, not {max(head_dims)}"
+    return None
 
 
 def check_devices(x: Tensor, *others: Tensor | None) -> None:

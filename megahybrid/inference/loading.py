@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -11,9 +12,12 @@ from megahybrid.config.validate import tensor_parallel_fault
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import UserError
 from megahybrid.inference.generate import Generator
+from megahybrid.model.fallbacks import kernel_notes
 from megahybrid.model.stack import Stack
 from megahybrid.parallel import groups
 from megahybrid.training import checkpoint, checkpoint_folder
+
+log = logging.getLogger("megahybrid")
 
 
 def load_generator(path: Path) -> Generator:
@@ -33,6 +37,9 @@ def load_generator(path: Path) -> Generator:
     groups.initialize(config.parallel)
     model = Stack(config)
     checkpoint.load_weights(folder, model)
+    if groups.is_main():
+        for note in kernel_notes(config, groups.device(), next(model.parameters()).dtype, training=False):
+            log.warning(note)
     return Generator(model.to(groups.device()).requires_grad_(False), tokenizer)
 
 

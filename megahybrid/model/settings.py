@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megahybrid.config.pattern import Pattern, parse_pattern
 from megahybrid.config.schema import Config, ModelConfig
@@ -58,3 +59,19 @@ class Settings:
     def scores_per_token(self) -> int:
         """Retention scores a token has over the whole model: LTE layers times key-value heads."""
         return len(self.pattern.layers("L")) * self.kv_heads
+
+
+class Fallback(NamedTuple):
+    """An op that runs in PyTorch on a GPU, too, since its kernels do not take what the configuration asks.
+
+    Attributes:
+        op: its name.
+        reason: the end of the sentence "its kernels …".
+        key: the configuration key that a user would change.
+        quadratic: whether training without kernels takes memory quadratic in a document's length.
+    """
+
+    op: str
+    reason: str
+    key: str
+    quadratic: bool = False

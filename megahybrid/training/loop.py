@@ -10,9 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megahybrid.config import Config, load_config, save_config
 from megahybrid.data.loader import TrainingData, validation_batches
 from megahybrid.errors import UserError
+from megahybrid.model.fallbacks import kernel_notes
 from megahybrid.model.stack import build_stages
 from megahybrid.parallel import groups
 from megahybrid.parallel.peers import PeerWatch
@@ -143,6 +146,9 @@ class Trainer:
             weights = groups.on_main(lambda: retry(lambda: checkpoint_folder.find(place), f"Reading {place}"))
             if weights is None:
                 raise UserError(f"train.init_from: there is no checkpoint in '{init_from}'.")
+        dtype = torch.bfloat16 if self.config.train.dtype == "bf16" else torch.float32
+        for note in kernel_notes(self.config, groups.device(), dtype, training=True):
+            self._tell(note)
         rank, size = groups.pipeline_parallel()
         stages = build_stages(self.config, stage_layers(self.config)[rank::size], groups.device())
         engine = Engine(self.config, stages)

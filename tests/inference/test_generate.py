@@ -4,9 +4,11 @@ import dataclasses
 import subprocess
 
 import pytest
+import torch
 
 from megahybrid.cli import main
 from megahybrid.config.schema import ParallelConfig
+from megahybrid.inference import loading
 from megahybrid.inference.batch import Batch, share
 from megahybrid.inference.generate import Generator, Options
 from megahybrid.inference.loading import load_generator
@@ -38,6 +40,15 @@ def process_group():
 @pytest.fixture
 def generator(reference):  # noqa: F811
     return load_generator(reference)
+
+
+def test_ops_without_kernels_are_named(reference, monkeypatch, caplog):  # noqa: F811
+    asked = []
+    monkeypatch.setattr(
+        loading, "kernel_notes", lambda *args, **options: asked.append((args[2], options)) or ["a note"]
+    )
+    load_generator(reference)
+    assert asked == [(torch.float32, {"training": False})] and caplog.messages == ["a note"]
 
 
 def test_greedy_is_the_likeliest_token_of_a_whole_pass(generator):

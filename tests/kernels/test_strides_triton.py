@@ -277,7 +277,8 @@ def results(case: Case, inputs: Inputs, layout: Callable[[Tensor], Tensor]) -> l
     return [y.detach() for y in outputs] + list(found)
 
 
-FEW = {("sliced", name) for name in CASES}
+# What these two prepare for their kernels others do, too.
+FEW = {("sliced", name) for name in CASES if name not in ("lte with a buffer", "lte's step")}
 
 
 @pytest.mark.parametrize("layout, name", interpreted(FEW, [(layout, name) for layout in LAYOUTS for name in CASES]))

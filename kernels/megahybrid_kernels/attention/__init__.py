@@ -23,7 +23,7 @@ _MOST_SEQUENCES = 65535
 # Tokens from which on a plan of cuDNN's for one length pays.
 _LONG = 16384
 
-__all__ = ["GrowingCache", "KeyValueCache", "attention", "attention_with_cache"]
+__all__ = ["GrowingCache", "KeyValueCache", "attention", "attention_with_cache", "unsupported"]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window_size: int | None = None) -> Tensor:
@@ -36,8 +36,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, window_size
         window_size: keys that a query sees, itself included; None for all before it.
 
     Returns:
-        `[tokens, query_heads, head_dim]` in q's dtype; logits are scaled by `head_dim ** -0.5`. On a GPU in bf16 or
-        fp16 this is torch's variable-length flash attention, otherwise blocks of scaled_dot_product_attention.
+        `[tokens, query_heads, head_dim]` in q's dtype; logits are scaled by `head_dim ** -0.5`. On a GPU, where
+        `unsupported` is None, this is torch's variable-length flash attention, otherwise blocks of
+        scaled_dot_product_attention.
 
     Raises:
         ValueError: shapes do not fit, or `window_size` is below 1.
@@ -89,13 +90,24 @@ def attention_with_cache(
     return reference.attention_with_window_cache(q, k, v, cache, sequences, window_size)
 
 
+def unsupported(dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why torch's flash attention does not take whole sequences of such heads; None where it does."""
+    if varlen_attn is None:
+        return f"are not in torch {torch.__version__}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if head_dim > 256 or head_dim % 8:
+        return f"take head dims up to 256 that are multiples of 8, not {head_dim}"
+    return None
+
+
 def _overwritable(cache: KeyValueCache | GrowingCache) -> bool:
     dense = isinstance(cache, GrowingCache) or all(x.is_contiguous() for x in (cache.k, cache.v))
     return dense and not torch.is_grad_enabled()
 
 
 def _takes_varlen(q: Tensor) -> bool:
-    return varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    return q.is_cuda and unsupported(q.dtype, q.shape[2]) is None
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, window_size: int | None) -> Tensor:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megahybrid_kernels.backend import takes_triton
+from megahybrid_kernels.backend import takes_triton, unsupported_head_dims
 from megahybrid_kernels.gated_delta_rule import reference
 from megahybrid_kernels.sequences import Sequences
 
-__all__ = ["gated_delta_rule"]
+__all__ = ["gated_delta_rule", "unsupported"]
 
 
 def gated_delta_rule(
@@ -76,11 +76,16 @@ def gated_delta_rule(
         from megahybrid_kernels.gated_delta_rule.triton_step import gated_delta_rule_step
 
         return gated_delta_rule_step(q, k, v, a, b, A_log, dt_bias, initial_state, allow_neg_eigval), initial_state
-    if takes and max(key_dim, value_dim) <= 256:
+    if takes and unsupported(v.dtype, key_dim, value_dim) is None:
         from megahybrid_kernels.gated_delta_rule import triton as backend
     else:
         backend = reference
     return backend.gated_delta_rule(q, k, v, a, b, A_log, dt_bias, sequences, initial_state, allow_neg_eigval)
+
+
+def unsupported(dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+    """Why the kernels do not take whole sequences of such heads, v in `dtype`; None where they do."""
+    return unsupported_head_dims(dtype, key_dim, value_dim)
 
 
 def _overwritable(state: Tensor | None) -> bool:

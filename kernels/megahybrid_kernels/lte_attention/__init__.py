@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megahybrid_kernels.backend import takes_triton
+from megahybrid_kernels.backend import takes_triton, unsupported_head_dims
 from megahybrid_kernels.lte_attention import reference
 from megahybrid_kernels.lte_attention.reference import LTECache
 from megahybrid_kernels.sequences import Sequences
 
-__all__ = ["LTECache", "lte_attention", "lte_attention_with_cache"]
+__all__ = ["LTECache", "lte_attention", "lte_attention_with_cache", "unsupported"]
 
 
 def lte_attention(
@@ -46,7 +46,7 @@ def lte_attention(
         ValueError: shapes do not fit, `window_size` or `sink_size` is negative, or the buffer cannot hold the sinks.
     """
     _check(q, k, v, score, sequences, window_size, sink_size, buffer_size)
-    if takes_triton(q, k, v, score, sequences.cu_seqlens) and q.shape[2] <= 256:
+    if takes_triton(q, k, v, score, sequences.cu_seqlens) and unsupported(q.dtype, q.shape[2]) is None:
         from megahybrid_kernels.lte_attention import triton as backend
     else:
         backend = reference
@@ -101,11 +101,16 @@ def lte_attention_with_cache(
         from megahybrid_kernels.lte_attention.triton_decode import lte_attention_step
 
         return lte_attention_step(q, k, v, score, cache, sequences.positions, sink_size, delay), cache
-    if takes and q.shape[2] <= 256:
+    if takes and unsupported(q.dtype, q.shape[2]) is None:
         from megahybrid_kernels.lte_attention.triton_prefill import lte_attention_piece as backend
     else:
         backend = reference.lte_attention_with_cache
     return backend(q, k, v, score, cache, sequences, window_size, sink_size, buffer_size, delay)
+
+
+def unsupported(dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernels do not take whole sequences of such heads, q in `dtype`; None where they do."""
+    return unsupported_head_dims(dtype, head_dim)
 
 
 def _check(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megahybrid_kernels.backend import takes_triton
+from megahybrid_kernels.backend import takes_triton, unsupported_head_dims
 from megahybrid_kernels.retention_router import reference
 from megahybrid_kernels.retention_router.reference import Dropout, RouterParameters, RouterState, margin
 from megahybrid_kernels.sequences import Sequences
@@ -17,6 +17,7 @@ __all__ = [
     "margin",
     "retention_logits",
     "retention_logits_streamed",
+    "unsupported",
 ]
 
 
@@ -50,7 +51,7 @@ def retention_logits(
     _check(k, v, parameters, sequences)
     if dropout is not None and not 0 <= dropout.probability < 1:
         raise ValueError(f"the dropout probability must lie in [0, 1), but is {dropout.probability}")
-    if _takes(k, v, parameters, sequences) and _fits_layers(k, parameters):
+    if _takes(k, v, parameters, sequences) and _fits(k, parameters):
         from megahybrid_kernels.retention_router import triton as backend
     else:
         backend = reference
@@ -91,11 +92,20 @@ def retention_logits_streamed(
         from megahybrid_kernels.retention_router.triton_step import retention_logits_step
 
         return retention_logits_step(k, v, parameters, sequences.positions, state, dilation)
-    if takes and sequences.starts is None and _fits_layers(k, parameters):
+    if takes and sequences.starts is None and _fits(k, parameters):
         from megahybrid_kernels.retention_router.triton_prefill import retention_logits_first
 
         return retention_logits_first(k, v, parameters, sequences, dilation)
     return reference.retention_logits_streamed(k, v, parameters, sequences, state, dilation)
+
+
+def unsupported(dtype: torch.dtype, head_dim: int, layers: int = 3) -> str | None:
+    """Why the kernels do not take whole sequences of such heads, k in `dtype`; None where they do."""
+    if layers > 3:  # as many as a launch serves
+        return f"take at most 3 convolutions, not {layers}"
+    if dtype == torch.float32 and head_dim > 128:  # more shared memory than a multiprocessor has
+        return f"take head dims up to 128 in float32, not {head_dim}"
+    return unsupported_head_dims(dtype, head_dim)
 
 
 def _takes(k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequences) -> bool:
@@ -103,9 +113,8 @@ def _takes(k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequen
     return takes_triton(k, v, *weights, *biases, *projection, sequences.cu_seqlens)
 
 
-def _fits_layers(k: Tensor, parameters: RouterParameters) -> bool:
-    # Wider heads in fp32 need more shared memory than a multiprocessor has; a launch serves at most three layers.
-    return (k.dtype != torch.float32 or k.shape[2] <= 128) and len(parameters.weights) <= 3
+def _fits(k: Tensor, parameters: RouterParameters) -> bool:
+    return unsupported(k.dtype, k.shape[2], len(parameters.weights)) is None
 
 
 def _check(k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequences) -> None:

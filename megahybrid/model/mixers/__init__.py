@@ -1,4 +1,7 @@
-"""Token mixers: `mixer(x, context, state=None) → (y, aux, state)`, pure and packed."""
+"""Token mixers: `mixer(x, context, state=None) → (y, aux, state)`, pure and packed.
+
+`Mixer.fallbacks(model configuration, dtype)` yields the ops whose kernels do not take that on a GPU.
+"""
 
 from megahybrid.model.mixers.attention import FullAttention, SlidingWindowAttention
 from megahybrid.model.mixers.gdn import GatedDeltaNet

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor, nn
 
+from megahybrid.config.schema import ModelConfig
 from megahybrid.model.context import Context
-from megahybrid.model.settings import Settings
+from megahybrid.model.settings import Fallback, Settings
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, project
-from megahybrid_kernels.attention import GrowingCache, KeyValueCache, attention, attention_with_cache
+from megahybrid_kernels.attention import GrowingCache, KeyValueCache, attention, attention_with_cache, unsupported
 from megahybrid_kernels.rotary import rotary
 
 
@@ -65,6 +69,15 @@ class FullAttention(AttentionProjections):
         if self.window_size is None:
             return GrowingCache.empty(*sizes, **kind)
         return KeyValueCache.empty(*sizes, self.window_size, **kind)
+
+    @classmethod
+    def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:
+        """See `megahybrid.model.mixers`."""
+        if reason := unsupported(dtype, model.attention.head_dim):
+            if dtype == torch.float32:  # which small models may choose
+                yield Fallback("attention", reason, "train.dtype")
+            else:
+                yield Fallback("attention", reason, "model.attention.head_dim", quadratic=cls is FullAttention)
 
 
 class SlidingWindowAttention(FullAttention):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from megahybrid.config.schema import ModelConfig
 from megahybrid.model.context import Context
-from megahybrid.model.settings import Settings
+from megahybrid.model.settings import Fallback, Settings
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, project, shared
 from megahybrid.parallel.parameters import (
     constant,
@@ -18,7 +20,7 @@ from megahybrid.parallel.parameters import (
     uniform,
 )
 from megahybrid_kernels.causal_conv1d import causal_conv1d
-from megahybrid_kernels.gated_delta_rule import gated_delta_rule
+from megahybrid_kernels.gated_delta_rule import gated_delta_rule, unsupported
 from megahybrid_kernels.norm import gated_rms_norm
 
 
@@ -97,3 +99,11 @@ class GatedDeltaNet(nn.Module):
         recurrent = like.new_zeros(sequences, heads, self.key_dim, self.value_dim, dtype=at_least_fp32)
         rows = [like.new_zeros(sequences, taps - 1, conv.shape[0]) for conv in (self.q_conv, self.k_conv, self.v_conv)]
         return GDNState(recurrent, *rows)
+
+    @staticmethod
+    def fallbacks(model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:
+        """See `megahybrid.model.mixers`."""
+        dims = model.gdn.head_dim, model.gdn.value_head_dim or model.gdn.head_dim
+        if reason := unsupported(dtype, *dims):
+            wider = "head_dim" if dims[0] >= dims[1] else "value_head_dim"
+            yield Fallback("gated_delta_rule", reason, f"model.gdn.{wider}")

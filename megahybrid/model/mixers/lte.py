@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megahybrid.config.schema import ModelConfig
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.mixers.attention import AttentionProjections
-from megahybrid.model.settings import Settings
+from megahybrid.model.settings import Fallback, Settings
 from megahybrid.parallel.parameters import constant, kaiming_normal, parameter, uniform
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.lte_attention import LTECache, lte_attention, lte_attention_with_cache
+from megahybrid_kernels.lte_attention import unsupported as attention_unsupported
 from megahybrid_kernels.retention_router import (
     Dropout,
     RouterParameters,
@@ -23,6 +26,7 @@ from megahybrid_kernels.retention_router import (
     retention_logits,
     retention_logits_streamed,
 )
+from megahybrid_kernels.retention_router import unsupported as router_unsupported
 
 
 class LTEState(NamedTuple):
@@ -142,3 +146,12 @@ class LTEAttention(AttentionProjections):
             device=like.device,
         )
         return LTEState(cache, RouterState.empty(sequences, self.router.parameters_for_op(), lte.conv_dilation))
+
+    @staticmethod
+    def fallbacks(model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:
+        """See `megahybrid.model.mixers`."""
+        key, head_dim = "model.attention.head_dim", model.attention.head_dim
+        if reason := attention_unsupported(dtype, head_dim):
+            yield Fallback("lte_attention", reason, key, quadratic=True)
+        if reason := router_unsupported(dtype, head_dim):
+            yield Fallback("retention_router", reason, key)

@@ -1,0 +1,32 @@
+"""What of a model runs without kernels on a GPU, found from its configuration before anything runs."""
+
+from __future__ import annotations
+
+import torch
+
+from megahybrid.config.schema import Config
+from megahybrid.errors import UserError
+from megahybrid.model.mixers import MIXERS
+from megahybrid.model.settings import Settings
+
+
+def kernel_notes(config: Config, device: torch.device, dtype: torch.dtype, training: bool) -> list[str]:
+    """A sentence for every op that takes PyTorch's path on this device, in the model's `dtype`, and why.
+
+    Raises UserError where training would take memory quadratic in a document's length for want of a kernel.
+    """
+    if device.type != "cuda":
+        return []
+    model = config.model
+    letters = dict.fromkeys(Settings.of(config).pattern.letters)
+    found = dict.fromkeys(each for letter in letters for each in MIXERS[letter].fallbacks(model, dtype))
+    for each in found:
+        if training and each.quadratic:
+            raise UserError(
+                f"{each.key}: {each.op}'s kernels {each.reason}, and without them training takes memory that grows "
+                "with the square of a document's length; choose a value that they take."
+            )
+    return [
+        f"{each.op} runs in PyTorch here, many times slower than its kernels, which {each.reason} ({each.key})."
+        for each in found
+    ]
