@@ -22,7 +22,7 @@ def diagnose(config: Config | None = None, say: Callable[[str], None] = print) -
         "devices": machine.devices(device),
         "links": machine.links(),
         f"kernels on {device.type.upper()}: error of the worst of output and gradients, time": kernels.check(
-            device, config and config.model
+            device, config
         ),
         "disk": machine.disk(config),
         "data": machine.data(config),

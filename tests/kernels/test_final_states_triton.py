@@ -16,7 +16,7 @@ from megahybrid_kernels.gated_delta_rule import triton as gdn
 from megahybrid_kernels.launch import Kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LENGTHS = (3, 1, 70, 16)
+LENGTHS = (3, 70)
 WHOLE = replace(gdn.tuning(16, torch.float32), programs=0)
 CUT = replace(WHOLE, programs=10**6, shortest=1)
 
@@ -36,7 +36,7 @@ def delta(tune: gdn.Tuning):
     return lambda *x, **flag: gdn.gated_delta_rule(*x, tune=tune, **flag)
 
 
-SMALL_DELTA, SMALL_CONV = (delta_inputs, sum(LENGTHS), 1, 16), (conv_inputs, sum(LENGTHS), 8)
+SMALL_DELTA, SMALL_CONV = (delta_inputs, sum(LENGTHS), 1, 16), (conv_inputs, sum(LENGTHS), 4)
 OPS = {
     "delta rule": (delta(WHOLE), SMALL_DELTA),
     "delta rule in segments": (delta(CUT), SMALL_DELTA),
