@@ -18,7 +18,7 @@ from megahybrid_kernels.lte_attention import LTECache
 from megahybrid_kernels.retention_router import Dropout, RouterParameters, RouterState, margin
 
 # More than a chunk of far columns, and than a group of candidates that is sorted.
-_LONG = (5000, 300)
+_LONG = (4400, 300)
 # Small, so that many tokens leave the window, and the buffer, within the steps.
 _STEPS_WINDOW, _STEPS_BUFFER, _STEPS_SINKS = 23, 12, 2
 
