@@ -76,7 +76,7 @@ def test_what_is_wrong_at_one_shape_alone_is_named(monkeypatch):
     real = exits.exit_positions
 
     def wrong(score, *others):
-        return real(score, *others) + (len(score) > 5000)
+        return real(score, *others) + (len(score) > 4000)
 
     monkeypatch.setattr(exits, "exit_positions", wrong)
     chosen = [case("exit_positions"), case("exit_positions", "long"), case("rotary")]
