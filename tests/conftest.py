@@ -38,6 +38,8 @@ def poisoned_memory():
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that are marked slow")
     parser.addoption("--gpu", action="store_true", help="run the tests that use a GPU, on one, and no others")
+    parser.addoption("--fuzz", type=float, default=10, metavar="SECONDS", help="of each op's fuzz, which is slow (10)")
+    parser.addoption("--fuzz-seed", type=int, default=0, metavar="SEED", help="of its first case, one more each (0)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,7 +14,7 @@ from megahybrid.doctor.finding import Finding
 def diagnose(config: Config | None = None, say: Callable[[str], None] = print) -> list[Finding]:
     """Check software, devices, kernels, links and disk, with a recipe its data as well, and say each as it is found.
 
-    About a minute on a GPU, most of it for compiling kernels. Returns what is wrong.
+    Some two minutes on a GPU, most of it for compiling kernels. Returns what is wrong.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     parts = {
@@ -22,7 +22,7 @@ def diagnose(config: Config | None = None, say: Callable[[str], None] = print) -
         "devices": machine.devices(device),
         "links": machine.links(),
         f"kernels on {device.type.upper()}: error of the worst of output and gradients, time": kernels.check(
-            device, config and config.model
+            device, config
         ),
         "disk": machine.disk(config),
         "data": machine.data(config),

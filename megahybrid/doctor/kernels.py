@@ -8,15 +8,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from megahybrid.config.schema import ModelConfig
+from megahybrid.config.schema import Config
 from megahybrid.doctor import measuring
-from megahybrid.doctor.cases import SIZES, Case, Inputs, Size, cases
-from megahybrid.doctor.decode_cases import decode_cases
+from megahybrid.doctor.cases import SIZES, Case, Inputs, Size, cases, every_case
 from megahybrid.doctor.finding import Finding
+from megahybrid.model.settings import Settings
 from megahybrid_kernels import Sequences
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -30,34 +31,45 @@ class Verdict:
 
     said: str
     right: bool
+    error: float = 0.0
 
 
-def check(
-    device: torch.device, model: ModelConfig | None = None, chosen: list[Case] | None = None
-) -> Iterator[Finding]:
-    """A finding for each op, decode's steps included; `chosen` in place of all of them.
+def check(device: torch.device, config: Config | None = None, chosen: list[Case] | None = None) -> Iterator[Finding]:
+    """A finding for each op, prefill and decode included; `chosen` in place of all cases.
 
-    Judged on a thousand tokens in bf16 and fp32, at the head dims of `model` where there is one, and timed, if right,
-    on a GPU at a 0.4B model's size in bf16.
+    Judged in bf16 and fp32, at the shapes of `config`'s model where there is one, and timed, if right, on a GPU at a
+    0.4B model's size in bf16. Of an op's cases the worst is shown.
     """
-    size, timed = _size(model), {}
+    size, timed = size_of(config, device), {}
     if device.type == "cuda":
         timed = {case.op: case for case in cases(SIZES["large"])}
     apart = device.type == "cuda" and chosen is None
-    chosen = _all_cases(size) if chosen is None else chosen
+    chosen = chosen_cases(size, device) if chosen is None else chosen
     judged = judge_apart(size, device) if apart else ([_judge(case, device, d) for d in _DTYPES] for case in chosen)
-    for case, verdicts in zip(chosen, judged, strict=True):
-        parts, right = [each.said for each in verdicts], all(each.right for each in verdicts)
-        if right and case.op in timed:
+    for op, each in groupby(zip(chosen, judged, strict=True), key=lambda pair: pair[0].op):
+        by_dtype = list(zip(*(verdicts for _, verdicts in each), strict=True))
+        parts, right = _said(by_dtype), all(verdict.right for verdicts in by_dtype for verdict in verdicts)
+        if right and op in timed:
             try:
-                parts.append(_speed(timed[case.op], device))
+                parts.append(_speed(timed[op], device))
             except torch.OutOfMemoryError:
                 parts.append("not timed: out of memory")
-        yield Finding(f"{case.op:24}{' · '.join(parts)}", right)
+        yield Finding(f"{op:24}{' · '.join(parts)}", right)
 
 
-def _all_cases(size: Size) -> list[Case]:
-    return [*cases(size), *decode_cases(size)]
+def _said(by_dtype: list[tuple[Verdict, ...]]) -> list[str]:
+    """Of each dtype what is wrong, or else the worst; and how many cases there are."""
+    parts = []
+    for verdicts in by_dtype:
+        wrong = [verdict.said for verdict in verdicts if not verdict.right]
+        parts += wrong or [max(verdicts, key=lambda verdict: verdict.error).said]
+    count = len(by_dtype[0])
+    return parts + ([f"{count} shapes"] if count > 1 else [])
+
+
+def chosen_cases(size: Size, device: torch.device) -> list[Case]:
+    """All that differ on this device: the variants make a difference to kernels alone."""
+    return [case for case in every_case(size) if device.type == "cuda" or not case.variant]
 
 
 def judge_apart(size: Size, device: torch.device, numbers: Sequence[int] | None = None) -> Iterator[list[Verdict]]:
@@ -66,7 +78,7 @@ def judge_apart(size: Size, device: torch.device, numbers: Sequence[int] | None 
     A kernel that reads or writes where it must not leaves its process without a GPU, and would make all others look
     wrong. And side by side their compilers, which take most of the time, end sooner.
     """
-    numbers = range(len(_all_cases(size))) if numbers is None else numbers
+    numbers = range(len(chosen_cases(size, device))) if numbers is None else numbers
     processes = min(len(_DTYPES) * len(numbers), os.cpu_count() or 1, _PROCESSES)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         judged = [[pool.submit(_judge_number, n, size, device, dtype) for dtype in _DTYPES] for n in numbers]
@@ -83,28 +95,53 @@ def _result(verdict: Future[Verdict]) -> Verdict:
 
 def _judge_number(number: int, size: Size, device: torch.device, dtype: str) -> Verdict:
     torch.set_num_threads(1)
-    return _judge(_all_cases(size)[number], device, dtype)
+    return _judge(chosen_cases(size, device)[number], device, dtype)
 
 
 def _judge(case: Case, device: torch.device, dtype: str) -> Verdict:
     """Of the path that the op takes here."""
+    name = f"{case.variant}, {dtype}" if case.variant else dtype
     try:
         backend, errors = _errors(case, device, _DTYPES[dtype])
     except Exception as error:  # a kernel may fail in any way, and the others are still worth knowing
-        return Verdict(f"{dtype} fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}", False)
+        return Verdict(f"{name} fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}", False)
     # A NaN is the worst of all.
     worst = max(errors, key=lambda each: (not errors[each] >= 0, errors[each]))
     error, tolerance = errors[worst], 0.0 if case.judge else measuring.TOLERANCE[_DTYPES[dtype]]
     if not error <= tolerance:
-        return Verdict(f"{dtype}: {worst} is off by {error:.1e}, more than {tolerance:.1e}", False)
-    return Verdict(f"{backend} {dtype} {error:7.1e} of {tolerance:7.1e}", True)
+        return Verdict(f"{name}: {worst} is off by {error:.1e}, more than {tolerance:.1e}", False)
+    return Verdict(f"{backend} {dtype} {error:7.1e} of {tolerance:7.1e}", True, error)
 
 
-def _size(model: ModelConfig | None) -> Size:
+def size_of(config: Config | None, device: torch.device) -> Size:
+    """A thousand tokens at the shapes that a rank of `config` has; without a GPU, where kernels are not what is run,
+    at its head dims alone."""
     size = SIZES["check"]
-    if model is None:
+    if config is None:
         return size
-    return replace(size, head_dim=model.attention.head_dim, gdn_head_dim=model.gdn.head_dim)
+    model, ranks, settings = config.model, config.parallel.tensor, Settings.of(config)
+    size = replace(
+        size, head_dim=model.attention.head_dim, gdn_head_dim=model.gdn.head_dim, gdn_value_dim=model.gdn.value_head_dim
+    )  # fmt: skip
+    if device.type != "cuda":
+        return size
+    return replace(
+        size,
+        hidden=model.hidden_size,
+        intermediate=settings.intermediate_size // ranks,
+        vocabulary=model.vocab_size // ranks,
+        heads=settings.kv_heads // ranks,
+        groups=model.attention.num_heads // settings.kv_heads,
+        gdn_heads=model.gdn.num_heads // ranks,
+        conv_taps=model.gdn.conv_size,
+        router_taps=model.lte.conv_size,
+        router_dilation=model.lte.conv_dilation,
+        far_window=model.attention.window_size,
+        far_lte_window=model.lte.window_size,
+        far_buffer=model.lte.buffer_size,
+        sinks=model.lte.sink_size,
+        varied=False,
+    )
 
 
 def _errors(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, float]]:

@@ -117,7 +117,7 @@ def gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
     if packed_gated_delta_rule is not None:
         sequences = Sequences.of([q.shape[1]] * len(q), q.device)
         packed = (x.flatten(0, 1) for x in (q, k, v, a, b))
-        o, state = packed_gated_delta_rule(*packed, A_log, dt_bias, sequences, state)
+        o, state = packed_gated_delta_rule(*packed, A_log, dt_bias, sequences, state, output_final_state=True)
         return o.unflatten(0, q.shape[:2]), state
     return chunked_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state)
 

@@ -240,6 +240,9 @@ def gdn(config: Config, settings: Settings) -> Mixer:
     - where sequences are cut into segments of S tokens, the state before each and how it passes through,
       4 K (Dk + Dv) / S.
 
+    A document's last chunk counts in full, however short: where documents are shorter than a chunk, all of chunks is as
+    many times larger, which the shapes do not tell. No state after a document is kept.
+
     Backward: o's gradient, the writes u and their gradient, v's, 4 w V; those of q and k, 2 w K; and the state before
     each chunk and its gradient, 2 w K Dv / C.
     """

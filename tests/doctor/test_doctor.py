@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import megahybrid_kernels.exit_positions as exits
 import megahybrid_kernels.lte_attention as lte
 from megahybrid.cli import main
 from megahybrid.config import load_config
 from megahybrid.doctor import kernels, machine
-from megahybrid.doctor.cases import SIZES, cases
-from megahybrid.doctor.decode_cases import decode_cases
+from megahybrid.doctor.cases import SIZES, cases, every_case
 from megahybrid.doctor.diagnosis import diagnose
 from megahybrid.doctor.finding import Finding
 from megahybrid_kernels.lte_attention import reference as lte_reference
@@ -26,14 +26,14 @@ __all__ = ["prepared", "recipe", "text"]
 CPU = torch.device("cpu")
 
 
-def case(name):
-    return next(each for each in [*cases(SIZES["check"]), *decode_cases(SIZES["check"])] if each.op == name)
+def case(name, variant=""):
+    return next(each for each in every_case(SIZES["check"]) if each.op == name and each.variant == variant)
 
 
 def test_all_is_right_here(recipe, capsys):
     assert main(["doctor", str(recipe)]) == 0
     said = capsys.readouterr().out
-    for each in [*cases(SIZES["check"]), *decode_cases(SIZES["check"])]:
+    for each in kernels.chosen_cases(SIZES["check"], CPU):
         (line,) = [line for line in said.splitlines() if line.split()[:1] == [each.op]]
         assert "PyTorch bf16" in line and "PyTorch fp32" in line
     assert f"torch {torch.__version__}" in said and "no GPU is seen" in said
@@ -72,9 +72,23 @@ def test_a_kernel_that_raises_does_not_hide_the_others(monkeypatch):
     assert right.right
 
 
+def test_what_is_wrong_at_one_shape_alone_is_named(monkeypatch):
+    real = exits.exit_positions
+
+    def wrong(score, *others):
+        return real(score, *others) + (len(score) > 4000)
+
+    monkeypatch.setattr(exits, "exit_positions", wrong)
+    chosen = [case("exit_positions"), case("exit_positions", "long"), case("rotary")]
+    finding, other = kernels.check(CPU, chosen=chosen)
+    assert not finding.right and finding.text.count("off by") == 2
+    assert all(f"long, {dtype}: output is off by" in finding.text for dtype in ("bf16", "fp32"))
+    assert finding.text.endswith(" · 2 shapes") and other.right and "shapes" not in other.text
+
+
 @pytest.mark.slow
 def test_judged_in_a_process_of_its_own_as_in_this_one():
-    every = [*cases(SIZES["check"]), *decode_cases(SIZES["check"])]
+    every = kernels.chosen_cases(SIZES["check"], CPU)
     number = next(n for n, each in enumerate(every) if each.op == "swiglu")
     (verdicts,) = kernels.judge_apart(SIZES["check"], CPU, [number])
     (finding,) = kernels.check(CPU, chosen=[every[number]])

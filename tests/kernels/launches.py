@@ -151,7 +151,7 @@ def delta_rule(case: Case, tune: gdn.Tuning | None = None) -> None:
     a, b = (new(case.tokens, case.heads) for _ in range(2))
     gates = (new(case.heads, dtype=torch.float32) for _ in range(2))
     state = new(len(case.lengths), case.heads, case.dim, case.dim, dtype=torch.float32)
-    outputs = gdn.gated_delta_rule(q, k, v, a, b, *gates, case.sequences, state, tune=tune)
+    outputs = gdn.gated_delta_rule(q, k, v, a, b, *gates, case.sequences, state, True, tune=tune)
     if torch.is_grad_enabled():
         backward(*outputs)
 
@@ -183,7 +183,7 @@ def retention(case: Case) -> None:
 def convolution(case: Case) -> None:
     channels = case.heads * case.dim
     x = case.make(case.tokens, channels) if case.make is far_rows else new(case.tokens, channels)
-    backward(*conv.causal_conv1d(x, new(channels, 4), case.sequences, new(len(case.lengths), 3, channels)))
+    backward(*conv.causal_conv1d(x, new(channels, 4), case.sequences, new(len(case.lengths), 3, channels), True))
 
 
 def elementwise(case: Case) -> None:

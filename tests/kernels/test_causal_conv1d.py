@@ -44,7 +44,7 @@ def run(op, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def op_for(lengths):
-    return lambda x, weight, state: causal_conv1d(x, weight, Sequences.of(lengths), state)
+    return lambda x, weight, state: causal_conv1d(x, weight, Sequences.of(lengths), state, True)
 
 
 def assert_same(actual, expected, tolerance):
@@ -93,7 +93,10 @@ def test_a_state_passed_from_piece_to_piece_equals_one_pass():
 def test_no_initial_state_is_zeros():
     x, weight, state = make_inputs((2, 5))
     expected = oracle(x, weight, torch.zeros_like(state), (2, 5))
-    torch.testing.assert_close(causal_conv1d(x, weight, Sequences.of((2, 5))), expected, rtol=0, atol=1e-12)
+    actual = causal_conv1d(x, weight, Sequences.of((2, 5)), output_final_state=True)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    y, nothing = causal_conv1d(x, weight, Sequences.of((2, 5)))
+    assert nothing is None and torch.equal(y, actual[0])
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -24,7 +24,7 @@ def few_programs_and_poisoned_memory(monkeypatch, poisoned_memory):
 
 def op_for(lengths):
     sequences = Sequences.of(lengths, DEVICE)
-    return lambda x, weight, state=None: conv.causal_conv1d(x, weight, sequences, state)
+    return lambda x, weight, state=None: conv.causal_conv1d(x, weight, sequences, state, True)
 
 
 def on_device(op):

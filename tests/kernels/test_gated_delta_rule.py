@@ -67,7 +67,7 @@ def run(op, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def op_for(lengths):
-    return lambda *x: gated_delta_rule(*x[:-1], Sequences.of(lengths), x[-1])
+    return lambda *x: gated_delta_rule(*x[:-1], Sequences.of(lengths), x[-1], True)
 
 
 def assert_same(actual, expected, output_tolerance, gradient_tolerance):
@@ -115,7 +115,7 @@ def test_negative_eigenvalues():
     expected = run(lambda *x: oracle(*x, LENGTHS, strongest=2), inputs)
 
     def op(*x):
-        return gated_delta_rule(*x[:-1], Sequences.of(LENGTHS), x[-1], allow_neg_eigval=True)
+        return gated_delta_rule(*x[:-1], Sequences.of(LENGTHS), x[-1], True, allow_neg_eigval=True)
 
     assert_same(run(op, inputs), expected, *TOLERANCES[torch.float64])
 
@@ -166,7 +166,7 @@ def test_a_state_passed_from_piece_to_piece_equals_one_pass():
 def test_no_initial_state_is_an_empty_memory():
     lengths = (40, 3)
     inputs = make_inputs(lengths, 4)[:-1]
-    o, state = gated_delta_rule(*inputs, Sequences.of(lengths))
+    o, state = gated_delta_rule(*inputs, Sequences.of(lengths), output_final_state=True)
     expected = oracle(*inputs, torch.zeros(2, 2, 8, 8), lengths)
     torch.testing.assert_close((o, state), expected, rtol=0, atol=1e-12)
 

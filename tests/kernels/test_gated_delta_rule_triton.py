@@ -24,7 +24,8 @@ CUT = replace(WHOLE, programs=10**6, shortest=1)
 def op_for(lengths, tune=WHOLE, **options):
     def op(*x):
         moved = [t.to(DEVICE) for t in x[:-1]]
-        o, state = gdn.gated_delta_rule(*moved, Sequences.of(lengths, DEVICE), x[-1].to(DEVICE), tune=tune, **options)
+        borders, initial = Sequences.of(lengths, DEVICE), x[-1].to(DEVICE)
+        o, state = gdn.gated_delta_rule(*moved, borders, initial, True, tune=tune, **options)
         return o.cpu(), state.cpu()
 
     return op
@@ -131,7 +132,7 @@ def test_without_a_state_and_with_one_gradient_alone(tune):
     for n in range(2):
         leaves = [x.to(DEVICE).requires_grad_() for x in inputs]
         exact = [x.double().requires_grad_() for x in inputs]
-        result = gdn.gated_delta_rule(*leaves, Sequences.of(lengths, DEVICE), tune=tune)[n]
+        result = gdn.gated_delta_rule(*leaves, Sequences.of(lengths, DEVICE), None, True, tune=tune)[n]
         expected = oracle(*exact, torch.zeros(2, 1, 16, 16), lengths)[n]
         torch.testing.assert_close(result.cpu().double(), expected, rtol=0, atol=2e-5)
         actual = torch.autograd.grad(result.square().sum(), leaves)
@@ -167,10 +168,10 @@ def test_full_sizes_on_a_gpu(case, size, dtype, cut):
     sequences = Sequences.of(lengths, DEVICE)
 
     def in_float64(*x):
-        return reference.gated_delta_rule(*x[:-1], sequences, x[-1])
+        return reference.gated_delta_rule(*x[:-1], sequences, x[-1], True)
 
     def kernels(*x):
-        return gdn.gated_delta_rule(*x[:-1], sequences, x[-1], tune=tune)
+        return gdn.gated_delta_rule(*x[:-1], sequences, x[-1], True, tune=tune)
 
     expected = run(in_float64, [x.double() for x in inputs])
     first, second = run(kernels, inputs), run(kernels, inputs)

@@ -17,8 +17,9 @@ def causal_conv1d(
     weight: Tensor,
     sequences: Sequences,
     initial_state: Tensor | None = None,
+    output_final_state: bool = False,
     in_place: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Convolve each channel with its own few weights over the latest tokens of the same sequence, then SiLU.
 
         y_t = silu(sum_{i < width} weight[:, width - 1 - i] x_{t-i})
@@ -32,11 +33,12 @@ def causal_conv1d(
         sequences: which tokens belong together.
         initial_state: `[sequences, width - 1, channels]`, the inputs before each sequence's first token, oldest first;
             None for sequences that begin here, which is the same as zeros.
+        output_final_state: whether the new state is wanted.
         in_place: the op may overwrite `initial_state`, as it does on a GPU for one token of every sequence.
 
     Returns:
         y `[tokens, channels]`, and the last width - 1 inputs of each sequence `[sequences, width - 1, channels]`, with
-        those of initial_state where a sequence is shorter; both in x's dtype.
+        those of initial_state where a sequence is shorter, or None without `output_final_state`; both in x's dtype.
 
     Raises:
         ValueError: a shape does not fit the others or `sequences`.
@@ -50,7 +52,8 @@ def causal_conv1d(
             f"initial_state is {tuple(initial_state.shape)}, but weight and the sequences call for {state_shape}"
         )
     takes = takes_triton(x, weight, initial_state, sequences.cu_seqlens)
-    if takes and in_place and sequences.tokens == sequences.count and _overwritable(x, initial_state):
+    step = output_final_state and in_place and sequences.tokens == sequences.count
+    if takes and step and _overwritable(x, initial_state):
         from megahybrid_kernels.causal_conv1d.triton_step import causal_conv1d_step
 
         return causal_conv1d_step(x, weight, initial_state), initial_state
@@ -58,7 +61,7 @@ def causal_conv1d(
         from megahybrid_kernels.causal_conv1d import triton as backend
     else:
         backend = reference
-    return backend.causal_conv1d(x, weight, sequences, initial_state)
+    return backend.causal_conv1d(x, weight, sequences, initial_state, output_final_state)
 
 
 def _overwritable(x: Tensor, state: Tensor | None) -> bool:

@@ -38,8 +38,12 @@ class _Correlate(torch.autograd.Function):
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, sequences: Sequences, initial_state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    sequences: Sequences,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """See `megahybrid_kernels.causal_conv1d`.
 
     Every sequence's state is put before its tokens, so that one correlation over all rows sees no border, and the new
@@ -55,6 +59,8 @@ def causal_conv1d(
         first = (starts[:, None] + before_end).flatten()
         padded = padded.index_copy(0, first, initial_state.flatten(0, 1).to(x.dtype))
     y = F.silu(_Correlate.apply(at_least_fp32(padded), weight.to(at_least_fp32(x).dtype)))
+    y = y.index_select(0, rows - history).to(x.dtype)
+    if not output_final_state:
+        return y, None
     last = (ends[:, None] + before_end).flatten()
-    state = padded.index_select(0, last).unflatten(0, (sequences.count, history))
-    return y.index_select(0, rows - history).to(x.dtype), state
+    return y, padded.index_select(0, last).unflatten(0, (sequences.count, history))

@@ -123,7 +123,7 @@ def conv1d_kernel(
     x, weight, state, index, borders, y, new_state, tokens, span, STRIDE: tl.constexpr,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, STATE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """y of a span of tokens and a block of channels, and the new state of the sequences that end in it."""
+    """y of a span of tokens and a block of channels, and the new state of the sequences that end in it unless None."""
     channel, number = _own_channels(CHANNELS, BLOCK)
     mask = channel < CHANNELS
     begin = number * span
@@ -148,11 +148,12 @@ def conv1d_kernel(
             coming = later
             x_at += TOGETHER * STRIDE
             y_at += TOGETHER * CHANNELS
-        if stop == after:
-            for i in tl.static_range(WIDTH - 1):
-                row = after - (WIDTH - 1) + i
-                value = _row(x, state, row, own, sequence, channel, mask, STRIDE, CHANNELS, WIDTH, STATE)
-                tl.store(new_state + (sequence * (WIDTH - 1) + i) * CHANNELS + channel, value, mask=mask)
+        if new_state is not None:  # noqa: SIM102, known when compiled
+            if stop == after:
+                for i in tl.static_range(WIDTH - 1):
+                    row = after - (WIDTH - 1) + i
+                    value = _row(x, state, row, own, sequence, channel, mask, STRIDE, CHANNELS, WIDTH, STATE)
+                    tl.store(new_state + (sequence * (WIDTH - 1) + i) * CHANNELS + channel, value, mask=mask)
 
 
 @kernel(do_not_specialize=["tokens", "span"])
@@ -267,9 +268,11 @@ class _Convolution(torch.autograd.Function):
     """Saves x, weight and the initial state."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, state: Tensor | None, sequences: Sequences):
+    def forward(
+        ctx, x: Tensor, weight: Tensor, state: Tensor | None, sequences: Sequences, output_final_state: bool
+    ):  # fmt: skip
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        new_state = x.new_empty(sequences.count, weight.shape[1] - 1, x.shape[1])
+        new_state = x.new_empty(sequences.count, weight.shape[1] - 1, x.shape[1]) if output_final_state else None
         blocks, spans, span, constants = _cut(x, weight, _FORWARD_PROGRAMS)
         conv1d_kernel[blocks * spans](
             x, weight, x if state is None else state, sequences.index, sequences.cu_seqlens, y, new_state,
@@ -304,7 +307,7 @@ class _Convolution(torch.autograd.Function):
                 x, weight, state, borders, dy, dnew_state, dstate, x.stride(0), dy.stride(0), **constants,
                 PASSED=passed,
             )  # fmt: skip
-        return dx, dweight, dstate, None
+        return dx, dweight, dstate, None, None
 
 
 def _cut(x: Tensor, weight: Tensor, programs: int) -> tuple[int, int, int, dict[str, int]]:
@@ -318,8 +321,12 @@ def _cut(x: Tensor, weight: Tensor, programs: int) -> tuple[int, int, int, dict[
 
 
 def causal_conv1d(
-    x: Tensor, weight: Tensor, sequences: Sequences, initial_state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    weight: Tensor,
+    sequences: Sequences,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """See `megahybrid_kernels.causal_conv1d`; float32, bfloat16 or float16."""
     state = None if initial_state is None else initial_state.contiguous()
-    return _Convolution.apply(dense_rows(x), weight.contiguous(), state, sequences)
+    return _Convolution.apply(dense_rows(x), weight.contiguous(), state, sequences, output_final_state)

@@ -22,9 +22,10 @@ def gated_delta_rule(
     dt_bias: Tensor,
     sequences: Sequences,
     initial_state: Tensor | None = None,
+    output_final_state: bool = False,
     in_place: bool = False,
     allow_neg_eigval: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Read and write a matrix-valued memory token by token, every sequence its own.
 
         alpha_t = exp(-exp(A_log) softplus(a_t + dt_bias)),   beta_t = sigmoid(b_t)
@@ -43,13 +44,15 @@ def gated_delta_rule(
         sequences: which tokens belong together.
         initial_state: `[sequences, value_heads, Dk, Dv]`, what an earlier call returned for the tokens before these;
             None is an empty memory.
+        output_final_state: whether the memories after the last tokens are wanted; they take memory, `4 Dk Dv` bytes a
+            sequence and value head, which training has no use for.
+        in_place: the op may overwrite `initial_state`, as it does on a GPU for one token of every sequence.
         allow_neg_eigval: beta_t is 2 sigmoid(b_t), so that a write may turn what the memory holds along k_t around
             (Grazzi et al., arXiv 2411.12537).
-        in_place: the op may overwrite `initial_state`, as it does on a GPU for one token of every sequence.
 
     Returns:
         o `[tokens, value_heads, Dv]` in v's dtype, and the memory after each sequence's last token
-        `[sequences, value_heads, Dk, Dv]` in at least float32.
+        `[sequences, value_heads, Dk, Dv]` in at least float32, or None without `output_final_state`.
 
     Raises:
         ValueError: a shape does not fit the others or `sequences`.
@@ -72,7 +75,8 @@ def gated_delta_rule(
         if x is not None and x.shape != shape:
             raise ValueError(f"{name} is {tuple(x.shape)}, but k, v and the sequences call for {shape}")
     takes = takes_triton(v, q, k, a, b, A_log, dt_bias, initial_state, sequences.cu_seqlens)
-    if takes and in_place and tokens == sequences.count and _overwritable(initial_state):
+    step = output_final_state and in_place and tokens == sequences.count
+    if takes and step and _overwritable(initial_state):
         from megahybrid_kernels.gated_delta_rule.triton_step import gated_delta_rule_step
 
         return gated_delta_rule_step(q, k, v, a, b, A_log, dt_bias, initial_state, allow_neg_eigval), initial_state
@@ -80,7 +84,8 @@ def gated_delta_rule(
         from megahybrid_kernels.gated_delta_rule import triton as backend
     else:
         backend = reference
-    return backend.gated_delta_rule(q, k, v, a, b, A_log, dt_bias, sequences, initial_state, allow_neg_eigval)
+    options = (output_final_state, allow_neg_eigval)
+    return backend.gated_delta_rule(q, k, v, a, b, A_log, dt_bias, sequences, initial_state, *options)
 
 
 def unsupported(dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:

@@ -85,7 +85,9 @@ def _solve_unit_lower(lower: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower.mT, right.mT, upper=True, left=False, unitriangular=True).mT
 
 
-def _scan(per_chunk: tuple[Tensor, ...], state: Tensor, running: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _scan(
+    per_chunk: tuple[Tensor, ...], state: Tensor, running: tuple[int, ...], output_final_state: bool
+) -> tuple[Tensor, Tensor | None]:
     """o and the states after each sequence's last chunk, from the system, attention, reads and writes of all chunks.
 
     Args:
@@ -99,13 +101,15 @@ def _scan(per_chunk: tuple[Tensor, ...], state: Tensor, running: tuple[int, ...]
     # `split`, not slices: the backward of a slice fills a gradient of the whole tensor for every chunk index.
     steps = zip(*(x.flatten(0, 1).split(counts) for x in per_chunk), strict=True)
     state, outputs, ended = state.flatten(0, 1), [], []
-    for lower, attention, q, w, v, k, decay in steps:
+    for number, (lower, attention, q, w, v, k, decay) in enumerate(steps, start=1):
         state, done = state.split((len(v), len(state) - len(v)))
         ended.append(done)
         u = _solve_unit_lower(lower, torch.baddbmm(v, w, state))
         outputs.append(torch.baddbmm(attention @ u, q, state))
-        state = torch.baddbmm(decay * state, k.mT, u)
-    return torch.cat(outputs).unflatten(0, (-1, heads)), torch.cat([state, *reversed(ended)]).unflatten(0, (-1, heads))
+        if output_final_state or number < len(running):
+            state = torch.baddbmm(decay * state, k.mT, u)
+    o = torch.cat(outputs).unflatten(0, (-1, heads))
+    return o, torch.cat([state, *reversed(ended)]).unflatten(0, (-1, heads)) if output_final_state else None
 
 
 def gated_delta_rule(
@@ -118,8 +122,9 @@ def gated_delta_rule(
     dt_bias: Tensor,
     sequences: Sequences,
     initial_state: Tensor | None = None,
+    output_final_state: bool = False,
     allow_neg_eigval: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """See `megahybrid_kernels.gated_delta_rule`.
 
     With G_i the sum of a chunk's log-decays up to token i and S the state before it, the chunk's writes u_i solve a
@@ -156,5 +161,5 @@ def gated_delta_rule(
     else:
         state = initial_state.to(dtype).index_select(0, plan.order)
     per_chunk = (lower, attention, since_start * q, -beta * since_start * k, beta * v, until_end * k)
-    o, state = _scan((*per_chunk, since_start[..., -1:, :]), state, plan.running)
-    return _to_tokens(o, plan).to(out_dtype), state.index_select(0, plan.rank)
+    o, state = _scan((*per_chunk, since_start[..., -1:, :]), state, plan.running, output_final_state)
+    return _to_tokens(o, plan).to(out_dtype), state if state is None else state.index_select(0, plan.rank)

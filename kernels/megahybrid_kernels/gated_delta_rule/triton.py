@@ -200,11 +200,13 @@ class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, q, k, v, a, b, A_log, dt_bias, initial, cut: Plan, count: int, tune: Tuning, training: bool,
-        strongest: float,
+        output_final_state: bool, strongest: float,
     ):  # fmt: skip
         call = _Call(q, k, v, a, b, A_log, dt_bias, cut, tune, strongest)
         prepared = _prepare(call, training)
-        final = call.empty(*call.state_shape(count))
+        # The states between segments pass through `final`, which is small beside them.
+        asked = output_final_state or cut.bounds is not None
+        final = call.empty(*call.state_shape(count)) if asked else None
         o, starts, transfer = torch.empty(v.shape, dtype=v.dtype, device=v.device), initial, None
         if cut.bounds is not None:
             segments = len(cut.segments)
@@ -223,7 +225,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         )  # fmt: skip
         ctx.cut, ctx.tune, ctx.strongest = cut, tune, strongest
         ctx.set_materialize_grads(False)
-        return o, final
+        return o, final if output_final_state else None
 
     @staticmethod
     def backward(ctx, do: Tensor | None, dfinal: Tensor | None):
@@ -248,7 +250,7 @@ class _GatedDeltaRule(torch.autograd.Function):
             ends_of = _join(call, transfer, own, dfinal, dinitial, reverse=True)
             _reverse_scan(call, prepared, do, ends_of, dv, dstates)
         grads = _gradients(call, prepared, do, u, dv, states, dstates)
-        return *grads, None if initial is None else dinitial.to(initial.dtype), None, None, None, None, None
+        return *grads, None if initial is None else dinitial.to(initial.dtype), *[None] * 6
 
 
 def _gradients(
@@ -286,10 +288,11 @@ def gated_delta_rule(
     dt_bias: Tensor,
     sequences: Sequences,
     initial_state: Tensor | None = None,
+    output_final_state: bool = False,
     allow_neg_eigval: bool = False,
     *,
     tune: Tuning | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """See `megahybrid_kernels.gated_delta_rule`; float32, bfloat16 or float16, head dims up to 256.
 
     tune: launches for benchmarks; fixed by head dims and dtype when left out.
@@ -304,5 +307,6 @@ def gated_delta_rule(
     cut = plan(sequences.lengths, tune.chunk, longest, v.device)
     strongest = 2.0 if allow_neg_eigval else 1.0
     return _GatedDeltaRule.apply(
-        q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune, torch.is_grad_enabled(), strongest
-    )
+        q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune, torch.is_grad_enabled(),
+        output_final_state, strongest,
+    )  # fmt: skip

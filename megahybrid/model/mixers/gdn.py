@@ -67,13 +67,14 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, context: Context, state: GDNState | None = None):
         """`[tokens, 1, hidden]` → (the same, None, the next state)."""
-        sequences, in_place = context.sequences, context.in_place
-        before = state or (None, None, None, None)
+        sequences, before = context.sequences, state or (None, None, None, None)
+        # Training never reads the state after a document's end.
+        options = {"output_final_state": state is not None, "in_place": context.in_place}
         projections = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj
         q, k, v, gate, a, b = project(x, projections, self.settings.sequence_parallel)
-        q, q_rows = causal_conv1d(q, self.q_conv, sequences, before[1], in_place)
-        k, k_rows = causal_conv1d(k, self.k_conv, sequences, before[2], in_place)
-        v, v_rows = causal_conv1d(v, self.v_conv, sequences, before[3], in_place)
+        q, q_rows = causal_conv1d(q, self.q_conv, sequences, before[1], **options)
+        k, k_rows = causal_conv1d(k, self.k_conv, sequences, before[2], **options)
+        v, v_rows = causal_conv1d(v, self.v_conv, sequences, before[3], **options)
         o, recurrent = gated_delta_rule(
             q.unflatten(-1, (-1, self.key_dim)),
             k.unflatten(-1, (-1, self.key_dim)),
@@ -84,7 +85,7 @@ class GatedDeltaNet(nn.Module):
             self.dt_bias,
             sequences,
             before[0],
-            in_place,
+            **options,
         )
         gate = gate.unflatten(-1, (-1, self.value_dim))
         o = gated_rms_norm(o, gate, shared(self.norm), self.settings.model.norm_eps)

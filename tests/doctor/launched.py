@@ -1,0 +1,74 @@
+"""Which kernels are launched, compiled how, with or without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from types import ModuleType
+from unittest import mock
+
+import torch
+
+import megahybrid_kernels
+from megahybrid_kernels.launch import Kernel
+
+# What follows from the number of sequences: a step's work is cut into more programs where they are few. `doctor` runs
+# it with few and with many.
+BY_BATCH = {"attention": {"SPLITS"}, "lte_attention": {"SPLITS"}, "gated_delta_rule.triton_step": {"COLUMNS"}}
+
+
+def name_of(kernel: Kernel) -> str:
+    """Its module and function."""
+    function = kernel.jit.fn
+    return f"{function.__module__.removeprefix('megahybrid_kernels.')}.{function.__name__}"
+
+
+def all_kernels() -> set[str]:
+    """Names of all there are."""
+    values = (value for module in _modules() for value in vars(module).values())
+    return {name_of(value) for value in values if isinstance(value, Kernel)}
+
+
+def _modules() -> Iterator[ModuleType]:
+    for module in pkgutil.walk_packages(megahybrid_kernels.__path__, "megahybrid_kernels."):
+        yield importlib.import_module(module.name)
+
+
+def kind(kernel: Kernel, arguments: tuple, options: dict) -> str:
+    """A kernel and what it is compiled for: types of tensors, which are left out, constants and launch options."""
+    place = name_of(kernel)
+    left_out = {name for prefix, names in BY_BATCH.items() if place.startswith(prefix) for name in names}
+    parts = [place]
+    for name, value in zip(kernel.jit.arg_names, arguments, strict=False):
+        if value is None or isinstance(value, torch.Tensor):
+            parts.append(f"{name}={None if value is None else value.dtype}")
+    return " ".join(parts + [f"{name}={value}" for name, value in options.items() if name not in left_out])
+
+
+@contextlib.contextmanager
+def launches(run: bool) -> Iterator[set[str]]:
+    """Fills the set with the kinds of kernels that are launched; without `run` they compute nothing."""
+    found, launch = set(), Kernel.__getitem__
+
+    def getitem(kernel: Kernel, programs: int):
+        def noted(*arguments, **options):
+            found.add(kind(kernel, arguments, options))
+            if run:
+                launch(kernel, programs)(*arguments, **options)
+
+        return noted
+
+    with mock.patch.object(Kernel, "__getitem__", getitem):
+        yield found
+
+
+@contextlib.contextmanager
+def kernels_without_memory() -> Iterator[None]:
+    """Every op takes its kernels for tensors of the meta device, as it would on a GPU."""
+    with contextlib.ExitStack() as stack:
+        for module in _modules():
+            if hasattr(module, "takes_triton"):
+                stack.enter_context(mock.patch.object(module, "takes_triton", lambda x, *_: x.is_meta))
+        yield
