@@ -69,7 +69,7 @@ def missing(config: Config, launched: set[str]) -> list[str]:
 
 @pytest.mark.parametrize("recipe, changes", [
     ("quickstart", SMALL + GROUPED),
-    pytest.param("quickstart", SMALL, marks=pytest.mark.slow),
+    pytest.param("quickstart", [*SMALL, "model.lte.dropout=0"], marks=pytest.mark.slow),
     pytest.param("lalte-0.4b", SMALL, marks=pytest.mark.slow),
     pytest.param("lalte-1.4b", SMALL, marks=pytest.mark.slow),
     pytest.param("lalte-1.4b", SMALL + GROUPED, marks=pytest.mark.slow),
@@ -79,8 +79,8 @@ def test_doctor_runs_what_a_recipe_runs(recipe, changes):
     (model,) = build_stages(config, [None], "meta", DTYPES[config.train.dtype])
     with launches(run=False) as launched, kernels_without_memory():
         train_and_evaluate(model, config, "meta")
-        for count in (1, 128):
-            read_and_decode(model, count, (3000, 1500, 70))
+        read_and_decode(model, 2, (3000, 1500, 70))
+        read_and_decode(model, 512, (3,))
     assert len(launched) > 60 and not missing(config, launched)
 
 

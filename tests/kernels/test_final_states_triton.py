@@ -18,7 +18,7 @@ from megahybrid_kernels.launch import Kernel
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (3, 70)
 WHOLE = replace(gdn.tuning(16, torch.float32), programs=0)
-CUT = replace(WHOLE, programs=10**6, shortest=1)
+CUT = replace(WHOLE, programs=10**6, shortest=1, chunk=32)
 
 
 def delta_inputs(tokens: int, heads: int, dim: int, **options) -> list[torch.Tensor]:

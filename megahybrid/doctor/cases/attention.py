@@ -18,15 +18,13 @@ _STEPS_WINDOW = 23
 
 def cases(size: Size) -> list[Case]:
     """Over whole sequences."""
-    return [_attention(size, None), _attention(size, size.window), _rotary(size, size.heads * size.groups)]
+    return [_attention(size, None), _attention(size, size.window), _rotary(size)]
 
 
 def more_cases(size: Size) -> list[Case]:
     """Other lengths and groups; prefill and decode."""
     # A few heads, since the reference takes every pair of tokens in float64.
     few, more = replace(size, heads=min(size.heads, 2)), []
-    if size.groups > 1:
-        more += [_rotary(size, size.heads, "keys")]
     for window, far in ((None, None), (_STEPS_WINDOW, size.far_window)):
         for each, kind in _grouped(size):
             more += [streamed_case(_streamed(each, window), "step", STEPS, kind)]
@@ -66,16 +64,15 @@ def _attention(size: Size, window: int | None, variant: str = "") -> Case:
     )
 
 
-def _rotary(size: Size, heads: int, variant: str = "") -> Case:
+def _rotary(size: Size) -> Case:
     return Case(
         "rotary",
         "rotary",
         "rotary",
-        f"{size.packed} heads={heads} head_dim={size.head_dim}",
+        heads_shape(size),
         size.sequences,
-        normals(x=(size.tokens, heads, size.head_dim)),
+        normals(x=query_shapes(size, size.tokens)["q"]),
         lambda op, x, sequences: op(x["x"], sequences.positions, 10000.0),
-        variant=variant,
     )
 
 

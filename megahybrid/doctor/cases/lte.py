@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megahybrid.doctor.cases.attention import heads_shape, query_shapes
 from megahybrid.doctor.cases.case import Case, Inputs, Make, Op, Size, normal
-from megahybrid.doctor.cases.streamed import PIECES, STEPS, Streamed, many_steps, streamed_case
+from megahybrid.doctor.cases.streamed import PIECES, SHORT, STEPS, Streamed, many_steps, streamed_case
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.lte_attention import LTECache
 from megahybrid_kernels.retention_router import Dropout, RouterParameters, RouterState, margin
@@ -38,6 +38,7 @@ def more_cases(size: Size) -> list[Case]:
     steps = replace(size, lte_window=window, buffer=_STEPS_BUFFER, sinks=_STEPS_SINKS)
     more = [_attention(long, None, "long"), _attention(long, long.buffer, "long"), _exits(long, "long")]
     more += [streamed_case(_streamed_attention(long), "prefill", PIECES, "long")]
+    more += [streamed_case(_streamed_attention(long), "prefill", SHORT, "short")]
     more += [streamed_case(_streamed_attention(steps), "step", STEPS)]
     more += [streamed_case(_streamed_attention(far), "step", many_steps(size.heads), "many")]
     if size.varied and size.groups == 1:

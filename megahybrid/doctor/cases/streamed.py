@@ -18,7 +18,8 @@ Rounds = tuple[tuple[int, ...], ...]
 """Tokens of each sequence in each call."""
 
 STEPS: Rounds = ((1, 1, 1),) * 80
-# Whole prompts, which begin here; pieces of them, the first ones beside a sequence that decodes; then decode.
+# Prompts that fit a window, and longer ones: whole, which begin here; in pieces, beside one that decodes; decode.
+SHORT: Rounds = ((70, 1, 9), (3, 5, 1), *((1, 1, 1),) * 4)
 PIECES: Rounds = ((2500, 70), (1100, 1), (65, 130), *((1, 1),) * 20)
 
 
