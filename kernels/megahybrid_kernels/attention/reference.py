@@ -103,8 +103,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     rows = q.view(count, queries, heads, groups, head_dim).permute(0, 2, 3, 1, 4)
     if groups > 1:
         visible = visible.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(2, 3)
-    o = F.scaled_dot_product_attention(rows.flatten(2, 3), k, v, attn_mask=visible)
+    o = F.scaled_dot_product_attention(*map(_aligned, (rows.flatten(2, 3), k, v)), attn_mask=visible)
     return o.unflatten(2, (groups, queries)).permute(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, laid out anew unless its rows begin at multiples of 16 bytes: torch picks kernels that fail without."""
+    apart = (stride * x.element_size() % 16 for stride in x.stride()[:-1])
+    return x.contiguous() if any(apart) or x.stride(-1) != 1 else x
 
 
 def _flat(columns: Tensor) -> Tensor:
