@@ -45,10 +45,8 @@ def read_rows(unit: Unit, piece: Piece, path: Path, skipped: Skipped) -> Iterato
         with library.parquet.ParquetFile(path, pre_buffer=False) as file:
             yield from _rows(unit, piece, path, skipped, file)
     except (library.ArrowException, OSError, EOFError) as error:
-        raise UserError(
-            f"'{path}' is not a readable parquet file ({' '.join(str(error).split())[:200].rstrip('.')}); fetch it "
-            "again or exclude it."
-        ) from error
+        reason = " ".join(str(error).split()).split(". ")[0][:200].rstrip(".")
+        raise UserError(f"'{path}' is not a readable parquet file ({reason}); fetch it again or exclude it.") from error
 
 
 def _rows(unit: Unit, piece: Piece, path: Path, skipped: Skipped, file: Any) -> Iterator[tuple[Document | None, int]]:

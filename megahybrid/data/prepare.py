@@ -242,7 +242,9 @@ def _report_skipped(skipped: Skipped, report: Report) -> None:
     }
     if any(named.values()):
         found = ", ".join(f"{count:,} {kind}" for kind, count in named.items() if count)
-        report(f"Passed over files or lines: {found}{f' (the first: {skipped.example})' if skipped.example else ''}.")
+        report(
+            f"Passed over files, lines or rows: {found}{f' (the first: {skipped.example})' if skipped.example else ''}."
+        )
 
 
 def _require_text(config: Config, units: dict[str, list[Unit]], counts: dict[str, list[UnitCounts]]) -> None:
@@ -254,11 +256,13 @@ def _require_text(config: Config, units: dict[str, list[Unit]], counts: dict[str
         for count in each:
             skipped.add(count.skipped)
         source = config.data.sources[name]
-        if source.format == "jsonl" and skipped.bad:
+        if source.format in ("jsonl", "parquet") and skipped.bad:
+            what = "row" if source.format == "parquet" else "line"
+            objects = f"{skipped.not_json:,} are not JSON objects, " if what == "line" else ""
             raise UserError(
-                f"data.sources.{name} has no line with a text under '{source.field}' ({skipped.not_json:,} are not "
-                f"JSON objects, {skipped.no_text:,} lack it, {skipped.not_utf8:,} are not UTF-8; the first: "
-                f"{skipped.example}); set data.sources.{name}.field, or its path."
+                f"data.sources.{name} has no {what} with a text under '{source.field}' ({objects}{skipped.no_text:,} "
+                f"lack it, {skipped.not_utf8:,} are not UTF-8; the first: {skipped.example}); set "
+                f"data.sources.{name}.field, or its path."
             )
         raise UserError(
             f"data.sources.{name} holds no text in its {sum(len(unit.pieces) for unit in units[name]):,} files "
