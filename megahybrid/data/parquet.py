@@ -12,8 +12,8 @@ from megahybrid.errors import UserError
 
 # Rows that are decoded at once.
 _ROWS = 1024
-# Before it a file could name a Python class for a column, which pyarrow unpickled (CVE-2023-47248).
-_OLDEST = 15
+# The first that is made for NumPy 2; before 14.0.1 a file could have a type that pyarrow unpickled (CVE-2023-47248).
+_OLDEST = 17
 
 
 def pyarrow(source: str) -> ModuleType:
