@@ -10,8 +10,9 @@ from typing import Any
 from megahybrid.data.documents import Document, Piece, Skipped, Unit, in_file
 from megahybrid.errors import UserError
 
-# Rows that are decoded at once.
-_ROWS = 1024
+# Rows that are decoded, and bytes that are read, at once: a row group may be a whole file.
+_ROWS = 128
+_BUFFER_BYTES = 1 << 20
 # The first that is made for NumPy 2; before 14.0.1 a file could have a type that pyarrow unpickled (CVE-2023-47248).
 _OLDEST = 17
 
@@ -42,7 +43,7 @@ def read_rows(unit: Unit, piece: Piece, path: Path, skipped: Skipped) -> Iterato
     """
     library = pyarrow(unit.source)
     try:
-        with library.parquet.ParquetFile(path, pre_buffer=False) as file:
+        with library.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
             yield from _rows(unit, piece, path, skipped, file)
     except (library.ArrowException, OSError, EOFError) as error:
         reason = " ".join(str(error).split()).split(". ")[0][:200].rstrip(".")
