@@ -79,11 +79,9 @@ def _between(
                 return
         if start is not None:
             parts.append(window[begin:])
-        elif end >= last:
-            return  # a document that began before goes on
-        if start is not None and end - start > _LONGEST:
-            _no_border(unit, path, borders)
-    if start == 0 and end and not seen:
+            if end - start > _LONGEST:
+                _no_border(unit, path, borders)
+    if start == 0 and not seen:
         _no_border(unit, path, borders)
     if start is not None and parts:
         yield np.concatenate(parts), end
@@ -159,7 +157,7 @@ def _bare(unit: Unit, file: IO[bytes], path: Path) -> _Array:
         named = _LLM_C.get((magic, version))
         if named is not None:
             offset = _LLM_C_BYTES
-            if named != unit.dtype or size != offset + count * dtype.itemsize:
+            if size != offset + count * dtype.itemsize:  # so too if that is another dtype
                 raise UserError(
                     f"'{path}' has llm.c's header of {count} tokens of {named}, which {size} bytes of {unit.dtype} do "
                     f"not hold; set {key}.dtype to {named}, or fetch it again."

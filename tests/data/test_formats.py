@@ -189,13 +189,14 @@ def read(root: Path, kind: str, *pieces: Piece, tokenizer: Tokenizer | None = No
 
 
 @pytest.mark.parametrize("size", [1, 7, 300, 10**6])
-@pytest.mark.parametrize("kind", ["npy", "bin"])
-def test_every_tokenised_document_belongs_to_one_piece(tmp_path, tokenizer, monkeypatch, kind, size):
+@pytest.mark.parametrize(("kind", "begin"), [("npy", []), ("bin", []), ("npy", [0, 0])])
+def test_every_tokenised_document_belongs_to_one_piece(tmp_path, tokenizer, monkeypatch, kind, begin, size):
     """Nothing between borders, borders at both ends, a last document without one, whatever the cut."""
     monkeypatch.setattr("megahybrid.data.tokens._WINDOW", 5)
     eos = tokenizer[1].document_id
     documents = [[5], [6, 7, 8] * 9, [9, 10], [11] * 40, [12, 13]]
-    ids = [eos, eos, *documents[0], eos, *documents[1], eos, eos, eos, *documents[2], eos, *documents[3], eos]
+    assert eos == 0
+    ids = [*begin, *documents[0], eos, *documents[1], eos, eos, eos, *documents[2], eos, *documents[3], eos]
     ids += documents[4]
     file = tmp_path / f"x.{kind}"
     if kind == "npy":
