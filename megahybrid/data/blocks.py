@@ -90,13 +90,11 @@ def blocks_of(
 def write_block(block: Block, made: Format, folder: Path, advance: Callable[[int], Any]) -> None:
     """Turn a block into `folder`, whole: train/ with its shards, and rest.bin with the tokens that do not fill a sample
     and are laid together with other blocks'. `advance(bytes)` is told of the tokens' bytes."""
-    documents = [document for part in block.parts for document in _documents(part, made.dtype, block.document_id)]
-    if block.shuffle:
-        documents = [documents[i] for i in permutation(len(documents), "documents", block.source, block.number)]
+    tokens = np.concatenate([np.empty(0, made.dtype), *(_tokens(part, made.dtype, block) for part in block.parts)])
     with whole_folder(folder) as place:
         with SampleWriter(place / TRAIN, made.seq_length, made.dtype, made.shard_bytes) as writer:
-            for some in _in_groups(documents):
-                writer.add(some)
+            for documents in _in_groups(tokens, block):
+                writer.add(documents)
         rest = writer.rest
         if len(rest) and rest[0] != block.document_id:  # it will follow another block's document
             rest = np.concatenate([np.array([block.document_id], made.dtype), rest])
@@ -105,30 +103,35 @@ def write_block(block: Block, made: Format, folder: Path, advance: Callable[[int
     advance(block.bytes)
 
 
-def _documents(part: Part, dtype: str, document_id: int) -> list[NDArray]:
+def _tokens(part: Part, dtype: str, block: Block) -> NDArray:
+    """Of the documents that begin in the part, to their ends."""
     width = np.dtype(dtype).itemsize
     with open(part.file, "rb") as file:
         file.seek(part.begin * width)
         tokens = np.frombuffer(file.read((part.end - part.begin) * width), dtype)
-        starts = np.flatnonzero(tokens == document_id)
+        starts = np.flatnonzero(tokens == block.document_id)
         if not len(starts):
-            return []
+            return tokens[:0]
         pieces = [tokens[starts[0] :]]
         while data := file.read(_TOKENS_AT_ONCE * width):  # the rest of the last one
             more = np.frombuffer(data, dtype)
-            ends = np.flatnonzero(more == document_id)
+            ends = np.flatnonzero(more == block.document_id)
             pieces.append(more[: ends[0]] if len(ends) else more)
             if len(ends):
                 break
-    return np.split(np.concatenate(pieces), starts[1:] - starts[0])
+    return np.concatenate(pieces)
 
 
-def _in_groups(documents: list[NDArray]) -> Iterator[list[NDArray]]:
+def _in_groups(tokens: NDArray, block: Block) -> Iterator[list[NDArray]]:
+    """The documents in the block's order, some at a time: there may be millions."""
+    starts = np.flatnonzero(tokens == block.document_id)
+    ends = np.append(starts[1:], len(tokens))
+    order = permutation(len(starts), "documents", block.source, block.number) if block.shuffle else range(len(starts))
     group: list[NDArray] = []
     size = 0
-    for document in documents:
-        group.append(document)
-        size += len(document)
+    for i in order:
+        group.append(tokens[starts[i] : ends[i]])
+        size += len(group[-1])
         if size >= _TOKENS_AT_ONCE:
             yield group
             group, size = [], 0

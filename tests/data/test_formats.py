@@ -444,6 +444,6 @@ def test_every_document_belongs_to_one_block(tmp_path, monkeypatch, dtype):
         monkeypatch.setattr(blocks, "BLOCK_TOKENS", size)
         cut = list(blocks.blocks_of("s", True, 0, files, np.dtype(dtype).itemsize))
         assert sum(block.bytes for block in cut) == sum(path.stat().st_size for path, _ in files)
-        found = [each.tolist() for block in cut for part in block.parts for each in blocks._documents(part, dtype, 0)]
-        assert found == documents
+        found = [token for block in cut for part in block.parts for token in blocks._tokens(part, dtype, block).tolist()]
+        assert found == [token for document in documents for token in document]
     assert len(cut) == 1 and [block.number for block in blocks.blocks_of("s", True, 0, [], 2)] == [0]
