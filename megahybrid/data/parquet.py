@@ -13,8 +13,8 @@ from megahybrid.errors import UserError
 # Rows that are decoded, and bytes that are read, at once: a row group may be a whole file.
 _ROWS = 128
 _BUFFER_BYTES = 1 << 20
-# The first that is made for NumPy 2; before 14.0.1 a file could have a type that pyarrow unpickled (CVE-2023-47248).
-_OLDEST = 17
+# The first without column types that a file describes by a pickle (before 14.0.1 opening it ran that: CVE-2023-47248).
+_OLDEST = 21
 
 
 def pyarrow(source: str) -> ModuleType:
@@ -84,8 +84,6 @@ def _require_text(unit: Unit, path: Path, schema: Any) -> None:
 
 def _bytes(column: Any) -> list[bytes | None]:
     """The texts as the file has them: pyarrow takes them for UTF-8 unseen."""
-    if hasattr(column, "dictionary_decode"):
-        column = column.dictionary_decode()
     return column.cast("large_binary").to_pylist()
 
 
