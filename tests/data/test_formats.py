@@ -121,11 +121,11 @@ def write(name: str, file: Path, texts: list[str], tokenizer: Tokenizer) -> None
 
 
 def write_all_formats(root: Path, tokenizer: Tokenizer, *counts: int) -> None:
-    for i, count in enumerate(counts):
+    for i, count in enumerate(counts):  # files whose names have dots: suffixes alone are left out of the order
         for name, (suffix, _) in FORMATS.items():
             folder = root / name
             folder.mkdir(exist_ok=True)
-            write(name, folder / f"part-{i:05}.{suffix}", some_texts(count, seed=i), tokenizer)
+            write(name, folder / f"{i}.part.{suffix}", some_texts(count, seed=i), tokenizer)
 
 
 def test_every_format_gives_the_same_shards(tmp_path, tokenizer, small_parts):
@@ -433,7 +433,7 @@ def test_other_settings_of_tokens_are_another_preparation(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_every_document_belongs_to_one_block(tmp_path, monkeypatch, dtype):
-    """Those that begin in a block are its, whole, from whichever file, also where one has none."""
+    """Those that begin in a block are its, whole, from whichever file, also where one has none; it may shuffle them."""
     monkeypatch.setattr(blocks, "_TOKENS_AT_ONCE", 3)
     rng = np.random.default_rng(0)
     documents = [[0, *rng.integers(1, 9, size).tolist()] for size in (0, 3, 0, 11, 4, 7, 30, 1, 3, 16)]
@@ -450,4 +450,16 @@ def test_every_document_belongs_to_one_block(tmp_path, monkeypatch, dtype):
             token for block in cut for part in block.parts for token in blocks._tokens(part, dtype, block).tolist()
         ]
         assert found == [token for document in documents for token in document]
+        for block in cut:
+            tokens = np.concatenate([blocks._tokens(part, dtype, block) for part in block.parts])
+            orders = [
+                [
+                    each.tolist()
+                    for group in blocks._in_groups(tokens, replace(block, shuffle=shuffle))
+                    for each in group
+                ]
+                for shuffle in (False, True)
+            ]
+            assert sum(orders[0], []) == tokens.tolist() and sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] == documents != orders[1]
     assert len(cut) == 1 and [block.number for block in blocks.blocks_of("s", True, 0, [], 2)] == [0]
