@@ -460,6 +460,7 @@ def test_every_document_belongs_to_one_block(tmp_path, monkeypatch, dtype):
                 ]
                 for shuffle in (False, True)
             ]
-            assert sum(orders[0], []) == tokens.tolist() and sorted(orders[0]) == sorted(orders[1])
+            assert [token for each in orders[0] for token in each] == tokens.tolist()
+            assert sorted(orders[0]) == sorted(orders[1])
     assert orders[0] == documents != orders[1]
     assert len(cut) == 1 and [block.number for block in blocks.blocks_of("s", True, 0, [], 2)] == [0]
