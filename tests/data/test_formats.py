@@ -25,6 +25,7 @@ from megahybrid.data import Tokenizer, blocks
 from megahybrid.data.documents import Piece, Skipped, Unit
 from megahybrid.data.planning import plan
 from megahybrid.data.prepare import prepare
+from megahybrid.data.prepared import prepare_settings
 from megahybrid.data.reading import read_unit
 from megahybrid.errors import UserError
 from tests.data.corpora import make_config, silent
@@ -429,6 +430,15 @@ def test_other_settings_of_tokens_are_another_preparation(tmp_path, tokenizer):
     other = recipe(tmp_path, file, s=replace(source, eos_token_id=5))
     with pytest.raises(UserError, match=r"another data\.sources\.s\.eos_token_id \(None, now 5\)"):
         prepare(other, silent)
+    for values, more in (
+        ({"format": "parquet"}, {"field": "content"}),
+        ({"format": "bin", "dtype": "uint16"}, {"dtype": "uint32"}),
+        ({"format": "bin", "dtype": "uint16"}, {"eos_token_id": 1}),
+    ):
+        one, two = (
+            prepare_settings(recipe(tmp_path, file, s=SourceConfig("x", **{**values, **v}))) for v in ({}, more)
+        )
+        assert {key for key in one if one[key] != two[key]} == {f"data.sources.s.{key}" for key in more}
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
