@@ -225,16 +225,22 @@ class SourceConfig:
     path: str = MISSING
     """The folder."""
     format: str = "text"
-    """text: a file is a document; jsonl: a line of a file is one, also in .gz and .zst."""
+    """text: a file is a document; jsonl: a line of a file is one, also in .gz and .zst; parquet: a row is one; npy and
+    bin: token ids of data.tokenizer, as numpy.save writes them or bare (or with llm.c's header)."""
     include: list[str] = field(default_factory=list)
-    """Glob patterns on the file name; *.txt, or *.jsonl with .gz and .zst, when left out."""
+    """Glob patterns on the file name; *.txt, *.parquet, *.npy, *.bin, or *.jsonl with .gz and .zst, when left out."""
     exclude: list[str] = field(default_factory=list)
     """Folder names that are passed over wherever they stand."""
     weight: float | None = None
     """Part of the training samples, relative to the other sources'; 0 leaves the source out. When no source says more
     than 0, each counts by its size."""
+    dtype: str | None = None
+    """bin: what a token is stored as, uint16 or uint32."""
+    eos_token_id: int | None = None
+    """npy, bin: the token that ends a document in the files; the tokenizer's document token when left out, which
+    always begins or ends one."""
     field: str = "text"
-    """jsonl: the key of a line's text."""
+    """jsonl: the key of a line's text; parquet: the column."""
 
 
 @dataclass
@@ -259,7 +265,8 @@ class DataConfig:
     identity: str | None = None
     """The data that may be read, as `prepare` and `doctor` print it, in quotes; any when left out."""
     validation_fraction: float = 0.005
-    """Part of the documents held out for validation (by a hash of a text file's name, or of a line's text)."""
+    """Part of the documents held out for validation (by a hash of a text file's name; in other formats of the
+    document's text, so that it lies on the same side in all of them)."""
     document_masking: bool = True
     """Documents packed into one sample do not see each other."""
     shuffle_block_size: int = 16384

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from megahybrid.config.pattern import parse_pattern
-from megahybrid.config.schema import Config
+from megahybrid.config.schema import Config, SourceConfig
 from megahybrid.errors import UserError
 from megahybrid_kernels.retention_router import margin
 
@@ -205,7 +205,8 @@ def _data(config: Config) -> None:
     if data.remote is not None and data.cache is None:
         raise UserError("data.remote needs data.cache, a folder on each node's own disk for the shards in use.")
     for name, source in data.sources.items():
-        _choice(f"data.sources.{name}.format", source.format, ("text", "jsonl"))
+        _choice(f"data.sources.{name}.format", source.format, ("text", "jsonl", "parquet", "npy", "bin"))
+        _tokens(f"data.sources.{name}", source, data.tokenizer)
         if source.weight is not None and not 0 <= source.weight < math.inf:
             raise UserError(f"data.sources.{name}.weight is {source.weight}; it must be at least 0 and finite.")
     weights = {name: source.weight for name, source in data.sources.items()}
@@ -214,3 +215,25 @@ def _data(config: Config) -> None:
     if None in weights.values() and any(weights.values()):
         unset = ", ".join(name for name, weight in weights.items() if weight is None)
         raise UserError(f"data.sources has weights, but not for {unset}; give every source one, or none.")
+
+
+def _tokens(key: str, source: SourceConfig, tokenizer: str | None) -> None:
+    """What only sources of token ids have and need."""
+    if source.format not in ("npy", "bin"):
+        for name in ("dtype", "eos_token_id"):
+            if getattr(source, name) is not None:
+                raise UserError(f"{key}.{name} is for the formats npy and bin, not {source.format}; leave it out.")
+        return
+    if tokenizer is None:
+        raise UserError(
+            f"{key} holds tokens (format {source.format}), on which no tokenizer can be trained; set data.tokenizer to "
+            "the one that they were made with."
+        )
+    if source.format == "bin":
+        if source.dtype is None:
+            raise UserError(f"{key}.format bin says nothing of its numbers; set {key}.dtype to uint16 or uint32.")
+        _choice(f"{key}.dtype", source.dtype, ("uint16", "uint32"))
+    elif source.dtype is not None:
+        raise UserError(f"{key}.dtype is for format bin: an .npy file says itself what it holds; leave it out.")
+    if source.eos_token_id is not None and source.eos_token_id < 0:
+        raise UserError(f"{key}.eos_token_id is {source.eos_token_id}; it must be at least 0.")

@@ -1,4 +1,4 @@
-"""Finished units → the source's splits: all shards under one index, and what was left over laid together."""
+"""Finished blocks → the source's splits: all shards under one index, and what was left over laid together."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from megahybrid.data.units import documents_in
 from megahybrid.data.writing import SampleWriter
 
 
-def assemble(folders: list[Path], source: Path, seq_length: int, dtype: str, document_id: int) -> dict[str, int]:
-    """Write `source`/train and `source`/validation from the units' folders, in their order, and leave those as they
-    are; the samples of each split.
+def assemble(
+    blocks: list[Path], units: list[Path], source: Path, seq_length: int, dtype: str, document_id: int
+) -> dict[str, int]:
+    """Write `source`/train from the blocks' folders and `source`/validation from the units', in their order, and leave
+    those as they are; the samples of each split.
 
-    The shards are the units' own, linked where the disk can. The tails of the units' training text, each as a
+    The shards are the blocks' own, linked where the disk can. The tails of the blocks' training text, each as a
     document, make some samples more; the held-out text is cut as a whole.
     """
     shards: list[dict[str, Any]] = []
-    for folder in folders:
+    for folder in blocks:
         _take(folder / TRAIN, source / TRAIN, shards)
-    if len(folders) > 1:
+    if len(blocks) > 1:
         tails = source / "tails"
         with SampleWriter(tails, seq_length, dtype) as writer:
-            for documents in documents_in(folders, "rest.bin", dtype, document_id):
+            for documents in documents_in(blocks, "rest.bin", dtype, document_id):
                 writer.add(documents)
         _take(tails, source / TRAIN, shards)
         shutil.rmtree(tails)
     (source / TRAIN).mkdir(parents=True, exist_ok=True)
     (source / TRAIN / "index.json").write_text(index_of(shards), encoding="utf-8")
     with SampleWriter(source / VALIDATION, seq_length, dtype) as writer:
-        for documents in documents_in(folders, "validation.bin", dtype, document_id):
+        for documents in documents_in(units, "validation.bin", dtype, document_id):
             writer.add(documents)
     return {TRAIN: sum(shard["samples"] for shard in shards), VALIDATION: writer.samples}
 

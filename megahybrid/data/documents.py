@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
-import json
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from megahybrid.data.order import permutation
+from numpy.typing import NDArray
+
 from megahybrid.errors import UserError
 
 TRAIN, VALIDATION = "train", "validation"
 
 _HASHES = 2**64
-# Text that is held in memory and shuffled at once (JSONL), and tokenised at once.
-CHUNK_BYTES = 8_000_000
 
 
 def draw(*key: str) -> float:
@@ -37,11 +32,11 @@ class Skipped:
     empty: int = 0
     """Files or texts without a character."""
     not_utf8: int = 0
-    """Files or lines that are not UTF-8."""
+    """Files, lines or rows that are not UTF-8."""
     not_json: int = 0
     """Lines that are not a JSON object."""
     no_text: int = 0
-    """Lines without a text under the field."""
+    """Lines or rows without a text under the field."""
     example: str = ""
     """Where the first of them is."""
 
@@ -66,7 +61,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Piece:
-    """A file, or a part of it that begins and ends at any byte: the lines whose first byte is inside are its."""
+    """A file, or a part of it that begins and ends at any byte: the documents that begin inside are its."""
 
     name: str
     """The file's path inside the source, with forward slashes."""
@@ -75,12 +70,12 @@ class Piece:
     end: int
     """Byte after the last."""
     split: str = ""
-    """train or validation; empty where every line has its own."""
+    """train or validation; empty where every document in the file has its own."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a source that one worker turns into shards."""
+    """A part of a source that one worker turns into tokens."""
 
     source: str
     """Name of the source."""
@@ -89,11 +84,15 @@ class Unit:
     root: str
     """The source's folder."""
     format: str
-    """text or jsonl."""
+    """text, jsonl, parquet, npy or bin."""
     field: str
-    """jsonl: the key of a line's text."""
+    """jsonl: the key of a line's text; parquet: its column."""
     validation_fraction: float
-    """jsonl: part of the lines held out."""
+    """All but text: part of the documents held out."""
+    dtype: str | None = None
+    """bin: uint16 or uint32."""
+    eos_token_id: int | None = None
+    """npy, bin: the token that ends a document; the tokenizer's document token if None."""
     pieces: list[Piece] = field(default_factory=list)
     """In the order in which they are read."""
 
@@ -113,15 +112,28 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Text:
-    """A document."""
+class Document:
+    """A document, as text or as tokens."""
 
     split: str
     """train or validation."""
-    text: str
-    """Exactly as given."""
     bytes: int
-    """Its size as UTF-8."""
+    """Size of its text as UTF-8."""
+    text: str = ""
+    """Exactly as given; empty where there are tokens."""
+    tokens: NDArray | None = None
+    """`[n]`: its ids if the source is tokenised, without those that mark its borders."""
+
+
+def in_file(unit: Unit, text: str, tokens: NDArray | None = None) -> Document:
+    """A document of a file of many. Its side follows from its text and the source's name: it is the same in every
+    format, for every tokenizer, and for equal documents.
+
+    Raises UnicodeEncodeError for a text that has no UTF-8.
+    """
+    size = len(text.encode())
+    held = unit.validation_fraction > 0 and draw("validation", unit.source, text) < unit.validation_fraction
+    return Document(VALIDATION if held else TRAIN, size, text if tokens is None else "", tokens)
 
 
 def list_files(name: str, root: Path, include: list[str], exclude: list[str], skipped: Skipped) -> dict[str, int]:
@@ -161,167 +173,6 @@ def split_names(source: str, names: list[str], fraction: float) -> set[str]:
     if len(held) == len(names):
         held.remove(max(draws, key=draws.__getitem__))
     return held
-
-
-def read_unit(unit: Unit, skipped: Skipped, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[list[Text], int]]:
-    """The unit's documents in their order, in chunks of about `chunk_bytes`, with the bytes of the source that each
-    chunk took.
-
-    Text files come in the order of the pieces; the lines of JSONL are shuffled within a chunk.
-    Raises UserError for a file that cannot be read.
-    """
-    chunk: list[Text] = []
-    size, taken, number = 0, 0, 0
-    for document, consumed in _documents(unit, skipped):
-        taken += consumed
-        if document is None:
-            continue
-        chunk.append(document)
-        size += document.bytes
-        if size >= chunk_bytes:
-            yield _shuffled(chunk, unit, number), taken
-            chunk, size, taken, number = [], 0, 0, number + 1
-    yield _shuffled(chunk, unit, number), taken
-
-
-def _shuffled(chunk: list[Text], unit: Unit, number: int) -> list[Text]:
-    if unit.format == "text":
-        return chunk
-    return [chunk[i] for i in permutation(len(chunk), "lines", unit.source, unit.number, number)]
-
-
-def _documents(unit: Unit, skipped: Skipped) -> Iterator[tuple[Text | None, int]]:
-    """Each document, or None for none, with the bytes of the source since the last one."""
-    for piece in unit.pieces:
-        path = Path(unit.root, piece.name)
-        try:
-            if unit.format == "text":
-                yield _file(piece, path, skipped), piece.end - piece.begin
-            else:
-                yield from _lines(unit, piece, path, skipped)
-        except (OSError, zlib.error) as error:
-            raise UserError(
-                f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}; make it readable or exclude it."
-            ) from error
-        except EOFError as error:
-            raise UserError(f"'{path}' ends too early; fetch it again or exclude it.") from error
-
-
-def _file(piece: Piece, path: Path, skipped: Skipped) -> Text | None:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        skipped.note("not_utf8", f"'{path}'")
-        return None
-    if not text:
-        skipped.note("empty", f"'{path}'")
-        return None
-    return Text(piece.split, text, len(data))
-
-
-def _lines(unit: Unit, piece: Piece, path: Path, skipped: Skipped) -> Iterator[tuple[Text | None, int]]:
-    with open(path, "rb") as file:
-        lines = _open(file, path)
-        whole = lines is not file
-        at = piece.begin
-        if at > 0:
-            file.seek(at - 1)
-            at += len(file.readline()) - 1  # the rest of a line that began before
-        taken = piece.begin
-        while whole or at < piece.end:
-            line = lines.readline()
-            if not line:
-                break
-            here = f"'{path}', byte {at}"
-            at += len(line)
-            reached = file.tell() if whole else min(at, piece.end)
-            yield _line(unit, line, here, skipped), reached - taken
-            taken = reached
-        yield None, piece.end - taken
-
-
-def _line(unit: Unit, line: bytes, where: str, skipped: Skipped) -> Text | None:
-    if not line.strip():
-        return None
-    try:
-        value = json.loads(line)
-    except UnicodeDecodeError:
-        skipped.note("not_utf8", where)
-        return None
-    except (ValueError, RecursionError):
-        skipped.note("not_json", where)
-        return None
-    text = value.get(unit.field) if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        skipped.note("no_text" if isinstance(value, dict) else "not_json", where)
-        return None
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError:  # half of a surrogate pair
-        skipped.note("not_utf8", where)
-        return None
-    if not text:
-        skipped.note("empty", where)
-        return None
-    held = unit.validation_fraction > 0 and draw("validation", unit.source, text) < unit.validation_fraction
-    return Text(VALIDATION if held else TRAIN, text, size)
-
-
-def _open(file: IO[bytes], path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.open(file)
-    return io.BufferedReader(_Zstandard(file, path), 1 << 20) if path.suffix == ".zst" else file
-
-
-class _Zstandard(io.RawIOBase):
-    """Reads .zst, of one frame or several. The package's own reader takes a file that was cut for one that ended."""
-
-    def __init__(self, file: IO[bytes], path: Path):
-        try:
-            import zstandard
-        except ImportError as error:
-            raise UserError(
-                f"'{path}' needs the package zstandard; `pip install zstandard`, or compress it with gzip."
-            ) from error
-        self._library = zstandard
-        self._file = file
-        self._frame: Any = None
-        self._plain = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._plain:
-            more = self._file.read(1 << 18)
-            if not more:
-                if self._frame is not None:
-                    raise EOFError
-                return 0
-            self._plain = memoryview(self._decompress(more))
-        size = min(len(buffer), len(self._plain))
-        buffer[:size] = self._plain[:size]
-        self._plain = self._plain[size:]
-        return size
-
-    def _decompress(self, data: bytes) -> bytes:
-        parts = []
-        while data:
-            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
-            try:
-                parts.append(self._frame.decompress(data))
-            except self._library.ZstdError as error:
-                raise OSError(str(error)) from error
-            data = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        return b"".join(parts)
-
-
-def is_compressed(name: str) -> bool:
-    """Whether only the whole file can be read."""
-    return name.endswith((".gz", ".zst"))
 
 
 def _walk(root: Path, exclude: set[str]) -> Iterator[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from megahybrid.config.schema import Config
 from megahybrid.data.documents import (
@@ -15,14 +15,15 @@ from megahybrid.data.documents import (
     Skipped,
     Unit,
     draw,
-    is_compressed,
     list_files,
     split_names,
 )
+from megahybrid.data.lines import is_compressed
+from megahybrid.data.parquet import pyarrow
 from megahybrid.data.prepared import include_patterns, is_source_name
 from megahybrid.errors import UserError
 
-# A unit is lost when `prepare` is killed, and its shards end with a short one: about a minute of a core, some shards.
+# A unit is lost when `prepare` is killed: about a minute of a core.
 _LARGEST_UNIT = 1 << 28
 _SMALLEST_UNIT = 1 << 20
 _UNITS = 64
@@ -31,7 +32,7 @@ _UNITS = 64
 def plan(config: Config, skipped: Skipped) -> dict[str, list[Unit]]:
     """Source → its units, in an order that depends on names and sizes only.
 
-    Raises UserError for sources without text or with an unfit name.
+    Raises UserError for sources without text or with an unfit name, and for parquet without pyarrow.
     """
     if not config.data.sources:
         raise UserError("data.sources is empty; name at least one folder of text, such as data.sources.books.path=DIR.")
@@ -39,6 +40,8 @@ def plan(config: Config, skipped: Skipped) -> dict[str, list[Unit]]:
     for name, source in sorted(config.data.sources.items()):
         if not is_source_name(name):
             raise UserError(f"data.sources.{name} needs another name, one that can name a folder beside tokenizer/.")
+        if source.format == "parquet":
+            pyarrow(name)
         root = Path(source.path).expanduser()
         files = list_files(name, root, include_patterns(source), source.exclude, skipped)
         size = min(max(sum(files.values()) // _UNITS, _SMALLEST_UNIT), _LARGEST_UNIT)
@@ -47,7 +50,8 @@ def plan(config: Config, skipped: Skipped) -> dict[str, list[Unit]]:
         else:
             pieces = _parts(name, files, size)
         facts = str(root.absolute()), source.format, source.field, config.data.validation_fraction
-        units[name] = [Unit(name, number, *facts, group) for number, group in enumerate(_grouped(pieces, size))]
+        ids = source.dtype, source.eos_token_id
+        units[name] = [Unit(name, number, *facts, *ids, group) for number, group in enumerate(_grouped(pieces, size))]
     return units
 
 
@@ -68,12 +72,19 @@ def _files(source: str, files: dict[str, int], fraction: float) -> list[Piece]:
 
 
 def _parts(source: str, files: dict[str, int], size: int) -> list[Piece]:
-    """Parts of at most `size` bytes, except of compressed files, in an order that depends on names and sizes."""
+    """Parts of at most `size` bytes, except of compressed files: the files in an order that depends on their names
+    only, without what says the format, so that it is the same in all of them; the parts of a file in theirs."""
     pieces = []
-    for name, total in files.items():
+    for name in sorted(files, key=lambda name: (draw("order", source, _without_suffix(name)), name)):
+        total = files[name]
         step = total if is_compressed(name) else size
         pieces += [Piece(name, begin, min(begin + step, total)) for begin in range(0, total, step)]
-    return sorted(pieces, key=lambda piece: (draw("order", source, piece.name, str(piece.begin)), piece.name))
+    return pieces
+
+
+def _without_suffix(name: str) -> str:
+    path = PurePosixPath(name)
+    return str((path.with_suffix("") if is_compressed(name) else path).with_suffix(""))
 
 
 def _grouped(pieces: list[Piece], size: int) -> Iterator[list[Piece]]:

@@ -1,4 +1,4 @@
-"""`megahybrid prepare`: text → tokenizer → MDS shards, whole or not at all, and going on where it was stopped."""
+"""`megahybrid prepare`: text → tokenizer → tokens → MDS shards, whole or not at all, going on where it was stopped."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megahybrid.config.schema import Config
 from megahybrid.data import writing
 from megahybrid.data.assembly import assemble
-from megahybrid.data.documents import TRAIN, VALIDATION, Skipped, Unit, read_unit
+from megahybrid.data.blocks import blocks_of
+from megahybrid.data.documents import TRAIN, VALIDATION, Skipped, Unit
 from megahybrid.data.mds import token_dtype
 from megahybrid.data.planning import fingerprint, plan
 from megahybrid.data.prepared import Prepared, SplitCounts, differences, find_prepared, prepare_settings
 from megahybrid.data.progress import progress
+from megahybrid.data.reading import read_unit
 from megahybrid.data.tokenizer import Tokenizer, tokenizer_file, tokenizer_hash
-from megahybrid.data.units import Format, UnitCounts, finished_unit
-from megahybrid.data.workers import write_units
+from megahybrid.data.units import Format, UnitCounts, finished, finished_unit
+from megahybrid.data.workers import Job, write_all
 from megahybrid.errors import UserError
 from megahybrid.files import sync_folder, write_json
 
@@ -33,7 +37,7 @@ _TOKENIZER_BYTES = 20_000_000
 # Less text than this is tokenised before more processes have started.
 _LITTLE_BYTES = 8_000_000
 # Of everything that a finished unit depends on and its plan does not show.
-_VERSION = 1
+_VERSION = 2
 
 
 def prepare(config: Config, report: Report = print) -> Prepared:
@@ -57,12 +61,19 @@ def prepare(config: Config, report: Report = print) -> Prepared:
     with _workplace(target) as place:
         _begin(place, {"version": _VERSION, "settings": settings, "files": fingerprint(units)}, report)
         tokenizer = _tokenizer(config, units, place / "tokenizer" / "tokenizer.json", report)
-        counts = _write(config, units, tokenizer, place, report)
+        made = Format(
+            tokenizer=str(place / "tokenizer" / "tokenizer.json"),
+            seq_length=config.train.seq_length,
+            dtype=token_dtype(tokenizer.vocab_size),
+            shard_bytes=writing.SHARD_BYTES,
+        )
+        counts = _tokenise(config, units, made, place, report)
         for each in (each for source in counts.values() for each in source):
             skipped.add(each.skipped)
         _report_skipped(skipped, report)
         _require_text(config, units, counts)
-        splits = _assemble(config, units, tokenizer, counts, place)
+        blocks = _cut(config, counts, tokenizer.document_id, made, place, report)
+        splits = _assemble(blocks, counts, tokenizer.document_id, made, place)
         prepared = Prepared(
             root=place / "final",
             seq_length=config.train.seq_length,
@@ -150,51 +161,66 @@ def _training_texts(units: list[Unit]) -> Iterator[tuple[str, int]]:
             yield from ((text.text, text.bytes) for text in texts if text.split == TRAIN)
 
 
-def _write(
-    config: Config, units: dict[str, list[Unit]], tokenizer: Tokenizer, place: Path, report: Report
+def _tokenise(
+    config: Config, units: dict[str, list[Unit]], made: Format, place: Path, report: Report
 ) -> dict[str, list[UnitCounts]]:
     """Write all units that are not finished; what each has come to."""
-    made = Format(
-        tokenizer=str(place / "tokenizer" / "tokenizer.json"),
-        seq_length=config.train.seq_length,
-        dtype=token_dtype(tokenizer.vocab_size),
-        shard_bytes=writing.SHARD_BYTES,
-    )
-    everything = [unit for each in units.values() for unit in each]
-    missing = [unit for unit in everything if finished_unit(_folder(place, unit)) is None]
-    if len(missing) < len(everything):
-        report(f"{len(everything) - len(missing):,} of {len(everything):,} parts were finished before.")
-    total = sum(unit.bytes for unit in missing)
-    workers = config.data.workers or (1 if total < _LITTLE_BYTES else len(os.sched_getaffinity(0)))
-    with progress(total, report) as advance:
-        write_units([(unit, _folder(place, unit)) for unit in missing], made, workers, advance)
-    counts: dict[str, list[UnitCounts]] = {}
-    for name, each in units.items():
-        counts[name] = []
-        for unit in each:
-            found = finished_unit(_folder(place, unit))
-            if found is None:
-                raise OSError(f"'{_folder(place, unit)}' is not what was written a moment ago")
-            counts[name].append(found)
+    everything = [(unit, _unit_folder(place, unit.source, unit.number)) for each in units.values() for unit in each]
+    _write(config, everything, "Tokenised", made, report)
+    counts: dict[str, list[UnitCounts]] = {name: [] for name in units}
+    for unit, folder in everything:
+        found = finished_unit(folder)
+        if found is None:
+            raise OSError(f"'{folder}' is not what was written a moment ago")
+        counts[unit.source].append(found)
     return counts
 
 
+def _cut(
+    config: Config, counts: dict[str, list[UnitCounts]], document_id: int, made: Format, place: Path, report: Report
+) -> dict[str, list[Path]]:
+    """Write all blocks that are not finished; the folders of every source's."""
+    folders: dict[str, list[Path]] = {}
+    everything: list[tuple[Job, Path]] = []
+    for name, each in counts.items():
+        files = [
+            (_unit_folder(place, name, number) / "train.bin", count.tokens[TRAIN]) for number, count in enumerate(each)
+        ]
+        shuffle = config.data.sources[name].format != "text"
+        blocks = list(blocks_of(name, shuffle, document_id, files, np.dtype(made.dtype).itemsize))
+        folders[name] = [place / "blocks" / name / f"{block.number:06}" for block in blocks]
+        everything += zip(blocks, folders[name], strict=True)
+    _write(config, everything, "Cut", made, report)
+    return folders
+
+
+def _write(config: Config, jobs: Sequence[tuple[Job, Path]], what: str, made: Format, report: Report) -> None:
+    """Do the jobs whose folders are not finished."""
+    missing = [(job, folder) for job, folder in jobs if finished(folder) is None]
+    if len(missing) < len(jobs):
+        report(f"{what} before: {len(jobs) - len(missing):,} of {len(jobs):,} parts.")
+    total = sum(job.bytes for job, _ in missing)
+    workers = config.data.workers or (1 if total < _LITTLE_BYTES else len(os.sched_getaffinity(0)))
+    with progress(total, what, report) as advance:
+        write_all(missing, made, workers, advance)
+
+
 def _assemble(
-    config: Config, units: dict[str, list[Unit]], tokenizer: Tokenizer, counts: dict[str, list[UnitCounts]], place: Path
+    blocks: dict[str, list[Path]], counts: dict[str, list[UnitCounts]], document_id: int, made: Format, place: Path
 ) -> dict[str, dict[str, SplitCounts]]:
-    final, dtype = place / "final", token_dtype(tokenizer.vocab_size)
+    final = place / "final"
     final.mkdir()
     (final / "tokenizer").mkdir()
-    shutil.copyfile(place / "tokenizer" / "tokenizer.json", final / "tokenizer" / "tokenizer.json")
+    shutil.copyfile(made.tokenizer, final / "tokenizer" / "tokenizer.json")
     splits: dict[str, dict[str, SplitCounts]] = {}
-    for name, each in units.items():
-        folders = [_folder(place, unit) for unit in each]
-        samples = assemble(folders, final / name, config.train.seq_length, dtype, tokenizer.document_id)
+    for name, each in counts.items():
+        units = [_unit_folder(place, name, number) for number in range(len(each))]
+        samples = assemble(blocks[name], units, final / name, made.seq_length, made.dtype, document_id)
         splits[name] = {
             split: SplitCounts(
-                documents=sum(count.documents[split] for count in counts[name]),
-                bytes=sum(count.bytes[split] for count in counts[name]),
-                tokens=sum(count.tokens[split] for count in counts[name]),
+                documents=sum(count.documents[split] for count in each),
+                bytes=sum(count.bytes[split] for count in each),
+                tokens=sum(count.tokens[split] for count in each),
                 samples=samples[split],
                 index_sha256=hashlib.sha256((final / name / split / "index.json").read_bytes()).hexdigest(),
             )
@@ -203,8 +229,8 @@ def _assemble(
     return splits
 
 
-def _folder(place: Path, unit: Unit) -> Path:
-    return place / "units" / unit.source / f"{unit.number:06}"
+def _unit_folder(place: Path, source: str, number: int) -> Path:
+    return place / "units" / source / f"{number:06}"
 
 
 def _report_skipped(skipped: Skipped, report: Report) -> None:
@@ -216,7 +242,9 @@ def _report_skipped(skipped: Skipped, report: Report) -> None:
     }
     if any(named.values()):
         found = ", ".join(f"{count:,} {kind}" for kind, count in named.items() if count)
-        report(f"Passed over files or lines: {found}{f' (the first: {skipped.example})' if skipped.example else ''}.")
+        report(
+            f"Passed over files, lines or rows: {found}{f' (the first: {skipped.example})' if skipped.example else ''}."
+        )
 
 
 def _require_text(config: Config, units: dict[str, list[Unit]], counts: dict[str, list[UnitCounts]]) -> None:
@@ -228,11 +256,13 @@ def _require_text(config: Config, units: dict[str, list[Unit]], counts: dict[str
         for count in each:
             skipped.add(count.skipped)
         source = config.data.sources[name]
-        if source.format == "jsonl" and skipped.bad:
+        if source.format in ("jsonl", "parquet") and skipped.bad:
+            what = "row" if source.format == "parquet" else "line"
+            objects = f"{skipped.not_json:,} are not JSON objects, " if what == "line" else ""
             raise UserError(
-                f"data.sources.{name} has no line with a text under '{source.field}' ({skipped.not_json:,} are not "
-                f"JSON objects, {skipped.no_text:,} lack it, {skipped.not_utf8:,} are not UTF-8; the first: "
-                f"{skipped.example}); set data.sources.{name}.field, or its path."
+                f"data.sources.{name} has no {what} with a text under '{source.field}' ({objects}{skipped.no_text:,} "
+                f"lack it, {skipped.not_utf8:,} are not UTF-8; the first: {skipped.example}); set "
+                f"data.sources.{name}.field, or its path."
             )
         raise UserError(
             f"data.sources.{name} holds no text in its {sum(len(unit.pieces) for unit in units[name]):,} files "

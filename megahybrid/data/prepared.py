@@ -15,6 +15,7 @@ from megahybrid.data.documents import TRAIN, VALIDATION
 from megahybrid.data.mds import token_dtype
 from megahybrid.data.stores import Folder, Remote, Store
 from megahybrid.data.tokenizer import tokenizer_file, tokenizer_hash
+from megahybrid.data.tokens import TOKENISED
 from megahybrid.errors import MachineFault, UserError
 from megahybrid.files import write_json
 
@@ -107,8 +108,12 @@ def prepare_settings(config: Config) -> dict[str, Any]:
         settings[f"data.sources.{name}.format"] = source.format
         settings[f"data.sources.{name}.include"] = include_patterns(source)
         settings[f"data.sources.{name}.exclude"] = list(source.exclude)
-        if source.format == "jsonl":
+        if source.format in ("jsonl", "parquet"):
             settings[f"data.sources.{name}.field"] = source.field
+        if source.format == "bin":
+            settings[f"data.sources.{name}.dtype"] = source.dtype
+        if source.format in TOKENISED:
+            settings[f"data.sources.{name}.eos_token_id"] = source.eos_token_id
     return settings
 
 
@@ -116,7 +121,8 @@ def include_patterns(source: SourceConfig) -> list[str]:
     """The file names that a source takes."""
     if source.include:
         return list(source.include)
-    return ["*.txt"] if source.format == "text" else ["*.jsonl", "*.jsonl.gz", "*.jsonl.zst"]
+    special = {"text": ["*.txt"], "jsonl": ["*.jsonl", "*.jsonl.gz", "*.jsonl.zst"]}
+    return special.get(source.format, [f"*.{source.format}"])
 
 
 def find_prepared(root: Path) -> Prepared | None:

@@ -14,11 +14,14 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextlib.contextmanager
-def progress(total: int, report: Callable[[str], Any]) -> Iterator[Callable[[int], None]]:
-    """`advance(bytes)`: a bar on a terminal, now and then a line elsewhere, the speed at the end."""
+def progress(total: int, what: str, report: Callable[[str], Any]) -> Iterator[Callable[[int], None]]:
+    """`advance(bytes)`: a bar on a terminal, now and then a line elsewhere, the speed at the end.
+
+    `what` has been done to these bytes: a participle.
+    """
     console, start = Console(), time.perf_counter()
     done, last_line = 0, start
-    columns = TextColumn("Tokenising"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    columns = TextColumn(what), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
 
@@ -29,8 +32,8 @@ def progress(total: int, report: Callable[[str], Any]) -> Iterator[Callable[[int
             now = time.perf_counter()
             if not console.is_terminal and now - last_line >= _SECONDS_BETWEEN_LINES:
                 last_line = now
-                report(f"Tokenised {done / 1e6:.1f} of {total / 1e6:.1f} MB ({done / 1e6 / (now - start):.1f} MB/s).")
+                report(f"{what} {done / 1e6:.1f} of {total / 1e6:.1f} MB ({done / 1e6 / (now - start):.1f} MB/s).")
 
         yield advance
     seconds = time.perf_counter() - start
-    report(f"Tokenised and wrote {done / 1e6:.1f} MB in {seconds:.1f} s ({done / 1e6 / seconds:.1f} MB/s).")
+    report(f"{what} {done / 1e6:.1f} MB in {seconds:.1f} s ({done / 1e6 / seconds:.1f} MB/s).")

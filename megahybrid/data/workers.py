@@ -1,6 +1,6 @@
-"""Processes that turn units into shards.
+"""Processes that turn units into tokens, and those into shards.
 
-Each reads a unit a line from its input and answers a message a line, so that it shares nothing with its parent, is
+Each reads a job a line from its input and answers a message a line, so that it shares nothing with its parent, is
 started the same way from everywhere, and ends when the parent does.
 """
 
@@ -13,34 +13,36 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from megahybrid.data.blocks import Block, write_block
 from megahybrid.data.documents import Unit
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.data.units import Format, write_unit
 from megahybrid.errors import UserError
 
 Advance = Callable[[int], Any]
+Job = Unit | Block
 
 
-def write_units(units: Iterable[tuple[Unit, Path]], made: Format, workers: int, advance: Advance) -> None:
-    """Write every unit into its folder, by so many processes (one: this one). `advance(bytes)` hears of the progress.
+def write_all(jobs: Sequence[tuple[Job, Path]], made: Format, workers: int, advance: Advance) -> None:
+    """Write every unit or block into its folder, by so many processes (one: this one). `advance(bytes)` hears of the
+    progress.
 
     Raises UserError for what a source makes impossible, OSError for the disk's faults, RuntimeError if a worker dies.
     """
-    jobs = list(units)
     workers = min(workers, len(jobs))
     if workers <= 1:
         tokenizer = Tokenizer.load(made.tokenizer)
-        for unit, folder in jobs:
-            write_unit(unit, made, tokenizer, folder, advance)
+        for job, folder in jobs:
+            _write(job, made, tokenizer, folder, advance)
         return
-    waiting: queue.SimpleQueue[tuple[Unit, Path]] = queue.SimpleQueue()
-    for job in jobs:
-        waiting.put(job)
+    waiting: queue.SimpleQueue[tuple[Job, Path]] = queue.SimpleQueue()
+    for each in jobs:
+        waiting.put(each)
     told: queue.SimpleQueue[int | Exception | None] = queue.SimpleQueue()
     processes = [_start(made) for _ in range(workers)]
     threads = [threading.Thread(target=_drive, args=(process, waiting, told), daemon=True) for process in processes]
@@ -67,6 +69,13 @@ def write_units(units: Iterable[tuple[Unit, Path]], made: Format, workers: int, 
                 pipe.close()
 
 
+def _write(job: Job, made: Format, tokenizer: Tokenizer, folder: Path, advance: Advance) -> None:
+    if isinstance(job, Block):
+        write_block(job, made, folder, advance)
+    else:
+        write_unit(job, made, tokenizer, folder, advance)
+
+
 def _start(made: Format) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
@@ -85,16 +94,16 @@ def _start(made: Format) -> subprocess.Popen[str]:
 
 
 def _drive(process: subprocess.Popen[str], waiting: queue.SimpleQueue, told: queue.SimpleQueue) -> None:
-    """Give a process unit after unit; tell of progress, of an error, and None at the end."""
+    """Give a process job after job; tell of progress, of an error, and None at the end."""
     assert process.stdin is not None and process.stdout is not None
     while True:
         try:
-            unit, folder = waiting.get_nowait()
+            job, folder = waiting.get_nowait()
         except queue.Empty:
             told.put(None)
             return
         try:
-            process.stdin.write(json.dumps([unit.to_json(), str(folder)]) + "\n")
+            process.stdin.write(json.dumps([type(job).__name__, job.to_json(), str(folder)]) + "\n")
             process.stdin.flush()
             for line in process.stdout:
                 message = json.loads(line)
@@ -138,9 +147,10 @@ def _serve(made: Format, requests: IO[str], answers: IO[str]) -> None:
 
     tokenizer = Tokenizer.load(made.tokenizer)
     for line in requests:
-        values, folder = json.loads(line)
+        kind, values, folder = json.loads(line)
+        job = Block.from_json(values) if kind == "Block" else Unit.from_json(values)
         try:
-            write_unit(Unit.from_json(values), made, tokenizer, Path(folder), lambda size: answer({"advance": size}))
+            _write(job, made, tokenizer, Path(folder), lambda size: answer({"advance": size}))
         except Exception as error:
             number = error.errno if isinstance(error, OSError) else None
             text = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

@@ -11,10 +11,11 @@ import pytest
 
 from megahybrid.config.schema import SourceConfig
 from megahybrid.data import Tokenizer, open_prepared
-from megahybrid.data.documents import Piece, Skipped, Unit, read_unit
+from megahybrid.data.documents import Piece, Skipped, Unit
 from megahybrid.data.planning import plan
 from megahybrid.data.prepare import prepare
 from megahybrid.data.prepared import open_store
+from megahybrid.data.reading import read_unit
 from megahybrid.data.shards import ShardReader
 from megahybrid.errors import UserError
 from tests.data.corpora import make_config, silent
@@ -36,12 +37,12 @@ def lines_of(count: int, seed: int = 0) -> tuple[list[str], bytes]:
 
 
 def unit(root: Path, *pieces: Piece, fraction: float = 0.2) -> Unit:
-    return Unit("s", 0, str(root), "jsonl", "text", fraction, list(pieces))
+    return Unit("s", 0, str(root), "jsonl", "text", fraction, pieces=list(pieces))
 
 
 def read(one: Unit, chunk_bytes: int = 1 << 20) -> tuple[list[str], Skipped]:
     skipped = Skipped()
-    return [text.text for texts, _ in read_unit(one, skipped, chunk_bytes) for text in texts], skipped
+    return [text.text for texts, _ in read_unit(one, skipped, None, chunk_bytes) for text in texts], skipped
 
 
 @pytest.mark.parametrize("size", [1, 13, 500, 10**6])
@@ -71,7 +72,7 @@ def test_compressed_files_read_the_same(tmp_path, suffix):
     file.write_bytes(packed)
     piece = Piece(file.name, 0, len(packed))
     skipped = Skipped()
-    chunks = list(read_unit(unit(tmp_path, piece), skipped, 1000))
+    chunks = list(read_unit(unit(tmp_path, piece), skipped, None, 1000))
     assert sorted(text.text for chunk, _ in chunks for text in chunk) == sorted(texts)
     assert sum(taken for _, taken in chunks) == len(packed) and skipped.bad == len(BAD)
     for cut in (9, 200):
@@ -84,16 +85,16 @@ def test_compressed_files_read_the_same(tmp_path, suffix):
             read(unit(tmp_path, piece))
 
 
-def test_lines_are_shuffled_in_bounded_chunks_and_split_by_their_text(tmp_path):
+def test_lines_come_in_order_in_bounded_chunks_and_are_split_by_their_text(tmp_path):
     _, data = lines_of(400)
     (tmp_path / "x.jsonl").write_bytes(data)
     piece = Piece("x.jsonl", 0, len(data))
-    chunks = list(read_unit(unit(tmp_path, piece), Skipped(), 5000))
+    chunks = list(read_unit(unit(tmp_path, piece), Skipped(), None, 5000))
     assert len(chunks) > 5 and all(sum(text.bytes for text in chunk) < 6000 for chunk, _ in chunks)
     assert sum(taken for _, taken in chunks) == len(data)
     found = [text for chunk, _ in chunks for text in chunk]
     in_file = [json.loads(line)["text"] for line in data.splitlines() if b'"id"' in line]
-    assert [text.text for text in found] != in_file
+    assert [text.text for text in found] == in_file
     held = {text.text for text in found if text.split == "validation"}
     assert 40 < len(held) < 120
     (tmp_path / "y.jsonl").write_bytes(b"\n".join(reversed(data.splitlines())))
@@ -105,7 +106,7 @@ def test_jsonl_is_prepared_whole_from_many_parts(tmp_path, monkeypatch):
     """Parts share their tails: less than one sample is lost, and no document runs on into another's."""
     monkeypatch.setattr("megahybrid.data.planning._SMALLEST_UNIT", 3000)
     monkeypatch.setattr("megahybrid.data.writing.SHARD_BYTES", 3000)
-    monkeypatch.setattr("megahybrid.data.documents.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("megahybrid.data.blocks.BLOCK_TOKENS", 1000)
     (tmp_path / "text").mkdir()
     texts, data = lines_of(300)
     (tmp_path / "text" / "x.jsonl").write_bytes(data)

@@ -15,14 +15,14 @@ from streaming import MDSWriter, StreamingDataset
 
 from megahybrid.config import save_config
 from megahybrid.config.schema import SourceConfig
-from megahybrid.data import Tokenizer, open_prepared
+from megahybrid.data import Tokenizer, open_prepared, workers
 from megahybrid.data.documents import Skipped, split_names
 from megahybrid.data.planning import plan
 from megahybrid.data.prepare import prepare
 from megahybrid.data.prepared import open_store
 from megahybrid.data.shards import ShardReader
 from megahybrid.data.units import Format
-from megahybrid.data.workers import write_units
+from megahybrid.data.workers import write_all
 from megahybrid.data.writing import SampleWriter
 from megahybrid.errors import UserError
 from tests.data.corpora import SEQ_LENGTH, make_config, silent, write_texts
@@ -171,22 +171,24 @@ def test_a_second_prepare_does_nothing_and_other_settings_are_refused(corpus):
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_an_interrupted_prepare_is_not_trusted_and_goes_on(tmp_path, monkeypatch, fault):
+@pytest.mark.parametrize(("job", "said"), [("write_unit", "Tokenised"), ("write_block", "Cut")])
+def test_an_interrupted_prepare_is_not_trusted_and_goes_on(tmp_path, monkeypatch, fault, job, said):
     write_texts(tmp_path / "text", 60)
     monkeypatch.setattr("megahybrid.data.planning._SMALLEST_UNIT", 4000)
+    monkeypatch.setattr("megahybrid.data.blocks.BLOCK_TOKENS", 1000)
     config = make_config(tmp_path)
     whole = replace(config, data=replace(config.data, path=str(tmp_path / "whole")))
     prepare(whole, silent)
-    add, calls = SampleWriter.add, []
+    write, calls = getattr(workers, job), []
 
-    def fail(self, documents):
-        add(self, documents)
+    def fail(*arguments):
         calls.append(1)
         if len(calls) == 4:
             raise fault
+        write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SampleWriter, "add", fail)
+        patch.setattr(workers, job, fail)
         with pytest.raises((UserError, KeyboardInterrupt)):
             prepare(config, silent)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".data.part", "text", "whole"]
@@ -194,7 +196,7 @@ def test_an_interrupted_prepare_is_not_trusted_and_goes_on(tmp_path, monkeypatch
         open_prepared(config)
     lines = []
     prepare(config, lines.append)
-    assert any(line.startswith("3 of ") and line.endswith("parts were finished before.") for line in lines)
+    assert any(line.startswith(f"{said} before: 3 of ") for line in lines)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "text", "whole"]
     assert_same_files(tmp_path / "data", tmp_path / "whole")
 
@@ -211,6 +213,7 @@ def assert_same_files(one: Path, other: Path):
 def test_finished_parts_that_were_damaged_or_belong_to_other_text_are_made_anew(tmp_path, monkeypatch):
     texts = write_texts(tmp_path / "text", 60)
     monkeypatch.setattr("megahybrid.data.planning._SMALLEST_UNIT", 4000)
+    monkeypatch.setattr("megahybrid.data.blocks.BLOCK_TOKENS", 1000)
     config = make_config(tmp_path)
     whole = replace(config, data=replace(config.data, path=str(tmp_path / "whole")))
     prepare(whole, silent)
@@ -223,20 +226,21 @@ def test_finished_parts_that_were_damaged_or_belong_to_other_text_are_made_anew(
             patch.setattr("megahybrid.data.prepare.assemble", stop_at_assembly)
             with pytest.raises(KeyboardInterrupt):
                 prepare(config, silent)
-        return sorted((tmp_path / ".data.part" / "units" / "small").iterdir())
+        return [sorted((tmp_path / ".data.part" / kind / "small").iterdir()) for kind in ("units", "blocks")]
 
-    first, second, third, *others = stopped()
-    shard = next(first.rglob("*.mds"))
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
-    (second / "rest.bin").write_bytes(b"")
+    (first, second, third, *others), (block, *blocks) = stopped()
+    for file in (first / "train.bin", next(block.rglob("*.mds"))):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    (second / "validation.bin").write_bytes(b"other")
     (third / "done.json").unlink()
     (third.parent / ".000099.1.part").mkdir()
     (tmp_path / ".data.part" / "junk").write_text("junk")
     lines = []
     prepare(config, lines.append)
-    assert f"{len(others)} of {len(others) + 3} parts were finished before." in lines
+    assert f"Tokenised before: {len(others)} of {len(others) + 3} parts." in lines
+    assert f"Cut before: {len(blocks)} of {len(blocks) + 1} parts." in lines
     assert_same_files(tmp_path / "data", tmp_path / "whole")
 
     (tmp_path / "data").rename(tmp_path / "old")
@@ -245,7 +249,7 @@ def test_finished_parts_that_were_damaged_or_belong_to_other_text_are_made_anew(
     (tmp_path / "text" / name).write_text("other " + texts[name][6:])  # as long as before
     lines = []
     prepare(config, lines.append)
-    assert not any("finished before" in line for line in lines)
+    assert not any(" before: " in line for line in lines)
 
 
 def test_the_result_does_not_depend_on_the_workers_or_on_kills(tmp_path, monkeypatch):
@@ -271,7 +275,7 @@ def test_the_result_does_not_depend_on_the_workers_or_on_kills(tmp_path, monkeyp
     assert list(units.glob("0*"))
     lines = []
     prepare(config, lines.append)
-    assert any(line.endswith("parts were finished before.") for line in lines)
+    assert any(line.startswith("Tokenised before: ") for line in lines)
     assert_same_files(tmp_path / "data", tmp_path / "whole")
 
 
@@ -284,10 +288,10 @@ def test_a_worker_that_fails_or_dies_is_named(tmp_path, monkeypatch):
     absent = replace(units[0], root=str(tmp_path / "absent"))
     jobs = [(absent, tmp_path / "u" / "0"), (absent, tmp_path / "u" / "1")]
     with pytest.raises(UserError, match="cannot be read: No such file"):
-        write_units(jobs, made, 2, lambda size: None)
+        write_all(jobs, made, 2, lambda size: None)
     monkeypatch.setattr("megahybrid.data.workers.sys.executable", "/bin/false")
     with pytest.raises(RuntimeError, match="process of prepare died"):
-        write_units(jobs, made, 2, lambda size: None)
+        write_all(jobs, made, 2, lambda size: None)
 
 
 def test_two_prepares_at_once(tmp_path, monkeypatch):
