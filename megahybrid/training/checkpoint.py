@@ -63,13 +63,14 @@ def load(path: Path, engine: Engine) -> Position:
     if "controller" not in facts:
         raise UserError(f"'{path}' holds weights only; start a new run with train.init_from='{path}'.")
     _verify(path, facts, engine.model, zero.KINDS)
-    zero.reset_optimizer_state(engine.deepspeed, facts["position"]["step"])
+    engine.guard.load_state(facts["guard"])
+    accepted = facts["position"]["step"] - engine.guard.skipped  # what AdamW counts
+    zero.reset_optimizer_state(engine.deepspeed, accepted)
     for name, parameter in engine.model.named_parameters():
         for kind in zero.KINDS:
             value = _read(path, facts, kind, name, parameter).to(engine.device)
             zero.write(engine.deepspeed, parameter, kind, value)
     engine.controller.load_state(facts["controller"])
-    engine.guard.load_state(facts["guard"])
     return Position(**facts["position"])
 
 
