@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megahybrid.config import Config, load_config, save_config
 from megahybrid.data.loader import TrainingData, validation_batches
@@ -194,7 +195,7 @@ class Trainer:
             self._record(metrics)
             if step == first + 1 or step % train.log_every == 0 or "validation_loss" in metrics or result.skipped:
                 left = (time.perf_counter() - began) / (step - first) * (train.steps - step)
-                self.say(_line(metrics, result, train.steps, left))
+                self.say(_line(metrics, result, self._kept(), train.steps, left))
             if result.stop and not last:
                 self.saver.insist(self.position)
                 signals = {name for name in groups.gather(self.stop_request.signal) if name}
@@ -260,9 +261,13 @@ class Trainer:
         }
         if self.engine.lte_layers:
             metrics["retention_loss"] = result.retention_loss
-            metrics["kept"] = self.engine.controller.kept_now.tolist()
-            metrics["lambda"] = self.engine.controller.lambdas.tolist()
+            if step % self.config.train.log_every == 0 or step == self.config.train.steps:  # they are most of a line
+                metrics["kept"], metrics["lambda"] = self._kept(), _short(self.engine.controller.lambdas)
         return result, metrics
+
+    def _kept(self) -> list[list[float]]:
+        """Tokens that every head kept in the last step."""
+        return _short(self.engine.controller.kept_now)
 
     def _record(self, metrics: dict[str, Any]) -> None:
         if groups.is_main():
@@ -272,14 +277,18 @@ class Trainer:
             self.write_status("running")
 
 
-def _line(metrics: dict[str, Any], result: StepResult, steps: int, left: float) -> str:
+def _short(values: Tensor) -> list[list[float]]:
+    """As a float32 that JSON writes with six digits: what .tolist() gives has seventeen."""
+    return [[float(f"{value:.6g}") for value in row] for row in values.tolist()]
+
+
+def _line(metrics: dict[str, Any], result: StepResult, kept: list[list[float]], steps: int, left: float) -> str:
     parts = [f"step {metrics['step']:>{len(str(steps))}}/{steps}", f"loss {metrics['loss']:.4f}"]
     if metrics.get("validation_loss") is not None:
         parts.append(f"validation {metrics['validation_loss']:.4f}")
     if result.skipped:
         parts.append(f"left out: {result.skipped}")
-    if "kept" in metrics:
-        heads = [head for layer in metrics["kept"] for head in layer]
+    if heads := [head for layer in kept for head in layer]:
         parts.append(f"kept {min(heads):.0f}–{max(heads):.0f} a head")
     return " · ".join([*parts, f"{metrics['tokens_per_second']:,.0f} tokens/s", f"{duration(left)} left"])
 

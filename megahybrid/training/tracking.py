@@ -17,7 +17,7 @@ from megahybrid.config.schema import Config
 from megahybrid.errors import UserError
 from megahybrid.files import write_json
 from megahybrid.retry import retry
-from megahybrid.training.run_directory import read_metrics
+from megahybrid.training import metrics_file
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +60,10 @@ class Tracker:
     def _catch_up(self, folder: Path, step: int) -> None:
         try:
             if self._logged < step and (folder / "metrics.jsonl").exists():
-                for line in read_metrics(folder):
+                for line in metrics_file.lines_after(folder / "metrics.jsonl", self._logged):
                     if line["step"] <= step:
                         self.log(line)
-        except (OSError, UserError) as error:
+        except OSError as error:
             log.warning("W&B does not get the steps before this start (%s).", error)
 
     def finish(self) -> None:
@@ -140,14 +140,13 @@ def _last_step_in_files(folder: Path, run_id: str) -> int:
     """The highest step in the offline files that earlier starts have left; 0 where there is none to be read."""
     for file in sorted(folder.glob(f"offline-run-*-{run_id}/*.wandb"), reverse=True):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        steps = [
-            json.loads(line)["history"]["item"]["_step"]
-            for line in done.stdout.splitlines()
-            if '"type":"history"' in line
-        ]
-        if steps:
-            return max(steps)
+        last = 0
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as inspection:
+            for line in inspection.stdout:  # gigabytes of a long start: none is held
+                if '"type":"history"' in line:
+                    last = max(last, json.loads(line)["history"]["item"]["_step"])
+        if last:
+            return last
     return 0
 
 

@@ -61,11 +61,13 @@ def test_a_checkpoint_without_its_files_names_an_older_one(recipe, tmp_path, cap
 
 
 def test_more_steps_go_on_and_fewer_are_done(recipe, tmp_path, capsys):
-    schedule = "optimizer.schedule=constant"
-    assert main(["train", str(recipe), "train.steps=4", schedule]) == 0
-    assert main(["train", str(recipe), "train.steps=6", schedule]) == 0
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
-    assert main(["train", str(recipe), "train.steps=5", schedule]) == 0
+    keys = ["optimizer.schedule=constant", "train.log_every=3"]
+    assert main(["train", str(recipe), "train.steps=4", *keys]) == 0
+    assert main(["train", str(recipe), "train.steps=6", *keys]) == 0
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "kept" in line and "lambda" in line] == [3, 4, 6]
+    assert main(["train", str(recipe), "train.steps=5", *keys]) == 0
     assert "has done its 5 steps" in capsys.readouterr().out
 
 

@@ -50,7 +50,7 @@ def steps_in_files(run) -> list[int]:
 def test_every_step_is_logged_once_over_a_failure(lost, recipe, tmp_path, monkeypatch):
     """Interrupted in step 8, three after a checkpoint; `lost`: what was logged until then never reached the disk."""
     command, run, real = (
-        ["train", str(recipe), "tracking.wandb=offline", "train.steps=12"],
+        ["train", str(recipe), "tracking.wandb=offline", "train.steps=12", "train.log_every=5"],
         tmp_path / "run",
         Engine.step,
     )
