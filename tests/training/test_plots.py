@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megahybrid.errors import UserError
-from megahybrid.training import report
+from megahybrid.training import plots, report
 from megahybrid.training.plots import heads_figure, plot_run, retention_figure, smooth, speed_figure
 
 STEPS, LAYERS, HEADS, BUFFER = 30, [1, 3], 2, 64
@@ -94,6 +94,13 @@ def test_the_heat_maps_have_a_row_a_head_and_the_speed_its_steps(tmp_path):
     assert np.allclose(weight[3], 1e-3) and np.ma.filled(weight[2], 0).max() == 0
     (axes,) = speed_figure(metrics).axes
     assert np.array_equal(axes.get_lines()[0].get_ydata(), 50.0 * np.arange(1, STEPS + 1))
+
+
+def test_a_long_run_is_thinned_out_to_its_end(tmp_path, monkeypatch):
+    write_run(tmp_path)
+    monkeypatch.setattr(plots, "MOST_STEPS", 4)
+    figure = retention_figure(report.read_metrics(tmp_path), LAYERS, BUFFER)
+    assert figure.axes[0].get_lines()[0].get_xdata().tolist() == [300, 1200, 2100, 3000]
 
 
 def test_smoothing_keeps_a_straight_line_and_the_mean_of_noise():
