@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from megahybrid import code_version
 from megahybrid.errors import UserError
 from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import Put, put_in_place
@@ -72,6 +73,12 @@ def load(path: Path, engine: Engine) -> Position:
             zero.write(engine.deepspeed, parameter, kind, value)
     engine.controller.load_state(facts["controller"])
     return Position(**facts["position"])
+
+
+def other_code(path: Path) -> str | None:
+    """A sentence where another version of the code wrote a checkpoint; None where this one did."""
+    wrote, ours = read_facts(path)["megahybrid"], code_version()
+    return None if wrote == ours else f"{path} was written by megahybrid {wrote}, this is {ours}."
 
 
 def load_weights(path: Path, model: nn.Module, put: Put = put_in_place) -> None:

@@ -130,6 +130,8 @@ class Trainer:
                 raise UserError(f"'{start}' was trained on other data than '{config.data.path}' holds; set it back.")
             self.data.seek(self.position.consumed)
             self._tell(f"Going on from {start} (loaded in {time.perf_counter() - began:.1f} s).")
+            if groups.is_main() and (other := checkpoint.other_code(start)):
+                self._tell(other)
         owner.check()
         groups.on_main(lambda: retry(lambda: self._go_on_from_here(goes_back), f"Writing to {run.path}"))
         self.metrics = MetricsFile(run.metrics, owner.check_here)
