@@ -259,11 +259,12 @@ class Trainer:
             "data_seconds": loaded - started,
             "skipped": self.engine.guard.skipped,
             **model_flops_utilization(self.flops_per_token, speed),
-            **memory(),
         }
         if self.engine.lte_layers:
             metrics["retention_loss"] = result.retention_loss
-            if step % self.config.train.log_every == 0 or step == self.config.train.steps:  # they are most of a line
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps:  # the host waits for these
+            metrics |= memory()
+            if self.engine.lte_layers:
                 metrics["kept"], metrics["lambda"] = self._kept(), _short(self.engine.controller.lambdas)
         return result, metrics
 

@@ -9,6 +9,7 @@ from megahybrid.cli import main
 from megahybrid.config.schema import SkipConfig
 from megahybrid.errors import UserError
 from megahybrid.model.stack import Stack, StackOutput
+from megahybrid.training import zero
 from megahybrid.training.guard import StepGuard
 from tests.training.conftest import metrics
 
@@ -104,6 +105,8 @@ def test_a_bad_step_changes_no_weight_and_is_counted(stage, dtype, fault, recipe
         return out
 
     monkeypatch.setattr(Stack, "forward", forward)
+    norm, asked = zero.grad_norm, []
+    monkeypatch.setattr(zero, "grad_norm", lambda engine: asked.append(None) or norm(engine))
     overrides = [f"parallel.zero_stage={stage}", "checkpoint.every=1", "checkpoint.keep=4", "train.steps=4"]
     overrides += ["train.skip.spikes=true", "train.skip.window=2", "train.skip.sigma=1000"]
     command, run = ["train", str(recipe), f"train.dtype={dtype}", *overrides], tmp_path / "run"
@@ -113,6 +116,7 @@ def test_a_bad_step_changes_no_weight_and_is_counted(stage, dtype, fault, recipe
 
     assert main(command) == 0
     uninterrupted, last = metrics(run), weights(4)
+    assert len(asked) == 4  # once a step: the host waits for it
     assert [line["skipped"] for line in uninterrupted] == [0, 0, 1, 1]
     assert weights(2) == weights(3) != last
     assert main([*command, "train.resume_from=3"]) == 0
