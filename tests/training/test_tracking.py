@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -76,13 +77,15 @@ def test_every_step_is_logged_once_over_a_failure(lost, recipe, tmp_path, monkey
 def test_of_very_many_steps_an_even_part_is_sent(recipe, tmp_path, monkeypatch):
     """As after a rollback, where a new run gets all that were before it: a start must not take hours."""
     monkeypatch.setattr(tracking, "_MOST_AT_ONCE", 10)
+    run = SimpleNamespace(id="anew", settings=SimpleNamespace(_offline=True))
+    monkeypatch.setattr(tracking, "_start", lambda *arguments: run)
     lines = [{"step": step} | ({"validation_loss": 2.0} if step == 41 else {}) for step in range(1, 61)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = load_config(recipe, [f"run.dir={tmp_path}", "tracking.wandb=offline", "train.log_every=4"])
     for sent, step in (([*range(8, 41, 8), 41, 48, 56], 59), (list(range(1, 11)), 10)):
         steps = []
         monkeypatch.setattr(Tracker, "log", lambda self, line, steps=steps: steps.append(line["step"]))
-        Tracker(config, None, step).finish()
+        Tracker(config, None, step)
         assert steps == sent
 
 
