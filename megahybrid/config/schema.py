@@ -191,7 +191,8 @@ class TrainConfig:
     validation_samples: int = 64
     """Samples a validation reads, always the same ones."""
     log_every: int = 10
-    """Steps between two lines on the terminal (metrics.jsonl has every step)."""
+    """Steps between two lines on the terminal, and between two in metrics.jsonl with the values of every head (kept
+    tokens and lambda) and the GPU memory; all other values are in each of its lines."""
 
 
 @dataclass

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import distributed as dist
 
@@ -224,15 +226,25 @@ def _on_all_ranks(open_data: Callable[[], str]) -> None:
     except Exception as caught:
         error = caught
     if dist.is_available() and dist.is_initialized():
-        found: list[tuple[str, bool, str]] = [("", False, "")] * dist.get_world_size()
-        mine = f"{error}" if error else "", isinstance(error, MachineFault), identity
+        found: list[Any] = [None] * dist.get_world_size()
+        mine = f"{error}" if error else "", isinstance(error, MachineFault), identity, socket.gethostname()
         dist.all_gather_object(found, mine)
-        first, machine = next(((message, machine) for message, machine, _ in found if message), ("", False))
-        if error is None and first:
-            raise (MachineFault if machine else UserError)(first)
-        if error is None and len({name for _, _, name in found}) > 1:
-            raise UserError(
-                "The processes do not find the same prepared data in data.path; give all nodes the same copy."
-            )
+        if (error is None or isinstance(error, UserError)) and (fault := _fault(found)):
+            raise fault from error
     if error is not None:
         raise error
+
+
+def _fault(found: Sequence[tuple[str, bool, str, str]]) -> UserError | None:
+    """What is wrong, by the ranks' messages, whether these tell of the machine, the data's identities and hosts."""
+    hosts = {host for *_, host in found}
+    if faults := [each for each in found if each[0]]:
+        (message, machine, _, _), with_fault = faults[0], {host for *_, host in faults}
+        if with_fault != hosts:
+            message = f"{message.rstrip('.')} (on {', '.join(sorted(with_fault))} only; all nodes need the same data)."
+        return (MachineFault if machine else UserError)(message)
+    nodes = {identity: host for _, _, identity, host in reversed(found)}
+    if len(nodes) > 1:
+        where = ", ".join(f"{identity} on {host}" for identity, host in nodes.items())
+        return UserError(f"The nodes do not find the same prepared data ({where}); give all of them the same copy.")
+    return None

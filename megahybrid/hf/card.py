@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megahybrid.config.pattern import LETTERS
 from megahybrid.config.schema import Config
-from megahybrid.errors import UserError
 from megahybrid.model.settings import Settings
-from megahybrid.training.run_directory import read_metrics
+from megahybrid.training.metrics_file import lines_backwards
+from megahybrid.training.run_directory import RunDirectory
 
 _CARD = """---
 library_name: transformers
@@ -63,13 +65,15 @@ def _training_facts(config: Config, facts: dict[str, Any], checkpoint: Path) -> 
         "peak learning rate": f"{config.optimizer.learning_rate:g} ({config.optimizer.schedule})",
         "precision": config.train.dtype,
     }
-    try:
-        metrics = [line for line in read_metrics(checkpoint.parent.parent) if line["step"] <= step]
-    except UserError:  # a checkpoint that was copied out of its run directory
-        return rows
-    if metrics:
-        rows["training loss"] = f"{metrics[-1]['loss']:.4f} nats a token"
-    validated = [line["validation_loss"] for line in metrics if line.get("validation_loss") is not None]
-    if validated:
-        rows["validation loss"] = f"{validated[-1]:.4f} nats a token"
+    for line in _until(step, RunDirectory(checkpoint.parent.parent).metrics):
+        rows.setdefault("training loss", f"{line['loss']:.4f} nats a token")
+        if line.get("validation_loss") is not None:
+            rows["validation loss"] = f"{line['validation_loss']:.4f} nats a token"
+            break
     return rows
+
+
+def _until(step: int, metrics: Path) -> Iterator[dict[str, Any]]:
+    """The lines up to `step`, the last one first; none of a checkpoint that was copied out of its run directory."""
+    with contextlib.suppress(OSError):
+        yield from (line for line in lines_backwards(metrics) if line["step"] <= step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import shutil
 import time
@@ -18,6 +18,7 @@ from megahybrid.errors import UserError
 from megahybrid.files import read_json
 from megahybrid.launch import slurm
 from megahybrid.training import attempts
+from megahybrid.training.metrics_file import lines_backwards
 from megahybrid.training.run_directory import RunDirectory, duration
 
 _STALLED_SECONDS = 90.0  # a heartbeat comes every 10 s
@@ -146,16 +147,6 @@ def _state(run: RunDirectory, status: dict[str, Any], jobs: Sequence[slurm.Queue
 
 
 def _last_metrics(path: Path) -> dict[str, Any]:
-    """The last whole line of metrics.jsonl, read from its end."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - 2**20))
-            lines = file.read().splitlines()
-    except OSError:
-        return {}
-    for line in reversed(lines):
-        try:
-            return json.loads(line)
-        except ValueError:
-            continue
+    with contextlib.suppress(OSError):
+        return next(lines_backwards(path), {})
     return {}

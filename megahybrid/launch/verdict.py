@@ -76,7 +76,8 @@ def _silent_end(run: RunDirectory, exit_code: int, had_begun: bool) -> UserError
         return MachineFault(f"All processes ended without a word {see}")
     if exit_code > 128 or exit_code == GO_ON:  # killed by a signal, or the disk did not even give the configuration
         return MachineFault(f"A machine ended the processes before training began {see}")
-    return UserError(f"The processes ended before training began {see}")
+    shared = " All nodes have to see that folder." if len(os.environ.get("MEGAHYBRID_NODES", "").split()) > 1 else ""
+    return UserError(f"The processes ended before training began {see}{shared}")
 
 
 def _judge_failure(run: RunDirectory, failure: failures.Failure, restarts: int) -> tuple[int, str]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from megahybrid import code_version
 from megahybrid.errors import UserError
 from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import Put, put_in_place
@@ -63,14 +64,21 @@ def load(path: Path, engine: Engine) -> Position:
     if "controller" not in facts:
         raise UserError(f"'{path}' holds weights only; start a new run with train.init_from='{path}'.")
     _verify(path, facts, engine.model, zero.KINDS)
-    zero.reset_optimizer_state(engine.deepspeed, facts["position"]["step"])
+    engine.guard.load_state(facts["guard"])
+    accepted = facts["position"]["step"] - engine.guard.skipped  # what AdamW counts
+    zero.reset_optimizer_state(engine.deepspeed, accepted)
     for name, parameter in engine.model.named_parameters():
         for kind in zero.KINDS:
             value = _read(path, facts, kind, name, parameter).to(engine.device)
             zero.write(engine.deepspeed, parameter, kind, value)
     engine.controller.load_state(facts["controller"])
-    engine.guard.load_state(facts["guard"])
     return Position(**facts["position"])
+
+
+def other_code(path: Path) -> str | None:
+    """A sentence where another version of the code wrote a checkpoint; None where this one did."""
+    wrote, ours = read_facts(path)["megahybrid"], code_version()
+    return None if wrote == ours else f"{path} was written by megahybrid {wrote}, this is {ours}."
 
 
 def load_weights(path: Path, model: nn.Module, put: Put = put_in_place) -> None:

@@ -77,6 +77,7 @@ class Engine:
         self.optimizer.accept = self._accept
         self.deepspeed = zero.initialize(config, self.model, self.optimizer)
         self._loss = 0.0
+        self._norm: float | None = None
 
     def initialize(self) -> None:
         """Give the weights their initial values from (train.seed, parameter name)."""
@@ -128,8 +129,9 @@ class Engine:
         _, replicas = groups.data_parallel()
         self._loss = float(report.loss) / (len(batches) * replicas)
         retention_loss = float(report.retention_loss) / (len(batches) * replicas)
+        self._norm = None
         self.deepspeed.step()
-        norm = zero.grad_norm(self.deepspeed)
+        norm = self._grad_norm()
         skipped = self.guard.reason(self._loss, norm)
         self.controller.update(step, report.kept, 0 if skipped else int(report.positions))
         self.guard.record(self._loss, norm, skipped)
@@ -139,7 +141,13 @@ class Engine:
 
     def _accept(self) -> bool:
         """Called between the gradient's norm and the optimizer's update."""
-        return self.guard.reason(self._loss, zero.grad_norm(self.deepspeed)) is None
+        return self.guard.reason(self._loss, self._grad_norm()) is None
+
+    def _grad_norm(self) -> float:
+        """Of this step's gradient, asked for once: after the update the host would wait for that, too."""
+        if self._norm is None:
+            self._norm = zero.grad_norm(self.deepspeed)
+        return self._norm
 
     def _run(self, batches: Sequence[Batch], step: int, report: StepReport) -> None:
         """All micro-batches forward and backward."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megahybrid.config import Config, load_config, save_config
 from megahybrid.data.loader import TrainingData, validation_batches
@@ -129,6 +130,8 @@ class Trainer:
                 raise UserError(f"'{start}' was trained on other data than '{config.data.path}' holds; set it back.")
             self.data.seek(self.position.consumed)
             self._tell(f"Going on from {start} (loaded in {time.perf_counter() - began:.1f} s).")
+            if groups.is_main() and (other := checkpoint.other_code(start)):
+                self._tell(other)
         owner.check()
         groups.on_main(lambda: retry(lambda: self._go_on_from_here(goes_back), f"Writing to {run.path}"))
         self.metrics = MetricsFile(run.metrics, owner.check_here)
@@ -194,7 +197,7 @@ class Trainer:
             self._record(metrics)
             if step == first + 1 or step % train.log_every == 0 or "validation_loss" in metrics or result.skipped:
                 left = (time.perf_counter() - began) / (step - first) * (train.steps - step)
-                self.say(_line(metrics, result, train.steps, left))
+                self.say(_line(metrics, result, self._kept(), train.steps, left))
             if result.stop and not last:
                 self.saver.insist(self.position)
                 signals = {name for name in groups.gather(self.stop_request.signal) if name}
@@ -256,13 +259,18 @@ class Trainer:
             "data_seconds": loaded - started,
             "skipped": self.engine.guard.skipped,
             **model_flops_utilization(self.flops_per_token, speed),
-            **memory(),
         }
         if self.engine.lte_layers:
             metrics["retention_loss"] = result.retention_loss
-            metrics["kept"] = self.engine.controller.kept_now.tolist()
-            metrics["lambda"] = self.engine.controller.lambdas.tolist()
+        if step % self.config.train.log_every == 0 or step == self.config.train.steps:  # the host waits for these
+            metrics |= memory()
+            if self.engine.lte_layers:
+                metrics["kept"], metrics["lambda"] = self._kept(), _short(self.engine.controller.lambdas)
         return result, metrics
+
+    def _kept(self) -> list[list[float]]:
+        """Tokens that every head kept in the last step."""
+        return _short(self.engine.controller.kept_now)
 
     def _record(self, metrics: dict[str, Any]) -> None:
         if groups.is_main():
@@ -272,14 +280,18 @@ class Trainer:
             self.write_status("running")
 
 
-def _line(metrics: dict[str, Any], result: StepResult, steps: int, left: float) -> str:
+def _short(values: Tensor) -> list[list[float]]:
+    """As a float32 that JSON writes with six digits: what .tolist() gives has seventeen."""
+    return [[float(f"{value:.6g}") for value in row] for row in values.tolist()]
+
+
+def _line(metrics: dict[str, Any], result: StepResult, kept: list[list[float]], steps: int, left: float) -> str:
     parts = [f"step {metrics['step']:>{len(str(steps))}}/{steps}", f"loss {metrics['loss']:.4f}"]
     if metrics.get("validation_loss") is not None:
         parts.append(f"validation {metrics['validation_loss']:.4f}")
     if result.skipped:
         parts.append(f"left out: {result.skipped}")
-    if "kept" in metrics:
-        heads = [head for layer in metrics["kept"] for head in layer]
+    if heads := [head for layer in kept for head in layer]:
         parts.append(f"kept {min(heads):.0f}–{max(heads):.0f} a head")
     return " · ".join([*parts, f"{metrics['tokens_per_second']:,.0f} tokens/s", f"{duration(left)} left"])
 

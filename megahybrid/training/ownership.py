@@ -26,6 +26,7 @@ from megahybrid.training.run_directory import RunDirectory
 _SECONDS_BETWEEN_TOUCHES = 10.0
 _SILENT_SECONDS = 60.0  # without a touch for so long, an owner on another host is taken for dead
 _SECONDS_TO_BE_WRITTEN = 5.0  # a file that is created and still empty
+_SECONDS_TO_BE_SEEN = 20.0  # by another node: NFS clients remember for a while what was not there
 
 
 _token: str | None = None  # of the start that this process belongs to, once it has the run
@@ -38,7 +39,8 @@ class NotOwner(UserError):
 class Owner:
     """This start's hold on a run directory, while it is entered; entering it is collective, the main process holds it.
 
-    Entering raises NotOwner, on every process, which names the other start where the run has an owner.
+    Entering raises NotOwner, on every process, which names the other start where the run has an owner, and UserError,
+    which names the nodes, where the run directory is not the same folder on all of them.
     """
 
     def __init__(self, run: RunDirectory):
@@ -50,6 +52,11 @@ class Owner:
         global _token
         groups.on_main(self._take)
         _token = groups.agree(self._facts["token"])
+        try:
+            self._require_one_folder()
+        except UserError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -60,6 +67,26 @@ class Owner:
                 if self._is_mine(_read(self._file)):
                     self._file.unlink()
                     self._run.path.rmdir()  # where nothing else was written
+
+    def _require_one_folder(self) -> None:
+        """One process of each node looks for what the main process has written."""
+        host = socket.gethostname()
+        blind = groups.local_rank() == 0 and not self._is_seen()
+        hosts = groups.gather((host, blind))
+        if names := sorted({name for name, blind in hosts if blind}):
+            raise UserError(
+                f"run.dir '{self._run.path}' is not the same folder on {', '.join(names)} as on {hosts[0][0]}; "
+                "give one on a disk that all nodes share."
+            )
+
+    def _is_seen(self) -> bool:
+        deadline = time.monotonic() + _SECONDS_TO_BE_SEEN
+        while True:
+            if (read_json(self._file) or {}).get("token") == _token:
+                return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
 
     @property
     def token(self) -> str:

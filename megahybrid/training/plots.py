@@ -16,6 +16,7 @@ from megahybrid.config.pattern import parse_pattern
 from megahybrid.training.run_directory import Metrics, read_metrics
 
 COLUMNS = 6  # layers side by side in the picture of the retention
+MOST_STEPS = 2000  # of which the values of every head are drawn
 LEGEND_HEADS = 8  # more heads than this are told apart by a colour scale
 INK, ACCENT, GRID = "#1f3a5f", "#c8553d", "#d9d9d9"
 
@@ -73,7 +74,7 @@ def retention_figure(metrics: Metrics, layers: list[int], buffer_size: int) -> F
         layers: numbers of the LTE layers, in the metrics' order.
         buffer_size: what the controller aims at, tokens.
     """
-    lines = [line for line in metrics if line.get("kept")]
+    lines = _with_heads(metrics)
     tokens = np.array([line["tokens"] for line in lines], dtype=float)
     kept = np.array([line["kept"] for line in lines], dtype=float)
     weight = np.array([line["lambda"] for line in lines], dtype=float)
@@ -137,7 +138,7 @@ def speed_figure(metrics: Metrics) -> Figure:
 
 def heads_figure(metrics: Metrics, layers: list[int]) -> Figure:
     """Heat maps of kept tokens a sequence and of lambda: a row a head, layer under layer, over the trained tokens."""
-    lines = [line for line in metrics if line.get("kept")]
+    lines = _with_heads(metrics)
     kept = np.array([line["kept"] for line in lines], dtype=float)
     weight = np.array([line["lambda"] for line in lines], dtype=float)
     steps, _, heads = kept.shape
@@ -161,6 +162,12 @@ def heads_figure(metrics: Metrics, layers: list[int]) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(FuncFormatter(_short_number))
     return figure
+
+
+def _with_heads(metrics: Metrics) -> Metrics:
+    """The lines with the values of every head, evenly thinned out to what can be drawn, the last one among them."""
+    lines = [line for line in metrics if line.get("kept")]
+    return lines[:: -max(1, -(-len(lines) // MOST_STEPS))][::-1]
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

@@ -47,8 +47,12 @@ def mean_tokens_per_second(metrics: Metrics) -> float:
 
 
 def kept_tokens(metrics: Metrics, steps: int = 32) -> np.ndarray | None:
-    """float64 `[LTE layers, heads]`: kept tokens a sequence, mean over the last steps; None without LTE layers."""
-    kept = [line["kept"] for line in metrics[-steps:] if line.get("kept")]
+    """float64 `[LTE layers, heads]`: kept tokens a sequence, mean over the lines of the last steps that have them.
+
+    None without LTE layers.
+    """
+    lines = [line for line in metrics if line.get("kept")]
+    kept = [line["kept"] for line in lines if line["step"] > lines[-1]["step"] - steps]
     return np.mean(kept, axis=0) if kept else None
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megahybrid.errors import UserError
-from megahybrid.files import write_json, write_text
+from megahybrid.files import write_json
+from megahybrid.training import metrics_file
 
 Metrics = list[dict[str, Any]]
 
@@ -92,26 +93,26 @@ class RunDirectory:
         if step == 0:
             self.metrics.unlink(missing_ok=True)
         elif self.metrics.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-            write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+            metrics_file.cut(self.metrics, step)
 
 
 def read_metrics(run_dir: Path) -> Metrics:
-    """The lines of metrics.jsonl, a dictionary a step; a last line that is still being written is left out.
+    """All lines of metrics.jsonl, a dictionary a step; a last line that is still being written is left out.
 
     Raises UserError when the file is missing, empty or broken elsewhere.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"There is no {path}; give the directory of a run that has trained.")
-    lines = path.read_bytes().splitlines()
-    metrics = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            metrics.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"Line {number} of {path} is not JSON; remove that line.") from error
+    metrics, torn = [], None
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if torn is not None:
+                raise UserError(f"Line {torn} of {path} is not JSON; remove that line.")
+            try:
+                metrics.append(json.loads(line))
+            except ValueError:
+                torn = number
     if not metrics:
         raise UserError(f"{path} holds no finished step yet; wait for the first one.")
     return metrics

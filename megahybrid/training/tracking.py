@@ -17,9 +17,11 @@ from megahybrid.config.schema import Config
 from megahybrid.errors import UserError
 from megahybrid.files import write_json
 from megahybrid.retry import retry
-from megahybrid.training.run_directory import read_metrics
+from megahybrid.training import metrics_file
 
 log = logging.getLogger(__name__)
+
+_MOST_AT_ONCE = 20_000  # steps that a start sends to W&B, which takes about a millisecond each
 
 
 class Tracker:
@@ -30,7 +32,7 @@ class Tracker:
 
         `run_id` is the checkpoint's, which counts where the folder does not know better. A killed process may have
         logged steps after its last checkpoint, which are now done again, and may have lost some before it: W&B gets
-        what it lacks from metrics.jsonl, and what it has is not logged again.
+        what it lacks from metrics.jsonl (of very many steps an even part), and what it has is not logged again.
         """
         self.run, self._logged = None, 0
         if config is not None and config.tracking.wandb != "disabled":
@@ -45,7 +47,7 @@ class Tracker:
             if not self.run.settings._offline:
                 self._logged = self.run.starting_step - 1 if self.run.resumed else 0
             _note_id(folder, self.id)
-            self._catch_up(folder, step)
+            self._catch_up(folder, step, config.train.log_every)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Log one step's metrics, unless W&B has that step; per-head values as mean and histogram a layer."""
@@ -57,13 +59,14 @@ class Tracker:
             log.warning("W&B stopped taking metrics (%s); they go on in metrics.jsonl.", error)
             self.run = None
 
-    def _catch_up(self, folder: Path, step: int) -> None:
+    def _catch_up(self, folder: Path, step: int, log_every: int) -> None:
         try:
             if self._logged < step and (folder / "metrics.jsonl").exists():
-                for line in read_metrics(folder):
-                    if line["step"] <= step:
+                every = _stride(step - self._logged, log_every)
+                for line in metrics_file.lines_after(folder / "metrics.jsonl", self._logged):
+                    if line["step"] <= step and (line["step"] % every == 0 or "validation_loss" in line):
                         self.log(line)
-        except (OSError, UserError) as error:
+        except OSError as error:
             log.warning("W&B does not get the steps before this start (%s).", error)
 
     def finish(self) -> None:
@@ -108,6 +111,11 @@ def _start(config: Config, run_id: str | None, mode: str):
         return None
 
 
+def _stride(steps: int, log_every: int) -> int:
+    """Every how manyth of as many steps is sent: all, or evenly those whose lines have the values of every head."""
+    return 1 if steps <= _MOST_AT_ONCE else log_every * -(-steps // (_MOST_AT_ONCE * log_every))
+
+
 def begin_anew(folder: Path) -> None:
     """The run goes back: what follows gets an id of its own, so that no abandoned step stands as one of the run's."""
     if (folder / "wandb").is_dir():
@@ -140,14 +148,13 @@ def _last_step_in_files(folder: Path, run_id: str) -> int:
     """The highest step in the offline files that earlier starts have left; 0 where there is none to be read."""
     for file in sorted(folder.glob(f"offline-run-*-{run_id}/*.wandb"), reverse=True):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        steps = [
-            json.loads(line)["history"]["item"]["_step"]
-            for line in done.stdout.splitlines()
-            if '"type":"history"' in line
-        ]
-        if steps:
-            return max(steps)
+        last = 0
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as inspection:
+            for line in inspection.stdout:  # gigabytes of a long start: none is held
+                if '"type":"history"' in line:
+                    last = max(last, json.loads(line)["history"]["item"]["_step"])
+        if last:
+            return last
     return 0
 
 

@@ -211,7 +211,7 @@ def test_all_processes_raise_the_kind_that_one_has_found(monkeypatch, kind):
     """A machine's fault is one on every process, so that whichever writes it down has the job requeued."""
 
     def gather(found, mine):
-        found[:] = [mine, (f"{kind.__name__}.", kind is MachineFault, "")]
+        found[:] = [mine, (f"{kind.__name__}.", kind is MachineFault, "", mine[-1])]
 
     monkeypatch.setattr(loader.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(loader.dist, "get_world_size", lambda: 2)
@@ -219,3 +219,30 @@ def test_all_processes_raise_the_kind_that_one_has_found(monkeypatch, kind):
     with pytest.raises(UserError) as error:
         loader._on_all_ranks(lambda: "identity")
     assert type(error.value) is kind and str(error.value) == f"{kind.__name__}."
+
+
+@pytest.mark.parametrize("ours", [UserError("It is not here."), None], ids=["here", "elsewhere"])
+def test_nodes_that_do_not_find_the_data_are_named(monkeypatch, ours):
+    """Or that find other data; the processes of one node are one."""
+
+    def gather(found, mine):
+        theirs = ("It is not here.", False, "", "n2"), ("", False, "theirs", "n3"), ("", False, "identity", "n3")
+        found[:] = [mine, *(theirs[:1] if what == "absent" else theirs[1:])]
+
+    def open_data():
+        if ours and what == "absent":
+            raise ours
+        return "identity"
+
+    monkeypatch.setattr(loader.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(loader.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(loader.dist, "all_gather_object", gather)
+    monkeypatch.setattr(loader.socket, "gethostname", lambda: "n1")
+    what = "absent"
+    expected = "It is not here." if ours else "It is not here (on n2 only; all nodes need the same data)."
+    with pytest.raises(UserError) as error:
+        loader._on_all_ranks(open_data)
+    assert str(error.value) == expected
+    what = "other"
+    with pytest.raises(UserError, match=r"\(identity on n1, theirs on n3\)"):
+        loader._on_all_ranks(open_data)

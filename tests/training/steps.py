@@ -17,12 +17,13 @@ OPTIMIZER = OptimizerConfig(
 )
 
 
-def config_of(dtype, tied, parallel):
+def config_of(dtype, tied, parallel, vocab_size=None):
     from tests.model import tiny
 
     config = tiny.config("GLSF", tie_embeddings=tied)
     config.train.dtype, config.train.seq_length, config.train.global_batch_size = dtype, sum(LENGTHS), SAMPLES
     config.train.steps = STEPS
+    config.model.vocab_size = vocab_size or config.model.vocab_size
     config.parallel, config.optimizer, config.data.path = ParallelConfig(**parallel), OPTIMIZER, "unused"
     validate(config)
     return config
@@ -34,7 +35,7 @@ def sample(step, number):
     return tiny.tokens(LENGTHS, seed=SAMPLES * step + number)
 
 
-def by_engine(dtype, parallel, tied=True):
+def by_engine(dtype, parallel, tied=True, vocab_size=None):
     """What this rank knows: a list of `losses`, `norms`, and of the weights and moments before and after every step, by
     kind and name at full shape; and how many elements of each type the replicas summed in a step."""
     from megahybrid.data.packing import Batch
@@ -44,7 +45,7 @@ def by_engine(dtype, parallel, tied=True):
     from megahybrid.training.engine import Engine
     from megahybrid_kernels import Sequences
 
-    config = config_of(dtype, tied, parallel)
+    config = config_of(dtype, tied, parallel, vocab_size)
     groups.initialize(config.parallel)
     rank, size = groups.pipeline_parallel()
     engine = Engine(config, build_stages(config, stage_layers(config)[rank::size], "cpu"))
@@ -103,7 +104,7 @@ def summed():
         yield sums
 
 
-def by_torch(dtype, tied=True):
+def by_torch(dtype, tied=True, vocab_size=None):
     """The same of one process, as `by_engine`: a sample after the other through the model, gradients added up and
     divided in float64."""
     from megahybrid.model.context import Context, dropout_keys
@@ -111,7 +112,7 @@ def by_torch(dtype, tied=True):
     from megahybrid.parallel import groups
     from megahybrid_kernels import Sequences
 
-    config = config_of(dtype, tied, {})
+    config = config_of(dtype, tied, {}, vocab_size)
     groups.initialize(config.parallel)
     model = build(config, "cpu")
     masters = {name: p.detach().clone().double() for name, p in model.named_parameters()}
@@ -145,3 +146,17 @@ def by_torch(dtype, tied=True):
         moments = {k: {n: adamw.state[m][k].clone() for n, m in masters.items()} for k in ("exp_avg", "exp_avg_sq")}
         found["states"].append({"weights": {n: m.clone() for n, m in masters.items()}, **moments})
     return found
+
+
+def summed_in_order(offset):
+    """In a worker: what three replicas' sum of a gradient gives that lies at `offset` of a larger buffer."""
+    from megahybrid.parallel import groups
+    from megahybrid.training.schedule import sum_in_order
+
+    groups.initialize(ParallelConfig())
+    gradient = torch.randn(17, 59, generator=torch.Generator().manual_seed(groups.world()[0]))
+    mine, buffer = gradient.clone(), torch.zeros(9_000)
+    sum_in_order(mine)
+    buffer[offset:][: mine.numel()] = mine.view(-1)
+    groups.sum_over_all(buffer)
+    return gradient, buffer[offset:][: mine.numel()].view(mine.shape).clone()

@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 import megahybrid.training.saver as saver
-from megahybrid import retry
+from megahybrid import code_version, retry
 from megahybrid.cli import main
+from megahybrid.training import checkpoint
 from megahybrid.training.engine import Engine
 from tests.training.conftest import RECIPE, metrics
 
@@ -60,12 +61,17 @@ def test_a_checkpoint_without_its_files_names_an_older_one(recipe, tmp_path, cap
     assert "step_00000010' is not whole" in capsys.readouterr().err
 
 
-def test_more_steps_go_on_and_fewer_are_done(recipe, tmp_path, capsys):
-    schedule = "optimizer.schedule=constant"
-    assert main(["train", str(recipe), "train.steps=4", schedule]) == 0
-    assert main(["train", str(recipe), "train.steps=6", schedule]) == 0
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
-    assert main(["train", str(recipe), "train.steps=5", schedule]) == 0
+def test_more_steps_go_on_and_fewer_are_done(recipe, tmp_path, monkeypatch, capsys):
+    keys = ["optimizer.schedule=constant", "train.log_every=3"]
+    assert main(["train", str(recipe), "train.steps=4", *keys]) == 0
+    monkeypatch.setattr(checkpoint, "code_version", lambda: "0.2 with-other-code")
+    capsys.readouterr()
+    assert main(["train", str(recipe), "train.steps=6", *keys]) == 0
+    assert f"was written by megahybrid {code_version()}, this is 0.2 with-other-code.\n" in capsys.readouterr().out
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "kept" in line and "lambda" in line] == [3, 4, 6]
+    assert main(["train", str(recipe), "train.steps=5", *keys]) == 0
     assert "has done its 5 steps" in capsys.readouterr().out
 
 

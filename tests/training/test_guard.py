@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from megahybrid.cli import main
 from megahybrid.config.schema import SkipConfig
 from megahybrid.errors import UserError
 from megahybrid.model.stack import Stack, StackOutput
+from megahybrid.training import zero
 from megahybrid.training.guard import StepGuard
 from tests.training.conftest import metrics
 
@@ -85,7 +87,10 @@ USUAL = {
     [pytest.param(*each, marks=[] if each in USUAL else [pytest.mark.slow]) for each in FAULTS],
 )
 def test_a_bad_step_changes_no_weight_and_is_counted(stage, dtype, fault, recipe, tmp_path, monkeypatch):
-    """Step 3 turns out NaN, or a spike, which DeepSpeed would take; the weights after it are those after step 2."""
+    """Step 3 turns out NaN, or a spike, which DeepSpeed would take; the weights after it are those after step 2.
+
+    Gone on from after it, AdamW has counted two steps: step 4 has the same outcome.
+    """
     real, calls = Stack.forward, []
 
     def forward(self, *arguments, **options):
@@ -100,14 +105,23 @@ def test_a_bad_step_changes_no_weight_and_is_counted(stage, dtype, fault, recipe
         return out
 
     monkeypatch.setattr(Stack, "forward", forward)
+    norm, asked = zero.grad_norm, []
+    monkeypatch.setattr(zero, "grad_norm", lambda engine: asked.append(None) or norm(engine))
     overrides = [f"parallel.zero_stage={stage}", "checkpoint.every=1", "checkpoint.keep=4", "train.steps=4"]
     overrides += ["train.skip.spikes=true", "train.skip.window=2", "train.skip.sigma=1000"]
-    assert main(["train", str(recipe), f"train.dtype={dtype}", *overrides]) == 0
-    assert [line["skipped"] for line in metrics(tmp_path / "run")] == [0, 0, 1, 1]
-    checkpoints = tmp_path / "run" / "checkpoints"
-    content = [(checkpoints / f"step_0000000{step}" / "weights-00000.safetensors").read_bytes() for step in (2, 3, 4)]
-    assert content[0] == content[1]
-    assert content[1] != content[2]
+    command, run = ["train", str(recipe), f"train.dtype={dtype}", *overrides], tmp_path / "run"
+
+    def weights(step):
+        return (run / "checkpoints" / f"step_0000000{step}" / "weights-00000.safetensors").read_bytes()
+
+    assert main(command) == 0
+    uninterrupted, last = metrics(run), weights(4)
+    assert len(asked) == 4  # once a step: the host waits for it
+    assert [line["skipped"] for line in uninterrupted] == [0, 0, 1, 1]
+    assert weights(2) == weights(3) != last
+    assert main([*command, "train.resume_from=3"]) == 0
+    assert weights(4) == last
+    assert json.dumps(metrics(run)) == json.dumps(uninterrupted)  # NaN is not equal to itself
 
 
 def test_a_run_of_bad_steps_ends_with_one_sentence(recipe, tmp_path, monkeypatch, capsys):

@@ -158,6 +158,35 @@ def test_a_run_goes_on_in_another_layout(before, after, workers, brief_reference
     assert_same_run(metrics(tmp_path / "run"), metrics(brief_reference))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(data=3, zero_stage=2),
+        Layout(data=4),
+        Layout(data=4, zero_stage=3),
+        Layout(pipeline=2, data=2),
+        Layout(pipeline=2, data=4),
+        Layout(pipeline=2, virtual_pipeline=2, data=3),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_in_its_own_layout_to_the_last_bit(layout, dtype, brief_recipe, tmp_path):
+    """With a tied embedding, of which a pipeline has two copies and a checkpoint one."""
+    keys = ["train.steps=6", "checkpoint.every=3", f"train.dtype={dtype}", *layout.overrides]
+    keys += [f"train.global_batch_size={4 * layout.data}", "train.micro_batch_size=1", "model.tie_embeddings=true"]
+    pool, run, found = Workers(layout.world), tmp_path / "run", []
+    try:
+        for back in ([], ["train.resume_from=3"]):
+            pool.run(layout.world, "tests.training.test_layouts:train", str(brief_recipe), *keys, *back)
+            files = sorted((run / "checkpoints" / "step_00000006").glob("*.safetensors"))
+            found.append((metrics(run), [file.read_bytes() for file in files]))
+    finally:
+        pool.close()
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     "layout",
     [

@@ -1,4 +1,4 @@
-"""metrics.jsonl over a disk that refuses: lines in order, each once, and an end after the limit."""
+"""metrics.jsonl over a disk that refuses: lines in order, each once, and an end after the limit. And cut at its end."""
 
 import errno
 import io
@@ -9,7 +9,8 @@ import pytest
 
 from megahybrid import retry
 from megahybrid.errors import MachineFault, UserError
-from megahybrid.training.metrics_file import MetricsFile
+from megahybrid.training import metrics_file
+from megahybrid.training.metrics_file import MetricsFile, cut, lines_after, lines_backwards
 
 
 class FaultyDisk:
@@ -128,3 +129,65 @@ def test_the_limit_counts_from_the_last_success(path, disk, monkeypatch):
         now[0] += retry.SECONDS_BESIDE_TRAINING - 1
     file.write()
     assert steps(path) == [1, 2, 3, 4, 5]
+
+
+def lines_of(*numbers) -> str:
+    """Of different lengths, some over several of the blocks that `small_blocks` makes."""
+    return "".join(json.dumps({"step": number, "kept": [0.5] * (number % 9)}) + "\n" for number in numbers)
+
+
+@pytest.fixture(params=[1, 7, 64, 2**18])
+def small_blocks(request, monkeypatch):
+    monkeypatch.setattr(metrics_file, "_BLOCK", request.param)
+
+
+TAILS = {"whole": "", "torn": '{"step": 31, "tok', "torn within a number": '{"step": 3', "zeros": "\0" * 200}
+
+
+@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
+@pytest.mark.parametrize("step", [1, 17, 29, 30, 99])
+def test_what_comes_after_a_step_is_cut(step, tail, path, small_blocks):
+    path.write_text(lines_of(*range(1, 31)) + tail)
+    cut(path, step)
+    assert path.read_text() == lines_of(*range(1, min(step, 30) + 1))
+    file = MetricsFile(path)
+    file.add({"step": step + 1})
+    assert steps(path) == [*range(1, min(step, 30) + 1), step + 1]
+
+
+@pytest.mark.parametrize("content", ["", lines_of(8, 9), '{"step": 8', "\n\n"], ids=["empty", "later", "torn", "blank"])
+def test_where_every_line_is_later_none_stays(content, path, small_blocks):
+    path.write_text(content)
+    cut(path, 7)
+    assert path.read_bytes() == b""
+
+
+def test_a_last_line_without_an_end_gets_one(path, small_blocks):
+    """As an editor may leave it."""
+    path.write_text(lines_of(1, 2, 3).rstrip("\n"))
+    cut(path, 3)
+    assert path.read_text() == lines_of(1, 2, 3)
+
+
+def test_cutting_reads_no_more_than_it_removes(path, monkeypatch):
+    """Of ten megabytes a block, where the checkpoint is a few steps back."""
+    path.write_text("".join(json.dumps({"step": number, "kept": "0" * 1000}) + "\n" for number in range(10_000)))
+    real, read = io.BufferedRandom.read, []
+
+    class Counting(io.BufferedRandom):
+        def read(self, size=-1):
+            read.append(size)
+            return real(self, size)
+
+    monkeypatch.setattr("builtins.open", lambda file, mode: Counting(io.FileIO(file, mode.replace("b", ""))))
+    cut(path, 9_990)
+    monkeypatch.undo()
+    assert read == [metrics_file._BLOCK]
+    assert steps(path)[-2:] == [9_989, 9_990]
+
+
+def test_lines_from_both_ends(path, small_blocks):
+    path.write_text(lines_of(*range(1, 31)) + '{"step": 31')
+    assert [line["step"] for line in lines_backwards(path)] == list(range(30, 0, -1))
+    for step in (0, 1, 12, 30):
+        assert [line["step"] for line in lines_after(path, step)] == list(range(step + 1, 31))

@@ -16,6 +16,7 @@ from megahybrid.training.engine import Engine
 from megahybrid.training.ownership import NotOwner, Owner
 from megahybrid.training.run_directory import RunDirectory
 from tests.training.conftest import metrics
+from tests.workers import Workers
 
 
 @pytest.fixture
@@ -162,3 +163,43 @@ def test_an_owner_that_was_removed_by_hand_is_made_anew(run):
     owner.check_here()
     assert json.loads(run.owner.read_text())["token"] == owner._facts["token"]
     owner._left.set()
+
+
+def start_on_a_node(recipe: str, folders: list[str], unseen: int) -> str | None:
+    """In a worker, which is a node of its own: what a start says whose relative run.dir lies in its folder.
+
+    The first `unseen` looks at what another node has written find nothing, as with an NFS client.
+    """
+    from megahybrid.config import load_config
+    from megahybrid.errors import UserError
+    from megahybrid.training.loop import train
+
+    rank, real, looks, home = int(os.environ["RANK"]), ownership.read_json, iter(range(unseen)), os.getcwd()
+    os.environ["LOCAL_RANK"] = "0"
+    ownership.socket.gethostname, host = (lambda: f"node{rank}"), ownership.socket.gethostname
+    ownership._SECONDS_TO_BE_SEEN = 1.0 if unseen else 0.0
+    ownership.read_json = lambda file: None if next(looks, None) is not None else real(file)
+    os.chdir(folders[rank])
+    try:
+        train(load_config(recipe, ["run.dir=run", "train.steps=1", "train.validation_samples=2"]), lambda text: None)
+    except UserError as error:
+        return str(error)
+    finally:
+        os.chdir(home)
+        ownership.socket.gethostname, ownership.read_json = host, real
+
+
+def test_a_run_directory_on_a_disk_of_each_node_is_refused(recipe, tmp_path):
+    """At once, and without a trace; a shared one may be seen late."""
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    pool, start = Workers(2), "tests.training.test_ownership:start_on_a_node"
+    try:
+        said = pool.run(2, start, str(recipe), list(map(str, folders)), 0)
+        assert all("run.dir 'run' is not the same folder on node1 as on node0;" in each for each in said)
+        assert not [*folders[0].iterdir(), *folders[1].iterdir()]
+        assert pool.run(2, start, str(recipe), [str(folders[0])] * 2, 2) == [None, None]
+    finally:
+        pool.close()
+    assert (folders[0] / "run" / "checkpoints" / "latest").exists()

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from megahybrid.errors import UserError
-from megahybrid.training import report
+from megahybrid.training import plots, report
 from megahybrid.training.plots import heads_figure, plot_run, retention_figure, smooth, speed_figure
 
 STEPS, LAYERS, HEADS, BUFFER = 30, [1, 3], 2, 64
+WITH_HEADS = np.arange(3, STEPS + 1, 3)  # the steps whose lines have the values of every head
 
 
 def write_run(run_dir: Path, retention: bool = True) -> None:
@@ -17,7 +18,7 @@ def write_run(run_dir: Path, retention: bool = True) -> None:
     with open(run_dir / "metrics.jsonl", "w") as file:
         for step in range(1, STEPS + 1):
             line = {"step": step, "tokens": 100 * step, "loss": 5 - 0.1 * step, "tokens_per_second": 50.0 * step}
-            if retention:
+            if retention and step in WITH_HEADS:
                 line |= {"kept": [[90.0 - step, 70.0]] * 2, "lambda": [[0.0, 1e-3]] * 2}
             if step % 10 == 0:
                 line["validation_loss"] = line["loss"] + 0.25
@@ -49,6 +50,14 @@ def test_mean_speed_is_tokens_by_time(tmp_path):
     assert report.mean_tokens_per_second(report.read_metrics(tmp_path)) == pytest.approx(100 * STEPS / seconds)
 
 
+def test_kept_tokens_are_a_mean_over_the_last_steps_that_have_them(tmp_path):
+    write_run(tmp_path)
+    metrics = report.read_metrics(tmp_path)
+    assert np.allclose(report.kept_tokens(metrics, steps=6), [[90 - (30 + 27) / 2, 70]] * 2)
+    assert np.allclose(report.kept_tokens(metrics[:-1], steps=1), [[90 - 27, 70]] * 2)
+    assert report.kept_tokens(metrics[:2]) is None
+
+
 def test_pictures_are_written(tmp_path):
     write_run(tmp_path)
     paths = plot_run(tmp_path)
@@ -69,7 +78,8 @@ def test_retention_panels_show_the_kept_counts_and_the_buffer_size(tmp_path):
     lines = upper["layer 3"].get_lines()
     drawn = {line.get_label(): line.get_ydata() for line in lines}
     assert set(drawn["buffer size 64"]) == {BUFFER}
-    assert np.array_equal(lines[0].get_ydata(), 90.0 - np.arange(1, STEPS + 1))
+    assert np.array_equal(lines[0].get_ydata(), 90.0 - WITH_HEADS)
+    assert np.array_equal(lines[0].get_xdata(), 100 * WITH_HEADS)
     assert np.allclose(drawn["head 1"], 70)
     assert {axes.get_yscale() for axes in figure.axes} == {"linear", "log"}
 
@@ -79,11 +89,18 @@ def test_the_heat_maps_have_a_row_a_head_and_the_speed_its_steps(tmp_path):
     metrics = report.read_metrics(tmp_path)
     maps = [axes.get_images()[0] for axes in heads_figure(metrics, LAYERS).axes if axes.get_images()]
     kept, weight = (each.get_array() for each in maps[:2])
-    assert kept.shape == weight.shape == (len(LAYERS) * HEADS, STEPS)
-    assert np.array_equal(kept[0], 90.0 - np.arange(1, STEPS + 1)) and np.allclose(kept[1], 70)
+    assert kept.shape == weight.shape == (len(LAYERS) * HEADS, len(WITH_HEADS))
+    assert np.array_equal(kept[0], 90.0 - WITH_HEADS) and np.allclose(kept[1], 70)
     assert np.allclose(weight[3], 1e-3) and np.ma.filled(weight[2], 0).max() == 0
     (axes,) = speed_figure(metrics).axes
     assert np.array_equal(axes.get_lines()[0].get_ydata(), 50.0 * np.arange(1, STEPS + 1))
+
+
+def test_a_long_run_is_thinned_out_to_its_end(tmp_path, monkeypatch):
+    write_run(tmp_path)
+    monkeypatch.setattr(plots, "MOST_STEPS", 4)
+    figure = retention_figure(report.read_metrics(tmp_path), LAYERS, BUFFER)
+    assert figure.axes[0].get_lines()[0].get_xdata().tolist() == [300, 1200, 2100, 3000]
 
 
 def test_smoothing_keeps_a_straight_line_and_the_mean_of_noise():

@@ -5,12 +5,14 @@ import statistics
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy
 import pytest
 
 from megahybrid.cli import main
 from megahybrid.config import load_config
+from megahybrid.training import tracking
 from megahybrid.training.engine import Engine
 from megahybrid.training.tracking import Tracker, histogram
 from tests.training.conftest import metrics
@@ -50,7 +52,7 @@ def steps_in_files(run) -> list[int]:
 def test_every_step_is_logged_once_over_a_failure(lost, recipe, tmp_path, monkeypatch):
     """Interrupted in step 8, three after a checkpoint; `lost`: what was logged until then never reached the disk."""
     command, run, real = (
-        ["train", str(recipe), "tracking.wandb=offline", "train.steps=12"],
+        ["train", str(recipe), "tracking.wandb=offline", "train.steps=12", "train.log_every=5"],
         tmp_path / "run",
         Engine.step,
     )
@@ -70,6 +72,21 @@ def test_every_step_is_logged_once_over_a_failure(lost, recipe, tmp_path, monkey
     monkeypatch.setattr(Engine, "step", real)
     assert main(command) == 0
     assert steps_in_files(run) == list(range(1, 13))
+
+
+def test_of_very_many_steps_an_even_part_is_sent(recipe, tmp_path, monkeypatch):
+    """As after a rollback, where a new run gets all that were before it: a start must not take hours."""
+    monkeypatch.setattr(tracking, "_MOST_AT_ONCE", 10)
+    run = SimpleNamespace(id="anew", settings=SimpleNamespace(_offline=True))
+    monkeypatch.setattr(tracking, "_start", lambda *arguments: run)
+    lines = [{"step": step} | ({"validation_loss": 2.0} if step == 41 else {}) for step in range(1, 61)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = load_config(recipe, [f"run.dir={tmp_path}", "tracking.wandb=offline", "train.log_every=4"])
+    for sent, step in (([*range(8, 41, 8), 41, 48, 56], 59), (list(range(1, 11)), 10)):
+        steps = []
+        monkeypatch.setattr(Tracker, "log", lambda self, line, steps=steps: steps.append(line["step"]))
+        Tracker(config, None, step)
+        assert steps == sent
 
 
 @pytest.mark.parametrize("values", [[random.Random(n).gauss(0, 9) for n in range(48)], [2.0] * 3, [0.0, 1e-30, 1.0]])
