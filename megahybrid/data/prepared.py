@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megahybrid.config.key import derived
 from megahybrid.config.schema import Config, SourceConfig
 from megahybrid.data.documents import TRAIN, VALIDATION
 from megahybrid.data.mds import token_dtype
@@ -114,9 +115,7 @@ def prepare_settings(config: Config) -> dict[str, Any]:
 
 def include_patterns(source: SourceConfig) -> list[str]:
     """The file names that a source takes."""
-    if source.include:
-        return list(source.include)
-    return ["*.txt"] if source.format == "text" else ["*.jsonl", "*.jsonl.gz", "*.jsonl.zst"]
+    return derived(source).include
 
 
 def find_prepared(root: Path) -> Prepared | None:
