@@ -23,6 +23,22 @@ def validate(config: Config) -> None:
     _data(config)
 
 
+def check_replicas(config: Config, replicas: int) -> None:
+    """Check what also depends on the number of data parallel replicas. Raises UserError."""
+    parallel, train = config.parallel, config.train
+    if train.global_batch_size % (train.micro_batch_size * replicas):
+        raise UserError(
+            f"train.global_batch_size ({train.global_batch_size}) must be a multiple of train.micro_batch_size "
+            f"times the data parallel size ({train.micro_batch_size} * {replicas})."
+        )
+    count = train.global_batch_size // (train.micro_batch_size * replicas)
+    if parallel.virtual_pipeline > 1 and count % parallel.pipeline:
+        raise UserError(
+            f"With parallel.virtual_pipeline a replica's micro-batches a step ({count}) must be a multiple of "
+            f"parallel.pipeline ({parallel.pipeline}); change train.global_batch_size or train.micro_batch_size."
+        )
+
+
 def _shown(value: Any) -> str:
     return f"'{value}'" if isinstance(value, str) else str(value)
 

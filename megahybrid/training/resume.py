@@ -1,14 +1,16 @@
-"""The check that a run goes on with the configuration that it had, but for the keys that may change."""
+"""What a run can start from, and whether it can go on as it is asked to; nothing is built for it."""
 
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from megahybrid.config import Config
 from megahybrid.config.key import derived, keys
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.errors import UserError
+from megahybrid.training import checkpoint_folder
 
 
 def check_resume(saved: Config, now: Config, checkpoint: str) -> None:
@@ -35,4 +37,20 @@ def meaning(config: Config) -> dict[str, Any]:
     weights = {name: Fraction(source.weight) for name, source in config.data.sources.items() if source.weight}
     for name, weight in weights.items():
         found[f"data.sources.{name}.weight"] = weight / sum(weights.values())
+    return found
+
+
+def check_data(trained_on: str, found: str, checkpoint: str, path: str) -> None:
+    """Raises UserError unless the data in `path` has the identity of what a checkpoint was trained on."""
+    if found != trained_on:
+        raise UserError(f"'{checkpoint}' was trained on other data than '{path}' holds; set it back.")
+
+
+def initial_weights(config: Config) -> Path | None:
+    """The checkpoint that train.init_from means, None where it is left out. Raises UserError where there is none."""
+    if config.train.init_from is None:
+        return None
+    found = checkpoint_folder.find(Path(config.train.init_from))
+    if found is None:
+        raise UserError(f"train.init_from: there is no checkpoint in '{config.train.init_from}'.")
     return found
