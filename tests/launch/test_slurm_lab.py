@@ -199,7 +199,7 @@ def test_a_job_runs_the_code_that_was_submitted(lab, brief_recipe, brief_referen
     for file in ("megahybrid/launch/task.py", "megahybrid/launch/verdict.py", "megahybrid/training/loop.py"):
         (checkout / file).write_text("raise RuntimeError('of another version')")
     subprocess.run(["scontrol", "release", number], check=True)
-    assert wait(number, *ENDED) == "COMPLETED", output(run)
+    assert wait(number, *ENDED, seconds=300) == "COMPLETED", output(run)
     assert_same_run(metrics(run), metrics(brief_reference))
     (facts,) = run.glob("submit/*/job.json")
     last = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
