@@ -61,6 +61,7 @@ def test_a_warning_reaches_the_training_where_setup_has_used_srun(submit, tmp_pa
     assert wait(number, *ENDED) == "COMPLETED"
 
 
+@pytest.mark.slow
 def test_a_run_of_an_array_puts_only_itself_back(submit, tmp_path):
     number = submit("--array", "train.seed=1,2")
     for name in ("0-0", "1-0"):
