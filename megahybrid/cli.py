@@ -171,14 +171,14 @@ def _submit(parsed: argparse.Namespace) -> None:
     request = Request(
         parsed.recipe, parsed.overrides, profile, parsed.nodes, parsed.chain, parsed.requeue, parsed.array
     )
-    script, numbers = submit(request, parsed.dry_run)
-    print(script if parsed.dry_run else describe(script, numbers))
+    submission = submit(request, parsed.dry_run)
+    print(submission.script if parsed.dry_run else describe(submission))
 
 
 def _runs(parsed: argparse.Namespace) -> None:
     from megahybrid.launch.runs import find, show
 
-    show(find(parsed.path))
+    show(find(parsed.path, say=lambda text: print(f"megahybrid: {text}", file=sys.stderr)))
 
 
 def _doctor(parsed: argparse.Namespace) -> int:

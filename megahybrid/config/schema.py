@@ -1,17 +1,30 @@
-"""Every configuration key, its default and its meaning: the one place they are written down."""
+"""Every configuration key: its default, its meaning, its range, and whether it may change when a run goes on.
+
+The one place all of this is written down (`key` in key.py); a number is above 0 where nothing else is said.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-from omegaconf import MISSING
+from megahybrid.config.key import key
+
+FILE_NAMES = {
+    "text": ["*.txt"],
+    "jsonl": ["*.jsonl", "*.jsonl.gz", "*.jsonl.zst"],
+    "parquet": ["*.parquet"],
+    "npy": ["*.npy"],
+    "bin": ["*.bin"],
+}
+"""Format of a source → the files that it takes where a recipe does not say."""
 
 
 @dataclass
 class RunConfig:
     """Where a run lives."""
 
-    dir: str = MISSING
+    dir: str = key(may_change=True)
     """The run directory: config.yaml, metrics.jsonl, status.json, checkpoints/, logs/, wandb/."""
 
 
@@ -19,13 +32,13 @@ class RunConfig:
 class GDNConfig:
     """Gated DeltaNet (pattern letter G)."""
 
-    num_heads: int = 8
+    num_heads: int = key(8)
     """Heads of queries, keys and values."""
-    head_dim: int = 128
+    head_dim: int = key(128)
     """Channels of a query or key head."""
-    value_head_dim: int | None = None
+    value_head_dim: int | None = key(None, otherwise=lambda gdn: gdn.head_dim)
     """Channels of a value head; head_dim when left out."""
-    conv_size: int = 4
+    conv_size: int = key(4)
     """Taps of the causal short convolution on q, k and v."""
 
 
@@ -33,15 +46,15 @@ class GDNConfig:
 class AttentionConfig:
     """Softmax attention: full (F), sliding window (S), and the heads of LTE (L)."""
 
-    num_heads: int = 16
+    num_heads: int = key(16)
     """Query heads."""
-    num_kv_heads: int | None = None
+    num_kv_heads: int | None = key(None, otherwise=lambda attention: attention.num_heads)
     """Key-value heads; num_heads when left out."""
-    head_dim: int = 64
+    head_dim: int = key(64)
     """Channels of a head."""
-    window_size: int = 1024
+    window_size: int = key(1024)
     """Keys that a sliding-window query (S) sees, itself included."""
-    rope_theta: float = 10000.0
+    rope_theta: float = key(10000.0)
     """Base of the rotary position embedding."""
 
 
@@ -49,17 +62,17 @@ class AttentionConfig:
 class RetentionLossConfig:
     """The L1 term on retention scores and the controller of its weight lambda (method: multiplicative, per head)."""
 
-    update_interval: int = 32
-    """Optimizer steps between two updates of lambda."""
-    initial: float = 1e-9
+    update_interval: int = key(32, may_change=True, at_least=2)
+    """Optimizer steps between two updates of lambda; its moving average spans half of them."""
+    initial: float = key(1e-9, may_change=True)
     """First non-zero lambda; a lambda that would fall below it becomes 0."""
-    maximum: float = 1.0
+    maximum: float = key(1.0, may_change=True)
     """Largest lambda."""
-    increase: float = 1.5
+    increase: float = key(1.5, may_change=True, above=1)
     """Factor on lambda while more tokens are kept than the buffer holds."""
-    decrease: float = 2.0
+    decrease: float = key(2.0, may_change=True, above=1)
     """Divisor of lambda while fewer are kept than tolerance * buffer_size."""
-    tolerance: float = 0.95
+    tolerance: float = key(0.95, may_change=True, below=1)
     """Lambda rests while the kept count is between tolerance * buffer_size and buffer_size."""
 
 
@@ -67,19 +80,19 @@ class RetentionLossConfig:
 class LTEConfig:
     """Sliding window attention with learnable token eviction (L); its heads are model.attention's."""
 
-    window_size: int = 768
+    window_size: int = key(768)
     """w: a query sees itself and the w tokens before it; older ones only if retained."""
-    buffer_size: int = 512
+    buffer_size: int = key(512)
     """b: retained tokens a head holds outside the window, sinks included; the target of the controller in training."""
-    sink_size: int = 4
+    sink_size: int = key(4, at_least=0)
     """The first tokens of a document, always retained."""
-    conv_size: int = 3
+    conv_size: int = key(3)
     """Taps of each of the router's three convolutions (odd)."""
-    conv_dilation: int = 2
+    conv_dilation: int = key(2)
     """Dilation of the router's convolutions."""
-    dropout: float = 0.1
+    dropout: float = key(0.1, may_change=True, at_least=0, below=1)
     """Dropout before each of the router's convolutions, in training."""
-    train_cap: bool = False
+    train_cap: bool = key(False, may_change=True)
     """Train with the buffer's capacity enforced, as in inference, instead of leaving it to the L1 term alone."""
     loss: RetentionLossConfig = field(default_factory=RetentionLossConfig)
     """The L1 term and its controller."""
@@ -89,20 +102,22 @@ class LTEConfig:
 class ModelConfig:
     """The architecture."""
 
-    pattern: str = MISSING
+    pattern: str = key()
     """One letter a layer: G Gated DeltaNet, L LTE, S sliding window, F full attention; (GL)*12 repeats, | begins a
     pipeline stage."""
-    hidden_size: int = MISSING
+    hidden_size: int = key()
     """Width of the residual stream."""
-    vocab_size: int = MISSING
+    vocab_size: int = key()
     """Rows of the embedding; at least the tokenizer's vocabulary."""
-    intermediate_size: int | None = None
+    intermediate_size: int | None = key(
+        None, otherwise=lambda model: 256 * math.ceil((8 * model.hidden_size // 3) / 256)
+    )
     """Width inside the SwiGLU; 8/3 of hidden_size rounded up to a multiple of 256 when left out."""
-    tie_embeddings: bool = True
+    tie_embeddings: bool = key(True)
     """Share the embedding with the output layer."""
-    norm_eps: float = 1e-6
+    norm_eps: float = key(1e-6)
     """Epsilon of every RMSNorm."""
-    init_std: float = 0.02
+    init_std: float = key(0.02, may_change=True)
     """Standard deviation of normal initialisation; the projections that write to the residual stream take it divided
     by sqrt(2 * layers)."""
     gdn: GDNConfig = field(default_factory=GDNConfig)
@@ -114,17 +129,17 @@ class ModelConfig:
 class ParallelConfig:
     """How the model is split; the data parallel size follows from the number of processes."""
 
-    tensor: int = 1
+    tensor: int = key(1, may_change=True)
     """Tensor parallel size (by heads, channels and vocabulary)."""
-    pipeline: int = 1
+    pipeline: int = key(1, may_change=True)
     """Pipeline parallel size (by layers)."""
-    virtual_pipeline: int = 1
+    virtual_pipeline: int = key(1, may_change=True)
     """Model chunks a pipeline stage holds (interleaved schedule)."""
-    sequence: bool = False
+    sequence: bool = key(False, may_change=True)
     """Sequence parallelism: split the residual stream's tokens over the tensor parallel ranks."""
-    zero_stage: int = 1
-    """DeepSpeed ZeRO stage."""
-    gradient_reduction: str = "fp32"
+    zero_stage: int = key(1, may_change=True, choices=(1, 2, 3))
+    """DeepSpeed ZeRO stage: 1, 2 or 3 (0 miscounts the gradient norm)."""
+    gradient_reduction: str = key("fp32", may_change=True, choices=("fp32", "bf16"))
     """How gradients travel and are summed over the data parallel replicas: fp32, or bf16, at half the bytes."""
 
 
@@ -135,13 +150,13 @@ class SkipConfig:
     A step whose loss or gradient is not finite is always left out.
     """
 
-    spikes: bool = False
+    spikes: bool = key(False, may_change=True)
     """Also leave out steps whose loss or gradient norm stands out from the last ones."""
-    sigma: float = 6.0
+    sigma: float = key(6.0, may_change=True)
     """By how many standard deviations it has to stand out."""
-    window: int = 128
+    window: int = key(128, may_change=True)
     """Over how many accepted steps mean and deviation are taken; until then no spike is seen."""
-    most_in_a_row: int = 20
+    most_in_a_row: int = key(20, may_change=True)
     """More steps left out in a row stop the run."""
 
 
@@ -149,13 +164,13 @@ class SkipConfig:
 class WatchConfig:
     """When a run that makes no progress is ended, with the stack of every process in its log."""
 
-    start_seconds: float = 1800
+    start_seconds: float = key(1800, may_change=True)
     """The longest that anything long may take: from the start to the end of the first step, a validation, a save."""
-    step_seconds: float = 480
+    step_seconds: float = key(480, may_change=True)
     """The longest that a step may take."""
-    join_seconds: float = 300
+    join_seconds: float = key(300, may_change=True)
     """How long processes wait for each other at the start."""
-    restarts: int = 3
+    restarts: int = key(3, may_change=True, at_least=0)
     """How often a job may be restarted from the same checkpoint before it is given up."""
 
 
@@ -163,34 +178,34 @@ class WatchConfig:
 class TrainConfig:
     """The training loop."""
 
-    seq_length: int = MISSING
+    seq_length: int = key()
     """Tokens a sample."""
-    micro_batch_size: int = MISSING
+    micro_batch_size: int = key(may_change=True)
     """Samples a process handles at once."""
-    global_batch_size: int = MISSING
+    global_batch_size: int = key()
     """Samples a step, over all processes and micro-batches."""
-    steps: int = MISSING
+    steps: int = key(may_change=True)
     """Optimizer steps of the whole run."""
-    seed: int = 42
+    seed: int = key(42, at_least=0)
     """Of initialisation, data order and dropout."""
-    dtype: str = "bf16"
+    dtype: str = key("bf16", may_change=True, choices=("bf16", "fp32"))
     """bf16 (with fp32 master weights and gradient accumulation) or fp32."""
-    recompute: str = "none"
+    recompute: str = key("none", may_change=True)
     """Layers that recompute their activations in the backward pass instead of keeping them: none, all, or the letters
     of their kinds in the pattern, such as LF."""
-    z_loss: float = 0.0
+    z_loss: float = key(0.0, may_change=True, at_least=0)
     """Weight of the squared log of the softmax's normaliser (PaLM, arXiv 2204.02311, section 5)."""
-    init_from: str | None = None
+    init_from: str | None = key(None, may_change=True)
     """A checkpoint (or run directory) whose weights a new run starts from; nothing else of it is taken over."""
-    resume_from: int | None = None
+    resume_from: int | None = key(None, may_change=True)
     """The step of a checkpoint of this run to go back to, once a submission; later checkpoints are abandoned."""
     skip: SkipConfig = field(default_factory=SkipConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
-    validate_every: int = 0
+    validate_every: int = key(0, may_change=True, at_least=0)
     """Steps between two validations; 0 validates at the end only."""
-    validation_samples: int = 64
+    validation_samples: int = key(64, may_change=True)
     """Samples a validation reads, always the same ones."""
-    log_every: int = 10
+    log_every: int = key(10, may_change=True)
     """Steps between two lines on the terminal, and between two in metrics.jsonl with the values of every head (kept
     tokens and lambda) and the GPU memory; all other values are in each of its lines."""
 
@@ -199,23 +214,23 @@ class TrainConfig:
 class OptimizerConfig:
     """AdamW and its learning rate schedule."""
 
-    learning_rate: float = 3e-4
+    learning_rate: float = key(3e-4, may_change=True)
     """Peak learning rate."""
-    warmup_steps: int = 0
+    warmup_steps: int = key(0, may_change=True, at_least=0)
     """Steps of linear warm-up from 0."""
-    schedule: str = "cosine"
+    schedule: str = key("cosine", may_change=True, choices=("cosine", "wsd", "constant"))
     """After the warm-up: cosine down to min_ratio; wsd, constant and then linear down to min_ratio; or constant."""
-    decay_fraction: float = 0.2
+    decay_fraction: float = key(0.2, may_change=True, at_most=1)
     """Part of all steps in which wsd decays."""
-    min_ratio: float = 0.1
+    min_ratio: float = key(0.1, may_change=True, at_least=0, at_most=1)
     """Learning rate at the end of cosine or wsd, as a part of the peak."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = key((0.9, 0.95), may_change=True, at_least=0, below=1)
     """Decay rates of the moments."""
-    eps: float = 1e-15
+    eps: float = key(1e-15, may_change=True)
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: float = key(0.1, may_change=True, at_least=0)
     """Not applied to norms, biases, A_log and dt_bias."""
-    clip_grad_norm: float = 1.0
+    clip_grad_norm: float = key(1.0, may_change=True)
     """Largest norm of the gradient."""
 
 
@@ -223,24 +238,24 @@ class OptimizerConfig:
 class SourceConfig:
     """A folder of documents."""
 
-    path: str = MISSING
+    path: str = key(may_change=True)
     """The folder."""
-    format: str = "text"
+    format: str = key("text", choices=tuple(FILE_NAMES))
     """text: a file is a document; jsonl: a line of a file is one, also in .gz and .zst; parquet: a row is one; npy and
     bin: token ids of data.tokenizer, as numpy.save writes them or bare (or with llm.c's header)."""
-    include: list[str] = field(default_factory=list)
+    include: list[str] = key([], otherwise=lambda source: list(FILE_NAMES[source.format]))
     """Glob patterns on the file name; *.txt, *.parquet, *.npy, *.bin, or *.jsonl with .gz and .zst, when left out."""
-    exclude: list[str] = field(default_factory=list)
+    exclude: list[str] = key([])
     """Folder names that are passed over wherever they stand."""
-    weight: float | None = None
+    weight: float | None = key(None, at_least=0)
     """Part of the training samples, relative to the other sources'; 0 leaves the source out. When no source says more
     than 0, each counts by its size."""
-    dtype: str | None = None
+    dtype: str | None = key(None, choices=("uint16", "uint32"))
     """bin: what a token is stored as, uint16 or uint32."""
-    eos_token_id: int | None = None
+    eos_token_id: int | None = key(None, at_least=0)
     """npy, bin: the token that ends a document in the files; the tokenizer's document token when left out, which
     always begins or ends one."""
-    field: str = "text"
+    field: str = key("text")
     """jsonl: the key of a line's text; parquet: the column."""
 
 
@@ -248,29 +263,29 @@ class SourceConfig:
 class DataConfig:
     """Text, tokenizer and shards."""
 
-    path: str = MISSING
+    path: str = key(may_change=True)
     """Where `prepare` writes the tokenizer and the shards, and `train` reads them."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Named sources of text."""
-    tokenizer: str | None = None
+    tokenizer: str | None = key(None, may_change=True)
     """A tokenizer.json (or a folder that holds one); when left out, `prepare` trains a byte-level BPE of
     model.vocab_size on the sources."""
-    workers: int | None = None
+    workers: int | None = key(None, may_change=True)
     """Processes of `prepare`, as many as there are cores when left out; what it writes does not depend on it."""
-    remote: str | None = None
+    remote: str | None = key(None, may_change=True)
     """A copy of data.path that `train` reads instead, such as s3://bucket/folder, or a folder on a shared disk."""
-    cache: str | None = None
+    cache: str | None = key(None, may_change=True)
     """Where shards of data.remote are kept on every node: a folder on its own disk."""
-    cache_limit: float | None = None
+    cache_limit: float | None = key(None, may_change=True)
     """GB that data.cache may hold (the oldest shards go first); no limit when left out."""
-    identity: str | None = None
+    identity: str | None = key(None, may_change=True)
     """The data that may be read, as `prepare` and `doctor` print it, in quotes; any when left out."""
-    validation_fraction: float = 0.005
+    validation_fraction: float = key(0.005, at_least=0, below=1)
     """Part of the documents held out for validation (by a hash of a text file's name; in other formats of the
     document's text, so that it lies on the same side in all of them)."""
-    document_masking: bool = True
+    document_masking: bool = key(True)
     """Documents packed into one sample do not see each other."""
-    shuffle_block_size: int = 16384
+    shuffle_block_size: int = key(16384)
     """Consecutive samples that are shuffled among each other; they come from shards in random order."""
 
 
@@ -278,11 +293,11 @@ class DataConfig:
 class CheckpointConfig:
     """When to save."""
 
-    every: int = 1000
+    every: int = key(1000, may_change=True)
     """Steps between two checkpoints; the last step is always saved."""
-    keep: int = 2
+    keep: int = key(2, may_change=True)
     """Newest checkpoints that stay on disk, and as many of those that a rollback abandons."""
-    milestone_every: int = 0
+    milestone_every: int = key(0, may_change=True, at_least=0)
     """Checkpoints whose step is a multiple of this stay for ever; 0 for none."""
 
 
@@ -290,15 +305,15 @@ class CheckpointConfig:
 class TrackingConfig:
     """Weights & Biases."""
 
-    wandb: str = "offline"
+    wandb: str = key("offline", may_change=True, choices=("offline", "online", "disabled"))
     """offline, online or disabled."""
-    project: str = "megahybrid"
+    project: str = key("megahybrid", may_change=True)
     """W&B project."""
-    name: str | None = None
+    name: str | None = key(None, may_change=True)
     """W&B run name; the run directory's name when left out."""
-    group: str | None = None
+    group: str | None = key(None, may_change=True)
     """W&B group, to find runs that belong together; the run's name when left out, shared by what a rollback began."""
-    tags: list[str] = field(default_factory=list)
+    tags: list[str] = key([], may_change=True)
     """W&B tags."""
 
 

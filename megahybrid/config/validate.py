@@ -2,65 +2,51 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
 from typing import Any
 
+from megahybrid.config.key import derived, keys
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config, SourceConfig
 from megahybrid.errors import UserError
 from megahybrid_kernels.retention_router import margin
 
-_MAY_BE_ZERO = {
-    "train.seed",
-    "train.validate_every",
-    "train.z_loss",
-    "train.watch.restarts",
-    "checkpoint.milestone_every",
-    "optimizer.warmup_steps",
-    "parallel.zero_stage",
-    "optimizer.min_ratio",
-    "optimizer.weight_decay",
-    "model.lte.sink_size",
-    "model.lte.dropout",
-    "data.validation_fraction",
-}
-
 
 def validate(config: Config) -> None:
     """Check ranges and combinations. Raises UserError at the first fault."""
-    _positive(config, "")
-    _choice("train.dtype", config.train.dtype, ("bf16", "fp32"))
-    _choice("parallel.gradient_reduction", config.parallel.gradient_reduction, ("fp32", "bf16"))
-    _choice("optimizer.schedule", config.optimizer.schedule, ("cosine", "wsd", "constant"))
-    _choice("tracking.wandb", config.tracking.wandb, ("offline", "online", "disabled"))
+    for name, value, rules in keys(config):
+        if fault := rules.fault(value):
+            raise UserError(f"{name} is {_shown(value)}; {fault}.")
     _model(config)
     _layout(config)
     _training(config)
     _data(config)
 
 
-def _positive(section: Any, prefix: str) -> None:
-    for field in dataclasses.fields(section):
-        key, value = prefix + field.name, getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            _positive(value, f"{key}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            zero_fits = key in _MAY_BE_ZERO
-            if value < 0 or (value == 0 and not zero_fits):
-                raise UserError(f"{key} is {value}; it must be {'at least 0' if zero_fits else 'greater than 0'}.")
+def check_replicas(config: Config, replicas: int) -> None:
+    """Check what also depends on the number of data parallel replicas. Raises UserError."""
+    parallel, train = config.parallel, config.train
+    if train.global_batch_size % (train.micro_batch_size * replicas):
+        raise UserError(
+            f"train.global_batch_size ({train.global_batch_size}) must be a multiple of train.micro_batch_size "
+            f"times the data parallel size ({train.micro_batch_size} * {replicas})."
+        )
+    count = train.global_batch_size // (train.micro_batch_size * replicas)
+    if parallel.virtual_pipeline > 1 and count % parallel.pipeline:
+        raise UserError(
+            f"With parallel.virtual_pipeline a replica's micro-batches a step ({count}) must be a multiple of "
+            f"parallel.pipeline ({parallel.pipeline}); change train.global_batch_size or train.micro_batch_size."
+        )
 
 
-def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{key} is '{value}'; choose one of {', '.join(choices)}.")
+def _shown(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, str) else str(value)
 
 
 def _model(config: Config) -> None:
-    model = config.model
+    model = derived(config.model)
     letters = set(parse_pattern(model.pattern).letters)
-    heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads or model.attention.num_heads
+    heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
     if letters & set("LSF"):
         if heads % kv_heads:
             raise UserError(
@@ -88,20 +74,10 @@ def _lte(config: Config) -> None:
         )
     if config.model.attention.head_dim % 4:
         raise UserError("model.attention.head_dim must be a multiple of 4, since the router halves its channels.")
-    if lte.dropout >= 1:
-        raise UserError(f"model.lte.dropout is {lte.dropout}; it must be below 1.")
-    if lte.loss.update_interval < 2:
-        raise UserError("model.lte.loss.update_interval must be at least 2, since its moving average spans half of it.")
-    if lte.loss.increase <= 1 or lte.loss.decrease <= 1 or not lte.loss.tolerance < 1:
-        raise UserError("model.lte.loss needs increase and decrease above 1 and tolerance below 1.")
 
 
 def _layout(config: Config) -> None:
     parallel = config.parallel
-    if parallel.zero_stage not in (1, 2, 3):
-        raise UserError(
-            f"parallel.zero_stage is {parallel.zero_stage}; choose 1, 2 or 3 (0 miscounts the gradient norm)."
-        )
     if parallel.gradient_reduction == "bf16" and config.train.dtype == "fp32":
         raise UserError(
             "parallel.gradient_reduction is bf16, which would round what train.dtype fp32 computes; set it to fp32."
@@ -117,18 +93,14 @@ def _layout(config: Config) -> None:
 
 def tensor_parallel_fault(config: Config, tensor: int) -> tuple[str, int] | None:
     """The first key, with its value, that keeps the model from being split over `tensor` ranks, or None."""
-    model = config.model
+    model = derived(config.model)
     letters = set(parse_pattern(model.pattern).letters)
-    split = {"model.vocab_size": model.vocab_size}
-    if model.intermediate_size:
-        split["model.intermediate_size"] = model.intermediate_size
+    split = {"model.vocab_size": model.vocab_size, "model.intermediate_size": model.intermediate_size}
     if "G" in letters:
         split["model.gdn.num_heads"] = model.gdn.num_heads
     if letters & set("LSF"):
-        kv_heads = model.attention.num_kv_heads
-        split["model.attention.num_kv_heads" if kv_heads else "model.attention.num_heads"] = (
-            kv_heads or model.attention.num_heads
-        )
+        heads = "num_kv_heads" if config.model.attention.num_kv_heads else "num_heads"
+        split[f"model.attention.{heads}"] = model.attention.num_kv_heads
     return next(((key, count) for key, count in split.items() if count % tensor), None)
 
 
@@ -170,7 +142,7 @@ def _pipeline(config: Config) -> None:
 
 
 def _training(config: Config) -> None:
-    train, optimizer = config.train, config.optimizer
+    train = config.train
     letters = parse_pattern(config.model.pattern).letters
     if train.recompute not in ("none", "all") and not set(train.recompute) <= set(letters):
         raise UserError(
@@ -181,18 +153,10 @@ def _training(config: Config) -> None:
             f"train.global_batch_size ({train.global_batch_size}) must be a multiple of "
             f"train.micro_batch_size ({train.micro_batch_size})."
         )
-    if optimizer.min_ratio > 1:
-        raise UserError(f"optimizer.min_ratio is {optimizer.min_ratio}; it is a part of the peak, so at most 1.")
-    if optimizer.decay_fraction > 1:
-        raise UserError(f"optimizer.decay_fraction is {optimizer.decay_fraction}; it is a part of the run: at most 1.")
-    if not all(0 <= beta < 1 for beta in optimizer.betas):
-        raise UserError(f"optimizer.betas is {list(optimizer.betas)}; each must be at least 0 and below 1.")
 
 
 def _data(config: Config) -> None:
     data = config.data
-    if data.validation_fraction >= 1:
-        raise UserError(f"data.validation_fraction is {data.validation_fraction}; it must be below 1.")
     if "://" in data.path:
         raise UserError(
             f"data.path '{data.path}' must be a local folder; copy what `prepare` writes there and set data.remote."
@@ -205,10 +169,7 @@ def _data(config: Config) -> None:
     if data.remote is not None and data.cache is None:
         raise UserError("data.remote needs data.cache, a folder on each node's own disk for the shards in use.")
     for name, source in data.sources.items():
-        _choice(f"data.sources.{name}.format", source.format, ("text", "jsonl", "parquet", "npy", "bin"))
         _tokens(f"data.sources.{name}", source, data.tokenizer)
-        if source.weight is not None and not 0 <= source.weight < math.inf:
-            raise UserError(f"data.sources.{name}.weight is {source.weight}; it must be at least 0 and finite.")
     weights = {name: source.weight for name, source in data.sources.items()}
     if weights and not any(weight is None or weight > 0 for weight in weights.values()):
         raise UserError("Every source in data.sources has weight 0; give at least one a weight above 0.")
@@ -232,8 +193,5 @@ def _tokens(key: str, source: SourceConfig, tokenizer: str | None) -> None:
     if source.format == "bin":
         if source.dtype is None:
             raise UserError(f"{key}.format bin says nothing of its numbers; set {key}.dtype to uint16 or uint32.")
-        _choice(f"{key}.dtype", source.dtype, ("uint16", "uint32"))
     elif source.dtype is not None:
         raise UserError(f"{key}.dtype is for format bin: an .npy file says itself what it holds; leave it out.")
-    if source.eos_token_id is not None and source.eos_token_id < 0:
-        raise UserError(f"{key}.eos_token_id is {source.eos_token_id}; it must be at least 0.")

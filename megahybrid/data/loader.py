@@ -9,6 +9,7 @@ from typing import Any
 from torch import distributed as dist
 
 from megahybrid.config.schema import Config
+from megahybrid.config.validate import check_replicas
 from megahybrid.data.documents import TRAIN, VALIDATION
 from megahybrid.data.order import OrderedSource, SampleOrder, apportion
 from megahybrid.data.packing import Batch, pack
@@ -39,11 +40,7 @@ class TrainingData:
     def _open(self) -> str:
         config, dp_size = self._config, self._rank[1]
         train = config.train
-        if train.global_batch_size % (train.micro_batch_size * dp_size):
-            raise UserError(
-                f"train.global_batch_size ({train.global_batch_size}) must be a multiple of train.micro_batch_size "
-                f"times the data parallel size ({train.micro_batch_size} * {dp_size})."
-            )
+        check_replicas(config, dp_size)
         self.prepared: Prepared = open_prepared(config)
         """What `prepare` wrote."""
         weights = _weights(config, self.prepared)

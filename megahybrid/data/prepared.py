@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megahybrid.config.key import derived
 from megahybrid.config.schema import Config, SourceConfig
 from megahybrid.data.documents import TRAIN, VALIDATION
 from megahybrid.data.mds import token_dtype
@@ -119,10 +120,7 @@ def prepare_settings(config: Config) -> dict[str, Any]:
 
 def include_patterns(source: SourceConfig) -> list[str]:
     """The file names that a source takes."""
-    if source.include:
-        return list(source.include)
-    special = {"text": ["*.txt"], "jsonl": ["*.jsonl", "*.jsonl.gz", "*.jsonl.zst"]}
-    return special.get(source.format, [f"*.{source.format}"])
+    return derived(source).include
 
 
 def find_prepared(root: Path) -> Prepared | None:

@@ -30,7 +30,7 @@ def exported_name(name: str) -> str:
 def exported_config(config: Config) -> dict[str, Any]:
     """What config.json says of the architecture: the keyword arguments of `MegahybridConfig`."""
     settings = Settings.of(config)
-    model = config.model
+    model = settings.model
     gdn, attention, lte = model.gdn, model.attention, model.lte
     return {
         "vocab_size": model.vocab_size,
@@ -40,7 +40,7 @@ def exported_config(config: Config) -> dict[str, Any]:
         "gdn": {
             "num_heads": gdn.num_heads,
             "head_dim": gdn.head_dim,
-            "value_head_dim": gdn.value_head_dim or gdn.head_dim,
+            "value_head_dim": gdn.value_head_dim,
             "conv_size": gdn.conv_size,
         },
         "attention": {

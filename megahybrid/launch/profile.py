@@ -42,12 +42,12 @@ class Profile:
     """Variables of all processes, such as NCCL_SOCKET_IFNAME."""
     python: list[str] | None = None
     """The command that runs Python in the job, behind a container's command if it has one, such as
-    [apptainer, exec, --nv, image.sif, python]; the interpreter that submits when left out. It needs the packages of
-    pyproject.toml; this clone's folders are put on its PYTHONPATH."""
+    [apptainer, exec, --nv, image.sif, python]; the interpreter that submits when left out. It needs to be 3.11 or
+    newer and to have the packages of pyproject.toml; of megahybrid the submission's copy is run, whatever it has."""
     srun: list[str] = field(default_factory=list)
     """More options of srun, such as --container-image=…"""
     sbatch: list[str] = field(default_factory=list)
-    """More options of sbatch, such as --exclusive."""
+    """More options of sbatch, one an entry, such as --exclusive or --constraint=h100."""
 
 
 def load_profile(name: str) -> Profile:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Run:
 
     Attributes:
         path: the run directory.
-        state: queued, running, stalled, requeued, stopped, done or failed.
+        state: queued, running, stalled, requeued, stopped, done or failed; submitted where only Slurm knows more.
         reason: why, if there is a why.
         step, target: optimizer steps.
         last: the last line of metrics.jsonl, or {}.
@@ -47,13 +47,27 @@ class Run:
     jobs: tuple[str, ...]
 
 
-def find(folder: Path) -> list[Run]:
-    """The runs in `folder`, itself included, by path. Raises UserError where there is none."""
-    queue = slurm.jobs() if shutil.which("squeue") else []
+def find(folder: Path, say: Callable[[str], None] = print) -> list[Run]:
+    """The runs in `folder`, itself included, by path; `say` is told where Slurm is here but gives no answer.
+
+    Raises UserError where there is none.
+    """
+    queue = _queue(say)
     runs = [_read(path, queue) for path in _directories(folder)]
     if not runs:
         raise UserError(f"There is no run in '{folder}'; give a folder of run directories.")
     return runs
+
+
+def _queue(say: Callable[[str], None]) -> list[slurm.QueuedJob] | None:
+    """Slurm's jobs, None where it cannot be asked."""
+    if shutil.which("squeue") is None:
+        return None
+    try:
+        return slurm.jobs()
+    except UserError as error:
+        say(f"The queue is not known, states are those that the runs' own files tell: {error}")
+        return None
 
 
 def show(runs: Sequence[Run], console: Console | None = None) -> None:
@@ -98,17 +112,19 @@ def _short(tokens: float) -> str:
 
 def _directories(folder: Path) -> Iterator[Path]:
     for path, inner, files in os.walk(folder):
-        if "status.json" in files or "submit" in inner:
+        if "status.json" in files or any(
+            Path(path).glob("submit/*/job.json")
+        ):  # an array has its code in such a folder
             yield Path(path)
         inner[:] = sorted(each for each in inner if each not in _INSIDE)
 
 
-def _read(path: Path, queue: Sequence[slurm.QueuedJob]) -> Run:
+def _read(path: Path, queue: Sequence[slurm.QueuedJob] | None) -> Run:
     run = RunDirectory(path)
     status = read_json(run.status) or {}  # one run that cannot be read now does not hide the others
     submitted = [read_json(each) for each in sorted(path.glob("submit/*/job.json"))]
-    mine = [job for job in queue for facts in submitted if facts and _belongs(job, facts)]
-    state, reason = _state(run, status, mine)
+    mine = [job for job in queue or () for facts in submitted if facts and _belongs(job, facts)]
+    state, reason = _state(run, status, None if queue is None else mine)
     known = [number for facts in submitted if facts for number in facts["jobs"]]
     started = [attempt["job"] for attempt in attempts.read(run) if attempt["job"]]
     jobs = tuple(dict.fromkeys([*started, *(job.id for job in mine), *known]))
@@ -122,13 +138,15 @@ def _belongs(job: slurm.QueuedJob, facts: dict[str, Any]) -> bool:
     return job.comment == facts["submission"] and (element is None or element == facts.get("element"))
 
 
-def _state(run: RunDirectory, status: dict[str, Any], jobs: Sequence[slurm.QueuedJob]) -> tuple[str, str]:
+def _state(run: RunDirectory, status: dict[str, Any], jobs: Sequence[slurm.QueuedJob] | None) -> tuple[str, str]:
+    """A run's state and why; `jobs` are those of its submissions, None where Slurm cannot be asked."""
     told, reason = status.get("state"), status.get("reason", "")
     if told == "done":
         return told, reason
+    if jobs is None:
+        return _state_by_files(run, status)
     if any(job.state in ("RUNNING", "COMPLETING") for job in jobs):
-        beats = [path.stat().st_mtime for path in run.heartbeats.glob("rank_*.json")]
-        silent = time.time() - max([*beats, status.get("time", 0)])
+        silent = _silence(run, status)
         if told == "running" and silent > _STALLED_SECONDS:
             return "stalled", f"no heartbeat for {duration(silent)}"
         return "running", ""
@@ -137,13 +155,29 @@ def _state(run: RunDirectory, status: dict[str, Any], jobs: Sequence[slurm.Queue
         why = f"{waiting[0].reason}" + (f"; before: {reason}" if reason else "")
         return ("requeued" if status else "queued"), why
     if told == "running":
-        silent = time.time() - max([status["time"], *(p.stat().st_mtime for p in run.heartbeats.glob("rank_*.json"))])
-        ended = bool(status.get("job")) or silent > _STALLED_SECONDS
+        ended = bool(status.get("job")) or _silence(run, status) > _STALLED_SECONDS
         return ("failed", "it ended without a word") if ended else ("running", "")
     if told is None:
         ended = next((job for job in jobs), None)
         return "failed", f"the job ended before training began ({ended.state.lower()})" if ended else "never started"
     return told, reason
+
+
+def _state_by_files(run: RunDirectory, status: dict[str, Any]) -> tuple[str, str]:
+    """As `_state`, without a word from Slurm."""
+    if not status:
+        return "submitted", "the queue is not known"
+    if status["state"] != "running" or (silent := _silence(run, status)) <= _STALLED_SECONDS:
+        return status["state"], status["reason"]
+    if status.get("job"):
+        return "stalled", f"no heartbeat for {duration(silent)}; the queue is not known"
+    return "failed", "it ended without a word"
+
+
+def _silence(run: RunDirectory, status: dict[str, Any]) -> float:
+    """Seconds since the last heartbeat or status."""
+    beats = [path.stat().st_mtime for path in run.heartbeats.glob("rank_*.json")]
+    return time.time() - max([*beats, status.get("time", 0)])
 
 
 def _last_metrics(path: Path) -> dict[str, Any]:

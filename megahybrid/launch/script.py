@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megahybrid.errors import UserError
 from megahybrid.launch.profile import FOLDER, Profile
 
-_CLONE = FOLDER.parent
 _SETTINGS, _END = "# settings:", "# end of settings"
 
 
@@ -23,28 +24,53 @@ class Job:
         name: of the job.
         submission: by which its starts are told from others of the same run; the job's comment.
         configs, run_dirs: of each run, more than one in a job array.
+        code: where the copy of the code is that the job runs.
         nodes: how many.
         requeue: whether it puts itself back into the queue; else the next job of a chain goes on.
-        output: where the script's own output goes.
+        output: where the script's own output goes, with Slurm's %j, or %A and %a, in the file's name.
     """
 
     name: str
     submission: str
     configs: Sequence[Path]
     run_dirs: Sequence[Path]
+    code: Path
     nodes: int
     requeue: bool
     output: Path
 
 
 def render(job: Job, profile: Profile) -> str:
-    """The script's text."""
+    """The script's text. Raises UserError, naming the key, for what no script could say."""
+    _check_paths(job)
     template = (FOLDER / "train.sbatch").read_text(encoding="utf-8")
     shebang, rest = template.split("\n", 1)
     comments = rest[rest.index("#\n") : rest.index(_SETTINGS)]
     body = rest[rest.index(_END) :]
-    directives = [f"#SBATCH {option}" for option in _directives(job, profile)]
-    return "\n".join([shebang, *directives, comments + "\n".join(_settings(job, profile)), body])
+    return "\n".join([shebang, *_directives(job, profile), comments + "\n".join(_settings(job, profile)), body])
+
+
+def _check_paths(job: Job) -> None:
+    for path in map(str, job.run_dirs):
+        if "\\" in path or not path.isprintable():
+            raise UserError(
+                f"run.dir {path!r} cannot be that of a Slurm job, which takes no backslashes and control characters in "
+                "file names; choose another."
+            )
+    if ":" in str(job.code):
+        raise UserError(
+            f"run.dir {str(job.run_dirs[0])!r} cannot be that of a Slurm job, whose PYTHONPATH leads there and ends a "
+            "folder at each ':'; choose another."
+        )
+
+
+def _directive(key: str, option: str) -> str:
+    """The line of one option, quoted as sbatch reads it: else it takes a # for a comment, and a space for an end."""
+    if not option.isprintable():
+        raise UserError(f"{key} has {option!r}, which does not fit into a line of a job script; write it on one line.")
+    if re.search(r"[\s#\"'\\]", option):
+        option = '"' + re.sub(r'(["\\])', r"\\\1", option) + '"'
+    return f"#SBATCH {option}"
 
 
 def _directives(job: Job, profile: Profile) -> list[str]:
@@ -63,29 +89,49 @@ def _directives(job: Job, profile: Profile) -> list[str]:
         "time": profile.time,
         "signal": f"B:USR1@{profile.signal_seconds}",
         "open-mode": "append",
-        "output": job.output,
+        "output": f"{str(job.output.parent).replace('%', '%%')}/{job.output.name}",
     }
-    lines = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    keys = {"gpus-per-node": "gpu_type"}
+    lines = [
+        _directive(f"The profile's {keys.get(name, name)}", f"--{name}={value}")
+        for name, value in options.items()
+        if value is not None
+    ]
     if len(job.configs) > 1:
-        lines.append(f"--array=0-{len(job.configs) - 1}")
-    return [*lines, "--requeue" if job.requeue else "--no-requeue", *profile.sbatch]
+        lines.append(f"#SBATCH --array=0-{len(job.configs) - 1}")
+    lines.append(f"#SBATCH --{'' if job.requeue else 'no-'}requeue")
+    return [*lines, *(_directive("The profile's sbatch", _option(option)) for option in profile.sbatch)]
+
+
+def _option(text: str) -> str:
+    """An option of sbatch. Raises UserError for what would be read as several, or as none."""
+    if not re.match(r"--?[A-Za-z][\w-]*(=|$)", text):
+        raise UserError(
+            f"The profile's sbatch has {text!r}; write one option an entry, with = before its value, such as "
+            "--exclusive or --constraint=h100."
+        )
+    return text
 
 
 def _settings(job: Job, profile: Profile) -> list[str]:
     def array(name: str, values: Sequence[object]) -> str:
         return f"{name}=({' '.join(shlex.quote(str(value)) for value in values)})"
 
-    # A Python of the cluster's own, in a container say, has its own packages: it needs this clone and nothing else.
-    package = f"{_CLONE}:{_CLONE / 'kernels'}" if profile.python else os.environ.get("PYTHONPATH", "")
+    for name in profile.environment:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            raise UserError(f"The profile's environment has {name!r}, which cannot name a variable; correct it.")
+    # A Python of the cluster's own, in a container say, has its own packages, and no use for those of this one.
+    packages = "" if profile.python else os.environ.get("PYTHONPATH", "")
     return [
         "# settings: one entry a run of a job array",
         array("CONFIGS", job.configs),
         array("RUN_DIRS", job.run_dirs),
+        f"CODE={shlex.quote(str(job.code))}",
         array("PYTHON", profile.python or [sys.executable]),
         array("SRUN_OPTIONS", profile.srun),
         f"ON_STOP={'requeue' if job.requeue else 'exit'}",
         f"export MEGAHYBRID_SUBMISSION={shlex.quote(job.submission)}",
-        *([f"export PYTHONPATH={shlex.quote(package)}"] if package else []),
+        f"export PYTHONPATH={shlex.quote(packages)}",
         *(f"export {name}={shlex.quote(str(value))}" for name, value in profile.environment.items()),
         *profile.setup,
     ]

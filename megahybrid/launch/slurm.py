@@ -10,6 +10,8 @@ from pathlib import Path
 
 from megahybrid.errors import UserError
 
+_SECONDS = 60.0  # for a question that changes nothing
+
 
 @dataclass(frozen=True)
 class QueuedJob:
@@ -45,18 +47,21 @@ def sbatch_accepts(script: str) -> None:
 
 def jobs() -> list[QueuedJob]:
     """The jobs that Slurm still remembers, ended ones too. Raises UserError where Slurm cannot be asked."""
-    found = json.loads(_call(["squeue", "-t", "all", "--json"]))["jobs"]
-    return [
-        QueuedJob(
-            id=str(job["job_id"]),
-            state=" ".join(job["job_state"]) if isinstance(job["job_state"], list) else job["job_state"],
-            reason=job.get("state_reason", ""),
-            comment=job.get("comment", ""),
-            array=_array(job),
-            restarts=_number(job.get("restart_cnt")) or 0,
-        )
-        for job in found
-    ]
+    said = _call(["squeue", "-t", "all", "--json"], seconds=_SECONDS)
+    try:
+        return [
+            QueuedJob(
+                id=str(job["job_id"]),
+                state=" ".join(job["job_state"]) if isinstance(job["job_state"], list) else job["job_state"],
+                reason=job.get("state_reason", ""),
+                comment=job.get("comment", ""),
+                array=_array(job),
+                restarts=_number(job.get("restart_cnt")) or 0,
+            )
+            for job in json.loads(said)["jobs"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError("squeue --json did not give a list of jobs; Slurm 21.08 or newer does.") from error
 
 
 def cancel(job: str) -> None:
@@ -76,10 +81,13 @@ def _number(value: object) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _call(command: list[str], given: str | None = None) -> str:
+def _call(command: list[str], given: str | None = None, seconds: float | None = None) -> str:
     if shutil.which(command[0]) is None:
         raise UserError(f"The command {command[0]} is not here; run this on a host of a Slurm cluster.")
-    done = subprocess.run(command, input=given, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{command[0]} did not answer within {seconds:g} s; try again later.") from error
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no reason given"]
         raise UserError(f"{command[0]} refused: {lines[-1].removeprefix(f'{command[0]}: ')}.")

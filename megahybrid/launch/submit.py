@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 import secrets
 import shutil
@@ -15,10 +14,10 @@ from megahybrid import code_version
 from megahybrid.config import Config, load_config, save_config
 from megahybrid.errors import UserError
 from megahybrid.files import read_json, write_json, write_text
-from megahybrid.launch import slurm
+from megahybrid.launch import pinned, slurm
+from megahybrid.launch.checks import check_start
 from megahybrid.launch.profile import Profile
 from megahybrid.launch.script import Job, render
-from megahybrid.training.checkpoint_folder import find_step
 from megahybrid.training.run_directory import RunDirectory
 
 
@@ -44,13 +43,22 @@ class Request:
     array: str | None = None
 
 
-def submit(request: Request, dry_run: bool = False) -> tuple[str, list[str]]:
-    """Submit it, or with `dry_run` only check it: (the script's text, the jobs' numbers). Raises UserError."""
+@dataclasses.dataclass(frozen=True)
+class Submission:
+    """What was submitted: the script's text, where its output goes, and the jobs' numbers."""
+
+    script: str
+    output: Path
+    numbers: Sequence[str] = ()
+
+
+def submit(request: Request, dry_run: bool = False) -> Submission:
+    """Submit it, or with `dry_run` only check it. Raises UserError."""
     if request.chain > 1 and request.array:
         raise UserError("--chain and --array do not go together; the runs of an array requeue themselves.")
     configs = _configs(request)
     for config in configs:
-        _check(config, request)
+        check_start(config, request.nodes, request.profile.gpus_per_node)
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     run_dirs = [Path(config.run.dir).resolve() for config in configs]
     base = run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent
@@ -60,16 +68,17 @@ def submit(request: Request, dry_run: bool = False) -> tuple[str, list[str]]:
         submission=f"{name}-{stamp}",
         configs=[path / "submit" / stamp / "config.yaml" for path in run_dirs],
         run_dirs=run_dirs,
+        code=base / "submit" / stamp / "code",
         nodes=request.nodes,
         requeue=request.requeue and request.chain == 1,
         output=base / "logs" / ("slurm_%j.out" if len(run_dirs) == 1 else "slurm_%A_%a.out"),
     )
     script = render(job, request.profile)
     if dry_run:
-        return script, []
+        return Submission(script, job.output)
     _refuse_a_second_job(run_dirs)
     slurm.sbatch_accepts(script)
-    return script, _send(job, configs, script, request)
+    return Submission(script, job.output, _send(job, configs, script, request))
 
 
 def _configs(request: Request) -> list[Config]:
@@ -84,28 +93,6 @@ def _configs(request: Request) -> list[Config]:
         config.run.dir = f"{config.run.dir.rstrip('/')}/{key.rsplit('.', 1)[-1]}={value}"
         configs.append(config)
     return configs
-
-
-def _check(config: Config, request: Request) -> None:
-    """What the job itself would refuse, hours later."""
-    parallel, train = config.parallel, config.train
-    gpus = request.nodes * request.profile.gpus_per_node
-    model = parallel.tensor * parallel.pipeline
-    if gpus % model:
-        raise UserError(
-            f"{request.nodes} nodes of {request.profile.gpus_per_node} GPUs are {gpus}, which is no multiple of "
-            f"parallel.tensor * parallel.pipeline = {model}; change --nodes, --gpus-per-node or the layout."
-        )
-    together = gpus // model * train.micro_batch_size
-    if train.global_batch_size % together:
-        raise UserError(
-            f"train.global_batch_size ({train.global_batch_size}) must be a multiple of {together}, the samples that "
-            f"{gpus // model} replicas with train.micro_batch_size {train.micro_batch_size} handle at once."
-        )
-    if config.data.remote is None and not Path(config.data.path).is_dir():
-        raise UserError(f"There is no data in '{config.data.path}'; run `megahybrid prepare {request.recipe}` first.")
-    if train.resume_from is not None:
-        find_step(RunDirectory(config.run.dir).checkpoints, train.resume_from)
 
 
 def _refuse_a_second_job(run_dirs: Sequence[Path]) -> None:
@@ -131,22 +118,31 @@ def _send(job: Job, configs: Sequence[Config], script: str, request: Request) ->
             numbers.append(slurm.sbatch(folders[0] / "job.sbatch", *after))
             _record(job, folders, numbers, request)
     except BaseException:
-        _take_back(folders, numbers)
+        _take_back([job.code.parent, *folders], numbers)
         raise
     return numbers
 
 
 def _write(job: Job, folders: Sequence[Path], configs: Sequence[Config], script: str) -> None:
     job.output.parent.mkdir(parents=True, exist_ok=True)
+    pinned.pin(job.code)
     for folder, config, run_dir in zip(folders, configs, job.run_dirs, strict=True):
-        snapshot = dataclasses.replace(
-            config,
-            run=dataclasses.replace(config.run, dir=str(run_dir)),
-            data=dataclasses.replace(config.data, path=str(Path(config.data.path).resolve())),
-        )
-        save_config(snapshot, folder / "config.yaml")
+        save_config(_elsewhere(config, run_dir), folder / "config.yaml")
         write_text(folder / "job.sbatch", script)
         RunDirectory(run_dir).logs.mkdir(exist_ok=True)
+
+
+def _elsewhere(config: Config, run_dir: Path) -> Config:
+    """The configuration with absolute paths: it is read from another folder."""
+    train, init_from = config.train, config.train.init_from
+    if init_from is not None:
+        train = dataclasses.replace(train, init_from=str(Path(init_from).resolve()))
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, dir=str(run_dir)),
+        train=train,
+        data=dataclasses.replace(config.data, path=str(Path(config.data.path).expanduser().resolve())),
+    )
 
 
 def _record(job: Job, folders: Sequence[Path], numbers: Sequence[str], request: Request) -> None:
@@ -173,15 +169,15 @@ def _take_back(folders: Sequence[Path], numbers: Sequence[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def describe(script: str, numbers: Sequence[str]) -> str:
+def describe(submission: Submission) -> str:
     """What is printed after submitting: the jobs and where their output is."""
-    output = next(line.split("=", 1)[1] for line in script.splitlines() if line.startswith("#SBATCH --output="))
-    jobs = ", then ".join(numbers)
-    logs = Path(output).parent
-    follow = output.replace("%j", numbers[0]).replace("%A", numbers[0]).replace("%a", "0")
+    first, logs = submission.numbers[0], submission.output.parent
+    name = submission.output.name.replace("%j", first).replace("%A", first).replace("%a", "0")
     return "\n".join(
-        itertools.chain(
-            [f"Submitted job {jobs}.", f"Its output:   {follow}", f"Every rank's: {logs}/rank_00000.out and so on"],
-            [f"Follow it:    megahybrid runs {logs.parent}"],
-        )
+        [
+            f"Submitted job {', then '.join(submission.numbers)}.",
+            f"Its output:   {logs / name}",
+            f"Every rank's: {logs}/rank_00000.out and so on",
+            f"Follow it:    megahybrid runs {logs.parent}",
+        ]
     )

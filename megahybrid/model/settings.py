@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megahybrid.config.key import derived
 from megahybrid.config.pattern import Pattern, parse_pattern
 from megahybrid.config.schema import Config, ModelConfig
 from megahybrid.parallel.parameters import Initializer, normal
@@ -16,7 +17,7 @@ class Settings:
     """The architecture as its layers need it.
 
     Attributes:
-        model: the configuration.
+        model: the configuration, with what is left out derived.
         pattern: the parsed layer pattern.
         intermediate_size: width inside the SwiGLU.
         kv_heads: key-value heads of attention layers.
@@ -34,13 +35,13 @@ class Settings:
     @classmethod
     def of(cls, config: Config) -> Settings:
         """Derive the settings from a validated configuration."""
-        model, pattern = config.model, parse_pattern(config.model.pattern)
+        model, pattern = derived(config.model), parse_pattern(config.model.pattern)
         recompute = {"none": "", "all": pattern.letters}.get(config.train.recompute, config.train.recompute)
         return cls(
             model=model,
             pattern=pattern,
-            intermediate_size=model.intermediate_size or 256 * math.ceil((8 * model.hidden_size // 3) / 256),
-            kv_heads=model.attention.num_kv_heads or model.attention.num_heads,
+            intermediate_size=model.intermediate_size,
+            kv_heads=model.attention.num_kv_heads,
             sequence_parallel=config.parallel.sequence and config.parallel.tensor > 1,
             recompute=recompute,
         )

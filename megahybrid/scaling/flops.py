@@ -67,7 +67,7 @@ def gdn(settings: Settings, length: int) -> dict[str, float]:
     """Gated DeltaNet: projections of q, k, v, gate, output and the two scalars a head; `taps` products a channel of
     q, k and v; and the delta rule."""
     config = settings.model.gdn
-    key_dim, value_dim = config.head_dim, config.value_head_dim or config.head_dim
+    key_dim, value_dim = config.head_dim, config.value_head_dim
     keys, values = config.num_heads * key_dim, config.num_heads * value_dim
     return {
         "projections": linear(settings.model.hidden_size, 2 * keys + 3 * values + 2 * config.num_heads),

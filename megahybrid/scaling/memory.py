@@ -247,7 +247,7 @@ def gdn(config: Config, settings: Settings) -> Mixer:
     each chunk and its gradient, 2 w K Dv / C.
     """
     model, width, length = settings.model.gdn, _width(config), config.train.seq_length
-    key_dim, value_dim = model.head_dim, model.value_head_dim or model.head_dim
+    key_dim, value_dim = model.head_dim, model.value_head_dim
     heads = model.num_heads // config.parallel.tensor
     keys, values = heads * key_dim, heads * value_dim
     tune = tuning(max(key_dim, value_dim), torch.bfloat16 if width == 2 else torch.float32)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from megahybrid import code_version
 from megahybrid.errors import UserError
 from megahybrid.parallel import groups
-from megahybrid.parallel.parameters import Put, put_in_place
+from megahybrid.parallel.parameters import ParameterSpec, Put, put_in_place
 from megahybrid.retry import retry
 from megahybrid.training import zero
 from megahybrid.training.checkpoint_folder import others
@@ -60,9 +60,7 @@ def load(path: Path, engine: Engine) -> Position:
 
     Raises UserError, on every process, if it is damaged or of another model.
     """
-    facts = read_facts(path)
-    if "controller" not in facts:
-        raise UserError(f"'{path}' holds weights only; start a new run with train.init_from='{path}'.")
+    facts = read_state(path)
     _verify(path, facts, engine.model, zero.KINDS)
     engine.guard.load_state(facts["guard"])
     accepted = facts["position"]["step"] - engine.guard.skipped  # what AdamW counts
@@ -97,17 +95,27 @@ def read_facts(path: Path) -> dict[str, Any]:
         raise UserError(f"'{path}' is not a readable checkpoint; {others(path)}.") from error
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """As `read_facts`, of a checkpoint from which a run can go on. Raises UserError for one of weights only."""
+    facts = read_facts(path)
+    if "controller" not in facts:
+        raise UserError(f"'{path}' holds weights only; start a new run with train.init_from='{path}'.")
+    return facts
+
+
 def _verify(path: Path, facts: dict[str, Any], model: nn.Module, kinds: Sequence[str]) -> None:
     """Raise UserError, on all processes, unless the model fits and the files of `kinds` are what was saved."""
-    error = _other_model(path, facts, model) or _damage(path, facts, kinds)
+    specs = {name: parameter.spec for name, parameter in model.named_parameters()}
+    error = other_model(path, facts, specs) or _damage(path, facts, kinds)
     errors = [each for each in groups.gather(error) if each]
     if errors:
         raise UserError(errors[0])
 
 
-def _other_model(path: Path, facts: dict[str, Any], model: nn.Module) -> str | None:
-    for name, parameter in model.named_parameters():
-        shape, found = list(parameter.spec.shape), facts["parameters"].get(name, {}).get("shape")
+def other_model(path: Path, facts: dict[str, Any], specs: Mapping[str, ParameterSpec]) -> str | None:
+    """Why a checkpoint does not hold the values of these parameters, given by name, or None."""
+    for name, spec in specs.items():
+        shape, found = list(spec.shape), facts["parameters"].get(name, {}).get("shape")
         if shape != found:
             return (
                 f"'{path}' holds another model: {name} should be {shape}, it has {found or 'none'}; "
@@ -130,8 +138,20 @@ def _damage(path: Path, facts: dict[str, Any], kinds: Sequence[str]) -> str | No
     with ThreadPoolExecutor() as pool:
         for name, whole in zip(mine, pool.map(is_whole, mine), strict=True):
             if not whole:
-                return f"'{path / name}' is missing or not what was saved; {others(path)}."
+                return _damaged(path / name)
     return None
+
+
+def lost_file(path: Path, facts: dict[str, Any]) -> str | None:
+    """Name a file that is not there, or not as long as what was saved, or None; hashes are compared when it is read."""
+    for name, each in facts["files"].items():
+        if not (path / name).is_file() or (path / name).stat().st_size != each["bytes"]:
+            return _damaged(path / name)
+    return None
+
+
+def _damaged(file: Path) -> str:
+    return f"'{file}' is missing or not what was saved; {others(file.parent)}."
 
 
 def _read(path: Path, facts: dict[str, Any], kind: str, name: str, parameter: nn.Parameter) -> Tensor:

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from megahybrid.config.schema import Config
+from megahybrid.config.validate import check_replicas
 from megahybrid.data.packing import Batch
-from megahybrid.errors import UserError
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.stack import Stack, Stages
 from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import initialize_parameters
-from megahybrid.scaling.schedule import micro_batches
 from megahybrid.training import schedule, zero
 from megahybrid.training.controller import LambdaController
 from megahybrid.training.guard import StepGuard
@@ -67,7 +66,7 @@ class Engine:
         self.config, self.stages, self.settings = config, stages, stages[0].settings
         self.model = stages[0] if len(stages) == 1 else Stages(stages)
         self.device = groups.device()
-        _check_micro_batches(config)
+        check_replicas(config, groups.data_parallel()[1])
         self.lte_layers = self.settings.pattern.layers("L")
         self.controller = self._make_controller()
         self.guard = StepGuard(config.train.skip)
@@ -228,17 +227,6 @@ class Engine:
         for _, same in itertools.groupby(batches, key=lambda batch: len(batch.tokens)):
             group = [(True, batch) for batch in same]
             yield group + [(False, group[0][1])] * (-len(group) % multiple)
-
-
-def _check_micro_batches(config: Config) -> None:
-    parallel = config.parallel
-    _, replicas = groups.data_parallel()
-    count = micro_batches(config, replicas)
-    if parallel.virtual_pipeline > 1 and count % parallel.pipeline:
-        raise UserError(
-            f"With parallel.virtual_pipeline a replica's micro-batches a step ({count}) must be a multiple of "
-            f"parallel.pipeline ({parallel.pipeline}); change train.global_batch_size or train.micro_batch_size."
-        )
 
 
 def _zeros(tokens: int) -> Batch:

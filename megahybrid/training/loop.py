@@ -30,7 +30,7 @@ from megahybrid.training.engine import Engine, StepResult
 from megahybrid.training.logs import log, rank_log
 from megahybrid.training.metrics_file import MetricsFile
 from megahybrid.training.ownership import Owner
-from megahybrid.training.resume import check_resume
+from megahybrid.training.resume import check_data, check_resume, initial_weights
 from megahybrid.training.run_directory import RunDirectory, duration
 from megahybrid.training.saver import Saver
 from megahybrid.training.signals import StopRequest
@@ -126,8 +126,7 @@ class Trainer:
         if start is not None:
             began = time.perf_counter()
             self.position = checkpoint.load(start, self.engine)
-            if self.position.data != data:
-                raise UserError(f"'{start}' was trained on other data than '{config.data.path}' holds; set it back.")
+            check_data(self.position.data, data, str(start), config.data.path)
             self.data.seek(self.position.consumed)
             self._tell(f"Going on from {start} (loaded in {time.perf_counter() - began:.1f} s).")
             if groups.is_main() and (other := checkpoint.other_code(start)):
@@ -143,12 +142,10 @@ class Trainer:
         self._status_written = 0.0
 
     def _build(self, start: Path | None) -> Engine:
-        init_from, weights = self.config.train.init_from, None
-        if start is None and init_from is not None:
-            place = Path(init_from)
-            weights = groups.on_main(lambda: retry(lambda: checkpoint_folder.find(place), f"Reading {place}"))
-            if weights is None:
-                raise UserError(f"train.init_from: there is no checkpoint in '{init_from}'.")
+        weights = None
+        if start is None:
+            read = f"Reading {self.config.train.init_from}"
+            weights = groups.on_main(lambda: retry(lambda: initial_weights(self.config), read))
         dtype = torch.bfloat16 if self.config.train.dtype == "bf16" else torch.float32
         for note in kernel_notes(self.config, groups.device(), dtype, training=True):
             self._tell(note)

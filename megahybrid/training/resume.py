@@ -1,65 +1,56 @@
-"""Which configuration keys may change when a run goes on, and the check that no other did."""
+"""What a run can start from, and whether it can go on as it is asked to; nothing is built for it."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from megahybrid.config import Config
+from megahybrid.config.key import derived, keys
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.errors import UserError
-
-# Everything else decides the model or which samples a step reads.
-MAY_CHANGE = (
-    "run",
-    "parallel",
-    "optimizer",
-    "checkpoint",
-    "tracking",
-    "train.micro_batch_size",
-    "train.steps",
-    "train.dtype",
-    "train.recompute",
-    "train.z_loss",
-    "train.init_from",
-    "train.resume_from",
-    "train.skip",
-    "train.validate_every",
-    "train.validation_samples",
-    "train.log_every",
-    "model.init_std",
-    "model.lte.dropout",
-    "model.lte.train_cap",
-    "model.lte.loss",
-    "data.path",
-    "data.remote",
-    "data.cache",
-    "data.cache_limit",
-    "data.identity",
-    "data.workers",
-    "data.tokenizer",
-)
+from megahybrid.training import checkpoint_folder
 
 
 def check_resume(saved: Config, now: Config, checkpoint: str) -> None:
-    """Raises UserError for the first key that differs and may not."""
-    before, after = (dict(_flat(dataclasses.asdict(config))) for config in (saved, now))
-    for keys in (before, after):  # where pipeline stages begin is part of the layout
-        keys["model.pattern"] = parse_pattern(keys["model.pattern"]).letters
-    for key in sorted(before.keys() | after.keys()):
-        source_path = key.startswith("data.sources.") and key.endswith(".path")
-        if before.get(key) == after.get(key) or source_path or key.startswith(MAY_CHANGE):
-            continue
-        raise UserError(
-            f"'{checkpoint}' was trained with {key} = {before.get(key)}, not {after.get(key)}; "
-            "set it back, or train in another run.dir."
-        )
+    """Raises UserError for the first key that means something else and may not (config/schema.py says which may)."""
+    before, after = (meaning(config) for config in (saved, now))
+    written = [{name: value for name, value, _ in keys(derived(config))} for config in (saved, now)]
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            raise UserError(
+                f"'{checkpoint}' was trained with {name} = {written[0].get(name)}, not {written[1].get(name)}; "
+                "set it back, or train in another run.dir."
+            )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+def meaning(config: Config) -> dict[str, Any]:
+    """What the keys that may not change mean, by name: equal where configurations differ in their spelling only.
+
+    Values that were left out are those derived for them, lists of file names are sets, a source's weight is its part
+    of all weights, and `|` in the pattern is no part of the model.
+    """
+    found = {name: value for name, value, rules in keys(derived(config)) if not rules.may_change}
+    found = {name: frozenset(value) if isinstance(value, list) else value for name, value in found.items()}
+    found["model.pattern"] = parse_pattern(config.model.pattern).letters
+    weights = {name: Fraction(source.weight) for name, source in config.data.sources.items() if source.weight}
+    for name, weight in weights.items():
+        found[f"data.sources.{name}.weight"] = weight / sum(weights.values())
+    return found
+
+
+def check_data(trained_on: str, found: str, checkpoint: str, path: str) -> None:
+    """Raises UserError unless the data in `path` has the identity of what a checkpoint was trained on."""
+    if found != trained_on:
+        raise UserError(f"'{checkpoint}' was trained on other data than '{path}' holds; set it back.")
+
+
+def initial_weights(config: Config) -> Path | None:
+    """The checkpoint that train.init_from means, None where it is left out. Raises UserError where there is none."""
+    if config.train.init_from is None:
+        return None
+    found = checkpoint_folder.find(Path(config.train.init_from))
+    if found is None:
+        raise UserError(f"train.init_from: there is no checkpoint in '{config.train.init_from}'.")
+    return found

@@ -93,3 +93,31 @@ def test_a_status_that_cannot_be_read_now_does_not_hide_the_other_runs(queue, tm
 
     monkeypatch.setattr(Path, "read_text", read_text)
     assert [(run.path.name, run.state) for run in runs.find(tmp_path)] == [("one", "failed"), ("two", "done")]
+
+
+@pytest.mark.parametrize(
+    ("stub", "said"),
+    [
+        ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", "Unable to contact slurm"),
+        ("echo not json", "squeue --json did not give a list"),
+        ("sleep 9", "squeue did not answer within 0.2 s"),
+    ],
+)
+def test_a_queue_that_gives_no_answer(stub, said, tmp_path, monkeypatch, capsys):
+    """Runs are shown as their files tell; none is called failed because its job was not found."""
+    monkeypatch.setattr(slurm, "_SECONDS", 0.2 if "sleep" in stub else 30.0)
+    (tmp_path / "squeue").write_text(f"#!/bin/bash\n{stub}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    make(tmp_path / "runs", "running", [], None, ("running", ""), 5)
+    make(tmp_path / "runs", "silent", [], None, ("running", ""), 600)
+    make(tmp_path / "runs", "new", [])
+    make(tmp_path / "runs", "failed", [], None, ("failed", "odd"))
+    told = []
+    found = {run.path.name: run.state for run in runs.find(tmp_path / "runs", told.append)}
+    assert found == {"running": "running", "silent": "stalled", "new": "submitted", "failed": "failed"}
+    (line,) = told
+    assert said in line and "The queue is not known" in line
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    output = capsys.readouterr()
+    assert said in output.err and "stalled" in output.out

@@ -1,7 +1,9 @@
 """Jobs on a real Slurm: they train to the end as one process does, whatever happens on the way."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megahybrid import __version__
 from megahybrid.cli import main
 from megahybrid.launch import runs, slurm
 from tests.launch.conftest import ROOT
@@ -179,6 +182,30 @@ def test_a_chain_goes_on_job_by_job(submit, reference, tmp_path):
     assert wait(numbers[2], *ENDED) == "COMPLETED"
     assert [start["job"] for start in attempts(run)] == numbers
     assert_same_run(metrics(run), metrics(reference))
+
+
+@pytest.mark.slow
+def test_a_job_runs_the_code_that_was_submitted(lab, brief_recipe, brief_reference, tmp_path):
+    """A checkout that breaks while the job is held in the queue."""
+    checkout, run = tmp_path / "checkout", tmp_path / "run"
+    for name in ("megahybrid", "kernels", "slurm"):
+        shutil.copytree(ROOT / name, checkout / name)
+    (tmp_path / "profile.yaml").write_text("gpus_per_node: 1\ncpus_per_gpu: 1\ntime: '5'\nsbatch: [--hold]\n")
+    command = [sys.executable, "-m", "megahybrid", "submit", brief_recipe, "--profile", tmp_path / "profile.yaml"]
+    environment = {**os.environ, "PYTHONPATH": f"{checkout}:{checkout / 'kernels'}"}
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (number,) = re.findall(r"\d+", done.stdout.splitlines()[0])
+    for file in ("megahybrid/launch/task.py", "megahybrid/launch/verdict.py", "megahybrid/training/loop.py"):
+        (checkout / file).write_text("raise RuntimeError('of another version')")
+    subprocess.run(["scontrol", "release", number], check=True)
+    assert wait(number, *ENDED, seconds=300) == "COMPLETED", output(run)
+    assert_same_run(metrics(run), metrics(brief_reference))
+    (facts,) = run.glob("submit/*/job.json")
+    last = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+    # The version of a folder that is no checkout of git.
+    assert json.loads(facts.read_text())["code_version"] == __version__
+    assert json.loads((last / "checkpoint.json").read_text())["megahybrid"] == __version__
 
 
 @pytest.mark.slow

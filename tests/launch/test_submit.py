@@ -15,7 +15,6 @@ from megahybrid.launch.profile import FOLDER, load_profile
 from megahybrid.launch.task import places
 from megahybrid.training import attempts, failures
 from megahybrid.training.run_directory import RunDirectory
-from tests.launch.conftest import ROOT
 from tests.workers import environment, python
 
 
@@ -27,12 +26,22 @@ def submit(recipe, *arguments) -> int:
     ("arguments", "said"),
     [
         (["parallel.tensor=4"], "are 2, which is no multiple of parallel.tensor * parallel.pipeline = 4"),
-        (["--nodes", "3", "train.micro_batch_size=1"], "must be a multiple of 6"),
+        (["--nodes", "3", "train.micro_batch_size=1"], "times the data parallel size (1 * 6)"),
+        (
+            ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.micro_batch_size=8"],
+            "a replica's micro-batches a step (1) must be a multiple of parallel.pipeline (2)",
+        ),
         (["train.stepz=3"], "stepz"),
         (["--profile", "no-such-cluster"], "There is no profile"),
         (["--array", "optimizer.learning_rate"], "give it as key=value,value"),
         (["--array", "train.seed=1,2", "--chain", "2"], "do not go together"),
         (["data.path=/nowhere"], "run `megahybrid prepare"),
+        (["model.vocab_size=300"], "more than model.vocab_size (300)"),
+        (["data.identity='0123456789abcdef'"], "but data.identity is 0123456789abcdef"),
+        (["train.init_from=/nowhere"], "train.init_from: there is no checkpoint in '/nowhere'"),
+        (["run.dir=a:b"], "ends a folder at each ':'"),
+        (["run.dir=a\\b"], "takes no backslashes"),
+        (["--time", "1:00\n#SBATCH --account=x"], "The profile's time has"),
         (["--chain", "0"], "at least 1"),
     ],
 )
@@ -66,7 +75,7 @@ def test_the_script_says_what_was_asked_for(recipe, tmp_path, capsys):
         "#SBATCH --requeue",
         "#SBATCH --exclusive",
         "PYTHON=(apptainer exec 'an image.sif' python)",
-        f"export PYTHONPATH={ROOT}:{ROOT / 'kernels'}",
+        "export PYTHONPATH=''",
         "export NCCL_SOCKET_IFNAME=ib0",
         "module load x",
         "ON_STOP=requeue",
@@ -78,6 +87,29 @@ def test_the_script_says_what_was_asked_for(recipe, tmp_path, capsys):
     assert submit(recipe, "--dry-run", "--array", "train.seed=1,2,3") == 0
     script = capsys.readouterr().out
     assert "#SBATCH --array=0-2" in script and f"RUN_DIRS=({tmp_path}/run/seed=1 " in script
+
+
+@pytest.mark.parametrize(
+    ("profile", "said"),
+    [
+        ("partition: 'a b'", '#SBATCH "--partition=a b"'),
+        ("account: me#1", '#SBATCH "--account=me#1"'),  # sbatch would charge "me"
+        ("sbatch: ['--constraint=a\"b\\c']", '#SBATCH "--constraint=a\\"b\\\\c"'),
+        ("gpu_type: h100", "#SBATCH --gpus-per-node=h100:2"),
+        ('account: "me\\n#SBATCH --nodes=9"', "The profile's account has '--account=me\\n#SBATCH --nodes=9'"),
+        ("sbatch: [--exclusive --mem=0]", "The profile's sbatch has '--exclusive --mem=0'; write one option an entry"),
+        ("sbatch: ['# --mem=0']", "The profile's sbatch has '# --mem=0'"),
+        ("environment: {A-B: c}", "The profile's environment has 'A-B', which cannot name a variable"),
+    ],
+)
+def test_values_of_a_profile_stay_whole_or_are_refused(profile, said, recipe, tmp_path, capsys):
+    (tmp_path / "cluster.yaml").write_text(profile + "\n")
+    code = submit(recipe, "--dry-run", "--profile", str(tmp_path / "cluster.yaml"))
+    script, refusal = capsys.readouterr()
+    if said.startswith("#"):
+        assert code == 0 and said in script.splitlines()
+    else:
+        assert code == 2 and said in refusal and refusal.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (FOLDER / "profiles").glob("*.yaml")))

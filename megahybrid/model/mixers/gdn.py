@@ -45,7 +45,7 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         config = settings.model.gdn
         self.settings = settings
-        self.key_dim, self.value_dim = config.head_dim, config.value_head_dim or config.head_dim
+        self.key_dim, self.value_dim = config.head_dim, config.value_head_dim
         hidden, heads, taps = settings.model.hidden_size, config.num_heads, config.conv_size
         keys, values = heads * self.key_dim, heads * self.value_dim
         project = settings.projection

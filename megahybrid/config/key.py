@@ -1,0 +1,104 @@
+"""What the schema says of a key beside its type, default and meaning, and how that is read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+_METADATA = "key"
+
+
+@dataclass(frozen=True)
+class Key:
+    """The rules of one key; `key` says what they mean."""
+
+    may_change: bool
+    above: float | None
+    at_least: float | None
+    at_most: float | None
+    below: float | None
+    choices: tuple[str | int, ...]
+    otherwise: Callable[[Any], Any] | None
+
+    def fault(self, value: Any) -> str | None:
+        """What is wrong with a value, as the end of a sentence, or None; of a list, each element has to fit."""
+        if isinstance(value, (list, tuple)):
+            return next(filter(None, map(self.fault, value)), None)
+        if value is None:
+            return None
+        if self.choices:
+            return None if value in self.choices else f"choose one of {', '.join(map(str, self.choices))}"
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return None
+        if not math.isfinite(value):
+            return "it must be a finite number"
+        bounds = (
+            (self.above, "greater than", lambda bound: value > bound),
+            (self.at_least, "at least", lambda bound: value >= bound),
+            (self.at_most, "at most", lambda bound: value <= bound),
+            (self.below, "below", lambda bound: value < bound),
+        )
+        given = [(f"{words} {bound:g}", fits(bound)) for bound, words, fits in bounds if bound is not None]
+        return None if all(fits for _, fits in given) else f"it must be {' and '.join(words for words, _ in given)}"
+
+
+def key(
+    default: Any = MISSING,
+    *,
+    may_change: bool = False,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    choices: tuple[str | int, ...] = (),
+    otherwise: Callable[[Any], Any] | None = None,
+) -> Any:
+    """A field of the schema.
+
+    Args:
+        default: its value where no recipe has one; a recipe must have one where there is no default.
+        may_change: whether it may change when a run goes on. What decides the model, or which samples a step reads, may
+            not.
+        above, at_least, at_most, below: bounds of a number, or of each number in a list; above 0 where no lower bound
+            is given. NaN and infinity never fit.
+        choices: the values that there are.
+        otherwise: gives the value that holds when it is left out (None, or an empty list), from its section.
+    """
+    if above is None and at_least is None:
+        above = 0
+    rules = {_METADATA: Key(may_change, above, at_least, at_most, below, choices, otherwise)}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=rules)
+    return dataclasses.field(default=default, metadata=rules)
+
+
+def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Key]]:
+    """Every key of a configuration, or of a section of one: its dotted name, its value and its rules."""
+    for field in dataclasses.fields(section):
+        name, value = prefix + field.name, getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from keys(value, f"{name}.")
+        elif isinstance(value, dict):
+            for inner, each in value.items():
+                yield from keys(each, f"{name}.{inner}.")
+        else:
+            yield name, value, field.metadata[_METADATA]
+
+
+def derived(section: Any) -> Any:
+    """A configuration, or a section of one, with every value that was left out in favour of a derived one."""
+    changes = {}
+    for field in dataclasses.fields(section):
+        value, rules = getattr(section, field.name), field.metadata.get(_METADATA)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = derived(value)
+        elif isinstance(value, dict):
+            changes[field.name] = {name: derived(each) for name, each in value.items()}
+        elif rules.otherwise is not None and value in (None, []):
+            changes[field.name] = rules.otherwise(section)
+    return dataclasses.replace(section, **changes)

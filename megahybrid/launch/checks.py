@@ -1,0 +1,74 @@
+"""What a job would refuse before its first step, found where it is submitted: all that needs no GPU and no node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megahybrid.config import Config, load_config
+from megahybrid.config.validate import check_replicas
+from megahybrid.data.loader import TrainingData, ValidationData
+from megahybrid.errors import UserError
+from megahybrid.training import checkpoint_folder
+from megahybrid.training.resume import check_data, check_resume, initial_weights
+from megahybrid.training.run_directory import RunDirectory
+
+
+def check_start(config: Config, nodes: int, gpus_per_node: int) -> None:
+    """Raises UserError for the first thing that would keep a run from starting on so many GPUs, or from going on.
+
+    Of data.remote nothing is read: what reaches it are the nodes, through a folder on their own disks.
+    """
+    replicas = _replicas(config, nodes, gpus_per_node)
+    check_replicas(config, replicas)
+    data = None if config.data.remote is not None else _data(config, replicas)
+    run, back_to = RunDirectory(config.run.dir), config.train.resume_from
+    if back_to is not None:
+        start = checkpoint_folder.find_step(run.checkpoints, back_to)
+    else:
+        start = checkpoint_folder.find(run.path)
+    if start is not None:
+        _going_on(config, start, data)
+    elif (weights := initial_weights(config)) is not None:
+        _starting_from(config, weights)
+
+
+def _replicas(config: Config, nodes: int, gpus_per_node: int) -> int:
+    gpus, model = nodes * gpus_per_node, config.parallel.tensor * config.parallel.pipeline
+    if gpus % model:
+        raise UserError(
+            f"{nodes} nodes of {gpus_per_node} GPUs are {gpus}, which is no multiple of "
+            f"parallel.tensor * parallel.pipeline = {model}; change --nodes, --gpus-per-node or the layout."
+        )
+    return gpus // model
+
+
+def _data(config: Config, replicas: int) -> str:
+    """The identity of the data, whose files are all there, have their sizes and fit the configuration."""
+    with TrainingData(config, 0, replicas) as training, ValidationData(config, 0, replicas):
+        return training.prepared.identity
+
+
+def _going_on(config: Config, start: Path, data: str | None) -> None:
+    from megahybrid.training import checkpoint  # seconds of imports, which a new run does not need
+
+    check_resume(load_config(start / "config.yaml"), config, str(start))
+    facts = checkpoint.read_state(start)
+    position = facts["position"]
+    if position["step"] >= config.train.steps:
+        raise UserError(
+            f"'{start}' is at step {position['step']} of train.steps = {config.train.steps}: there is nothing left to "
+            "do; give a larger train.steps, or another run.dir."
+        )
+    if data is not None:
+        check_data(position["data"], data, str(start), config.data.path)
+    if fault := checkpoint.lost_file(start, facts):
+        raise UserError(fault)
+
+
+def _starting_from(config: Config, weights: Path) -> None:
+    from megahybrid.scaling.parameters import parameter_specs
+    from megahybrid.training import checkpoint
+
+    facts = checkpoint.read_facts(weights)
+    if fault := checkpoint.other_model(weights, facts, parameter_specs(config)) or checkpoint.lost_file(weights, facts):
+        raise UserError(fault)
