@@ -29,9 +29,7 @@ class Key:
         """What is wrong with a value, as the end of a sentence, or None; of a list, each element has to fit."""
         if isinstance(value, (list, tuple)):
             return next(filter(None, map(self.fault, value)), None)
-        if value is None:
-            return None
-        if self.choices:
+        if self.choices and value is not None:
             return None if value in self.choices else f"choose one of {', '.join(map(str, self.choices))}"
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return None

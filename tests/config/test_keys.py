@@ -35,8 +35,8 @@ model.attention.num_heads model.attention.num_kv_heads model.attention.head_dim 
 model.attention.rope_theta
 model.lte.window_size model.lte.buffer_size model.lte.sink_size model.lte.conv_size model.lte.conv_dilation
 train.seq_length train.global_batch_size train.seed
-data.sources.python.format data.sources.python.dtype data.sources.python.eos_token_id
-data.sources.python.include data.sources.python.exclude data.sources.python.weight data.sources.python.field
+data.sources.python.format data.sources.python.include data.sources.python.exclude data.sources.python.weight
+data.sources.python.field data.sources.python.dtype data.sources.python.eos_token_id
 data.validation_fraction data.document_masking data.shuffle_block_size
 """
 
@@ -126,7 +126,7 @@ def test_no_number_takes_what_is_not_finite(value):
         ("model.lte.loss.tolerance=1", "it must be greater than 0 and below 1."),
         ("data.validation_fraction=1", "it must be at least 0 and below 1."),
         ("data.sources.python.weight=-1", "data.sources.python.weight is -1.0; it must be at least 0."),
-        ("data.sources.python.format data.sources.python.dtype data.sources.python.eos_token_id=csv", "data.sources.python.format is 'csv'; choose one of text, jsonl"),
+        ("data.sources.python.format=csv", "data.sources.python.format is 'csv'; choose one of text, jsonl"),
         ("tracking.wandb=on", "choose one of offline, online, disabled."),
         ("parallel.tensor=5", "does not divide model.intermediate_size (256)"),
     ],
