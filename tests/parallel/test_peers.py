@@ -12,7 +12,7 @@ import pytest
 
 from megahybrid.errors import MachineFault
 from megahybrid.parallel import groups, peers
-from tests.workers import environment, free_port, python
+from tools.workers import environment, free_port, python
 
 PROGRAM = """
 import logging, sys, threading, time
