@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from tests import workers
+from tools import workers
 
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined, those of its own library when it is first imported.
@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--gpu") and not torch.cuda.is_available():
         raise pytest.UsageError("torch sees no GPU here; run --gpu on a host that has one.")
     if "MEGAHYBRID_FORKS" not in os.environ and not torch.cuda.is_available():
-        # For tests/workers.py; pytest-xdist's processes inherit it from the first.
+        # For tools/workers.py; pytest-xdist's processes inherit it from the first.
         os.environ["MEGAHYBRID_FORKS"] = folder = tempfile.mkdtemp(prefix="megahybrid-tests-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     config.add_cleanup(workers.let_go)

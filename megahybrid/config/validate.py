@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from megahybrid.config.batch import micro_batches
 from megahybrid.config.key import derived, keys
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config, SourceConfig
@@ -25,13 +26,12 @@ def validate(config: Config) -> None:
 
 def check_replicas(config: Config, replicas: int) -> None:
     """Check what also depends on the number of data parallel replicas. Raises UserError."""
-    parallel, train = config.parallel, config.train
-    if train.global_batch_size % (train.micro_batch_size * replicas):
+    parallel, train, count = config.parallel, config.train, micro_batches(config, replicas)
+    if train.micro_batch_size * replicas * count != train.global_batch_size:
         raise UserError(
             f"train.global_batch_size ({train.global_batch_size}) must be a multiple of train.micro_batch_size "
             f"times the data parallel size ({train.micro_batch_size} * {replicas})."
         )
-    count = train.global_batch_size // (train.micro_batch_size * replicas)
     if parallel.virtual_pipeline > 1 and count % parallel.pipeline:
         raise UserError(
             f"With parallel.virtual_pipeline a replica's micro-batches a step ({count}) must be a multiple of "

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 
 import torch
 
+from megahybrid.config.batch import micro_batches
 from megahybrid.config.schema import Config
 from megahybrid.model.settings import Settings
 from megahybrid.scaling.flops import mean_of_min
 from megahybrid.scaling.parameters import parameters_by_rank
-from megahybrid.scaling.schedule import in_flight, micro_batches
+from megahybrid.scaling.schedule import in_flight
 from megahybrid.scaling.stages import stage_layers
 from megahybrid_kernels.attention.reference import QUERY_BLOCK
 from megahybrid_kernels.gated_delta_rule.triton_plan import longest_segment, tuning

@@ -5,12 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from megahybrid.config.schema import Config, ParallelConfig
-
-
-def micro_batches(config: Config, replicas: int) -> int:
-    """Micro-batches of a step that pass through every pipeline; at least one."""
-    return max(1, config.train.global_batch_size // (config.train.micro_batch_size * replicas))
+from megahybrid.config.schema import ParallelConfig
 
 
 def in_flight(parallel: ParallelConfig, rank: int, count: int) -> Iterator[tuple[int, tuple[int, ...]]]:

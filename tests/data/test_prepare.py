@@ -26,7 +26,7 @@ from megahybrid.data.workers import write_all
 from megahybrid.data.writing import SampleWriter
 from megahybrid.errors import UserError
 from tests.data.corpora import SEQ_LENGTH, make_config, silent, write_texts
-from tests.workers import environment, python
+from tools.workers import environment, python
 
 
 def read_stream(config, split):

@@ -11,7 +11,7 @@ import pytest
 
 from megahybrid.config import save_config
 from megahybrid.data import TrainingData, validation_batches
-from tests.workers import environment, python
+from tools.workers import environment, python
 
 _WORKER = """
 import json, os, signal, sys

@@ -19,7 +19,7 @@ from megahybrid.data.fetching import Fetcher
 from megahybrid.errors import UserError
 from tests.data.corpora import SEQ_LENGTH
 from tests.data.object_store import ENVIRONMENT, serve
-from tests.workers import environment, python
+from tools.workers import environment, python
 
 SHARD = "shard.00001.mds"
 

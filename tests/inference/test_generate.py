@@ -18,7 +18,7 @@ from megahybrid.parallel import groups
 from tests.inference.oracle import BUFFER, WINDOW, tokens, whole
 from tests.model import tiny
 from tests.training.conftest import prepared, recipe, reference, text  # noqa: F401
-from tests.workers import environment, python
+from tools.workers import environment, python
 
 PROMPTS = ["def main(", "import", "class Queue:\n    def __init__(self", "x"]
 

@@ -15,7 +15,7 @@ from megahybrid.launch.profile import FOLDER, load_profile
 from megahybrid.launch.task import places
 from megahybrid.training import attempts, failures
 from megahybrid.training.run_directory import RunDirectory
-from tests.workers import environment, python
+from tools.workers import environment, python
 
 
 def submit(recipe, *arguments) -> int:

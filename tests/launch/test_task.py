@@ -7,7 +7,7 @@ import pytest
 
 from tests.launch.conftest import ROOT
 from tests.training.conftest import assert_same_run, metrics
-from tests.workers import environment, free_port, python
+from tools.workers import environment, free_port, python
 
 
 def start(recipe, fault="none -1 -1") -> list[subprocess.Popen]:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.config.validate import validate
-from tests.workers import Workers
+from tools.workers import Workers
 
 PATTERN, HEADS, TOKENS = "GLSFGL", 4, 96
 # tensor, pipeline, virtual pipeline, sequence, tied embeddings; and the data parallel size.

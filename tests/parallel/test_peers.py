@@ -12,7 +12,7 @@ import pytest
 
 from megahybrid.errors import MachineFault
 from megahybrid.parallel import groups, peers
-from tests.workers import environment, free_port, python
+from tools.workers import environment, free_port, python
 
 PROGRAM = """
 import logging, sys, threading, time
@@ -78,7 +78,7 @@ def entering(monkeypatch):
     """Rank 0 of two as it waits for the other one: its watch, and the address."""
     port = Queue()
     monkeypatch.setattr(groups, "world", lambda: (0, 2))
-    monkeypatch.setattr(groups, "agree", lambda value: port.put(value) or value)
+    monkeypatch.setattr(groups, "broadcast", lambda value: port.put(value) or value)
     monkeypatch.setattr(peers, "_SECONDS_TO_GREET", 1.0)
     watch = peers.PeerWatch(lambda cause: None)
     thread = threading.Thread(target=watch.__enter__)

@@ -8,7 +8,7 @@ import pytest
 
 from megahybrid.errors import MachineFault
 from megahybrid.parallel import rendezvous
-from tests.workers import Workers, free_port
+from tools.workers import Workers, free_port
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from megahybrid.scaling import memory
 from megahybrid.scaling.parameters import parameters_by_rank
 from megahybrid_kernels import Sequences, attention
 from megahybrid_kernels.linear_cross_entropy import chunks
-from tests.workers import Workers
+from tools.workers import Workers
 
 LENGTH = 1024
 OPS = "causal_conv1d gated_delta_rule lte_attention norm retention_router rotary swiglu linear_cross_entropy.chunks"

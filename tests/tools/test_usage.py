@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workers import environment, python
+from tools.workers import environment, python
 
 ROOT = Path(__file__).parents[2]
 TOOLS = [path for path in sorted((ROOT / "tools").iterdir()) if path.is_file() and os.access(path, os.X_OK)]

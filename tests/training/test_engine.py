@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.workers import Workers
+from tools.workers import Workers
 
 ENGINE, TORCH = "tests.training.steps:by_engine", "tests.training.steps:by_torch"
 # Layouts of two and four processes with a tied embedding whose two gradients come together in different ways.

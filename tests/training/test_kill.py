@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.conftest import metrics
-from tests.workers import environment, python
+from tools.workers import environment, python
 
 
 def start(recipe: Path, program: str | None = None) -> subprocess.Popen:

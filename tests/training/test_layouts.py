@@ -10,7 +10,7 @@ import pytest
 
 from megahybrid.cli import main
 from tests.training.conftest import assert_same_run, metrics
-from tests.workers import Workers
+from tools.workers import Workers
 
 
 class Layout(NamedTuple):

@@ -16,7 +16,7 @@ from megahybrid.training.engine import Engine
 from megahybrid.training.ownership import NotOwner, Owner
 from megahybrid.training.run_directory import RunDirectory
 from tests.training.conftest import metrics
-from tests.workers import Workers
+from tools.workers import Workers
 
 
 @pytest.fixture

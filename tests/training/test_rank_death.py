@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.conftest import assert_same_run, metrics
-from tests.workers import environment, python
+from tools.workers import environment, python
 
 
 def launch(recipe: Path) -> subprocess.Popen:

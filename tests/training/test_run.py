@@ -9,7 +9,7 @@ import pytest
 from megahybrid.cli import main
 from megahybrid.training.engine import Engine
 from tests.training.conftest import assert_same_run, metrics
-from tests.workers import environment
+from tools.workers import environment
 
 
 def test_it_learns_and_leaves_a_complete_run_directory(reference):

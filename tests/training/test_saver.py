@@ -15,7 +15,7 @@ from megahybrid.parallel import groups
 from megahybrid.training.engine import Engine
 from tests.model import tiny
 from tests.training.conftest import metrics
-from tests.workers import Workers
+from tools.workers import Workers
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from megahybrid.launch import verdict
 from megahybrid.training import attempts, failures
 from megahybrid.training.run_directory import RunDirectory
-from tests.workers import Workers
+from tools.workers import Workers
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The forks that stand in for Python (tests/workers.py) against Python itself."""
+"""The forks that stand in for Python (tools/workers.py) against Python itself."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.workers import environment, python
+from tools.workers import environment, python
 
 SAY = "import os, sys; print(sys.argv, os.getcwd(), os.environ['WORD'], __name__, sys.stdin.read()); "
 

@@ -1,9 +1,9 @@
 """Processes of one's own that have imported everything already: `python()` for commands, Workers for functions.
 
 Importing training takes 5 to 9 seconds of a core; a fork of a process that has done so takes 20 ms. One server a run
-of pytest does the imports (tests/fork_server.py), when the first test wants a process. Without MEGAHYBRID_FORKS, the
-folder of that server, processes are started as usual: where there is a GPU, which forks of a process that may have
-asked for it cannot use, and in tools/bench_model.
+of pytest does the imports (fork_server.py), when the first test wants a process. Without MEGAHYBRID_FORKS, the folder
+of that server, processes are started as usual: where there is a GPU, which forks of a process that may have asked for
+it cannot use, and in the benchmarks.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def let_go() -> None:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """That of this process, with this clone and the folder of the tests on the path."""
+    """That of this process, with this clone on the path."""
     return {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", **more}
 
 
@@ -78,7 +78,7 @@ def _join(address: Path) -> tuple[socket.socket, None] | None:
 def _start_server(folder: Path) -> tuple[socket.socket, subprocess.Popen]:
     (folder / "socket").unlink(missing_ok=True)
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "tests.fork_server", str(folder)]
+    command = [sys.executable, "-m", "tools.fork_server", str(folder)]
     with open(folder / "server.log", "w") as log:
         server = subprocess.Popen(
             command, stdin=theirs, stdout=log, stderr=log, env=environment(), cwd=ROOT, start_new_session=True
@@ -88,7 +88,7 @@ def _start_server(folder: Path) -> tuple[socket.socket, subprocess.Popen]:
         assert server.poll() is None, (folder / "server.log").read_text()
         time.sleep(0.01)
     program = folder / "python"
-    asks = shlex.join([sys.executable, "-I", "-S", str(ROOT / "tests" / "forked_python.py"), str(folder / "socket")])
+    asks = shlex.join([sys.executable, "-I", "-S", str(ROOT / "tools" / "forked_python.py"), str(folder / "socket")])
     program.write_text(f'#!/bin/sh\nexec {asks} "$@"\n')
     program.chmod(0o755)
     return ours, server

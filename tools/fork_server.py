@@ -1,7 +1,7 @@
-"""Starts processes that have imported everything; tests/workers.py starts it, and `python` there says how to ask it.
+"""Starts processes that have imported everything; workers.py starts it, and `python` there says how to ask it.
 
 It listens at FOLDER/socket. A connection is a process: it brings arguments, environment, folder and the standard
-streams (tests/forked_python.py), hears of the process's number and of its end, and when it is closed the process is
+streams (forked_python.py), hears of the process's number and of its end, and when it is closed the process is
 killed before anything else is started. Standard input is a connection that holds the server; without any it ends.
 
 Forked processes share what real starts draw anew or read for themselves: the seed of the hashes of strings, and what
@@ -37,7 +37,6 @@ PRELOADED = (
     "torch.distributed.launcher.api",
     "megahybrid.cli",
     "megahybrid.training.loop",
-    "tests.model.tiny",
 )
 
 
