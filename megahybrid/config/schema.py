@@ -231,31 +231,31 @@ class OptimizerConfig:
     weight_decay: float = key(0.1, may_change=True, at_least=0)
     """Not applied to norms, biases, A_log and dt_bias."""
     clip_grad_norm: float = key(1.0, may_change=True)
-    """Largest norm of the gradient."""
+    """Largest norm of the gradient; with a large one, such as 1e9, it is left as it is."""
 
 
 @dataclass
 class SourceConfig:
-    """A folder of documents."""
+    """A folder of documents. When a run goes on it has to read the same data, however they were prepared."""
 
     path: str = key(may_change=True)
     """The folder."""
-    format: str = key("text", choices=tuple(FILE_NAMES))
+    format: str = key("text", may_change=True, choices=tuple(FILE_NAMES))
     """text: a file is a document; jsonl: a line of a file is one, also in .gz and .zst; parquet: a row is one; npy and
     bin: token ids of data.tokenizer, as numpy.save writes them or bare (or with llm.c's header)."""
-    include: list[str] = key([], otherwise=lambda source: list(FILE_NAMES[source.format]))
+    include: list[str] = key([], may_change=True, otherwise=lambda source: list(FILE_NAMES[source.format]))
     """Glob patterns on the file name; *.txt, *.parquet, *.npy, *.bin, or *.jsonl with .gz and .zst, when left out."""
-    exclude: list[str] = key([])
+    exclude: list[str] = key([], may_change=True)
     """Folder names that are passed over wherever they stand."""
     weight: float | None = key(None, at_least=0)
     """Part of the training samples, relative to the other sources'; 0 leaves the source out. When no source says more
     than 0, each counts by its size."""
-    dtype: str | None = key(None, choices=("uint16", "uint32"))
+    dtype: str | None = key(None, may_change=True, choices=("uint16", "uint32"))
     """bin: what a token is stored as, uint16 or uint32."""
-    eos_token_id: int | None = key(None, at_least=0)
+    eos_token_id: int | None = key(None, may_change=True, at_least=0)
     """npy, bin: the token that ends a document in the files; the tokenizer's document token when left out, which
     always begins or ends one."""
-    field: str = key("text")
+    field: str = key("text", may_change=True)
     """jsonl: the key of a line's text; parquet: the column."""
 
 
@@ -280,7 +280,7 @@ class DataConfig:
     """GB that data.cache may hold (the oldest shards go first); no limit when left out."""
     identity: str | None = key(None, may_change=True)
     """The data that may be read, as `prepare` and `doctor` print it, in quotes; any when left out."""
-    validation_fraction: float = key(0.005, at_least=0, below=1)
+    validation_fraction: float = key(0.005, may_change=True, at_least=0, below=1)
     """Part of the documents held out for validation (by a hash of a text file's name; in other formats of the
     document's text, so that it lies on the same side in all of them)."""
     document_masking: bool = key(True)

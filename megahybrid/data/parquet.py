@@ -46,6 +46,8 @@ def read_rows(unit: Unit, piece: Piece, path: Path, skipped: Skipped) -> Iterato
         with library.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
             yield from _rows(unit, piece, path, skipped, file)
     except (library.ArrowException, OSError, EOFError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise  # of the disk, not of what is in the file
         reason = " ".join(str(error).split()).split(". ")[0][:200].rstrip(".")
         raise UserError(f"'{path}' is not a readable parquet file ({reason}); fetch it again or exclude it.") from error
 

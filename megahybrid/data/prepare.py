@@ -27,7 +27,7 @@ from megahybrid.data.reading import read_unit
 from megahybrid.data.tokenizer import Tokenizer, tokenizer_file, tokenizer_hash
 from megahybrid.data.units import Format, UnitCounts, finished, finished_unit
 from megahybrid.data.workers import Job, write_all
-from megahybrid.errors import UserError
+from megahybrid.errors import MachineFault, UserError
 from megahybrid.files import sync_folder, write_json
 
 Report = Callable[[str], Any]
@@ -289,7 +289,7 @@ def _summary(prepared: Prepared, report: Report) -> None:
 
 @contextlib.contextmanager
 def _workplace(target: Path) -> Iterator[Path]:
-    """A hidden sibling folder. It stays if the block is stopped or the disk fails, so that the next prepare can go on,
+    """A hidden sibling folder. It stays if the block is stopped or a disk fails, so that the next prepare can go on,
     and disappears if the block succeeds or the recipe is at fault."""
     place = target.with_name(f".{target.name}.part")
     try:
@@ -298,8 +298,9 @@ def _workplace(target: Path) -> Iterator[Path]:
             place.mkdir(exist_ok=True)
             try:
                 yield place
-            except UserError:
-                shutil.rmtree(place, ignore_errors=True)
+            except UserError as error:
+                if not isinstance(error, MachineFault):
+                    shutil.rmtree(place, ignore_errors=True)
                 raise
             shutil.rmtree(place, ignore_errors=True)
     except OSError as error:

@@ -11,7 +11,8 @@ from megahybrid.data.lines import read_lines
 from megahybrid.data.parquet import read_rows
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.data.tokens import TOKENISED, read_tokens
-from megahybrid.errors import UserError
+from megahybrid.errors import MachineFault, UserError
+from megahybrid.retry import is_transient
 
 # Text that is held in memory and tokenised at once.
 CHUNK_BYTES = 8_000_000
@@ -54,6 +55,11 @@ def _documents(unit: Unit, skipped: Skipped, tokenizer: Tokenizer | None) -> Ite
                 assert unit.format in TOKENISED and tokenizer is not None
                 yield from read_tokens(unit, piece, path, tokenizer)
         except (OSError, zlib.error) as error:
+            if is_transient(error):
+                raise MachineFault(
+                    f"'{path}' cannot be read now ({getattr(error, 'strerror', None) or error}); run prepare again: "
+                    "it goes on from what it has."
+                ) from error
             raise UserError(
                 f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}; make it readable or exclude it."
             ) from error

@@ -22,7 +22,7 @@ from megahybrid.data.blocks import Block, write_block
 from megahybrid.data.documents import Unit
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.data.units import Format, write_unit
-from megahybrid.errors import UserError
+from megahybrid.errors import MachineFault, UserError
 
 Advance = Callable[[int], Any]
 Job = Unit | Block
@@ -32,7 +32,8 @@ def write_all(jobs: Sequence[tuple[Job, Path]], made: Format, workers: int, adva
     """Write every unit or block into its folder, by so many processes (one: this one). `advance(bytes)` hears of the
     progress.
 
-    Raises UserError for what a source makes impossible, OSError for the disk's faults, RuntimeError if a worker dies.
+    Raises UserError for what a source makes impossible, MachineFault where it cannot be read now, OSError for the
+    disk's faults, RuntimeError if a worker dies.
     """
     workers = min(workers, len(jobs))
     if workers <= 1:
@@ -125,8 +126,9 @@ def _drive(process: subprocess.Popen[str], waiting: queue.SimpleQueue, told: que
 
 
 def _exception(message: dict[str, Any]) -> Exception:
-    if message["error"] == "UserError":
-        return UserError(message["text"])
+    for kind in (UserError, MachineFault):
+        if message["error"] == kind.__name__:
+            return kind(message["text"])
     if message.get("errno") is not None:
         return OSError(message["errno"], message["text"])
     return RuntimeError(f"a process of prepare failed: {message['error']}: {message['text']}")

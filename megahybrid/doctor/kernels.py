@@ -130,9 +130,9 @@ def size_of(config: Config | None, device: torch.device) -> Size:
         hidden=model.hidden_size,
         intermediate=settings.intermediate_size // ranks,
         vocabulary=model.vocab_size // ranks,
-        heads=settings.kv_heads // ranks,
+        heads=max(1, settings.kv_heads // ranks),  # of a kind that the pattern lacks it may be none
         groups=model.attention.num_heads // settings.kv_heads,
-        gdn_heads=model.gdn.num_heads // ranks,
+        gdn_heads=max(1, model.gdn.num_heads // ranks),
         conv_taps=model.gdn.conv_size,
         router_taps=model.lte.conv_size,
         router_dilation=model.lte.conv_dilation,

@@ -15,5 +15,7 @@ def pin(folder: Path) -> None:
     version = megahybrid.code_version()
     for package in (megahybrid, megahybrid_kernels):
         source = Path(package.__file__).parent
-        shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        copy = folder / source.name
+        shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        copy.chmod(0o755)  # of an installation that nobody may write to
     write_text(folder / megahybrid.__name__ / megahybrid.PINNED_VERSION, version + "\n")

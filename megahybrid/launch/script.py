@@ -105,10 +105,10 @@ def _directives(job: Job, profile: Profile) -> list[str]:
 
 def _option(text: str) -> str:
     """An option of sbatch. Raises UserError for what would be read as several, or as none."""
-    if not re.match(r"--?[A-Za-z][\w-]*(=|$)", text):
+    if not re.match(r"--[A-Za-z][\w-]*(=|$)", text):
         raise UserError(
-            f"The profile's sbatch has {text!r}; write one option an entry, with = before its value, such as "
-            "--exclusive or --constraint=h100."
+            f"The profile's sbatch has {text!r}; write one option an entry, by its long name, with = before its "
+            "value, such as --exclusive or --constraint=h100."
         )
     return text
 

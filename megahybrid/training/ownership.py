@@ -26,7 +26,7 @@ from megahybrid.training.run_directory import RunDirectory
 _SECONDS_BETWEEN_TOUCHES = 10.0
 _SILENT_SECONDS = 60.0  # without a touch for so long, an owner on another host is taken for dead
 _SECONDS_TO_BE_WRITTEN = 5.0  # a file that is created and still empty
-_SECONDS_TO_BE_SEEN = 20.0  # by another node: NFS clients remember for a while what was not there
+_SECONDS_TO_BE_SEEN = 75.0  # by another node: NFS clients remember for up to a minute what was not there
 
 
 _token: str | None = None  # of the start that this process belongs to, once it has the run

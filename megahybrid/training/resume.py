@@ -28,11 +28,10 @@ def check_resume(saved: Config, now: Config, checkpoint: str) -> None:
 def meaning(config: Config) -> dict[str, Any]:
     """What the keys that may not change mean, by name: equal where configurations differ in their spelling only.
 
-    Values that were left out are those derived for them, lists of file names are sets, a source's weight is its part
-    of all weights, and `|` in the pattern is no part of the model.
+    Values that were left out are those derived for them, a source's weight is its part of all weights, and `|` in the
+    pattern is no part of the model.
     """
     found = {name: value for name, value, rules in keys(derived(config)) if not rules.may_change}
-    found = {name: frozenset(value) if isinstance(value, list) else value for name, value in found.items()}
     found["model.pattern"] = parse_pattern(config.model.pattern).letters
     weights = {name: Fraction(source.weight) for name, source in config.data.sources.items() if source.weight}
     for name, weight in weights.items():

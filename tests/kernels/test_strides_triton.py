@@ -86,14 +86,14 @@ def delta_rule(lengths: tuple[int, ...], in_place: bool) -> Case:
     shapes = wide(lengths, "q", "k", "v") | rows(lengths, a=(HEADS,), b=(HEADS,)) | dict.fromkeys(names[5:], (HEADS,))
     shapes["state"] = (len(lengths), HEADS, DIM, DIM)
     return Case(
-        lambda x: gated_delta_rule(*(x[n] for n in names), whole(lengths), x["state"], True, in_place),
+        lambda x: gated_delta_rule(*(x[n] for n in names), whole(lengths), x["state"], in_place=in_place),
         shapes, {}, ("all",) if in_place else (),
     )  # fmt: skip
 
 
 def convolution(lengths: tuple[int, ...], in_place: bool) -> Case:
     return Case(
-        lambda x: causal_conv1d(x["x"], x["weight"], whole(lengths), x["state"], True, in_place),
+        lambda x: causal_conv1d(x["x"], x["weight"], whole(lengths), x["state"], in_place=in_place),
         rows(lengths, x=(24,)) | {"weight": (24, 4), "state": (len(lengths), 3, 24)}, {}, ("all",) if in_place else (),
     )  # fmt: skip
 

@@ -99,6 +99,7 @@ def test_the_script_says_what_was_asked_for(recipe, tmp_path, capsys):
         ('account: "me\\n#SBATCH --nodes=9"', "The profile's account has '--account=me\\n#SBATCH --nodes=9'"),
         ("sbatch: [--exclusive --mem=0]", "The profile's sbatch has '--exclusive --mem=0'; write one option an entry"),
         ("sbatch: ['# --mem=0']", "The profile's sbatch has '# --mem=0'"),
+        ("sbatch: ['-C=h100']", "The profile's sbatch has '-C=h100'"),
         ("environment: {A-B: c}", "The profile's environment has 'A-B', which cannot name a variable"),
     ],
 )

@@ -17,7 +17,8 @@ def causal_conv1d(
     weight: Tensor,
     sequences: Sequences,
     initial_state: Tensor | None = None,
-    output_final_state: bool = False,
+    *,
+    output_final_state: bool = True,
     in_place: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Convolve each channel with its own few weights over the latest tokens of the same sequence, then SiLU.

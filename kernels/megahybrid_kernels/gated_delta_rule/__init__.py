@@ -22,7 +22,8 @@ def gated_delta_rule(
     dt_bias: Tensor,
     sequences: Sequences,
     initial_state: Tensor | None = None,
-    output_final_state: bool = False,
+    *,
+    output_final_state: bool = True,
     in_place: bool = False,
     allow_neg_eigval: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
