@@ -14,7 +14,7 @@ from megahybrid.doctor.finding import Finding
 def diagnose(config: Config | None = None, say: Callable[[str], None] = print) -> list[Finding]:
     """Check software, devices, kernels, links and disk, with a recipe its data as well, and say each as it is found.
 
-    Some two minutes on a GPU, most of it for compiling kernels. Returns what is wrong.
+    Some three minutes on a GPU, most of it for compiling kernels. Returns what is wrong.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     parts = {
