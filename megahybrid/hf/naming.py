@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from megahybrid.config.schema import (
-    AttentionConfig,
-    Config,
-    DataConfig,
-    GDNConfig,
-    LTEConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from megahybrid.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from megahybrid.errors import UserError
+from megahybrid.mixers.attention import AttentionConfig
+from megahybrid.mixers.gdn import GDNConfig
+from megahybrid.mixers.lte import LTEConfig
 from megahybrid.model.settings import Settings
 
 MODEL_TYPE = "megahybrid"

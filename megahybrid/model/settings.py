@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megahybrid.config.key import derived
 from megahybrid.config.pattern import Pattern, parse_pattern
 from megahybrid.config.schema import Config, ModelConfig
+from megahybrid.key import derived
 from megahybrid.parallel.parameters import Initializer, normal
 
 

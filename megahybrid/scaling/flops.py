@@ -11,8 +11,8 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 
-from megahybrid.config.pattern import LETTERS
 from megahybrid.config.schema import Config
+from megahybrid.mixers import KINDS
 from megahybrid.model.settings import Settings
 
 GDN_CHUNK = 64
@@ -54,7 +54,7 @@ def flops_per_token(config: Config) -> Flops:
 def layer(settings: Settings, letter: str, length: int) -> dict[str, float]:
     """A layer of the pattern: its mixer's parts and its SwiGLU."""
     mixers = {"G": gdn, "L": lte, "S": sliding_window, "F": full_attention}
-    parts = {f"{LETTERS[letter]}: {name}": count for name, count in mixers[letter](settings, length).items()}
+    parts = {f"{KINDS[letter].title}: {name}": count for name, count in mixers[letter](settings, length).items()}
     return parts | {"SwiGLU": linear(settings.model.hidden_size, 3 * settings.intermediate_size)}
 
 

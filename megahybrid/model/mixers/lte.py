@@ -22,7 +22,6 @@ from megahybrid_kernels.retention_router import (
     Dropout,
     RouterParameters,
     RouterState,
-    margin,
     retention_logits,
     retention_logits_streamed,
 )
@@ -95,7 +94,6 @@ class LTEAttention(AttentionProjections):
         self.layer, self.lte = layer, settings.model.lte
         self.router = Router(settings)
         self.heads = settings.kv_heads // parallel_state.get_tensor_model_parallel_world_size()
-        self.margin = margin(self.lte.conv_size, self.lte.conv_dilation)
         self.l1_lambda = torch.zeros(self.heads)
 
     def forward(self, x: Tensor, context: Context, state: LTEState | None = None):
@@ -115,7 +113,7 @@ class LTEAttention(AttentionProjections):
         scores, router = self.router(k, v, sequences, state=state.router)
         q, k = self.rotate(q, context), self.rotate(k, context)
         o, cache = lte_attention_with_cache(
-            *(q, k, v, scores, state.cache, sequences, lte.window_size, lte.sink_size, lte.buffer_size, self.margin),
+            *(q, k, v, scores, state.cache, sequences, lte.window_size, lte.sink_size, lte.buffer_size, lte.margin),
             in_place=context.in_place,
         )
         return self.output(o), None, LTEState(cache, router)
@@ -132,7 +130,7 @@ class LTEAttention(AttentionProjections):
         The L1 sum is divided by a number fixed by shapes (tokens times scores a token), so that it does not depend on
         how documents fall into micro-batches.
         """
-        cut = (context.sequences.remaining < self.margin).unsqueeze(-1)
+        cut = (context.sequences.remaining < self.lte.margin).unsqueeze(-1)
         excess = scores.masked_fill(cut, 0).relu()
         loss = torch.dot(self.l1_lambda.to(scores), excess.sum(0)) / (len(scores) * self.settings.scores_per_token)
         return Aux(loss, (excess > 0).sum(0))
