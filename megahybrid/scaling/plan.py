@@ -136,5 +136,5 @@ def _part(name: str, letters: str) -> str:
         return "norms"
     if words[2] == "mlp":
         return "SwiGLU"
-    mixer = KINDS[letters[int(words[1])]].title
-    return f"{mixer}: router" if words[3] == "router" else f"{mixer}: mixer"
+    kind = KINDS[letters[int(words[1])]]
+    return f"{kind.title}: {words[3] if words[3] in kind.parts else 'mixer'}"

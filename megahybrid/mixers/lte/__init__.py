@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from megahybrid.errors import UserError
 from megahybrid.key import key
-from megahybrid.mixers.attention import AttentionKind
+from megahybrid.mixers.attention import AttentionKind, widths
+from megahybrid.mixers.counting import mean_of_min
+from megahybrid.mixers.kind import Activations, MicroBatch
 
 if TYPE_CHECKING:
     from megahybrid.config.schema import ModelConfig
@@ -67,6 +70,7 @@ class LTEKind(AttentionKind):
     letter = "L"
     title = "LTE"
     sections: ClassVar = {**AttentionKind.sections, "lte": LTEConfig}
+    parts = ("router",)
 
     def check(self, model: ModelConfig) -> None:
         super().check(model)
@@ -87,3 +91,35 @@ class LTEKind(AttentionKind):
             )
         if model.attention.head_dim % 4:
             raise UserError("model.attention.head_dim must be a multiple of 4, since the router halves its channels.")
+
+    def keys(self, model: ModelConfig, length: int) -> float:
+        """The query at position i sees min(i + 1, w + 1) keys in its window. Of the max(0, i - w) tokens that left it
+        it sees at most buffer_size, as in inference: in training, too, this is what the controller of lambda steers to.
+        Before the controller has settled a model without train_cap sees more, up to all.
+        """
+        window, buffer = model.lte.window_size, model.lte.buffer_size
+        left = max(0, length - 1 - window)
+        return mean_of_min(length, window + 1) + (mean_of_min(left, buffer) * left / length if left else 0)
+
+    def flops(self, model: ModelConfig, length: int) -> dict[str, float]:
+        """Those of attention; and of the router, a KV head: convolutions with 2 taps c_in c_out each, and a projection
+        to one logit."""
+        channels, taps = router_channels(model.attention.head_dim), model.lte.conv_size
+        a_head = sum(2 * taps * fan_in * out for fan_in, out in itertools.pairwise(channels)) + 2 * channels[-1]
+        return super().flops(model, length) | {"router": model.attention.num_kv_heads * a_head}
+
+    def activations(self, model: ModelConfig, batch: MicroBatch) -> Activations:
+        """With w bytes an activation, queries of width Q and keys of width K on a rank: q and o, 2 w Q; k before and
+        after rotation, and v, 3 w K; and the outputs of the router's convolutions, 7/4 w K. Backward: gradients of q
+        and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K.
+        """
+        queries, keys = widths(model, batch)
+        head_dim, width = model.attention.head_dim, batch.width
+        routers = sum(router_channels(head_dim)[1:]) / head_dim
+        return Activations(width * (2 * queries + (3 + routers) * keys), 2 * width * (queries + keys) + 8 * keys)
+
+
+def router_channels(head_dim: int) -> list[int]:
+    """Channels that go into each of the router's convolutions, key and value together into the first, and out of the
+    last: each halves them."""
+    return [2 * head_dim >> halvings for halvings in range(CONVOLUTIONS + 1)]
