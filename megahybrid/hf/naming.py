@@ -29,7 +29,7 @@ def exported_config(config: Config) -> dict[str, Any]:
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
-        "intermediate_size": settings.intermediate_size,
+        "intermediate_size": settings.model.intermediate_size,
         "layers": settings.pattern.letters,
         "gdn": {
             "num_heads": gdn.num_heads,
@@ -39,7 +39,7 @@ def exported_config(config: Config) -> dict[str, Any]:
         },
         "attention": {
             "num_heads": attention.num_heads,
-            "num_kv_heads": settings.kv_heads,
+            "num_kv_heads": settings.model.attention.num_kv_heads,
             "head_dim": attention.head_dim,
             "window_size": attention.window_size,
             "rope_theta": attention.rope_theta,

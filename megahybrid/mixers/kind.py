@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     from megahybrid.config.schema import ModelConfig
+    from megahybrid.model.mixer import Mixer
 
 
 class MicroBatch(NamedTuple):
@@ -70,3 +71,7 @@ class Kind(ABC):
     @abstractmethod
     def activations(self, model: ModelConfig, batch: MicroBatch) -> Activations:
         """What training keeps; what counts is said in megahybrid.scaling.memory."""
+
+    @abstractmethod
+    def module(self) -> type[Mixer]:
+        """The class of its module, imported when it is asked for."""

@@ -201,7 +201,7 @@ def residual(config: Config, settings: Settings) -> float:
 
 def _inner(config: Config, settings: Settings) -> float:
     """A tensor of the SwiGLU, w I."""
-    return _width(config) * settings.intermediate_size / config.parallel.tensor
+    return _width(config) * settings.model.intermediate_size / config.parallel.tensor
 
 
 def _mixer(config: Config, settings: Settings, letter: str) -> Activations:

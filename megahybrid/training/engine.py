@@ -97,7 +97,7 @@ class Engine:
     @property
     def _kv_heads(self) -> int:
         """Heads of an LTE layer over all ranks."""
-        return self.settings.kv_heads if self.lte_layers else 0
+        return self.settings.model.attention.num_kv_heads if self.lte_layers else 0
 
     @property
     def _heads(self) -> slice:

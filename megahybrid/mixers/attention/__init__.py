@@ -13,6 +13,7 @@ from megahybrid.mixers.kind import Activations, Kind, MicroBatch
 
 if TYPE_CHECKING:
     from megahybrid.config.schema import ModelConfig
+    from megahybrid.model.mixer import Mixer
 
 
 @dataclass
@@ -104,6 +105,11 @@ class FullAttentionKind(AttentionKind):
         """The query at position i sees i + 1 keys."""
         return mean_of_min(length, length)
 
+    def module(self) -> type[Mixer]:
+        from megahybrid.mixers.attention.module import FullAttention
+
+        return FullAttention
+
 
 class SlidingWindowKind(AttentionKind):
     """Causal attention to the last `window_size` tokens of the document, the query's own included."""
@@ -114,3 +120,8 @@ class SlidingWindowKind(AttentionKind):
     def keys(self, model: ModelConfig, length: int) -> float:
         """The query at position i sees min(i + 1, n) keys in a window of n."""
         return mean_of_min(length, model.attention.window_size)
+
+    def module(self) -> type[Mixer]:
+        from megahybrid.mixers.attention.module import SlidingWindowAttention
+
+        return SlidingWindowAttention

@@ -11,6 +11,7 @@ from megahybrid.mixers.kind import Activations, Kind, MicroBatch
 
 if TYPE_CHECKING:
     from megahybrid.config.schema import ModelConfig
+    from megahybrid.model.mixer import Mixer
 
 CHUNK = 64
 """Tokens a chunk of the gated delta rule as GPU kernels choose it."""
@@ -83,6 +84,11 @@ class GDNKind(Kind):
             saved += 4 * keys * (key_dim + value_dim) / segment
         chunk = min(tune.chunk, batch.length)
         return Activations(saved, width * (4 * values + 2 * keys + 2 * keys * value_dim / chunk))
+
+    def module(self) -> type[Mixer]:
+        from megahybrid.mixers.gdn.module import GatedDeltaNet
+
+        return GatedDeltaNet
 
 
 def delta_rule(key_dim: int, value_dim: int, chunk: int) -> float:

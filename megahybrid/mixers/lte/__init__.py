@@ -14,6 +14,7 @@ from megahybrid.mixers.kind import Activations, MicroBatch
 
 if TYPE_CHECKING:
     from megahybrid.config.schema import ModelConfig
+    from megahybrid.model.mixer import Mixer
 
 CONVOLUTIONS = 3
 """Of the router, one after the other."""
@@ -117,6 +118,11 @@ class LTEKind(AttentionKind):
         head_dim, width = model.attention.head_dim, batch.width
         routers = sum(router_channels(head_dim)[1:]) / head_dim
         return Activations(width * (2 * queries + (3 + routers) * keys), 2 * width * (queries + keys) + 8 * keys)
+
+    def module(self) -> type[Mixer]:
+        from megahybrid.mixers.lte.module import LTEAttention
+
+        return LTEAttention
 
 
 def router_channels(head_dim: int) -> list[int]:
