@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 if TYPE_CHECKING:
     from megahybrid.config.schema import ModelConfig
     from megahybrid.model.mixer import Mixer
+    from megahybrid.model.regulation import Regulator
 
 
 class MicroBatch(NamedTuple):
@@ -75,3 +76,7 @@ class Kind(ABC):
     @abstractmethod
     def module(self) -> type[Mixer]:
         """The class of its module, imported when it is asked for."""
+
+    def regulator(self) -> type[Regulator] | None:
+        """The class of what regulates its layers, imported likewise; None where nothing is regulated."""
+        return None

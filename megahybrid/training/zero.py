@@ -14,6 +14,7 @@ from megahybrid.config.schema import Config
 from megahybrid.parallel import groups
 from megahybrid.parallel.mpu import ModelParallelUnit
 from megahybrid.scaling.memory import BUCKET, LIVE_PARAMETERS
+from megahybrid.scaling.schedule import micro_batches
 
 WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -32,11 +33,10 @@ def initialize(config: Config, model: nn.Module, optimizer: torch.optim.Optimize
 
     logger.setLevel(logging.ERROR)
     train, stage = config.train, config.parallel.zero_stage
-    _, replicas = groups.data_parallel()
-    samples = train.global_batch_size // replicas
+    count = micro_batches(config, groups.data_parallel()[1])
     settings = {
-        "train_micro_batch_size_per_gpu": samples if stage == 1 else train.micro_batch_size,
-        "gradient_accumulation_steps": 1 if stage == 1 else samples // train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size * (count if stage == 1 else 1),
+        "gradient_accumulation_steps": 1 if stage == 1 else count,
         "managed_gradient_accumulation": stage > 1,
         "gradient_clipping": config.optimizer.clip_grad_norm,
         "communication_data_type": config.parallel.gradient_reduction,

@@ -5,8 +5,10 @@ What a package installs is a folder on the path that says what its entry points 
 
 import contextlib
 import io
+import itertools
 
 import pytest
+import torch
 
 from megahybrid.config import load_config
 from megahybrid.errors import UserError
@@ -30,8 +32,6 @@ def run(*arguments):
 
 def logits_of_pieces(path, cuts):
     """In a worker: of a run's model, a pass over two documents at once, and the same in pieces from its states."""
-    import torch
-
     from megahybrid.inference.loading import load_generator
     from megahybrid.model.context import Context
     from megahybrid_kernels import Sequences
@@ -98,6 +98,8 @@ def assert_same(found, expected):
     for ours, theirs in zip(found, expected, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        assert ours["gate_loss"] == pytest.approx(theirs["gate_loss"], rel=1e-5)
+        assert (ours["open"], ours["gate_weight"]) == (theirs["open"], theirs["gate_weight"])
 
 
 def test_without_the_package_it_is_unknown(recipe):
@@ -135,6 +137,15 @@ def test_it_trains_alike_on_two_processes(layout, trained, recipe, command, tmp_
     command(2, "train", recipe, f"run.dir={tmp_path}", *layout, "train.recompute=T")
     assert_same(metrics(tmp_path), metrics(trained))
     assert metrics(trained)[-1]["loss"] < metrics(trained)[0]["loss"] - 0.05
+
+
+def test_its_gates_are_regulated(trained, command):
+    lines = metrics(trained)
+    assert lines[0]["gate_loss"] == 0 and all(line["gate_loss"] != 0 for line in lines[1:])
+    weights = [torch.tensor(line["gate_weight"]) for line in lines]
+    moves = {move for before, after in itertools.pairwise(weights) for move in (after - before).flatten().tolist()}
+    assert weights[0].shape == (3, 2) and moves == {0.25, -0.125}  # layers, heads
+    assert "gate-heads.png" in command(1, "plot", trained)
 
 
 def test_it_resumes_in_another_layout(trained, recipe, command, tmp_path):

@@ -15,6 +15,7 @@ from megahybrid.mixers.kind import Activations, MicroBatch
 if TYPE_CHECKING:
     from megahybrid.config.schema import ModelConfig
     from megahybrid.model.mixer import Mixer
+    from megahybrid.model.regulation import Regulator
 
 CONVOLUTIONS = 3
 """Of the router, one after the other."""
@@ -123,6 +124,11 @@ class LTEKind(AttentionKind):
         from megahybrid.mixers.lte.module import LTEAttention
 
         return LTEAttention
+
+    def regulator(self) -> type[Regulator]:
+        from megahybrid.mixers.lte.controller import LambdaController
+
+        return LambdaController
 
 
 def router_channels(head_dim: int) -> list[int]:

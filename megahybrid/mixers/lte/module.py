@@ -129,7 +129,7 @@ class LTEAttention(AttentionProjections):
         return Dropout(self.lte.dropout, context.dropout_keys[self.layer], first)
 
     def _aux(self, scores: Tensor, context: Context) -> Aux:
-        """L1 term and kept counts, over positions whose right context is whole.
+        """L1 term, and how many positions are kept and counted: those whose right context is whole.
 
         The L1 sum is divided by a number fixed by shapes (tokens times scores a token), so that it does not depend on
         how documents fall into micro-batches.
@@ -137,7 +137,7 @@ class LTEAttention(AttentionProjections):
         cut = (context.sequences.remaining < self.lte.margin).unsqueeze(-1)
         excess = scores.masked_fill(cut, 0).relu()
         loss = torch.dot(self.l1_lambda.to(scores), excess.sum(0)) / (len(scores) * self.scores_per_token)
-        return Aux(loss, (excess > 0).sum(0))
+        return Aux(loss, {"kept": (excess > 0).sum(0), "positions": len(cut) - cut.sum(0)})
 
     def initial_state(self, sequences: int) -> LTEState:
         like, lte = self.k_proj.weight, self.lte

@@ -13,6 +13,7 @@ from megahybrid.mixers.kind import Activations, Kind, MicroBatch
 if TYPE_CHECKING:
     from megahybrid.config.schema import ModelConfig
     from megahybrid.model.mixer import Mixer
+    from megahybrid.model.regulation import Regulator
 
 
 @dataclass
@@ -51,3 +52,8 @@ class GatedMeanKind(Kind):
         from tests.mixers.gated_mean.module import GatedMean
 
         return GatedMean
+
+    def regulator(self) -> type[Regulator]:
+        from tests.mixers.gated_mean.module import GateRegulator
+
+        return GateRegulator
