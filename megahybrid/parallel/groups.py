@@ -128,7 +128,7 @@ def gather_tensor_parallel(part: torch.Tensor, axis: int | None) -> torch.Tensor
     return torch.cat(parts, axis)
 
 
-def agree(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """The main process's `value`, on every process: what only it can notice, all have to react to."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -143,7 +143,7 @@ def on_main(action: Callable[[], Result]) -> Result:
             value = action()
         except UserError as error:
             fault = error
-    value, fault = agree((value, fault))
+    value, fault = broadcast((value, fault))
     if fault is not None:
         raise fault
     return value

@@ -49,7 +49,7 @@ class PeerWatch:
         rank, world = groups.world()
         if world > 1:
             listening = socket.create_server(("", 0)) if rank == 0 else None
-            port = groups.agree(listening.getsockname()[1] if listening else None)
+            port = groups.broadcast(listening.getsockname()[1] if listening else None)
             name = f"Rank {rank} on {socket.gethostname()}"
             if listening:
                 self._accept(listening, name, world - 1)

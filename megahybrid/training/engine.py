@@ -160,20 +160,15 @@ class Engine:
             report.add(layer, aux)
         if out.losses is None:
             return out.hidden
-        divisor = self._divisor(micro_batches)
+        # Tokens, whatever their labels weigh; schedules and ZeRO take the mean over micro-batches and replicas.
+        divisor = self.config.train.micro_batch_size * self.config.train.seq_length
         if groups.tensor_parallel()[0] == 0:
             report.loss += out.losses.sum() / divisor
         return out.loss / divisor
 
-    def _divisor(self, micro_batches: int) -> float:
-        """By what a micro-batch's sums are divided: the weight of the global batch, whose tokens weigh 1 each, a
-        micro-batch, since schedules and ZeRO average over micro-batches and replicas."""
-        train, (_, replicas) = self.config.train, groups.data_parallel()
-        return train.global_batch_size * train.seq_length / (micro_batches * replicas)
-
     @torch.no_grad()
     def validate(self, batches: Collection[Batch]) -> float | None:
-        """Mean negative log-likelihood a token over all replicas' batches, with the eviction cap enforced.
+        """Mean negative log-likelihood a token over all replicas' batches, by the rules of inference.
 
         Replicas may hold unequally many batches, or none; with no batch at all there is nothing to say: None.
         """

@@ -51,7 +51,7 @@ class Owner:
     def __enter__(self) -> Owner:
         global _token
         groups.on_main(self._take)
-        _token = groups.agree(self._facts["token"])
+        _token = groups.broadcast(self._facts["token"])
         try:
             self._require_one_folder()
         except UserError:

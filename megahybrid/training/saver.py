@@ -148,7 +148,7 @@ class Saver:
                 self._patience.bear(what, fault)
             except UserError as error:
                 end = error
-        self.failed, end = groups.agree((fault is not None, end))
+        self.failed, end = groups.broadcast((fault is not None, end))
         if end is not None:
             raise end
         return self.failed

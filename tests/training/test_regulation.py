@@ -128,6 +128,7 @@ def of_one(tmp_path_factory, brief, text, prepared):
 
     with watched(), patch.object(StepReport, "sum_over_all", noted):
         train(load_config(recipe, ["train.steps=8"]), printed.append)
+    groups.shut_down()
     return folder, printed, counted
 
 
