@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from megahybrid.config.schema import (
-    AttentionConfig,
-    Config,
-    DataConfig,
-    GDNConfig,
-    LTEConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from megahybrid.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from megahybrid.errors import UserError
+from megahybrid.mixers.attention import AttentionConfig
+from megahybrid.mixers.gdn import GDNConfig
+from megahybrid.mixers.lte import LTEConfig
 from megahybrid.model.settings import Settings
 
 MODEL_TYPE = "megahybrid"
@@ -35,7 +29,7 @@ def exported_config(config: Config) -> dict[str, Any]:
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
-        "intermediate_size": settings.intermediate_size,
+        "intermediate_size": settings.model.intermediate_size,
         "layers": settings.pattern.letters,
         "gdn": {
             "num_heads": gdn.num_heads,
@@ -45,7 +39,7 @@ def exported_config(config: Config) -> dict[str, Any]:
         },
         "attention": {
             "num_heads": attention.num_heads,
-            "num_kv_heads": settings.kv_heads,
+            "num_kv_heads": settings.model.attention.num_kv_heads,
             "head_dim": attention.head_dim,
             "window_size": attention.window_size,
             "rope_theta": attention.rope_theta,

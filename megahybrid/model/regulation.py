@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from megahybrid.mixers import KINDS
+
 if TYPE_CHECKING:  # pictures and tables need no torch
     import torch
     from torch import Tensor, nn
 
+    from megahybrid.config.pattern import Pattern
     from megahybrid.config.schema import Config
 
 
@@ -91,6 +94,12 @@ class Regulator(Protocol):
 
     def load_state(self, state: dict[str, list]) -> None:
         """Take over a state that `state` gave."""
+
+
+def regulators(pattern: Pattern) -> dict[str, type[Regulator]]:
+    """The regulators' classes of a pattern's kinds, by letter; without those that have none."""
+    found = {letter: KINDS[letter].regulator() for letter in dict.fromkeys(pattern.letters)}
+    return {letter: regulator for letter, regulator in found.items() if regulator is not None}
 
 
 def filled(text: str, values: Sequence[Sequence[float]]) -> str:

@@ -17,14 +17,13 @@ from megahybrid.config.schema import Config
 from megahybrid.config.validate import check_replicas
 from megahybrid.data.packing import Batch
 from megahybrid.model.context import Context, dropout_keys
-from megahybrid.model.regulation import Regulator
+from megahybrid.model.regulation import Regulator, regulators
 from megahybrid.model.stack import Stack, Stages
 from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import initialize_parameters
 from megahybrid.training import schedule, zero
 from megahybrid.training.guard import StepGuard
 from megahybrid.training.optimizer import learning_rate, make_optimizer
-from megahybrid.training.regulators import REGULATORS
 from megahybrid.training.step_report import StepReport
 from megahybrid_kernels import Sequences
 
@@ -88,14 +87,14 @@ class Engine:
 
     def _make_regulators(self) -> dict[str, Regulator]:
         """Those of the whole model; this rank's mixers get to read what they steer."""
-        regulators = {}
-        for letter, kind in REGULATORS.items():
-            if layers := self.settings.pattern.layers(letter):
-                regulators[letter] = kind.of(self.config, layers, self.device)
-                for layer in layers:
-                    if str(layer) in self.model.layers:
-                        regulators[letter].attach(layer, self.model.layers[str(layer)].mixer)
-        return regulators
+        made = {}
+        for letter, regulator in regulators(self.settings.pattern).items():
+            layers = self.settings.pattern.layers(letter)
+            made[letter] = regulator.of(self.config, layers, self.device)
+            for layer in layers:
+                if str(layer) in self.model.layers:
+                    made[letter].attach(layer, self.model.layers[str(layer)].mixer)
+        return made
 
     def step(self, batches: Sequence[Batch], step: int, stop: bool = False, saving: bool = False) -> StepResult:
         """Train on this replica's micro-batches of the 1-based optimizer step.

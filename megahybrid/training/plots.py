@@ -14,8 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from megahybrid.config import Config, load_config
 from megahybrid.config.pattern import parse_pattern
-from megahybrid.model.regulation import Quantity
-from megahybrid.training.regulators import REGULATORS
+from megahybrid.model.regulation import Quantity, regulators
 from megahybrid.training.run_directory import Metrics, read_metrics
 
 COLUMNS = 6  # layers side by side
@@ -84,10 +83,10 @@ def speed_figure(metrics: Metrics) -> Figure:
 
 def regulation_pictures(config: Config, metrics: Metrics) -> dict[str, Figure]:
     """By file name, two pictures of what each kind of layer in the pattern regulates, as far as it stands there."""
-    letters, pictures = parse_pattern(config.model.pattern), {}
-    for letter, regulator in REGULATORS.items():
-        quantities, layers = regulator.quantities(config), letters.layers(letter)
-        if layers and any(line.get(quantities[0].key) for line in metrics):
+    pattern, pictures = parse_pattern(config.model.pattern), {}
+    for letter, regulator in regulators(pattern).items():
+        quantities, layers = regulator.quantities(config), pattern.layers(letter)
+        if any(line.get(quantities[0].key) for line in metrics):
             pictures[f"{regulator.name}.png"] = panels_figure(metrics, layers, quantities, regulator.member)
             pictures[f"{regulator.name}-{regulator.member}s.png"] = members_figure(metrics, layers, quantities)
     return pictures

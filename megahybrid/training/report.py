@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from megahybrid.config import load_config
+from megahybrid.config.pattern import parse_pattern
 from megahybrid.data.loader import validation_batches
 from megahybrid.errors import UserError
-from megahybrid.model.regulation import filled
-from megahybrid.training.regulators import REGULATORS
+from megahybrid.model.regulation import filled, regulators
 from megahybrid.training.run_directory import Metrics, read_metrics
 
 
@@ -68,7 +68,7 @@ def summarise(run_dir: Path) -> str:
 
 def _regulation_rows(run_dir: Path, metrics: Metrics) -> list[tuple[str, str]]:
     config, rows = load_config(run_dir / "config.yaml"), []
-    for regulator in REGULATORS.values():
+    for regulator in regulators(parse_pattern(config.model.pattern)).values():
         for quantity in regulator.quantities(config):
             values = latest(metrics, quantity.key)
             if quantity.summary is not None and values is not None:

@@ -2,19 +2,19 @@
 that is positive in their first channel."""
 
 import json
-from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
 import torch
 
 from megahybrid.config import load_config
+from megahybrid.mixers import KINDS
+from megahybrid.mixers.attention import SlidingWindowKind
+from megahybrid.mixers.attention.module import SlidingWindowAttention
 from megahybrid.model.context import Aux
-from megahybrid.model.mixers import MIXERS, SlidingWindowAttention
 from megahybrid.model.regulation import Count, Quantity
 from megahybrid.parallel import groups
 from megahybrid.training import plots, report
-from megahybrid.training.regulators import REGULATORS
 from megahybrid.training.step_report import StepReport
 from tests.training import test_layouts
 from tests.training.conftest import assert_same_run, metrics
@@ -84,10 +84,16 @@ class Watched(SlidingWindowAttention):
         return y, Aux(loss, {"loud": (q[..., 0] > 0).sum(0), "tokens": torch.tensor(len(volume))}), state
 
 
-@contextmanager
+class WatchedKind(SlidingWindowKind):
+    def module(self):
+        return Watched
+
+    def regulator(self):
+        return Volume
+
+
 def watched():
-    with patch.dict(MIXERS, S=Watched), patch.dict(REGULATORS, S=Volume):
-        yield
+    return patch.dict(KINDS, S=WatchedKind())
 
 
 def train(recipe, *overrides):

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from megahybrid.config.key import derived
-from megahybrid.config.schema import Config, LTEConfig
+from megahybrid.config.schema import Config
+from megahybrid.key import derived
+from megahybrid.mixers.lte import LTEConfig
 from megahybrid.model.regulation import Count, Quantity
 from megahybrid.parallel import groups
 
