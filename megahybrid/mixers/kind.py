@@ -78,5 +78,5 @@ class Kind(ABC):
         """The class of its module, imported when it is asked for."""
 
     def regulator(self) -> type[Regulator] | None:
-        """The class of what regulates its layers, imported likewise; None where nothing is regulated."""
+        """The class of what regulates its layers, likewise; None where nothing is regulated."""
         return None

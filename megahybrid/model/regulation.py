@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # pictures and tables need no torch
     import torch
     from torch import Tensor, nn
 
+    from megahybrid.config.pattern import Pattern
     from megahybrid.config.schema import Config
 
 
@@ -95,9 +96,9 @@ class Regulator(Protocol):
         """Take over a state that `state` gave."""
 
 
-def regulators(letters: str) -> dict[str, type[Regulator]]:
-    """Those of the kinds among a pattern's letters that are regulated, by letter."""
-    found = {letter: kind.regulator() for letter, kind in KINDS.items() if letter in letters}
+def regulators(pattern: Pattern) -> dict[str, type[Regulator]]:
+    """The regulators' classes of a pattern's kinds, by letter; without those that have none."""
+    found = {letter: KINDS[letter].regulator() for letter in dict.fromkeys(pattern.letters)}
     return {letter: regulator for letter, regulator in found.items() if regulator is not None}
 
 

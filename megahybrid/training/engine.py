@@ -87,10 +87,11 @@ class Engine:
 
     def _make_regulators(self) -> dict[str, Regulator]:
         """Those of the whole model; this rank's mixers get to read what they steer."""
-        pattern, made = self.settings.pattern, {}
-        for letter, regulator in regulators(pattern.letters).items():
-            made[letter] = regulator.of(self.config, pattern.layers(letter), self.device)
-            for layer in pattern.layers(letter):
+        made = {}
+        for letter, regulator in regulators(self.settings.pattern).items():
+            layers = self.settings.pattern.layers(letter)
+            made[letter] = regulator.of(self.config, layers, self.device)
+            for layer in layers:
                 if str(layer) in self.model.layers:
                     made[letter].attach(layer, self.model.layers[str(layer)].mixer)
         return made

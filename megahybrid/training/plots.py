@@ -84,7 +84,7 @@ def speed_figure(metrics: Metrics) -> Figure:
 def regulation_pictures(config: Config, metrics: Metrics) -> dict[str, Figure]:
     """By file name, two pictures of what each kind of layer in the pattern regulates, as far as it stands there."""
     pattern, pictures = parse_pattern(config.model.pattern), {}
-    for letter, regulator in regulators(pattern.letters).items():
+    for letter, regulator in regulators(pattern).items():
         quantities, layers = regulator.quantities(config), pattern.layers(letter)
         if any(line.get(quantities[0].key) for line in metrics):
             pictures[f"{regulator.name}.png"] = panels_figure(metrics, layers, quantities, regulator.member)

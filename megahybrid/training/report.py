@@ -68,7 +68,7 @@ def summarise(run_dir: Path) -> str:
 
 def _regulation_rows(run_dir: Path, metrics: Metrics) -> list[tuple[str, str]]:
     config, rows = load_config(run_dir / "config.yaml"), []
-    for regulator in regulators(parse_pattern(config.model.pattern).letters).values():
+    for regulator in regulators(parse_pattern(config.model.pattern)).values():
         for quantity in regulator.quantities(config):
             values = latest(metrics, quantity.key)
             if quantity.summary is not None and values is not None:

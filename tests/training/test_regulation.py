@@ -2,7 +2,6 @@
 that is positive in their first channel."""
 
 import json
-from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
@@ -93,10 +92,8 @@ class WatchedKind(SlidingWindowKind):
         return Volume
 
 
-@contextmanager
 def watched():
-    with patch.dict(KINDS, S=WatchedKind()):
-        yield
+    return patch.dict(KINDS, S=WatchedKind())
 
 
 def train(recipe, *overrides):
