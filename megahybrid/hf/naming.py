@@ -28,7 +28,7 @@ def exported_config(config: Config) -> dict[str, Any]:
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
-        "intermediate_size": settings.intermediate_size,
+        "intermediate_size": model.intermediate_size,
         "layers": letters,
         **{name: _architecture(getattr(model, name)) for name in _sections(letters)},
         "norm_eps": model.norm_eps,
