@@ -128,10 +128,10 @@ def size_of(config: Config | None, device: torch.device) -> Size:
     return replace(
         size,
         hidden=model.hidden_size,
-        intermediate=settings.intermediate_size // ranks,
+        intermediate=settings.model.intermediate_size // ranks,
         vocabulary=model.vocab_size // ranks,
-        heads=settings.kv_heads // ranks,
-        groups=model.attention.num_heads // settings.kv_heads,
+        heads=settings.model.attention.num_kv_heads // ranks,
+        groups=model.attention.num_heads // settings.model.attention.num_kv_heads,
         gdn_heads=model.gdn.num_heads // ranks,
         conv_taps=model.gdn.conv_size,
         router_taps=model.lte.conv_size,

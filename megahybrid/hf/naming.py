@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from megahybrid.config.key import keys
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from megahybrid.errors import UserError
-from megahybrid.hf.mixers import KINDS
+from megahybrid.key import keys
+from megahybrid.mixers import KINDS
+from megahybrid.mixers.kinds import sections
 from megahybrid.model.settings import Settings
 
 MODEL_TYPE = "megahybrid"
@@ -40,7 +41,7 @@ def exported_config(config: Config) -> dict[str, Any]:
 
 def _sections(letters: str) -> dict[str, type]:
     """The parts of the model's configuration that layers with these letters read."""
-    return {name: section for letter in letters for name, section in KINDS[letter].sections.items()}
+    return sections({letter: KINDS[letter] for letter in letters})
 
 
 def _architecture(section: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megahybrid.config.schema import LTEConfig
+from megahybrid.mixers.lte import LTEConfig
 
 
 class LambdaController:

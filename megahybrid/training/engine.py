@@ -26,7 +26,6 @@ from megahybrid.training.guard import StepGuard
 from megahybrid.training.optimizer import learning_rate, make_optimizer
 from megahybrid.training.step_report import StepReport
 from megahybrid_kernels import Sequences
-from megahybrid_kernels.retention_router import margin
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Engine:
     @property
     def _kv_heads(self) -> int:
         """Heads of an LTE layer over all ranks."""
-        return self.settings.kv_heads if self.lte_layers else 0
+        return self.settings.model.attention.num_kv_heads if self.lte_layers else 0
 
     @property
     def _heads(self) -> slice:
@@ -185,8 +184,7 @@ class Engine:
 
     def _counted_positions(self, batch: Batch) -> int:
         """Positions whose right context is whole: those the mixers count."""
-        lte = self.config.model.lte
-        cut = margin(lte.conv_size, lte.conv_dilation)
+        cut = self.config.model.lte.margin
         return sum(max(0, length - cut) for length in batch.sequences.lengths)
 
     @torch.no_grad()

@@ -10,14 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import megahybrid.model.mixers as trained
 from megahybrid.cli import main
-from megahybrid.config import pattern
-from megahybrid.hf import mixers
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
 from megahybrid.hf.modeling_megahybrid import MegahybridForCausalLM
 from megahybrid.hf.naming import MODEL_TYPE, exported_config
-from tests.hf import mean, other_transformers
+from megahybrid.mixers import KINDS
+from tests.hf import other_transformers
+from tests.hf.mean import MeanKind
 from tests.model import tiny
 
 ALWAYS = {"configuration_megahybrid.py", "layers_megahybrid.py", "modeling_megahybrid.py"}
@@ -34,9 +33,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.fixture
 def letter_t(monkeypatch):
     """T stands for the tests' own kind."""
-    monkeypatch.setitem(pattern.LETTERS, "T", "causal mean")
-    monkeypatch.setitem(trained.MIXERS, "T", mean.CausalMean)
-    monkeypatch.setitem(mixers.KINDS, "T", mean.KIND)
+    monkeypatch.setitem(KINDS, "T", MeanKind())
 
 
 def round_trip(letters, folder, prepared):

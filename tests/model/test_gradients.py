@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import megahybrid.model.mixers.lte as lte_mixer
+import megahybrid.mixers.lte.module as lte_mixer
 from tests.model import tiny
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megahybrid.config.schema import LTEConfig, RetentionLossConfig
+from megahybrid.mixers.lte import LTEConfig, RetentionLossConfig
 from megahybrid.training.controller import LambdaController
 
 

@@ -1,35 +1,31 @@
 """A kind of layer that only the tests know (T): the gated mean of all tokens so far, times a gain."""
 
-import torch
-from torch import nn
-
-from megahybrid.config.schema import GDNConfig
-from megahybrid.hf.mixers import Kind
-from megahybrid.parallel.layers import ColumnLinear, RowLinear, project
-from megahybrid.parallel.parameters import constant, parameter
-
-KIND = Kind({"gdn": GDNConfig}, "tests.hf.mean.hf:CausalMean")
+from megahybrid.mixers.gdn import GDNConfig
+from megahybrid.mixers.kind import Activations, Kind
 
 
-class CausalMean(nn.Module):
-    """In training: as wide as the keys of Gated DeltaNet."""
+class MeanKind(Kind):
+    """As wide as the keys of Gated DeltaNet."""
 
-    def __init__(self, settings, layer):
-        super().__init__()
-        hidden, width = settings.model.hidden_size, settings.model.gdn.num_heads * settings.model.gdn.head_dim
-        self.v_proj = ColumnLinear(hidden, width, settings.projection)
-        self.g_proj = ColumnLinear(hidden, width, settings.projection)
-        self.gain = parameter(width, initializer=constant(1.0))
-        self.o_proj = RowLinear(width, hidden, settings.output_projection, False)
+    letter = "T"
+    title = "causal mean"
+    sections = {"gdn": GDNConfig}  # noqa: RUF012
 
-    def forward(self, x, context, state=None):
-        v, g = project(x, (self.v_proj, self.g_proj), False)
-        sums = [piece.cumsum(0) for piece in v.split(context.sequences.lengths)]
-        if state is not None:
-            sums = [piece + past for piece, past in zip(sums, state, strict=True)]
-        mean = torch.cat(sums) / (context.sequences.positions[:, None] + 1)
-        y = self.o_proj(mean * torch.sigmoid(g) * self.gain)
-        return y, None, None if state is None else torch.stack([piece[-1] for piece in sums])
+    def split(self, model):
+        return {}
 
-    def initial_state(self, sequences):
-        return self.gain.new_zeros(sequences, len(self.gain))
+    def flops(self, model, length):
+        return {}
+
+    def activations(self, model, batch):
+        return Activations(0, 0)
+
+    def module(self):
+        from tests.hf.mean.module import CausalMean
+
+        return CausalMean
+
+    def exported(self):
+        from tests.hf.mean.hf import CausalMean
+
+        return CausalMean
