@@ -1,8 +1,7 @@
-"""Which kinds of layers an exported folder holds, and a kind that is new."""
+"""Which kinds of layers an exported folder holds."""
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -14,26 +13,9 @@ from megahybrid.cli import main
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
 from megahybrid.hf.modeling_megahybrid import MegahybridForCausalLM
 from megahybrid.hf.naming import MODEL_TYPE, exported_config
-from megahybrid.mixers import KINDS
-from tests.hf import other_transformers
-from tests.hf.mean import MeanKind
 from tests.model import tiny
 
 ALWAYS = {"configuration_megahybrid.py", "layers_megahybrid.py", "modeling_megahybrid.py"}
-
-# Runs a script as where this package is not installed.
-ALONE = """
-import runpy, sys
-sys.modules |= dict.fromkeys(["megahybrid", "megahybrid_kernels"])
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.fixture
-def letter_t(monkeypatch):
-    """T stands for the tests' own kind."""
-    monkeypatch.setitem(KINDS, "T", MeanKind())
 
 
 def round_trip(letters, folder, prepared):
@@ -78,24 +60,3 @@ def test_the_kinds_of_its_pattern(letters, kinds, sections, prepared, tmp_path):
     assert set(sys.modules[type(model).__module__].MIXERS) == set(letters)
     rows = torch.arange(80)[None]
     assert torch.equal(model(rows).logits, MegahybridForCausalLM.from_pretrained(folder)(rows).logits)
-
-
-@pytest.mark.usefixtures("letter_t")
-def test_a_new_kind(prepared, tmp_path):
-    """Exported, and loaded where this package is not installed."""
-    folder = round_trip("GTS", tmp_path, prepared)
-    assert code(folder) == ALWAYS | {"gdn_megahybrid.py", "attention_megahybrid.py", "mean_megahybrid.py"}
-    rows = torch.randint(0, 384, (2, 30), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(30) >= torch.tensor([0, 17])[:, None]).long()
-    save_file({"rows": rows, "mask": mask}, tmp_path / "inputs")
-    paths = [folder, tmp_path / "inputs", tmp_path / "outputs"]
-    subprocess.run([sys.executable, "-c", ALONE, other_transformers.__file__, *map(str, paths)], check=True)
-    found = load_file(tmp_path / "outputs")
-    model = MegahybridForCausalLM.from_pretrained(folder, dtype=torch.float64).double()
-    real = mask.bool()
-    for name in ("whole", "steps"):
-        assert torch.allclose(found[name][real], model(rows, attention_mask=mask).logits[real], rtol=0, atol=1e-12)
-    assert main(["export", str(tmp_path / "imported"), str(tmp_path / "bf16")]) == 0
-    stored = load_file(tmp_path / "bf16" / "model.safetensors")
-    kept = {name.rpartition(".")[2] for name, weight in stored.items() if weight.dtype == torch.float32}
-    assert kept == {"A_log", "dt_bias", "gain"}

@@ -51,3 +51,8 @@ class GatedMeanKind(Kind):
         from tests.mixers.gated_mean.module import GatedMean
 
         return GatedMean
+
+    def exported(self) -> type:
+        from tests.mixers.gated_mean.hf import GatedMean
+
+        return GatedMean
