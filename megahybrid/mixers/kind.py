@@ -77,6 +77,10 @@ class Kind(ABC):
     def module(self) -> type[Mixer]:
         """The class of its module, imported when it is asked for."""
 
+    @abstractmethod
+    def exported(self) -> type:
+        """The class of its exported form, a `Mixer` of megahybrid.hf.layers_megahybrid, likewise."""
+
     def regulator(self) -> type[Regulator] | None:
         """The class of what regulates its layers, likewise; None where nothing is regulated."""
         return None

@@ -6,9 +6,14 @@ What a package installs is a folder on the path that says what its entry points 
 import contextlib
 import io
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megahybrid.config import load_config
 from megahybrid.errors import UserError
@@ -18,6 +23,14 @@ from tests.workers import Workers
 POINTS = """
 [megahybrid.mixers]
 gated_mean = tests.mixers.gated_mean:GatedMeanKind
+"""
+
+# Runs a script as where megahybrid is not installed.
+ALONE = """
+import runpy, sys
+sys.modules |= dict.fromkeys(["megahybrid", "megahybrid_kernels"])
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -165,3 +178,26 @@ def test_it_generates_the_same_on_one_and_two_processes(trained, command):
     }
     (written,) = texts
     assert written.startswith("def f")
+
+
+def test_it_is_exported_and_read_back(trained, command, tmp_path):
+    """Both conversions compare logits; and transformers loads it where this package is not installed."""
+    folder, imported, given, found = (tmp_path / name for name in ("exported", "imported", "given", "found"))
+    for verb, source, target in (("export", trained, folder), ("import", folder, imported)):
+        options = ["--dtype", "fp32"] if verb == "export" else []
+        assert "worst difference" in command(1, verb, source, target, "--verify", *options)
+    code = {f"{name}_megahybrid.py" for name in ("configuration", "gated_mean", "gdn", "layers", "modeling")}
+    assert {file.name for file in folder.glob("*.py")} == code
+    checkpoint = trained / "checkpoints" / (trained / "checkpoints" / "latest").read_text().strip()
+    saved, read = (load_file(each / "weights-00000.safetensors") for each in (checkpoint, imported))
+    assert saved.keys() == read.keys() and all(torch.equal(read[name], weight) for name, weight in saved.items())
+
+    rows = torch.randint(0, 300, (2, 30), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(30) >= torch.tensor([0, 17])[:, None]).long()
+    save_file({"rows": rows, "mask": mask}, given)
+    script = Path(__file__).parents[1] / "hf" / "other_transformers.py"
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command_line = [sys.executable, "-c", ALONE, *map(str, (script, folder, given, found))]
+    subprocess.run(command_line, check=True, cwd=tmp_path, env=environment)
+    logits, real = load_file(found), mask.bool()
+    assert torch.allclose(logits["steps"][real], logits["whole"][real], rtol=0, atol=1e-9)

@@ -110,6 +110,11 @@ class FullAttentionKind(AttentionKind):
 
         return FullAttention
 
+    def exported(self) -> type:
+        from megahybrid.mixers.attention.hf import FullAttention
+
+        return FullAttention
+
 
 class SlidingWindowKind(AttentionKind):
     """Causal attention to the last `window_size` tokens of the document, the query's own included."""
@@ -125,3 +130,8 @@ class SlidingWindowKind(AttentionKind):
         from megahybrid.mixers.attention.module import SlidingWindowAttention
 
         return SlidingWindowAttention
+
+    def exported(self) -> type:
+        from megahybrid.mixers.attention.hf import WindowAttention
+
+        return WindowAttention

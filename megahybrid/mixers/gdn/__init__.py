@@ -90,6 +90,11 @@ class GDNKind(Kind):
 
         return GatedDeltaNet
 
+    def exported(self) -> type:
+        from megahybrid.mixers.gdn.hf import GatedDeltaNet
+
+        return GatedDeltaNet
+
 
 def delta_rule(key_dim: int, value_dim: int, chunk: int) -> float:
     """FLOPs of the gated delta rule of a token and head, in chunks of C tokens (the paper's section 3.3).

@@ -125,6 +125,11 @@ class LTEKind(AttentionKind):
 
         return LTEAttention
 
+    def exported(self) -> type:
+        from megahybrid.mixers.lte.hf import LTEAttention
+
+        return LTEAttention
+
     def regulator(self) -> type[Regulator]:
         from megahybrid.mixers.lte.controller import LambdaController
 

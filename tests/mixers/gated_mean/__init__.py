@@ -53,6 +53,11 @@ class GatedMeanKind(Kind):
 
         return GatedMean
 
+    def exported(self) -> type:
+        from tests.mixers.gated_mean.hf import GatedMean
+
+        return GatedMean
+
     def regulator(self) -> type[Regulator]:
         from tests.mixers.gated_mean.module import GateRegulator
 
