@@ -85,7 +85,9 @@ def measure(
         "seconds_of_steps": [round(each, 3) for each in seconds],
         "losses": [result.loss for result in results],
         "grad_norms": [round(result.grad_norm, 5) for result in results],
-        "kept": [round(float(head), 1) for head in engine.controller.kept_now.flatten()[:4]],
+        "kept": [
+            round(float(head), 1) for each in engine.regulators.values() for head in each.metrics()["kept"][0, :4]
+        ],
         "micro_batch": config.train.micro_batch_size,
         "micro_batches": len(batches),
         "samples": config.train.global_batch_size,
@@ -124,13 +126,13 @@ def keep(engine: Engine, batch: Batch, share: float) -> None:
     batch = batch.to(engine.device)
     keys = dropout_keys(0, 0, batch.samples, batch.sample_positions, len(engine.settings.pattern.letters))
     context = Context(batch.sequences, keys)
-    biases = {n: engine.model.layers[str(n)].mixer.router.projection_bias for n in engine.lte_layers}
+    biases = {n: engine.model.layers[str(n)].mixer.router.projection_bias for n in engine.settings.pattern.layers("L")}
     low, high = ({n: torch.full_like(bias, end) for n, bias in biases.items()} for end in (-16.0, 16.0))
     for _ in range(12):
         for n, bias in biases.items():
             bias.copy_((low[n] + high[n]) / 2)
         for n, aux in engine.model(batch.tokens, context).aux.items():
-            many = aux.kept > share * len(batch.tokens)
+            many = aux.counts["kept"] > share * len(batch.tokens)
             low[n], high[n] = torch.where(many, low[n], biases[n]), torch.where(many, biases[n], high[n])
     for bias in biases.values():
         zero.write(engine.deepspeed, bias, zero.WEIGHTS, bias.float())

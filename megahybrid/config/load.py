@@ -140,7 +140,7 @@ def _first_line(error: Exception) -> str:
 def _unknown_key(full_key: str) -> str:
     known = list(known_keys())
     close = difflib.get_close_matches(full_key, known, n=1, cutoff=0.6)
-    hint = f"did you mean {close[0]}?" if close else "see megahybrid/config/schema.py for the known keys."
+    hint = f"did you mean {close[0]}?" if close else "see megahybrid/config/schema.py and megahybrid/mixers."
     return f"Unknown configuration key '{full_key}'; {hint}"
 
 

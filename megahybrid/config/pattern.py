@@ -13,8 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megahybrid.errors import UserError
-
-LETTERS = {"G": "Gated DeltaNet", "L": "LTE", "S": "sliding window", "F": "full attention"}
+from megahybrid.mixers import KINDS
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def parse_pattern(text: str) -> Pattern:
         else:
             letters.append(char)
     if not letters:
-        raise UserError(f"model.pattern '{text}' has no layers; write letters of {', '.join(LETTERS)}.")
+        raise UserError(f"model.pattern '{text}' has no layers; write letters of {', '.join(KINDS)}.")
     if starts and (starts[0] == 0 or starts[-1] == len(letters) or len(set(starts)) < len(starts)):
         raise UserError(f"model.pattern '{text}' has an empty pipeline stage; every '|' needs layers on both sides.")
     return Pattern("".join(letters), tuple(starts))
@@ -64,11 +63,11 @@ def _group(text: str, at: int, whole: str) -> tuple[str, int]:
                 raise UserError(f"model.pattern '{whole}' has a '(' without its ')'; close it.")
             times, at = _repeat(text, close + 1, whole)
             parts.append(inner * times)
-        elif char in LETTERS or char == "|":
+        elif char in KINDS or char == "|":
             parts.append(char)
             at += 1
         else:
-            known = ", ".join(f"{letter} ({name})" for letter, name in LETTERS.items())
+            known = ", ".join(f"{letter} ({kind.title})" for letter, kind in KINDS.items())
             raise UserError(f"model.pattern '{whole}' has the unknown letter '{char}'; use {known}.")
     return "".join(parts), at
 

@@ -1,14 +1,17 @@
 """Every configuration key: its default, its meaning, its range, and whether it may change when a run goes on.
 
-The one place all of this is written down (`key` in key.py); a number is above 0 where nothing else is said.
+The one place all of this is written down (`key` in megahybrid/key.py), but for the keys of mixers, which stand in their
+folders of megahybrid/mixers; a number is above 0 where nothing else is said.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
-from megahybrid.config.key import key
+from megahybrid.key import key
+from megahybrid.mixers.kinds import KINDS, sections
 
 FILE_NAMES = {
     "text": ["*.txt"],
@@ -29,82 +32,9 @@ class RunConfig:
 
 
 @dataclass
-class GDNConfig:
-    """Gated DeltaNet (pattern letter G)."""
-
-    num_heads: int = key(8)
-    """Heads of queries, keys and values."""
-    head_dim: int = key(128)
-    """Channels of a query or key head."""
-    value_head_dim: int | None = key(None, otherwise=lambda gdn: gdn.head_dim)
-    """Channels of a value head; head_dim when left out."""
-    conv_size: int = key(4)
-    """Taps of the causal short convolution on q, k and v."""
-
-
-@dataclass
-class AttentionConfig:
-    """Softmax attention: full (F), sliding window (S), and the heads of LTE (L)."""
-
-    num_heads: int = key(16)
-    """Query heads."""
-    num_kv_heads: int | None = key(None, otherwise=lambda attention: attention.num_heads)
-    """Key-value heads; num_heads when left out."""
-    head_dim: int = key(64)
-    """Channels of a head."""
-    window_size: int = key(1024)
-    """Keys that a sliding-window query (S) sees, itself included."""
-    rope_theta: float = key(10000.0)
-    """Base of the rotary position embedding."""
-
-
-@dataclass
-class RetentionLossConfig:
-    """The L1 term on retention scores and the controller of its weight lambda (method: multiplicative, per head)."""
-
-    update_interval: int = key(32, may_change=True, at_least=2)
-    """Optimizer steps between two updates of lambda; its moving average spans half of them."""
-    initial: float = key(1e-9, may_change=True)
-    """First non-zero lambda; a lambda that would fall below it becomes 0."""
-    maximum: float = key(1.0, may_change=True)
-    """Largest lambda."""
-    increase: float = key(1.5, may_change=True, above=1)
-    """Factor on lambda while more tokens are kept than the buffer holds."""
-    decrease: float = key(2.0, may_change=True, above=1)
-    """Divisor of lambda while fewer are kept than tolerance * buffer_size."""
-    tolerance: float = key(0.95, may_change=True, below=1)
-    """Lambda rests while the kept count is between tolerance * buffer_size and buffer_size."""
-
-
-@dataclass
-class LTEConfig:
-    """Sliding window attention with learnable token eviction (L); its heads are model.attention's."""
-
-    window_size: int = key(768)
-    """w: a query sees itself and the w tokens before it; older ones only if retained."""
-    buffer_size: int = key(512)
-    """b: retained tokens a head holds outside the window, sinks included; the target of the controller in training."""
-    sink_size: int = key(4, at_least=0)
-    """The first tokens of a document, always retained."""
-    conv_size: int = key(3)
-    """Taps of each of the router's three convolutions (odd)."""
-    conv_dilation: int = key(2)
-    """Dilation of the router's convolutions."""
-    dropout: float = key(0.1, may_change=True, at_least=0, below=1)
-    """Dropout before each of the router's convolutions, in training."""
-    train_cap: bool = key(False, may_change=True)
-    """Train with the buffer's capacity enforced, as in inference, instead of leaving it to the L1 term alone."""
-    loss: RetentionLossConfig = field(default_factory=RetentionLossConfig)
-    """The L1 term and its controller."""
-
-
-@dataclass
-class ModelConfig:
-    """The architecture."""
-
+class _Architecture:
     pattern: str = key()
-    """One letter a layer: G Gated DeltaNet, L LTE, S sliding window, F full attention; (GL)*12 repeats, | begins a
-    pipeline stage."""
+    """One letter a layer, of megahybrid.mixers' kinds; (GL)*12 repeats, | begins a pipeline stage."""
     hidden_size: int = key()
     """Width of the residual stream."""
     vocab_size: int = key()
@@ -120,9 +50,14 @@ class ModelConfig:
     init_std: float = key(0.02, may_change=True)
     """Standard deviation of normal initialisation; the projections that write to the residual stream take it divided
     by sqrt(2 * layers)."""
-    gdn: GDNConfig = field(default_factory=GDNConfig)
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    lte: LTEConfig = field(default_factory=LTEConfig)
+
+
+ModelConfig = dataclasses.make_dataclass(
+    "ModelConfig",
+    [(name, section, field(default_factory=section)) for name, section in sections(KINDS).items()],
+    bases=(_Architecture,),
+    namespace={"__doc__": "The architecture, and the sections of all kinds of mixers.", "__module__": __name__},
+)
 
 
 @dataclass

@@ -6,11 +6,11 @@ import re
 from typing import Any
 
 from megahybrid.config.batch import micro_batches
-from megahybrid.config.key import derived, keys
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config, SourceConfig
 from megahybrid.errors import UserError
-from megahybrid_kernels.retention_router import margin
+from megahybrid.key import derived, keys
+from megahybrid.mixers import KINDS
 
 
 def validate(config: Config) -> None:
@@ -45,35 +45,8 @@ def _shown(value: Any) -> str:
 
 def _model(config: Config) -> None:
     model = derived(config.model)
-    letters = set(parse_pattern(model.pattern).letters)
-    heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
-    if letters & set("LSF"):
-        if heads % kv_heads:
-            raise UserError(
-                f"model.attention.num_heads ({heads}) must be a multiple of model.attention.num_kv_heads ({kv_heads})."
-            )
-        if model.attention.head_dim % 2:
-            raise UserError("model.attention.head_dim must be even, since rotary embedding pairs its halves.")
-    if "L" in letters:
-        _lte(config)
-
-
-def _lte(config: Config) -> None:
-    lte = config.model.lte
-    if lte.conv_size % 2 == 0:
-        raise UserError(f"model.lte.conv_size is {lte.conv_size}; the router's convolutions are centred: use odd taps.")
-    needed = margin(lte.conv_size, lte.conv_dilation)
-    if lte.window_size <= needed:
-        raise UserError(
-            f"model.lte.window_size ({lte.window_size}) must be larger than the router's margin ({needed}), "
-            "or a token would leave the window before its score is final."
-        )
-    if lte.buffer_size < lte.sink_size:
-        raise UserError(
-            f"model.lte.buffer_size ({lte.buffer_size}) must hold the sinks (model.lte.sink_size = {lte.sink_size})."
-        )
-    if config.model.attention.head_dim % 4:
-        raise UserError("model.attention.head_dim must be a multiple of 4, since the router halves its channels.")
+    for letter in dict.fromkeys(parse_pattern(model.pattern).letters):
+        KINDS[letter].check(model)
 
 
 def _layout(config: Config) -> None:
@@ -94,13 +67,9 @@ def _layout(config: Config) -> None:
 def tensor_parallel_fault(config: Config, tensor: int) -> tuple[str, int] | None:
     """The first key, with its value, that keeps the model from being split over `tensor` ranks, or None."""
     model = derived(config.model)
-    letters = set(parse_pattern(model.pattern).letters)
     split = {"model.vocab_size": model.vocab_size, "model.intermediate_size": model.intermediate_size}
-    if "G" in letters:
-        split["model.gdn.num_heads"] = model.gdn.num_heads
-    if letters & set("LSF"):
-        heads = "num_kv_heads" if config.model.attention.num_kv_heads else "num_heads"
-        split[f"model.attention.{heads}"] = model.attention.num_kv_heads
+    for letter in parse_pattern(model.pattern).letters:
+        split |= KINDS[letter].split(model)
     return next(((key, count) for key, count in split.items() if count % tensor), None)
 
 

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megahybrid.config.key import derived
 from megahybrid.config.schema import Config, SourceConfig
 from megahybrid.data.documents import TRAIN, VALIDATION
 from megahybrid.data.mds import token_dtype
@@ -19,6 +18,7 @@ from megahybrid.data.tokenizer import tokenizer_file, tokenizer_hash
 from megahybrid.data.tokens import TOKENISED
 from megahybrid.errors import MachineFault, UserError
 from megahybrid.files import write_json
+from megahybrid.key import derived
 
 _FILE = "dataset.json"
 _VERSION = 2

@@ -128,10 +128,10 @@ def size_of(config: Config | None, device: torch.device) -> Size:
     return replace(
         size,
         hidden=model.hidden_size,
-        intermediate=settings.intermediate_size // ranks,
+        intermediate=settings.model.intermediate_size // ranks,
         vocabulary=model.vocab_size // ranks,
-        heads=max(1, settings.kv_heads // ranks),  # of a kind that the pattern lacks it may be none
-        groups=model.attention.num_heads // settings.kv_heads,
+        heads=max(1, settings.model.attention.num_kv_heads // ranks),  # of a kind that the pattern lacks it may be none
+        groups=model.attention.num_heads // settings.model.attention.num_kv_heads,
         gdn_heads=max(1, model.gdn.num_heads // ranks),
         conv_taps=model.gdn.conv_size,
         router_taps=model.lte.conv_size,

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megahybrid.config.pattern import LETTERS
 from megahybrid.config.schema import Config
+from megahybrid.mixers import KINDS
 from megahybrid.model.settings import Settings
 from megahybrid.training.metrics_file import lines_backwards
 from megahybrid.training.run_directory import RunDirectory
@@ -47,7 +47,7 @@ def model_card(name: str, config: Config, facts: dict[str, Any], checkpoint: Pat
         name=name,
         count=sum(math.prod(each["shape"]) for each in facts["parameters"].values()),
         letters=letters,
-        legend=", ".join(f"{letter} is {LETTERS[letter]}" for letter in sorted(set(letters))),
+        legend=", ".join(f"{letter} is {KINDS[letter].title}" for letter in sorted(set(letters))),
         facts="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,20 +24,16 @@ from megahybrid.errors import UserError
 from megahybrid.files import write_json, write_text
 from megahybrid.hf import verify
 from megahybrid.hf.card import model_card
+from megahybrid.hf.mixers import MIXERS
+from megahybrid.hf.model_files import model_files
 from megahybrid.hf.naming import MODEL_TYPE, exported_config, exported_name
 from megahybrid.hf.staging import staged, told
+from megahybrid.model.settings import Settings
 from megahybrid.scaling.parameters import parameter_specs
 from megahybrid.training import checkpoint, checkpoint_folder
 from megahybrid.training.tensor_files import facts_of, write_stream
 
 Report = Callable[[str], None]
-
-MODEL_FILES = (
-    "attention_megahybrid.py",
-    "configuration_megahybrid.py",
-    "layers_megahybrid.py",
-    "modeling_megahybrid.py",
-)
 
 _TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _LABELS = {torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -56,7 +51,7 @@ def export(
     """Write the checkpoint (or a run directory's newest one) to the new folder `target`.
 
     Args:
-        dtype: of the weights, bf16 or fp32; A_log and dt_bias stay fp32.
+        dtype: of the weights, bf16 or fp32; what a kind of layer keeps in fp32 stays so.
         shard_size: the most bytes a file holds, such as 5GB or 500MB; a larger tensor has a file of its own.
         check: compare logits with the training model's; None does it where host memory suffices.
 
@@ -73,16 +68,18 @@ def export(
     with staged(target) as part:
         _write_small_files(part, folder, config, tokenizer, _TYPES[dtype])
         write_text(part / "README.md", model_card(target.name, config, facts, folder))
-        _write_weights(part, folder, facts, config, _TYPES[dtype], most, report)
+        types = stored_types(config, _TYPES[dtype])
+        _write_weights(part, folder, facts, types, most, report)
         if verify.wanted(config, check, report):
-            trained = verify.trained_model(folder, config, lambda name: stored_type(name, _TYPES[dtype]))
+            trained = verify.trained_model(folder, config, types)
             verify.compare(trained, verify.exported_model(part), tokenizer, report)
     report(f"Exported {folder} to {target}.")
 
 
-def stored_type(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The type in which a parameter is exported: the decay's two parameters lose too much in bf16."""
-    return torch.float32 if name.endswith((".A_log", ".dt_bias")) else dtype
+def stored_types(config: Config, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The type in which each parameter is exported: `dtype`, but fp32 for what a kind of layer keeps in it."""
+    kept = {name for letter in Settings.of(config).pattern.letters for name in MIXERS[letter].keep_in_fp32}
+    return {name: torch.float32 if name.rpartition(".")[2] in kept else dtype for name in parameter_specs(config)}
 
 
 def _bytes(text: str) -> int:
@@ -108,15 +105,15 @@ def _require_whole(folder: Path, facts: dict[str, Any], config: Config) -> None:
 
 
 def _write_small_files(part: Path, folder: Path, config: Config, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-    here = Path(__file__).parent
-    for name in MODEL_FILES:
-        shutil.copyfile(here / name, part / name)
+    architecture = exported_config(config)
+    for name, text in model_files(architecture["layers"]).items():
+        write_text(part / name, text)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.document_id)
     auto = {"AutoConfig": "configuration_megahybrid.MegahybridConfig"}
     for each, name in (("AutoModel", "MegahybridModel"), ("AutoModelForCausalLM", "MegahybridForCausalLM")):
         auto[each] = f"modeling_megahybrid.{name}"
     head = {"architectures": ["MegahybridForCausalLM"], "model_type": MODEL_TYPE, "auto_map": auto}
-    write_json(part / "config.json", {**head, "dtype": _NAMES[dtype], **exported_config(config), **ids})
+    write_json(part / "config.json", {**head, "dtype": _NAMES[dtype], **architecture, **ids})
     write_json(part / "generation_config.json", ids)
     write_text(part / "tokenizer.json", _beginning_documents(folder / "tokenizer.json", tokenizer))
     write_json(
@@ -143,29 +140,20 @@ def _beginning_documents(file: Path, tokenizer: Tokenizer) -> str:
 
 
 def _write_weights(
-    part: Path,
-    folder: Path,
-    facts: dict[str, Any],
-    config: Config,
-    dtype: torch.dtype,
-    most: int,
-    report: Report,
+    part: Path, folder: Path, facts: dict[str, Any], types: dict[str, torch.dtype], most: int, report: Report
 ) -> None:
-    specs = parameter_specs(config)
-    shards = _shards(
-        {name: math.prod(spec.shape) * stored_type(name, dtype).itemsize for name, spec in specs.items()}, most
-    )
+    shapes = {name: facts["parameters"][name]["shape"] for name in types}
+    sizes = {name: math.prod(shapes[name]) * dtype.itemsize for name, dtype in types.items()}
+    shards = _shards(sizes, most)
     index: dict[str, str] = {}
-    size = 0
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        entries = {exported_name(name): (_LABELS[stored_type(name, dtype)], specs[name].shape) for name in names}
-        written = write_stream(part / file, entries, told(_read(folder, facts, names, dtype), report))
+        entries = {exported_name(name): (_LABELS[types[name]], shapes[name]) for name in names}
+        written = write_stream(part / file, entries, told(_read(folder, facts, names, types), report))
         index |= dict.fromkeys(entries, file)
-        size += sum(math.prod(specs[name].shape) * stored_type(name, dtype).itemsize for name in names)
-        report(f"{file}: {written['bytes'] / 1e6:,.1f} MB, {len(index)} of {len(specs)} parameters")
+        report(f"{file}: {written['bytes'] / 1e6:,.1f} MB, {len(index)} of {len(types)} parameters")
     if len(shards) > 1:
-        text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
+        text = json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}, indent=2)
         write_text(part / "model.safetensors.index.json", text + "\n")
 
 
@@ -182,8 +170,8 @@ def _shards(sizes: dict[str, int], most: int) -> list[list[str]]:
     return shards
 
 
-def _read(folder: Path, facts: dict[str, Any], names: list[str], dtype: torch.dtype) -> Iterator[Tensor]:
+def _read(folder: Path, facts: dict[str, Any], names: list[str], types: dict[str, torch.dtype]) -> Iterator[Tensor]:
     for name in names:
         file = folder / checkpoint.file_name("weights", facts["parameters"][name]["file"])
         with safe_open(file, "pt") as tensors:
-            yield tensors.get_tensor(name).to(stored_type(name, dtype))
+            yield tensors.get_tensor(name).to(types[name])

@@ -60,7 +60,7 @@ def import_model(source: Path, target: Path, check: bool | None = None, report: 
         shutil.copyfile(tokenizer_file(source), part / "tokenizer.json")
         save_config(config, part / "config.yaml")
         if verify.wanted(config, check, report):
-            trained = verify.trained_model(part, config, lambda name: torch.float32)
+            trained = verify.trained_model(part, config)
             ours = found["model_type"] == MODEL_TYPE
             exported = verify.exported_model(source) if ours else verify.converted_model(trained, config)
             verify.compare(trained, exported, tokenizer, report)

@@ -1,21 +1,22 @@
-"""Layers of MegaHybrid language models: norm, SwiGLU, and Gated DeltaNet (Yang et al., arXiv 2412.06464).
-
-Shapes: B sequences, T new tokens, H heads, D channels a head. Sequences may be padded on the left. Padding has position
--1, and leaves every state as it was. A mixer is called with x `[B, T, hidden]`, positions int64 `[B, T]` and its state,
-a dictionary of tensors `[B, ...]`, and returns its output and its next state.
-"""
+"""What all MegaHybrid language models are built from: a mixer's rules, norm and SwiGLU."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-try:
-    from megahybrid_kernels import Sequences
-    from megahybrid_kernels.gated_delta_rule import gated_delta_rule as packed_gated_delta_rule
-except ImportError:
-    Sequences = packed_gated_delta_rule = None
 
-CHUNK = 64
+class Mixer(nn.Module):
+    """What mixes the tokens of a layer: `mixer(x, positions, state) → (output, next state)`.
+
+    Shapes: B sequences, T new tokens, H heads, D channels a head; x and the output `[B, T, hidden]`, positions int64
+    `[B, T]`. A state is a dictionary of tensors `[B, ...]`, `empty_state(x)` the one before the first token. Sequences
+    may be padded on the left: padding has position -1, and leaves every state as it was.
+
+    It is made from the model's configuration; its parameters have the names and shapes that they have in training.
+    `reset_parameters()`, of it or of a module inside it, gives new values to those that are no linear layer's.
+    """
+
+    keep_in_fp32 = ()  # names of parameters that would lose too much in bf16
 
 
 def at_least_fp32(x):
@@ -28,6 +29,9 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+
+    def reset_parameters(self):
+        self.weight.fill_(1)
 
     def forward(self, x):
         return scaled_to_unit(x, self.weight, self.eps).to(x.dtype)
@@ -53,98 +57,3 @@ class SwiGLU(nn.Module):
     def forward(self, x):
         gate, up = at_least_fp32(self.gate_proj(x)), at_least_fp32(self.up_proj(x))
         return self.down_proj((F.silu(gate) * up).to(x.dtype))
-
-
-class GatedDeltaNet(nn.Module):
-    """G. State: `recurrent` `[B, H, Dk, Dv]`, and the convolutions' last inputs `q, k, v` `[B, taps - 1, H D]`."""
-
-    def __init__(self, config):
-        super().__init__()
-        sizes, hidden = config.gdn, config.hidden_size
-        self.heads, self.key_dim, self.value_dim = sizes["num_heads"], sizes["head_dim"], sizes["value_head_dim"]
-        self.taps, self.eps = sizes["conv_size"], config.norm_eps
-        keys, values = self.heads * self.key_dim, self.heads * self.value_dim
-        self.q_proj, self.k_proj = linear(hidden, keys), linear(hidden, keys)
-        self.v_proj, self.g_proj = linear(hidden, values), linear(hidden, values)
-        self.a_proj, self.b_proj = linear(hidden, self.heads), linear(hidden, self.heads)
-        self.q_conv, self.k_conv, self.v_conv = (
-            nn.Parameter(torch.empty(size, self.taps)) for size in (keys, keys, values)
-        )
-        self.A_log, self.dt_bias = nn.Parameter(torch.empty(self.heads)), nn.Parameter(torch.empty(self.heads))
-        self.norm = nn.Parameter(torch.ones(self.value_dim))
-        self.o_proj = linear(values, hidden)
-
-    def empty_state(self, x):
-        zeros, rows = at_least_fp32(x).new_zeros, (len(x), self.taps - 1)
-        return {
-            "recurrent": zeros(len(x), self.heads, self.key_dim, self.value_dim),
-            "q": x.new_zeros(*rows, self.heads * self.key_dim),
-            "k": x.new_zeros(*rows, self.heads * self.key_dim),
-            "v": x.new_zeros(*rows, self.heads * self.value_dim),
-        }
-
-    def forward(self, x, positions, state):
-        padding, after = (positions < 0)[..., None], {}
-        parts = []
-        for name, weight in (("q", self.q_conv), ("k", self.k_conv), ("v", self.v_conv)):
-            projected = getattr(self, f"{name}_proj")(x).masked_fill(padding, 0)
-            part, after[name] = short_convolution(projected, weight, state[name])
-            parts.append(part.unflatten(-1, (self.heads, -1)))
-        # Padding decays nothing and writes nothing.
-        a, b = (layer(x).masked_fill(padding, -torch.inf) for layer in (self.a_proj, self.b_proj))
-        o, after["recurrent"] = gated_delta_rule(*parts, a, b, self.A_log, self.dt_bias, state["recurrent"])
-        gate = at_least_fp32(self.g_proj(x)).unflatten(-1, (self.heads, -1))
-        o = scaled_to_unit(o, self.norm, self.eps) * F.silu(gate)
-        return self.o_proj(o.to(x.dtype).flatten(-2)), after
-
-
-def short_convolution(x, weight, past):
-    """Causal depthwise convolution, then SiLU: x `[B, T, C]`, weight `[C, taps]`, past `[B, taps - 1, C]` → (y, the
-    next past)."""
-    rows = torch.cat([past.to(x.dtype), x], 1)
-    y = F.conv1d(at_least_fp32(rows).mT, weight.to(at_least_fp32(rows).dtype)[:, None], groups=len(weight)).mT
-    return F.silu(y).to(x.dtype), rows[:, rows.shape[1] - past.shape[1] :]
-
-
-def gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
-    """Read and write a matrix-valued memory S token by token:
-
-        alpha = exp(-exp(A_log) softplus(a + dt_bias)),  beta = sigmoid(b)
-        S ← alpha (I - beta k kᵀ) S + beta k vᵀ,  o = Sᵀ q        (equation 10)
-
-    q, k, v `[B, T, H, D]`, a, b `[B, T, H]`, A_log, dt_bias `[H]`, state `[B, H, Dk, Dv]` → (o `[B, T, H, Dv]`, state).
-    """
-    if packed_gated_delta_rule is not None:
-        sequences = Sequences.of([q.shape[1]] * len(q), q.device)
-        packed = (x.flatten(0, 1) for x in (q, k, v, a, b))
-        o, state = packed_gated_delta_rule(*packed, A_log, dt_bias, sequences, state, output_final_state=True)
-        return o.unflatten(0, q.shape[:2]), state
-    return chunked_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state)
-
-
-def chunked_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
-    """`gated_delta_rule` chunk by chunk (section 3.3).
-
-    With G_i the sum of the chunk's log-decays up to token i, its writes u solve a unit lower triangular system:
-        u_i + beta_i sum_{j<i} exp(G_i - G_j) (k_i . k_j) u_j = beta_i (v_i - exp(G_i) Sᵀ k_i)
-        o_i = exp(G_i) Sᵀ q_i + sum_{j<=i} exp(G_i - G_j) (q_i . k_j) u_j
-        S ← exp(G_end) S + sum_j exp(G_end - G_j) k_j u_jᵀ
-    """
-    dtype, wanted = at_least_fp32(v).dtype, v.dtype
-    q, k, v, a, b = (x.to(dtype).transpose(1, 2) for x in (q, k, v, a, b))  # heads first
-    q = q * (q.square().sum(-1, keepdim=True) + 1e-6).rsqrt() * q.shape[-1] ** -0.5
-    k = k * (k.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
-    beta = b.sigmoid()[..., None]
-    g = -A_log.to(dtype).exp()[:, None] * F.softplus(a + dt_bias.to(dtype)[:, None])
-    state, outputs = state.to(dtype), []
-    for q_, k_, v_, beta_, g_ in zip(*(x.split(CHUNK, 2) for x in (q, k, v, beta, g)), strict=True):
-        # In float64: beyond a strong decay, float32 differences of sums would lose the weak ones.
-        G = g_.double().cumsum(-1)
-        later = torch.ones(G.shape[-1], G.shape[-1], dtype=torch.bool, device=G.device).triu(1)
-        decay = (G[..., :, None] - G[..., None, :]).to(dtype).masked_fill(later, -torch.inf).exp()
-        since_start, until_end = G.to(dtype).exp()[..., None], (G[..., -1:] - G).to(dtype).exp()[..., None]
-        right = beta_ * (v_ - since_start * (k_ @ state))
-        u = torch.linalg.solve_triangular(decay * (k_ @ k_.mT) * beta_, right, upper=False, unitriangular=True)
-        outputs.append(since_start * (q_ @ state) + (decay * (q_ @ k_.mT)) @ u)
-        state = since_start[..., -1:, :] * state + (until_end * k_).mT @ u
-    return torch.cat(outputs, 2).transpose(1, 2).to(wanted), state

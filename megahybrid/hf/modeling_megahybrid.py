@@ -1,22 +1,18 @@
-"""MegaHybrid language models in plain PyTorch: Gated DeltaNet, learnable token eviction and attention.
+"""MegaHybrid language models in plain PyTorch.
 
 Every layer continues from a state of its sequences' earlier tokens and returns the next one; a whole sequence is one
 piece that continues from the empty state. So prefill in pieces, decode and a forward without cache are the same
-computation. States of G, L and S layers have a fixed size, those of F layers grow.
+computation.
 """
-
-import math
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention_megahybrid import FullAttention, LTEAttention, Router, WindowAttention
-from .configuration_megahybrid import MegahybridConfig
-from .layers_megahybrid import GatedDeltaNet, RMSNorm, SwiGLU, linear
-
-MIXERS = {"G": GatedDeltaNet, "L": LTEAttention, "S": WindowAttention, "F": FullAttention}
+from megahybrid.hf.configuration_megahybrid import MegahybridConfig
+from megahybrid.hf.layers_megahybrid import RMSNorm, SwiGLU, linear
+from megahybrid.hf.mixers import MIXERS
 
 
 class MegahybridCache:
@@ -66,8 +62,7 @@ class MegahybridPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        if "G" in config.layers:
-            self._keep_in_fp32_modules_strict = {"A_log", "dt_bias"}
+        self._keep_in_fp32_modules_strict = {name for letter in config.layers for name in MIXERS[letter].keep_in_fp32}
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
@@ -76,25 +71,10 @@ class MegahybridPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         """New weights, for a model that is made from its configuration alone."""
-        std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            module.weight.normal_(0, std)
-        elif isinstance(module, RMSNorm):
-            module.weight.fill_(1)
-        elif isinstance(module, GatedDeltaNet):
-            for weight in (module.q_conv, module.k_conv, module.v_conv):
-                weight.uniform_(-(module.taps**-0.5), module.taps**-0.5)
-            module.A_log.uniform_(1e-4, 16).log_()
-            step = module.dt_bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_()
-            step.add_(torch.log(-torch.expm1(-step)))
-            module.norm.fill_(1)
-        elif isinstance(module, Router):
-            for number in range(3):
-                weight = getattr(module, f"conv{number}_weight")
-                weight.normal_(0, math.sqrt(2 / weight[0].numel()))
-                getattr(module, f"conv{number}_bias").zero_()
-            module.projection.normal_(0, math.sqrt(2 / module.projection.shape[1]))
-            module.projection_bias.fill_(0.5)
+            module.weight.normal_(0, self.config.initializer_range)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
 
 
 class MegahybridModel(MegahybridPreTrainedModel):

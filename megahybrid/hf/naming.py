@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from megahybrid.config.schema import (
-    AttentionConfig,
-    Config,
-    DataConfig,
-    GDNConfig,
-    LTEConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from megahybrid.config.pattern import parse_pattern
+from megahybrid.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from megahybrid.errors import UserError
+from megahybrid.key import keys
+from megahybrid.mixers import KINDS
+from megahybrid.mixers.kinds import sections
 from megahybrid.model.settings import Settings
 
 MODEL_TYPE = "megahybrid"
@@ -30,38 +25,28 @@ def exported_name(name: str) -> str:
 def exported_config(config: Config) -> dict[str, Any]:
     """What config.json says of the architecture: the keyword arguments of `MegahybridConfig`."""
     settings = Settings.of(config)
-    model = settings.model
-    gdn, attention, lte = model.gdn, model.attention, model.lte
+    model, letters = settings.model, settings.pattern.letters
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
-        "intermediate_size": settings.intermediate_size,
-        "layers": settings.pattern.letters,
-        "gdn": {
-            "num_heads": gdn.num_heads,
-            "head_dim": gdn.head_dim,
-            "value_head_dim": gdn.value_head_dim,
-            "conv_size": gdn.conv_size,
-        },
-        "attention": {
-            "num_heads": attention.num_heads,
-            "num_kv_heads": settings.kv_heads,
-            "head_dim": attention.head_dim,
-            "window_size": attention.window_size,
-            "rope_theta": attention.rope_theta,
-        },
-        "lte": {
-            "window_size": lte.window_size,
-            "buffer_size": lte.buffer_size,
-            "sink_size": lte.sink_size,
-            "conv_size": lte.conv_size,
-            "conv_dilation": lte.conv_dilation,
-        },
+        "intermediate_size": model.intermediate_size,
+        "layers": letters,
+        **{name: _architecture(getattr(model, name)) for name in _sections(letters)},
         "norm_eps": model.norm_eps,
         "initializer_range": model.init_std,
         "max_position_embeddings": config.train.seq_length,
         "tie_word_embeddings": model.tie_embeddings,
     }
+
+
+def _sections(letters: str) -> dict[str, type]:
+    """The parts of the model's configuration that layers with these letters read."""
+    return sections({letter: KINDS[letter] for letter in letters})
+
+
+def _architecture(section: Any) -> dict[str, Any]:
+    """What decides the model: all that may not change when a run goes on."""
+    return {name: value for name, value, rules in keys(section) if not rules.may_change}
 
 
 def recipe(model: ModelConfig, seq_length: int) -> Config:
@@ -75,8 +60,9 @@ def recipe(model: ModelConfig, seq_length: int) -> Config:
 
 
 def imported_config(found: dict[str, Any]) -> Config:
-    """The recipe of an exported config.json. Raises UserError for a missing key."""
+    """The recipe of an exported config.json. Raises UserError for a missing key and an unknown letter."""
     try:
+        letters = parse_pattern(found["layers"]).letters
         model = ModelConfig(
             pattern=found["layers"],
             hidden_size=found["hidden_size"],
@@ -85,9 +71,7 @@ def imported_config(found: dict[str, Any]) -> Config:
             tie_embeddings=found["tie_word_embeddings"],
             norm_eps=found["norm_eps"],
             init_std=found["initializer_range"],
-            gdn=GDNConfig(**found["gdn"]),
-            attention=AttentionConfig(**found["attention"]),
-            lte=LTEConfig(**found["lte"]),
+            **{name: section(**found[name]) for name, section in _sections(letters).items()},
         )
         return recipe(model, found["max_position_embeddings"])
     except KeyError as error:

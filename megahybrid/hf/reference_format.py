@@ -6,9 +6,12 @@ import re
 from typing import Any
 
 from megahybrid.config import Config
-from megahybrid.config.schema import AttentionConfig, GDNConfig, LTEConfig, ModelConfig
+from megahybrid.config.schema import ModelConfig
 from megahybrid.errors import UserError
 from megahybrid.hf.naming import recipe
+from megahybrid.mixers.attention import AttentionConfig
+from megahybrid.mixers.gdn import GDNConfig
+from megahybrid.mixers.lte import LTEConfig
 
 MODEL_TYPES = ("hybrid_gated_deltanet", "gated_deltanet")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,14 +69,15 @@ def _available_memory() -> float:
     return int(found[1]) * 1024 if found else math.inf
 
 
-def trained_model(folder: Path, config: Config, stored_type: Callable[[str], torch.dtype]) -> Stack:
-    """The training model of a checkpoint in float64 on the CPU, weights rounded to the types they are stored in."""
+def trained_model(folder: Path, config: Config, types: Mapping[str, torch.dtype] | None = None) -> Stack:
+    """The training model of a checkpoint in float64 on the CPU, weights rounded to these types where they are given."""
     if not groups.joined():
         groups.initialize(ParallelConfig())
     model = Stack(replace(config, parallel=ParallelConfig())).double().requires_grad_(False)
     checkpoint.load_weights(folder, model)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(parameter.to(stored_type(name)))
+    for name, dtype in (types or {}).items():
+        parameter = model.get_parameter(name)
+        parameter.copy_(parameter.to(dtype))
     return model
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from megahybrid.mixers import KINDS
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.loss import attach_loss
-from megahybrid.model.mixers import MIXERS
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, project, shared
 from megahybrid.parallel.parameters import constant, parameter
@@ -37,7 +37,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, settings: Settings):
         super().__init__()
-        hidden, inner = settings.model.hidden_size, settings.intermediate_size
+        hidden, inner = settings.model.hidden_size, settings.model.intermediate_size
         self.settings = settings
         self.gate_proj = ColumnLinear(hidden, inner, settings.projection)
         self.up_proj = ColumnLinear(hidden, inner, settings.projection)
@@ -53,7 +53,7 @@ class Block(nn.Module):
     def __init__(self, settings: Settings, layer: int):
         super().__init__()
         self.mixer_norm = RMSNorm(settings)
-        self.mixer = MIXERS[settings.pattern.letters[layer]](settings, layer)
+        self.mixer = KINDS[settings.pattern.letters[layer]].module()(settings, layer)
         self.mlp_norm = RMSNorm(settings)
         self.mlp = SwiGLU(settings)
 

@@ -45,12 +45,12 @@ def dropout_keys(seed: int, step: int, samples: Tensor, sample_positions: Tensor
 
 
 class Aux(NamedTuple):
-    """A retention layer's training by-products.
+    """What a layer gives beside its output in training, for its kind's regulator (regulation.py).
 
     Attributes:
-        loss: scalar, this rank's heads' part of the L1 term.
-        kept: int64 `[kv heads of this rank]`, positions with a positive score whose right context is whole.
+        loss: scalar, this rank's part of the auxiliary loss: the sum over tensor parallel ranks is the whole.
+        counts: int64, what the regulator declares, by name; of a count that is split this rank's part.
     """
 
     loss: Tensor
-    kept: Tensor
+    counts: dict[str, Tensor]

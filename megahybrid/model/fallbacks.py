@@ -6,7 +6,7 @@ import torch
 
 from megahybrid.config.schema import Config
 from megahybrid.errors import UserError
-from megahybrid.model.mixers import MIXERS
+from megahybrid.mixers import KINDS
 from megahybrid.model.settings import Settings
 
 
@@ -17,9 +17,9 @@ def kernel_notes(config: Config, device: torch.device, dtype: torch.dtype, train
     """
     if device.type != "cuda":
         return []
-    model = config.model
-    letters = dict.fromkeys(Settings.of(config).pattern.letters)
-    found = dict.fromkeys(each for letter in letters for each in MIXERS[letter].fallbacks(model, dtype))
+    settings = Settings.of(config)
+    mixers = [KINDS[letter].module() for letter in dict.fromkeys(settings.pattern.letters)]
+    found = dict.fromkeys(each for mixer in mixers for each in mixer.fallbacks(settings.model, dtype))
     for each in found:
         if training and each.quadratic:
             raise UserError(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from megahybrid.config.key import derived
 from megahybrid.config.pattern import Pattern, parse_pattern
 from megahybrid.config.schema import Config, ModelConfig
+from megahybrid.key import derived
 from megahybrid.parallel.parameters import Initializer, normal
 
 
@@ -19,16 +18,12 @@ class Settings:
     Attributes:
         model: the configuration, with what is left out derived.
         pattern: the parsed layer pattern.
-        intermediate_size: width inside the SwiGLU.
-        kv_heads: key-value heads of attention layers.
         sequence_parallel: whether the residual stream is split over the tensor parallel ranks.
         recompute: letters of the layers that recompute their activations in the backward pass.
     """
 
     model: ModelConfig
     pattern: Pattern
-    intermediate_size: int
-    kv_heads: int
     sequence_parallel: bool
     recompute: str
 
@@ -40,8 +35,6 @@ class Settings:
         return cls(
             model=model,
             pattern=pattern,
-            intermediate_size=model.intermediate_size,
-            kv_heads=model.attention.num_kv_heads,
             sequence_parallel=config.parallel.sequence and config.parallel.tensor > 1,
             recompute=recompute,
         )
@@ -55,24 +48,3 @@ class Settings:
     def output_projection(self) -> Initializer:
         """Initial values of projections that write to the residual stream."""
         return normal(self.model.init_std / math.sqrt(2 * len(self.pattern.letters)))
-
-    @property
-    def scores_per_token(self) -> int:
-        """Retention scores a token has over the whole model: LTE layers times key-value heads."""
-        return len(self.pattern.layers("L")) * self.kv_heads
-
-
-class Fallback(NamedTuple):
-    """An op that runs in PyTorch on a GPU, too, since its kernels do not take what the configuration asks.
-
-    Attributes:
-        op: its name.
-        reason: the end of the sentence "its kernels …".
-        key: the configuration key that a user would change.
-        quadratic: whether training without kernels takes memory quadratic in a document's length.
-    """
-
-    op: str
-    reason: str
-    key: str
-    quadratic: bool = False

@@ -31,7 +31,7 @@ class StackOutput(NamedTuple):
             `normalisers` squared, at least fp32. Gradients come through it alone, once.
         losses: negative log-likelihood of every label in nats, `[tokens]`, at least fp32, likewise.
         normalisers: log of the softmax's normaliser, `[tokens]`, at least fp32, likewise.
-        aux: by-products by LTE layer number, in training.
+        aux: by-products by layer number, in training, where there are any.
         states: the mixers' next states by layer number, when states were given.
     """
 
@@ -193,9 +193,14 @@ def _sum(x: Tensor, addend: Tensor | None) -> Tensor:
 def _recomputed(block: Block, x: Tensor, context: Context) -> tuple[Tensor, Aux | None]:
     """The block's output, its activations recomputed in the backward pass."""
 
+    names: list[str] = []
+
     def run(x: Tensor) -> tuple[Tensor, ...]:
         y, addend, aux, _ = block(x, None, context)
-        return (y + addend,) if aux is None else (y + addend, *aux)
+        if aux is None:
+            return (y + addend,)
+        names[:] = aux.counts
+        return y + addend, aux.loss, *aux.counts.values()
 
     y, *rest = tensor_parallel.checkpoint(run, False, x)
-    return y, Aux(*rest) if rest else None
+    return y, Aux(rest[0], dict(zip(names, rest[1:], strict=True))) if rest else None

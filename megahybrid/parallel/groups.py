@@ -93,11 +93,6 @@ def pipeline_parallel() -> tuple[int, int]:
     return parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_world_size()
 
 
-def is_first_of_replica() -> bool:
-    """Whether this process counts what all of its replica's processes know alike."""
-    return tensor_parallel()[0] == pipeline_parallel()[0] == 0
-
-
 def sum_over_all(value: torch.Tensor) -> torch.Tensor:
     """`value` summed in place over all processes."""
     dist.all_reduce(value)

@@ -5,10 +5,10 @@ as a projection and wider, and what the delta rule keeps of chunks: what is smal
 retention scores, indices, dropout keys) and the allocator's slack add a few per cent. Without a GPU ops run in PyTorch
 and keep far more.
 
-Letters in the formulas: h hidden size, w bytes of an activation (2 in bf16, 4 in fp32), K and V widths of keys and
-values over all heads, Q of queries, I of the SwiGLU. What an op widens to fp32 takes 4 in either case.
+Letters in the formulas: h hidden size, w bytes of an activation (2 in bf16, 4 in fp32), I width of the SwiGLU. What an
+op widens to fp32 takes 4 in either case. What a mixer keeps is said by its kind.
 
-With t tensor parallel ranks K, V, Q, I, the number of heads and the vocabulary are a rank's own, so 1 / t. The residual
+With t tensor parallel ranks I, what a mixer has of heads and the vocabulary are a rank's own, so 1 / t. The residual
 stream is whole on every rank, or with sequence parallelism 1 / t of the tokens; s is that divisor, 1 or t. What
 projections read was gathered once and is kept whole.
 """
@@ -17,18 +17,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from megahybrid.config.batch import micro_batches
 from megahybrid.config.schema import Config
+from megahybrid.mixers import KINDS
+from megahybrid.mixers.kind import Activations, MicroBatch
 from megahybrid.model.settings import Settings
-from megahybrid.scaling.flops import mean_of_min
 from megahybrid.scaling.parameters import parameters_by_rank
 from megahybrid.scaling.schedule import in_flight
 from megahybrid.scaling.stages import stage_layers
-from megahybrid_kernels.attention.reference import QUERY_BLOCK
-from megahybrid_kernels.gated_delta_rule.triton_plan import longest_segment, tuning
-from megahybrid_kernels.gated_delta_rule.triton_prepare import ROW_KINDS
 from megahybrid_kernels.linear_cross_entropy.chunks import chunk_length
 
 ZERO_STAGES = (1, 2, 3)
@@ -206,100 +202,13 @@ def residual(config: Config, settings: Settings) -> float:
 
 def _inner(config: Config, settings: Settings) -> float:
     """A tensor of the SwiGLU, w I."""
-    return _width(config) * settings.intermediate_size / config.parallel.tensor
+    return _width(config) * settings.model.intermediate_size / config.parallel.tensor
 
 
-@dataclass(frozen=True)
-class Mixer:
-    """Bytes a token of a mixer beside its input.
-
-    Attributes:
-        saved: for the backward pass.
-        backward: gradients and temporaries in it, beyond that, at most.
-    """
-
-    saved: float
-    backward: float
-
-
-def _mixer(config: Config, settings: Settings, letter: str) -> Mixer:
-    mixers = {
-        "G": lambda: gdn(config, settings),
-        "L": lambda: lte(config, settings),
-        "S": lambda: attention(config, settings, settings.model.attention.window_size),
-        "F": lambda: attention(config, settings, None),
-    }
-    return mixers[letter]()
-
-
-def gdn(config: Config, settings: Settings) -> Mixer:
-    """Gated DeltaNet as `gated_delta_rule.triton` computes it, with chunks of C tokens.
-
-    - q, k and v before and after the short convolution, 2 w (2 K + V); o, gate and their normed product, 3 w V;
-    - a and b, 2 w a head; nine scalings of rows, 36 a head; two matrices `[C, C]` a head and chunk, in bf16 three, w C
-      a head each;
-    - where sequences are cut into segments of S tokens, the state before each and how it passes through,
-      4 K (Dk + Dv) / S.
-
-    A document's last chunk counts in full, however short: where documents are shorter than a chunk, all of chunks is as
-    many times larger, which the shapes do not tell. No state after a document is kept.
-
-    Backward: o's gradient, the writes u and their gradient, v's, 4 w V; those of q and k, 2 w K; and the state before
-    each chunk and its gradient, 2 w K Dv / C.
-    """
-    model, width, length = settings.model.gdn, _width(config), config.train.seq_length
-    key_dim, value_dim = model.head_dim, model.value_head_dim
-    heads = model.num_heads // config.parallel.tensor
-    keys, values = heads * key_dim, heads * value_dim
-    tune = tuning(max(key_dim, value_dim), torch.bfloat16 if width == 2 else torch.float32)
-    segment = tune.chunk * longest_segment((length,) * config.train.micro_batch_size, heads, value_dim, tune)
-    squares = 3 if width == 2 else 2
-    saved = width * (4 * keys + 5 * values) + heads * (2 * width + 4 * ROW_KINDS.value + squares * width * tune.chunk)
-    if segment < length:
-        saved += 4 * keys * (key_dim + value_dim) / segment
-    return Mixer(saved, width * (4 * values + 2 * keys + 2 * keys * value_dim / min(tune.chunk, length)))
-
-
-def attention(config: Config, settings: Settings, window_size: int | None) -> Mixer:
-    """Full and sliding window attention.
-
-    Of torch's flash attention q, k and v, repeated for every query head, and output, 4 w Q; backward their gradients,
-    and q's in fp32 before. fp32 goes block by block, with one mask for all KV heads.
-    """
-    heads = settings.model.attention
-    if _width(config) == 4:
-        return _blocked(config, settings, window_size, mask_heads=heads.num_heads // settings.kv_heads)
-    queries = heads.num_heads * heads.head_dim / config.parallel.tensor
-    return Mixer(8 * queries, 12 * queries)
-
-
-def lte(config: Config, settings: Settings) -> Mixer:
-    """LTE: attention and the router.
-
-    q and o, 2 w Q; k before and after rotation, and v, 3 w K; and of the router's three convolutions the outputs, which
-    halve 2 K channels each time, 7/4 w K. Backward: gradients of q and o, 2 w Q, of k and v, 2 w K, and those of far
-    columns in fp32, 8 K.
-    """
-    heads, width = settings.model.attention, _width(config)
-    a_head = heads.head_dim / config.parallel.tensor
-    queries, keys = heads.num_heads * a_head, settings.kv_heads * a_head
-    return Mixer(width * (2 * queries + (3 + 7 / 4) * keys), 2 * width * (queries + keys) + 8 * keys)
-
-
-def _blocked(config: Config, settings: Settings, reach: int | None, mask_heads: float) -> Mixer:
-    """`attention.reference` on a GPU, for a document as long as the sample, the most that there can be.
-
-    q, output before and after it is joined, w Q each, and with grouped queries two copies more; k and v, 2 w K; and the
-    mask, as SDPA adds it to the logits: w a head and column, where a block of queries has the columns that its last
-    query reaches. Backward: gradients of q and the output, of k and v and of what a block adds to them.
-    """
-    heads, width, length = settings.model.attention, _width(config), config.train.seq_length
-    a_head = heads.head_dim / config.parallel.tensor
-    queries, keys = heads.num_heads * a_head, settings.kv_heads * a_head
-    copies = 3 if heads.num_heads == settings.kv_heads else 5
-    columns = mean_of_min(length, reach or length) + min(QUERY_BLOCK, length) / 2
-    saved = width * (copies * queries + 2 * keys + mask_heads * columns)
-    return Mixer(saved, width * (2 * queries + 4 * keys))
+def _mixer(config: Config, settings: Settings, letter: str) -> Activations:
+    train = config.train
+    batch = MicroBatch(train.micro_batch_size, train.seq_length, _width(config), config.parallel.tensor)
+    return KINDS[letter].activations(settings.model, batch)
 
 
 def _width(config: Config) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megahybrid.config import Config
-from megahybrid.config.pattern import LETTERS
+from megahybrid.mixers import KINDS
 from megahybrid.model.settings import Settings
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.memory import ZERO_STAGES, activations, gathered, peak_bytes, reduction, states
@@ -136,5 +136,5 @@ def _part(name: str, letters: str) -> str:
         return "norms"
     if words[2] == "mlp":
         return "SwiGLU"
-    mixer = LETTERS[letters[int(words[1])]]
-    return f"{mixer}: router" if words[3] == "router" else f"{mixer}: mixer"
+    kind = KINDS[letters[int(words[1])]]
+    return f"{kind.title}: {words[3] if words[3] in kind.parts else 'mixer'}"

@@ -6,9 +6,11 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config
-from megahybrid.model.settings import Settings
-from megahybrid.scaling.flops import layer, linear
+from megahybrid.key import derived
+from megahybrid.mixers.counting import linear
+from megahybrid.scaling.flops import layer
 
 
 def stage_layers(config: Config) -> list[range]:
@@ -18,7 +20,7 @@ def stage_layers(config: Config) -> list[range]:
     A `|` in the pattern says where they begin. Without it the costliest chunk is as cheap as can be, by FLOPs a token,
     the output layer counted with the last one.
     """
-    pattern, parallel = Settings.of(config).pattern, config.parallel
+    pattern, parallel = parse_pattern(config.model.pattern), config.parallel
     chunks = parallel.pipeline * parallel.virtual_pipeline
     if chunks == 1:
         return [range(len(pattern.letters))]
@@ -29,9 +31,9 @@ def stage_layers(config: Config) -> list[range]:
 
 def layer_costs(config: Config) -> list[float]:
     """FLOPs a token of every layer's forward pass, the output layer counted with the last one."""
-    settings = Settings.of(config)
-    costs = [sum(layer(settings, letter, config.train.seq_length).values()) for letter in settings.pattern.letters]
-    costs[-1] += linear(config.model.hidden_size, config.model.vocab_size)
+    model, length = derived(config.model), config.train.seq_length
+    costs = [sum(layer(model, letter, length).values()) for letter in parse_pattern(model.pattern).letters]
+    costs[-1] += linear(model.hidden_size, model.vocab_size)
     return costs
 
 

@@ -1,1 +1,1 @@
-"""Training: engine, loop, controller, metrics, tracking and checkpoints."""
+"""Training: engine, loop, regulation, metrics, tracking and checkpoints."""

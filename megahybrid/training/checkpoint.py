@@ -4,7 +4,7 @@
         weights-00000.safetensors, exp_avg-00000.safetensors, exp_avg_sq-00000.safetensors,
         weights-00001.safetensors, …            the parameters, each in one of the numbered files
         config.yaml, tokenizer.json
-        checkpoint.json     position, controller, guard, layout, each parameter's shape and file, the files' hashes
+        checkpoint.json     position, regulators, guard, layout, each parameter's shape and file, the files' hashes
 
 Written by saver.py under another name and renamed when it is durable; checkpoint_folder.py says which one is current. A
 kill at any moment leaves the last good one so. There is no random state to keep: data order and dropout are counted.
@@ -56,7 +56,7 @@ def file_name(kind: str, number: int) -> str:
 
 
 def load(path: Path, engine: Engine) -> Position:
-    """Put a checkpoint's weights, moments, controller and guard into the engine. Called by every process.
+    """Put a checkpoint's weights, moments, regulators' states and guard into the engine. Called by every process.
 
     Raises UserError, on every process, if it is damaged or of another model.
     """
@@ -69,7 +69,8 @@ def load(path: Path, engine: Engine) -> Position:
         for kind in zero.KINDS:
             value = _read(path, facts, kind, name, parameter).to(engine.device)
             zero.write(engine.deepspeed, parameter, kind, value)
-    engine.controller.load_state(facts["controller"])
+    for letter, regulator in engine.regulators.items():
+        regulator.load_state(facts["regulators"][letter])
     return Position(**facts["position"])
 
 
@@ -98,7 +99,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 def read_state(path: Path) -> dict[str, Any]:
     """As `read_facts`, of a checkpoint from which a run can go on. Raises UserError for one of weights only."""
     facts = read_facts(path)
-    if "controller" not in facts:
+    if "regulators" not in facts:
         raise UserError(f"'{path}' holds weights only; start a new run with train.init_from='{path}'.")
     return facts
 

@@ -17,16 +17,15 @@ from megahybrid.config.schema import Config
 from megahybrid.config.validate import check_replicas
 from megahybrid.data.packing import Batch
 from megahybrid.model.context import Context, dropout_keys
+from megahybrid.model.regulation import Regulator, regulators
 from megahybrid.model.stack import Stack, Stages
 from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import initialize_parameters
 from megahybrid.training import schedule, zero
-from megahybrid.training.controller import LambdaController
 from megahybrid.training.guard import StepGuard
 from megahybrid.training.optimizer import learning_rate, make_optimizer
 from megahybrid.training.step_report import StepReport
 from megahybrid_kernels import Sequences
-from megahybrid_kernels.retention_router import margin
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class StepResult:
 
     Attributes:
         loss: mean negative log-likelihood a token, nats.
-        retention_loss: the L1 term as it entered the loss.
+        aux_losses: the auxiliary losses as they entered the loss, by their names in metrics.jsonl.
         grad_norm: norm of the gradient before clipping; inf if it was not finite.
         learning_rate: the learning rate of this step.
         skipped: why the update was left out, or None.
@@ -44,7 +43,7 @@ class StepResult:
     """
 
     loss: float
-    retention_loss: float
+    aux_losses: dict[str, float]
     grad_norm: float
     learning_rate: float
     skipped: str | None
@@ -53,11 +52,12 @@ class StepResult:
 
 
 class Engine:
-    """The model with its optimizer, its lambda controller and the guard against bad steps.
+    """The model with its optimizer, its regulators and the guard against bad steps.
 
     Attributes:
         stages: this rank's pipeline stages.
         model: one module with all their parameters.
+        regulators: by letter of the kinds in the pattern that have one.
     """
 
     def __init__(self, config: Config, stages: Sequence[Stack]):
@@ -67,8 +67,7 @@ class Engine:
         self.model = stages[0] if len(stages) == 1 else Stages(stages)
         self.device = groups.device()
         check_replicas(config, groups.data_parallel()[1])
-        self.lte_layers = self.settings.pattern.layers("L")
-        self.controller = self._make_controller()
+        self.regulators = self._make_regulators()
         self.guard = StepGuard(config.train.skip)
         for stage in stages:  # DeepSpeed reduces in its step, not in the backward pass
             stage.config.no_sync_func = contextlib.nullcontext
@@ -86,26 +85,16 @@ class Engine:
         """Set a parameter's fp32 master and its working copy to this tensor parallel rank's part of a weight."""
         zero.write(self.deepspeed, parameter, zero.WEIGHTS, value.to(self.device))
 
-    def _make_controller(self) -> LambdaController:
-        """The controller of the whole model; this rank's mixers get their heads' lambdas."""
-        train, lte = self.config.train, self.config.model.lte
-        controller = LambdaController(lte, train.seq_length, len(self.lte_layers), self._kv_heads, self.device)
-        for row, layer in zip(controller.lambdas, self.lte_layers, strict=True):
-            if str(layer) in self.model.layers:
-                self.model.layers[str(layer)].mixer.l1_lambda = row[self._heads]
-        return controller
-
-    @property
-    def _kv_heads(self) -> int:
-        """Heads of an LTE layer over all ranks."""
-        return self.settings.kv_heads if self.lte_layers else 0
-
-    @property
-    def _heads(self) -> slice:
-        """This rank's among them."""
-        rank, size = groups.tensor_parallel()
-        heads = self._kv_heads // size
-        return slice(rank * heads, (rank + 1) * heads)
+    def _make_regulators(self) -> dict[str, Regulator]:
+        """Those of the whole model; this rank's mixers get to read what they steer."""
+        made = {}
+        for letter, regulator in regulators(self.settings.pattern).items():
+            layers = self.settings.pattern.layers(letter)
+            made[letter] = regulator.of(self.config, layers, self.device)
+            for layer in layers:
+                if str(layer) in self.model.layers:
+                    made[letter].attach(layer, self.model.layers[str(layer)].mixer)
+        return made
 
     def step(self, batches: Sequence[Batch], step: int, stop: bool = False, saving: bool = False) -> StepResult:
         """Train on this replica's micro-batches of the 1-based optimizer step.
@@ -116,26 +105,26 @@ class Engine:
         rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        report = StepReport(self.lte_layers, self._kv_heads, self._heads, self.device)
+        report = StepReport(self.settings.pattern.letters, self.regulators, self.device)
         # On this thread: handing Python's lock to autograd's and back costs the host time for nothing.
         with torch.autograd.set_multithreading_enabled(False):
             self._run(batches, step, report)
         report.stop += stop
         report.saving += saving
-        if groups.is_first_of_replica():
-            report.positions += sum(self._counted_positions(batch) for batch in batches)
         report.sum_over_all()
-        _, replicas = groups.data_parallel()
-        self._loss = float(report.loss) / (len(batches) * replicas)
-        retention_loss = float(report.retention_loss) / (len(batches) * replicas)
+        micro_batches = len(batches) * groups.data_parallel()[1]
+        self._loss = float(report.loss) / micro_batches
         self._norm = None
         self.deepspeed.step()
         norm = self._grad_norm()
         skipped = self.guard.reason(self._loss, norm)
-        self.controller.update(step, report.kept, 0 if skipped else int(report.positions))
+        aux_losses = {}
+        for letter, regulator in self.regulators.items():
+            regulator.update(step, None if skipped else report.counts[letter])
+            aux_losses[f"{regulator.name}_loss"] = float(report.aux_loss[letter]) / micro_batches
         self.guard.record(self._loss, norm, skipped)
         return StepResult(
-            self._loss, retention_loss, norm, rate, skipped, stop=bool(report.stop), saving=bool(report.saving)
+            self._loss, aux_losses, norm, rate, skipped, stop=bool(report.stop), saving=bool(report.saving)
         )
 
     def _accept(self) -> bool:
@@ -172,26 +161,15 @@ class Engine:
             report.add(layer, aux)
         if out.losses is None:
             return out.hidden
-        divisor = self._divisor(micro_batches)
+        # Tokens, whatever their labels weigh; schedules and ZeRO take the mean over micro-batches and replicas.
+        divisor = self.config.train.micro_batch_size * self.config.train.seq_length
         if groups.tensor_parallel()[0] == 0:
             report.loss += out.losses.sum() / divisor
         return out.loss / divisor
 
-    def _divisor(self, micro_batches: int) -> float:
-        """By what a micro-batch's sums are divided: the weight of the global batch, whose tokens weigh 1 each, a
-        micro-batch, since schedules and ZeRO average over micro-batches and replicas."""
-        train, (_, replicas) = self.config.train, groups.data_parallel()
-        return train.global_batch_size * train.seq_length / (micro_batches * replicas)
-
-    def _counted_positions(self, batch: Batch) -> int:
-        """Positions whose right context is whole: those the mixers count."""
-        lte = self.config.model.lte
-        cut = margin(lte.conv_size, lte.conv_dilation)
-        return sum(max(0, length - cut) for length in batch.sequences.lengths)
-
     @torch.no_grad()
     def validate(self, batches: Collection[Batch]) -> float | None:
-        """Mean negative log-likelihood a token over all replicas' batches, with the eviction cap enforced.
+        """Mean negative log-likelihood a token over all replicas' batches, by the rules of inference.
 
         Replicas may hold unequally many batches, or none; with no batch at all there is nothing to say: None.
         """

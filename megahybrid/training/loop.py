@@ -17,6 +17,7 @@ from megahybrid.config import Config, load_config, save_config
 from megahybrid.data.loader import TrainingData, validation_batches
 from megahybrid.errors import UserError
 from megahybrid.model.fallbacks import kernel_notes
+from megahybrid.model.regulation import filled
 from megahybrid.model.stack import build_stages
 from megahybrid.parallel import groups
 from megahybrid.parallel.peers import PeerWatch
@@ -194,7 +195,7 @@ class Trainer:
             self._record(metrics)
             if step == first + 1 or step % train.log_every == 0 or "validation_loss" in metrics or result.skipped:
                 left = (time.perf_counter() - began) / (step - first) * (train.steps - step)
-                self.say(_line(metrics, result, self._kept(), train.steps, left))
+                self.say(_line(metrics, result, self._regulated(), train.steps, left))
             if result.stop and not last:
                 self.saver.insist(self.position)
                 signals = {name for name in groups.gather(self.stop_request.signal) if name}
@@ -256,18 +257,22 @@ class Trainer:
             "data_seconds": loaded - started,
             "skipped": self.engine.guard.skipped,
             **model_flops_utilization(self.flops_per_token, speed),
+            **result.aux_losses,
         }
-        if self.engine.lte_layers:
-            metrics["retention_loss"] = result.retention_loss
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:  # the host waits for these
             metrics |= memory()
-            if self.engine.lte_layers:
-                metrics["kept"], metrics["lambda"] = self._kept(), _short(self.engine.controller.lambdas)
+            for regulator in self.engine.regulators.values():
+                metrics |= {key: _short(values) for key, values in regulator.metrics().items()}
         return result, metrics
 
-    def _kept(self) -> list[list[float]]:
-        """Tokens that every head kept in the last step."""
-        return _short(self.engine.controller.kept_now)
+    def _regulated(self) -> list[str]:
+        """What the terminal says of the regulated quantities."""
+        return [
+            filled(quantity.line, regulator.metrics()[quantity.key].tolist())
+            for regulator in self.engine.regulators.values()
+            for quantity in regulator.quantities(self.config)
+            if quantity.line is not None
+        ]
 
     def _record(self, metrics: dict[str, Any]) -> None:
         if groups.is_main():
@@ -282,15 +287,14 @@ def _short(values: Tensor) -> list[list[float]]:
     return [[float(f"{value:.6g}") for value in row] for row in values.tolist()]
 
 
-def _line(metrics: dict[str, Any], result: StepResult, kept: list[list[float]], steps: int, left: float) -> str:
+def _line(metrics: dict[str, Any], result: StepResult, regulated: list[str], steps: int, left: float) -> str:
     parts = [f"step {metrics['step']:>{len(str(steps))}}/{steps}", f"loss {metrics['loss']:.4f}"]
     if metrics.get("validation_loss") is not None:
         parts.append(f"validation {metrics['validation_loss']:.4f}")
     if result.skipped:
         parts.append(f"left out: {result.skipped}")
-    if heads := [head for layer in kept for head in layer]:
-        parts.append(f"kept {min(heads):.0f}–{max(heads):.0f} a head")
-    return " · ".join([*parts, f"{metrics['tokens_per_second']:,.0f} tokens/s", f"{duration(left)} left"])
+    speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
+    return " · ".join([*parts, *regulated, speed, f"{duration(left)} left"])
 
 
 def _nothing(text: str) -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from megahybrid.config import load_config
+from megahybrid.config.pattern import parse_pattern
+from megahybrid.data.loader import validation_batches
 from megahybrid.errors import UserError
+from megahybrid.model.regulation import filled, regulators
 from megahybrid.training.run_directory import Metrics, read_metrics
 
 
@@ -31,9 +34,6 @@ def unigram_entropy(tokens: Any) -> float:
 
 def held_out_tokens(run_dir: Path) -> np.ndarray:
     """int64 `[tokens]`: the labels on which the run's validation loss is measured."""
-    from megahybrid.config import load_config
-    from megahybrid.data.loader import validation_batches
-
     config = load_config(run_dir / "config.yaml")
     labels = [batch.labels.reshape(-1).numpy() for batch in validation_batches(config, dp_rank=0, dp_size=1)]
     labels = np.concatenate(labels)
@@ -46,30 +46,35 @@ def mean_tokens_per_second(metrics: Metrics) -> float:
     return float(tokens.sum() / (tokens / [line["tokens_per_second"] for line in metrics]).sum())
 
 
-def kept_tokens(metrics: Metrics, steps: int = 32) -> np.ndarray | None:
-    """float64 `[LTE layers, heads]`: kept tokens a sequence, mean over the lines of the last steps that have them.
-
-    None without LTE layers.
-    """
-    lines = [line for line in metrics if line.get("kept")]
-    kept = [line["kept"] for line in lines if line["step"] > lines[-1]["step"] - steps]
-    return np.mean(kept, axis=0) if kept else None
+def latest(metrics: Metrics, key: str, steps: int = 32) -> np.ndarray | None:
+    """float64 `[layers, members]`: a regulated quantity, mean over the lines of the last steps that have it, if any."""
+    lines = [line for line in metrics if line.get(key)]
+    values = [line[key] for line in lines if line["step"] > lines[-1]["step"] - steps]
+    return np.mean(values, axis=0) if values else None
 
 
 def summarise(run_dir: Path) -> str:
-    """The run in a short table: held-out loss beside the unigram entropy of the same tokens, speed, kept tokens."""
+    """The run in a short table: held-out loss beside the unigram entropy of the same tokens, speed, what is
+    regulated."""
     metrics = read_metrics(run_dir)
     rows = _loss_rows(run_dir, metrics)
     last = metrics[-1]
     rows.append(("tokens trained", f"{last['tokens']:,} in {last['step']:,} steps"))
     rows.append(("mean speed", f"{mean_tokens_per_second(metrics):,.0f} tokens/s"))
-    kept = kept_tokens(metrics)
-    if kept is not None:
-        buffer_size = yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["lte"]["buffer_size"]
-        spread = f"from {kept.min():.1f} to {kept.max():.1f}"
-        rows.append(("kept tokens", f"{kept.mean():.1f} a head and sequence, {spread}; buffer size {buffer_size}"))
+    rows += _regulation_rows(run_dir, metrics)
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _regulation_rows(run_dir: Path, metrics: Metrics) -> list[tuple[str, str]]:
+    config, rows = load_config(run_dir / "config.yaml"), []
+    for regulator in regulators(parse_pattern(config.model.pattern)).values():
+        for quantity in regulator.quantities(config):
+            values = latest(metrics, quantity.key)
+            if quantity.summary is not None and values is not None:
+                name, text = quantity.summary
+                rows.append((name, filled(text, values.tolist())))
+    return rows
 
 
 def _loss_rows(run_dir: Path, metrics: Metrics) -> list[tuple[str, str]]:

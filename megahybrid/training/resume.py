@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megahybrid.config import Config
-from megahybrid.config.key import derived, keys
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.errors import UserError
+from megahybrid.key import derived, keys
 from megahybrid.training import checkpoint_folder
 
 

@@ -194,7 +194,7 @@ class Saver:
             "position": asdict(position),
             "layers": self._engine.settings.pattern.letters,
             "layout": {**asdict(self._engine.config.parallel), "data": replicas},
-            "controller": self._engine.controller.state(),
+            "regulators": {letter: each.state() for letter, each in self._engine.regulators.items()},
             "guard": self._engine.guard.state(),
         }
 

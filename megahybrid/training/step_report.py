@@ -1,11 +1,15 @@
-"""What a step counts on the way: losses, kept tokens and wishes of processes, summed over all of them at once."""
+"""What a step counts on the way: losses, what regulators count and wishes of processes, summed over all at once."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from megahybrid.model.context import Aux
+from megahybrid.model.regulation import Regulator
 from megahybrid.parallel import groups
 
 
@@ -13,27 +17,44 @@ class StepReport:
     """Sums over the micro-batches of a step, in one vector of float64, where counts stay exact.
 
     Attributes:
-        loss, retention_loss: scalars, sums over micro-batches.
-        positions: scalar, positions counted a head.
+        loss: scalar, sum over micro-batches.
         stop, saving: scalars, how many processes want to stop, and are still writing a checkpoint.
-        kept: `[LTE layers, kv heads]` of the whole model, positions with a positive score.
+        aux_loss: by letter of a regulated kind, scalars, likewise.
+        counts: by letter and name, `[layers of the kind, length]` of the whole model.
     """
 
-    def __init__(self, lte_layers: list[int], kv_heads: int, heads: slice, device: torch.device):
-        """`heads`: this rank's among the kv_heads."""
-        self._rows = {layer: row for row, layer in enumerate(lte_layers)}
-        self._heads, self._shape = heads, (len(lte_layers), kv_heads)
-        self._look_at(torch.zeros(5 + len(lte_layers) * kv_heads, dtype=torch.float64, device=device))
+    def __init__(self, letters: str, regulators: Mapping[str, Regulator], device: torch.device):
+        """`letters`: of all layers; `regulators`: by letter."""
+        self._regulators = regulators
+        self._places = [(letter, letters[:number].count(letter)) for number, letter in enumerate(letters)]
+        self._shapes: dict[tuple[str, str | None], tuple[int, ...]] = {}  # None for the auxiliary loss
+        for letter, regulator in regulators.items():
+            self._shapes[letter, None] = ()
+            for name, count in regulator.counts.items():
+                self._shapes[letter, name] = letters.count(letter), count.length
+        self._sizes = [math.prod(shape) for shape in self._shapes.values()]
+        self._look_at(torch.zeros(3 + sum(self._sizes), dtype=torch.float64, device=device))
 
     def _look_at(self, values: Tensor) -> None:
         self._values = values
-        self.loss, self.retention_loss, self.positions, self.stop, self.saving = values[:5]
-        self.kept = values[5:].view(self._shape)
+        self.loss, self.stop, self.saving = values[:3]
+        self.aux_loss: dict[str, Tensor] = {}
+        self.counts: dict[str, dict[str, Tensor]] = {letter: {} for letter in self._regulators}
+        for ((letter, name), shape), part in zip(self._shapes.items(), values[3:].split(self._sizes), strict=True):
+            into, key = (self.aux_loss, letter) if name is None else (self.counts[letter], name)
+            into[key] = part.view(shape)
 
     def add(self, layer: int, aux: Aux) -> None:
-        """A retention layer's by-products on this rank, for one micro-batch."""
-        self.retention_loss += aux.loss.detach()
-        self.kept[self._rows[layer], self._heads] += aux.kept
+        """A layer's by-products on this rank, for one micro-batch."""
+        letter, row = self._places[layer]
+        self.aux_loss[letter] += aux.loss.detach()
+        rank, size = groups.tensor_parallel()
+        for name, count in self._regulators[letter].counts.items():
+            whole = self.counts[letter][name][row]
+            if count.split:
+                whole.chunk(size)[rank].add_(aux.counts[name])
+            elif rank == 0:
+                whole += aux.counts[name]
 
     def sum_over_all(self) -> None:
         """Sum over all processes, and go to the host: waits for the passes to end."""

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from megahybrid.config import load_config
-from megahybrid.config.key import derived, keys
 from megahybrid.errors import UserError
+from megahybrid.key import derived, keys
 from megahybrid.training.resume import check_resume
 from tests.config.test_load import QUICKSTART
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import megahybrid.hf.attention_megahybrid as attention
-import megahybrid.hf.layers_megahybrid as layers
+import megahybrid.mixers.attention.hf as attention
+import megahybrid.mixers.gdn.hf as gdn
+import megahybrid.mixers.lte.hf as lte
 from megahybrid.hf.modeling_megahybrid import MegahybridCache
 from megahybrid.model.context import Context
 from megahybrid_kernels import Sequences
@@ -30,9 +31,9 @@ def close(found, expected, tolerance=1e-9):
 def without_and_with_kernels(request, monkeypatch):
     """Once as where megahybrid_kernels is not installed."""
     if request.param == "plain":
-        monkeypatch.setattr(layers, "packed_gated_delta_rule", None)
+        monkeypatch.setattr(gdn, "packed_gated_delta_rule", None)
     else:
-        assert layers.packed_gated_delta_rule is not None
+        assert gdn.packed_gated_delta_rule is not None
 
 
 def in_pieces(model, rows, sizes, mask=None):
@@ -59,7 +60,8 @@ def padded(lengths):
 @pytest.mark.parametrize("block", [256, 8])
 def test_whole_sequences(pattern, block, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-    monkeypatch.setattr(layers, "CHUNK", block)
+    monkeypatch.setattr(lte, "QUERY_BLOCK", block)
+    monkeypatch.setattr(gdn, "CHUNK", block)
     model, exported = pair(pattern)
     rows = torch.stack([random_tokens(LENGTH, seed) for seed in (1, 2)])
     found = exported(rows, use_cache=False)

@@ -152,15 +152,10 @@ def test_import(kind, tied, prepared, tmp_path, capsys):
 
 
 def by_hand(kind, tied):
-    from megahybrid.config.schema import (
-        AttentionConfig,
-        Config,
-        GDNConfig,
-        LTEConfig,
-        ModelConfig,
-        RunConfig,
-        TrainConfig,
-    )  # fmt: skip
+    from megahybrid.config.schema import Config, ModelConfig, RunConfig, TrainConfig
+    from megahybrid.mixers.attention import AttentionConfig
+    from megahybrid.mixers.gdn import GDNConfig
+    from megahybrid.mixers.lte import LTEConfig
 
     return Config(
         run=RunConfig(dir="unused"),

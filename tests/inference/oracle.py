@@ -4,8 +4,8 @@ import contextlib
 
 import torch
 
+from megahybrid.mixers.lte.module import Router
 from megahybrid.model.context import Context
-from megahybrid.model.mixers.lte import Router
 from megahybrid_kernels import Sequences
 from tests.model import tiny
 

@@ -60,7 +60,7 @@ def checkpoint(recipe, prepared, tmp_path):
         position = {"step": step, "consumed": 8 * step, "data": data or find_prepared(prepared).identity}
         (folder / "weights-00000.safetensors").write_text("some")
         files = {"weights-00000.safetensors": {"bytes": 4}}
-        facts = {"position": position, "controller": {}, "parameters": {}, "files": files}
+        facts = {"position": position, "regulators": {}, "parameters": {}, "files": files}
         write_json(folder / "checkpoint.json", facts)
 
     return write
@@ -89,7 +89,7 @@ def test_a_checkpoint_of_other_data_or_of_weights_only(checkpoint, recipe, capsy
     checkpoint(4)
     assert taken(recipe)
     facts = json.loads((recipe.parent / "run/checkpoints/step_00000004/checkpoint.json").read_text())
-    del facts["controller"]
+    del facts["regulators"]
     write_json(recipe.parent / "run/checkpoints/step_00000004/checkpoint.json", facts)
     assert "holds weights only" in refused(recipe, capsys)
 

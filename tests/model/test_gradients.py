@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import megahybrid.model.mixers.lte as lte_mixer
+import megahybrid.mixers.lte.module as lte_mixer
 from tests.model import tiny
 
 
@@ -81,4 +81,5 @@ def test_l1_term_of_one_layer_by_hand(monkeypatch):
                 kept[head] += score > 0
         at += length
     assert aux.loss.item() == pytest.approx(expected / (sum(tiny.LENGTHS) * 2), rel=1e-6)
-    assert aux.kept.tolist() == kept
+    assert aux.counts["kept"].tolist() == kept
+    assert aux.counts["positions"].tolist() == [sum(max(0, length - 6) for length in tiny.LENGTHS)]

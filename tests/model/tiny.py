@@ -2,15 +2,10 @@
 
 import torch
 
-from megahybrid.config.schema import (
-    AttentionConfig,
-    Config,
-    GDNConfig,
-    LTEConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from megahybrid.config.schema import Config, ModelConfig, RunConfig, TrainConfig
+from megahybrid.mixers.attention import AttentionConfig
+from megahybrid.mixers.gdn import GDNConfig
+from megahybrid.mixers.lte import LTEConfig
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.stack import build
 from megahybrid_kernels import Sequences

@@ -89,7 +89,7 @@ def gradients(layout, count):
         tokens, labels, sequences, keys, context = batch
         out = stage(tokens, context(sequences, keys, replicas / count), labels=labels)
         for layer, aux in out.aux.items():
-            kept[layer] = kept.get(layer, 0) + aux.kept
+            kept[layer] = kept.get(layer, 0) + aux.counts["kept"]
         if out.losses is None:
             return out.hidden
         losses.add_(out.losses.detach().mean())

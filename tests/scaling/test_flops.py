@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megahybrid.key import derived
+from megahybrid.mixers import KINDS
+from megahybrid.mixers.gdn import delta_rule
 from megahybrid.model.context import Context
-from megahybrid.model.settings import Settings
 from megahybrid.model.stack import build
 from megahybrid.scaling import flops
 from megahybrid_kernels import Sequences
@@ -40,17 +42,17 @@ def test_the_router_is_its_matrix_products():
     router = build(config, "cpu").layers["0"].mixer.router
     k = torch.randn(64, 2, 8)
     products = counted(lambda: retention_logits(k, k, router.parameters_for_op(), Sequences.of((64,))))
-    assert products == {"bmm": 64 * flops.lte(Settings.of(config), 64)["router"]}
+    assert products == {"bmm": 64 * KINDS["L"].flops(derived(config.model), 64)["router"]}
 
 
 def test_the_short_convolution_is_its_convolutions():
-    settings = Settings.of(tiny.config("G"))
+    model = derived(tiny.config("G").model)
     widths = [2 * 4, 2 * 4, 2 * 6]
     expected = sum(
         sum(counted(lambda n=n: causal_conv1d(torch.randn(64, n), torch.randn(n, 4), Sequences.of((64,)))).values())
         for n in widths
     )
-    assert 64 * flops.gdn(settings, 64)["short convolution"] == expected
+    assert 64 * KINDS["G"].flops(model, 64)["short convolution"] == expected
 
 
 def chunked_delta_rule(q, k, v, chunk):
@@ -78,12 +80,12 @@ def test_the_delta_rule_is_counted_from_an_algorithm_that_computes_it(chunk):
         recurrent.append(state.T @ q[t])
     torch.testing.assert_close(chunked_delta_rule(q, k, v, chunk), torch.stack(recurrent))
     products = sum(counted(lambda: chunked_delta_rule(q, k, v, chunk)).values())
-    assert products == 32 * flops.delta_rule(6, 10, chunk)
+    assert products == 32 * delta_rule(6, 10, chunk)
 
 
 @pytest.mark.parametrize("length", [1, 5, 8, 9, 13, 14, 64])
 def test_attention_is_averaged_over_what_each_query_sees(length):
-    settings = Settings.of(tiny.config("LSF"))  # window 7; LTE: w 7, b 5
+    model = derived(tiny.config("LSF").model)  # window 7; LTE: w 7, b 5
     full = sum(len([j for j in range(length) if j <= i]) for i in range(length))
     window = sum(len([j for j in range(length) if 0 <= i - j < 7]) for i in range(length))
     lte = sum(
@@ -91,9 +93,9 @@ def test_attention_is_averaged_over_what_each_query_sees(length):
         for i in range(length)
     )
     a_key = 4 * 8 * 4  # heads of 8 channels, 2 products, 2 operations each
-    assert length * flops.full_attention(settings, length)["attention"] == pytest.approx(a_key * full)
-    assert length * flops.sliding_window(settings, length)["attention"] == pytest.approx(a_key * window)
-    assert length * flops.lte(settings, length)["attention"] == pytest.approx(a_key * lte)
+    assert length * KINDS["F"].flops(model, length)["attention"] == pytest.approx(a_key * full)
+    assert length * KINDS["S"].flops(model, length)["attention"] == pytest.approx(a_key * window)
+    assert length * KINDS["L"].flops(model, length)["attention"] == pytest.approx(a_key * lte)
 
 
 def test_training_is_three_times_the_forward_pass():

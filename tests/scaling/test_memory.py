@@ -9,16 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import KernelInterface
 
-from megahybrid.config.schema import (
-    AttentionConfig,
-    Config,
-    GDNConfig,
-    LTEConfig,
-    ModelConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from megahybrid.config.schema import Config, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megahybrid.mixers.attention import AttentionConfig
+from megahybrid.mixers.gdn import GDNConfig
+from megahybrid.mixers.lte import LTEConfig
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.settings import Settings
 from megahybrid.model.stack import build

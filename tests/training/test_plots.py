@@ -5,16 +5,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megahybrid.config import load_config
 from megahybrid.errors import UserError
+from megahybrid.mixers.lte.controller import LambdaController
 from megahybrid.training import plots, report
-from megahybrid.training.plots import heads_figure, plot_run, retention_figure, smooth, speed_figure
+from megahybrid.training.plots import members_figure, panels_figure, plot_run, smooth, speed_figure
 
 STEPS, LAYERS, HEADS, BUFFER = 30, [1, 3], 2, 64
 WITH_HEADS = np.arange(3, STEPS + 1, 3)  # the steps whose lines have the values of every head
+CONFIG = f"""
+run: {{dir: unused}}
+model: {{pattern: (GL)*2, hidden_size: 32, vocab_size: 384, lte: {{buffer_size: {BUFFER}}}}}
+train: {{seq_length: 100, micro_batch_size: 1, global_batch_size: 1, steps: {STEPS}}}
+data: {{path: unused}}
+"""
 
 
 def write_run(run_dir: Path, retention: bool = True) -> None:
-    (run_dir / "config.yaml").write_text(f"model:\n  pattern: (GL)*2\n  lte:\n    buffer_size: {BUFFER}\n")
+    (run_dir / "config.yaml").write_text(CONFIG)
     with open(run_dir / "metrics.jsonl", "w") as file:
         for step in range(1, STEPS + 1):
             line = {"step": step, "tokens": 100 * step, "loss": 5 - 0.1 * step, "tokens_per_second": 50.0 * step}
@@ -53,26 +61,30 @@ def test_mean_speed_is_tokens_by_time(tmp_path):
 def test_kept_tokens_are_a_mean_over_the_last_steps_that_have_them(tmp_path):
     write_run(tmp_path)
     metrics = report.read_metrics(tmp_path)
-    assert np.allclose(report.kept_tokens(metrics, steps=6), [[90 - (30 + 27) / 2, 70]] * 2)
-    assert np.allclose(report.kept_tokens(metrics[:-1], steps=1), [[90 - 27, 70]] * 2)
-    assert report.kept_tokens(metrics[:2]) is None
+    assert np.allclose(report.latest(metrics, "kept", steps=6), [[90 - (30 + 27) / 2, 70]] * 2)
+    assert np.allclose(report.latest(metrics[:-1], "kept", steps=1), [[90 - 27, 70]] * 2)
+    assert report.latest(metrics[:2], "kept") is None
+
+
+def quantities(run_dir):
+    return LambdaController.quantities(load_config(run_dir / "config.yaml"))
 
 
 def test_pictures_are_written(tmp_path):
     write_run(tmp_path)
     paths = plot_run(tmp_path)
-    assert [path.name for path in paths] == ["loss.png", "speed.png", "retention.png", "heads.png"]
+    assert [path.name for path in paths] == ["loss.png", "speed.png", "retention.png", "retention-heads.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
-def test_without_lte_layers_there_is_no_picture_of_the_retention(tmp_path):
+def test_without_regulated_layers_there_is_no_picture_of_them(tmp_path):
     write_run(tmp_path, retention=False)
     assert [path.name for path in plot_run(tmp_path)] == ["loss.png", "speed.png"]
 
 
 def test_retention_panels_show_the_kept_counts_and_the_buffer_size(tmp_path):
     write_run(tmp_path)
-    figure = retention_figure(report.read_metrics(tmp_path), LAYERS, BUFFER)
+    figure = panels_figure(report.read_metrics(tmp_path), LAYERS, quantities(tmp_path), "head")
     upper = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
     assert set(upper) == {"layer 1", "layer 3"}
     lines = upper["layer 3"].get_lines()
@@ -87,7 +99,8 @@ def test_retention_panels_show_the_kept_counts_and_the_buffer_size(tmp_path):
 def test_the_heat_maps_have_a_row_a_head_and_the_speed_its_steps(tmp_path):
     write_run(tmp_path)
     metrics = report.read_metrics(tmp_path)
-    maps = [axes.get_images()[0] for axes in heads_figure(metrics, LAYERS).axes if axes.get_images()]
+    figure = members_figure(metrics, LAYERS, quantities(tmp_path))
+    maps = [axes.get_images()[0] for axes in figure.axes if axes.get_images()]
     kept, weight = (each.get_array() for each in maps[:2])
     assert kept.shape == weight.shape == (len(LAYERS) * HEADS, len(WITH_HEADS))
     assert np.array_equal(kept[0], 90.0 - WITH_HEADS) and np.allclose(kept[1], 70)
@@ -99,7 +112,7 @@ def test_the_heat_maps_have_a_row_a_head_and_the_speed_its_steps(tmp_path):
 def test_a_long_run_is_thinned_out_to_its_end(tmp_path, monkeypatch):
     write_run(tmp_path)
     monkeypatch.setattr(plots, "MOST_STEPS", 4)
-    figure = retention_figure(report.read_metrics(tmp_path), LAYERS, BUFFER)
+    figure = panels_figure(report.read_metrics(tmp_path), LAYERS, quantities(tmp_path), "head")
     assert figure.axes[0].get_lines()[0].get_xdata().tolist() == [300, 1200, 2100, 3000]
 
 

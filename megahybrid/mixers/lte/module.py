@@ -1,4 +1,4 @@
-"""Sliding window attention with learnable token eviction (He & Garner, arXiv 2510.20787)."""
+"""The module of LTE, with its router."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megahybrid.config.schema import ModelConfig
+from megahybrid.mixers.attention.module import AttentionProjections
+from megahybrid.mixers.lte import LTEKind, router_channels
 from megahybrid.model.context import Aux, Context
-from megahybrid.model.mixers.attention import AttentionProjections
-from megahybrid.model.settings import Fallback, Settings
+from megahybrid.model.mixer import Fallback
+from megahybrid.model.settings import Settings
 from megahybrid.parallel.parameters import constant, kaiming_normal, parameter, uniform
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.lte_attention import LTECache, lte_attention, lte_attention_with_cache
@@ -22,7 +24,6 @@ from megahybrid_kernels.retention_router import (
     Dropout,
     RouterParameters,
     RouterState,
-    margin,
     retention_logits,
     retention_logits_streamed,
 )
@@ -44,9 +45,9 @@ class Router(nn.Module):
 
     def __init__(self, settings: Settings):
         super().__init__()
-        heads, lte = settings.kv_heads, settings.model.lte
+        attention, lte = settings.model.attention, settings.model.lte
+        heads, channels = attention.num_kv_heads, router_channels(attention.head_dim)
         self.dilation = lte.conv_dilation
-        channels = [2 * settings.model.attention.head_dim >> halvings for halvings in range(4)]
         for number, (fan, out) in enumerate(itertools.pairwise(channels)):
             fan_in = fan * lte.conv_size
             bound = fan_in**-0.5
@@ -92,10 +93,11 @@ class LTEAttention(AttentionProjections):
 
     def __init__(self, settings: Settings, layer: int):
         super().__init__(settings, layer)
-        self.layer, self.lte = layer, settings.model.lte
+        self.lte = settings.model.lte
         self.router = Router(settings)
-        self.heads = settings.kv_heads // parallel_state.get_tensor_model_parallel_world_size()
-        self.margin = margin(self.lte.conv_size, self.lte.conv_dilation)
+        every = settings.model.attention.num_kv_heads
+        self.heads = every // parallel_state.get_tensor_model_parallel_world_size()
+        self.scores_per_token = every * len(settings.pattern.layers(LTEKind.letter))
         self.l1_lambda = torch.zeros(self.heads)
 
     def forward(self, x: Tensor, context: Context, state: LTEState | None = None):
@@ -115,7 +117,7 @@ class LTEAttention(AttentionProjections):
         scores, router = self.router(k, v, sequences, state=state.router)
         q, k = self.rotate(q, context), self.rotate(k, context)
         o, cache = lte_attention_with_cache(
-            *(q, k, v, scores, state.cache, sequences, lte.window_size, lte.sink_size, lte.buffer_size, self.margin),
+            *(q, k, v, scores, state.cache, sequences, lte.window_size, lte.sink_size, lte.buffer_size, lte.margin),
             in_place=context.in_place,
         )
         return self.output(o), None, LTEState(cache, router)
@@ -127,18 +129,17 @@ class LTEAttention(AttentionProjections):
         return Dropout(self.lte.dropout, context.dropout_keys[self.layer], first)
 
     def _aux(self, scores: Tensor, context: Context) -> Aux:
-        """L1 term and kept counts, over positions whose right context is whole.
+        """L1 term, and how many positions are kept and counted: those whose right context is whole.
 
         The L1 sum is divided by a number fixed by shapes (tokens times scores a token), so that it does not depend on
         how documents fall into micro-batches.
         """
-        cut = (context.sequences.remaining < self.margin).unsqueeze(-1)
+        cut = (context.sequences.remaining < self.lte.margin).unsqueeze(-1)
         excess = scores.masked_fill(cut, 0).relu()
-        loss = torch.dot(self.l1_lambda.to(scores), excess.sum(0)) / (len(scores) * self.settings.scores_per_token)
-        return Aux(loss, (excess > 0).sum(0))
+        loss = torch.dot(self.l1_lambda.to(scores), excess.sum(0)) / (len(scores) * self.scores_per_token)
+        return Aux(loss, {"kept": (excess > 0).sum(0), "positions": len(cut) - cut.sum(0)})
 
     def initial_state(self, sequences: int) -> LTEState:
-        """The state before the first token of `sequences` sequences."""
         like, lte = self.k_proj.weight, self.lte
         cache = LTECache.empty(
             *(sequences, self.heads, self.head_dim, lte.window_size, lte.buffer_size),
@@ -147,9 +148,8 @@ class LTEAttention(AttentionProjections):
         )
         return LTEState(cache, RouterState.empty(sequences, self.router.parameters_for_op(), lte.conv_dilation))
 
-    @staticmethod
-    def fallbacks(model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:
-        """See `megahybrid.model.mixers`."""
+    @classmethod
+    def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:
         key, head_dim = "model.attention.head_dim", model.attention.head_dim
         if reason := attention_unsupported(dtype, head_dim):
             yield Fallback("lte_attention", reason, key, quadratic=True)

@@ -1,28 +1,29 @@
-"""Softmax attention with grouped queries and rotary embedding: full and sliding window."""
+"""The modules of softmax attention, and the projections of all that have its heads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megahybrid.config.schema import ModelConfig
 from megahybrid.model.context import Context
-from megahybrid.model.settings import Fallback, Settings
+from megahybrid.model.mixer import Fallback, Mixer
+from megahybrid.model.settings import Settings
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, project
 from megahybrid_kernels.attention import GrowingCache, KeyValueCache, attention, attention_with_cache, unsupported
 from megahybrid_kernels.rotary import rotary
 
 
-class AttentionProjections(nn.Module):
+class AttentionProjections(Mixer):
     """The q, k, v and o projections that all softmax mixers share; heads split over tensor parallel ranks."""
 
     def __init__(self, settings: Settings, layer: int):
-        super().__init__()
+        super().__init__(settings, layer)
         config = settings.model.attention
-        self.settings, self.head_dim, self.theta = settings, config.head_dim, config.rope_theta
-        hidden, queries, keys = settings.model.hidden_size, config.num_heads, settings.kv_heads
+        self.head_dim, self.theta = config.head_dim, config.rope_theta
+        hidden, queries, keys = settings.model.hidden_size, config.num_heads, config.num_kv_heads
         self.q_proj = ColumnLinear(hidden, queries * self.head_dim, settings.projection)
         self.k_proj = ColumnLinear(hidden, keys * self.head_dim, settings.projection)
         self.v_proj = ColumnLinear(hidden, keys * self.head_dim, settings.projection)
@@ -50,7 +51,6 @@ class FullAttention(AttentionProjections):
     window_size: int | None = None
 
     def forward(self, x: Tensor, context: Context, state: KeyValueCache | GrowingCache | None = None):
-        """`[tokens, 1, hidden]` → (the same, None, the next state)."""
         q, k, v = self.project(x)
         q, k = self.rotate(q, context), self.rotate(k, context)
         if state is None:
@@ -60,7 +60,6 @@ class FullAttention(AttentionProjections):
         return self.output(o), None, state
 
     def initial_state(self, sequences: int) -> KeyValueCache | GrowingCache:
-        """The state before the first token of `sequences` sequences."""
         like = self.k_proj.weight
         sizes, kind = (
             (sequences, like.shape[0] // self.head_dim, self.head_dim),
@@ -72,7 +71,6 @@ class FullAttention(AttentionProjections):
 
     @classmethod
     def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:
-        """See `megahybrid.model.mixers`."""
         if reason := unsupported(dtype, model.attention.head_dim):
             if dtype == torch.float32:  # which small models may choose
                 yield Fallback("attention", reason, "train.dtype")

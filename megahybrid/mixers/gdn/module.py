@@ -1,4 +1,4 @@
-"""Gated DeltaNet (Yang et al., arXiv 2412.06464)."""
+"""The module of Gated DeltaNet."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megahybrid.config.schema import ModelConfig
 from megahybrid.model.context import Context
-from megahybrid.model.settings import Fallback, Settings
+from megahybrid.model.mixer import Fallback, Mixer
+from megahybrid.model.settings import Settings
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, project, shared
 from megahybrid.parallel.parameters import (
     constant,
@@ -38,13 +39,12 @@ class GDNState(NamedTuple):
     v: Tensor
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(Mixer):
     """Gated delta rule on short-convolved q, k, v, with an output gate; heads split over tensor parallel ranks."""
 
     def __init__(self, settings: Settings, layer: int):
-        super().__init__()
+        super().__init__(settings, layer)
         config = settings.model.gdn
-        self.settings = settings
         self.key_dim, self.value_dim = config.head_dim, config.value_head_dim
         hidden, heads, taps = settings.model.hidden_size, config.num_heads, config.conv_size
         keys, values = heads * self.key_dim, heads * self.value_dim
@@ -66,7 +66,6 @@ class GatedDeltaNet(nn.Module):
         self.o_proj = RowLinear(values, hidden, settings.output_projection, settings.sequence_parallel)
 
     def forward(self, x: Tensor, context: Context, state: GDNState | None = None):
-        """`[tokens, 1, hidden]` → (the same, None, the next state)."""
         sequences, before = context.sequences, state or (None, None, None, None)
         # Training never reads the state after a document's end.
         options = {"output_final_state": state is not None, "in_place": context.in_place}
@@ -93,7 +92,6 @@ class GatedDeltaNet(nn.Module):
         return y, None, None if state is None else GDNState(recurrent, q_rows, k_rows, v_rows)
 
     def initial_state(self, sequences: int) -> GDNState:
-        """The state before the first token of `sequences` sequences."""
         like, taps = self.q_conv, self.q_conv.shape[1]
         heads = self.A_log.shape[0]
         at_least_fp32 = torch.promote_types(like.dtype, torch.float32)
@@ -101,10 +99,9 @@ class GatedDeltaNet(nn.Module):
         rows = [like.new_zeros(sequences, taps - 1, conv.shape[0]) for conv in (self.q_conv, self.k_conv, self.v_conv)]
         return GDNState(recurrent, *rows)
 
-    @staticmethod
-    def fallbacks(model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:
-        """See `megahybrid.model.mixers`."""
-        dims = model.gdn.head_dim, model.gdn.value_head_dim or model.gdn.head_dim
+    @classmethod
+    def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:
+        dims = model.gdn.head_dim, model.gdn.value_head_dim
         if reason := unsupported(dtype, *dims):
             wider = "head_dim" if dims[0] >= dims[1] else "value_head_dim"
             yield Fallback("gated_delta_rule", reason, f"model.gdn.{wider}")

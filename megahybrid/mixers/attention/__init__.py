@@ -1,0 +1,137 @@
+"""Softmax attention with grouped queries and rotary embedding: full and sliding window."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from megahybrid.errors import UserError
+from megahybrid.key import key
+from megahybrid.mixers.counting import linear, mean_of_min
+from megahybrid.mixers.kind import Activations, Kind, MicroBatch
+
+if TYPE_CHECKING:
+    from megahybrid.config.schema import ModelConfig
+    from megahybrid.model.mixer import Mixer
+
+
+@dataclass
+class AttentionConfig:
+    """Softmax attention: full (F), sliding window (S), and the heads of LTE (L)."""
+
+    num_heads: int = key(16)
+    """Query heads."""
+    num_kv_heads: int | None = key(None, otherwise=lambda attention: attention.num_heads)
+    """Key-value heads; num_heads when left out."""
+    head_dim: int = key(64)
+    """Channels of a head."""
+    window_size: int = key(1024)
+    """Keys that a sliding-window query (S) sees, itself included."""
+    rope_theta: float = key(10000.0)
+    """Base of the rotary position embedding."""
+
+
+class AttentionKind(Kind):
+    """What all kinds with the heads of `model.attention` share."""
+
+    sections: ClassVar = {"attention": AttentionConfig}
+
+    def check(self, model: ModelConfig) -> None:
+        heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
+        if heads % kv_heads:
+            raise UserError(
+                f"model.attention.num_heads ({heads}) must be a multiple of model.attention.num_kv_heads ({kv_heads})."
+            )
+        if model.attention.head_dim % 2:
+            raise UserError("model.attention.head_dim must be even, since rotary embedding pairs its halves.")
+
+    def split(self, model: ModelConfig) -> dict[str, int]:
+        heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
+        return {f"model.attention.{'num_heads' if heads == kv_heads else 'num_kv_heads'}": kv_heads}
+
+    @abstractmethod
+    def keys(self, model: ModelConfig, length: int) -> float:
+        """Keys that a query sees, averaged over the positions of a document of `length` tokens."""
+
+    def flops(self, model: ModelConfig, length: int) -> dict[str, float]:
+        """Projections, of which q and output are as wide as the query heads, k and v as the KV heads; and softmax
+        attention: products q . k and p v, of 2 head_dim each, a query head and key."""
+        heads = model.attention
+        width = 2 * (heads.num_heads + heads.num_kv_heads) * heads.head_dim
+        return {
+            "projections": linear(model.hidden_size, width),
+            "attention": heads.num_heads * 4 * heads.head_dim * self.keys(model, length),
+        }
+
+    def activations(self, model: ModelConfig, batch: MicroBatch) -> Activations:
+        """Of torch's flash attention q, k and v, repeated for every query head, and output, 4 w Q, with w bytes an
+        activation and queries of width Q on a rank; backward their gradients, and q's in fp32 before. fp32 goes block
+        by block, with one mask for all KV heads."""
+        queries, keys = widths(model, batch)
+        if batch.width == 2:
+            return Activations(8 * queries, 12 * queries)
+        return self._blocked(model, batch, queries, keys)
+
+    def _blocked(self, model: ModelConfig, batch: MicroBatch, queries: float, keys: float) -> Activations:
+        """`attention.reference` on a GPU, for a document as long as the sample, the most that there can be.
+
+        q, output before and after it is joined, w Q each, and with grouped queries two copies more; k and v, 2 w K; and
+        the mask, as SDPA adds it to the logits: w a head and column, where a block of queries has the columns that its
+        last query reaches. Backward: gradients of q and the output, of k and v and of what a block adds to them.
+        """
+        from megahybrid_kernels.attention.reference import QUERY_BLOCK
+
+        heads, width = model.attention, batch.width
+        copies = 3 if heads.num_heads == heads.num_kv_heads else 5
+        columns = self.keys(model, batch.length) + min(QUERY_BLOCK, batch.length) / 2
+        saved = width * (copies * queries + 2 * keys + heads.num_heads // heads.num_kv_heads * columns)
+        return Activations(saved, width * (2 * queries + 4 * keys))
+
+
+def widths(model: ModelConfig, batch: MicroBatch) -> tuple[float, float]:
+    """Channels of a rank's queries and of its keys, over all heads."""
+    a_head = model.attention.head_dim / batch.ranks
+    return model.attention.num_heads * a_head, model.attention.num_kv_heads * a_head
+
+
+class FullAttentionKind(AttentionKind):
+    """Causal attention to the whole document."""
+
+    letter = "F"
+    title = "full attention"
+
+    def keys(self, model: ModelConfig, length: int) -> float:
+        """The query at position i sees i + 1 keys."""
+        return mean_of_min(length, length)
+
+    def module(self) -> type[Mixer]:
+        from megahybrid.mixers.attention.module import FullAttention
+
+        return FullAttention
+
+    def exported(self) -> type:
+        from megahybrid.mixers.attention.hf import FullAttention
+
+        return FullAttention
+
+
+class SlidingWindowKind(AttentionKind):
+    """Causal attention to the last `window_size` tokens of the document, the query's own included."""
+
+    letter = "S"
+    title = "sliding window"
+
+    def keys(self, model: ModelConfig, length: int) -> float:
+        """The query at position i sees min(i + 1, n) keys in a window of n."""
+        return mean_of_min(length, model.attention.window_size)
+
+    def module(self) -> type[Mixer]:
+        from megahybrid.mixers.attention.module import SlidingWindowAttention
+
+        return SlidingWindowAttention
+
+    def exported(self) -> type:
+        from megahybrid.mixers.attention.hf import WindowAttention
+
+        return WindowAttention

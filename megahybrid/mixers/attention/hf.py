@@ -1,0 +1,144 @@
+"""Softmax attention of MegaHybrid language models: full and sliding window, and what other kinds share with them."""
+
+from decimal import Decimal, localcontext
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, linear
+
+QUERY_BLOCK = 256
+TWO_PI = Decimal("6.283185307179586476925286766559005768394338798750")
+
+
+@lru_cache
+def frequencies(half, theta, device):
+    """Rotary embedding's turns a position, theta^(-i / half) / (2 pi), in units of 2^-64: int64 `[half]`.
+
+    Their products with positions wrap around, which loses whole turns alone: angles are exact at any position. Made at
+    first use, not as a buffer, which `from_pretrained` would leave without values or cast.
+    """
+    with localcontext() as context:
+        context.prec = 50
+        turns = [Decimal(theta) ** (-Decimal(i) / half) / TWO_PI for i in range(half)]
+        units = [int((each * 2**64).to_integral_value()) for each in turns]
+    return torch.tensor([(each + 2**63) % 2**64 - 2**63 for each in units], device=device)
+
+
+class Attention(Mixer):
+    """The projections, and keys and values in columns, one a token, the past ones before the new ones.
+
+    Configuration: `attention` with `num_heads`, `num_kv_heads`, `head_dim`, `rope_theta`.
+    State: `k, v` `[B, H, columns, D]` and `positions` `[B, columns]`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        sizes, hidden = config.attention, config.hidden_size
+        self.heads, self.kv_heads, self.head_dim = sizes["num_heads"], sizes["num_kv_heads"], sizes["head_dim"]
+        self.theta = sizes["rope_theta"]
+        self.q_proj = linear(hidden, self.heads * self.head_dim)
+        self.k_proj = linear(hidden, self.kv_heads * self.head_dim)
+        self.v_proj = linear(hidden, self.kv_heads * self.head_dim)
+        self.o_proj = linear(self.heads * self.head_dim, hidden)
+
+    def project(self, x):
+        """q, k, v `[B, H, T, D]`, not yet rotated."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        return (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in layers)
+
+    def rotate(self, x, positions):
+        """Rotary embedding; halves are paired."""
+        first, second = at_least_fp32(x).chunk(2, -1)
+        phases = positions[:, None, :, None] * frequencies(first.shape[-1], self.theta, x.device)
+        angles = phases.to(first.dtype) * float(TWO_PI / 2**64)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+    def empty_columns(self, x, count):
+        k = x.new_zeros(len(x), self.kv_heads, count, self.head_dim)
+        return {"k": k, "v": k, "positions": torch.full((len(x), count), -1, device=x.device)}
+
+    def output(self, o):
+        return self.o_proj(o.transpose(1, 2).flatten(-2))
+
+
+def attend(q, k, v, visible):
+    """Attention of q `[B, heads, T, D]` to k, v `[B, H, n, D]`; visible bool `[B, H or 1, T, n]`."""
+    groups = q.shape[1] // k.shape[1]
+    rows = q.unflatten(1, (-1, groups)).flatten(2, 3)
+    visible = visible[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)
+    # A row of padding sees nothing, and would turn into NaN.
+    visible = visible | ~visible.any(-1, keepdim=True)
+    o = F.scaled_dot_product_attention(rows, k, v, attn_mask=visible)
+    return o.unflatten(2, (groups, -1)).flatten(1, 2)
+
+
+class WindowAttention(Attention):
+    """Attention to the last `attention.window_size` tokens, the query's own included."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.window = config.attention["window_size"]
+
+    def empty_state(self, x):
+        return self.empty_columns(x, self.window)
+
+    def forward(self, x, positions, state):
+        q, k, v = self.project(x)
+        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        columns = appended(state, k, v, positions)
+        outputs = []
+        for first in range(0, q.shape[2], QUERY_BLOCK):
+            rows = q[:, :, first : first + QUERY_BLOCK]
+            near = {name: x.narrow(-1 if name == "positions" else 2, first, self.window + rows.shape[2])
+                    for name, x in columns.items()}  # fmt: skip
+            visible = in_window(near["positions"], rows.shape[2])
+            outputs.append(attend(rows, near["k"], near["v"], visible))
+        return self.output(torch.cat(outputs, 2)), newest(columns, self.window)
+
+
+class FullAttention(Attention):
+    """Attention to all tokens, by a state that grows with them."""
+
+    def empty_state(self, x):
+        return self.empty_columns(x, 0)
+
+    def forward(self, x, positions, state):
+        q, k, v = self.project(x)
+        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        columns = appended(state, k, v, positions)
+        past, outputs = columns["k"].shape[2] - q.shape[2], []
+        for first in range(0, q.shape[2], QUERY_BLOCK):
+            rows = q[:, :, first : first + QUERY_BLOCK]
+            end = past + first + rows.shape[2]
+            known = columns["positions"][:, None, None, :end]
+            row = torch.arange(past + first, end, device=q.device)
+            visible = (known >= 0) & (torch.arange(end, device=q.device) <= row[:, None])
+            outputs.append(attend(rows, columns["k"][:, :, :end], columns["v"][:, :, :end], visible))
+        return self.output(torch.cat(outputs, 2)), columns
+
+
+def appended(state, k, v, positions):
+    """The state's columns with the new ones after them."""
+    return {
+        "k": torch.cat([state["k"], k], 2),
+        "v": torch.cat([state["v"], v], 2),
+        "positions": torch.cat([state["positions"], positions], 1),
+    }
+
+
+def newest(columns, count):
+    """The last `count` columns."""
+    return {name: x.narrow(-1 if x.dim() < 4 else 2, x.shape[-1 if x.dim() < 4 else 2] - count, count)
+            for name, x in columns.items()}  # fmt: skip
+
+
+def in_window(positions, queries):
+    """bool `[B, 1, queries, columns]`: the last `columns - queries` columns up to each query's own, which are the last
+    ones of all; blank columns and padding excepted."""
+    columns = torch.arange(positions.shape[1], device=positions.device)
+    row = torch.arange(queries, device=positions.device)[:, None]
+    near = (columns > row) & (columns <= row + positions.shape[1] - queries)
+    return near & (positions >= 0)[:, None, None]

@@ -1,0 +1,86 @@
+"""What is known of a kind of mixer without loading it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+if TYPE_CHECKING:
+    from megahybrid.config.schema import ModelConfig
+    from megahybrid.model.mixer import Mixer
+    from megahybrid.model.regulation import Regulator
+
+
+class MicroBatch(NamedTuple):
+    """What a rank computes at once.
+
+    Attributes:
+        samples, length: how many samples, and tokens of each.
+        width: bytes of an activation: 2 in bf16, 4 in fp32.
+        ranks: tensor parallel ranks that share the heads.
+    """
+
+    samples: int
+    length: int
+    width: int
+    ranks: int
+
+
+class Activations(NamedTuple):
+    """Bytes a token of a mixer beside its input, on one rank.
+
+    Attributes:
+        saved: for the backward pass.
+        backward: gradients and temporaries in it, beyond that, at most.
+    """
+
+    saved: float
+    backward: float
+
+
+class Kind(ABC):
+    """A kind of mixer, named by a letter of `model.pattern`. Importing it must not import torch.
+
+    The `model` of all methods is a configuration in which what was left out is derived (`megahybrid.key.derived`).
+
+    Attributes:
+        letter: a capital.
+        title: the name in tables and messages.
+        sections: dataclasses of its configuration by their name under `model`, with fields made by
+            `megahybrid.key.key`. Kinds may share one.
+        parts: submodules of its module whose parameters a plan counts apart.
+    """
+
+    letter: str
+    title: str
+    sections: ClassVar[Mapping[str, type]] = {}
+    parts: tuple[str, ...] = ()
+
+    def check(self, model: ModelConfig) -> None:  # noqa: B027
+        """Raise UserError for sizes that do not go together; ranges of single keys stand at their fields."""
+
+    @abstractmethod
+    def split(self, model: ModelConfig) -> dict[str, int]:
+        """What tensor parallel ranks share evenly: the number by the configuration key that sets it."""
+
+    @abstractmethod
+    def flops(self, model: ModelConfig, length: int) -> dict[str, float]:
+        """FLOPs a token of the forward pass by part, averaged over a document of `length` tokens; what counts is said
+        in megahybrid.scaling.flops."""
+
+    @abstractmethod
+    def activations(self, model: ModelConfig, batch: MicroBatch) -> Activations:
+        """What training keeps; what counts is said in megahybrid.scaling.memory."""
+
+    @abstractmethod
+    def module(self) -> type[Mixer]:
+        """The class of its module, imported when it is asked for."""
+
+    @abstractmethod
+    def exported(self) -> type:
+        """The class of its exported form, a `Mixer` of megahybrid.hf.layers_megahybrid, likewise."""
+
+    def regulator(self) -> type[Regulator] | None:
+        """The class of what regulates its layers, likewise; None where nothing is regulated."""
+        return None

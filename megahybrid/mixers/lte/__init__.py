@@ -1,0 +1,142 @@
+"""Sliding window attention with learnable token eviction, LTE (He & Garner, arXiv 2510.20787)."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from megahybrid.errors import UserError
+from megahybrid.key import key
+from megahybrid.mixers.attention import AttentionKind, widths
+from megahybrid.mixers.counting import mean_of_min
+from megahybrid.mixers.kind import Activations, MicroBatch
+
+if TYPE_CHECKING:
+    from megahybrid.config.schema import ModelConfig
+    from megahybrid.model.mixer import Mixer
+    from megahybrid.model.regulation import Regulator
+
+CONVOLUTIONS = 3
+"""Of the router, one after the other."""
+
+
+@dataclass
+class RetentionLossConfig:
+    """The L1 term on retention scores and the controller of its weight lambda (method: multiplicative, per head)."""
+
+    update_interval: int = key(32, may_change=True, at_least=2)
+    """Optimizer steps between two updates of lambda; its moving average spans half of them."""
+    initial: float = key(1e-9, may_change=True)
+    """First non-zero lambda; a lambda that would fall below it becomes 0."""
+    maximum: float = key(1.0, may_change=True)
+    """Largest lambda."""
+    increase: float = key(1.5, may_change=True, above=1)
+    """Factor on lambda while more tokens are kept than the buffer holds."""
+    decrease: float = key(2.0, may_change=True, above=1)
+    """Divisor of lambda while fewer are kept than tolerance * buffer_size."""
+    tolerance: float = key(0.95, may_change=True, below=1)
+    """Lambda rests while the kept count is between tolerance * buffer_size and buffer_size."""
+
+
+@dataclass
+class LTEConfig:
+    """Sliding window attention with learnable token eviction (L); its heads are model.attention's."""
+
+    window_size: int = key(768)
+    """w: a query sees itself and the w tokens before it; older ones only if retained."""
+    buffer_size: int = key(512)
+    """b: retained tokens a head holds outside the window, sinks included; the target of the controller in training."""
+    sink_size: int = key(4, at_least=0)
+    """The first tokens of a document, always retained."""
+    conv_size: int = key(3)
+    """Taps of each of the router's three convolutions (odd)."""
+    conv_dilation: int = key(2)
+    """Dilation of the router's convolutions."""
+    dropout: float = key(0.1, may_change=True, at_least=0, below=1)
+    """Dropout before each of the router's convolutions, in training."""
+    train_cap: bool = key(False, may_change=True)
+    """Train with the buffer's capacity enforced, as in inference, instead of leaving it to the L1 term alone."""
+    loss: RetentionLossConfig = field(default_factory=RetentionLossConfig)
+    """The L1 term and its controller."""
+
+    @property
+    def margin(self) -> int:
+        """Tokens on either side that the router looks at for a token's score."""
+        return CONVOLUTIONS * (self.conv_size // 2) * self.conv_dilation
+
+
+class LTEKind(AttentionKind):
+    """Sliding window attention with learnable token eviction."""
+
+    letter = "L"
+    title = "LTE"
+    sections: ClassVar = {**AttentionKind.sections, "lte": LTEConfig}
+    parts = ("router",)
+
+    def check(self, model: ModelConfig) -> None:
+        super().check(model)
+        lte = model.lte
+        if lte.conv_size % 2 == 0:
+            raise UserError(
+                f"model.lte.conv_size is {lte.conv_size}; the router's convolutions are centred: use odd taps."
+            )
+        if lte.window_size <= lte.margin:
+            raise UserError(
+                f"model.lte.window_size ({lte.window_size}) must be larger than the router's margin ({lte.margin}), "
+                "or a token would leave the window before its score is final."
+            )
+        if lte.buffer_size < lte.sink_size:
+            raise UserError(
+                f"model.lte.buffer_size ({lte.buffer_size}) must hold the sinks (model.lte.sink_size = "
+                f"{lte.sink_size})."
+            )
+        if model.attention.head_dim % 4:
+            raise UserError("model.attention.head_dim must be a multiple of 4, since the router halves its channels.")
+
+    def keys(self, model: ModelConfig, length: int) -> float:
+        """The query at position i sees min(i + 1, w + 1) keys in its window. Of the max(0, i - w) tokens that left it
+        it sees at most buffer_size, as in inference: in training, too, this is what the controller of lambda steers to.
+        Before the controller has settled a model without train_cap sees more, up to all.
+        """
+        window, buffer = model.lte.window_size, model.lte.buffer_size
+        left = max(0, length - 1 - window)
+        return mean_of_min(length, window + 1) + (mean_of_min(left, buffer) * left / length if left else 0)
+
+    def flops(self, model: ModelConfig, length: int) -> dict[str, float]:
+        """Those of attention; and of the router, a KV head: convolutions with 2 taps c_in c_out each, and a projection
+        to one logit."""
+        channels, taps = router_channels(model.attention.head_dim), model.lte.conv_size
+        a_head = sum(2 * taps * fan_in * out for fan_in, out in itertools.pairwise(channels)) + 2 * channels[-1]
+        return super().flops(model, length) | {"router": model.attention.num_kv_heads * a_head}
+
+    def activations(self, model: ModelConfig, batch: MicroBatch) -> Activations:
+        """With w bytes an activation, queries of width Q and keys of width K on a rank: q and o, 2 w Q; k before and
+        after rotation, and v, 3 w K; and the outputs of the router's convolutions, 7/4 w K. Backward: gradients of q
+        and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K.
+        """
+        queries, keys = widths(model, batch)
+        head_dim, width = model.attention.head_dim, batch.width
+        routers = sum(router_channels(head_dim)[1:]) / head_dim
+        return Activations(width * (2 * queries + (3 + routers) * keys), 2 * width * (queries + keys) + 8 * keys)
+
+    def module(self) -> type[Mixer]:
+        from megahybrid.mixers.lte.module import LTEAttention
+
+        return LTEAttention
+
+    def exported(self) -> type:
+        from megahybrid.mixers.lte.hf import LTEAttention
+
+        return LTEAttention
+
+    def regulator(self) -> type[Regulator]:
+        from megahybrid.mixers.lte.controller import LambdaController
+
+        return LambdaController
+
+
+def router_channels(head_dim: int) -> list[int]:
+    """Channels that go into each of the router's convolutions, key and value together into the first, and out of the
+    last: each halves them."""
+    return [2 * head_dim >> halvings for halvings in range(CONVOLUTIONS + 1)]

@@ -1,0 +1,102 @@
+"""The controller that drives every head's number of retained tokens to the eviction buffer's size.
+
+Source: He & Garner, arXiv 2510.20787; the weight lambda of the L1 term grows by a factor while a head keeps more tokens
+than its buffer holds and shrinks while it keeps clearly fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megahybrid.config.schema import Config
+from megahybrid.key import derived
+from megahybrid.mixers.lte import LTEConfig
+from megahybrid.model.regulation import Count, Quantity
+from megahybrid.parallel import groups
+
+
+class LambdaController:
+    """Lambda and the moving average of kept tokens, for every LTE layer and key-value head: a `Regulator`.
+
+    Attributes:
+        lambdas: fp32 `[layers, heads]`; the mixers read their row of it.
+        kept: fp32 `[layers, heads]`, moving average of tokens kept a sequence of training length.
+        kept_now: fp32 `[layers, heads]`, tokens kept a sequence of training length in the last step.
+    """
+
+    name = "retention"
+    member = "head"
+
+    def __init__(
+        self, config: LTEConfig, seq_length: int, layers: Sequence[int], heads: int, device: torch.device | str = "cpu"
+    ):
+        self.config, self.seq_length, self.layers = config, seq_length, layers
+        self.counts = {"kept": Count(heads, split=True), "positions": Count(1, split=False)}
+        self.lambdas = torch.zeros(len(layers), heads, device=device)
+        self.kept = torch.full((len(layers), heads), float(seq_length), device=device)
+        self.kept_now = self.kept.clone()
+
+    @classmethod
+    def of(cls, config: Config, layers: Sequence[int], device: torch.device) -> LambdaController:
+        """See `Regulator`."""
+        model = derived(config.model)
+        return cls(model.lte, config.train.seq_length, layers, model.attention.num_kv_heads, device)
+
+    @staticmethod
+    def quantities(config: Config) -> tuple[Quantity, ...]:
+        """See `Regulator`."""
+        size = config.model.lte.buffer_size
+        kept = Quantity(
+            "kept",
+            "kept tokens a sequence",
+            target=("buffer size", size),
+            line="kept {low:.0f}–{high:.0f} a head",
+            summary=(
+                "kept tokens",
+                f"{{mean:.1f}} a head and sequence, from {{low:.1f}} to {{high:.1f}}; buffer size {size}",
+            ),
+        )
+        return kept, Quantity("lambda", "lambda", steered=True, log=True)
+
+    def attach(self, layer: int, mixer: nn.Module) -> None:
+        """See `Regulator`."""
+        rank, size = groups.tensor_parallel()
+        mixer.l1_lambda = self.lambdas[self.layers.index(layer)].chunk(size)[rank]
+
+    def update(self, step: int, counts: Mapping[str, Tensor] | None) -> None:
+        """Take in an optimizer step, and every update_interval steps adjust lambda; see `Regulator`.
+
+        Without counts, and with no counted positions (only tiny documents), the moving average rests.
+        """
+        if counts is not None and counts["positions"].all():
+            rate = 2 / (1 + self.config.loss.update_interval / 2)
+            scale = (self.seq_length / counts["positions"].double()).to(torch.float32)
+            self.kept_now = (counts["kept"].to(torch.float32) * scale).to(self.kept.device)
+            self.kept = (1 - rate) * self.kept + rate * self.kept_now
+        if step % self.config.loss.update_interval == 0:
+            self.lambdas.copy_(self._adjusted())  # in place: the mixers hold views
+
+    def _adjusted(self) -> Tensor:
+        loss, size = self.config.loss, self.config.buffer_size
+        over = self.kept > loss.tolerance * size
+        under = self.kept < size
+        grown = torch.where(over & ~under, self.lambdas * loss.increase, self.lambdas)
+        shrunk = torch.where(under & ~over, grown / loss.decrease, grown).clamp(max=loss.maximum)
+        cut = torch.where(shrunk < loss.initial, torch.zeros_like(shrunk), shrunk)
+        return torch.where((cut == 0) & over, torch.full_like(cut, loss.initial), cut)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """See `Regulator`."""
+        return {"kept": self.kept_now, "lambda": self.lambdas}
+
+    def state(self) -> dict[str, list[list[float]]]:
+        """What a checkpoint keeps; float32 survives the way through JSON's decimals exactly."""
+        return {"lambdas": self.lambdas.tolist(), "kept": self.kept.tolist()}
+
+    def load_state(self, state: dict[str, list[list[float]]]) -> None:
+        """Take over a state that `state` gave."""
+        self.lambdas.copy_(torch.tensor(state["lambdas"]))
+        self.kept = torch.tensor(state["kept"]).to(self.kept)

@@ -1,0 +1,54 @@
+"""What the module of every mixer has, see megahybrid.mixers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megahybrid.config.schema import ModelConfig
+from megahybrid.model.context import Aux, Context
+from megahybrid.model.settings import Settings
+
+
+class Fallback(NamedTuple):
+    """An op that runs in PyTorch on a GPU, too, since its kernels do not take what the configuration asks.
+
+    Attributes:
+        op: its name.
+        reason: the end of the sentence "its kernels …".
+        key: the configuration key that a user would change.
+        quadratic: whether training without kernels takes memory quadratic in a document's length.
+    """
+
+    op: str
+    reason: str
+    key: str
+    quadratic: bool = False
+
+
+class Mixer(nn.Module):
+    """A token mixer over packed documents, whose forward pass changes nothing of it: recomputing would do so twice.
+
+    Parameters are those of megahybrid.parallel's `parameter` and layers; a tensor parallel rank works on its own heads.
+    """
+
+    def __init__(self, settings: Settings, layer: int):
+        super().__init__()
+        self.settings, self.layer = settings, layer
+
+    def forward(self, x: Tensor, context: Context, state: Any = None) -> tuple[Tensor, Aux | None, Any]:
+        """`[tokens, 1, hidden]` → (the same, by-products in training or None, the next state where one was given)."""
+        raise NotImplementedError
+
+    def initial_state(self, sequences: int) -> Any:
+        """The state before the first token of `sequences` sequences: named tuples or dataclasses of tensors, and of
+        `GrowingCache`s, which all have the sequences in front."""
+        raise NotImplementedError
+
+    @classmethod
+    def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterable[Fallback]:
+        """The ops whose kernels do not take the derived configuration and dtype on a GPU."""
+        return ()

@@ -1,0 +1,52 @@
+"""The list of kinds: what an installed package may add, and how a wrong one is told."""
+
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from megahybrid.errors import UserError
+from megahybrid.mixers import KINDS
+from megahybrid.mixers.gdn import GDNKind
+from megahybrid.mixers.kinds import with_installed
+
+
+class Mine(GDNKind):
+    letter = "M"
+
+
+class Lower(Mine):
+    letter = "m"
+
+
+class Taken(GDNKind):
+    pass
+
+
+class Section(Mine):
+    sections = {"lte": dict}  # noqa: RUF012
+
+
+def entry(name):
+    return EntryPoint("mine", f"tests.mixers.test_kinds:{name}", "megahybrid.mixers")
+
+
+def test_an_installed_kind_comes_after_the_packages_own():
+    assert [*KINDS][:4] == [*"GLSF"]
+    kinds = with_installed(KINDS.values(), [entry("Mine")])
+    assert [*kinds] == [*KINDS, "M"] and isinstance(kinds["M"], Mine)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Lower", "its letter 'm' is not one of A to Z"),
+        ("Taken", "its letter 'G' is that of Gated DeltaNet"),
+        ("Section", "its section 'model.lte' is another mixer's"),
+        ("entry.__code__", "importing it fails (TypeError: "),
+        ("Absent", "importing it fails (AttributeError: "),
+    ],
+)
+def test_a_wrong_one_is_told_with_its_package(name, said):
+    with pytest.raises(UserError) as caught:
+        with_installed(KINDS.values(), [entry(name)])
+    assert "'tests.mixers.test_kinds:" in str(caught.value) and said in str(caught.value)
