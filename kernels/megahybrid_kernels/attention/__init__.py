@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megahybrid_kernels.attention import reference
 from megahybrid_kernels.attention.growing_cache import GrowingCache
-from megahybrid_kernels.attention.reference import KeyValueCache
+from megahybrid_kernels.attention.key_value_cache import KeyValueCache
 from megahybrid_kernels.backend import check_devices, takes_triton
 from megahybrid_kernels.sequences import Sequences
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
 from megahybrid_kernels.launch import kernel
-from megahybrid_kernels.lte_attention.reference import LTECache
+from megahybrid_kernels.lte_attention.cache import LTECache
 
 # Slots of a step of a program's loop, and the programs that keep a GPU busy: with fewer heads over all sequences, a
 # head's slots are split.

@@ -14,7 +14,7 @@ from torch import Tensor
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, tile_width
 from megahybrid_kernels.launch import kernel
-from megahybrid_kernels.retention_router.reference import RouterParameters, RouterState
+from megahybrid_kernels.retention_router.parameters import RouterParameters, RouterState
 
 _SEQUENCES = 16
 
