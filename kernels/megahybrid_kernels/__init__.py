@@ -1,5 +1,54 @@
-"""Ops of hybrid linear + sparse attention models over packed sequences, in PyTorch and Triton."""
+"""Ops of hybrid linear + sparse attention models over packed sequences, in PyTorch and Triton.
 
+Each op lives in a folder of its own, mostly named as the op is: as attributes of this package such names are the ops,
+`from megahybrid_kernels.attention import …` reaches into the folder. Triton is imported when a kernel first runs.
+"""
+
+from megahybrid_kernels.attention import GrowingCache, KeyValueCache, attention, attention_with_cache
+from megahybrid_kernels.causal_conv1d import causal_conv1d
+from megahybrid_kernels.counter_dropout import fold
+from megahybrid_kernels.exit_positions import NEVER, exit_positions
+from megahybrid_kernels.gated_delta_rule import gated_delta_rule
+from megahybrid_kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
+from megahybrid_kernels.lte_attention import LTECache, lte_attention, lte_attention_with_cache
+from megahybrid_kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
+from megahybrid_kernels.retention_router import (
+    Dropout,
+    RouterParameters,
+    RouterState,
+    margin,
+    retention_logits,
+    retention_logits_streamed,
+)
+from megahybrid_kernels.rotary import rotary
 from megahybrid_kernels.sequences import Sequences
+from megahybrid_kernels.swiglu import swiglu
 
-__all__ = ["Sequences"]
+__all__ = [
+    "IGNORED",
+    "NEVER",
+    "Dropout",
+    "GrowingCache",
+    "KeyValueCache",
+    "LTECache",
+    "RouterParameters",
+    "RouterState",
+    "Sequences",
+    "add_rms_norm",
+    "attention",
+    "attention_with_cache",
+    "causal_conv1d",
+    "exit_positions",
+    "fold",
+    "gated_delta_rule",
+    "gated_rms_norm",
+    "linear_cross_entropy",
+    "lte_attention",
+    "lte_attention_with_cache",
+    "margin",
+    "retention_logits",
+    "retention_logits_streamed",
+    "rms_norm",
+    "rotary",
+    "swiglu",
+]

@@ -22,9 +22,9 @@ from megahybrid.data.documents import TRAIN, VALIDATION
 from megahybrid.data.prepared import open_prepared, open_store
 from megahybrid.data.shards import ShardReader
 from megahybrid.doctor.finding import Finding
-from megahybrid.doctor.measuring import device_name, milliseconds
 from megahybrid.errors import UserError
 from megahybrid.scaling.parameters import parameter_specs
+from megahybrid_kernels.judging.measuring import device_name, milliseconds
 
 _WRITTEN = 2**28  # bytes
 _LINK_SECONDS = 90.0

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from megahybrid.config.schema import ModelConfig
     from megahybrid.model.mixer import Mixer
     from megahybrid.model.regulation import Regulator
+    from megahybrid_kernels.judging.case import Shape
 
 
 class MicroBatch(NamedTuple):
@@ -80,6 +81,10 @@ class Kind(ABC):
     @abstractmethod
     def exported(self) -> type:
         """The class of its exported form, a `Mixer` of megahybrid.hf.layers_megahybrid, likewise."""
+
+    def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
+        """The ops of megahybrid_kernels that it runs on one of so many tensor parallel ranks, for `doctor`."""
+        return []
 
     def regulator(self) -> type[Regulator] | None:
         """The class of what regulates its layers, likewise; None where nothing is regulated."""

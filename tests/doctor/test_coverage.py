@@ -7,12 +7,14 @@ import torch
 
 from megahybrid.config import load_config
 from megahybrid.config.schema import Config, ParallelConfig
-from megahybrid.doctor import kernels, measuring
+from megahybrid.doctor.shapes import size_of
 from megahybrid.inference.batch import Batch
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.stack import Stack, build, build_stages
 from megahybrid.parallel import groups
 from megahybrid_kernels import Sequences
+from megahybrid_kernels.judging import measuring
+from megahybrid_kernels.judging.verdicts import chosen_cases, prepared
 from tests.doctor.launched import all_kernels, kernels_without_memory, launches
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -32,10 +34,10 @@ def doctors(config: Config | None, dtypes: list[torch.dtype]) -> set[str]:
     """What `doctor` would launch on a GPU, found without memory and time for it."""
     meta, gpu = torch.device("meta"), torch.device("cuda")
     with launches(run=False) as found, kernels_without_memory():
-        for case in kernels.chosen_cases(kernels.size_of(config, gpu), gpu):
+        for case in chosen_cases(size_of(config, gpu), gpu):
             for dtype in dtypes:
-                inputs, sequences, cotangent = kernels._inputs(case, meta, dtype)
-                measuring.run(case, getattr(case.load(), case.function), inputs, sequences, cotangent)
+                inputs, sequences, cotangent = prepared(case, meta, dtype)
+                measuring.run(case, case.public(), inputs, sequences, cotangent)
     return found
 
 
@@ -69,6 +71,7 @@ def missing(config: Config, launched: set[str]) -> list[str]:
 
 @pytest.mark.parametrize("recipe, changes", [
     ("quickstart", SMALL + GROUPED),
+    ("quickstart", ["model.pattern=GL", *SMALL[1:]]),
     pytest.param("quickstart", [*SMALL, "model.lte.dropout=0"], marks=pytest.mark.slow),
     pytest.param("lalte-0.4b", SMALL, marks=pytest.mark.slow),
     pytest.param("lalte-1.4b", SMALL, marks=pytest.mark.slow),

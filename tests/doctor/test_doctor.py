@@ -4,40 +4,69 @@ import inspect
 import re
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import megahybrid_kernels.exit_positions as exits
-import megahybrid_kernels.lte_attention as lte
 from megahybrid.cli import main
 from megahybrid.config import load_config
 from megahybrid.doctor import kernels, machine
-from megahybrid.doctor.cases import SIZES, cases, every_case
 from megahybrid.doctor.diagnosis import diagnose
 from megahybrid.doctor.finding import Finding
+from megahybrid.doctor.shapes import size_of
+from megahybrid_kernels.judging.shapes import (
+    Attention,
+    CausalConv1d,
+    GatedDeltaRule,
+    GatedRMSNorm,
+    LinearCrossEntropy,
+    RMSNorm,
+    Rotary,
+    SwiGLU,
+)
+from megahybrid_kernels.judging.sizes import SIZES
+from megahybrid_kernels.judging.verdicts import chosen_cases, judge_apart
 from megahybrid_kernels.lte_attention import reference as lte_reference
 from tests.training.conftest import prepared, recipe, text
 
 __all__ = ["prepared", "recipe", "text"]
 
 CPU = torch.device("cpu")
+exits, lte = (import_module(f"megahybrid_kernels.{op}") for op in ("exit_positions", "lte_attention"))
 
 
 def case(name, variant=""):
-    return next(each for each in every_case(SIZES["check"]) if each.op == name and each.variant == variant)
+    return next(each for each in SIZES["check"].every_case() if each.op == name and each.variant == variant)
 
 
 def test_all_is_right_here(recipe, capsys):
     assert main(["doctor", str(recipe)]) == 0
     said = capsys.readouterr().out
-    for each in kernels.chosen_cases(SIZES["check"], CPU):
+    for each in chosen_cases(size_of(load_config(recipe), CPU), CPU):
         (line,) = [line for line in said.splitlines() if line.split()[:1] == [each.op]]
         assert "PyTorch bf16" in line and "PyTorch fp32" in line
     assert f"torch {torch.__version__}" in said and "no GPU is seen" in said
     assert "train: " in said and "Nothing is wrong." in said and "WRONG" not in said
+
+
+def test_without_a_recipe_every_op_is_right():
+    findings = list(kernels.check(CPU))
+    assert all(each.right for each in findings)
+    said = {each.text.split()[0] for each in findings}
+    assert said == {case.op for case in chosen_cases(SIZES["check"], CPU)} and "attention_full" in said
+
+
+def test_a_recipe_asks_for_what_its_model_uses():
+    config = load_config("recipes/quickstart.yaml", ["model.pattern=GS", "parallel.tensor=2"])
+    shapes = size_of(config, torch.device("cuda")).shapes
+    assert {type(shape) for shape in shapes} == {
+        GatedDeltaRule, CausalConv1d, GatedRMSNorm, Attention, Rotary, RMSNorm, SwiGLU, LinearCrossEntropy
+    }  # fmt: skip
+    (attention,) = [shape for shape in shapes if isinstance(shape, Attention)]
+    assert attention == Attention(config.model.attention.num_heads // 2, config.model.attention.head_dim, 1, 1024)
 
 
 def test_every_op_has_a_case():
@@ -45,7 +74,7 @@ def test_every_op_has_a_case():
     import megahybrid_kernels as package
 
     folders = {path.parent.name for path in map(Path, package.__path__) for path in path.glob("*/reference.py")}
-    assert folders == {each.module for each in cases(SIZES["check"])}
+    assert folders == {each.module for each in SIZES["check"].cases()}
 
 
 @pytest.mark.parametrize(
@@ -88,9 +117,9 @@ def test_what_is_wrong_at_one_shape_alone_is_named(monkeypatch):
 
 @pytest.mark.slow
 def test_judged_in_a_process_of_its_own_as_in_this_one():
-    every = kernels.chosen_cases(SIZES["check"], CPU)
+    every = chosen_cases(SIZES["check"], CPU)
     number = next(n for n, each in enumerate(every) if each.op == "swiglu")
-    (verdicts,) = kernels.judge_apart(SIZES["check"], CPU, [number])
+    (verdicts,) = judge_apart(SIZES["check"], CPU, [number])
     (finding,) = kernels.check(CPU, chosen=[every[number]])
     assert finding.text.endswith(" · ".join(each.said for each in verdicts)) and all(each.right for each in verdicts)
 

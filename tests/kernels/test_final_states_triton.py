@@ -9,9 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megahybrid_kernels import Sequences
-from megahybrid_kernels import causal_conv1d as conv_op
-from megahybrid_kernels import gated_delta_rule as delta_op
+from megahybrid_kernels.causal_conv1d import reference as conv_reference
 from megahybrid_kernels.causal_conv1d import triton as conv
+from megahybrid_kernels.gated_delta_rule import reference as delta_reference
 from megahybrid_kernels.gated_delta_rule import triton as gdn
 from megahybrid_kernels.launch import Kernel
 
@@ -40,9 +40,9 @@ SMALL_DELTA, SMALL_CONV = (delta_inputs, sum(LENGTHS), 1, 16), (conv_inputs, sum
 OPS = {
     "delta rule": (delta(WHOLE), SMALL_DELTA),
     "delta rule in segments": (delta(CUT), SMALL_DELTA),
-    "delta rule in PyTorch": (delta_op.reference.gated_delta_rule, SMALL_DELTA),
+    "delta rule in PyTorch": (delta_reference.gated_delta_rule, SMALL_DELTA),
     "convolution": (conv.causal_conv1d, SMALL_CONV),
-    "convolution in PyTorch": (conv_op.reference.causal_conv1d, SMALL_CONV),
+    "convolution in PyTorch": (conv_reference.causal_conv1d, SMALL_CONV),
 }
 
 

@@ -14,7 +14,8 @@ from megahybrid_kernels.exit_positions import triton as exits_triton
 from megahybrid_kernels.lte_attention import triton as lte
 from megahybrid_kernels.lte_attention import triton_columns
 from megahybrid_kernels.lte_attention.reference import _visible_until
-from megahybrid_kernels.lte_attention.triton import Launch, Tuning
+from megahybrid_kernels.lte_attention.triton import Tuning
+from megahybrid_kernels.tuning import Launch
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,9 +7,9 @@ from oracles_lte import FLOAT32_TOLERANCE, assert_same_gradients, leaf
 from test_retention_router import leaves, named, random_router
 
 from megahybrid_kernels import Sequences
-from megahybrid_kernels.retention_router import Dropout, RouterParameters, reference
+from megahybrid_kernels.retention_router import Dropout, RouterParameters, RouterState, reference
 from megahybrid_kernels.retention_router import triton as router
-from megahybrid_kernels.retention_router.reference import RouterState, retention_logits_streamed
+from megahybrid_kernels.retention_router.reference import retention_logits_streamed
 from megahybrid_kernels.retention_router.triton_step import retention_logits_step
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -1,16 +1,16 @@
 """What an op says of its kernels' limits is what its dispatch does."""
 
-import importlib
+from importlib import import_module
 
 import pytest
 import torch
 
 from megahybrid_kernels import Sequences
-from megahybrid_kernels import attention as attention_op
-from megahybrid_kernels import gated_delta_rule as delta_op
-from megahybrid_kernels import lte_attention as lte_op
-from megahybrid_kernels import retention_router as router_op
 
+attention_op, delta_op, lte_op, router_op = (
+    import_module(f"megahybrid_kernels.{op}")
+    for op in ("attention", "gated_delta_rule", "lte_attention", "retention_router")
+)
 SEQUENCES = Sequences.of([1])
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -67,7 +67,7 @@ def test_the_dispatch_does_what_the_op_says(call, op, kernel, taken, refused, mo
     module, name = kernel.split(".")
     called = []
     monkeypatch.setattr(op, "takes_triton", lambda *_: True)
-    backend = importlib.import_module(f"{op.__name__}.{module}")
+    backend = import_module(f"{op.__name__}.{module}")
     monkeypatch.setattr(backend, name, lambda *args, **options: called.append(name))
     for each in [*taken, *refused]:
         called.clear()

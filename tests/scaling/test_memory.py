@@ -19,7 +19,7 @@ from megahybrid.model.stack import build
 from megahybrid.parallel import groups
 from megahybrid.scaling import memory
 from megahybrid.scaling.parameters import parameters_by_rank
-from megahybrid_kernels import Sequences, attention
+from megahybrid_kernels import Sequences
 from megahybrid_kernels.linear_cross_entropy import chunks
 from tools.workers import Workers
 
@@ -50,6 +50,7 @@ def use_triton(patch):
     for op in OPS.split():
         patch.setattr(importlib.import_module(f"megahybrid_kernels.{op}"), "takes_triton", lambda *_: True)
     patch.setattr(chunks, "_add_product", lambda dweight, dlogits, x: None)
+    attention = importlib.import_module("megahybrid_kernels.attention")
     patch.setattr(attention, "_takes_varlen", lambda q: q.dtype == torch.bfloat16)
     patch.setattr(attention, "varlen_attn", lambda *x, window_size: Flash.apply(*x, window_size))
 

@@ -44,7 +44,7 @@ def case(bench, op, monkeypatch):
         "square",
         "square",
         "n=64",
-        Sequences.of([64]),
+        (64,),
         lambda dtype, generator: {"x": torch.randn(64, generator=generator).to(dtype)},
         lambda op, inputs, sequences: op(inputs["x"]),
     )
@@ -88,12 +88,9 @@ def test_peak_bytes_counts_what_is_held_at_once(bench):
 
 
 def test_exits_are_judged_by_playing_the_buffer(bench):
-    from megahybrid.doctor.cases import SIZES, cases
-
-    size = bench.SIZES["small"]
-    (exits,) = [each for each in cases(SIZES["small"]) if each.op == "exit_positions"]
-    inputs = exits.make(torch.float32, torch.Generator().manual_seed(0))
-    right = exits.call(exits.load().exit_positions, inputs, exits.sequences)
-    assert exits.judge(right, inputs, exits.sequences) == 0
-    seen = (right > exits.sequences.positions[:, None] + size.lte_window + 1) & (right < 300)
-    assert exits.judge(torch.where(seen, right + 1, right), inputs, exits.sequences) > 0
+    (exits,) = [each for each in bench.SIZES["small"].cases() if each.op == "exit_positions"]
+    inputs, sequences = exits.make(torch.float32, torch.Generator().manual_seed(0)), Sequences.of(exits.lengths)
+    right = exits.call(exits.public(), inputs, sequences)
+    assert exits.judge(right, inputs, sequences) == 0
+    seen = (right > sequences.positions[:, None] + 63 + 1) & (right < 300)
+    assert exits.judge(torch.where(seen, right + 1, right), inputs, sequences) > 0

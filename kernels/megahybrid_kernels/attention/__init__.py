@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,15 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megahybrid_kernels.attention import reference
 from megahybrid_kernels.attention.growing_cache import GrowingCache
-from megahybrid_kernels.attention.reference import KeyValueCache
+from megahybrid_kernels.attention.key_value_cache import KeyValueCache
 from megahybrid_kernels.backend import check_devices, takes_triton
 from megahybrid_kernels.sequences import Sequences
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
-
+_HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None
 # Sequences that torch's flash attention takes at once: one dimension of its grid counts them.
 _MOST_SEQUENCES = 65535
 # Tokens from which on a plan of cuDNN's for one length pays.
@@ -92,7 +90,7 @@ def attention_with_cache(
 
 def unsupported(dtype: torch.dtype, head_dim: int) -> str | None:
     """Why torch's flash attention does not take whole sequences of such heads; None where it does."""
-    if varlen_attn is None:
+    if not _HAS_VARLEN:
         return f"are not in torch {torch.__version__}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
@@ -129,6 +127,13 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences
     left = -1 if window_size is None else window_size - 1
     longest = (max(queries.lengths), max(keys.lengths))
     return varlen_attn(q, k, v, queries.cu_seqlens, keys.cu_seqlens, *longest, window_size=(left, 0))
+
+
+def varlen_attn(*arguments, **options) -> Tensor:
+    """torch's, whose import takes a second and imports Triton: it waits for the first call."""
+    from torch.nn.attention.varlen import varlen_attn as of_torch
+
+    return of_torch(*arguments, **options)
 
 
 def _part(sequences: Sequences, part: slice, each: int) -> tuple[Sequences, slice]:

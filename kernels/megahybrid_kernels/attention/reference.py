@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megahybrid_kernels.attention.growing_cache import GrowingCache
+from megahybrid_kernels.attention.key_value_cache import KeyValueCache
 from megahybrid_kernels.precision import at_least_fp32
 from megahybrid_kernels.sequences import Sequences
 
@@ -20,35 +21,6 @@ CACHED_QUERY_BLOCK = 256
 
 Columns = slice | Tensor
 """Key rows of a block: a slice for all heads, or int64 `[kv_heads, columns]` for rows picked per head."""
-
-
-@dataclass(frozen=True)
-class KeyValueCache:
-    """Keys and values of a window's tokens, a ring: slot = position % window_size.
-
-    Attributes:
-        k, v: `[sequences, kv_heads, window_size, head_dim]`.
-        positions: int64 `[sequences, window_size]`, absolute position of each slot's token, -1 for a blank slot.
-    """
-
-    k: Tensor
-    v: Tensor
-    positions: Tensor
-
-    @classmethod
-    def empty(
-        cls,
-        count: int,
-        heads: int,
-        head_dim: int,
-        window_size: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ) -> KeyValueCache:
-        """Cache of `count` sequences that have not begun."""
-        k = torch.zeros(count, heads, window_size, head_dim, dtype=dtype, device=device)
-        return cls(k, torch.zeros_like(k), torch.full((count, window_size), -1, device=device))
 
 
 @lru_cache(maxsize=256)

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megahybrid_kernels.attention.reference import KeyValueCache, gather_slots
+from megahybrid_kernels.attention.key_value_cache import KeyValueCache
+from megahybrid_kernels.attention.reference import gather_slots
 from megahybrid_kernels.sequences import Sequences
 
 PackedAttention = Callable[[Tensor, Tensor, Tensor, Sequences, Sequences, int | None], Tensor]

@@ -7,14 +7,13 @@ step. Bytes are those of the cached keys and values, `2 * kv_heads * head_dim` n
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
+from megahybrid_kernels.integers import next_power_of_2, tile_width
 from megahybrid_kernels.launch import kernel
+from megahybrid_kernels.online_softmax import dot_precision, log2_scale, softmax_step, split_count
 
 _SLOTS = 64
 _MOST_SPLITS = 128
@@ -60,12 +59,7 @@ def _attend_split(
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         visible = (slot < end) & (slot != replaced)
         logits = tl.where(visible[None, :], logits * scale, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(logits, 1))
-        p = tl.exp2(logits - new_peak[:, None])
-        shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
-        peak = new_peak
+        acc, total, peak = softmax_step(acc, total, peak, logits, v_tile, 1.0, PRECISION)
 
     query = pair * GROUPS + row
     tl.store(parts + (query * splits + split)[:, None] * HEAD_DIM + column[None, :], acc, mask=rows_mask)
@@ -128,16 +122,16 @@ def attention_step(q: Tensor, new_k: Tensor, new_v: Tensor, k: Tensor, v: Tensor
     query_heads = q.shape[1]
     groups = query_heads // heads
     q, new_k, new_v = (x.contiguous() for x in (q, new_k, new_v))
-    splits = max(1, min(_PROGRAMS // (count * heads), cdiv(capacity, _SLOTS), _MOST_SPLITS))
+    splits = split_count(count * heads, capacity, _SLOTS, _PROGRAMS, _MOST_SPLITS)
     parts = torch.empty(count, query_heads, splits, head_dim, dtype=torch.float32, device=q.device)
     statistics = torch.empty(count, query_heads, 2, splits, dtype=torch.float32, device=q.device)
     o = torch.empty_like(q)
-    scale = head_dim**-0.5 * math.log2(math.e)
+    scale = log2_scale(head_dim)
     width = tile_width(head_dim)
     _attend_split[splits * heads * count](
         q, k, v, positions, parts, statistics, splits, heads, capacity, scale, HEAD_DIM=head_dim, WIDTH=width,
         GROUPS=groups, ROWS=tile_width(groups), SLOTS=_SLOTS,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=3 if head_dim <= 128 else 2, num_warps=4,
+        PRECISION=dot_precision(q.dtype), STAGES=3 if head_dim <= 128 else 2, num_warps=4,
     )  # fmt: skip
     _join_and_append[query_heads * count](
         o, q, new_k, new_v, k, v, positions, parts, statistics, query_heads, capacity, splits, scale,

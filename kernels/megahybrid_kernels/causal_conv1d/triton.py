@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.activations import silu_slope
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.launch import kernel
@@ -114,8 +115,7 @@ def _sigmoid(x):
 
 @triton.jit
 def _silu_gradient(x):
-    gate = _sigmoid(x)
-    return gate * (1 + x * (1 - gate))
+    return silu_slope(x, _sigmoid(x))
 
 
 @kernel(do_not_specialize=["tokens", "span"])

@@ -6,6 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.activations import silu
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv
 from megahybrid_kernels.launch import kernel
@@ -30,7 +31,7 @@ def _step(x, weight, state, y, x_stride, channels, WIDTH: tl.constexpr, CHANNELS
             tl.store(rows + (tap - 1) * channels, past, mask=mask)
     if WIDTH > 1:
         tl.store(rows + (WIDTH - 2) * channels, newest.to(state.dtype.element_ty), mask=mask)
-    tl.store(y + sequence * channels + channel, (acc * tl.sigmoid(acc)).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + sequence * channels + channel, silu(acc).to(y.dtype.element_ty), mask=mask)
 
 
 def causal_conv1d_step(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.gated_delta_rule.triton_backward import PART_KINDS, gate_gradient_kernel, gradient_kernel
-from megahybrid_kernels.gated_delta_rule.triton_plan import Launch, Plan, Tuning, longest_segment, plan, tuning
+from megahybrid_kernels.gated_delta_rule.triton_plan import Plan, Tuning, longest_segment, plan, tuning
 from megahybrid_kernels.gated_delta_rule.triton_prepare import ROW_KINDS, prepare_kernel
 from megahybrid_kernels.gated_delta_rule.triton_scan import join_kernel, reverse_scan_kernel, scan_kernel
 from megahybrid_kernels.integers import cdiv, tile_width
 from megahybrid_kernels.sequences import Sequences
+from megahybrid_kernels.tuning import Launch
 
 # Keys of a tile of `gradient_kernel` at least: with 32 what Triton 3.6 compiles for Hopper is wrong.
 _NARROWEST = 64
@@ -90,7 +91,7 @@ class _Call:
     def columns(self, launch: Launch, value_dim: int | None = None) -> dict[str, object]:
         """constexpr arguments of the values, and the launch's options."""
         value_dim = value_dim or self.value_dim
-        columns = max(16, min(launch.columns, tile_width(value_dim)))
+        columns = max(16, min(launch.size, tile_width(value_dim)))
         return {"VALUE_DIM": value_dim, "COLUMNS": columns} | launch.options()
 
     def programs(self, columns: dict[str, object], states: int) -> int:
@@ -123,7 +124,7 @@ def _prepare(call: _Call, training: bool) -> _Prepared:
         call.q, call.k, call.a, call.b, call.A_log, call.dt_bias, prepared.rows, prepared.ends, prepared.inverse,
         prepared.rest, prepared.attention, call.plan.chunks, *call.strides("q", "k", "a", "b"), call.scale,
         **call.heads_constants(), DOT=tl.float32 if dtype == torch.float32 else tl.float16,
-        COLUMNS=min(call.tune.prepare.columns, tile_width(call.key_dim)), STRONGEST=call.strongest,
+        COLUMNS=min(call.tune.prepare.size, tile_width(call.key_dim)), STRONGEST=call.strongest,
         **call.tune.prepare.options(),
     )  # fmt: skip
     return prepared
@@ -264,7 +265,7 @@ def _gradients(
         call.q, call.k, prepared.rows, prepared.ends, prepared.attention, do, u, dv, states, dstates, parts, dq, dk,
         call.plan.chunks, *call.strides("q", "k"), call.scale, WARPS=launch.warps,
         **call.heads_constants() | {"WIDTH": max(_NARROWEST, tile_width(call.key_dim))},
-        **call.columns(launch) | {"COLUMNS": launch.columns},
+        **call.columns(launch) | {"COLUMNS": launch.size},
     )  # fmt: skip
     da, db = (call.empty(*x.shape, dtype=x.dtype) for x in (call.a, call.b))
     sums = call.empty(2, count, call.heads)

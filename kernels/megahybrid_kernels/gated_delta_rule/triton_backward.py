@@ -32,12 +32,11 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import (
     NORM_Q,
     ROW_KINDS,
     decay_between,
-    load_rows,
     load_square,
     log_decay,
-    store_rows,
 )
 from megahybrid_kernels.launch import kernel
+from megahybrid_kernels.rows import load_rows, store_rows
 
 # Rows of what `gradient_kernel` leaves for each chunk and value head, by token.
 PART_Q = tl.constexpr(0)  # what A and S add to dg

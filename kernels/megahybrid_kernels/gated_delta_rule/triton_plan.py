@@ -9,26 +9,7 @@ import torch
 from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel's tile and how it is compiled.
-
-    Attributes:
-        columns: of the values (in `prepare` of the keys) that a program, or a step of its loop, owns.
-        warps, stages: Triton's num_warps and num_stages.
-        registers: a thread's at most; None is the compiler's choice.
-    """
-
-    columns: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-    def options(self) -> dict[str, int | None]:
-        """What every launch takes."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+from megahybrid_kernels.tuning import Launch
 
 
 @dataclass(frozen=True)
@@ -36,7 +17,8 @@ class Tuning:
     """Launches of all kernels, and what is cut.
 
     Attributes:
-        prepare, scan, states, reverse, gradient, join: the launches; `states` is the scan that has no outputs.
+        prepare, scan, states, reverse, gradient, join: the launches, their size columns of the values (in `prepare` of
+            the keys); `states` is the scan that has no outputs.
         chunk: tokens of a chunk.
         programs: a scan is cut into segments until about so many programs run; sequences alone suffice from half of it.
         shortest: chunks of a segment at least.
@@ -114,7 +96,7 @@ def plan(lengths: tuple[int, ...], chunk: int, longest: int, device: torch.devic
 def longest_segment(lengths: tuple[int, ...], heads: int, value_dim: int, tune: Tuning) -> int:
     """Chunks of a segment: a power of two, so that few plans differ."""
     # Programs that one sequence gives.
-    columns_programs = heads * cdiv(value_dim, min(tune.scan.columns, tile_width(value_dim)))
+    columns_programs = heads * cdiv(value_dim, min(tune.scan.size, tile_width(value_dim)))
     chunks = [cdiv(length, tune.chunk) for length in lengths]
     most = max(chunks)
     longest = next_power_of_2(most)

@@ -14,7 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megahybrid_kernels.activations import softplus
 from megahybrid_kernels.launch import kernel
+from megahybrid_kernels.rows import load_rows
 
 # Rows of what `prepare_kernel` leaves for each chunk and value head; places beyond the sequence neither read nor write.
 READ_Q = tl.constexpr(0)  # exp(G) / |q| Dk^-0.5
@@ -31,42 +33,10 @@ ROW_KINDS = tl.constexpr(9)
 
 
 @triton.jit
-def load_rows(pointer, row, inside, stride, first, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """`[rows, WIDTH]` from column `first` of an array of `[.., DIM]`; zero where not inside and beyond DIM."""
-    column = first + tl.arange(0, WIDTH)
-    mask = inside[:, None]
-    if DIM % WIDTH != 0:
-        mask = mask & (column < DIM)[None, :]
-    return tl.load(pointer + row[:, None] * stride + column[None, :], mask=mask, other=0)
-
-
-@triton.jit
-def store_rows(pointer, x, row, inside, stride, first, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """The inverse of `load_rows`, in the array's dtype."""
-    column = first + tl.arange(0, WIDTH)
-    mask = inside[:, None]
-    if DIM % WIDTH != 0:
-        mask = mask & (column < DIM)[None, :]
-    places = pointer + row[:, None] * stride + column[None, :]
-    tl.store(places, x.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def load_square(pointer, SIZE: tl.constexpr):
     """A contiguous `[SIZE, SIZE]` matrix."""
     i = tl.arange(0, SIZE)
     return tl.load(pointer + i[:, None] * SIZE + i[None, :])
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x)), to fp32's last digits where it is small too."""
-    small = tl.exp(-tl.abs(x))
-    near_one = 1.0 + small
-    # log1p: what rounding took from 1 + small is put back by the quotient.
-    spread = near_one - 1.0
-    log1p = tl.where(spread == 0.0, small, tl.log(near_one) * (small / tl.where(spread == 0.0, 1.0, spread)))
-    return tl.maximum(x, 0.0) + log1p
 
 
 @triton.jit

@@ -30,11 +30,10 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import (
     READ_RATIO,
     ROW_KINDS,
     WRITE,
-    load_rows,
     load_square,
-    store_rows,
 )
 from megahybrid_kernels.launch import kernel
+from megahybrid_kernels.rows import load_rows, store_rows
 
 
 @triton.jit

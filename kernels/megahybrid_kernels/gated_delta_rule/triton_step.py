@@ -15,6 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.activations import softplus
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.launch import kernel
@@ -49,12 +50,8 @@ def _step(
     v_row = tl.load(v + sequence * v_stride + head * VALUE_DIM + column, mask=in_column, other=0).to(tl.float32)
 
     x = tl.load(a + sequence * a_stride + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
-    # log(1 + e) keeps e's digits where 1 + e has lost them (Goldberg 1991, theorem 4).
-    e = tl.exp(-tl.abs(x))
-    one_more = 1 + e
-    log1p = tl.where(one_more == 1, e, tl.log(one_more) * (e / tl.where(one_more == 1, 1.0, one_more - 1)))
-    softplus = tl.maximum(x, 0) + log1p
-    alpha = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * softplus)
+    rate = softplus(x)
+    alpha = tl.exp(-tl.exp(tl.load(A_log + head).to(tl.float32)) * rate)
     beta = STRONGEST * tl.sigmoid(tl.load(b + sequence * b_stride + head).to(tl.float32))
 
     read_k = tl.sum(before * k_row[:, None], 0)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megahybrid_kernels.backend import takes_triton, unsupported_head_dims
 from megahybrid_kernels.lte_attention import reference
-from megahybrid_kernels.lte_attention.reference import LTECache
+from megahybrid_kernels.lte_attention.cache import LTECache
 from megahybrid_kernels.sequences import Sequences
 
 __all__ = ["LTECache", "lte_attention", "lte_attention_with_cache", "unsupported"]

@@ -7,7 +7,6 @@ recompute the logits separately; tiles that are only partly visible add about a 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -24,21 +23,9 @@ from megahybrid_kernels.lte_attention.triton_backward import (
 )
 from megahybrid_kernels.lte_attention.triton_columns import Columns, Partition, far_columns, partition
 from megahybrid_kernels.lte_attention.triton_forward import forward_kernel
+from megahybrid_kernels.online_softmax import dot_precision, log2_scale
 from megahybrid_kernels.sequences import Sequences
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel's tile and how it is compiled.
-
-    Attributes:
-        step: of the loop: keys where a program owns queries, query rows where it owns keys.
-        warps, stages: Triton's num_warps and num_stages.
-    """
-
-    step: int
-    warps: int
-    stages: int
+from megahybrid_kernels.tuning import Launch
 
 
 @dataclass(frozen=True)
@@ -46,12 +33,13 @@ class Tuning:
     """Tiles of all kernels; what two kernels must agree on stands here once.
 
     Attributes:
-        rows: query rows (tokens times packed heads) of a program of the forward and of dq; at least every `step` of
+        rows: query rows (tokens times packed heads) of a program of the forward and of dq; at least every `size` of
             `near` and `far`.
-        keys: keys of a program of the near gradient, and so what near keys are aligned to; a multiple of the `step` of
+        keys: keys of a program of the near gradient, and so what near keys are aligned to; a multiple of the `size` of
             `forward` and `dq`.
         columns: far columns of a program.
-        forward, dq, near, far: the four kernels' launches.
+        forward, dq, near, far: the four kernels' launches, their size a step of the loop: keys where a program owns
+            queries, query rows where it owns keys.
     """
 
     rows: int
@@ -110,14 +98,13 @@ class _Shape:
 
     @property
     def log2_scale(self) -> float:
-        return self.softmax_scale * math.log2(math.e)
+        return log2_scale(self.head_dim)
 
     def constants(self, dtype: torch.dtype) -> dict[str, object]:
         """constexpr arguments that all kernels share."""
         width = tile_width(self.head_dim)
-        precision = "ieee" if dtype == torch.float32 else "tf32"
         sizes = {"HEAD_DIM": self.head_dim, "WIDTH": width, "PACK": self.pack, "GROUPS": self.groups // self.pack}
-        return sizes | {"PRECISION": precision}
+        return sizes | {"PRECISION": dot_precision(dtype)}
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -133,8 +120,8 @@ def _forward(
     forward_kernel[part.tiles * shape.kv_heads * (shape.groups // shape.pack)](
         q, k, v, o, log_total, columns.until, part.begins, part.ends, columns.tile_lists, columns.tile_first,
         columns.tile_full, columns.tile_count, *_strides(q, k, v), shape.tokens, part.window, shape.log2_scale,
-        **shape.constants(q.dtype), QUERIES=part.queries, KEYS=part.keys, STEP=launch.step,
-        num_warps=launch.warps, num_stages=launch.stages,
+        **shape.constants(q.dtype), QUERIES=part.queries, KEYS=part.keys, STEP=launch.size,
+        **launch.options(),
     )  # fmt: skip
     return o, log_total
 
@@ -147,7 +134,7 @@ def _query_gradient(shape: _Shape, saved: tuple[Tensor, ...], do: Tensor, column
         q, k, v, o, do, dq, log_total, delta, columns.until, part.begins, part.ends, columns.tile_lists,
         columns.tile_first, columns.tile_full, columns.tile_count, *_strides(q, k, v), shape.tokens, part.window,
         shape.log2_scale, shape.softmax_scale, **shape.constants(q.dtype), QUERIES=part.queries, KEYS=part.keys,
-        STEP=launch.step, num_warps=launch.warps, num_stages=launch.stages,
+        STEP=launch.size, **launch.options(),
     )  # fmt: skip
     return dq, delta
 
@@ -163,8 +150,8 @@ def _far_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Colu
         q, k, v, do, dk, dv, log_total, delta, columns.until, columns.partial, columns.lists, columns.list_counts,
         *_strides(q, k, v), shape.tokens, part.window, shape.log2_scale, part.chunk, chunks, capacity,
         columns.list_counts.stride(0), columns.partial_rows,
-        **constants, PART_QUERIES=part.queries, PART_KEYS=part.keys, QUERIES=max(1, launch.step // shape.pack),
-        COLUMNS=shape.tune.columns, num_warps=launch.warps, num_stages=launch.stages,
+        **constants, PART_QUERIES=part.queries, PART_KEYS=part.keys, QUERIES=max(1, launch.size // shape.pack),
+        COLUMNS=shape.tune.columns, **launch.options(),
     )  # fmt: skip
     if columns.partial is not columns.rank:
         sum_chunks_kernel[cdiv(shape.tokens, 32) * shape.kv_heads](
@@ -185,7 +172,7 @@ def _key_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Colu
         q, k, v, do, dk, dv, dscore, far_dk, far_dv, log_total, delta, columns.until, columns.rank, columns.partial,
         part.begins, part.ends, *_strides(q, k, v), shape.tokens, part.window, shape.log2_scale, shape.softmax_scale,
         columns.partial_rows, **shape.constants(q.dtype), PART_QUERIES=part.queries, KEYS=part.keys,
-        QUERIES=max(1, launch.step // shape.pack), num_warps=launch.warps, num_stages=launch.stages,
+        QUERIES=max(1, launch.size // shape.pack), **launch.options(),
     )  # fmt: skip
     return dk, dv, dscore
 

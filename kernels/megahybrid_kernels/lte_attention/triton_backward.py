@@ -24,10 +24,10 @@ from megahybrid_kernels.lte_attention.triton_forward import (
     edge_keys,
     edge_tiles,
     load_all_rows,
-    load_rows,
     near_tiles,
     packed_rows,
 )
+from megahybrid_kernels.rows import load_rows
 
 
 @triton.jit
@@ -105,8 +105,8 @@ def query_gradient_kernel(
     for edge in tl.range(0, edges):
         j, listed = edge_keys(edge, far, full, count, first, inner, inner_end, i1, STEP)
         seen_until = tl.load(until + j, mask=listed, other=0)
-        k_tile = load_rows(k, j, k_stride, listed, HEAD_DIM, WIDTH)
-        v_tile = load_rows(v, j, v_stride, listed, HEAD_DIM, WIDTH)
+        k_tile = load_rows(k, j.to(tl.int64), listed, k_stride, 0, HEAD_DIM, WIDTH)
+        v_tile = load_rows(v, j.to(tl.int64), listed, v_stride, 0, HEAD_DIM, WIDTH)
         visible = (j[None, :] <= token[:, None]) & (token[:, None] < seen_until[None, :])
         acc = _query_step(
             acc, q_tile, do_tile, k_tile, v_tile, row_total, row_delta, visible, scale, True, PRECISION
@@ -203,8 +203,8 @@ def far_gradient_kernel(
     if block * COLUMNS < count:
         listed = c < count
         j = tl.load(lists + (head * chunks + number) * capacity + c, mask=listed, other=0)
-        k_tile = load_rows(k + head * k_head_stride, j, k_stride, listed, HEAD_DIM, WIDTH)
-        v_tile = load_rows(v + head * v_head_stride, j, v_stride, listed, HEAD_DIM, WIDTH)
+        k_tile = load_rows(k + head * k_head_stride, j.to(tl.int64), listed, k_stride, 0, HEAD_DIM, WIDTH)
+        v_tile = load_rows(v + head * v_head_stride, j.to(tl.int64), listed, v_stride, 0, HEAD_DIM, WIDTH)
         begin = far_begin(j, window, PART_QUERIES, PART_KEYS)
         lower = tl.maximum(begin, number * chunk)
         upper = tl.minimum(tl.load(until + head * tokens + j, mask=listed, other=0), (number + 1) * chunk)
@@ -276,8 +276,8 @@ def key_gradient_kernel(
     j0 = tl.program_id(0) % blocks * KEYS
     j = j0 + tl.arange(0, KEYS)
     exists = j < tokens
-    k_tile = load_rows(k + head * k_head_stride, j, k_stride, exists, HEAD_DIM, WIDTH)
-    v_tile = load_rows(v + head * v_head_stride, j, v_stride, exists, HEAD_DIM, WIDTH)
+    k_tile = load_rows(k + head * k_head_stride, j.to(tl.int64), exists, k_stride, 0, HEAD_DIM, WIDTH)
+    v_tile = load_rows(v + head * v_head_stride, j.to(tl.int64), exists, v_stride, 0, HEAD_DIM, WIDTH)
     upper = tl.load(until + head * tokens + j, mask=exists, other=0)
     end = tl.load(ends + j0)
     last = tl.load(ends + tl.minimum(j0 + KEYS, tokens) - 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv, tile_width
 from megahybrid_kernels.launch import kernel
-from megahybrid_kernels.lte_attention.reference import LTECache
+from megahybrid_kernels.lte_attention.cache import LTECache
 from megahybrid_kernels.sequences import Sequences
 
 # Tokens of a step of the walk; slots of a program that copies.

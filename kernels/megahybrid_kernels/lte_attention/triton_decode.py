@@ -8,8 +8,6 @@ each sequence and KV head, however long the context is.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +15,8 @@ from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
 from megahybrid_kernels.launch import kernel
-from megahybrid_kernels.lte_attention.reference import LTECache
+from megahybrid_kernels.lte_attention.cache import LTECache
+from megahybrid_kernels.online_softmax import dot_precision, log2_scale, softmax_step, split_count
 
 # Slots of a step of a program's loop, and the programs that keep a GPU busy: with fewer heads over all sequences, a
 # head's slots are split.
@@ -75,14 +74,9 @@ def _attend_slots(
         v_tile = tl.load(tl.where(in_buffer[:, None], buffer_v, ring_v) + places, mask=mask, other=0)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         logits = tl.where(visible[None, :], logits, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(logits, 1) * scale)
-        p = tl.exp2(logits * scale - new_peak[:, None])
-        shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(p, 1)
         # Slots that never held a token may hold anything.
         v_tile = tl.where(visible[:, None], v_tile, 0)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
-        peak = new_peak
+        acc, total, peak = softmax_step(acc, total, peak, logits, v_tile, scale, PRECISION)
 
     new_place = new_slot.to(tl.int64) * HEAD_DIM + column
     tl.store(ring_k + new_place, new_k, mask=real & own)
@@ -197,7 +191,7 @@ def lte_attention_step(
     buffer_slots, groups = cache.buffer_k.shape[2], q.shape[1] // heads
     q, k, v, score = (x.contiguous() for x in (q, k, v, score))
     slots = window_slots + buffer_slots
-    splits = max(1, min(_PROGRAMS // (count * heads), cdiv(slots, _SLOTS), _MOST_SPLITS))
+    splits = split_count(count * heads, slots, _SLOTS, _PROGRAMS, _MOST_SPLITS)
     span = cdiv(cdiv(slots, splits), _SLOTS) * _SLOTS
     splits = cdiv(slots, span)
     o = torch.empty_like(q)
@@ -214,9 +208,9 @@ def lte_attention_step(
     _attend_slots[splits * heads * count](
         q, k, v, cache.k, cache.v, cache.positions, cache.buffer_k, cache.buffer_v, cache.buffer_positions, positions,
         o, parts, statistics, score, cache.score, cache.buffer_score, splits, heads, window_slots, buffer_slots,
-        sink_size, delay, span, head_dim**-0.5 * math.log2(math.e), **sizes,
+        sink_size, delay, span, log2_scale(head_dim), **sizes,
         ROWS=tile_width(groups), SLOTS=_SLOTS, WHOLE=splits == 1,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=2,
+        PRECISION=dot_precision(q.dtype), num_warps=2,
     )  # fmt: skip
     if splits > 1:
         _join_and_admit[heads * count](

@@ -2,7 +2,7 @@
 
 A program owns a tile of query rows: QUERIES tokens times PACK query heads of one KV head, so that grouped heads share
 every load of keys and values. It walks the tile's far columns through their list and its near keys in place, with one
-online softmax (Milakov & Gimelshein 2018; Dao 2022) over both, in powers of two.
+online softmax over both.
 """
 
 from __future__ import annotations
@@ -12,16 +12,8 @@ import triton.language as tl
 
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.lte_attention.triton_columns import near_begin
-
-
-@triton.jit
-def load_rows(pointer, rows, stride, inside, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """`[rows, WIDTH]` of an array of `[.., HEAD_DIM]`; zero where not inside and beyond HEAD_DIM."""
-    column = tl.arange(0, WIDTH)
-    mask = inside[:, None]
-    if WIDTH != HEAD_DIM:
-        mask = mask & (column < HEAD_DIM)[None, :]
-    return tl.load(pointer + rows.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0)
+from megahybrid_kernels.online_softmax import softmax_step
+from megahybrid_kernels.rows import load_rows
 
 
 @triton.jit
@@ -74,19 +66,14 @@ def edge_keys(edge, far, full, count, first, inner, inner_end, i1, STEP: tl.cons
 
 
 @triton.jit
-def _softmax_step(
-    o, total, peak, q, k, v, visible, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr
+def _attend(
+    acc, total, peak, q, k, v, visible, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """One tile of keys: `o` and `total` are relative to `2 ** peak`; `visible` matters only if MASKED."""
+    """`softmax_step` for a tile of keys; `visible` matters only if MASKED."""
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         logits = tl.where(visible, logits, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(logits, 1) * scale)
-    p = tl.exp2(logits * scale - new_peak[:, None])
-    shrink = tl.exp2(peak - new_peak)
-    total = total * shrink + tl.sum(p, 1)
-    o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision=PRECISION)
-    return o, total, new_peak
+    return softmax_step(acc, total, peak, logits, v, scale, PRECISION)
 
 
 @kernel
@@ -132,21 +119,21 @@ def forward_kernel(
         j = tl.load(far + c + tl.arange(0, STEP))
         k_tile = load_all_rows(k, j, k_stride, HEAD_DIM, WIDTH)
         v_tile = load_all_rows(v, j, v_stride, HEAD_DIM, WIDTH)
-        acc, total, peak = _softmax_step(acc, total, peak, q_tile, k_tile, v_tile, all_seen, scale, False, PRECISION)
+        acc, total, peak = _attend(acc, total, peak, q_tile, k_tile, v_tile, all_seen, scale, False, PRECISION)
     first, inner, inner_end = near_tiles(i0, i1, window, begins, ends, KEYS, STEP)
     for j0 in tl.range(inner, inner_end, STEP):
         j = j0 + tl.arange(0, STEP)
         k_tile = load_all_rows(k, j, k_stride, HEAD_DIM, WIDTH)
         v_tile = load_all_rows(v, j, v_stride, HEAD_DIM, WIDTH)
-        acc, total, peak = _softmax_step(acc, total, peak, q_tile, k_tile, v_tile, all_seen, scale, False, PRECISION)
+        acc, total, peak = _attend(acc, total, peak, q_tile, k_tile, v_tile, all_seen, scale, False, PRECISION)
     edges = edge_tiles(count - full, first, inner, inner_end, i1, STEP)
     for edge in tl.range(0, edges):
         j, listed = edge_keys(edge, far, full, count, first, inner, inner_end, i1, STEP)
         seen_until = tl.load(until + j, mask=listed, other=0)
-        k_tile = load_rows(k, j, k_stride, listed, HEAD_DIM, WIDTH)
-        v_tile = load_rows(v, j, v_stride, listed, HEAD_DIM, WIDTH)
+        k_tile = load_rows(k, j.to(tl.int64), listed, k_stride, 0, HEAD_DIM, WIDTH)
+        v_tile = load_rows(v, j.to(tl.int64), listed, v_stride, 0, HEAD_DIM, WIDTH)
         visible = (j[None, :] <= token[:, None]) & (token[:, None] < seen_until[None, :])
-        acc, total, peak = _softmax_step(acc, total, peak, q_tile, k_tile, v_tile, visible, scale, True, PRECISION)
+        acc, total, peak = _attend(acc, total, peak, q_tile, k_tile, v_tile, visible, scale, True, PRECISION)
 
     total = tl.where(inside, total, 1.0)
     o_stride = tl.num_programs(0) // tiles * (PACK * HEAD_DIM)

@@ -23,7 +23,7 @@ from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.exit_positions.triton import exit_positions
 from megahybrid_kernels.integers import cdiv
 from megahybrid_kernels.launch import kernel
-from megahybrid_kernels.lte_attention.reference import LTECache
+from megahybrid_kernels.lte_attention.cache import LTECache
 from megahybrid_kernels.lte_attention.triton import _forward, _Shape
 from megahybrid_kernels.lte_attention.triton_cache import cache_after
 from megahybrid_kernels.lte_attention.triton_columns import far_columns, partition

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megahybrid_kernels.backend import takes_triton, unsupported_head_dims
 from megahybrid_kernels.retention_router import reference
-from megahybrid_kernels.retention_router.reference import Dropout, RouterParameters, RouterState, margin
+from megahybrid_kernels.retention_router.parameters import Dropout, RouterParameters, RouterState, margin
 from megahybrid_kernels.sequences import Sequences
 
 __all__ = [

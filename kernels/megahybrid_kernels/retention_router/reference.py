@@ -2,68 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megahybrid_kernels.counter_dropout import keep_mask
-from megahybrid_kernels.precision import accumulator, at_least_fp32
+from megahybrid_kernels.precision import at_least_fp32
+from megahybrid_kernels.retention_router.parameters import Dropout, RouterParameters, RouterState
 from megahybrid_kernels.sequences import Sequences
-
-
-class RouterParameters(NamedTuple):
-    """Weights of one independent router per KV head, laid out head-major as those of a grouped Conv1d.
-
-    Attributes:
-        weights: `[kv_heads * channels_out, channels_in, kernel_size]` for each convolution.
-        biases: `[kv_heads * channels_out]` for each convolution.
-        projection: `[kv_heads, channels]`, from the last convolution's channels to a logit.
-        projection_bias: `[kv_heads]`.
-    """
-
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor, ...]
-    projection: Tensor
-    projection_bias: Tensor
-
-
-class Dropout(NamedTuple):
-    """Counter-based dropout before each convolution.
-
-    Attributes:
-        probability: of dropping an element.
-        keys: int64 `[tokens]`, 32 bits each, unique per (seed, step, layer, sample, position); see `fold`.
-        channel_offset: KV heads before this rank's first one, times 2 * head_dim: where its input channels begin. Later
-            layers, whose heads have fewer channels, scale it down.
-    """
-
-    probability: float
-    keys: Tensor
-    channel_offset: int = 0
-
-
-class RouterState(NamedTuple):
-    """The last inputs of each convolution: `[sequences, (kernel_size - 1) * dilation, kv_heads, channels_in]`."""
-
-    rows: tuple[Tensor, ...]
-
-    @classmethod
-    def empty(cls, count: int, parameters: RouterParameters, dilation: int = 2) -> RouterState:
-        """State of `count` sequences that have not begun."""
-        heads = parameters.projection.shape[0]
-
-        def rows(weight: Tensor) -> Tensor:
-            sizes = count, (weight.shape[2] - 1) * dilation, heads, weight.shape[1]
-            return weight.new_zeros(sizes, dtype=accumulator(weight.dtype))
-
-        return cls(tuple(map(rows, parameters.weights)))
-
-
-def margin(kernel_size: int, dilation: int, layers: int = 3) -> int:
-    """Tokens of right context that a score needs, and so by which it is late when streamed."""
-    return layers * ((kernel_size - 1) // 2) * dilation
 
 
 def _per_head(weight: Tensor, heads: int) -> Tensor:

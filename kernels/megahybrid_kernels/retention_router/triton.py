@@ -26,7 +26,7 @@ from torch import Tensor
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.counter_dropout import fold
 from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
-from megahybrid_kernels.retention_router.reference import Dropout, RouterParameters
+from megahybrid_kernels.retention_router.parameters import Dropout, RouterParameters
 from megahybrid_kernels.retention_router.triton_copies import pack_weights, sum_splits
 from megahybrid_kernels.retention_router.triton_layers import (
     backward_input_kernel,

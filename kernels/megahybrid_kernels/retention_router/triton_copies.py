@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.activations import silu
 from megahybrid_kernels.integers import cdiv, tile_width
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.sequences import Sequences
@@ -118,7 +119,7 @@ def _copy_rows(
         places = head * head_stride + row.to(tl.int64)[:, None] * stride + channel[None, :]
         value = tl.load(x + places, mask=mask & (row >= begin)[:, None], other=0).to(tl.float32)
         if ACTIVATE:
-            value *= tl.sigmoid(value)
+            value = silu(value)
         at = ((sequence * past + slot) * heads + head)[:, None] * columns + first_column + channel[None, :]
         tl.store(target + at, value, mask=mask)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from megahybrid_kernels.activations import silu, silu_slope
 from megahybrid_kernels.launch import kernel
 
 
@@ -27,8 +28,7 @@ def _layer_input(
     mask = inside[:, None] & (channel < CHANNELS)[None, :]
     value = tl.load(x + row.to(tl.int64)[:, None] * stride + channel[None, :], mask=mask, other=0)
     if ACTIVATE:
-        value = value.to(tl.float32)
-        value *= tl.sigmoid(value)
+        value = silu(value.to(tl.float32))
     if DROPOUT:
         token_keys = tl.load(keys + row, mask=inside, other=0)
         channel_key = tl.load(channel_keys + channel, mask=channel < CHANNELS, other=0)
@@ -92,15 +92,9 @@ def forward_layer_kernel(
     tl.store(y + (head * tokens + row)[:, None] * OUT + out[None, :], stored.to(y.dtype.element_ty), mask=mask)
     if LAST:
         vector = tl.load(projection + head * OUT + out, mask=out < OUT, other=0).to(tl.float32)
-        logit = tl.sum(acc * tl.sigmoid(acc) * vector[None, :], 1)
+        logit = tl.sum(silu(acc) * vector[None, :], 1)
         logit += tl.load(projection_bias + head).to(tl.float32)
         tl.store(logits + row.to(tl.int64) * heads + head, logit, mask=exists)
-
-
-@triton.jit
-def _silu_gradient(y):
-    gate = tl.sigmoid(y)
-    return gate * (1 + y * (1 - gate))
 
 
 @kernel
@@ -118,7 +112,7 @@ def backward_projection_kernel(
     value = tl.load(y + places, mask=mask, other=0).to(tl.float32)
     grad = tl.load(dlogits + row.to(tl.int64) * heads + head, mask=row < tokens, other=0).to(tl.float32)
     vector = tl.load(projection + head * OUT + out, mask=out < OUT, other=0).to(tl.float32)
-    dvalue = grad[:, None] * vector[None, :] * _silu_gradient(value)
+    dvalue = grad[:, None] * vector[None, :] * silu_slope(value, tl.sigmoid(value))
     tl.store(dy + places, dvalue.to(dy.dtype.element_ty), mask=mask)
     sums = tl.sum(grad[:, None] * value * tl.sigmoid(value), 0)
     tl.store(dprojection + (head * blocks + block) * OUT + out, sums, mask=out < OUT)
@@ -163,7 +157,8 @@ def backward_input_kernel(
             channel_key = tl.load(numbers + CHANNELS, mask=channel < CHANNELS, other=0)
             other_acc = tl.where(_keep(token_keys, channel_key, threshold), other_acc * keep_scale, 0)
     if ACTIVATE:
-        acc *= _silu_gradient(tl.load(y + places, mask=mask, other=0).to(tl.float32))
+        before = tl.load(y + places, mask=mask, other=0).to(tl.float32)
+        acc *= silu_slope(before, tl.sigmoid(before))
     tl.store(first + places, acc.to(first.dtype.element_ty), mask=mask)
     if HALVES == 2:
         tl.store(second + places, other_acc.to(second.dtype.element_ty), mask=mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megahybrid_kernels.retention_router.reference import RouterParameters, RouterState
+from megahybrid_kernels.retention_router.parameters import RouterParameters, RouterState
 from megahybrid_kernels.retention_router.triton import forward_layers, router_arguments
 from megahybrid_kernels.retention_router.triton_copies import state_rows
 from megahybrid_kernels.sequences import Sequences

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.activations import silu
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, tile_width
 from megahybrid_kernels.launch import kernel
-from megahybrid_kernels.retention_router.reference import RouterParameters, RouterState
+from megahybrid_kernels.retention_router.parameters import RouterParameters, RouterState
 
 _SEQUENCES = 16
 
@@ -67,7 +68,7 @@ def _layer(
         tl.store(next_state + at, newest.to(tl.float32), mask=mask)
     acc += tl.load(bias + head * OUT + out, mask=out < OUT, other=0).to(tl.float32)[None, :]
     # Before the document's start the next layer must find zeros, as its padding would be.
-    return tl.where((position >= 0)[:, None], acc * tl.sigmoid(acc), 0)
+    return tl.where((position >= 0)[:, None], silu(acc), 0)
 
 
 @kernel

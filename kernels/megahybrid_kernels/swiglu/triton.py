@@ -6,6 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.activations import silu, silu_slope
 from megahybrid_kernels.integers import cdiv
 from megahybrid_kernels.launch import kernel
 
@@ -20,7 +21,7 @@ def swiglu_kernel(gate, up, y, size, BLOCK: tl.constexpr):
     mask = place < size
     a = tl.load(gate + place, mask=mask, other=0).to(tl.float32)
     b = tl.load(up + place, mask=mask, other=0).to(tl.float32)
-    tl.store(y + place, (a * tl.sigmoid(a) * b).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + place, (silu(a) * b).to(y.dtype.element_ty), mask=mask)
 
 
 @kernel
@@ -32,7 +33,7 @@ def swiglu_backward_kernel(gate, up, dy, dgate, dup, size, BLOCK: tl.constexpr):
     b = tl.load(up + place, mask=mask, other=0).to(tl.float32)
     grad = tl.load(dy + place, mask=mask, other=0).to(tl.float32)
     sigmoid = tl.sigmoid(a)
-    slope = sigmoid * (1 + a * (1 - sigmoid))
+    slope = silu_slope(a, sigmoid)
     tl.store(dgate + place, (grad * b * slope).to(dgate.dtype.element_ty), mask=mask)
     tl.store(dup + place, (grad * a * sigmoid).to(dup.dtype.element_ty), mask=mask)
 

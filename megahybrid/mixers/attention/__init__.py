@@ -14,6 +14,7 @@ from megahybrid.mixers.kind import Activations, Kind, MicroBatch
 if TYPE_CHECKING:
     from megahybrid.config.schema import ModelConfig
     from megahybrid.model.mixer import Mixer
+    from megahybrid_kernels.judging.case import Shape
 
 
 @dataclass
@@ -89,6 +90,20 @@ class AttentionKind(Kind):
         return Activations(saved, width * (2 * queries + 4 * keys))
 
 
+def rank_heads(model: ModelConfig, ranks: int) -> tuple[int, int, int]:
+    """KV heads of a rank, query heads for each, and channels of a head."""
+    heads = model.attention
+    return heads.num_kv_heads // ranks, heads.num_heads // heads.num_kv_heads, heads.head_dim
+
+
+def judged_attention(model: ModelConfig, ranks: int, window: int | None) -> list[Shape]:
+    """Attention to `window` keys, or all, with its rotary embedding, as `Kind.judged`."""
+    from megahybrid_kernels.judging import shapes
+
+    heads, groups, head_dim = rank_heads(model, ranks)
+    return [shapes.Attention(heads, head_dim, groups, window), shapes.Rotary(heads * groups, head_dim)]
+
+
 def widths(model: ModelConfig, batch: MicroBatch) -> tuple[float, float]:
     """Channels of a rank's queries and of its keys, over all heads."""
     a_head = model.attention.head_dim / batch.ranks
@@ -104,6 +119,9 @@ class FullAttentionKind(AttentionKind):
     def keys(self, model: ModelConfig, length: int) -> float:
         """The query at position i sees i + 1 keys."""
         return mean_of_min(length, length)
+
+    def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
+        return judged_attention(model, ranks, None)
 
     def module(self) -> type[Mixer]:
         from megahybrid.mixers.attention.module import FullAttention
@@ -125,6 +143,9 @@ class SlidingWindowKind(AttentionKind):
     def keys(self, model: ModelConfig, length: int) -> float:
         """The query at position i sees min(i + 1, n) keys in a window of n."""
         return mean_of_min(length, model.attention.window_size)
+
+    def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
+        return judged_attention(model, ranks, model.attention.window_size)
 
     def module(self) -> type[Mixer]:
         from megahybrid.mixers.attention.module import SlidingWindowAttention

@@ -12,6 +12,7 @@ from megahybrid.mixers.kind import Activations, Kind, MicroBatch
 if TYPE_CHECKING:
     from megahybrid.config.schema import ModelConfig
     from megahybrid.model.mixer import Mixer
+    from megahybrid_kernels.judging.case import Shape
 
 CHUNK = 64
 """Tokens a chunk of the gated delta rule as GPU kernels choose it."""
@@ -84,6 +85,16 @@ class GDNKind(Kind):
             saved += 4 * keys * (key_dim + value_dim) / segment
         chunk = min(tune.chunk, batch.length)
         return Activations(saved, width * (4 * values + 2 * keys + 2 * keys * value_dim / chunk))
+
+    def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
+        from megahybrid_kernels.judging import shapes
+
+        heads, key_dim, value_dim = model.gdn.num_heads // ranks, model.gdn.head_dim, model.gdn.value_head_dim
+        taps, convolutions = model.gdn.conv_size, [shapes.CausalConv1d(heads * key_dim, model.gdn.conv_size)]
+        if value_dim != key_dim:
+            convolutions += [shapes.CausalConv1d(heads * value_dim, taps, "values")]
+        rule, norm = shapes.GatedDeltaRule(heads, key_dim, value_dim), shapes.GatedRMSNorm(heads, value_dim)
+        return [rule, *convolutions, norm]
 
     def module(self) -> type[Mixer]:
         from megahybrid.mixers.gdn.module import GatedDeltaNet

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from megahybrid.errors import UserError
 from megahybrid.key import key
-from megahybrid.mixers.attention import AttentionKind, widths
+from megahybrid.mixers.attention import AttentionKind, rank_heads, widths
 from megahybrid.mixers.counting import mean_of_min
 from megahybrid.mixers.kind import Activations, MicroBatch
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from megahybrid.config.schema import ModelConfig
     from megahybrid.model.mixer import Mixer
     from megahybrid.model.regulation import Regulator
+    from megahybrid_kernels.judging.case import Shape
 
 CONVOLUTIONS = 3
 """Of the router, one after the other."""
@@ -119,6 +120,18 @@ class LTEKind(AttentionKind):
         head_dim, width = model.attention.head_dim, batch.width
         routers = sum(router_channels(head_dim)[1:]) / head_dim
         return Activations(width * (2 * queries + (3 + routers) * keys), 2 * width * (queries + keys) + 8 * keys)
+
+    def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
+        from megahybrid_kernels.judging import shapes
+
+        (heads, groups, head_dim), lte = rank_heads(model, ranks), model.lte
+        limits = {"window": lte.window_size, "buffer": lte.buffer_size, "sinks": lte.sink_size}
+        return [
+            shapes.LTEAttention(heads, head_dim, groups, **limits, delay=lte.margin),
+            shapes.ExitPositions(heads, **limits),
+            shapes.RetentionRouter(heads, head_dim, lte.conv_size, lte.conv_dilation),
+            shapes.Rotary(heads * groups, head_dim),
+        ]
 
     def module(self) -> type[Mixer]:
         from megahybrid.mixers.lte.module import LTEAttention

@@ -1,4 +1,4 @@
-"""Prefill in pieces and decode for `doctor`: every call of an op goes on from the state that the last one left."""
+"""Cases of prefill in pieces and decode: every call of an op goes on from the state that the last one left."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megahybrid.doctor.cases.case import Case, Inputs, Make, Op
-from megahybrid_kernels import Sequences
+from megahybrid_kernels.judging.case import Case, Inputs, Make, Op
+from megahybrid_kernels.sequences import Sequences
 
 Rounds = tuple[tuple[int, ...], ...]
 """Tokens of each sequence in each call."""
@@ -59,7 +59,7 @@ def streamed_case(streamed: Streamed, kind: str, rounds: Rounds, variant: str = 
         module=streamed.module,
         function=streamed.function,
         shape=f"calls={len(rounds)} sequences={len(rounds[0])} tokens={tokens}",
-        sequences=Sequences.of((tokens,)),
+        lengths=(tokens,),
         make=streamed.make(tokens),
         call=partial(_call_by_call, streamed, rounds),
         backward=False,

@@ -1,4 +1,4 @@
-"""How an op of megahybrid_kernels is judged and timed: against its PyTorch reference in float64, then by the clock."""
+"""How an op is judged and timed: against its PyTorch reference in float64, then by the clock."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from megahybrid.doctor.cases import Case, Inputs, Op
-from megahybrid_kernels import Sequences
+from megahybrid_kernels.judging.case import Case, Inputs, Op
+from megahybrid_kernels.sequences import Sequences
 
 # Largest norm of a difference, as a part of the norm of the float64 result.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
@@ -82,10 +82,9 @@ def milliseconds(call: Callable[[], object], device: torch.device, seconds: floa
 
 def picked(case: Case, inputs: Inputs, sequences: Sequences) -> dict[str, Op]:
     """The op as it is picked for these inputs, under its backend's name, and the reference."""
-    module, name = case.load(), case.reference or case.function
-    public, reference = getattr(module, case.function), getattr(module.reference, name)
-    piece = case.piece or name
-    with mock.patch.object(module.reference, piece, wraps=getattr(module.reference, piece)) as spy:
+    public, module, name = case.public(), case.load().reference, case.reference or case.function
+    reference, piece = getattr(module, name), case.piece or name
+    with mock.patch.object(module, piece, wraps=getattr(module, piece)) as spy:
         run(case, public, inputs, sequences)
     if spy.called:
         return {"reference": public}

@@ -1,0 +1,51 @@
+"""How the short causal convolution is judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megahybrid_kernels.judging.case import Case, Inputs, Lengths, Make, Op, Shape, normals, packed
+from megahybrid_kernels.judging.streamed import PIECES, STEPS, Streamed, streamed_case
+from megahybrid_kernels.sequences import Sequences
+
+_PLACE = ("causal_conv1d",) * 3
+
+
+@dataclass(frozen=True)
+class CausalConv1d(Shape):
+    """Of `channels` with `taps` weights each; variant: what sets it apart from a model's other convolutions."""
+
+    channels: int
+    taps: int = 4
+    variant: str = ""
+
+    def cases(self, lengths: Lengths) -> list[Case]:
+        """Over whole documents."""
+        return [
+            Case(
+                *_PLACE,
+                f"{packed(lengths)} channels={self.channels} taps={self.taps}",
+                lengths,
+                self._make(sum(lengths)),
+                lambda op, x, sequences: op(x["x"], x["weight"], sequences)[0],
+                variant=self.variant,
+            )
+        ]
+
+    def more_cases(self, lengths: Lengths, varied: bool) -> list[Case]:
+        """Prefill and decode."""
+        streamed = Streamed(*_PLACE, self._make, self._first, self._call)
+        prefill = streamed_case(streamed, "prefill", PIECES, self.variant or "long")
+        return [prefill, streamed_case(streamed, "step", STEPS, self.variant)]
+
+    def _make(self, tokens: int) -> Make:
+        return normals(x=(tokens, self.channels), weight=(self.channels, self.taps))
+
+    def _first(self, x: Inputs, count: int) -> Tensor:
+        return x["x"].new_zeros(count, self.taps - 1, self.channels)
+
+    @staticmethod
+    def _call(op: Op, x: Inputs, sequences: Sequences, state: Tensor) -> tuple[Tensor, Tensor]:
+        return op(x["x"], x["weight"], sequences, state, True)

@@ -1,0 +1,30 @@
+"""Tiles of rows that Triton kernels load and store.
+
+Row numbers come in the width that the caller needs: 64 bits, unless 32 hold all offsets from the pointer.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(pointer, row, inside, stride, first, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """`[rows, WIDTH]` from column `first` of an array of `[.., DIM]`; zero where not inside and beyond DIM."""
+    column = first + tl.arange(0, WIDTH)
+    mask = inside[:, None]
+    if DIM % WIDTH != 0:
+        mask = mask & (column < DIM)[None, :]
+    return tl.load(pointer + row[:, None] * stride + column[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def store_rows(pointer, x, row, inside, stride, first, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """The inverse of `load_rows`, in the array's dtype."""
+    column = first + tl.arange(0, WIDTH)
+    mask = inside[:, None]
+    if DIM % WIDTH != 0:
+        mask = mask & (column < DIM)[None, :]
+    places = pointer + row[:, None] * stride + column[None, :]
+    tl.store(places, x.to(pointer.dtype.element_ty), mask=mask)

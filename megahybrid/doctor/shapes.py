@@ -1,0 +1,39 @@
+"""The ops that a recipe's model uses, at the shapes that a rank has."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import torch
+
+from megahybrid.config.pattern import parse_pattern
+from megahybrid.config.schema import Config
+from megahybrid.key import derived
+from megahybrid.mixers import KINDS
+from megahybrid_kernels.judging.shapes import LinearCrossEntropy, RMSNorm, Shape, SwiGLU
+from megahybrid_kernels.judging.sizes import CHECKED, SIZES, Size
+
+# What PyTorch computes the same of any number of them, and in less time of few.
+_MOST_ON_A_CPU = {"heads": 2, "groups": 1, "channels": 256, "hidden": 1024, "intermediate": 1408, "vocabulary": 1408}
+
+
+def size_of(config: Config | None, device: torch.device) -> Size:
+    """A thousand tokens at all shapes, or those of a rank of `config`; of few heads and channels without a GPU, where
+    kernels are not what is run."""
+    if config is None:
+        return SIZES["check"]
+    model, ranks = derived(config.model), config.parallel.tensor
+    shapes = [
+        RMSNorm(model.hidden_size),
+        SwiGLU(model.intermediate_size // ranks),
+        LinearCrossEntropy(model.hidden_size, model.vocab_size // ranks),
+    ]
+    for letter in dict.fromkeys(parse_pattern(model.pattern).letters):
+        shapes += KINDS[letter].judged(model, ranks)
+    shapes = dict.fromkeys(shapes if device.type == "cuda" else map(_small, shapes))
+    return Size(CHECKED, tuple(shapes))
+
+
+def _small(shape: Shape) -> Shape:
+    most = {each.name: _MOST_ON_A_CPU[each.name] for each in fields(shape) if each.name in _MOST_ON_A_CPU}
+    return replace(shape, **{name: min(getattr(shape, name), limit) for name, limit in most.items()})
