@@ -109,20 +109,3 @@ def uniform(low: float, high: float) -> Initializer:
 def kaiming_normal(fan_in: int) -> Initializer:
     """N(0, 2 / fan_in), as for a layer before a rectifier (He et al. 2015)."""
     return normal(math.sqrt(2 / fan_in))
-
-
-def log_of_uniform(low: float, high: float) -> Initializer:
-    """log U(low, high); Gated DeltaNet's A_log."""
-    draw = uniform(low, high)
-    return lambda shape, generator: draw(shape, generator).log()
-
-
-def inverse_softplus_of_log_uniform(low: float, high: float, floor: float) -> Initializer:
-    """softplus⁻¹(dt) with dt log-uniform in [low, high], at least floor; Gated DeltaNet's dt_bias."""
-    draw = uniform(math.log(low), math.log(high))
-
-    def make(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        step = draw(shape, generator).exp().clamp(min=floor)
-        return step + torch.log(-torch.expm1(-step))
-
-    return make

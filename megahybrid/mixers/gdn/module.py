@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,13 +14,7 @@ from megahybrid.model.context import Context
 from megahybrid.model.mixer import Fallback, Mixer
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, project, shared
-from megahybrid.parallel.parameters import (
-    constant,
-    inverse_softplus_of_log_uniform,
-    log_of_uniform,
-    parameter,
-    uniform,
-)
+from megahybrid.parallel.parameters import Initializer, constant, parameter, uniform
 from megahybrid_kernels.causal_conv1d import causal_conv1d
 from megahybrid_kernels.gated_delta_rule import gated_delta_rule, unsupported
 from megahybrid_kernels.norm import gated_rms_norm
@@ -59,8 +54,8 @@ class GatedDeltaNet(Mixer):
         self.q_conv = parameter(keys, taps, axis=0, initializer=conv)
         self.k_conv = parameter(keys, taps, axis=0, initializer=conv)
         self.v_conv = parameter(values, taps, axis=0, initializer=conv)
-        self.A_log = parameter(heads, axis=0, initializer=log_of_uniform(1e-4, 16), weight_decay=False)
-        steps = inverse_softplus_of_log_uniform(1e-3, 1e-1, floor=1e-4)
+        self.A_log = parameter(heads, axis=0, initializer=_log_of_uniform(1e-4, 16), weight_decay=False)
+        steps = _inverse_softplus_of_log_uniform(1e-3, 1e-1, floor=1e-4)
         self.dt_bias = parameter(heads, axis=0, initializer=steps, weight_decay=False)
         self.norm = parameter(self.value_dim, initializer=constant(1.0), weight_decay=False)
         self.o_proj = RowLinear(values, hidden, settings.output_projection, settings.sequence_parallel)
@@ -105,3 +100,20 @@ class GatedDeltaNet(Mixer):
         if reason := unsupported(dtype, *dims):
             wider = "head_dim" if dims[0] >= dims[1] else "value_head_dim"
             yield Fallback("gated_delta_rule", reason, f"model.gdn.{wider}")
+
+
+def _log_of_uniform(low: float, high: float) -> Initializer:
+    """log U(low, high)."""
+    draw = uniform(low, high)
+    return lambda shape, generator: draw(shape, generator).log()
+
+
+def _inverse_softplus_of_log_uniform(low: float, high: float, floor: float) -> Initializer:
+    """softplus⁻¹(dt) with dt log-uniform in [low, high], at least floor."""
+    draw = uniform(math.log(low), math.log(high))
+
+    def make(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        step = draw(shape, generator).exp().clamp(min=floor)
+        return step + torch.log(-torch.expm1(-step))
+
+    return make
