@@ -10,7 +10,7 @@ from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config
 from megahybrid.key import derived
 from megahybrid.mixers import KINDS
-from megahybrid_kernels.judging.shapes import LinearCrossEntropy, RMSNorm, Shape, SwiGLU
+from megahybrid_kernels.judging import shapes
 from megahybrid_kernels.judging.sizes import CHECKED, SIZES, Size
 
 # What PyTorch computes the same of any number of them, and in less time of few.
@@ -23,17 +23,16 @@ def size_of(config: Config | None, device: torch.device) -> Size:
     if config is None:
         return SIZES["check"]
     model, ranks = derived(config.model), config.parallel.tensor
-    shapes = [
-        RMSNorm(model.hidden_size),
-        SwiGLU(model.intermediate_size // ranks),
-        LinearCrossEntropy(model.hidden_size, model.vocab_size // ranks),
+    used = [
+        shapes.RMSNorm(model.hidden_size),
+        shapes.SwiGLU(model.intermediate_size // ranks),
+        shapes.LinearCrossEntropy(model.hidden_size, model.vocab_size // ranks),
     ]
     for letter in dict.fromkeys(parse_pattern(model.pattern).letters):
-        shapes += KINDS[letter].judged(model, ranks)
-    shapes = dict.fromkeys(shapes if device.type == "cuda" else map(_small, shapes))
-    return Size(CHECKED, tuple(shapes))
+        used += KINDS[letter].judged(model, ranks)
+    return Size(CHECKED, tuple(dict.fromkeys(used if device.type == "cuda" else map(_small, used))))
 
 
-def _small(shape: Shape) -> Shape:
+def _small(shape: shapes.Shape) -> shapes.Shape:
     most = {each.name: _MOST_ON_A_CPU[each.name] for each in fields(shape) if each.name in _MOST_ON_A_CPU}
     return replace(shape, **{name: min(getattr(shape, name), limit) for name, limit in most.items()})

@@ -4,21 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megahybrid_kernels.judging import shapes
 from megahybrid_kernels.judging.case import Case, Lengths
-from megahybrid_kernels.judging.shapes import (
-    Attention,
-    CausalConv1d,
-    ExitPositions,
-    GatedDeltaRule,
-    GatedRMSNorm,
-    LinearCrossEntropy,
-    LTEAttention,
-    RetentionRouter,
-    RMSNorm,
-    Rotary,
-    Shape,
-    SwiGLU,
-)
 
 
 @dataclass(frozen=True)
@@ -30,7 +17,7 @@ class Size:
     """
 
     lengths: Lengths
-    shapes: tuple[Shape, ...]
+    shapes: tuple[shapes.Shape, ...]
     varied: bool = False
 
     def cases(self) -> list[Case]:
@@ -48,21 +35,21 @@ class Size:
 def _shapes(
     hidden: int, intermediate: int, heads: int, head_dim: int, delta_heads: int, delta_dim: int,
     window: int, eviction_window: int, buffer: int,
-) -> tuple[Shape, ...]:  # fmt: skip
+) -> tuple[shapes.Shape, ...]:  # fmt: skip
     """Of a model with every kind of layer; the windows and the buffer are those in documents as short as here."""
     return (
-        GatedDeltaRule(delta_heads, delta_dim, delta_dim),
-        CausalConv1d(delta_heads * delta_dim),
-        GatedRMSNorm(delta_heads, delta_dim),
-        Attention(heads, head_dim),
-        Attention(heads, head_dim, window=1024, near_window=window),
-        Rotary(heads, head_dim),
-        LTEAttention(heads, head_dim, near_window=eviction_window, near_buffer=buffer),
-        ExitPositions(heads, near_window=eviction_window, near_buffer=buffer),
-        RetentionRouter(heads, head_dim),
-        RMSNorm(hidden),
-        SwiGLU(intermediate),
-        LinearCrossEntropy(hidden, intermediate),
+        shapes.GatedDeltaRule(delta_heads, delta_dim, delta_dim),
+        shapes.CausalConv1d(delta_heads * delta_dim),
+        shapes.GatedRMSNorm(delta_heads, delta_dim),
+        shapes.Attention(heads, head_dim),
+        shapes.Attention(heads, head_dim, window=1024, near_window=window),
+        shapes.Rotary(heads, head_dim),
+        shapes.LTEAttention(heads, head_dim, near_window=eviction_window, near_buffer=buffer),
+        shapes.ExitPositions(heads, near_window=eviction_window, near_buffer=buffer),
+        shapes.RetentionRouter(heads, head_dim),
+        shapes.RMSNorm(hidden),
+        shapes.SwiGLU(intermediate),
+        shapes.LinearCrossEntropy(hidden, intermediate),
     )
 
 
