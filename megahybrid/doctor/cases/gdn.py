@@ -98,7 +98,7 @@ def _streamed_rule(size: Size) -> Streamed:
         return x["k"].new_zeros(count, size.gdn_heads, size.gdn_head_dim, size.value_dim, dtype=wider)
 
     def call(op: Op, x: Inputs, sequences: Sequences, state: Tensor) -> tuple[Tensor, Tensor]:
-        return op(*x.values(), sequences, state, True)
+        return op(*x.values(), sequences, state, output_final_state=True)
 
     place = ("gated_delta_rule",) * 3
     return Streamed(*place, lambda tokens: delta_rule(tokens, size), first, call)
@@ -112,6 +112,6 @@ def _streamed_convolution(size: Size, channels: int) -> Streamed:
         return x["x"].new_zeros(count, size.conv_taps - 1, channels)
 
     def call(op: Op, x: Inputs, sequences: Sequences, state: Tensor) -> tuple[Tensor, Tensor]:
-        return op(x["x"], x["weight"], sequences, state, True)
+        return op(x["x"], x["weight"], sequences, state, output_final_state=True)
 
     return Streamed(*("causal_conv1d",) * 3, make, first, call)
