@@ -67,7 +67,7 @@ def run(op, inputs: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def op_for(lengths):
-    return lambda *x: gated_delta_rule(*x[:-1], Sequences.of(lengths), x[-1], True)
+    return lambda *x: gated_delta_rule(*x[:-1], Sequences.of(lengths), x[-1])
 
 
 def assert_same(actual, expected, output_tolerance, gradient_tolerance):
@@ -115,7 +115,7 @@ def test_negative_eigenvalues():
     expected = run(lambda *x: oracle(*x, LENGTHS, strongest=2), inputs)
 
     def op(*x):
-        return gated_delta_rule(*x[:-1], Sequences.of(LENGTHS), x[-1], True, allow_neg_eigval=True)
+        return gated_delta_rule(*x[:-1], Sequences.of(LENGTHS), x[-1], allow_neg_eigval=True)
 
     assert_same(run(op, inputs), expected, *TOLERANCES[torch.float64])
 

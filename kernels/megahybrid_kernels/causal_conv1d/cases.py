@@ -48,4 +48,4 @@ class CausalConv1d(Shape):
 
     @staticmethod
     def _call(op: Op, x: Inputs, sequences: Sequences, state: Tensor) -> tuple[Tensor, Tensor]:
-        return op(x["x"], x["weight"], sequences, state, True)
+        return op(x["x"], x["weight"], sequences, state, output_final_state=True)

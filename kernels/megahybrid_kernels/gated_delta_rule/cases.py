@@ -66,4 +66,4 @@ class GatedDeltaRule(Shape):
 
     @staticmethod
     def _call(op: Op, x: Inputs, sequences: Sequences, state: Tensor) -> tuple[Tensor, Tensor]:
-        return op(*x.values(), sequences, state, True)
+        return op(*x.values(), sequences, state, output_final_state=True)
