@@ -89,7 +89,7 @@ def exits(x: Inputs) -> tuple[Tensor, ...]:
 
 
 def convolution(x: Inputs) -> tuple[Tensor, ...]:
-    return causal_conv1d(x.tokens(200), x.shared(200, 4), x.sequences(), x.states(3, 200), True)
+    return causal_conv1d(x.tokens(200), x.shared(200, 4), x.sequences(), x.states(3, 200))
 
 
 def elementwise(x: Inputs) -> tuple[Tensor, ...]:
@@ -115,8 +115,8 @@ def step(x: Inputs) -> tuple[Tensor, ...]:
     with torch.no_grad():
         starts = torch.full((count,), 40, device=x.device)
         sequences = x.sequences(starts=starts)
-        delta = gated_delta_rule(*x.delta_rule(True), True, in_place=True)
-        conv = causal_conv1d(x.tokens(200), x.shared(200, 4), sequences, x.states(3, 200), True, in_place=True)
+        delta = gated_delta_rule(*x.delta_rule(True), in_place=True)
+        conv = causal_conv1d(x.tokens(200), x.shared(200, 4), sequences, x.states(3, 200), in_place=True)
         parameters = x.router()
         state = RouterState(tuple(x.states(*row.shape[1:]) for row in RouterState.empty(1, parameters).rows))
         logits, state = retention_logits_streamed(x.heads_of(), x.heads_of(), parameters, sequences, state)
@@ -143,7 +143,7 @@ def prefill(x: Inputs) -> tuple[Tensor, ...]:
 
 
 OPS: dict[str, Op] = {
-    "delta rule": lambda x: gated_delta_rule(*x.delta_rule(True), True),
+    "delta rule": lambda x: gated_delta_rule(*x.delta_rule(True)),
     "lte attention": lambda x: lte(x, None),
     "lte attention with a buffer": lambda x: lte(x, BUFFER),
     "exits": exits,
@@ -225,7 +225,7 @@ class LongDeltaRule:
         leaves = [y.detach().requires_grad_(torch.is_grad_enabled()) for y in leaves]
         initial = leaves[5] if len(leaves) > 5 else None
         sequences = Sequences.of((len(x),), "cuda")
-        return leaves, *gated_delta_rule(*leaves[:5], *self.shared, sequences, initial, True)
+        return leaves, *gated_delta_rule(*leaves[:5], *self.shared, sequences, initial)
 
     def run(self, rows: slice, state: Tensor | None = None, dstate: Tensor | None = None) -> list[Tensor]:
         """o, dq, dk, dv, da, db, and of the state before the gradient, if there is one."""
