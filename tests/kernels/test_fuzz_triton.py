@@ -66,7 +66,7 @@ def lte_attention(draw: Draw, seed: int, patch: pytest.MonkeyPatch) -> None:
     dim = draw.choice((1, 2, 8, 16, 20, 24, 33, 48)) if groups < 8 else 16
     each, sizes = lengths(draw), limits(draw)
     patch.setattr(triton_columns, "CHUNK", draw.choice((64, 128)))
-    tune = draw.choice((SMALL, replace(SMALL, keys=16, columns=16), replace(SMALL, dq=replace(LAUNCH, step=32))))
+    tune = draw.choice((SMALL, replace(SMALL, keys=16, columns=16), replace(SMALL, dq=replace(LAUNCH, size=32))))
     pairs = lte_inputs(each, heads * groups, heads, dim, tied_scores(sum(each), heads, seed))
     check_lte_attention(pairs, each, *sizes, tune=tune, tolerance=3e-5)
 

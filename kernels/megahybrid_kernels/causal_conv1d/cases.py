@@ -29,7 +29,7 @@ class CausalConv1d(Shape):
                 f"{packed(lengths)} channels={self.channels} taps={self.taps}",
                 lengths,
                 self._make(sum(lengths)),
-                lambda op, x, sequences: op(x["x"], x["weight"], sequences)[0],
+                lambda op, x, sequences: op(x["x"], x["weight"], sequences, output_final_state=False)[0],
                 variant=self.variant,
             )
         ]

@@ -44,7 +44,7 @@ class GatedDeltaRule(Shape):
             f"{packed(lengths)} heads={self.heads} head_dim={self.key_dim}",
             lengths,
             self._make(sum(lengths)),
-            lambda op, x, sequences: op(*x.values(), sequences)[0],
+            lambda op, x, sequences: op(*x.values(), sequences, output_final_state=False)[0],
             variant=variant,
         )
 
