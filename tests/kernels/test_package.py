@@ -35,5 +35,5 @@ def test_one_shape_is_judged_alone(monkeypatch):
     verdict = judge(case, torch.device("cpu"), "fp32")
     assert verdict.right and 0 < verdict.error < 1e-5 and "PyTorch fp32" in verdict.said
     rule = case.public()
-    monkeypatch.setattr(case.load(), "gated_delta_rule", lambda *x: (rule(*x)[0] * 1.01, None))
+    monkeypatch.setattr(case.load(), "gated_delta_rule", lambda *x, **options: (rule(*x, **options)[0] * 1.01, None))
     assert "is off by 1.0e-02, more than 1.0e-04" in judge(case, torch.device("cpu"), "fp32").said
