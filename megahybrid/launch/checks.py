@@ -20,6 +20,7 @@ def check_start(config: Config, nodes: int, gpus_per_node: int) -> None:
     """
     replicas = _replicas(config, nodes, gpus_per_node)
     check_replicas(config, replicas)
+    _kernels(config)
     data = None if config.data.remote is not None else _data(config, replicas)
     run, back_to = RunDirectory(config.run.dir), config.train.resume_from
     if back_to is not None:
@@ -40,6 +41,16 @@ def _replicas(config: Config, nodes: int, gpus_per_node: int) -> int:
             f"parallel.tensor * parallel.pipeline = {model}; change --nodes, --gpus-per-node or the layout."
         )
     return gpus // model
+
+
+def _kernels(config: Config) -> None:
+    """Raises UserError for head dims on which training on a GPU does not begin."""
+    import torch
+
+    from megahybrid.model.fallbacks import kernel_notes
+
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    kernel_notes(config, torch.device("cuda"), dtype, training=True)
 
 
 def _data(config: Config, replicas: int) -> str:

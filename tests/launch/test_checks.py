@@ -44,6 +44,11 @@ def test_data_that_is_not_whole(lost, said, data, recipe, capsys):
     assert said in refused(recipe, capsys, f"data.path={data}")
 
 
+def test_head_dims_that_no_kernel_takes(recipe, capsys):
+    said = refused(recipe, capsys, "model.attention.head_dim=264")
+    assert "model.attention.head_dim: lte_attention's kernels" in said
+
+
 def test_of_remote_data_nothing_is_read(recipe, tmp_path):
     assert taken(recipe, "data.path=/nowhere", "data.remote=s3://nowhere/data", f"data.cache={tmp_path / 'cache'}")
     assert not (tmp_path / "cache").exists()
