@@ -70,6 +70,10 @@ class Kind(ABC):
         """FLOPs a token of the forward pass by part, averaged over a document of `length` tokens; what counts is said
         in megahybrid.scaling.flops."""
 
+    def window(self, model: ModelConfig) -> float:
+        """Keys that a query sees whatever they hold, itself included; infinity for all of a document."""
+        return 0
+
     @abstractmethod
     def activations(self, model: ModelConfig, batch: MicroBatch) -> Activations:
         """What training keeps; what counts is said in megahybrid.scaling.memory."""

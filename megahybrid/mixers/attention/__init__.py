@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -120,6 +121,9 @@ class FullAttentionKind(AttentionKind):
         """The query at position i sees i + 1 keys."""
         return mean_of_min(length, length)
 
+    def window(self, model: ModelConfig) -> float:
+        return math.inf
+
     def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
         return judged_attention(model, ranks, None)
 
@@ -143,6 +147,9 @@ class SlidingWindowKind(AttentionKind):
     def keys(self, model: ModelConfig, length: int) -> float:
         """The query at position i sees min(i + 1, n) keys in a window of n."""
         return mean_of_min(length, model.attention.window_size)
+
+    def window(self, model: ModelConfig) -> float:
+        return model.attention.window_size
 
     def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
         return judged_attention(model, ranks, model.attention.window_size)

@@ -104,6 +104,9 @@ class LTEKind(AttentionKind):
         left = max(0, length - 1 - window)
         return mean_of_min(length, window + 1) + (mean_of_min(left, buffer) * left / length if left else 0)
 
+    def window(self, model: ModelConfig) -> float:
+        return model.lte.window_size + 1
+
     def flops(self, model: ModelConfig, length: int) -> dict[str, float]:
         """Those of attention; and of the router, a KV head: convolutions with 2 taps c_in c_out each, and a projection
         to one logit."""

@@ -1,0 +1,116 @@
+"""What a recall task is: a generator of token sequences with answers in them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megahybrid.key import key
+from megahybrid.tasks.draws import Draws
+
+if TYPE_CHECKING:
+    from megahybrid.data.tokenizer import Tokenizer
+
+
+class Span(NamedTuple):
+    """The tokens `[begin, end)` of a sample."""
+
+    begin: int
+    end: int
+
+
+class Answer(NamedTuple):
+    """One answer that a sample asks for.
+
+    Attributes:
+        span: where its tokens stand; those before it are what it is predicted from.
+        needles: where the context holds it, for each place the value's own tokens.
+        text: the string that a generated text must contain; empty in tasks of bare tokens.
+    """
+
+    span: Span
+    needles: tuple[Span, ...]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A context with questions and their right answers.
+
+    Attributes:
+        tokens: int64 `[n]`, from the document token on: the prompt, and what a perfect model would write.
+        prompt: tokens of the prompt; a model that generates gets tokens[:prompt], and the first answer begins there or
+            later.
+        answers: in the order of their places.
+        facts: what a result says of the sample, such as its haystack, by name; JSON values.
+    """
+
+    tokens: NDArray[np.int64]
+    prompt: int
+    answers: tuple[Answer, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Vocabulary(NamedTuple):
+    """What tokens there are.
+
+    Attributes:
+        size: ids are below it.
+        document_id: the token that begins every sample, and stands nowhere else in it.
+        tokenizer: of text; None where a model knows bare tokens only.
+    """
+
+    size: int
+    document_id: int
+    tokenizer: Tokenizer | None = None
+
+
+@dataclass
+class TaskParameters:
+    """Parameters that all tasks have."""
+
+    length: int | None = key(None)
+    """Tokens of a sample, answers included: of bare tokens as many, of text at most; the row's when left out."""
+    answer_weight: float = key(1.0, at_least=0)
+    """Weight in the loss of a token of an answer."""
+    context_weight: float = key(0.0, at_least=0)
+    """Weight in the loss of every other token."""
+
+
+class Task(ABC):
+    """A generator of samples. Importing it must not import torch.
+
+    Attributes:
+        name: in recipes, commands and file names.
+        version: raised when its samples change: samples of another version are other data.
+        parameters: dataclass of its parameters, with fields made by `megahybrid.key.key`.
+        text: whether its samples are text, so that it needs a tokenizer.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    parameters: ClassVar[type[TaskParameters]] = TaskParameters
+    text: ClassVar[bool] = False
+
+    def check(self, parameters: Any, length: int, vocabulary: Vocabulary) -> None:  # noqa: B027
+        """Raise UserError, in one sentence, for what cannot be made: a length too short for what it shall hold, too few
+        tokens in the vocabulary, a tokenizer that cannot write a needle."""
+
+    @abstractmethod
+    def sample(
+        self, parameters: Any, length: int, vocabulary: Vocabulary, draws: Draws, depth: float | None = None
+    ) -> Sample:
+        """The sample that the draws determine.
+
+        Args:
+            parameters: of this task's class, checked.
+            length: tokens, as `TaskParameters.length`.
+            vocabulary: the model's.
+            draws: the only source of chance.
+            depth: where in the context the needle stands, from 0, its beginning, to 1; drawn when left out. Tasks whose
+                needles are many spread them whatever it is.
+        """
