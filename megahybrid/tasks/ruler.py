@@ -10,11 +10,12 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from megahybrid.errors import UserError
 from megahybrid.key import key
 from megahybrid.tasks.draws import Draws
-from megahybrid.tasks.haystack import NOISE, lines_with, prose
+from megahybrid.tasks.haystack import NOISE, Prose, lines_with, prose
 from megahybrid.tasks.task import TaskParameters, Vocabulary
 from megahybrid.tasks.text import Draft, TextTask
 from megahybrid.tasks.words import ADJECTIVES, NOUNS
@@ -119,6 +120,11 @@ class NeedleInAHaystack(TextTask):
             facts=facts,
         )
 
+    def identity(self, parameters: TaskParameters) -> dict[str, Any]:
+        if not isinstance(parameters, ProseParameters):
+            return super().identity(parameters)
+        return {**super().identity(parameters), "haystack": self._prose(parameters).digest}
+
     def _depths(self, draws: Draws, count: int) -> list[float]:
         if self._haystack == "prose":
             return [_DEPTHS[each] / 100 for each in draws.distinct(len(_DEPTHS), count)]
@@ -129,18 +135,21 @@ class NeedleInAHaystack(TextTask):
     ) -> tuple[Callable[[int], str], dict[str, str]]:
         """The text around the needles by its units, and what is to be said of it."""
         if isinstance(parameters, ProseParameters):
-            if parameters.haystack is None:
-                raise UserError(
-                    f"{self.name} hides its needles in prose; set its parameter haystack to a file of text, or a "
-                    "folder of *.txt."
-                )
-            text = prose(parameters.haystack)
+            text = self._prose(parameters)
             begin = text.sentence_after(int(draws.below(len(text), 1)[0])) if parameters.shift else 0
             facts = {"haystack": text.name, "haystack_hash": text.digest}
             return lambda units: text.between(begin, units, needles, depths), facts
         if self._haystack == "noise":
             return lambda units: "\n".join(lines_with([NOISE] * units, needles, depths)), {"haystack": "noise"}
         return lambda units: "\n".join(lines_with(others[:units], needles, depths)), {"haystack": "needles"}
+
+    def _prose(self, parameters: ProseParameters) -> Prose:
+        if parameters.haystack is None:
+            raise UserError(
+                f"{self.name} hides its needles in prose; set its parameter haystack to a file of text, or a folder of "
+                "*.txt."
+            )
+        return prose(parameters.haystack)
 
 
 NEEDLES = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -134,6 +134,10 @@ class Task(ABC):
     def check(self, parameters: Any, length: int, vocabulary: Vocabulary) -> None:  # noqa: B027
         """Raise UserError, in one sentence, for what cannot be made: a length too short for what it shall hold, too few
         tokens in the vocabulary, a tokenizer that cannot write a needle."""
+
+    def identity(self, parameters: Any) -> dict[str, Any]:
+        """What decides its samples beside the length, the vocabulary and the draws: JSON values."""
+        return {"task": self.name, "version": self.version, **asdict(parameters)}
 
     @abstractmethod
     def sample(
