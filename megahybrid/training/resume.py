@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -33,16 +32,21 @@ def meaning(config: Config) -> dict[str, Any]:
     Values that were left out are those derived for them, a source's weight is its part of all weights, a task's
     parameters are all that it has, and `|` in the pattern is no part of the model.
     """
-    found = {name: value for name, value, rules in keys(derived(config)) if not rules.may_change}
+    found = _fixed(derived(config))
     found["model.pattern"] = parse_pattern(config.model.pattern).letters
     weights = {name: Fraction(source.weight) for name, source in config.data.sources.items() if source.weight}
     for name, weight in weights.items():
         found[f"data.sources.{name}.weight"] = weight / sum(weights.values())
     for name, source in task_sources(config).items():
         where, task = f"data.sources.{name}", find_task(str(source.task), f"data.sources.{name}.task")
-        found[f"{where}.parameters"] = asdict(task_parameters(task, source.parameters, f"{where}.parameters"))
-        found[f"{where}.stages"] = [(stage.until, asdict(stage.parameters)) for stage in task_stages(name, source)]
+        found[f"{where}.parameters"] = _fixed(task_parameters(task, source.parameters, f"{where}.parameters"))
+        found[f"{where}.stages"] = [(stage.until, _fixed(stage.parameters)) for stage in task_stages(name, source)]
     return found
+
+
+def _fixed(section: Any) -> dict[str, Any]:
+    """The keys that may not change."""
+    return {name: value for name, value, rules in keys(section) if not rules.may_change}
 
 
 def check_data(trained_on: str, found: str, checkpoint: str, path: str) -> None:
