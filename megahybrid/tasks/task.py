@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -37,6 +38,24 @@ class Answer(NamedTuple):
     text: str = ""
 
 
+class TokenAnswers(Sequence[Answer]):
+    """Answers of one token with one needle of one token each, made when they are looked at: training needs the places
+    only, and making hundreds of objects takes longer than drawing a sample."""
+
+    def __init__(self, places: NDArray[np.int64], needles: NDArray[np.int64]):
+        """`places`, `needles`: `[answers]`, where each answer's token and its needle's stand; places ascend."""
+        self.places, self._needles = places, needles
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        place, needle = int(self.places[index]), int(self._needles[index])
+        return Answer(Span(place, place + 1), (Span(needle, needle + 1),))
+
+
 @dataclass(frozen=True)
 class Sample:
     """A context with questions and their right answers.
@@ -51,8 +70,21 @@ class Sample:
 
     tokens: NDArray[np.int64]
     prompt: int
-    answers: tuple[Answer, ...]
+    answers: Sequence[Answer]
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> NDArray[np.int64]:
+        """Where the answers' tokens stand: int64, ascending."""
+        if isinstance(self.answers, TokenAnswers):
+            return self.answers.places
+        return np.concatenate([np.arange(*answer.span) for answer in self.answers])
+
+    def weights(self, parameters: TaskParameters) -> NDArray[np.float32]:
+        """Weight in the loss of predicting each token: fp32 `[n]`; that of tokens[i] is the label of place i - 1."""
+        weights = np.full(len(self.tokens), parameters.context_weight, np.float32)
+        weights[self.asked] = parameters.answer_weight
+        return weights
 
 
 class Vocabulary(NamedTuple):
