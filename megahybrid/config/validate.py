@@ -22,6 +22,7 @@ def validate(config: Config) -> None:
     _layout(config)
     _training(config)
     _data(config)
+    _evaluation(config)
 
 
 def check_replicas(config: Config, replicas: int) -> None:
@@ -164,3 +165,18 @@ def _tokens(key: str, source: SourceConfig, tokenizer: str | None) -> None:
             raise UserError(f"{key}.format bin says nothing of its numbers; set {key}.dtype to uint16 or uint32.")
     elif source.dtype is not None:
         raise UserError(f"{key}.dtype is for format bin: an .npy file says itself what it holds; leave it out.")
+
+
+def _evaluation(config: Config) -> None:
+    evaluate, train = config.evaluate, config.train
+    if evaluate.tasks:
+        from megahybrid.tasks import TASKS  # with NumPy
+
+        if unknown := [name for name in evaluate.tasks if name not in TASKS]:
+            raise UserError(f"evaluate.tasks names {unknown[0]}, which is no task; choose from {', '.join(TASKS)}.")
+    most = train.micro_batch_size * train.seq_length
+    if evaluate.lengths and max(evaluate.lengths) > most:
+        raise UserError(
+            f"evaluate.lengths has {max(evaluate.lengths)}, more tokens than a micro-batch "
+            f"(train.micro_batch_size * train.seq_length = {most}); lower it, or use `megahybrid eval`."
+        )
