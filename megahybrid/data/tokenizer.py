@@ -114,6 +114,17 @@ class Tokenizer:
         """Token ids of each text, without document tokens; uses all cores."""
         return [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_spans(self, text: str, ranges: Sequence[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text, without a document token, and for each range of its characters, given by its begin and
+        end, the begin and end of the tokens that hold them."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        # A character may have no token of its own: one that the tokenizer drops, or a space between words.
+        spans = []
+        for begin, end in ranges:
+            held = [token for token in map(encoding.char_to_token, range(begin, end)) if token is not None]
+            spans.append((held[0], held[-1] + 1) if held else (len(encoding), len(encoding)))
+        return encoding.ids, spans
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of token ids."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)

@@ -89,9 +89,9 @@ class _Pairs(Task):
 
 
 class MQAR(_Pairs):
-    """Multi-query associative recall (Zoology, arXiv 2312.04927, appendix): all pairs, then fillers among which every
-    key occurs once more, its value after it. Keys are of [1, V/2), values of [V/2, V), fillers whatever is no key of
-    this sample. Only values are answers."""
+    """Multi-query associative recall (Zoology, arXiv 2312.04927): all pairs, then fillers among which every key occurs
+    once more, its value after it. Keys are of [1, V/2), values of [V/2, V), all different. Where Zoology has any
+    filler after a question, the answer stands here, and no filler is a key of the sample."""
 
     name = "mqar"
     parameters = MQARParameters
@@ -113,7 +113,7 @@ class MQAR(_Pairs):
     ) -> Sample:
         count, pools = parameters.pairs, self._pools(vocabulary)
         keys = pools["keys"].take(draws.distinct(pools["keys"].size, count))
-        values = pools["values"].take(draws.below(pools["values"].size, count))
+        values = pools["values"].take(draws.distinct(pools["values"].size, count))
         # Places in the order in which they are drawn without replacement: the race of exponential times.
         room = (length - 1) // 2 - count
         times = -np.log1p(-draws.uniform(room)) / _law(room, parameters.power)

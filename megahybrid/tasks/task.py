@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -121,16 +121,23 @@ class Task(ABC):
         version: raised when its samples change: samples of another version are other data.
         parameters: dataclass of its parameters, with fields made by `megahybrid.key.key`.
         text: whether its samples are text, so that it needs a tokenizer.
+        generated: tokens that a model may write after the prompt, part of the length; 0 where it writes as many as the
+            sample has there.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
     parameters: ClassVar[type[TaskParameters]] = TaskParameters
     text: ClassVar[bool] = False
+    generated: ClassVar[int] = 0
 
     def check(self, parameters: Any, length: int, vocabulary: Vocabulary) -> None:  # noqa: B027
         """Raise UserError, in one sentence, for what cannot be made: a length too short for what it shall hold, too few
         tokens in the vocabulary, a tokenizer that cannot write a needle."""
+
+    def identity(self, parameters: Any) -> dict[str, Any]:
+        """What decides its samples beside the length, the vocabulary and the draws: JSON values."""
+        return {"task": self.name, "version": self.version, **asdict(parameters)}
 
     @abstractmethod
     def sample(

@@ -103,7 +103,7 @@ def test_keys_values_and_fillers_of_mqar_never_meet(document):
         pairs = read(sample)
         keys, values, places, questions = (np.array(each) for each in zip(*pairs, strict=True))
         assert len(set(keys)) == 48 and keys.min() >= 1 and keys.max() < 512
-        assert values.min() >= 512
+        assert len(set(values)) == 48 and values.min() >= 512
         assert sorted(places) == list(range(1, 97, 2))
         assert len(set(questions)) == 48 and questions.min() >= 97 and ((questions - 97) % 2 == 0).all()
         rest = np.delete(sample.tokens, np.concatenate([[0], places, places + 1, questions, questions + 1]))
