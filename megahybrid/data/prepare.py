@@ -21,7 +21,7 @@ from megahybrid.data.blocks import blocks_of
 from megahybrid.data.documents import TRAIN, VALIDATION, Skipped, Unit
 from megahybrid.data.mds import token_dtype
 from megahybrid.data.planning import fingerprint, plan
-from megahybrid.data.prepared import Prepared, SplitCounts, differences, find_prepared, prepare_settings
+from megahybrid.data.prepared import Prepared, SplitCounts, data_identity, differences, find_prepared, prepare_settings
 from megahybrid.data.progress import progress
 from megahybrid.data.reading import read_unit
 from megahybrid.data.tokenizer import Tokenizer, tokenizer_file, tokenizer_hash
@@ -53,7 +53,7 @@ def prepare(config: Config, report: Report = print) -> Prepared:
     if (prepared := _already(target, settings)) is not None:
         report(
             f"{target} is already prepared: {prepared.samples(TRAIN):,} samples to train on, "
-            f'data.identity "{prepared.identity}".'
+            f'data.identity "{data_identity(config, prepared)}".'
         )
         return prepared
     skipped = Skipped()
@@ -88,7 +88,7 @@ def prepare(config: Config, report: Report = print) -> Prepared:
         prepared.save()
         _appear(place / "final", target)
     prepared.root = target
-    report(f'Prepared {target}, data.identity "{prepared.identity}".')
+    report(f'Prepared {target}, data.identity "{data_identity(config, prepared)}".')
     return prepared
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megahybrid.config import Config, load_config, save_config
 from megahybrid.data.loader import TrainingData, validation_batches
-from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import UserError
 from megahybrid.model.fallbacks import kernel_notes
 from megahybrid.model.regulation import filled
@@ -26,7 +25,6 @@ from megahybrid.parallel.self_check import self_check
 from megahybrid.retry import retry
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.stages import stage_layers
-from megahybrid.tasks import Vocabulary
 from megahybrid.training import attempts, checkpoint, checkpoint_folder, failures, tracking
 from megahybrid.training.checkpoint import Position
 from megahybrid.training.engine import Engine, StepResult
@@ -121,12 +119,12 @@ class Trainer:
         # Data first: what is wrong with it is found before anything is written.
         self.data = resources.enter_context(TrainingData(config, replica, replicas))
         self.validation = resources.enter_context(validation_batches(config, replica, replicas))
-        self.probes = self._make_probes() if config.evaluate.every else None
+        self.probes = Probes(config, self.data.opened.vocabulary) if config.evaluate.every else None
         resources.enter_context(rank_log(run.logs))
         self.watchdog = resources.enter_context(Watchdog(run, config.train.watch, groups.world()[0]))
         self_check()
         self.engine = self._build(start)
-        data = self.data.prepared.identity
+        data = self.data.opened.identity
         self.position = Position(0, 0, data)
         if start is not None:
             began = time.perf_counter()
@@ -141,17 +139,12 @@ class Trainer:
         self.metrics = MetricsFile(run.metrics, owner.check_here)
         self.tracker = Tracker(config if groups.is_main() else None, self.position.tracking_id, self.position.step)
         resources.callback(self.tracker.finish)
-        self.saver = Saver(run.checkpoints, self.engine, self.data.prepared.tokenizer_file, owner, self.metrics.write)
+        self.saver = Saver(run.checkpoints, self.engine, self.data.opened.tokenizer_json, owner, self.metrics.write)
         if self.probes is not None:
             self._tell(str(self.probes))
         self.flops_per_token = flops_per_token(config).training
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_length
         self._status_written = 0.0
-
-    def _make_probes(self) -> Probes:
-        prepared = self.data.prepared
-        tokenizer = Tokenizer.load(prepared.tokenizer_file)
-        return Probes(self.config, Vocabulary(self.config.model.vocab_size, tokenizer.document_id, tokenizer))
 
     def _build(self, start: Path | None) -> Engine:
         weights = None

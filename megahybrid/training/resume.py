@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from megahybrid.config import Config
 from megahybrid.config.pattern import parse_pattern
+from megahybrid.config.task_sources import find_task, task_parameters, task_sources, task_stages
 from megahybrid.errors import UserError
 from megahybrid.key import derived, keys
 from megahybrid.training import checkpoint_folder
@@ -28,14 +30,18 @@ def check_resume(saved: Config, now: Config, checkpoint: str) -> None:
 def meaning(config: Config) -> dict[str, Any]:
     """What the keys that may not change mean, by name: equal where configurations differ in their spelling only.
 
-    Values that were left out are those derived for them, a source's weight is its part of all weights, and `|` in the
-    pattern is no part of the model.
+    Values that were left out are those derived for them, a source's weight is its part of all weights, a task's
+    parameters are all that it has, and `|` in the pattern is no part of the model.
     """
     found = {name: value for name, value, rules in keys(derived(config)) if not rules.may_change}
     found["model.pattern"] = parse_pattern(config.model.pattern).letters
     weights = {name: Fraction(source.weight) for name, source in config.data.sources.items() if source.weight}
     for name, weight in weights.items():
         found[f"data.sources.{name}.weight"] = weight / sum(weights.values())
+    for name, source in task_sources(config).items():
+        where, task = f"data.sources.{name}", find_task(str(source.task), f"data.sources.{name}.task")
+        found[f"{where}.parameters"] = asdict(task_parameters(task, source.parameters, f"{where}.parameters"))
+        found[f"{where}.stages"] = [(stage.until, asdict(stage.parameters)) for stage in task_stages(name, source)]
     return found
 
 

@@ -1,14 +1,21 @@
 """Probes equal brute force, on every layout; and in runs they come when they are due, and find the same again."""
 
+import json
 import math
 import time
 
 import pytest
 
 from megahybrid.cli import main
+from megahybrid.config import load_config
+from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.errors import UserError
+from megahybrid.tasks import Vocabulary
 from megahybrid.training import tracking
 from megahybrid.training.engine import Engine
+from megahybrid.training.probes.questions import questions
 from megahybrid.training.probes.suite import Probes
+from tests.config.test_load import QUICKSTART
 from tests.training.conftest import metrics
 from tools.workers import Workers
 
@@ -156,10 +163,60 @@ def test_the_window_and_the_lengths_are_the_recipes(recipe, tmp_path):
     assert found["probe_gain"] is None  # no sample of 64 tokens loses anything at twice the window
 
 
+BARE = """
+model: {pattern: GL, hidden_size: 32, intermediate_size: 48, vocab_size: 64,
+        gdn: {num_heads: 2, head_dim: 8}, attention: {num_heads: 2, head_dim: 8},
+        lte: {window_size: 7, buffer_size: 8, sink_size: 2}}
+train: {seq_length: 64, micro_batch_size: 2, global_batch_size: 4, steps: 4, dtype: fp32}
+data:
+  path: unused
+  sources:
+    recall: {format: task, task: selective_mqar, weight: 1, stages: [{until: 4, length: 32, pairs: 2},
+             {length: 48, pairs: 4}]}
+evaluate: {every: 2, samples: 3}
+tracking: {wandb: disabled}
+"""
+
+
+def test_a_run_on_tasks_alone_is_asked_what_it_is_trained_on_last(tmp_path):
+    """Without text there is none to probe."""
+    (tmp_path / "bare.yaml").write_text(BARE + f"run: {{dir: {tmp_path / 'run'}}}")
+    assert main(["train", str(tmp_path / "bare.yaml")]) == 0
+    found = probed(tmp_path / "run")
+    assert [*found] == [2, 4]
+    keys = {key.replace("mqar_64", "selective_mqar_48") for key in ANSWERS | KEPT}
+    assert found[4].keys() == keys
+    assert found[4]["probe_recency_null_selective_mqar_48"] < 0.5
+
+
+def chosen(tokenizer, *overrides):
+    config = load_config(QUICKSTART, [*overrides, "train.seq_length=1024", "train.micro_batch_size=1"])
+    found = questions(config, Vocabulary(config.model.vocab_size, 0, tokenizer))
+    return {(each.task.name, each.length, getattr(each.parameters, "pairs", None)) for each in found}
+
+
+def test_tasks_are_those_asked_for_or_trained_or_a_needle(bytes_tokenizer):
+    source = "data.sources.recall={format: task, task: mqar, weight: 1, parameters: {pairs: 5, length: 256}}"
+    both = [source, "data.sources.python.weight=1"]
+    assert chosen(bytes_tokenizer) == {("niah_single_1", 1024, None)}
+    assert chosen(bytes_tokenizer, "evaluate.lengths=[1024,4]") == {("niah_single_1", 1024, None)}
+    assert chosen(None, *both) == {("mqar", 256, 5)}
+    assert chosen(None, *both, "evaluate.lengths=[64,128]") == {("mqar", 64, 5), ("mqar", 128, 5)}
+    asked = {("mqar", 256, 5), ("copy", 1024, None)}
+    assert chosen(None, *both, "evaluate.tasks=[mqar,copy]") == asked
+    with pytest.raises(UserError, match="niah_single_1"):
+        chosen(bytes_tokenizer, "evaluate.tasks=[niah_single_1]", "evaluate.lengths=[4]")
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer():
+    return Tokenizer.train(["The grass is green. The sky is blue."], 300)
+
+
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("evaluate.tasks=[mcar]", "mcar"),
+        ("evaluate.tasks=[mcar]", "evaluate.tasks is 'mcar', which is no task; did you mean mqar?"),
         ("evaluate.probes=[recal]", "choose one of position, gain, hits, recall, kept"),
         ("evaluate.lengths=[64,200]", "evaluate.lengths has 200, more tokens than a micro-batch"),
         ("evaluate.lengths=[20]", "mqar has room for 4 pairs in 20 tokens, not for 8"),
@@ -190,8 +247,6 @@ def test_seconds_are_those_of_the_probes(recipe, tmp_path, monkeypatch):
     real = Probes._dead
     monkeypatch.setattr(Probes, "_dead", lambda self, engine: time.sleep(0.3) or real(self, engine))
     assert main(["train", str(recipe), *PROBING, "train.steps=1"]) == 0
-    import json
-
     (line,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert 0.3 < line["probe_seconds"] < 20
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -53,7 +54,7 @@ class RecallProbes:
             self._sizes.append(sum(len(sample.answers) for sample in some))
             samples += some
         answers = [answer for sample in samples for answer in sample.answers]
-        self._inside = np.array([distance(answer) for answer in answers]) <= evaluation_window(config)
+        self._distances, self._window = np.array([distance(answer) for answer in answers]), evaluation_window(config)
         self._tokens = np.array([answer.span.end - answer.span.begin for answer in answers])
         firsts = [0, *accumulate(len(sample.answers) for sample in samples)]
         replica, replicas = groups.data_parallel()
@@ -78,25 +79,26 @@ class RecallProbes:
         begin = 0
         for question, size in zip(self._questions, self._sizes, strict=True):
             rows = slice(begin, begin + size)
-            metrics |= self._metrics(question.name, whole[rows], self._inside[rows], self._tokens[rows])
+            metrics |= self._metrics(question.name, whole[rows], self._distances[rows], self._tokens[rows])
             begin += size
         return metrics
 
     def _metrics(
-        self, name: str, table: NDArray[np.float64], inside: NDArray[np.bool_], tokens: NDArray[np.int64]
+        self, name: str, table: NDArray[np.float64], distances: NDArray[np.float64], tokens: NDArray[np.int64]
     ) -> dict[str, Any]:
+        inside, beyond = distances <= self._window, distances > self._window
         right, metrics = table[:, 1] == 0, {}
         if "recall" in self._probes:
-            metrics[names.ACCURACY + name] = [share(right[inside]), share(right[~inside])]
-            sums = [(table[some, 0].sum(), tokens[some].sum()) for some in (inside, ~inside)]
+            metrics[names.ACCURACY + name] = [share(right[inside]), share(right[beyond])]
+            sums = [(table[some, 0].sum(), tokens[some].sum()) for some in (inside, beyond)]
             metrics[names.NLL + name] = means(*np.array(sums).T)
             metrics[names.NULL + name] = share(inside)
-        held, heads = np.split(table[~inside, 2:], 2, axis=1)
+        held, heads = np.split(table[beyond, 2:], 2, axis=1)
         if "kept" in self._probes and heads.any():
             layers, somewhere = means(held.sum(0), heads.sum(0)), held.any(1)
             metrics |= {names.KEPT + name: rounded(held.sum() / heads.sum()), names.BY_LAYER + name: layers}
             metrics[names.SOMEWHERE + name] = share(somewhere)
-            metrics[names.GIVEN + name] = [share(right[~inside][some]) for some in (~somewhere, somewhere)]
+            metrics[names.GIVEN + name] = [share(right[beyond][some]) for some in (~somewhere, somewhere)]
         return metrics
 
 
@@ -115,10 +117,10 @@ def fixed_samples(question: Question, vocabulary: Vocabulary, count: int) -> lis
     return samples
 
 
-def distance(answer: Answer) -> int:
+def distance(answer: Answer) -> float:
     """Tokens from the nearest needle to the answer: the query of each of its tokens has the needle's in a window of so
-    many keys, its own included."""
-    return min(answer.span.begin - needle.begin for needle in answer.needles)
+    many keys, its own included. NaN, neither near nor far, where no place holds the answer."""
+    return min((answer.span.begin - needle.begin for needle in answer.needles), default=math.nan)
 
 
 def _asked(samples: Sequence[tuple[Sample, int, int]]) -> _Asked:
@@ -135,7 +137,9 @@ def _asked(samples: Sequence[tuple[Sample, int, int]]) -> _Asked:
                 lists["keys"] += range(begin + needle.begin, begin + needle.end)
                 lists["needles"] += [len(lists["askers"])] * size
                 lists["askers"].append(number)
-    places, answers, queries, keys, needles, askers = map(torch.tensor, lists.values())
+    places, answers, queries, keys, needles, askers = (
+        torch.tensor(numbers, dtype=torch.int64) for numbers in lists.values()
+    )
     return _Asked(places, answers, Watch(queries, keys), needles, askers)
 
 

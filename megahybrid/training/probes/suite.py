@@ -29,7 +29,8 @@ class Probes:
         self._probes: list[TextProbes | RecallProbes] = []
         if asked & {"position", "gain", "hits"}:
             with validation_batches(replace(config, train=train), *groups.data_parallel()) as batches:
-                self._probes.append(TextProbes(config, list(batches)))
+                if batches.samples:
+                    self._probes.append(TextProbes(config, list(batches)))
         self._questions = questions(config, vocabulary) if asked & {"recall", "kept"} else []
         if self._questions:
             self._probes.append(RecallProbes(config, self._questions, vocabulary))
