@@ -31,6 +31,8 @@ from megahybrid.training.engine import Engine, StepResult
 from megahybrid.training.logs import log, rank_log
 from megahybrid.training.metrics_file import MetricsFile
 from megahybrid.training.ownership import Owner
+from megahybrid.training.probes import names
+from megahybrid.training.probes.suite import Probes
 from megahybrid.training.resume import check_data, check_resume, initial_weights
 from megahybrid.training.run_directory import RunDirectory, duration
 from megahybrid.training.saver import Saver
@@ -118,6 +120,7 @@ class Trainer:
         # Data first: what is wrong with it is found before anything is written.
         self.data = resources.enter_context(TrainingData(config, replica, replicas))
         self.validation = resources.enter_context(validation_batches(config, replica, replicas))
+        self.probes = Probes(config, self.data.opened.vocabulary) if config.evaluate.every else None
         resources.enter_context(rank_log(run.logs))
         self.watchdog = resources.enter_context(Watchdog(run, config.train.watch, groups.world()[0]))
         self_check()
@@ -138,6 +141,8 @@ class Trainer:
         self.tracker = Tracker(config if groups.is_main() else None, self.position.tracking_id, self.position.step)
         resources.callback(self.tracker.finish)
         self.saver = Saver(run.checkpoints, self.engine, self.data.opened.tokenizer_json, owner, self.metrics.write)
+        if self.probes is not None:
+            self._tell(str(self.probes))
         self.flops_per_token = flops_per_token(config).training
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_length
         self._status_written = 0.0
@@ -179,21 +184,24 @@ class Trainer:
 
     def run_until_told(self) -> None:
         """The remaining steps, with validations and checkpoints on the way; ends early when asked to stop."""
-        train, every = self.config.train, self.config.checkpoint.every
+        train, every, probe_every = self.config.train, self.config.checkpoint.every, self.config.evaluate.every
         self.write_status("running")
         began, first = time.perf_counter(), self.position.step
         for step in range(first + 1, train.steps + 1):
             result, metrics = self._step(step)
             last = step == train.steps
-            self.watchdog.beat(step, "validating or saving", long=True)
+            self.watchdog.beat(step, "validating, probing or saving", long=True)
             if last or (train.validate_every and step % train.validate_every == 0):
                 metrics["validation_loss"] = self.engine.validate(self.validation)
+            if self.probes is not None and (last or step % probe_every == 0):
+                metrics |= self.probes.run(self.engine)
             if self.saver.pending and not result.saving:
                 self.saver.finish()
             if last or result.stop or self.saver.failed or step % every == 0:
                 metrics["checkpoint_seconds"] = self.saver.start(self.position)
             self._record(metrics)
-            if step == first + 1 or step % train.log_every == 0 or "validation_loss" in metrics or result.skipped:
+            told = {"validation_loss", names.SECONDS} & metrics.keys()
+            if step == first + 1 or step % train.log_every == 0 or told or result.skipped:
                 left = (time.perf_counter() - began) / (step - first) * (train.steps - step)
                 self.say(_line(metrics, result, self._regulated(), train.steps, left))
             if result.stop and not last:
@@ -291,6 +299,9 @@ def _line(metrics: dict[str, Any], result: StepResult, regulated: list[str], ste
     parts = [f"step {metrics['step']:>{len(str(steps))}}/{steps}", f"loss {metrics['loss']:.4f}"]
     if metrics.get("validation_loss") is not None:
         parts.append(f"validation {metrics['validation_loss']:.4f}")
+    for key in metrics:
+        if key.startswith(names.ACCURACY) and metrics[key][1] is not None:
+            parts.append(f"{key.removeprefix(names.ACCURACY)} beyond the window {metrics[key][1]:.1%}")
     if result.skipped:
         parts.append(f"left out: {result.skipped}")
     speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
