@@ -11,6 +11,7 @@ from megahybrid.errors import UserError
 from megahybrid.tasks import TASKS, Vocabulary
 from megahybrid.tasks.draws import Draws
 from megahybrid.tasks.haystack import Prose, prose
+from megahybrid.tasks.words import ADJECTIVES, NOUNS
 from tests.tasks.texts import FAITHFUL, byte_level, bytes_alone, few_letters, lower_case, over_spaces, prose_text
 
 TEXT = [name for name, task in TASKS.items() if task.text]
@@ -147,6 +148,15 @@ def test_variables_are_a_chain_in_the_order_of_the_answers():
         assert [name for name, _ in made] == names and len(set(names)) == 7
         assert [value for _, value in made[1:]] == names[:-1] and f"value {made[0][1]}, they are:" in text
         assert [len(answer.needles) for answer in sample.answers] == [2] * 6 + [1]
+
+
+def test_units_end_where_words_do_and_noise_outnumbers_assignments():
+    vocabulary = vocabulary_of(MADE["byte_level"])
+    words = TASKS["niah_multikey_2"]
+    draft = words.draft(words.parameters(), 3_000_000, vocabulary, Draws("many"), None)
+    assert draft.most == len(ADJECTIVES) * len(NOUNS) - 1
+    tracking = TASKS["vt"]
+    assert tracking.draft(tracking.parameters(hops=7), 4096, vocabulary, Draws("few"), None).fewest == 9
 
 
 @pytest.mark.parametrize("tokenizer", ["byte_level", "threes", "sentence_pieces"])
