@@ -16,7 +16,7 @@ from tests.tasks.texts import FAITHFUL, byte_level, bytes_alone, few_letters, lo
 
 TEXT = [name for name, task in TASKS.items() if task.text]
 PROSE = [name for name in TEXT if hasattr(TASKS[name].parameters(), "haystack")]
-ONE_NEEDLE = [name for name in TEXT if name.startswith(("niah_single", "niah_multikey")) or name == "phonebook"]
+ONE_NEEDLE = [name for name in TEXT if TASKS[name].has_depth]
 MADE = {name: make() for name, make in FAITHFUL.items()}
 
 
@@ -99,6 +99,10 @@ def test_deeper_needles_stand_later(name, haystack):
     assert places == sorted(set(places))
     # What stands before and behind the haystack takes a part of both ends.
     assert np.abs(np.array(places) - depths).max() < 0.08
+
+
+def test_one_needle_is_asked_in_these():
+    assert [*TASKS][3:] == TEXT and set(TEXT) - set(ONE_NEEDLE) == {"niah_multivalue", "niah_multiquery", "vt"}
 
 
 @pytest.mark.parametrize("name", ["niah_multivalue", "niah_multiquery", "vt"])
