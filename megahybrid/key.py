@@ -70,7 +70,7 @@ def key(
     if above is None and at_least is None:
         above = 0
     rules = {_METADATA: Key(may_change, above, at_least, at_most, below, choices, otherwise)}
-    if isinstance(default, list):
+    if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=rules)
     return dataclasses.field(default=default, metadata=rules)
 
@@ -81,11 +81,11 @@ def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Key]]:
         name, value = prefix + field.name, getattr(section, field.name)
         if dataclasses.is_dataclass(value):
             yield from keys(value, f"{name}.")
-        elif isinstance(value, dict):
+        elif _METADATA in field.metadata:
+            yield name, value, field.metadata[_METADATA]
+        else:
             for inner, each in value.items():
                 yield from keys(each, f"{name}.{inner}.")
-        else:
-            yield name, value, field.metadata[_METADATA]
 
 
 def derived(section: Any) -> Any:
@@ -95,7 +95,7 @@ def derived(section: Any) -> Any:
         value, rules = getattr(section, field.name), field.metadata.get(_METADATA)
         if dataclasses.is_dataclass(value):
             changes[field.name] = derived(value)
-        elif isinstance(value, dict):
+        elif rules is None:
             changes[field.name] = {name: derived(each) for name, each in value.items()}
         elif rules.otherwise is not None and value in (None, []):
             changes[field.name] = rules.otherwise(section)

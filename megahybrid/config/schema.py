@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from megahybrid.key import key
 from megahybrid.mixers.kinds import KINDS, sections
@@ -171,20 +172,29 @@ class OptimizerConfig:
 
 @dataclass
 class SourceConfig:
-    """A folder of documents. When a run goes on it has to read the same data, however they were prepared."""
+    """A folder of documents, or a task. When a run goes on it has to read the same data, however they were
+    prepared."""
 
-    path: str = key(may_change=True)
-    """The folder."""
-    format: str = key("text", may_change=True, choices=tuple(FILE_NAMES))
+    path: str | None = key(None, may_change=True)
+    """The folder; not of a task."""
+    format: str = key("text", may_change=True, choices=(*FILE_NAMES, "task"))
     """text: a file is a document; jsonl: a line of a file is one, also in .gz and .zst; parquet: a row is one; npy and
-    bin: token ids of data.tokenizer, as numpy.save writes them or bare (or with llm.c's header)."""
-    include: list[str] = key([], may_change=True, otherwise=lambda source: list(FILE_NAMES[source.format]))
+    bin: token ids of data.tokenizer, as numpy.save writes them or bare (or with llm.c's header); task: samples that
+    are made while training, without end."""
+    task: str | None = key(None)
+    """task: its name in megahybrid.tasks."""
+    parameters: dict[str, Any] = key({})
+    """task: its parameters."""
+    stages: list[dict[str, Any]] = key([])
+    """task: other parameters for the first samples, such as [{until: 20000, length: 64}, {length: 512}]: each stage
+    lasts until this source has given so many samples of train.seq_length in all, and the last one for ever."""
+    include: list[str] = key([], may_change=True, otherwise=lambda source: list(FILE_NAMES.get(source.format, ())))
     """Glob patterns on the file name; *.txt, *.parquet, *.npy, *.bin, or *.jsonl with .gz and .zst, when left out."""
     exclude: list[str] = key([], may_change=True)
     """Folder names that are passed over wherever they stand."""
     weight: float | None = key(None, at_least=0)
     """Part of the training samples, relative to the other sources'; 0 leaves the source out. When no source says more
-    than 0, each counts by its size."""
+    than 0, each counts by its size. A task needs one."""
     dtype: str | None = key(None, may_change=True, choices=("uint16", "uint32"))
     """bin: what a token is stored as, uint16 or uint32."""
     eos_token_id: int | None = key(None, may_change=True, at_least=0)
@@ -198,8 +208,8 @@ class SourceConfig:
 class DataConfig:
     """Text, tokenizer and shards."""
 
-    path: str = key(may_change=True)
-    """Where `prepare` writes the tokenizer and the shards, and `train` reads them."""
+    path: str | None = key(None, may_change=True)
+    """Where `prepare` writes the tokenizer and the shards, and `train` reads them; tasks alone need none."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Named sources of text."""
     tokenizer: str | None = key(None, may_change=True)

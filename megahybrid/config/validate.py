@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
 from megahybrid.config.batch import micro_batches
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config, SourceConfig
+from megahybrid.config.task_sources import check_stages, task_sources, text_sources
 from megahybrid.errors import UserError
 from megahybrid.key import derived, keys
 from megahybrid.mixers import KINDS
+from megahybrid.tasks import Vocabulary
 
 
 def validate(config: Config) -> None:
@@ -126,7 +129,7 @@ def _training(config: Config) -> None:
 
 def _data(config: Config) -> None:
     data = config.data
-    if "://" in data.path:
+    if "://" in str(data.path):
         raise UserError(
             f"data.path '{data.path}' must be a local folder; copy what `prepare` writes there and set data.remote."
         )
@@ -138,13 +141,34 @@ def _data(config: Config) -> None:
     if data.remote is not None and data.cache is None:
         raise UserError("data.remote needs data.cache, a folder on each node's own disk for the shards in use.")
     for name, source in data.sources.items():
+        _keys_of_format(f"data.sources.{name}", source)
         _tokens(f"data.sources.{name}", source, data.tokenizer)
+    if data.path is None and (text_sources(config) or not data.sources):
+        raise UserError("data.path is not set; give the folder where `prepare` writes.")
     weights = {name: source.weight for name, source in data.sources.items()}
     if weights and not any(weight is None or weight > 0 for weight in weights.values()):
         raise UserError("Every source in data.sources has weight 0; give at least one a weight above 0.")
     if None in weights.values() and any(weights.values()):
         unset = ", ".join(name for name, weight in weights.items() if weight is None)
         raise UserError(f"data.sources has weights, but not for {unset}; give every source one, or none.")
+    if any(weight is None for name, weight in weights.items() if name in task_sources(config)):
+        raise UserError("A task has no size to count by; give every source in data.sources a weight.")
+    check_stages(config, Vocabulary(config.model.vocab_size, 0))
+
+
+def _keys_of_format(where: str, source: SourceConfig) -> None:
+    """Refuse what a source of another format has, and demand what one of its own needs."""
+    task, needed = ("task", "parameters", "stages"), "task" if source.format == "task" else "path"
+    if getattr(source, needed) is None:
+        what = "the task" if needed == "task" else "the folder of its files"
+        raise UserError(f"{where}.{needed} is not set; give {what}.")
+    for field in dataclasses.fields(source):
+        known = field.name in task if source.format == "task" else field.name not in task
+        if field.name in ("format", "weight") or known:
+            continue
+        if getattr(source, field.name) not in (None, [], {}, field.default):
+            formats = "all formats but task" if source.format == "task" else "the format task"
+            raise UserError(f"{where}.{field.name} is for {formats}; leave it out.")
 
 
 def _tokens(key: str, source: SourceConfig, tokenizer: str | None) -> None:

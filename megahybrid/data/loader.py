@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import distributed as dist
 
 from megahybrid.config.schema import Config
+from megahybrid.config.task_sources import task_sources, text_sources
 from megahybrid.config.validate import check_replicas
 from megahybrid.data.documents import TRAIN, VALIDATION
-from megahybrid.data.order import OrderedSource, SampleOrder, apportion
+from megahybrid.data.opened import open_data
+from megahybrid.data.order import ENDLESS, OrderedSource, SampleOrder, apportion
 from megahybrid.data.packing import Batch, pack
-from megahybrid.data.prepared import Prepared, open_prepared, open_store
+from megahybrid.data.prepared import Prepared, open_store
 from megahybrid.data.shards import ShardReader
+from megahybrid.data.task_rows import TaskRows
 from megahybrid.errors import MachineFault, UserError
 
 
@@ -41,25 +46,27 @@ class TrainingData:
         config, dp_size = self._config, self._rank[1]
         train = config.train
         check_replicas(config, dp_size)
-        self.prepared: Prepared = open_prepared(config)
-        """What `prepare` wrote."""
-        weights = _weights(config, self.prepared)
-        self._reader = ShardReader(self.prepared, open_store(config), TRAIN, weights, train.seq_length)
+        self.opened = open_data(config)
+        """What the sources are."""
+        self._rows = TaskRows(config, self.opened.vocabulary)
+        weights = _weights(config, self.opened.prepared)
+        self._reader = ShardReader(self.opened.prepared, open_store(config), TRAIN, weights, train.seq_length)
         samples = self._reader.shard_samples
         sources = [OrderedSource(name, samples[name], weight) for name, weight in weights.items()]
+        sources += [OrderedSource(name, np.empty(0, np.int64), weight) for name, weight in self._rows.weights.items()]
         self._order = SampleOrder(sources, train.seed, config.data.shuffle_block_size)
-        if rare := [name for name, count in zip(weights, self._order.counts, strict=True) if count == 0]:
+        if rare := [each.name for each, count in zip(sources, self._order.counts, strict=True) if count == 0]:
             raise UserError(
                 f"data.sources.{rare[0]}.weight is so small that {self.samples_per_epoch:,} samples have none of it; "
                 "raise it, or set it to 0."
             )
-        if self.samples_per_epoch < train.global_batch_size:
+        if weights and self.samples_per_epoch < train.global_batch_size:
             raise UserError(
                 f"The prepared text holds {self.samples_per_epoch:,} samples, fewer than train.global_batch_size "
                 f"({train.global_batch_size:,}); add text or lower it."
             )
         self._require_cache(weights)
-        return self.prepared.identity
+        return self.opened.identity
 
     def seek(self, consumed: int) -> None:
         """Go to where `consumed` samples have been read. Raises UserError if that is not a whole number of steps."""
@@ -85,19 +92,28 @@ class TrainingData:
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch. Raises UserError for a damaged shard."""
         train = self._config.train
-        rank, size = self._rank
+        size = self._rank[1]
         self._look_ahead()
-        indices = self._order.indices(self._consumed, train.global_batch_size)[rank::size]
-        batches = list(_micro_batches(self._reader, indices.tolist(), self._config))
+        batches = list(_micro_batches(self._sample, self._indices(), self._config, bool(self._rows.weights)))
         read = sum(len(batch.tokens) for batch in batches)
         if read * size != train.global_batch_size * train.seq_length:
             raise RuntimeError(f"read {read} tokens of a global batch of {train.global_batch_size} samples")
         self._consumed += train.global_batch_size
+        self._rows.look_ahead([index for index in self._indices() if index >= ENDLESS])
         return batches
+
+    def _indices(self) -> list[int]:
+        """Of this rank's samples of the next global batch."""
+        rank, size = self._rank
+        return self._order.indices(self._consumed, self._config.train.global_batch_size)[rank::size].tolist()
+
+    def _sample(self, index: int) -> Mapping[str, NDArray]:
+        return self._reader[index] if index < ENDLESS else self._rows[index]
 
     def close(self) -> None:
         """End the background threads. Nothing can be read afterwards."""
         self._reader.close()
+        self._rows.close()
 
     def __enter__(self) -> TrainingData:
         return self
@@ -148,8 +164,9 @@ class ValidationData:
         self._indices = self._set[dp_rank::dp_size]
 
     def _open(self) -> str:
-        prepared = open_prepared(self._config)
-        held = prepared.sources_of(VALIDATION)
+        opened = open_data(self._config)
+        prepared = opened.prepared
+        held = prepared.sources_of(VALIDATION) if prepared else {}
         sources = [name for name in _weights(self._config, prepared) if name in held]
         length = self._config.train.seq_length
         self._reader = ShardReader(prepared, open_store(self._config), VALIDATION, sources, length)
@@ -160,7 +177,7 @@ class ValidationData:
         for size, count in zip(sizes, apportion(self.samples, sizes) if sizes else [], strict=True):
             self._set += range(first, first + count)
             first += size
-        return prepared.identity
+        return opened.identity
 
     def __len__(self) -> int:
         """Micro-batches of this rank; the last may hold fewer samples than the others."""
@@ -168,7 +185,7 @@ class ValidationData:
 
     def __iter__(self) -> Iterator[Batch]:
         self._reader.look_ahead(self._reader.shards_of(self._indices))
-        yield from _micro_batches(self._reader, self._indices, self._config)
+        yield from _micro_batches(self._reader.__getitem__, self._indices, self._config)
 
     def close(self) -> None:
         """End the background threads. Nothing can be read afterwards."""
@@ -186,33 +203,36 @@ def validation_batches(config: Config, dp_rank: int, dp_size: int) -> Validation
     return ValidationData(config, dp_rank, dp_size)
 
 
-def _weights(config: Config, prepared: Prepared) -> dict[str, float]:
-    """The sources in use, sorted by name, with their weights: those of the recipe, or their sizes.
+def _weights(config: Config, prepared: Prepared | None) -> dict[str, float]:
+    """The sources of text in use, sorted by name, with their weights: those of the recipe, or their sizes.
 
-    Raises UserError for a source with a weight and without samples, and if no source is left.
+    Raises UserError for a source with a weight and without samples, and if no source, nor a task, is left.
     """
-    sizes = prepared.sources_of(TRAIN)
-    given = {name: source.weight for name, source in config.data.sources.items() if source.weight is not None}
+    sizes = prepared.sources_of(TRAIN) if prepared else {}
+    given = {name: source.weight for name, source in text_sources(config).items() if source.weight is not None}
     for name, weight in given.items():
         if weight > 0 and name not in sizes:
             raise UserError(
                 f"data.sources.{name} has a weight but less than one sample of text; add text or set its weight to 0."
             )
-    if any(given.values()):
+    tasks = any(source.weight for source in task_sources(config).values())
+    if any(given.values()) or tasks:
         weights = {name: given.get(name, 0.0) for name in sizes}
     else:
         weights = {name: float(size) for name, size in sizes.items() if name not in given}
     weights = {name: weight for name, weight in weights.items() if weight > 0}
-    if not weights:
+    if not weights and not tasks:
         raise UserError("No source is left to train on; give one that has samples a weight above 0.")
     return weights
 
 
-def _micro_batches(reader: ShardReader, indices: Sequence[int], config: Config) -> Iterator[Batch]:
+def _micro_batches(
+    read: Callable[[int], Mapping[str, NDArray]], indices: Sequence[int], config: Config, weighted: bool = False
+) -> Iterator[Batch]:
     size = config.train.micro_batch_size
     for begin in range(0, len(indices), size):
         part = indices[begin : begin + size]
-        yield pack([reader[index] for index in part], part, config.data.document_masking)
+        yield pack([read(index) for index in part], part, config.data.document_masking, weighted)
 
 
 def _on_all_ranks(open_data: Callable[[], str]) -> None:

@@ -6,6 +6,9 @@ epoch; a source goes on in the next epoch where it stopped. So when weights are 
 once; with other weights some sources need several epochs for a pass, others make several passes in one, and still no
 sample comes again before all others of its source have come. An epoch is cut into blocks of about `block_size`
 samples, and a block is shuffled as a whole: any place in the order is found without computing what comes before it.
+
+An endless source has no passes: its samples come once, in the order of their numbers, at random places of a block. It
+adds nothing to the length of an epoch, which is a block where no other source is.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
+
+ENDLESS = 1 << 40
+"""The index of the first sample of the first endless source; each source's first is as far behind the last's."""
 
 
 def permutation(size: int, *key: object) -> NDArray[np.int64]:
@@ -44,7 +50,7 @@ class OrderedSource:
     name: str
     """Its name, part of its shuffle's key."""
     shard_samples: NDArray[np.int64]
-    """`[shards]`: samples of each shard, in the order of their indices."""
+    """`[shards]`: samples of each shard, in the order of their indices; of no shard where the source is endless."""
     weight: float
     """Part of an epoch, relative to the other sources'."""
 
@@ -55,17 +61,21 @@ class OrderedSource:
 
 
 class SampleOrder:
-    """The endless order of samples; indices count through the sources' shards in the order given."""
+    """The endless order of samples; indices count through the sources' shards in the order given, those of endless
+    sources from the multiples of ENDLESS on."""
 
     def __init__(self, sources: Sequence[OrderedSource], seed: int, block_size: int):
-        """Every source has a sample at least. `block_size`: samples that are shuffled among each other."""
-        self._sources = [_Passes(source, seed) for source in sources]
-        sizes = [source.samples for source in sources]
-        self.samples_per_epoch = sum(sizes)
+        """Endless sources come after all others, which have a sample each at least. `block_size`: samples that are
+        shuffled among each other."""
+        sizes = [source.samples for source in sources if source.samples]
+        self._finite = len(sizes)
+        self._sources = [_Passes(source, seed) if source.samples else _Endless() for source in sources]
+        self.samples_per_epoch = sum(sizes) or block_size
         """Samples before the order's next epoch begins."""
         self.counts = apportion(self.samples_per_epoch, [source.weight for source in sources])
         """Of each source, the samples in an epoch."""
-        self._offsets = np.cumsum([0, *sizes]).tolist()
+        self._offsets = [*np.cumsum([0, *sizes])[:-1].tolist()]
+        self._offsets += [ENDLESS * (number + 1) for number in range(len(sources) - self._finite)]
         self._shard_offsets = np.cumsum([0, *(len(source.shard_samples) for source in sources)]).tolist()
         self._seed = seed
         self._blocks = max(1, -(-self.samples_per_epoch // block_size))
@@ -133,13 +143,28 @@ class SampleOrder:
             parts = [
                 offset + source.samples(begin, end)
                 for source, offset, (begin, end) in zip(
-                    self._sources, self._offsets, self._shares(epoch, block), strict=False
+                    self._sources, self._offsets, self._shares(epoch, block), strict=True
                 )
             ]
             members = np.concatenate(parts)
             self._cached = dict(list(self._cached.items())[-1:])  # a step may lie across two blocks
-            self._cached[epoch, block] = members[permutation(len(members), "block", self._seed, epoch, block)]
+            shuffled = members[permutation(len(members), "block", self._seed, epoch, block)]
+            for part in parts[self._finite :]:
+                shuffled[np.isin(shuffled, part)] = part
+            self._cached[epoch, block] = shuffled
         return self._cached[epoch, block]
+
+
+class _Endless:
+    """A source's endless sequence of samples that are in no shard."""
+
+    def spans(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """As `_Passes.spans`: none."""
+        return iter(())
+
+    def samples(self, begin: int, end: int) -> NDArray[np.int64]:
+        """As `_Passes.samples`."""
+        return np.arange(begin, end)
 
 
 class _Passes:

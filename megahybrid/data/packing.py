@@ -28,6 +28,8 @@ class Batch:
     """int64 `[T]`: the index, in the split, of the sample that each token comes from."""
     sample_positions: Tensor
     """int64 `[T]`: each token's position in its sample."""
+    weights: Tensor | None = None
+    """fp32 `[T]`: what each label weighs in the loss; None where all weigh 1."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on a device, without waiting for the copies."""
@@ -38,23 +40,35 @@ class Batch:
             replace(self.sequences, cu_seqlens=_move(self.sequences.cu_seqlens, device)),
             _move(self.samples, device),
             _move(self.sample_positions, device),
+            None if self.weights is None else _move(self.weights, device),
         )
 
 
-def pack(samples: Sequence[Mapping[str, NDArray]], indices: Sequence[int], document_masking: bool) -> Batch:
-    """Lay stored samples (`tokens` `[L + 1]`, `borders`) end to end; `indices` are theirs in the split."""
+def pack(
+    samples: Sequence[Mapping[str, NDArray]], indices: Sequence[int], document_masking: bool, weighted: bool = False
+) -> Batch:
+    """Lay samples (`tokens` `[L + 1]`, `borders`, of a task's also `weights` `[L]`) end to end.
+
+    Args:
+        samples: all of one length. The borders of those with weights hold without document masking, too.
+        indices: theirs in the split.
+        document_masking: whether documents in a sample do not see each other.
+        weighted: whether the batch has weights.
+    """
     rows = torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64))
     length = rows.shape[1] - 1
     lengths: list[int] = []
     for sample in samples:
-        borders = sample["borders"].tolist() if document_masking else [0]
+        borders = sample["borders"].tolist() if document_masking or "weights" in sample else [0]
         lengths += (end - begin for begin, end in pairwise([*borders, length]))
+    weights = np.stack([sample.get("weights", np.ones(length, np.float32)) for sample in samples]) if weighted else None
     return Batch(
         tokens=rows[:, :-1].reshape(-1),
         labels=rows[:, 1:].reshape(-1),
         sequences=Sequences.of(lengths),
         samples=torch.tensor([int(index) for index in indices]).repeat_interleave(length),
         sample_positions=torch.arange(length).repeat(len(samples)),
+        weights=None if weights is None else torch.from_numpy(weights).reshape(-1),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from megahybrid.config.schema import Config
+from megahybrid.config.task_sources import text_sources
 from megahybrid.data.documents import (
     TRAIN,
     VALIDATION,
@@ -37,12 +38,12 @@ def plan(config: Config, skipped: Skipped) -> dict[str, list[Unit]]:
     if not config.data.sources:
         raise UserError("data.sources is empty; name at least one folder of text, such as data.sources.books.path=DIR.")
     units = {}
-    for name, source in sorted(config.data.sources.items()):
+    for name, source in text_sources(config).items():
         if not is_source_name(name):
             raise UserError(f"data.sources.{name} needs another name, one that can name a folder beside tokenizer/.")
         if source.format == "parquet":
             pyarrow(name)
-        root = Path(source.path).expanduser()
+        root = Path(str(source.path)).expanduser()
         files = list_files(name, root, include_patterns(source), source.exclude, skipped)
         size = min(max(sum(files.values()) // _UNITS, _SMALLEST_UNIT), _LARGEST_UNIT)
         if source.format == "text":

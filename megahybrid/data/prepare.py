@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from megahybrid.config.schema import Config
+from megahybrid.config.task_sources import task_sources, text_sources
 from megahybrid.data import writing
 from megahybrid.data.assembly import assemble
 from megahybrid.data.blocks import blocks_of
 from megahybrid.data.documents import TRAIN, VALIDATION, Skipped, Unit
 from megahybrid.data.mds import token_dtype
 from megahybrid.data.planning import fingerprint, plan
-from megahybrid.data.prepared import Prepared, SplitCounts, differences, find_prepared, prepare_settings
+from megahybrid.data.prepared import Prepared, SplitCounts, data_identity, differences, find_prepared, prepare_settings
 from megahybrid.data.progress import progress
 from megahybrid.data.reading import read_unit
 from megahybrid.data.tokenizer import Tokenizer, tokenizer_file, tokenizer_hash
@@ -48,12 +49,14 @@ def prepare(config: Config, report: Report = print) -> Prepared:
     What is written does not depend on data.workers. Call it from one process.
     Raises UserError for sources without text, for a tokenizer that does not fit, and if data.path holds anything else.
     """
+    if task_sources(config) and not text_sources(config):
+        raise UserError("All sources of the recipe are tasks, made while training: there is nothing to prepare.")
     settings = prepare_settings(config)
-    target = Path(config.data.path).expanduser().absolute()
+    target = Path(str(config.data.path)).expanduser().absolute()
     if (prepared := _already(target, settings)) is not None:
         report(
             f"{target} is already prepared: {prepared.samples(TRAIN):,} samples to train on, "
-            f'data.identity "{prepared.identity}".'
+            f'data.identity "{data_identity(config, prepared)}".'
         )
         return prepared
     skipped = Skipped()
@@ -88,7 +91,7 @@ def prepare(config: Config, report: Report = print) -> Prepared:
         prepared.save()
         _appear(place / "final", target)
     prepared.root = target
-    report(f'Prepared {target}, data.identity "{prepared.identity}".')
+    report(f'Prepared {target}, data.identity "{data_identity(config, prepared)}".')
     return prepared
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megahybrid.config.schema import Config, SourceConfig
+from megahybrid.config.task_sources import find_task, task_sources, task_stages, text_sources
 from megahybrid.data.documents import TRAIN, VALIDATION
 from megahybrid.data.mds import token_dtype
 from megahybrid.data.stores import Folder, Remote, Store
@@ -20,6 +21,8 @@ from megahybrid.errors import MachineFault, UserError
 from megahybrid.files import write_json
 from megahybrid.key import derived
 
+TOKENIZER = "tokenizer/tokenizer.json"
+"""The tokenizer's file in data.path."""
 _FILE = "dataset.json"
 _VERSION = 2
 
@@ -67,7 +70,7 @@ class Prepared:
     @property
     def tokenizer_file(self) -> Path:
         """The tokenizer that the tokens come from."""
-        return self.root / "tokenizer" / "tokenizer.json"
+        return self.root / TOKENIZER
 
     def samples(self, split: str) -> int:
         """Samples of a split over all sources."""
@@ -104,8 +107,8 @@ def prepare_settings(config: Config) -> dict[str, Any]:
         settings["model.vocab_size"] = config.model.vocab_size
     else:
         settings["data.tokenizer"] = f"sha256:{tokenizer_hash(tokenizer_file(data.tokenizer))}"
-    for name, source in sorted(data.sources.items()):
-        settings[f"data.sources.{name}.path"] = str(Path(source.path).expanduser().absolute())
+    for name, source in text_sources(config).items():
+        settings[f"data.sources.{name}.path"] = str(Path(str(source.path)).expanduser().absolute())
         settings[f"data.sources.{name}.format"] = source.format
         settings[f"data.sources.{name}.include"] = include_patterns(source)
         settings[f"data.sources.{name}.exclude"] = list(source.exclude)
@@ -182,10 +185,10 @@ def _is_sha256(value: object) -> bool:
 
 
 def open_store(config: Config) -> Store:
-    """Where training reads from: data.path, or data.remote through data.cache. Raises UserError."""
+    """Where training reads text from: data.path, or data.remote through data.cache. Raises UserError."""
     data = config.data
     if data.remote is None:
-        return Folder(Path(data.path).expanduser())
+        return Folder(Path(str(data.path)).expanduser())
     limit = None if data.cache_limit is None else int(data.cache_limit * 1e9)
     return Remote(data.remote, Path(str(data.cache)).expanduser().absolute(), limit)
 
@@ -204,23 +207,19 @@ def open_prepared(config: Config) -> Prepared:
     prepared = _parse(store, store.remedy())
     _check_fit(prepared, config, where)
     try:
-        store.read("tokenizer/tokenizer.json", prepared.tokenizer_sha256)
+        store.read(TOKENIZER, prepared.tokenizer_sha256)
     except MachineFault:
         raise
     except UserError as error:
         raise UserError(
-            f"{store.describe('tokenizer/tokenizer.json')} is missing or not the tokenizer that the data was prepared "
+            f"{store.describe(TOKENIZER)} is missing or not the tokenizer that the data was prepared "
             f"with; put it back, or {store.remedy()}."
         ) from error
     return prepared
 
 
 def _check_fit(prepared: Prepared, config: Config, where: str) -> None:
-    if config.data.identity not in (None, prepared.identity):
-        raise UserError(
-            f"{where} holds data whose identity is {prepared.identity}, but data.identity is {config.data.identity}; "
-            "put back the data that was meant, or change the key."
-        )
+    check_identity(config, data_identity(config, prepared), where)
     length = config.train.seq_length
     if length > prepared.seq_length:
         raise UserError(
@@ -237,11 +236,36 @@ def _check_fit(prepared: Prepared, config: Config, where: str) -> None:
             f"{where} has {prepared.vocab_size} tokens in its vocabulary, more than "
             f"model.vocab_size ({config.model.vocab_size}); raise model.vocab_size or prepare into another data.path."
         )
-    named = set(config.data.sources)
+    named = set(text_sources(config))
     if named and named != set(prepared.sources):
         raise UserError(
             f"{where} was prepared from {_listed(prepared.sources)}, but data.sources names {_listed(named)}; prepare "
             "into another data.path, or leave a source out by weight 0."
+        )
+
+
+def data_identity(config: Config, prepared: Prepared | None) -> str:
+    """`Prepared.identity`; with task sources, of which `prepare` writes nothing, a hash of that and of all that decides
+    their samples. Raises UserError."""
+    tasks = {}
+    for name, source in task_sources(config).items():
+        task = find_task(str(source.task), f"data.sources.{name}.task")
+        tasks[name] = [(stage.until, task.identity(stage.parameters)) for stage in task_stages(name, source)]
+    if not tasks and prepared is not None:
+        return prepared.identity
+    text = prepared.identity if prepared else None
+    if prepared is None and config.data.tokenizer is not None:
+        text = tokenizer_hash(tokenizer_file(config.data.tokenizer))
+    facts = json.dumps([text, config.model.vocab_size, config.train.seq_length, tasks], sort_keys=True)
+    return hashlib.blake2b(facts.encode(), digest_size=8).hexdigest()
+
+
+def check_identity(config: Config, found: str, where: str) -> None:
+    """Raises UserError unless data of this identity, which `where` holds, may be read."""
+    if config.data.identity not in (None, found):
+        raise UserError(
+            f"{where} holds data whose identity is {found}, but data.identity is {config.data.identity}; "
+            "put back the data that was meant, or change the key."
         )
 
 

@@ -47,8 +47,8 @@ class ShardReader:
     its size, hash and description when this process first reads from it. Faults that pass are waited for.
     """
 
-    def __init__(self, prepared: Prepared, store: Store, split: str, sources: Iterable[str], seq_length: int):
-        """`seq_length`: tokens of a piece, a divisor of prepared.seq_length.
+    def __init__(self, prepared: Prepared | None, store: Store, split: str, sources: Iterable[str], seq_length: int):
+        """`seq_length`: tokens of a piece, a divisor of prepared.seq_length; `prepared` may be None without sources.
 
         Raises UserError, naming the file, for an index or a size that is not what was prepared.
         """
@@ -58,14 +58,14 @@ class ShardReader:
         """Source → `[shards]`: pieces that each of its shards holds."""
         self._store = store
         self._length = seq_length
-        self._pieces = prepared.seq_length // seq_length
+        self._pieces = prepared.seq_length // seq_length if prepared else 1
         for source in sources:
             shards = _index(prepared, store, source, split)
             self.shards += shards
             self.shard_samples[source] = np.array([shard.samples for shard in shards], np.int64) * self._pieces
         store.check_sizes([shard.file for shard in self.shards])
         self._ends = np.cumsum([shard.samples for shard in self.shards])
-        self._vocab_size = prepared.vocab_size
+        self._vocab_size = prepared.vocab_size if prepared else 0
         self._places: dict[int, tuple[str, str]] = {}
         self._touched: dict[int, float] = {}
         self._fetcher = Fetcher(

@@ -41,7 +41,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
-        self._backend = backend
+        self._backend, self._origin = backend, origin
         self.document_token = next((name for name in _DOCUMENT_TOKENS if backend.token_to_id(name) is not None), "")
         """The token that begins every document."""
         if not self.document_token:
@@ -91,12 +91,21 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write tokenizer.json, atomically."""
-        write_text(path, self._backend.to_str(pretty=True))
+        write_text(path, self.to_json())
+
+    def to_json(self) -> str:
+        """The text of its tokenizer.json."""
+        return self._backend.to_str(pretty=True)
 
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id."""
         return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def of_numbers(self) -> bool:
+        """Whether its text is numbers (number_tokenizer.py): the model that it belongs to knows bare tokens only."""
+        return isinstance(self._backend.model, models.WordLevel)
 
     def require_fit(self, vocab_size: int) -> None:
         """Raises UserError if the embedding, of `vocab_size` rows, lacks a row for some token."""
@@ -112,7 +121,12 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without document tokens; uses all cores."""
-        return [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            return [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except Exception as error:  # the library's own, of a tokenizer without a token for what it does not know
+            known = f"knows the numbers from 1 to {self.vocab_size - 1}, with spaces between them"
+            fault = known if self.of_numbers else f"cannot write this text: {_first_line(error)}"
+            raise UserError(f"{self._origin} {fault}.") from error
 
     def encode_spans(self, text: str, ranges: Sequence[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a text, without a document token, and for each range of its characters, given by its begin and

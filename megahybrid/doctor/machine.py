@@ -19,7 +19,8 @@ import torch
 from megahybrid import code_version
 from megahybrid.config.schema import Config
 from megahybrid.data.documents import TRAIN, VALIDATION
-from megahybrid.data.prepared import open_prepared, open_store
+from megahybrid.data.opened import open_data
+from megahybrid.data.prepared import open_store
 from megahybrid.data.shards import ShardReader
 from megahybrid.doctor.finding import Finding
 from megahybrid.errors import UserError
@@ -134,8 +135,11 @@ def data(config: Config | None) -> Iterator[Finding]:
     if config is None:
         return
     try:
-        prepared = open_prepared(config)
-        yield Finding(f'data.identity is "{prepared.identity}"')
+        opened = open_data(config)
+        yield Finding(f'data.identity is "{opened.identity}"')
+        if (prepared := opened.prepared) is None:
+            yield Finding("all sources are tasks, made while training")
+            return
         for split in (TRAIN, VALIDATION):
             sources = prepared.sources_of(split)
             if not sources:

@@ -131,7 +131,7 @@ def _write_small_files(part: Path, folder: Path, config: Config, tokenizer: Toke
 def _beginning_documents(file: Path, tokenizer: Tokenizer) -> str:
     """tokenizer.json, changed where needed so that a text begins with the document token, as in training."""
     backend = Backend.from_file(str(file))
-    if backend.encode("a").ids[:1] != [tokenizer.document_id]:
+    if backend.encode("").ids[:1] != [tokenizer.document_id]:
         token = tokenizer.document_token
         backend.post_processor = TemplateProcessing(
             single=[token, "$A"], pair=[token, "$A", token, "$B"], special_tokens=[(token, tokenizer.document_id)]

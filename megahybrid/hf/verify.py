@@ -97,11 +97,12 @@ def converted_model(trained: Stack, config: Config) -> MegahybridForCausalLM:
 
 @torch.no_grad()
 def compare(trained: Stack, exported: nn.Module, tokenizer: Tokenizer, report: Report) -> None:
-    """Compare logits on TEXT, whole and continued step by step; reports the worst and mean difference.
+    """Compare logits on TEXT, or numbers, whole and continued step by step; reports the worst and mean difference.
 
     Raises UserError for a difference above TOLERANCE.
     """
-    tokens = torch.tensor([tokenizer.document_id, *tokenizer.encode(TEXT)][:MOST_TOKENS])
+    text = " ".join(map(str, range(1, tokenizer.vocab_size))) if tokenizer.of_numbers else TEXT
+    tokens = torch.tensor([tokenizer.document_id, *tokenizer.encode(text)][:MOST_TOKENS])
     expected = _logits(trained, tokens)
     differences = [
         (found - expected).abs()

@@ -56,7 +56,7 @@ def _kernels(config: Config) -> None:
 def _data(config: Config, replicas: int) -> str:
     """The identity of the data, whose files are all there, have their sizes and fit the configuration."""
     with TrainingData(config, 0, replicas) as training, ValidationData(config, 0, replicas):
-        return training.prepared.identity
+        return training.opened.identity
 
 
 def _going_on(config: Config, start: Path, data: str | None) -> None:

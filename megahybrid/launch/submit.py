@@ -137,11 +137,13 @@ def _elsewhere(config: Config, run_dir: Path) -> Config:
     train, init_from = config.train, config.train.init_from
     if init_from is not None:
         train = dataclasses.replace(train, init_from=str(Path(init_from).resolve()))
+    paths = {name: getattr(config.data, name) for name in ("path", "tokenizer")}
+    absolute = {name: str(Path(path).expanduser().resolve()) for name, path in paths.items() if path is not None}
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, dir=str(run_dir)),
         train=train,
-        data=dataclasses.replace(config.data, path=str(Path(config.data.path).expanduser().resolve())),
+        data=dataclasses.replace(config.data, **absolute),
     )
 
 

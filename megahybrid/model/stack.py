@@ -28,7 +28,7 @@ class StackOutput(NamedTuple):
         hidden: `[tokens, 1, hidden]`, after the final norm where this is the last stage; with sequence parallelism
             `[tokens / tensor, 1, hidden]`.
         loss: of the last stage, when labels were given: the sum of `losses` and `train.z_loss` times that of
-            `normalisers` squared, at least fp32. Gradients come through it alone, once.
+            `normalisers` squared, each by its label's weight, at least fp32. Gradients come through it alone, once.
         losses: negative log-likelihood of every label in nats, `[tokens]`, at least fp32, likewise.
         normalisers: log of the softmax's normaliser, `[tokens]`, at least fp32, likewise.
         aux: by-products by layer number, in training, where there are any.
@@ -79,8 +79,12 @@ class Stack(nn.Module):
         context: Context,
         labels: Tensor | None = None,
         states: dict[int, Any] | None = None,
+        weights: Tensor | None = None,
     ) -> StackOutput:
-        """Tokens and labels int64 `[tokens]` → hidden states and, on the last stage, losses."""
+        """Tokens and labels int64 `[tokens]` → hidden states and, on the last stage, losses.
+
+        `weights` fp32 `[tokens]` are the labels' in the loss, all 1 when left out.
+        """
         x, addend = self.embedding(tokens) if self.first else self._input, None
         aux: dict[int, Aux] = {}
         after: dict[int, Any] = {}
@@ -99,17 +103,17 @@ class Stack(nn.Module):
         else:
             x, _ = self.final_norm(x, addend)
             if labels is not None:
-                loss, losses, normalisers = self._loss(x, labels)
+                loss, losses, normalisers = self._loss(x, labels, weights)
         return StackOutput(x, loss, losses, normalisers, aux, after if states else {})
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[tokens, 1, hidden]` → `[tokens, vocabulary of this tensor parallel rank]`."""
         return F.linear(enter(hidden, self.settings.sequence_parallel).squeeze(1), self._output_weight())
 
-    def _loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss(self, hidden: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         x = enter(hidden, self.settings.sequence_parallel).squeeze(1)
         group = parallel_state.get_tensor_model_parallel_group()
-        return linear_cross_entropy(x, self._output_weight(), labels, z_loss=self.z_loss, group=group)
+        return linear_cross_entropy(x, self._output_weight(), labels, weights, self.z_loss, group)
 
     def _output_weight(self) -> Tensor:
         return self.embedding.weight if self.settings.model.tie_embeddings else self.output.weight

@@ -99,6 +99,12 @@ def sum_over_all(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def sum_over_replicas(value: torch.Tensor) -> torch.Tensor:
+    """`value` summed in place over the data parallel replicas."""
+    dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
+    return value
+
+
 def max_over_all(value: int) -> int:
     """The largest `value` of all processes."""
     largest = torch.tensor(value, device=device())

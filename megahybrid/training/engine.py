@@ -33,7 +33,7 @@ class StepResult:
     """One optimizer step, over the whole global batch.
 
     Attributes:
-        loss: mean negative log-likelihood a token, nats.
+        loss: mean negative log-likelihood a token by the labels' weights, nats.
         aux_losses: the auxiliary losses as they entered the loss, by their names in metrics.jsonl.
         grad_norm: norm of the gradient before clipping; inf if it was not finite.
         learning_rate: the learning rate of this step.
@@ -140,8 +140,10 @@ class Engine:
     def _run(self, batches: Sequence[Batch], step: int, report: StepReport) -> None:
         """All micro-batches forward and backward."""
 
+        divisor = self._divisor(batches)
+
         def forward(model, batch: Batch) -> Tensor:
-            return self._forward(model, batch, step, len(batches), report)
+            return self._forward(model, batch, step, len(batches), divisor, report)
 
         if self.config.parallel.zero_stage == 1:
             schedule.run(self.stages, batches, len(batches[0].tokens), forward)
@@ -151,20 +153,34 @@ class Engine:
             if number < len(batches):  # the last one is the caller's
                 self.deepspeed.step()
 
-    def _forward(self, model, batch: Batch, step: int, micro_batches: int, report: StepReport) -> Tensor:
+    def _divisor(self, batches: Sequence[Batch]) -> float | Tensor:
+        """What a micro-batch's loss is divided by, on the way to the mean over all labels of the step by their weights:
+        the mean sum of a micro-batch's weights, since schedules and ZeRO take the mean over micro-batches and replicas.
+
+        A sum of 0, where no label counts, leaves a loss and gradients of 0.
+        """
+        if batches[0].weights is None:
+            return self.config.train.micro_batch_size * self.config.train.seq_length
+        total = torch.stack([batch.weights.sum(dtype=torch.float64) for batch in batches]).sum()
+        total = groups.sum_over_replicas(total.to(self.device)) / (len(batches) * groups.data_parallel()[1])
+        return torch.where(total > 0, total, 1)
+
+    def _forward(
+        self, model, batch: Batch, step: int, micro_batches: int, divisor: float | Tensor, report: StepReport
+    ) -> Tensor:
         """A micro-batch through one stage: its hidden states, or its loss where the stage is the last one."""
         batch = batch.to(self.device)
         layers = len(self.settings.pattern.letters)
         keys = dropout_keys(self.config.train.seed, step, batch.samples, batch.sample_positions, layers)
-        out = model(batch.tokens, Context(batch.sequences, keys, 1 / micro_batches), labels=batch.labels)
+        context = Context(batch.sequences, keys, 1 / micro_batches)
+        out = model(batch.tokens, context, labels=batch.labels, weights=batch.weights)
         for layer, aux in out.aux.items():
             report.add(layer, aux)
         if out.losses is None:
             return out.hidden
-        # Tokens, whatever their labels weigh; schedules and ZeRO take the mean over micro-batches and replicas.
-        divisor = self.config.train.micro_batch_size * self.config.train.seq_length
         if groups.tensor_parallel()[0] == 0:
-            report.loss += out.losses.sum() / divisor
+            losses = out.losses if batch.weights is None else out.losses * batch.weights
+            report.loss += losses.sum() / divisor
         return out.loss / divisor
 
     @torch.no_grad()

@@ -122,7 +122,7 @@ class Trainer:
         self.watchdog = resources.enter_context(Watchdog(run, config.train.watch, groups.world()[0]))
         self_check()
         self.engine = self._build(start)
-        data = self.data.prepared.identity
+        data = self.data.opened.identity
         self.position = Position(0, 0, data)
         if start is not None:
             began = time.perf_counter()
@@ -137,7 +137,7 @@ class Trainer:
         self.metrics = MetricsFile(run.metrics, owner.check_here)
         self.tracker = Tracker(config if groups.is_main() else None, self.position.tracking_id, self.position.step)
         resources.callback(self.tracker.finish)
-        self.saver = Saver(run.checkpoints, self.engine, self.data.prepared.tokenizer_file, owner, self.metrics.write)
+        self.saver = Saver(run.checkpoints, self.engine, self.data.opened.tokenizer_json, owner, self.metrics.write)
         self.flops_per_token = flops_per_token(config).training
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_length
         self._status_written = 0.0

@@ -47,9 +47,9 @@ class Saver:
         failed: whether the last save has failed, the same on every process.
     """
 
-    def __init__(self, folder: Path, engine: Engine, tokenizer: Path, owner: Owner, before_sealing: Callable[[], None]):
-        """`before_sealing` is called by the main process before a checkpoint becomes current, which it does not do
-        while that raises OSError.
+    def __init__(self, folder: Path, engine: Engine, tokenizer: str, owner: Owner, before_sealing: Callable[[], None]):
+        """`tokenizer` is the text of its file. `before_sealing` is called by the main process before a checkpoint
+        becomes current, which it does not do while that raises OSError.
         """
         self._folder, self._engine, self._tokenizer, self._owner = folder, engine, tokenizer, owner
         self._before_sealing = before_sealing
@@ -231,7 +231,7 @@ class Saver:
         self._before_sealing()
         if self._part.exists():
             save_config(self._engine.config, self._part / "config.yaml")
-            shutil.copyfile(self._tokenizer, self._part / "tokenizer.json")
+            (self._part / "tokenizer.json").write_text(self._tokenizer, encoding="utf-8")
             write_json(self._part / "checkpoint.json", facts)
             sync_folder(self._part)
             shutil.rmtree(self._folder / name, ignore_errors=True)

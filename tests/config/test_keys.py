@@ -37,7 +37,8 @@ model.attention.num_heads model.attention.num_kv_heads model.attention.head_dim 
 model.attention.rope_theta
 model.lte.window_size model.lte.buffer_size model.lte.sink_size model.lte.conv_size model.lte.conv_dilation
 train.seq_length train.global_batch_size train.seed
-data.sources.python.weight data.document_masking data.shuffle_block_size
+data.sources.python.weight data.sources.python.task data.sources.python.parameters data.sources.python.stages
+data.document_masking data.shuffle_block_size
 """
 
 

@@ -63,7 +63,7 @@ def test_every_sample_comes_once_in_every_epoch(corpus):
     config, _ = corpus
     with TrainingData(config, 0, 1) as data:
         samples = data.samples_per_epoch
-        assert samples == data.prepared.samples("train") and samples % 8
+        assert samples == data.opened.prepared.samples("train") and samples % 8
         seen = [int(i) for _ in range(3 * samples // 8) for b in data.next_step() for i in b.samples[::SEQ_LENGTH]]
         assert data.consumed == len(seen)
     epochs = [seen[begin : begin + samples] for begin in range(0, 2 * samples + 1, samples)]

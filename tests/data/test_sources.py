@@ -56,7 +56,7 @@ def sources_read(config: Config, samples: int) -> tuple[Counter, Counter]:
 def test_without_weights_every_sample_comes_once(three):
     with TrainingData(three, 0, 1) as data:
         total = data.samples_per_epoch
-        assert total == data.prepared.samples("train")
+        assert total == data.opened.prepared.samples("train")
     counts, times = sources_read(three, total * 8)
     assert set(times.values()) == {8} and counts["large"] > 2 * counts["medium"] > 0
     assert sources_read(weighted(three, tiny=0), total)[0] == sources_read(three, total)[0]
@@ -81,7 +81,7 @@ def test_weights_set_the_shares_whatever_the_sizes(three):
 def test_a_weight_of_zero_leaves_a_source_out(three):
     config = weighted(three, large=0)
     with TrainingData(config, 0, 1) as data:
-        assert data.samples_per_epoch == data.prepared.sources["medium"]["train"].samples
+        assert data.samples_per_epoch == data.opened.prepared.sources["medium"]["train"].samples
     counts, _ = sources_read(config, 100)
     assert set(counts) == {"medium"}
     with (

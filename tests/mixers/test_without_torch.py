@@ -11,7 +11,7 @@ from tools.workers import environment
 RECIPES = Path(__file__).parents[2] / "recipes"
 PROGRAM = """
 import sys
-for name in ("torch", "triton", "megatron", "deepspeed", "numpy", "megahybrid_kernels"):
+for name in ("torch", "triton", "megatron", "deepspeed", "megahybrid_kernels"):
     sys.modules[name] = None  # its import fails
 from megahybrid.config import load_config
 from megahybrid.errors import UserError

@@ -1,0 +1,54 @@
+"""What a recipe trains on, whether it is text that `prepare` wrote, tasks, or both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megahybrid.config.schema import Config
+from megahybrid.config.task_sources import bare_tokens, find_task, task_sources, text_sources
+from megahybrid.data.number_tokenizer import number_tokenizer
+from megahybrid.data.prepared import TOKENIZER, Prepared, check_identity, data_identity, open_prepared, open_store
+from megahybrid.data.tokenizer import Tokenizer, tokenizer_file
+from megahybrid.tasks import Vocabulary
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """What there is beside the samples."""
+
+    prepared: Prepared | None
+    """Of the sources of text; None where there are none, and nothing is prepared."""
+    identity: str
+    """Short hash of everything that decides the samples of every source."""
+    tokenizer_json: str
+    """The tokenizer's file, as checkpoints keep it."""
+    vocabulary: Vocabulary
+    """In which tasks write."""
+
+
+def open_data(config: Config) -> OpenedData:
+    """What the recipe's sources are. Raises UserError as `open_prepared`, and for a tokenizer that does not fit."""
+    prepared, size = None, config.model.vocab_size
+    if bare_tokens(config):
+        numbers = number_tokenizer(size)
+        text, vocabulary = numbers.to_json(), Vocabulary(size, numbers.document_id)
+    elif text_sources(config) or not config.data.sources:
+        prepared = open_prepared(config)
+        text = open_store(config).read(TOKENIZER, prepared.tokenizer_sha256).decode()
+        vocabulary = Vocabulary(size, prepared.document_id, _for_tasks(config, prepared.tokenizer_file))
+    else:
+        file = tokenizer_file(str(config.data.tokenizer))
+        tokenizer = Tokenizer.load(file)
+        tokenizer.require_fit(size)
+        text, vocabulary = file.read_text(encoding="utf-8"), Vocabulary(size, tokenizer.document_id, tokenizer)
+    identity = data_identity(config, prepared)
+    check_identity(config, identity, "The recipe")
+    return OpenedData(prepared, identity, text, vocabulary)
+
+
+def _for_tasks(config: Config, file: Path) -> Tokenizer | None:
+    """The tokenizer, where a task needs it: reading a large one takes most of a second."""
+    if any(find_task(str(source.task), name).text for name, source in task_sources(config).items()):
+        return Tokenizer.load(file)
+    return None

@@ -1,0 +1,73 @@
+"""Rows of a task's samples: made when they are read, the same wherever and whenever that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megahybrid.config.schema import Config
+from megahybrid.config.task_sources import check_stages, find_task, task_sources, task_stages
+from megahybrid.data.order import ENDLESS
+from megahybrid.tasks import Vocabulary
+from megahybrid.tasks.draws import Draws
+
+
+class TaskRows:
+    """The rows of all task sources in use, sorted by name: `rows[i]` → columns, as `ShardReader`.
+
+    Row r of source number n has the index ENDLESS (n + 1) + r. It holds as many samples as fit, the one at place p
+    drawn from (train.seed, source, r, p), and document tokens where none fits.
+    """
+
+    def __init__(self, config: Config, vocabulary: Vocabulary):
+        """Raises UserError for a task that cannot make its samples in this vocabulary."""
+        check_stages(config, vocabulary)
+        used = {name: source for name, source in task_sources(config).items() if source.weight}
+        self.weights = {name: float(source.weight or 0) for name, source in used.items()}
+        """Source → its part of all rows, relative to those of other sources."""
+        self._sources = [
+            (name, find_task(str(source.task), name), task_stages(name, source)) for name, source in used.items()
+        ]
+        self._vocabulary, self._seed, self._length = vocabulary, config.train.seed, config.train.seq_length
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead: Future[dict[int, dict[str, NDArray]]] = Future()
+        self._ahead.set_result({})
+
+    def __getitem__(self, index: int) -> dict[str, NDArray]:
+        """`tokens` int64 `[L + 1]`, `borders` int32, where a sample begins, 0 first, and `weights` fp32 `[L]`, of the
+        labels tokens[1:]; L is the seq_length."""
+        ahead = self._ahead.result()
+        return ahead[index] if index in ahead else self._row(index)
+
+    def look_ahead(self, indices: Sequence[int]) -> None:
+        """Have these rows made in the background: while a GPU is waited for, they cost no time."""
+        if indices:
+            self._ahead = self._thread.submit(lambda: {index: self._row(index) for index in indices})
+
+    def close(self) -> None:
+        """End the background thread. Nothing can be read ahead afterwards."""
+        self._thread.shutdown()
+
+    def _row(self, index: int) -> dict[str, NDArray]:
+        number, row = divmod(index, ENDLESS)
+        name, task, stages = self._sources[number - 1]
+        parameters = next(stage.parameters for stage in stages if stage.until is None or row < stage.until)
+        length = parameters.length or self._length
+        tokens = np.full(self._length + 1, self._vocabulary.document_id, np.int64)
+        weights = np.zeros(self._length + 1, np.float32)
+        borders, at = [0], 0
+        while at + length <= self._length:
+            draws = Draws("train", self._seed, name, row, len(borders) - 1)
+            sample = task.sample(parameters, length, self._vocabulary, draws)
+            end = at + len(sample.tokens)
+            tokens[at:end], weights[at:end] = sample.tokens, sample.weights(parameters)
+            borders.append(end)
+            at = end
+        return {
+            "tokens": tokens,
+            "borders": np.array(borders if at < self._length else borders[:-1], np.int32),
+            "weights": weights[1:],
+        }
