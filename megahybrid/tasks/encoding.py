@@ -60,12 +60,14 @@ class WordTokens:
     def _pieces(self, text: str) -> tuple[list[str], list[list[int]]]:
         """The text cut before each run of white space that begins with a space, and the ids of the pieces."""
         pieces = _CUT.split(text)
-        unknown = list({piece for piece in pieces if piece not in self._known})
-        if len(self._known) > _MOST_WORDS:
-            self._known.clear()
-            unknown = list(set(pieces))
-        self._known.update(zip(unknown, self._tokenizer.encode_batch(unknown), strict=True))
-        return pieces, [self._known[piece] for piece in pieces]
+        known = self._known
+        unknown = list({piece for piece in pieces if piece not in known})
+        if len(known) + len(unknown) > _MOST_WORDS:
+            # Another thread may go on with those there were.
+            known, unknown = {}, list(set(pieces))
+            self._known = known
+        known.update(zip(unknown, self._tokenizer.encode_batch(unknown), strict=True))
+        return pieces, [known[piece] for piece in pieces]
 
 
 @lru_cache(maxsize=8)
