@@ -27,7 +27,7 @@ class WordTokens:
     """Encodes word by word, each word once, where the tokenizer never joins what a space separates.
 
     That is so with all that split words first with the space before each, as byte-level tokenizers do; others are asked
-    for the whole text. A text of a million tokens takes 0.2 s instead of some seconds.
+    for the whole text. A text of a million tokens takes 0.3 s instead of 3.
     """
 
     def __init__(self, tokenizer: Tokenizer):
