@@ -23,6 +23,9 @@ FILE_NAMES = {
 }
 """Format of a source → the files that it takes where a recipe does not say."""
 
+PROBES = ("position", "gain", "hits", "recall", "kept")
+"""What `evaluate.probes` may name."""
+
 
 @dataclass
 class RunConfig:
@@ -235,6 +238,28 @@ class DataConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """Probes of what the model recalls, on the way, always on the same samples."""
+
+    every: int = key(0, may_change=True, at_least=0)
+    """Steps between two times that the probes run, and they run after the last step; 0 for never."""
+    probes: list[str] = key(list(PROBES), may_change=True, choices=PROBES)
+    """position: loss by position in the document; gain: by how much tokens beyond the window lower the loss; hits: loss
+    of tokens whose bigram occurred before, by distance; recall: answers of tasks, inside the window and beyond it;
+    kept: whether heads hold what is asked for."""
+    samples: int = key(64, may_change=True)
+    """Validation samples that position, gain and hits read, the first ones; and samples of every task and length."""
+    tasks: list[str] = key([], may_change=True)
+    """Tasks of recall and kept; those of data.sources when left out, or niah_single_1 where the tokenizer can write
+    it."""
+    lengths: list[int] = key([], may_change=True)
+    """Tokens of their samples; those of the last stage of a task of data.sources when left out, or train.seq_length."""
+    window: int | None = key(None, may_change=True)
+    """Keys, the query's own included, that count as near; the largest window of the model's layers when left out, or a
+    quarter of train.seq_length where they have none, or see everything."""
+
+
+@dataclass
 class CheckpointConfig:
     """When to save."""
 
@@ -272,5 +297,6 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -9,7 +9,7 @@ from typing import Any
 from megahybrid.config.batch import micro_batches
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config, SourceConfig
-from megahybrid.config.task_sources import check_stages, task_sources
+from megahybrid.config.task_sources import check_stages, find_task, task_sources
 from megahybrid.errors import UserError
 from megahybrid.key import derived, keys
 from megahybrid.mixers import KINDS
@@ -25,6 +25,7 @@ def validate(config: Config) -> None:
     _layout(config)
     _training(config)
     _data(config)
+    _evaluation(config)
 
 
 def check_replicas(config: Config, replicas: int) -> None:
@@ -186,3 +187,15 @@ def _tokens(key: str, source: SourceConfig, tokenizer: str | None) -> None:
             raise UserError(f"{key}.format bin says nothing of its numbers; set {key}.dtype to uint16 or uint32.")
     elif source.dtype is not None:
         raise UserError(f"{key}.dtype is for format bin: an .npy file says itself what it holds; leave it out.")
+
+
+def _evaluation(config: Config) -> None:
+    evaluate, train = config.evaluate, config.train
+    for name in evaluate.tasks:
+        find_task(name, "evaluate.tasks")
+    most = train.micro_batch_size * train.seq_length
+    if evaluate.lengths and max(evaluate.lengths) > most:
+        raise UserError(
+            f"evaluate.lengths has {max(evaluate.lengths)}, more tokens than a micro-batch "
+            f"(train.micro_batch_size * train.seq_length = {most}); lower it, or use `megahybrid eval`."
+        )

@@ -48,7 +48,8 @@ def open_data(config: Config) -> OpenedData:
 
 
 def _for_tasks(config: Config, file: Path) -> Tokenizer | None:
-    """The tokenizer, where a task needs it: reading a large one takes most of a second."""
-    if any(find_task(str(source.task), name).text for name, source in task_sources(config).items()):
+    """The tokenizer, where a task may need it: reading a large one takes most of a second."""
+    probed = config.evaluate.every and not {"recall", "kept"}.isdisjoint(config.evaluate.probes)
+    if probed or any(find_task(str(source.task), name).text for name, source in task_sources(config).items()):
         return Tokenizer.load(file)
     return None

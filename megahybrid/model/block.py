@@ -63,7 +63,7 @@ class Block(nn.Module):
         """`[tokens, 1, hidden]` and what is still to be added to it → (both, by-products, next state of the mixer)."""
         normalised, x = self.mixer_norm(x, addend)
         y, aux, state = self.mixer(normalised, context, state)
-        if aux is not None:
+        if aux is not None and aux.loss is not None:
             y = attach_loss(y, aux.loss, context.aux_scale)
         normalised, x = self.mlp_norm(x, y)
         return x, self.mlp(normalised), aux, state

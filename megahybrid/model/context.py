@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -10,6 +12,23 @@ from torch import Tensor
 
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.counter_dropout import fold
+
+
+class Watch(NamedTuple):
+    """Queries and keys of which it is asked, in a pass without states and gradients, whether the one sees the other.
+
+    Attributes:
+        queries, keys: int64 `[pairs]`, places in the micro-batch.
+    """
+
+    queries: Tensor
+    keys: Tensor
+
+    def distances(self, sequences: Sequences) -> Tensor:
+        """int64 `[pairs]`: how many tokens a key stands before its query; negative where no query could see it, since
+        it comes later or is another document's."""
+        apart = sequences.index[self.queries] != sequences.index[self.keys]
+        return (self.queries - self.keys).masked_fill(apart, -1)
 
 
 @dataclass(frozen=True)
@@ -22,12 +41,14 @@ class Context:
             off.
         aux_scale: weight of the auxiliary loss beside the micro-batch's loss (1 / micro-batches of the step).
         in_place: whether mixers may overwrite the states they are given, as they may when nobody needs those again.
+        watch: of what mixers that attend say whether it is seen; not with states, and not in training.
     """
 
     sequences: Sequences
     dropout_keys: Tensor | None = None
     aux_scale: float = 1.0
     in_place: bool = False
+    watch: Watch | None = None
 
     @property
     def training(self) -> bool:
@@ -45,12 +66,15 @@ def dropout_keys(seed: int, step: int, samples: Tensor, sample_positions: Tensor
 
 
 class Aux(NamedTuple):
-    """What a layer gives beside its output in training, for its kind's regulator (regulation.py).
+    """What a layer gives beside its output: in training for its kind's regulator (regulation.py), else to a `Watch`.
 
     Attributes:
         loss: scalar, this rank's part of the auxiliary loss: the sum over tensor parallel ranks is the whole.
         counts: int64, what the regulator declares, by name; of a count that is split this rank's part.
+        seen: bool `[pairs, heads of this rank]`, with key-value heads: whether the query of each watched pair sees the
+            key.
     """
 
-    loss: Tensor
-    counts: dict[str, Tensor]
+    loss: Tensor | None = None
+    counts: Mapping[str, Tensor] = MappingProxyType({})
+    seen: Tensor | None = None

@@ -40,6 +40,7 @@ class Quantity(NamedTuple):
         steered: whether it is set between steps, and drawn as steps; else it is measured, and drawn smoothed, too.
         log: whether its axis is logarithmic; zero is then left out.
         target: what is aimed at, as a word for it and a value, drawn as a line.
+        dead: a member below this does nothing; None where none is.
         line: what the terminal says of it, with the fields low, high and mean over layers and heads; None: nothing.
         summary: its row in a run's table, as the row's name and its text with the same fields; None: no row.
     """
@@ -49,6 +50,7 @@ class Quantity(NamedTuple):
     steered: bool = False
     log: bool = False
     target: tuple[str, float] | None = None
+    dead: float | None = None
     line: str | None = None
     summary: tuple[str, str] | None = None
 

@@ -16,7 +16,7 @@ from megahybrid.config.schema import Config
 from megahybrid.model.block import Block, RMSNorm
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.settings import Settings
-from megahybrid.parallel.layers import ColumnLinear, VocabEmbedding, enter
+from megahybrid.parallel.layers import ColumnLinear, VocabEmbedding, enter, vocabulary_argmax
 from megahybrid.parallel.parameters import initialize_parameters
 from megahybrid_kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -31,8 +31,9 @@ class StackOutput(NamedTuple):
             `normalisers` squared, each by its label's weight, at least fp32. Gradients come through it alone, once.
         losses: negative log-likelihood of every label in nats, `[tokens]`, at least fp32, likewise.
         normalisers: log of the softmax's normaliser, `[tokens]`, at least fp32, likewise.
-        aux: by-products by layer number, in training, where there are any.
+        aux: by-products by layer number, where there are any.
         states: the mixers' next states by layer number, when states were given.
+        likeliest: of the last stage, when places were asked for: the most likely next token at each, int64 `[places]`.
     """
 
     hidden: Tensor
@@ -41,6 +42,7 @@ class StackOutput(NamedTuple):
     normalisers: Tensor | None
     aux: dict[int, Aux]
     states: dict[int, Any]
+    likeliest: Tensor | None = None
 
 
 class Stack(nn.Module):
@@ -80,10 +82,16 @@ class Stack(nn.Module):
         labels: Tensor | None = None,
         states: dict[int, Any] | None = None,
         weights: Tensor | None = None,
+        asked: Tensor | None = None,
     ) -> StackOutput:
-        """Tokens and labels int64 `[tokens]` → hidden states and, on the last stage, losses.
+        """Hidden states and, on the last stage, losses.
 
-        `weights` fp32 `[tokens]` are the labels' in the loss, all 1 when left out.
+        Args:
+            tokens, labels: int64 `[tokens]`.
+            context: what every layer sees.
+            states: the mixers' by layer number, to go on from.
+            weights: fp32 `[tokens]`, the labels' in the loss; all 1 when left out.
+            asked: int64 `[places]`, where the last stage also says the most likely next token.
         """
         x, addend = self.embedding(tokens) if self.first else self._input, None
         aux: dict[int, Aux] = {}
@@ -97,14 +105,16 @@ class Stack(nn.Module):
                 x, addend, each, after[layer] = block(x, addend, context, states[layer] if states else None)
             if each is not None:
                 aux[layer] = each
-        loss = losses = normalisers = None
+        loss = losses = normalisers = likeliest = None
         if not self.last:
             x = _sum(x, addend)
         else:
             x, _ = self.final_norm(x, addend)
             if labels is not None:
                 loss, losses, normalisers = self._loss(x, labels, weights)
-        return StackOutput(x, loss, losses, normalisers, aux, after if states else {})
+            if asked is not None:
+                likeliest = self._likeliest(x, asked)
+        return StackOutput(x, loss, losses, normalisers, aux, after if states else {}, likeliest)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[tokens, 1, hidden]` → `[tokens, vocabulary of this tensor parallel rank]`."""
@@ -114,6 +124,10 @@ class Stack(nn.Module):
         x = enter(hidden, self.settings.sequence_parallel).squeeze(1)
         group = parallel_state.get_tensor_model_parallel_group()
         return linear_cross_entropy(x, self._output_weight(), labels, weights, self.z_loss, group)
+
+    def _likeliest(self, hidden: Tensor, asked: Tensor) -> Tensor:
+        x = enter(hidden, self.settings.sequence_parallel).squeeze(1)[asked]
+        return vocabulary_argmax(F.linear(x, self._output_weight()))
 
     def _output_weight(self) -> Tensor:
         return self.embedding.weight if self.settings.model.tie_embeddings else self.output.weight

@@ -180,3 +180,12 @@ class VocabEmbedding(VocabParallelEmbedding):
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = super().forward(tokens[None])
         return hidden if self.reduce_scatter_embeddings else hidden.transpose(0, 1)
+
+
+def vocabulary_argmax(logits: Tensor) -> Tensor:
+    """`[rows, vocabulary of this rank]` → the token with the largest logit of the whole vocabulary, int64 `[rows]`; of
+    equal ones the first."""
+    rank, _ = groups.tensor_parallel()
+    peak, token = logits.max(-1)
+    peaks, tokens = (groups.gather_tensor_parallel(x[None], 0) for x in (peak, token + rank * logits.shape[1]))
+    return tokens.gather(0, peaks.argmax(0, keepdim=True))[0]

@@ -6,8 +6,9 @@ With ZeRO-1 Megatron-core's schedules run the micro-batches, with ZeRO-2 and 3 D
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,13 @@ from megahybrid.config.validate import check_replicas
 from megahybrid.data.packing import Batch
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.regulation import Regulator, regulators
-from megahybrid.model.stack import Stack, Stages
+from megahybrid.model.stack import Stack, StackOutput, Stages
 from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import initialize_parameters
 from megahybrid.training import schedule, zero
 from megahybrid.training.guard import StepGuard
 from megahybrid.training.optimizer import learning_rate, make_optimizer
+from megahybrid.training.schedule import MicroBatch
 from megahybrid.training.step_report import StepReport
 from megahybrid_kernels import Sequences
 
@@ -191,36 +193,54 @@ class Engine:
         """
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
 
-        def forward(stage: Stack, counted_batch: tuple[bool, Batch]) -> Tensor:
-            counted, batch = counted_batch[0], counted_batch[1].to(self.device)
+        def forward(stage: Stack, batch: Batch) -> StackOutput:
+            batch = batch.to(self.device)
             out = stage(batch.tokens, Context(batch.sequences), labels=batch.labels)
-            if out.losses is None:
-                return out.hidden
-            if counted and groups.tensor_parallel()[0] == 0:
+            if out.losses is not None and groups.tensor_parallel()[0] == 0:
                 total.add_(torch.stack([out.losses.double().sum(), total.new_tensor(float(len(out.losses)))]))
-            return out.loss
+            return out
 
-        for group in self._validation_groups(batches):
-            schedule.run(self.stages, group, len(group[0][1].tokens), forward, backward=False)
+        self.look(batches, forward)
         nats, tokens = groups.sum_over_all(total).tolist()
         return nats / tokens if tokens else None
 
-    def _validation_groups(self, batches: Collection[Batch]) -> Iterator[list[tuple[bool, Batch]]]:
-        """The batches as the schedules can take them, each with whether it counts.
+    @torch.no_grad()
+    def look(self, batches: Collection[MicroBatch], forward: Callable[[Stack, MicroBatch], StackOutput]) -> None:
+        """Forward passes alone over this replica's micro-batches, in any layout.
+
+        Replicas may hold unequally many batches, or none; all processes have to call this.
+
+        Args:
+            batches: each with its `tokens` `[T]`.
+            forward: takes one through a stage of this rank, with labels, so that the last stage has a loss.
+        """
+
+        def step(stage: Stack, batch: MicroBatch | None, filler: Batch) -> Tensor:
+            if batch is None:
+                out = stage(filler.tokens, Context(filler.sequences), labels=filler.labels)
+            else:
+                out = forward(stage, batch)
+            return out.hidden if out.loss is None else out.loss
+
+        for group, tokens in self._groups(batches):
+            filler = _zeros(tokens).to(self.device)
+            schedule.run(self.stages, group, tokens, functools.partial(step, filler=filler), backward=False)
+
+    def _groups(self, batches: Collection[MicroBatch]) -> Iterator[tuple[list[MicroBatch | None], int]]:
+        """The batches as the schedules can take them, None for one that does not count, and their tokens.
 
         A pipeline passes on tensors of one size, and an interleaved one a multiple of its size. With ZeRO-3 a forward
         pass is a collective of all replicas: who has no batch left runs one that does not count.
         """
         if self.config.parallel.pipeline == 1:
             missing = groups.max_over_all(len(batches)) - len(batches)
-            filler = [(False, _zeros(self.config.parallel.tensor))] * missing
-            if group := [(True, batch) for batch in batches] + filler:
-                yield group
+            if group := [*batches, *[None] * missing]:
+                yield group, self.config.parallel.tensor
             return
         multiple = self.config.parallel.pipeline if len(self.stages) > 1 else 1
-        for _, same in itertools.groupby(batches, key=lambda batch: len(batch.tokens)):
-            group = [(True, batch) for batch in same]
-            yield group + [(False, group[0][1])] * (-len(group) % multiple)
+        for tokens, same in itertools.groupby(batches, key=lambda batch: len(batch.tokens)):
+            group = list(same)
+            yield group + [None] * (-len(group) % multiple), tokens
 
 
 def _zeros(tokens: int) -> Batch:

@@ -31,6 +31,7 @@ from megahybrid.training.engine import Engine, StepResult
 from megahybrid.training.logs import log, rank_log
 from megahybrid.training.metrics_file import MetricsFile
 from megahybrid.training.ownership import Owner
+from megahybrid.training.probes.suite import Probes
 from megahybrid.training.resume import check_data, check_resume, initial_weights
 from megahybrid.training.run_directory import RunDirectory, duration
 from megahybrid.training.saver import Saver
@@ -118,6 +119,7 @@ class Trainer:
         # Data first: what is wrong with it is found before anything is written.
         self.data = resources.enter_context(TrainingData(config, replica, replicas))
         self.validation = resources.enter_context(validation_batches(config, replica, replicas))
+        self.probes = Probes(config, self.data.opened.vocabulary) if config.evaluate.every else None
         resources.enter_context(rank_log(run.logs))
         self.watchdog = resources.enter_context(Watchdog(run, config.train.watch, groups.world()[0]))
         self_check()
@@ -138,6 +140,8 @@ class Trainer:
         self.tracker = Tracker(config if groups.is_main() else None, self.position.tracking_id, self.position.step)
         resources.callback(self.tracker.finish)
         self.saver = Saver(run.checkpoints, self.engine, self.data.opened.tokenizer_json, owner, self.metrics.write)
+        if self.probes is not None:
+            self._tell(str(self.probes))
         self.flops_per_token = flops_per_token(config).training
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_length
         self._status_written = 0.0
@@ -179,15 +183,17 @@ class Trainer:
 
     def run_until_told(self) -> None:
         """The remaining steps, with validations and checkpoints on the way; ends early when asked to stop."""
-        train, every = self.config.train, self.config.checkpoint.every
+        train, every, probe_every = self.config.train, self.config.checkpoint.every, self.config.evaluate.every
         self.write_status("running")
         began, first = time.perf_counter(), self.position.step
         for step in range(first + 1, train.steps + 1):
             result, metrics = self._step(step)
             last = step == train.steps
-            self.watchdog.beat(step, "validating or saving", long=True)
+            self.watchdog.beat(step, "validating, probing or saving", long=True)
             if last or (train.validate_every and step % train.validate_every == 0):
                 metrics["validation_loss"] = self.engine.validate(self.validation)
+            if self.probes is not None and (last or step % probe_every == 0):
+                metrics |= self.probes.run(self.engine)
             if self.saver.pending and not result.saving:
                 self.saver.finish()
             if last or result.stop or self.saver.failed or step % every == 0:

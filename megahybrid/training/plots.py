@@ -15,23 +15,27 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from megahybrid.config import Config, load_config
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.model.regulation import Quantity, regulators
+from megahybrid.training.drawing import ACCENT, GRID, INK, over_tokens, short_number
+from megahybrid.training.probes import names
+from megahybrid.training.probes.pictures import probes_figure
 from megahybrid.training.run_directory import Metrics, read_metrics
 
 COLUMNS = 6  # layers side by side
 MOST_STEPS = 2000  # of which the regulated quantities are drawn
 LEGEND_MEMBERS = 8  # more lines than this are told apart by a colour scale
-INK, ACCENT, GRID = "#1f3a5f", "#c8553d", "#d9d9d9"
 
 
 def plot_run(run_dir: Path) -> list[Path]:
-    """Draw loss.png and speed.png into the run directory, and two pictures for each regulated kind of layer; returns
-    their paths.
+    """Draw loss.png and speed.png into the run directory, two pictures for each regulated kind of layer, and probes.png
+    of what probes found; returns their paths.
 
     Raises UserError when the run has no finished step.
     """
     metrics = read_metrics(run_dir)
     pictures = {"loss.png": loss_figure(metrics), "speed.png": speed_figure(metrics)}
     pictures |= regulation_pictures(load_config(run_dir / "config.yaml"), metrics)
+    if any(names.SECONDS in line for line in metrics):
+        pictures["probes.png"] = probes_figure(metrics)
     paths = []
     for name, figure in pictures.items():
         figure.savefig(run_dir / name, dpi=160)
@@ -61,7 +65,7 @@ def loss_figure(metrics: Metrics) -> Figure:
     axes.set_ylabel("loss (nats a token)")
     axes.set_xlabel("tokens")
     axes.legend(frameon=False)
-    _tidy(axes)
+    over_tokens(axes)
     return figure
 
 
@@ -76,8 +80,8 @@ def speed_figure(metrics: Metrics) -> Figure:
     axes.set_ylim(0, 1.05 * np.quantile(speed, 0.99))
     axes.set_ylabel("tokens a second")
     axes.set_xlabel("tokens")
-    axes.yaxis.set_major_formatter(FuncFormatter(_short_number))
-    _tidy(axes)
+    axes.yaxis.set_major_formatter(FuncFormatter(short_number))
+    over_tokens(axes)
     return figure
 
 
@@ -116,7 +120,7 @@ def panels_figure(metrics: Metrics, layers: list[int], quantities: Sequence[Quan
             _draw(axes, tokens, all_values[:, place], quantity, member)
             _scale(axes, quantity, all_values)
             axes.set_xlim(0, tokens[-1])
-            _tidy(axes)
+            over_tokens(axes)
             if column == 0:
                 axes.set_ylabel(quantity.label)
             else:
@@ -188,7 +192,7 @@ def members_figure(metrics: Metrics, layers: list[int], quantities: Sequence[Qua
             axes.axhline(border, color="white", linewidth=1)
         axes.set_xlabel("tokens")
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        axes.xaxis.set_major_formatter(FuncFormatter(_short_number))
+        axes.xaxis.set_major_formatter(FuncFormatter(short_number))
     return figure
 
 
@@ -209,18 +213,3 @@ def smooth(values: np.ndarray) -> np.ndarray:
     first = np.maximum(np.arange(count) - reach, 0)
     after = np.minimum(np.arange(count) + reach + 1, count)
     return (sums[after] - sums[first]) / (after - first)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(FuncFormatter(_short_number))
-
-
-def _short_number(value: float, _: int) -> str:
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= limit:
-            return f"{value / limit:g}{suffix}"
-    return f"{value:g}"

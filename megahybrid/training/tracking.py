@@ -19,10 +19,12 @@ from megahybrid.errors import UserError
 from megahybrid.files import write_json
 from megahybrid.retry import retry
 from megahybrid.training import metrics_file
+from megahybrid.training.probes import names
 
 log = logging.getLogger(__name__)
 
 _MOST_AT_ONCE = 20_000  # steps that a start sends to W&B, which takes about a millisecond each
+_RARE = {"validation_loss", names.SECONDS}  # of lines that are sent whatever their step
 
 
 class Tracker:
@@ -65,7 +67,7 @@ class Tracker:
             if self._logged < step and (folder / "metrics.jsonl").exists():
                 every = _stride(step - self._logged, log_every)
                 for line in metrics_file.lines_after(folder / "metrics.jsonl", self._logged):
-                    if line["step"] <= step and (line["step"] % every == 0 or "validation_loss" in line):
+                    if line["step"] <= step and (line["step"] % every == 0 or not _RARE.isdisjoint(line)):
                         self.log(line)
         except OSError as error:
             log.warning("W&B does not get the steps before this start (%s).", error)
@@ -192,7 +194,11 @@ def _flat(metrics: dict[str, Any]) -> dict[str, Any]:
 
     flat: dict[str, Any] = {}
     for key, value in metrics.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and key.startswith(names.PREFIX):
+            for name, each in zip(names.elements(key, len(value)), value, strict=True):
+                if each is not None:
+                    flat[f"{key}/{name}"] = each
+        elif isinstance(value, list):
             for number, heads in enumerate(value):
                 flat[f"{key}/layer_{number}"] = sum(heads) / len(heads)
                 flat[f"{key}_heads/layer_{number}"] = wandb.Histogram(np_histogram=histogram(heads))

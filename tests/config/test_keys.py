@@ -27,6 +27,7 @@ data.path data.sources.python.path data.tokenizer data.workers data.validation_f
 data.sources.python.format data.sources.python.dtype data.sources.python.eos_token_id
 data.sources.python.include data.sources.python.exclude data.sources.python.field
 data.remote data.cache data.cache_limit data.identity
+evaluate.every evaluate.probes evaluate.samples evaluate.tasks evaluate.lengths evaluate.window
 checkpoint.every checkpoint.keep checkpoint.milestone_every
 tracking.wandb tracking.project tracking.name tracking.group tracking.tags
 """

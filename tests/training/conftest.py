@@ -100,7 +100,7 @@ def metrics(run: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl without what depends on time."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        for key in ("tokens_per_second", "data_seconds", "checkpoint_seconds"):
+        for key in ("tokens_per_second", "data_seconds", "checkpoint_seconds", "probe_seconds"):
             line.pop(key, None)
     return lines
 

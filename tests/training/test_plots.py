@@ -10,6 +10,7 @@ from megahybrid.errors import UserError
 from megahybrid.mixers.lte.controller import LambdaController
 from megahybrid.training import plots, report
 from megahybrid.training.plots import members_figure, panels_figure, plot_run, smooth, speed_figure
+from megahybrid.training.probes.pictures import probes_figure
 
 STEPS, LAYERS, HEADS, BUFFER = 30, [1, 3], 2, 64
 WITH_HEADS = np.arange(3, STEPS + 1, 3)  # the steps whose lines have the values of every head
@@ -136,3 +137,65 @@ def test_summary_compares_the_loss_with_the_entropy_of_the_held_out_tokens(tmp_p
         f"buffer size {BUFFER}",
     ):
         assert value in text
+
+
+PROBED = {
+    "probe_position_loss": [6.0, 5.0, None, 4.0],
+    "probe_gain": 0.125,
+    "probe_hit_loss": [1.0, 2.0, None],
+    "probe_other_loss": 3.5,
+    "probe_accuracy_niah_64": [1.0, 0.25],
+    "probe_nll_niah_64": [0.1, 2.0],
+    "probe_recency_null_niah_64": 0.375,
+    "probe_kept_niah_64": 0.5,
+    "probe_by_layer_niah_64": [None, 0.5],
+    "probe_held_niah_64": 0.75,
+    "probe_given_niah_64": [0.0, 0.625],
+    "probe_seconds": 0.1,
+}
+
+
+def write_probed_run(run_dir, probed):
+    write_run(run_dir, retention=False)
+    lines = report.read_metrics(run_dir)
+    lines = [line | (probed if line["step"] % 10 == 0 else {}) for line in lines]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def test_probes_are_drawn_over_the_tokens(tmp_path):
+    lines = write_probed_run(tmp_path, PROBED)
+    assert [path.name for path in plot_run(tmp_path)] == ["loss.png", "speed.png", "probes.png"]
+    panels = {axes.get_title(): axes for axes in probes_figure(lines).axes if axes.get_title()}
+    drawn = {
+        title: {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+        for title, axes in panels.items()
+    }
+    at = [1000, 2000, 3000]
+    assert len(panels["loss by position"].get_lines()) == 3
+    curve = panels["loss by position"].get_lines()[-1]
+    assert list(curve.get_xdata()) == [0.5, 1.5, 2.5, 4.5] and list(curve.get_ydata())[::3] == [6, 4]
+    assert (at, [0.125] * 3) in drawn["gain beyond the window"].values()
+    assert drawn["loss of repeated bigrams"]["at most 4w ago"] == (at, [2] * 3)
+    answers = drawn["niah_64"]
+    assert answers["inside the window"] == (at, [1] * 3) and answers["beyond it"] == (at, [0.25] * 3)
+    assert answers["all"][1] == pytest.approx([0.375 + 0.625 * 0.25] * 3)
+    assert set(answers["recency null of all, 0.38"][1]) == {0.375}
+    assert drawn["niah_64, beyond the window"]["right if one does"] == (at, [0.625] * 3)
+
+
+@pytest.mark.parametrize("key", ["probe_position_loss", "probe_gain", "probe_hit_loss", "probe_kept_niah_64"])
+def test_a_picture_shows_what_was_probed_alone(key, tmp_path):
+    wanted = {name: value for name, value in PROBED.items() if name[:9] == key[:9] or "seconds" in name}
+    wanted |= {name: PROBED[name] for name in ("probe_other_loss", "probe_held_niah_64", "probe_given_niah_64")}
+    lines = write_probed_run(tmp_path, wanted)
+    assert len([axes for axes in probes_figure(lines).axes if axes.get_title()]) == 1
+
+
+def test_nothing_inside_the_window_leaves_a_gap(tmp_path):
+    lines = write_probed_run(
+        tmp_path, PROBED | {"probe_accuracy_niah_64": [None, 0.5], "probe_recency_null_niah_64": 0.0}
+    )
+    (panel,) = [axes for axes in probes_figure(lines).axes if axes.get_title() == "niah_64"]
+    values = {line.get_label(): list(line.get_ydata()) for line in panel.get_lines()}
+    assert np.isnan(values["inside the window"]).all() and values["all"] == [0.5] * 3

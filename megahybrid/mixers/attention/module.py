@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megahybrid.config.schema import ModelConfig
-from megahybrid.model.context import Context
+from megahybrid.model.context import Aux, Context
 from megahybrid.model.mixer import Fallback, Mixer
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, project
@@ -40,6 +40,15 @@ class AttentionProjections(Mixer):
         """Rotary embedding at the tokens' positions in their documents."""
         return rotary(x, context.sequences.positions, self.theta)
 
+    def seen(self, k: Tensor, context: Context, window: int | None, kept: Tensor | None = None) -> Aux | None:
+        """What of a watch the heads see: `window` keys, the query's own included (None for all), and those that are
+        `kept`, bool `[pairs, heads of this rank]`."""
+        if context.watch is None:
+            return None
+        distance = context.watch.distances(context.sequences)[:, None].expand(-1, k.shape[1])
+        near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        return Aux(seen=near if kept is None else near | (kept & (distance >= 0)))
+
     def output(self, o: Tensor) -> Tensor:
         """`[tokens, heads of this rank, head_dim]` → `[tokens, 1, hidden]`."""
         return self.o_proj(o.flatten(-2))
@@ -57,7 +66,7 @@ class FullAttention(AttentionProjections):
             o = attention(q, k, v, context.sequences, self.window_size)
         else:
             o, state = attention_with_cache(q, k, v, state, context.sequences, self.window_size, context.in_place)
-        return self.output(o), None, state
+        return self.output(o), self.seen(k, context, self.window_size), state
 
     def initial_state(self, sequences: int) -> KeyValueCache | GrowingCache:
         like = self.k_proj.weight

@@ -53,6 +53,7 @@ class LambdaController:
             "kept",
             "kept tokens a sequence",
             target=("buffer size", size),
+            dead=0.05 * size,
             line="kept {low:.0f}–{high:.0f} a head",
             summary=(
                 "kept tokens",

@@ -18,6 +18,7 @@ from megahybrid.model.mixer import Fallback
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.parameters import constant, kaiming_normal, parameter, uniform
 from megahybrid_kernels import Sequences
+from megahybrid_kernels.exit_positions import exit_positions
 from megahybrid_kernels.lte_attention import LTECache, lte_attention, lte_attention_with_cache
 from megahybrid_kernels.lte_attention import unsupported as attention_unsupported
 from megahybrid_kernels.retention_router import (
@@ -110,7 +111,8 @@ class LTEAttention(AttentionProjections):
         cap = None if context.training and not lte.train_cap else lte.buffer_size
         q, k = self.rotate(q, context), self.rotate(k, context)
         o = lte_attention(q, k, v, scores, sequences, lte.window_size, lte.sink_size, cap)
-        return self.output(o), self._aux(scores, context) if context.training else None, None
+        aux = self._aux(scores, context) if context.training else self._seen(k, scores, context)
+        return self.output(o), aux, None
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: LTEState):
         lte, sequences = self.lte, context.sequences
@@ -138,6 +140,14 @@ class LTEAttention(AttentionProjections):
         excess = scores.masked_fill(cut, 0).relu()
         loss = torch.dot(self.l1_lambda.to(scores), excess.sum(0)) / (len(scores) * self.scores_per_token)
         return Aux(loss, {"kept": (excess > 0).sum(0), "positions": len(cut) - cut.sum(0)})
+
+    def _seen(self, k: Tensor, scores: Tensor, context: Context) -> Aux | None:
+        if context.watch is None:
+            return None
+        lte, (queries, keys), sequences = self.lte, context.watch, context.sequences
+        exits = exit_positions(scores, sequences, lte.window_size, lte.sink_size, lte.buffer_size)
+        kept = sequences.positions[queries, None] < exits[keys]
+        return self.seen(k, context, lte.window_size + 1, kept)
 
     def initial_state(self, sequences: int) -> LTEState:
         like, lte = self.k_proj.weight, self.lte
