@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from megahybrid.evaluation.results import Entry, short
+from megahybrid.training.drawing import ACCENT, GRID, INK, tidy
 
-INK, ACCENT, GRID = "#1f3a5f", "#c8553d", "#d9d9d9"
 _COSTS = "state of a sequence, MiB", "decoding a token, ms"
 
 
@@ -120,9 +120,7 @@ def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
     axes.set_xlabel("context, tokens")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
+    tidy(axes)
 
 
 def _by_kind(results: Sequence[Entry]) -> dict[tuple[str, str], list[Entry]]:

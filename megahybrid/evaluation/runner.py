@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from megahybrid.evaluation.subject import Subject
 from megahybrid.evaluation.tasks import Chosen
 from megahybrid.inference.batch import suitable_chunk
 from megahybrid.parallel import groups
-from megahybrid.tasks import Sample
+from megahybrid.tasks import Answer, Sample
 from megahybrid.training import checkpoint_folder
+from megahybrid.training.probes.recall import distance
 
 _MOST_TOKENS = 2**20  # in work at once, where nothing else is asked for
 
@@ -131,11 +133,8 @@ def _do(subject: Subject, plan: Plan, cell: _Cell, folder: Folder, progress: Pro
 
 
 def _line(subject: Subject, mode: str, cell: _Cell, index: int, sample: Sample, outcome: modes.Outcome) -> Line:
-    distances, places = [], []
-    for answer in sample.answers:
-        query, nearest = answer.span.begin - 1, max((needle.begin for needle in answer.needles), default=None)
-        distances.append(None if nearest is None else query - nearest)
-        places.append(None if nearest is None else round(nearest / max(query, 1), 4))
+    where = [_where(answer, subject.window) for answer in sample.answers]
+    distances, places, near = map(list, zip(*where, strict=True))
     return {
         "mode": mode,
         "policy": cell.policy,
@@ -146,9 +145,18 @@ def _line(subject: Subject, mode: str, cell: _Cell, index: int, sample: Sample, 
         "real_length": len(sample.tokens),
         "distance": distances,
         "place": places,
-        "in_window": [None if distance is None else int(distance < subject.window) for distance in distances],
+        "in_window": near,
         **outcome._asdict(),
     }
+
+
+def _where(answer: Answer, window: int) -> tuple[int | None, float | None, int | None]:
+    """Tokens from the nearest needle to an answer, where in the context before it that is, from 0 to 1, and whether it
+    is inside the window; nothing where no needle holds it."""
+    apart = distance(answer)
+    if math.isnan(apart):
+        return None, None, None
+    return int(apart), round(1 - apart / answer.span.begin, 4), int(apart <= window)
 
 
 def _chunk(subject: Subject, plan: Plan) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -15,13 +14,12 @@ from typing import Any
 import torch
 
 from megahybrid.config import Config, load_config
+from megahybrid.config.evaluation import evaluation_window
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import UserError
 from megahybrid.hf.import_ import import_model
 from megahybrid.inference.loading import load_generator
-from megahybrid.mixers import KINDS
-from megahybrid.model.settings import Settings
 from megahybrid.model.stack import Stack
 from megahybrid.parallel import groups
 from megahybrid.tasks import Task, Vocabulary
@@ -39,7 +37,7 @@ class Subject:
         config: the recipe that it was trained with.
         tokenizer: of text, or of the numbers of tokens.
         vocabulary: the tokens that tasks are made of.
-        window: keys, up to the query, that count as the window's: a needle among them is inside it.
+        window: as `evaluation_window` says.
         step: of its checkpoint; 0 for an imported model.
         weights: names the values of its parameters.
         home: the run directory, or the folder that was given.
@@ -107,7 +105,7 @@ def _load(folder: Path, home: Path, dtype: str) -> Subject:
         config,
         tokenizer,
         Vocabulary(config.model.vocab_size, tokenizer.document_id, tokenizer if _writes(tokenizer) else None),
-        window_of(config),
+        evaluation_window(config),
         facts["position"]["step"],
         hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16],
         home,
@@ -126,11 +124,3 @@ def _writes(tokenizer: Tokenizer) -> bool:
         return bool(tokenizer.encode("text"))
     except UserError:
         return False
-
-
-def window_of(config: Config) -> int:
-    """The largest window of the model's layers, keys with the query's own; a quarter of train.seq_length where none has
-    one."""
-    settings = Settings.of(config)
-    window = max(KINDS[letter].window(settings.model) for letter in settings.pattern.letters)
-    return int(window) if 0 < window < math.inf else config.train.seq_length // 4

@@ -1,5 +1,6 @@
 """Tiny models to evaluate, in this process and in several."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -35,10 +36,13 @@ def plan(**changes) -> Plan:
     return Plan(**{**usual, "batch_size": 3, "prefill_chunk": 24, **changes})
 
 
+def brief(mode: str) -> Plan:
+    return plan(mode=mode, lengths=(48,), samples=4)
+
+
 def evaluate_in_parallel(home: str) -> None:
     """What each of several processes does."""
     torch.set_num_threads(1)
-    size = int(__import__("os").environ["WORLD_SIZE"])
-    groups.initialize(ParallelConfig(tensor=size))
+    groups.initialize(ParallelConfig(tensor=int(os.environ["WORLD_SIZE"])))
     for mode in ("forced", "generate"):
-        evaluate(subject(Path(home)), plan(mode=mode))
+        evaluate(subject(Path(home)), brief(mode))

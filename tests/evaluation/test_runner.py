@@ -12,7 +12,7 @@ from megahybrid.evaluation import modes
 from megahybrid.evaluation.lines import Folder
 from megahybrid.evaluation.runner import evaluate
 from megahybrid.parallel import groups
-from tests.evaluation.subjects import chosen, plan, subject
+from tests.evaluation.subjects import brief, chosen, plan, subject
 from tests.model import tiny
 from tools.workers import Workers
 
@@ -80,9 +80,10 @@ def test_places_are_those_of_the_samples(tmp_path):
         for answer, distance, near, place in zip(
             sample.answers, line["distance"], line["in_window"], line["place"], strict=True
         ):
-            value, query = answer.needles[0].begin, answer.span.begin - 1
+            value, query = answer.needles[0].begin, answer.span.begin - 1  # the query sees itself and 7 keys before
             assert sample.tokens[value] == sample.tokens[answer.span.begin]
-            assert distance == query - value and near == (distance < 8) and place == round(value / query, 4)
+            assert distance == query + 1 - value and near == (query - value <= 7)
+            assert place == pytest.approx(value / (query + 1), abs=1e-4)
 
 
 class Killed(BaseException):
@@ -169,15 +170,20 @@ def test_lengths_beyond_memory_leave_the_others_done(tmp_path, monkeypatch):
 
 
 def test_two_tensor_parallel_processes_give_the_same(tmp_path):
+    for mode in modes.MODES:
+        evaluate(subject(tmp_path / "1"), brief(mode))
     workers = Workers(2)
     try:
-        for world in (1, 2):
-            workers.run(world, "tests.evaluation.subjects:evaluate_in_parallel", str(tmp_path / str(world)))
+        workers.run(2, "tests.evaluation.subjects:evaluate_in_parallel", str(tmp_path / "2"))
     finally:
         workers.close()
     for task in ("selective_mqar", "copy"):
         one, two = lines(tmp_path / "1", task), lines(tmp_path / "2", task)
-        assert len(one) == len(two) == 28
+        assert len(one) == len(two) == 8
         for ours, theirs in zip(one, two, strict=True):
-            assert ours.pop("nll") == pytest.approx(theirs.pop("nll"), abs=2e-4)
+            expected = [None if nll is None else pytest.approx(nll, abs=2e-4) for nll in ours.pop("nll")]
+            assert theirs.pop("nll") == expected
             assert ours == theirs
+    assert sorted(path.name for path in (tmp_path / "1" / STEP).iterdir()) == sorted(
+        path.name for path in (tmp_path / "2" / STEP).iterdir()
+    )
