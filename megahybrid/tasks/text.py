@@ -48,11 +48,14 @@ class TextTask(Task):
         if tokenizer is None:
             raise UserError(f"{self.name} is a task of text, and there is no tokenizer of text; set data.tokenizer.")
         draft = self.draft(parameters, length, vocabulary, Draws("check"), None)
-        text = _with_answers(draft.prompt(draft.fewest), draft.answers)
-        if tokenizer.decode(tokenizer.encode(text)).strip() != text.strip():
+        prompt = draft.prompt(draft.fewest)
+        text = _with_answers(prompt, draft.answers)
+        ids, asked = tokenizer.encode(text), tokenizer.encode(prompt)
+        if tokenizer.decode(ids).strip() != text.strip() or ids[: len(asked)] != asked:
+            line = text.splitlines()[-1][-60:]
             raise UserError(
-                f"The tokenizer cannot write {self.name}: decoding what it makes of '{text[-80:]}' does not give that "
-                "again; take a tokenizer that keeps every character."
+                f"The tokenizer cannot write {self.name}: '{line}' comes back changed, or the answer begins in a token "
+                "of the question; take a tokenizer that keeps every character and ends tokens before spaces."
             )
         needed = self._needed(draft, draft.fewest, vocabulary)
         if needed > length:

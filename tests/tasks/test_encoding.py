@@ -6,7 +6,7 @@ import pytest
 
 from megahybrid.tasks import encoding
 from megahybrid.tasks.encoding import WordTokens
-from tests.tasks.texts import FAITHFUL, byte_level, few_letters, lower_case, prose_text
+from tests.tasks.texts import FAITHFUL, byte_level, few_letters, lower_case, over_spaces, prose_text
 
 TEXTS = [
     "",
@@ -61,7 +61,7 @@ def test_words_are_forgotten_before_there_are_too_many(monkeypatch):
         assert len(words._known) <= 80 + 30
 
 
-@pytest.mark.parametrize("make", [lower_case, few_letters])
+@pytest.mark.parametrize("make", [lower_case, few_letters, over_spaces])
 def test_those_that_cannot_write_everything_are_asked_as_they_are(make):
     tokenizer = make()
     for text in TEXTS[:6]:

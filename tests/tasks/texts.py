@@ -57,14 +57,29 @@ def threes() -> Tokenizer:
 
 
 def sentence_pieces() -> Tokenizer:
-    """As Llama 2's: a space before all, no splitting, so that tokens reach over spaces."""
+    """As Llama 2's: a space before all, and texts are not split, but no token reaches over a space."""
+    return _sentence_pieces(pre_tokenizers.Metaspace())
+
+
+def over_spaces() -> Tokenizer:
+    """The same, with tokens that reach over spaces."""
+    return _sentence_pieces(None)
+
+
+def _sentence_pieces(split) -> Tokenizer:
     backend = Backend(models.BPE(unk_token="<unk>"))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1, right=0)]
     )
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if split is None:
+        backend.normalizer = normalizer
+    else:
+        backend.pre_tokenizer = split
     letters = {chr(each) for each in range(33, 127)} | {"\n", "▁", "é", "ï"}
-    return _trained(backend, "<s>", 500, sorted(letters), extra=["<unk>"], max_token_length=12)
+    made = _trained(backend, "<s>", 500, letters, extra=["<unk>"], max_token_length=12)
+    backend.normalizer, backend.pre_tokenizer = normalizer, None
+    return made
 
 
 def lower_case() -> Tokenizer:
