@@ -56,7 +56,7 @@ def test_words_are_forgotten_before_there_are_too_many(monkeypatch):
     words = WordTokens(tokenizer)
     monkeypatch.setattr(encoding, "_MOST_WORDS", 50)
     for number in range(10):
-        text = " ".join(f"w{number}x{each}" for each in range(30))
+        text = " ".join(f"w{number}x{each}" for each in range(30)) + " as ever"
         assert words.locate(text, [])[0] == tokenizer.encode(text)
         assert len(words._known) <= 80 + 30
 

@@ -29,6 +29,7 @@ _CORPUS = [
     prose_text(2000, seed=1),
     "A special magic number is hidden within the following text. One of the special magic numbers for odd-hat is: 7.",
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n" * 3,
+    "    for each:\n        if it:\n" * 20,
     "What are all the special magic uuids mentioned in the provided text? Question: Find all variables VAR ABC = 5",
 ] * 2
 
