@@ -250,10 +250,10 @@ class EvaluateConfig:
     samples: int = key(64, may_change=True)
     """Validation samples that position, gain and hits read, the first ones; and samples of every task and length."""
     tasks: list[str] = key([], may_change=True)
-    """Tasks of recall and kept; those of data.sources when left out, or niah_single_1 where the tokenizer can write
-    it."""
+    """Tasks of recall and kept, with the last parameters of a source of data.sources that has them; all of these
+    sources' tasks when left out, or niah_single_1 where there are none and the tokenizer can write it."""
     lengths: list[int] = key([], may_change=True)
-    """Tokens of their samples; those of the last stage of a task of data.sources when left out, or train.seq_length."""
+    """Tokens of their samples; a source's last length when left out, or train.seq_length."""
     window: int | None = key(None, may_change=True)
     """Keys, the query's own included, that count as near; the largest window of the model's layers when left out, or a
     quarter of train.seq_length where they have none, or see everything."""

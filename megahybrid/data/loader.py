@@ -92,15 +92,20 @@ class TrainingData:
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch. Raises UserError for a damaged shard."""
         train = self._config.train
-        rank, size = self._rank
+        size = self._rank[1]
         self._look_ahead()
-        indices = self._order.indices(self._consumed, train.global_batch_size)[rank::size]
-        batches = list(_micro_batches(self._sample, indices.tolist(), self._config, bool(self._rows.weights)))
+        batches = list(_micro_batches(self._sample, self._indices(), self._config, bool(self._rows.weights)))
         read = sum(len(batch.tokens) for batch in batches)
         if read * size != train.global_batch_size * train.seq_length:
             raise RuntimeError(f"read {read} tokens of a global batch of {train.global_batch_size} samples")
         self._consumed += train.global_batch_size
+        self._rows.look_ahead([index for index in self._indices() if index >= ENDLESS])
         return batches
+
+    def _indices(self) -> list[int]:
+        """Of this rank's samples of the next global batch."""
+        rank, size = self._rank
+        return self._order.indices(self._consumed, self._config.train.global_batch_size)[rank::size].tolist()
 
     def _sample(self, index: int) -> Mapping[str, NDArray]:
         return self._reader[index] if index < ENDLESS else self._rows[index]
@@ -108,6 +113,7 @@ class TrainingData:
     def close(self) -> None:
         """End the background threads. Nothing can be read afterwards."""
         self._reader.close()
+        self._rows.close()
 
     def __enter__(self) -> TrainingData:
         return self

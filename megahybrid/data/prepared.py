@@ -250,8 +250,7 @@ def data_identity(config: Config, prepared: Prepared | None) -> str:
     tasks = {}
     for name, source in task_sources(config).items():
         task = find_task(str(source.task), f"data.sources.{name}.task")
-        stages = [(stage.until, asdict(stage.parameters)) for stage in task_stages(name, source)]
-        tasks[name] = task.name, task.version, stages
+        tasks[name] = [(stage.until, task.identity(stage.parameters)) for stage in task_stages(name, source)]
     if not tasks and prepared is not None:
         return prepared.identity
     text = prepared.identity if prepared else None

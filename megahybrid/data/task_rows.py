@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,10 +32,26 @@ class TaskRows:
             (name, find_task(str(source.task), name), task_stages(name, source)) for name, source in used.items()
         ]
         self._vocabulary, self._seed, self._length = vocabulary, config.train.seed, config.train.seq_length
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead: Future[dict[int, dict[str, NDArray]]] = Future()
+        self._ahead.set_result({})
 
     def __getitem__(self, index: int) -> dict[str, NDArray]:
         """`tokens` int64 `[L + 1]`, `borders` int32, where a sample begins, 0 first, and `weights` fp32 `[L]`, of the
         labels tokens[1:]; L is the seq_length."""
+        ahead = self._ahead.result()
+        return ahead[index] if index in ahead else self._row(index)
+
+    def look_ahead(self, indices: Sequence[int]) -> None:
+        """Have these rows made in the background: while a GPU is waited for, they cost no time."""
+        if indices:
+            self._ahead = self._thread.submit(lambda: {index: self._row(index) for index in indices})
+
+    def close(self) -> None:
+        """End the background thread. Nothing can be read ahead afterwards."""
+        self._thread.shutdown()
+
+    def _row(self, index: int) -> dict[str, NDArray]:
         number, row = divmod(index, ENDLESS)
         name, task, stages = self._sources[number - 1]
         parameters = next(stage.parameters for stage in stages if stage.until is None or row < stage.until)

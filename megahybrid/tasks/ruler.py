@@ -42,7 +42,7 @@ _WORDS_OF_A_NEEDLE = len(NEEDLE.split())
 class ProseParameters(TaskParameters):
     """Parameters of tasks whose haystack is prose."""
 
-    haystack: str | None = key(None)
+    haystack: str | None = key(None, may_change=True)
     """File of text, or folder of *.txt, that needles are hidden in. RULER's are Paul Graham's essays."""
     shift: bool = key(False)
     """Begin the haystack at a sentence drawn for each sample, as training should, and not at its first, as RULER."""

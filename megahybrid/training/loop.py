@@ -31,6 +31,7 @@ from megahybrid.training.engine import Engine, StepResult
 from megahybrid.training.logs import log, rank_log
 from megahybrid.training.metrics_file import MetricsFile
 from megahybrid.training.ownership import Owner
+from megahybrid.training.probes import names
 from megahybrid.training.probes.suite import Probes
 from megahybrid.training.resume import check_data, check_resume, initial_weights
 from megahybrid.training.run_directory import RunDirectory, duration
@@ -199,7 +200,8 @@ class Trainer:
             if last or result.stop or self.saver.failed or step % every == 0:
                 metrics["checkpoint_seconds"] = self.saver.start(self.position)
             self._record(metrics)
-            if step == first + 1 or step % train.log_every == 0 or "validation_loss" in metrics or result.skipped:
+            told = {"validation_loss", names.SECONDS} & metrics.keys()
+            if step == first + 1 or step % train.log_every == 0 or told or result.skipped:
                 left = (time.perf_counter() - began) / (step - first) * (train.steps - step)
                 self.say(_line(metrics, result, self._regulated(), train.steps, left))
             if result.stop and not last:
@@ -297,6 +299,9 @@ def _line(metrics: dict[str, Any], result: StepResult, regulated: list[str], ste
     parts = [f"step {metrics['step']:>{len(str(steps))}}/{steps}", f"loss {metrics['loss']:.4f}"]
     if metrics.get("validation_loss") is not None:
         parts.append(f"validation {metrics['validation_loss']:.4f}")
+    for key in metrics:
+        if key.startswith(names.ACCURACY) and metrics[key][1] is not None:
+            parts.append(f"{key.removeprefix(names.ACCURACY)} beyond the window {metrics[key][1]:.1%}")
     if result.skipped:
         parts.append(f"left out: {result.skipped}")
     speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"

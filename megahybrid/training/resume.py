@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.task_sources import find_task, task_parameters, task_sources, task_stages
 from megahybrid.errors import UserError
 from megahybrid.key import derived, keys
+from megahybrid.tasks import TaskParameters
 from megahybrid.training import checkpoint_folder
 
 
@@ -31,7 +32,7 @@ def meaning(config: Config) -> dict[str, Any]:
     """What the keys that may not change mean, by name: equal where configurations differ in their spelling only.
 
     Values that were left out are those derived for them, a source's weight is its part of all weights, a task's
-    parameters are all that it has, and `|` in the pattern is no part of the model.
+    parameters are those that are not their defaults, and `|` in the pattern is no part of the model.
     """
     found = {name: value for name, value, rules in keys(derived(config)) if not rules.may_change}
     found["model.pattern"] = parse_pattern(config.model.pattern).letters
@@ -40,9 +41,16 @@ def meaning(config: Config) -> dict[str, Any]:
         found[f"data.sources.{name}.weight"] = weight / sum(weights.values())
     for name, source in task_sources(config).items():
         where, task = f"data.sources.{name}", find_task(str(source.task), f"data.sources.{name}.task")
-        found[f"{where}.parameters"] = asdict(task_parameters(task, source.parameters, f"{where}.parameters"))
-        found[f"{where}.stages"] = [(stage.until, asdict(stage.parameters)) for stage in task_stages(name, source)]
+        found[f"{where}.parameters"] = _unusual(task_parameters(task, source.parameters, f"{where}.parameters"))
+        found[f"{where}.stages"] = [(stage.until, _unusual(stage.parameters)) for stage in task_stages(name, source)]
     return found
+
+
+def _unusual(parameters: TaskParameters) -> dict[str, Any]:
+    """Those that may not change and are not what they are when left out."""
+    defaults = {field.name: field.default for field in fields(parameters)}
+    fixed = {name: value for name, value, rules in keys(parameters) if not rules.may_change}
+    return {name: value for name, value in fixed.items() if value != defaults[name]}
 
 
 def check_data(trained_on: str, found: str, checkpoint: str, path: str) -> None:

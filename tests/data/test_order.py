@@ -8,12 +8,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from megahybrid.data.order import OrderedSource, SampleOrder, apportion, permutation
+from megahybrid.data.order import ENDLESS, OrderedSource, SampleOrder, apportion, permutation
 
 
 def order_of(sources, seed=3, block_size=64):
     """`sources`: name → (samples of each shard, weight)."""
-    listed = [OrderedSource(name, np.array(shards), weight) for name, (shards, weight) in sources.items()]
+    listed = [OrderedSource(name, np.array(shards, np.int64), weight) for name, (shards, weight) in sources.items()]
     return SampleOrder(listed, seed, block_size)
 
 
@@ -111,3 +111,17 @@ def test_a_single_shard_is_shuffled_anew_every_epoch():
     order = order_of({"a": ([50], 1.0)})
     epochs = order.indices(0, 150).reshape(3, 50).tolist()
     assert len({tuple(epoch) for epoch in epochs}) == 3 and all(sorted(epoch) == list(range(50)) for epoch in epochs)
+
+
+def test_an_endless_source_counts_on_beside_others_and_alone():
+    """Its numbers come in order, at places that are shuffled; the others keep their samples and their shares."""
+    order = order_of({"a": ([30, 34], 3.0), "x": ([], 1.0), "y": ([], 2.0)}, block_size=20)
+    assert order.samples_per_epoch == 64 and order.counts == [32, 11, 21]
+    seen = order.indices(0, 10 * 64)
+    for number, share in ((1, 110), (2, 210)):
+        assert seen[seen // ENDLESS == number].tolist() == [number * ENDLESS + each for each in range(share)]
+    text = seen[seen < ENDLESS]
+    assert np.bincount(text, minlength=64).tolist() == [5] * 64
+    assert np.abs(np.cumsum(seen >= ENDLESS) - np.arange(640) / 2).max() < 15
+    assert (np.diff(np.flatnonzero(seen >= ENDLESS)) == 1).mean() < 0.7
+    assert order_of({"x": ([], 1.0)}, block_size=16).indices(5, 40).tolist() == list(range(ENDLESS + 5, ENDLESS + 45))

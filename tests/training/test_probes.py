@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 
 import pytest
@@ -178,12 +179,14 @@ tracking: {wandb: disabled}
 """
 
 
-def test_a_run_on_tasks_alone_is_asked_what_it_is_trained_on_last(tmp_path):
+def test_a_run_on_tasks_alone_is_asked_what_it_is_trained_on_last(tmp_path, capsys):
     """Without text there is none to probe."""
     (tmp_path / "bare.yaml").write_text(BARE + f"run: {{dir: {tmp_path / 'run'}}}")
     assert main(["train", str(tmp_path / "bare.yaml")]) == 0
-    found = probed(tmp_path / "run")
+    found, said = probed(tmp_path / "run"), capsys.readouterr().out
+    (told,) = re.findall(r"step 2/4 .*selective_mqar_48 beyond the window ([\d.]+)%", said)
     assert [*found] == [2, 4]
+    assert float(told) == pytest.approx(100 * found[2]["probe_accuracy_selective_mqar_48"][1], abs=0.06)
     keys = {key.replace("mqar_64", "selective_mqar_48") for key in ANSWERS | KEPT}
     assert found[4].keys() == keys
     assert found[4]["probe_recency_null_selective_mqar_48"] < 0.5

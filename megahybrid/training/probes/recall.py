@@ -153,4 +153,4 @@ def _count(table: Tensor, row: Row, asked: _Asked, found: Found, layers: int) ->
         missing = torch.zeros(len(asked.askers), seen.shape[1]).index_add_(0, asked.needles, (~seen).float())
         holding = torch.zeros(len(table), seen.shape[1]).index_add_(0, asked.askers, (missing == 0).float()) > 0
         table[:, 2 + layer] += holding.sum(1)
-        table[asked.askers.unique(), 2 + layers + layer] += seen.shape[1]
+        table[asked.askers, 2 + layers + layer] += seen.shape[1]

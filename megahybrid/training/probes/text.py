@@ -18,7 +18,6 @@ from megahybrid.parallel import groups
 from megahybrid.training.engine import Engine
 from megahybrid.training.probes import names
 from megahybrid.training.probes.rows import Row, filled, means, passed, rounded
-from megahybrid_kernels.linear_cross_entropy import IGNORED
 
 
 class TextProbes:
@@ -32,9 +31,8 @@ class TextProbes:
         if "gain" in self._asked:
             cut = [piece for batch in batches for piece in cut_documents(batch, window)]
             for _, batch in filled(cut, config.train):
-                scored = (batch.sequences.offsets >= window) & (batch.labels != IGNORED)
-                self._rows.append(Row(batch))
-                self._bins.append({"gain": torch.where(scored, 1, -1)})
+                self._rows.append(Row(batch))  # what fills it up has a loss of 0
+                self._bins.append({"gain": torch.where(batch.sequences.offsets >= window, 1, -1)})
 
     def _bins_of(self, batch: Batch, window: int) -> dict[str, Tensor]:
         """By probe, int64 `[T]`: where a token's loss counts, -1 for nowhere."""
