@@ -211,8 +211,8 @@ class SourceConfig:
 class DataConfig:
     """Text, tokenizer and shards."""
 
-    path: str = key(may_change=True)
-    """Where `prepare` writes the tokenizer and the shards, and `train` reads them."""
+    path: str | None = key(None, may_change=True)
+    """Where `prepare` writes the tokenizer and the shards, and `train` reads them; tasks alone need none."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Named sources of text."""
     tokenizer: str | None = key(None, may_change=True)

@@ -9,7 +9,7 @@ from typing import Any
 from megahybrid.config.batch import micro_batches
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config, SourceConfig
-from megahybrid.config.task_sources import check_stages, find_task, task_sources
+from megahybrid.config.task_sources import check_stages, find_task, task_sources, text_sources
 from megahybrid.errors import UserError
 from megahybrid.key import derived, keys
 from megahybrid.mixers import KINDS
@@ -130,7 +130,7 @@ def _training(config: Config) -> None:
 
 def _data(config: Config) -> None:
     data = config.data
-    if "://" in data.path:
+    if "://" in str(data.path):
         raise UserError(
             f"data.path '{data.path}' must be a local folder; copy what `prepare` writes there and set data.remote."
         )
@@ -144,6 +144,8 @@ def _data(config: Config) -> None:
     for name, source in data.sources.items():
         _keys_of_format(f"data.sources.{name}", source)
         _tokens(f"data.sources.{name}", source, data.tokenizer)
+    if data.path is None and (text_sources(config) or not data.sources):
+        raise UserError("data.path is not set; give the folder where `prepare` writes.")
     weights = {name: source.weight for name, source in data.sources.items()}
     if weights and not any(weight is None or weight > 0 for weight in weights.values()):
         raise UserError("Every source in data.sources has weight 0; give at least one a weight above 0.")

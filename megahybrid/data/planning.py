@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from megahybrid.config.schema import Config
-from megahybrid.config.task_sources import task_sources, text_sources
+from megahybrid.config.task_sources import text_sources
 from megahybrid.data.documents import (
     TRAIN,
     VALIDATION,
@@ -35,8 +35,6 @@ def plan(config: Config, skipped: Skipped) -> dict[str, list[Unit]]:
 
     Raises UserError for sources without text or with an unfit name, and for parquet without pyarrow.
     """
-    if task_sources(config) and not text_sources(config):
-        raise UserError("All sources of the recipe are tasks, made while training: there is nothing to prepare.")
     if not config.data.sources:
         raise UserError("data.sources is empty; name at least one folder of text, such as data.sources.books.path=DIR.")
     units = {}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megahybrid.config.schema import Config
+from megahybrid.config.task_sources import task_sources, text_sources
 from megahybrid.data import writing
 from megahybrid.data.assembly import assemble
 from megahybrid.data.blocks import blocks_of
@@ -48,8 +49,10 @@ def prepare(config: Config, report: Report = print) -> Prepared:
     What is written does not depend on data.workers. Call it from one process.
     Raises UserError for sources without text, for a tokenizer that does not fit, and if data.path holds anything else.
     """
+    if task_sources(config) and not text_sources(config):
+        raise UserError("All sources of the recipe are tasks, made while training: there is nothing to prepare.")
     settings = prepare_settings(config)
-    target = Path(config.data.path).expanduser().absolute()
+    target = Path(str(config.data.path)).expanduser().absolute()
     if (prepared := _already(target, settings)) is not None:
         report(
             f"{target} is already prepared: {prepared.samples(TRAIN):,} samples to train on, "

@@ -185,10 +185,10 @@ def _is_sha256(value: object) -> bool:
 
 
 def open_store(config: Config) -> Store:
-    """Where training reads from: data.path, or data.remote through data.cache. Raises UserError."""
+    """Where training reads text from: data.path, or data.remote through data.cache. Raises UserError."""
     data = config.data
     if data.remote is None:
-        return Folder(Path(data.path).expanduser())
+        return Folder(Path(str(data.path)).expanduser())
     limit = None if data.cache_limit is None else int(data.cache_limit * 1e9)
     return Remote(data.remote, Path(str(data.cache)).expanduser().absolute(), limit)
 

@@ -137,11 +137,14 @@ def _elsewhere(config: Config, run_dir: Path) -> Config:
     train, init_from = config.train, config.train.init_from
     if init_from is not None:
         train = dataclasses.replace(train, init_from=str(Path(init_from).resolve()))
+    data = config.data
+    if data.path is not None:
+        data = dataclasses.replace(data, path=str(Path(data.path).expanduser().resolve()))
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, dir=str(run_dir)),
         train=train,
-        data=dataclasses.replace(config.data, path=str(Path(config.data.path).expanduser().resolve())),
+        data=data,
     )
 
 

@@ -53,10 +53,12 @@ def _unusual(parameters: TaskParameters) -> dict[str, Any]:
     return {name: value for name, value in fixed.items() if value != defaults[name]}
 
 
-def check_data(trained_on: str, found: str, checkpoint: str, path: str) -> None:
-    """Raises UserError unless the data in `path` has the identity of what a checkpoint was trained on."""
+def check_data(trained_on: str, found: str, checkpoint: str, path: str | None) -> None:
+    """Raises UserError unless the data in `path`, or of the recipe's tasks, has the identity of what a checkpoint was
+    trained on."""
     if found != trained_on:
-        raise UserError(f"'{checkpoint}' was trained on other data than '{path}' holds; set it back.")
+        holder = "the recipe's tasks make" if path is None else f"'{path}' holds"
+        raise UserError(f"'{checkpoint}' was trained on other data than {holder}; set it back.")
 
 
 def initial_weights(config: Config) -> Path | None:

@@ -13,12 +13,12 @@ model: {pattern: GL, hidden_size: 32, vocab_size: 512, gdn: {num_heads: 1, head_
         attention: {num_heads: 2, head_dim: 16}, lte: {window_size: 15, buffer_size: 8}}
 train: {seq_length: 128, micro_batch_size: 2, global_batch_size: 4, steps: 6}
 data:
-  path: data/none
   sources:
     recall: {format: task, task: selective_mqar, weight: 1, parameters: {pairs: 4},
              stages: [{until: 8, length: 64}, {until: 16, length: 40}, {pairs: 8, answer_weight: 2}]}
 """
 KEY = "data.sources.recall"
+TEXT = ["data.path=data/x", "data.sources.text.path=text", "data.sources.text.weight=1"]
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_one_stage_where_the_recipe_has_none(recipe):
 
 def test_bare_tokens_are_those_of_tasks_alone(recipe):
     assert bare_tokens(load_config(recipe))
-    for other in (["data.tokenizer=tokenizers/a"], ["data.sources.text.path=text", "data.sources.text.weight=1"]):
+    for other in (["data.tokenizer=tokenizers/a"], TEXT):
         assert not bare_tokens(load_config(recipe, other))
 
 
@@ -88,14 +88,15 @@ def test_what_cannot_be_is_refused_in_a_sentence(recipe, override, said):
 
 @pytest.mark.parametrize("name", ["task=mqar", "parameters.pairs=3", "stages=[{}]"])
 def test_keys_of_tasks_are_refused_for_text(recipe, name):
-    text = ["data.sources.text.path=text", "data.sources.text.weight=1", f"data.sources.text.{name}"]
     with pytest.raises(UserError, match=r"^data\.sources\.text\.\w+ is for the format task; leave it out\.$"):
-        load_config(recipe, text)
+        load_config(recipe, [*TEXT, f"data.sources.text.{name}"])
 
 
-def test_text_beside_a_task_needs_a_weight(recipe):
+def test_text_beside_a_task_needs_a_place_and_a_weight(recipe):
+    with pytest.raises(UserError, match=r"^data\.path is not set; give the folder where `prepare` writes\.$"):
+        load_config(recipe, TEXT[1:])
     with pytest.raises(UserError, match=r"has weights, but not for text; give every source one, or none"):
-        load_config(recipe, ["data.sources.text.path=text"])
+        load_config(recipe, TEXT[:2])
 
 
 def fault(recipe, before, after):
