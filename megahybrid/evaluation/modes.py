@@ -11,6 +11,8 @@ from megahybrid.errors import UserError
 from megahybrid.evaluation.forced import Reading, read
 from megahybrid.evaluation.generated import answers_one_by_one, continuations
 from megahybrid.evaluation.subject import Subject
+from megahybrid.mixers.lte import LTEKind
+from megahybrid.mixers.lte.policies import LEARNED, POLICIES
 from megahybrid.tasks import Sample, Task
 from megahybrid.tasks.matching import begins_with, share_found
 
@@ -36,13 +38,15 @@ class Outcome(NamedTuple):
 
 
 def check(subject: Subject, policies: Sequence[str]) -> None:
-    """Raise UserError for a policy that there is not, and for any but the model's own where no layer has one."""
+    """Raise UserError for a policy that there is not, and for any but the router's own where no layer has a router."""
     for policy in policies:
-        if policy != "learned":
-            raise UserError(f"--policy is '{policy}'; choose one of learned.")
+        if policy not in POLICIES:
+            raise UserError(f"--policy is '{policy}'; choose among {', '.join(POLICIES)}.")
+        if policy != LEARNED and LTEKind.letter not in subject.config.model.pattern:
+            raise UserError(f"--policy {policy} is for LTE layers (L), of which this model has none; leave it out.")
 
 
-def forced(subject: Subject, task: Task, samples: Sequence[Sample], policy: str, prefill_chunk: int) -> list[Outcome]:
+def forced(subject: Subject, task: Task, samples: Sequence[Sample], prefill_chunk: int) -> list[Outcome]:
     """Whether every token of an answer is the likeliest one after the right ones before it."""
     readings = read(subject.model, samples, subject.answers(task).size, prefill_chunk)
     return [_outcome(subject, sample, reading) for sample, reading in zip(samples, readings, strict=True)]
@@ -60,7 +64,7 @@ def _outcome(subject: Subject, sample: Sample, reading: Reading) -> Outcome:
     )
 
 
-def generate(subject: Subject, task: Task, samples: Sequence[Sample], policy: str, prefill_chunk: int) -> list[Outcome]:
+def generate(subject: Subject, task: Task, samples: Sequence[Sample], prefill_chunk: int) -> list[Outcome]:
     """What the model writes, greedily: of text behind the prompt, of bare tokens in the place of each answer."""
     vocabulary = subject.answers(task)
     if task.text:

@@ -18,6 +18,7 @@ from megahybrid.evaluation.results import Line, short
 from megahybrid.evaluation.subject import Subject
 from megahybrid.evaluation.tasks import Chosen
 from megahybrid.inference.batch import suitable_chunk
+from megahybrid.mixers.lte.policies import swapped
 from megahybrid.parallel import groups
 from megahybrid.tasks import Answer, Sample
 from megahybrid.training import checkpoint_folder
@@ -122,7 +123,8 @@ def _do(subject: Subject, plan: Plan, cell: _Cell, folder: Folder, progress: Pro
         if not missing:
             continue
         samples = [cell.chosen.sample(cell.length, subject.vocabulary, cell.depth, index) for index in missing]
-        outcomes = modes.MODES[plan.mode](subject, cell.chosen.task, samples, cell.policy, _chunk(subject, plan))
+        with swapped(subject.model, cell.policy, [_needles(sample) for sample in samples]):
+            outcomes = modes.MODES[plan.mode](subject, cell.chosen.task, samples, _chunk(subject, plan))
         if groups.is_main():
             lines = [
                 _line(subject, plan.mode, cell, index, sample, outcome)
@@ -130,6 +132,11 @@ def _do(subject: Subject, plan: Plan, cell: _Cell, folder: Folder, progress: Pro
             ]
             folder.add(cell.chosen.name, lines)
         progress.add(cell.length * len(missing), f"{cell.chosen.name} at {short(cell.length)}, {cell.policy}")
+
+
+def _needles(sample: Sample) -> list[int]:
+    """The tokens that will be asked for."""
+    return sorted({token for answer in sample.answers for needle in answer.needles for token in range(*needle)})
 
 
 def _line(subject: Subject, mode: str, cell: _Cell, index: int, sample: Sample, outcome: modes.Outcome) -> Line:

@@ -74,7 +74,7 @@ def test_a_conversion_leaves_nothing_behind(reference, tmp_path, monkeypatch):  
     ("arguments", "said"),
     [
         (["--task", "nosuch"], "'nosuch', which is no task"),
-        (["--task", "mqar", "--policy", "nosuch"], "'nosuch'; choose one of learned"),
+        (["--task", "mqar", "--policy", "nosuch"], "'nosuch'; choose among learned"),
         (["--task", "mqar", "--set", "nosuch=3"], "--set nosuch is no parameter"),
         (["--task", "mqar", "--set", "pairs=-1"], "pairs is -1"),
         (["--task", "mqar", "--set", "pairs=[3"], "not valid YAML"),

@@ -10,8 +10,9 @@ from megahybrid.config.schema import ParallelConfig
 from megahybrid.errors import UserError
 from megahybrid.evaluation import modes
 from megahybrid.evaluation.lines import Folder
-from megahybrid.evaluation.runner import evaluate
+from megahybrid.evaluation.runner import _where, evaluate
 from megahybrid.parallel import groups
+from megahybrid.tasks import Answer, Span
 from tests.evaluation.subjects import brief, chosen, plan, subject
 from tests.model import tiny
 from tools.workers import Workers
@@ -84,6 +85,35 @@ def test_places_are_those_of_the_samples(tmp_path):
             assert sample.tokens[value] == sample.tokens[answer.span.begin]
             assert distance == query + 1 - value and near == (query - value <= 7)
             assert place == pytest.approx(value / (query + 1), abs=1e-4)
+
+
+def test_a_policy_decides_what_is_held(tmp_path):
+    """Three needles are as many as the buffer holds beside the sinks."""
+    asked = plan(tasks=(chosen("selective_mqar", pairs=3),), lengths=(96,), policies=("oracle", "recency", "learned"))
+    for mode in modes.MODES:
+        evaluate(subject(tmp_path, "L"), plan(**{**vars(asked), "mode": mode}))
+    found = {(each["policy"], each["mode"]): each for each in results(tmp_path)["results"]}
+    assert found["oracle", "forced"]["kept"] == 1 and found["recency", "forced"]["kept"] == 0
+    assert found["oracle", "forced"]["beyond_kept"]["n"] == found["recency", "forced"]["beyond_evicted"]["n"] == 21
+    texts = {
+        (policy, mode): [line["text"] for line in lines(tmp_path, "selective_mqar")
+                         if (line["policy"], line["mode"]) == (policy, mode)]
+        for policy, mode in found
+    }  # fmt: skip
+    for policy in asked.policies:
+        assert texts[policy, "forced"] == texts[policy, "generate"]
+    assert texts["oracle", "forced"] != texts["recency", "forced"] != texts["learned", "forced"]
+
+
+def test_policies_are_refused_where_no_layer_has_one(tmp_path):
+    with pytest.raises(UserError, match="for LTE layers"):
+        evaluate(subject(tmp_path, "GS"), plan(policies=("recency",)))
+
+
+@pytest.mark.parametrize(("apart", "inside"), [(8, 1), (9, 0)])
+def test_the_window_reaches_as_many_keys_back_as_it_has(apart, inside):
+    answer = Answer(Span(20, 22), (Span(1, 3), Span(20 - apart, 22 - apart)))
+    assert _where(answer, 8) == (apart, round(1 - apart / 20, 4), inside)
 
 
 class Killed(BaseException):
