@@ -104,7 +104,7 @@ def evaluate(subject: Subject, plan: Plan, path: Path | None = None) -> None:
 def _cells(subject: Subject, plan: Plan, done: dict[str, set[Key]]) -> Iterator[_Cell]:
     for chosen in plan.tasks:
         has_depth = chosen.has_depth(plan.lengths[0], subject.vocabulary)
-        depths = [round(n / max(plan.depths - 1, 1), 4) for n in range(plan.depths)] if has_depth else [None]
+        depths = [None] if not has_depth else _depths(plan.depths)
         for length in plan.lengths:
             for policy in plan.policies:
                 for depth in depths:
@@ -113,6 +113,11 @@ def _cells(subject: Subject, plan: Plan, done: dict[str, set[Key]]) -> Iterator[
                         *(chosen, policy, length, depth),
                         [key[-1] for key in keys if key not in done[chosen.name]],
                     )
+
+
+def _depths(count: int) -> list[float]:
+    """From the first place to the last; a single one in the middle."""
+    return [round(number / (count - 1), 4) for number in range(count)] if count > 1 else [0.5]
 
 
 def _do(subject: Subject, plan: Plan, cell: _Cell, folder: Folder, progress: Progress) -> None:
