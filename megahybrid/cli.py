@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megahybrid.errors import UserError
+from megahybrid.evaluation.command import add_arguments as add_eval_arguments
+from megahybrid.evaluation.command import run as evaluate
 from megahybrid.inference.command import add_arguments as add_generate_arguments
 from megahybrid.inference.command import run as generate
 
@@ -59,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("generate", help="text from a checkpoint, split over all processes")
     add_generate_arguments(verb)
     verb.set_defaults(run=generate)
+    text = "what a model recalls: tasks by length and depth, with intervals and pictures"
+    verb = verbs.add_parser("eval", help=text, description=text)
+    add_eval_arguments(verb)
+    verb.set_defaults(run=evaluate)
     _add_conversions(verbs)
     _add_submit(verbs)
     verb = verbs.add_parser("runs", help="the runs under a folder: state, speed, loss, time left, jobs")

@@ -53,12 +53,12 @@ class Batch:
         self._read += [0] * len(prompts)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Only the sequences `rows` stay, in this order."""
+        """Only the sequences `rows` stay, in this order; one that comes more than once goes on as so many."""
         if list(rows) == list(range(self.count)):
             return
         self._leave_graph()
         self._states = states.select(self._states, rows) if rows else None
-        self._waiting = [self._waiting[row] for row in rows]
+        self._waiting = [list(self._waiting[row]) for row in rows]
         self._read = [self._read[row] for row in rows]
 
     def extend(self, row: int, token: int) -> None:

@@ -34,7 +34,8 @@ def load_generator(path: Path) -> Generator:
     config = load_config(folder / "config.yaml")
     split_over_processes(config, int(os.environ.get("WORLD_SIZE", "1")))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    groups.initialize(config.parallel)
+    if not groups.joined():
+        groups.initialize(config.parallel)
     model = Stack(config)
     checkpoint.load_weights(folder, model)
     if groups.is_main():

@@ -48,6 +48,11 @@ class Mixer(nn.Module):
         `GrowingCache`s, which all have the sequences in front."""
         raise NotImplementedError
 
+    def held(self, state: Any) -> Tensor | None:
+        """Positions of the tokens whose keys a state holds, each once: int64 `[sequences, heads of this rank, slots]`,
+        -1 for a blank; None where a mixer has no keys."""
+        return None
+
     @classmethod
     def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterable[Fallback]:
         """The ops whose kernels do not take the derived configuration and dtype on a GPU."""

@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,34 @@ class Tracker:
             self.run.finish()
         except Exception as error:
             log.warning("W&B could not be closed cleanly: %s", error)
+
+
+def add_to_summary(config: Config, folder: Path, run_id: str | None, make: Callable[[Any], dict[str, Any]]) -> None:
+    """Put what `make` gives, from the module wandb, into the summary of a run's W&B run; silent where W&B is off or
+    fails. Its history stays as it is, from which a later start tells how far it is.
+
+    Args:
+        config: the run's recipe.
+        folder: the run directory.
+        run_id: the checkpoint's, where the folder does not know better.
+    """
+    run_id = _id_to_go_on_with(folder, run_id, step=1)
+    if config.tracking.wandb == "disabled" or run_id is None:
+        return
+    here = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
+    run = _start(here, run_id, config.tracking.wandb)
+    if run is None and config.tracking.wandb == "online":
+        run = _start(here, run_id, "offline")
+    if run is None:
+        return
+    try:
+        import wandb
+
+        for name, value in make(wandb).items():
+            run.summary[name] = value
+        run.finish()
+    except Exception as error:
+        log.warning("W&B did not take the evaluation (%s).", error)
 
 
 def _start(config: Config, run_id: str | None, mode: str):

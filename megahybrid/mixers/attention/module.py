@@ -78,6 +78,14 @@ class FullAttention(AttentionProjections):
             return GrowingCache.empty(*sizes, **kind)
         return KeyValueCache.empty(*sizes, self.window_size, **kind)
 
+    def held(self, state: KeyValueCache | GrowingCache) -> Tensor:
+        heads = self.k_proj.weight.shape[0] // self.head_dim
+        if isinstance(state, KeyValueCache):
+            return state.positions[:, None].expand(-1, heads, -1)
+        device = self.k_proj.weight.device
+        slots, lengths = torch.arange(state.slots, device=device), torch.tensor(state.lengths, device=device)
+        return torch.where(slots < lengths[:, None], slots, -1)[:, None].expand(-1, heads, -1)
+
     @classmethod
     def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:
         if reason := unsupported(dtype, model.attention.head_dim):

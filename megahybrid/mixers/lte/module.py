@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megahybrid.config.schema import ModelConfig
 from megahybrid.mixers.attention.module import AttentionProjections
 from megahybrid.mixers.lte import LTEKind, router_channels
+from megahybrid.mixers.lte.policies import Policy, due
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.mixer import Fallback
 from megahybrid.model.settings import Settings
@@ -32,10 +33,12 @@ from megahybrid_kernels.retention_router import unsupported as router_unsupporte
 
 
 class LTEState(NamedTuple):
-    """What an LTE layer remembers of each sequence: window ring and eviction buffer, and the router's last rows."""
+    """What an LTE layer remembers of each sequence: window ring and eviction buffer, the router's last rows, and what
+    a policy in its place knows."""
 
     cache: LTECache
     router: RouterState
+    policy: Tensor
 
 
 class Router(nn.Module):
@@ -89,7 +92,8 @@ class Router(nn.Module):
 class LTEAttention(AttentionProjections):
     """Attention to a window, the sinks, and older tokens whose retention score is positive.
 
-    `l1_lambda`, fp32 `[kv heads of this rank]`, weighs the L1 term; the controller sets it between steps.
+    `l1_lambda`, fp32 `[kv heads of this rank]`, weighs the L1 term; the controller sets it between steps. A `policy`
+    takes the place of the router's scores.
     """
 
     def __init__(self, settings: Settings, layer: int):
@@ -100,6 +104,7 @@ class LTEAttention(AttentionProjections):
         self.heads = every // parallel_state.get_tensor_model_parallel_world_size()
         self.scores_per_token = every * len(settings.pattern.layers(LTEKind.letter))
         self.l1_lambda = torch.zeros(self.heads)
+        self.policy: Policy | None = None
 
     def forward(self, x: Tensor, context: Context, state: LTEState | None = None):
         """`[tokens, 1, hidden]` → (the same, by-products in training, the next state)."""
@@ -108,6 +113,9 @@ class LTEAttention(AttentionProjections):
             return self._continue(q, k, v, context, state)
         lte, sequences = self.lte, context.sequences
         scores, _ = self.router(k, v, sequences, self._dropout(context))
+        if self.policy is not None:
+            state = self.policy.state(sequences.count).to(k.device)
+            scores = self._by_policy(k, None, sequences, 0, state)
         cap = None if context.training and not lte.train_cap else lte.buffer_size
         q, k = self.rotate(q, context), self.rotate(k, context)
         o = lte_attention(q, k, v, scores, sequences, lte.window_size, lte.sink_size, cap)
@@ -117,12 +125,20 @@ class LTEAttention(AttentionProjections):
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: LTEState):
         lte, sequences = self.lte, context.sequences
         scores, router = self.router(k, v, sequences, state=state.router)
+        if self.policy is not None:
+            scores = self._by_policy(k, state.cache, sequences, lte.margin, state.policy)
         q, k = self.rotate(q, context), self.rotate(k, context)
         o, cache = lte_attention_with_cache(
             *(q, k, v, scores, state.cache, sequences, lte.window_size, lte.sink_size, lte.buffer_size, lte.margin),
             in_place=context.in_place,
         )
-        return self.output(o), None, LTEState(cache, router)
+        return self.output(o), None, LTEState(cache, router, state.policy)
+
+    def _by_policy(self, k: Tensor, cache: LTECache | None, sequences: Sequences, delay: int, state: Tensor) -> Tensor:
+        """Scores that the policy gives instead of the router, `delay` tokens late."""
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        first = (self.layer * parallel_state.get_tensor_model_parallel_world_size() + rank) * self.heads
+        return self.policy.scores(due(k, cache, sequences.index, sequences.positions, delay, first, state))
 
     def _dropout(self, context: Context) -> Dropout | None:
         if not context.training or self.lte.dropout == 0:
@@ -156,7 +172,14 @@ class LTEAttention(AttentionProjections):
             dtype=like.dtype,
             device=like.device,
         )
-        return LTEState(cache, RouterState.empty(sequences, self.router.parameters_for_op(), lte.conv_dilation))
+        router = RouterState.empty(sequences, self.router.parameters_for_op(), lte.conv_dilation)
+        policy = torch.empty(sequences, 0) if self.policy is None else self.policy.state(sequences)
+        return LTEState(cache, router, policy.to(like.device))
+
+    def held(self, state: LTEState) -> Tensor:
+        ring, buffer = state.cache.positions[:, None], state.cache.buffer_positions
+        gone = buffer < ring.amax(-1, keepdim=True) - self.lte.window_size  # the ring still has its last token
+        return torch.cat([ring.expand(-1, self.heads, -1), buffer.masked_fill(~gone, -1)], -1)
 
     @classmethod
     def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:

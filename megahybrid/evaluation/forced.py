@@ -1,0 +1,134 @@
+"""Samples with their right answers, read in pieces on the mixers' states: memory is bounded whatever their length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megahybrid.inference import states as state_tools
+from megahybrid.inference.batch import share
+from megahybrid.model.context import Context
+from megahybrid.model.stack import Stack
+from megahybrid.parallel import groups
+from megahybrid.tasks import Answer, Sample
+from megahybrid_kernels import Sequences
+from megahybrid_kernels.precision import at_least_fp32
+
+_ROWS = 1024  # of logits at once
+
+
+class Reading(NamedTuple):
+    """What a model makes of a sample's answers.
+
+    Attributes:
+        nll: `[tokens]`, of the tokens of answers in nats, nan elsewhere.
+        found: int64 `[tokens]`, the likeliest token in the place of each of them.
+        kept: `[answers]`, share of the heads of all layers with keys whose state holds a needle when the answer is
+            asked for; nan where no layer has keys.
+    """
+
+    nll: NDArray[np.float64]
+    found: NDArray[np.int64]
+    kept: NDArray[np.float64]
+
+
+@torch.inference_mode()
+def read(model: Stack, samples: Sequence[Sample], choices: int, prefill_chunk: int) -> list[Reading]:
+    """Read samples together, at most `prefill_chunk` tokens a step; called alike on all tensor parallel ranks.
+
+    choices: tokens that may be an answer are below it.
+    """
+    device = next(model.parameters()).device
+    readings = [
+        Reading(np.full(len(each.tokens), np.nan), np.zeros(len(each.tokens), np.int64), np.zeros(len(each.answers)))
+        for each in samples
+    ]
+    states, rows, at = model.initial_states(len(samples)), list(range(len(samples))), [0] * len(samples)
+    with_keys = any(held is not None for held in _held(model, states))
+    # A piece ends where an answer is asked for: that is when its needle has to be there.
+    ends = [
+        sorted({int(each.asked[-1]), *(answer.span.begin for answer in each.answers if with_keys)}) for each in samples
+    ]
+    heads = [torch.zeros(len(each.answers), 2, dtype=torch.float64, device=device) for each in samples]
+    asking = [{answer.span.begin: number for number, answer in enumerate(each.answers)} for each in samples]
+    while rows:
+        waiting = [next(end for end in ends[row] if end > at[row]) - at[row] for row in rows]
+        pieces = share(waiting, prefill_chunk)
+        spans = [(row, at[row], at[row] + piece) for row, piece in zip(rows, pieces, strict=True)]
+        ids = np.concatenate([samples[row].tokens[begin:end] for row, begin, end in spans])
+        starts = torch.tensor([begin for _, begin, _ in spans], device=device) if any(at[row] for row in rows) else None
+        context = Context(Sequences.of(pieces, device, starts), in_place=True)
+        out = model(torch.from_numpy(ids).to(device), context, states=states)
+        states = out.states
+        _score(model, out.hidden, spans, samples, readings, choices)
+        held = _held(model, states)
+        for place, (row, _, end) in enumerate(spans):
+            at[row] = end
+            if with_keys and (number := asking[row].get(end)) is not None:
+                heads[row][number] = _holding(held, place, samples[row].answers[number])
+        staying = [place for place, row in enumerate(rows) if at[row] < ends[row][-1]]
+        if len(staying) < len(rows):
+            states, rows = state_tools.select(states, staying), [rows[place] for place in staying]
+    for reading, counts in zip(
+        readings, groups.sum_over_all(torch.cat(heads)).split(list(map(len, heads))), strict=True
+    ):
+        reading.kept[:] = (counts[:, 0] / counts[:, 1]).cpu().numpy()
+    return readings
+
+
+def _score(
+    model: Stack,
+    hidden: Tensor,
+    spans: Sequence[tuple[int, int, int]],
+    samples: Sequence[Sample],
+    readings: Sequence[Reading],
+    choices: int,
+) -> None:
+    """Put what follows the tokens of a step, where an answer's token does, into the readings."""
+    first, places, labels, targets = 0, [], [], []
+    for row, begin, end in spans:
+        asked = samples[row].asked
+        asked = asked[(asked > begin) & (asked <= end)]
+        places.append(asked - 1 - begin + first)
+        labels.append(samples[row].tokens[asked])
+        targets.append((row, asked))
+        first += end - begin
+    index = torch.from_numpy(np.concatenate(places)).to(hidden.device)
+    right = torch.from_numpy(np.concatenate(labels)).to(hidden.device)
+    nll, found = [], []
+    for some, label in zip(index.split(_ROWS), right.split(_ROWS), strict=True):
+        logits = at_least_fp32(groups.gather_tensor_parallel(model.logits(hidden[some]), 1))
+        nll.append(F.cross_entropy(logits, label, reduction="none"))
+        found.append(logits[:, :choices].argmax(1))
+    counts = [len(asked) for _, asked in targets]
+    for (row, asked), one, other in zip(
+        targets, torch.cat(nll).split(counts), torch.cat(found).split(counts), strict=True
+    ):
+        readings[row].nll[asked], readings[row].found[asked] = one.cpu().numpy(), other.cpu().numpy()
+
+
+def _held(model: Stack, states: dict[int, Any]) -> list[Tensor | None]:
+    """The positions that each layer's state holds, `[sequences, heads of this rank, slots]`, -1 for a blank."""
+    return [model.layers[str(layer)].mixer.held(state) for layer, state in states.items()]
+
+
+def _holding(held: Sequence[Tensor | None], sequence: int, answer: Answer) -> Tensor:
+    """`[2]`: heads of this rank that hold all tokens of some needle, and heads."""
+    holding = count = 0
+    for positions in held:
+        if positions is None:
+            continue
+        positions = positions[sequence]  # each stands there once
+        whole = [
+            ((positions >= needle.begin) & (positions < needle.end)).sum(1) == needle.end - needle.begin
+            for needle in answer.needles
+        ]
+        holding = holding + (torch.stack(whole).any(0).sum() if whole else 0)
+        count += len(positions)
+    return torch.tensor([float(holding), count], dtype=torch.float64)

@@ -1,0 +1,68 @@
+"""What an evaluation leaves: results.json, pictures, a table, and a copy of them in the run's W&B run."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from megahybrid import code_version
+from megahybrid.evaluation import pictures
+from megahybrid.evaluation.lines import Folder
+from megahybrid.evaluation.results import Entry, summarise, table
+from megahybrid.evaluation.subject import Subject
+from megahybrid.files import read_json, write_json
+from megahybrid.parallel import groups
+from megahybrid.training.tracking import add_to_summary
+
+
+def known_costs(folder: Folder) -> list[Entry]:
+    """The costs by length that earlier starts measured on such a device."""
+    found = (read_json(folder.path / "results.json") or {}).get("costs", [])
+    return [each for each in found if each["device"] == device()]
+
+
+def write(folder: Folder, subject: Subject, costs: list[Entry]) -> None:
+    """Write results.json and the pictures from all lines in the folder, print the table; on the main process only."""
+    results = [entry for task in folder.tasks() for entry in summarise(task, folder.read(task))]
+    costs = sorted(costs, key=lambda each: each["length"])
+    model = {**subject.settings, "step": subject.step, "path": str(subject.home)}
+    write_json(
+        folder.path / "results.json",
+        {"model": model, "results": results, "costs": costs, "machine": _machine()},
+    )
+    if not results:
+        return
+    drawn = pictures.draw(folder.path, results, costs, subject.window)
+    print(table(results))
+    print(f"{folder.path}: results.json, a line a sample in *.jsonl, {', '.join(path.name for path in drawn)}")
+    add_to_summary(
+        subject.config, subject.home, subject.tracking_id, lambda wandb: _for_wandb(wandb, subject, results, drawn)
+    )
+
+
+def device() -> str:
+    """What computes here."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return f"{groups.world()[1]} x {name}"
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "device": device(),
+        "megahybrid": code_version(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _for_wandb(wandb: Any, subject: Subject, results: list[Entry], drawn: list) -> dict[str, Any]:
+    """By name, pictures and a table."""
+    columns = ["task", "mode", "policy", "length", "n", "accuracy", "recency_null", "nll", "kept"]
+    rows = [[*(each[name] for name in columns), each["beyond"]["accuracy"]] for each in results]
+    place = f"evaluation/step_{subject.step}"
+    return {
+        f"{place}/results": wandb.Table(columns=[*columns, "beyond"], data=rows),
+        **{f"{place}/{path.stem}": wandb.Image(str(path)) for path in drawn},
+    }

@@ -1,0 +1,179 @@
+"""The evaluation of a model: tasks × lengths × depths, a line a sample, going on where an earlier start ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megahybrid.errors import UserError
+from megahybrid.evaluation import costs, modes, report
+from megahybrid.evaluation.lines import Folder, Key, key_of
+from megahybrid.evaluation.progress import Progress
+from megahybrid.evaluation.results import Line, short
+from megahybrid.evaluation.subject import Subject
+from megahybrid.evaluation.tasks import Chosen
+from megahybrid.inference.batch import suitable_chunk
+from megahybrid.mixers.lte.policies import swapped
+from megahybrid.parallel import groups
+from megahybrid.tasks import Answer, Sample
+from megahybrid.training import checkpoint_folder
+from megahybrid.training.probes.recall import distance
+
+_MOST_TOKENS = 2**20  # in work at once, where nothing else is asked for
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to evaluate.
+
+    Attributes:
+        tasks, lengths, policies: every combination of them, the lengths ascending.
+        depths: places of a needle that can be put somewhere.
+        samples: of each combination and depth.
+        mode: forced or generate.
+        batch_size, prefill_chunk: samples in work at once, tokens read in a step; None for what suits.
+    """
+
+    tasks: tuple[Chosen, ...]
+    lengths: tuple[int, ...]
+    depths: int
+    samples: int
+    mode: str
+    policies: tuple[str, ...]
+    batch_size: int | None = None
+    prefill_chunk: int | None = None
+
+
+class _Cell(NamedTuple):
+    """Samples that share all but their number; `missing` are those without a line."""
+
+    chosen: Chosen
+    policy: str
+    length: int
+    depth: float | None
+    missing: list[int]
+
+
+def evaluate(subject: Subject, plan: Plan, path: Path | None = None) -> None:
+    """Do what of the plan has no line yet, and write and print what all lines say; called by every process.
+
+    `path`: the folder, one beside the model when left out. Raises UserError before anything is written for what cannot
+    be asked, or where the folder holds lines of other settings; and for a length that memory does not allow, after
+    which what is done stays.
+    """
+    for chosen in plan.tasks:
+        for length in plan.lengths:
+            chosen.task.check(chosen.parameters, length, subject.vocabulary)
+    modes.check(subject, plan.policies)
+    folder = Folder(path or subject.home / "evaluations" / checkpoint_folder.name(subject.step))
+    groups.on_main(lambda: folder.open(subject.settings, {each.name: each.settings for each in plan.tasks}))
+    done = groups.broadcast({each.name: set(map(key_of, folder.read(each.name))) for each in plan.tasks})
+    known = groups.broadcast(report.known_costs(folder))
+    cells = list(_cells(subject, plan, done))
+    progress = Progress(sum(each.length * len(each.missing) for each in cells), groups.is_main())
+    fault = None
+    for length in plan.lengths:
+        try:
+            for cell in cells:
+                if cell.length == length:
+                    _do(subject, plan, cell, folder, progress)
+            if all(each["length"] != length for each in known):
+                tokens = plan.tasks[0].sample(length, subject.vocabulary, None, 0).tokens
+                found = costs.measure(subject.model, tokens.tolist(), _chunk(subject, plan))
+                known.append({**found, "length": length, "device": report.device()})
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            fault = UserError(
+                f"Samples of {short(length)} tokens do not fit into memory; lower --batch-size or --prefill-chunk, or "
+                f"leave out lengths from there on: the shorter ones are done, in '{folder.path}'."
+            )
+            break
+    progress.close()
+    if groups.is_main():
+        report.write(folder, subject, known)
+    if fault is not None:
+        raise fault
+
+
+def _cells(subject: Subject, plan: Plan, done: dict[str, set[Key]]) -> Iterator[_Cell]:
+    for chosen in plan.tasks:
+        has_depth = chosen.has_depth(plan.lengths[0], subject.vocabulary)
+        depths = [None] if not has_depth else _depths(plan.depths)
+        for length in plan.lengths:
+            for policy in plan.policies:
+                for depth in depths:
+                    keys = [(plan.mode, policy, length, depth, index) for index in range(plan.samples)]
+                    yield _Cell(
+                        *(chosen, policy, length, depth),
+                        [key[-1] for key in keys if key not in done[chosen.name]],
+                    )
+
+
+def _depths(count: int) -> list[float]:
+    """From the first place to the last; a single one in the middle."""
+    return [round(number / (count - 1), 4) for number in range(count)] if count > 1 else [0.5]
+
+
+def _do(subject: Subject, plan: Plan, cell: _Cell, folder: Folder, progress: Progress) -> None:
+    """Samples in groups that do not depend on which of them have lines."""
+    size = plan.batch_size or max(1, min(16, _MOST_TOKENS // cell.length))
+    for first in range(0, plan.samples, size):
+        missing = [index for index in cell.missing if first <= index < first + size]
+        if not missing:
+            continue
+        samples = [cell.chosen.sample(cell.length, subject.vocabulary, cell.depth, index) for index in missing]
+        with swapped(subject.model, cell.policy, [_needles(sample) for sample in samples]):
+            outcomes = modes.MODES[plan.mode](subject, cell.chosen.task, samples, _chunk(subject, plan))
+        if groups.is_main():
+            lines = [
+                _line(subject, plan.mode, cell, index, sample, outcome)
+                for index, sample, outcome in zip(missing, samples, outcomes, strict=True)
+            ]
+            folder.add(cell.chosen.name, lines)
+        progress.add(cell.length * len(missing), f"{cell.chosen.name} at {short(cell.length)}, {cell.policy}")
+
+
+def _needles(sample: Sample) -> list[int]:
+    """The tokens that will be asked for."""
+    return sorted({token for answer in sample.answers for needle in answer.needles for token in range(*needle)})
+
+
+def _line(subject: Subject, mode: str, cell: _Cell, index: int, sample: Sample, outcome: modes.Outcome) -> Line:
+    where = [_where(answer, subject.window) for answer in sample.answers]
+    distances, places, near = map(list, zip(*where, strict=True))
+    return {
+        "mode": mode,
+        "policy": cell.policy,
+        "length": cell.length,
+        "depth": cell.depth,
+        "index": index,
+        **sample.facts,
+        "real_length": len(sample.tokens),
+        "distance": distances,
+        "place": places,
+        "in_window": near,
+        **outcome._asdict(),
+    }
+
+
+def _where(answer: Answer, window: int) -> tuple[int | None, float | None, int | None]:
+    """Tokens from the nearest needle to an answer, where in the context before it that is, from 0 to 1, and whether it
+    is inside the window; nothing where no needle holds it."""
+    apart = distance(answer)
+    if math.isnan(apart):
+        return None, None, None
+    return int(apart), round(1 - apart / answer.span.begin, 4), int(apart <= window)
+
+
+def _chunk(subject: Subject, plan: Plan) -> int:
+    return plan.prefill_chunk or suitable_chunk(subject.model)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,0 +1,126 @@
+"""What is evaluated: a run's checkpoint, any other checkpoint, or a Hugging Face folder, as a model on this device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megahybrid.config import Config, load_config
+from megahybrid.config.evaluation import evaluation_window
+from megahybrid.config.schema import ParallelConfig
+from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.errors import UserError
+from megahybrid.hf.import_ import import_model
+from megahybrid.inference.loading import load_generator
+from megahybrid.model.stack import Stack
+from megahybrid.parallel import groups
+from megahybrid.tasks import Task, Vocabulary
+from megahybrid.training import checkpoint, checkpoint_folder
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be evaluated.
+
+    Attributes:
+        model: on this process's device, split over all processes.
+        config: the recipe that it was trained with.
+        tokenizer: of text, or of the numbers of tokens.
+        vocabulary: the tokens that tasks are made of.
+        window: as `evaluation_window` says.
+        step: of its checkpoint; 0 for an imported model.
+        weights: names the values of its parameters.
+        home: the run directory, or the folder that was given.
+        tracking_id: the id of the run's W&B run, if there is a run.
+    """
+
+    model: Stack
+    config: Config
+    tokenizer: Tokenizer
+    vocabulary: Vocabulary
+    window: int
+    step: int
+    weights: str
+    home: Path
+    tracking_id: str | None
+
+    def answers(self, task: Task) -> Vocabulary:
+        """The tokens that may be answers: a model of text has rows of the embedding that are none, never trained."""
+        return self.vocabulary._replace(size=self.tokenizer.vocab_size) if task.text else self.vocabulary
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the results of a sample, beside its task."""
+        return {
+            "pattern": self.config.model.pattern,
+            "weights": self.weights,
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "vocabulary": self.vocabulary.size,
+            "window": self.window,
+        }
+
+
+def load(path: Path, dtype: str = "fp32") -> Subject:
+    """Load what a path means; called by every process, whose number is the tensor parallel size.
+
+    Raises UserError where there is no model in it, it is damaged, or does not split into so many parts.
+    """
+    folder = checkpoint_folder.find(path)
+    if folder is not None:
+        return _load(folder, _home(path, folder), dtype)
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"There is no checkpoint and no exported model in '{path}'; give a run directory, a checkpoint, or a "
+            "folder with config.json and safetensors."
+        )
+    groups.initialize(ParallelConfig(tensor=int(os.environ.get("WORLD_SIZE", "1"))))
+    part = groups.on_main(lambda: tempfile.mkdtemp(prefix="megahybrid-eval-"))
+    try:
+        converted = Path(part) / "checkpoint"
+        groups.on_main(lambda: import_model(path, converted, check=False, report=lambda _: None))
+        subject = _load(converted, path, dtype)
+        groups.gather(None)  # all have read it
+        return subject
+    finally:
+        if groups.is_main():
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _load(folder: Path, home: Path, dtype: str) -> Subject:
+    generator, facts = load_generator(folder), checkpoint.read_facts(folder)
+    config, tokenizer = load_config(folder / "config.yaml"), generator.tokenizer
+    files = {name: file for name, file in facts["files"].items() if name.startswith("weights-")}
+    return Subject(
+        generator.model.to(DTYPES[dtype]),
+        config,
+        tokenizer,
+        Vocabulary(config.model.vocab_size, tokenizer.document_id, tokenizer if _writes(tokenizer) else None),
+        evaluation_window(config),
+        facts["position"]["step"],
+        hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16],
+        home,
+        facts["position"].get("tracking_id"),
+    )
+
+
+def _home(path: Path, folder: Path) -> Path:
+    run = next((each.parent for each in folder.resolve().parents if each.name == "checkpoints"), None)
+    return run or path
+
+
+def _writes(tokenizer: Tokenizer) -> bool:
+    """Whether it is one of text: that of a model of bare tokens knows numbers only."""
+    try:
+        return bool(tokenizer.encode("text"))
+    except UserError:
+        return False

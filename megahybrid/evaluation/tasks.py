@@ -1,0 +1,89 @@
+"""Which tasks an evaluation asks, and with what parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from megahybrid.config import Config
+from megahybrid.config.task_sources import find_task, task_parameters, task_sources, task_stages
+from megahybrid.errors import UserError
+from megahybrid.tasks import TASKS, Sample, Task, TaskParameters, Vocabulary
+from megahybrid.tasks.draws import Draws
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A task with its parameters.
+
+    Attributes:
+        name: in results: the source's of the recipe, or the task's own.
+    """
+
+    name: str
+    task: Task
+    parameters: TaskParameters
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides its samples, beside the vocabulary."""
+        return self.task.identity(dataclasses.replace(self.parameters, length=None))
+
+    def sample(self, length: int, vocabulary: Vocabulary, depth: float | None, index: int) -> Sample:
+        """The sample of this number: for every model with this vocabulary the same."""
+        draws = Draws("evaluate", self.task.name, length, depth, index)
+        return self.task.sample(self.parameters, length, vocabulary, draws, depth)
+
+    def has_depth(self, length: int, vocabulary: Vocabulary) -> bool:
+        """Whether its needle can be put where one wants it; else needles stand all over the context."""
+        first, last = (
+            self.task.sample(self.parameters, length, vocabulary, Draws("depth"), depth).tokens for depth in (0.0, 1.0)
+        )
+        return first.tolist() != last.tolist()
+
+
+def choose(config: Config, names: Sequence[str], changes: Sequence[str]) -> tuple[Chosen, ...]:
+    """The tasks of these names, or all task sources of a recipe where there are none.
+
+    Args:
+        names: a source's, whose last stage gives the parameters, or a task's, with those of the only source of that
+            task, or with its defaults.
+        changes: KEY=VALUE, for all tasks that have such a parameter.
+
+    Raises UserError for names that are neither, for a recipe without tasks, and for a change that fits no task.
+    """
+    sources, values = task_sources(config), dict(map(_change, changes))
+    if not (names or sources):
+        raise UserError(f"The recipe has no tasks in data.sources; name some with --task: {', '.join(sorted(TASKS))}.")
+    chosen = tuple(_chosen(config, name, values) for name in dict.fromkeys(names or sources))
+    for name in values:
+        if not any(hasattr(each.parameters, name) for each in chosen):
+            known = sorted({field.name for each in chosen for field in dataclasses.fields(each.parameters)})
+            raise UserError(f"--set {name} is no parameter of the tasks; they have {', '.join(known)}.")
+    return chosen
+
+
+def _change(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    try:
+        return name if equals else "", yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text}: the value is not valid YAML; put it in quotes.") from error
+
+
+def _chosen(config: Config, name: str, changes: Mapping[str, Any]) -> Chosen:
+    sources = task_sources(config)
+    of_task = [each for each, source in sources.items() if source.task == name]
+    source = name if name in sources else of_task[0] if len(of_task) == 1 else None
+    if source is None:
+        task, values = find_task(name, "--task"), {}
+    else:
+        task = find_task(str(sources[source].task), f"data.sources.{source}.task")
+        values = dataclasses.asdict(task_stages(source, sources[source])[-1].parameters)
+    known = {field.name for field in dataclasses.fields(task.parameters)}
+    own = {key: value for key, value in changes.items() if key in known}
+    return Chosen(name, task, task_parameters(task, {**values, **own}, f"--set, {name}"))

@@ -1,0 +1,48 @@
+"""Tiny models to evaluate, in this process and in several."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from megahybrid.config.schema import ParallelConfig
+from megahybrid.data.number_tokenizer import number_tokenizer
+from megahybrid.evaluation.runner import Plan, evaluate
+from megahybrid.evaluation.subject import Subject
+from megahybrid.evaluation.tasks import Chosen
+from megahybrid.model.stack import build
+from megahybrid.parallel import groups
+from megahybrid.tasks import TASKS, Vocabulary
+from tests.model import tiny
+
+
+def subject(home: Path, pattern: str = "GLSF", dtype: torch.dtype = torch.float32) -> Subject:
+    config = tiny.config(pattern)
+    config.parallel = ParallelConfig(tensor=groups.tensor_parallel()[1])
+    config.tracking.wandb = "disabled"
+    model = build(config, "cpu", dtype).requires_grad_(False)
+    return Subject(
+        model, config, number_tokenizer(tiny.VOCAB), Vocabulary(tiny.VOCAB, 0), 8, 0, "weights", home, tracking_id=None
+    )
+
+
+def chosen(name: str, **parameters) -> Chosen:
+    return Chosen(name, TASKS[name], TASKS[name].parameters(**parameters))
+
+
+def plan(**changes) -> Plan:
+    tasks = (chosen("selective_mqar", pairs=4), chosen("copy"))
+    usual = {"tasks": tasks, "lengths": (32, 64), "depths": 3, "samples": 7, "mode": "forced", "policies": ("learned",)}
+    return Plan(**{**usual, "batch_size": 3, "prefill_chunk": 24, **changes})
+
+
+def brief(mode: str) -> Plan:
+    return plan(mode=mode, lengths=(48,), samples=4)
+
+
+def evaluate_in_parallel(home: str) -> None:
+    """What each of several processes does."""
+    torch.set_num_threads(1)
+    groups.initialize(ParallelConfig(tensor=int(os.environ["WORLD_SIZE"])))
+    for mode in ("forced", "generate"):
+        evaluate(subject(Path(home)), brief(mode))
