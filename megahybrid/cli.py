@@ -65,6 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("eval", help=text, description=text)
     add_eval_arguments(verb)
     verb.set_defaults(run=evaluate)
+    text = "other people's benchmarks, by lm-evaluation-harness, on a run, a checkpoint or an exported model"
+    verb = verbs.add_parser("harness", help=text, description=text)
+    verb.add_argument("path", type=Path, metavar="PATH", help="a run directory, a checkpoint, or an exported model")
+    verb.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="as `lm_eval run` takes them")
+    verb.set_defaults(run=_harness)
     _add_conversions(verbs)
     _add_submit(verbs)
     verb = verbs.add_parser("runs", help="the runs under a folder: state, speed, loss, time left, jobs")
@@ -149,6 +154,12 @@ def _plan(parsed: argparse.Namespace) -> None:
     from megahybrid.scaling.plan import describe
 
     print(describe(config))
+
+
+def _harness(parsed: argparse.Namespace) -> None:
+    from megahybrid.evaluation.harness import run
+
+    run(parsed.path, parsed.arguments)
 
 
 def _export(parsed: argparse.Namespace) -> None:

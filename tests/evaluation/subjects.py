@@ -7,9 +7,13 @@ import torch
 
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.data.number_tokenizer import number_tokenizer
+from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.evaluation.runner import Plan, evaluate
+from megahybrid.evaluation.scorer import Scorer
 from megahybrid.evaluation.subject import Subject
 from megahybrid.evaluation.tasks import Chosen
+from megahybrid.inference.generate import Options
+from megahybrid.inference.sampling import Sampling
 from megahybrid.model.stack import build
 from megahybrid.parallel import groups
 from megahybrid.tasks import TASKS, Vocabulary
@@ -46,3 +50,28 @@ def evaluate_in_parallel(home: str) -> None:
     groups.initialize(ParallelConfig(tensor=int(os.environ["WORLD_SIZE"])))
     for mode in ("forced", "generate"):
         evaluate(subject(Path(home)), brief(mode))
+
+
+WORDS = "the cat sat on a mat, and the dog lay by the door; 17 + 4 = 21. Who is there? Nobody! "
+
+
+def scorer(pattern: str = "GLSF", dtype: torch.dtype = torch.float64, **sizes) -> Scorer:
+    """One of a model of text, with some words as tokens."""
+    tokenizer = Tokenizer.train([WORDS], 300)
+    config = tiny.config(pattern)
+    config.model.vocab_size = tokenizer.vocab_size + 4  # as where rows are padded
+    config.parallel = ParallelConfig(tensor=groups.tensor_parallel()[1])
+    return Scorer(build(config, "cpu", dtype).requires_grad_(False), tokenizer, **sizes)
+
+
+def score(pairs: list[tuple[str, str]], prompt: str) -> tuple[list, list]:
+    """What is asked of one process and of several."""
+    asked = scorer()
+    return sorted(asked.likelihoods(pairs)), sorted(asked.generate([(prompt, Options(12, (), Sampling(0)))]))
+
+
+def score_in_parallel(pairs: list[tuple[str, str]], prompt: str) -> tuple[list, list]:
+    """What each of several processes does."""
+    torch.set_num_threads(1)
+    groups.initialize(ParallelConfig(tensor=int(os.environ["WORLD_SIZE"])))
+    return score(pairs, prompt)
