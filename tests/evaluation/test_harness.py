@@ -67,6 +67,7 @@ def process_group():
 def stand_in(monkeypatch):
     """What this project needs of lm_eval, where that is not installed."""
     if INSTALLED:
+        yield
         return
     names = ("lm_eval", "lm_eval.api", "lm_eval.api.model", "lm_eval.api.registry")
     modules = {name: ModuleType(name) for name in names}
@@ -136,7 +137,7 @@ def test_what_cannot_be_is_refused(stand_in, reference, changes, said):  # noqa:
 
 
 def test_without_the_harness_a_sentence_says_what_to_install(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     monkeypatch.delitem(sys.modules, "megahybrid.evaluation.harness", raising=False)
     assert main(["harness", str(tmp_path), "--tasks", "arc_easy"]) == 2
     error = capsys.readouterr().err.strip()
