@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -27,6 +26,7 @@ except ModuleNotFoundError as missing:
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+    from lm_eval.api.model import CacheHook
 
 
 @register_model("megahybrid")
@@ -82,6 +82,12 @@ class HarnessModel(LM):
 
         return self._ask("generate_until", requests, ask, str, disable_tqdm)
 
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Raises UserError with several processes: each would have a cache of its own, and ask what that lacks."""
+        if groups.world()[1] > 1:
+            raise UserError("--use_cache is for one process; start a single one, or leave it out.")
+        super().set_cache_hook(cache_hook)
+
     def get_model_info(self) -> dict[str, Any]:
         """What the harness's results say of the model."""
         return {**self._subject.settings, "step": self._subject.step}
@@ -96,8 +102,6 @@ class HarnessModel(LM):
     ) -> list[Any]:
         """The results in the order of the requests, each in the harness's cache as soon as it is there."""
         asked = [request.args for request in requests]
-        if len(set(groups.gather(hashlib.sha256(repr(asked).encode()).hexdigest()))) > 1:
-            raise UserError("The processes are asked different things: give --use_cache a new name.")
         found: list[Any] = [None] * len(asked)
         quiet = quiet or not groups.is_main()
         for number, value in tqdm(ask(asked), kind, len(asked), disable=quiet):
@@ -107,7 +111,10 @@ class HarnessModel(LM):
 
 
 def run(path: Path, arguments: Sequence[str]) -> None:
-    """`lm_eval run` with these arguments on what `path` means; called by every process, the first one reports."""
+    """`lm_eval run` with these arguments on what `path` means; called by every process, the first one reports.
+
+    Raises UserError for a model or a task that there is not, and as HarnessModel does.
+    """
     from lm_eval.__main__ import cli_evaluate
 
     if os.environ.get("RANK", "0") != "0":
@@ -116,5 +123,11 @@ def run(path: Path, arguments: Sequence[str]) -> None:
     sys.argv = ["lm_eval", "run", *model, "--batch_size", "auto", *arguments]
     try:
         cli_evaluate()
+    except ValueError as error:
+        if "Tasks not found" not in str(error):
+            raise
+        raise UserError(
+            f"{error}; `lm_eval ls tasks` lists what there is, and a path to a .yaml file works."
+        ) from error
     finally:
         sys.argv = before

@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from megahybrid.cli import main
+from megahybrid.errors import UserError
 from megahybrid.evaluation.scorer import Scorer
 from megahybrid.evaluation.subject import load
 from megahybrid.parallel import groups
@@ -129,11 +130,26 @@ def test_results_come_in_the_order_of_the_requests_and_go_to_the_cache(stand_in,
     ],
 )
 def test_what_cannot_be_is_refused(stand_in, reference, changes, said):  # noqa: F811
-    from megahybrid.errors import UserError
     from megahybrid.evaluation.harness import HarnessModel
 
     with pytest.raises(UserError, match=said):
         HarnessModel(**{"path": str(reference), **changes})
+
+
+def test_several_processes_cannot_have_a_cache(stand_in, reference, monkeypatch):  # noqa: F811
+    from megahybrid.evaluation.harness import HarnessModel
+
+    model = HarnessModel(str(reference))
+    monkeypatch.setattr(groups, "world", lambda: (0, 2))
+    with pytest.raises(UserError, match="--use_cache is for one process"):
+        model.set_cache_hook(None)
+
+
+@needs_lm_eval
+def test_an_unknown_task_is_refused_in_a_sentence(reference, capsys):  # noqa: F811
+    assert main(["harness", str(reference), "--tasks", "nosuch"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("megahybrid: Tasks not found: nosuch; ")
 
 
 def test_without_the_harness_a_sentence_says_what_to_install(tmp_path, capsys, monkeypatch):
@@ -197,7 +213,6 @@ def test_local_tasks(reference, tmp_path, monkeypatch):  # noqa: F811
     nats = sum(brute_force(exact, "", line["question"])[0] for line in QUESTIONS)
     size = sum(len(line["question"]) for line in QUESTIONS)
     assert found["read"]["byte_perplexity,none"] == pytest.approx(2.718281828 ** (-nats / size), rel=1e-4)
-    print(json.dumps(found, indent=1))
 
 
 def _behind(line, choice):
