@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import UserError
@@ -19,6 +20,7 @@ from megahybrid.model.stack import Stack
 from megahybrid.tasks import Answer, Sample, Span
 
 _MOST_TEXTS, _MOST_TOKENS = 64, 2**20  # in work at once, where nothing else is asked for
+_ENCODED = 1024  # texts at once
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -53,18 +55,22 @@ class Scorer:
         """Of each continuation after its context, which may be empty."""
         # As lm-evaluation-harness splits (TemplateLM._encode_pair): spaces belong to the words behind them, and the
         # continuation's tokens are those that the whole has more than the context.
-        contexts = self._tokenizer.encode_batch([context.rstrip() for context, _ in pairs])
-        texts = self._tokenizer.encode_batch([context + continuation for context, continuation in pairs])
-        yield from self._read(texts, [len(context) for context in contexts])
+        contexts = list(map(len, self._encode([context.rstrip() for context, _ in pairs])))
+        yield from self._read(list(self._encode([context + continuation for context, continuation in pairs])), contexts)
 
     def document_likelihoods(self, texts: Sequence[str]) -> Iterator[tuple[int, Likelihood]]:
         """Of each whole text."""
-        yield from self._read(self._tokenizer.encode_batch(texts), [0] * len(texts))
+        yield from self._read(list(self._encode(texts)), [0] * len(texts))
 
-    def _read(self, texts: Sequence[Sequence[int]], contexts: Sequence[int]) -> Iterator[tuple[int, Likelihood]]:
+    def _encode(self, texts: Sequence[str]) -> Iterator[NDArray[np.int64]]:
+        """Benchmarks ask for tens of thousands of texts at once, and a list takes five times an array's memory."""
+        for first in range(0, len(texts), _ENCODED):
+            yield from map(np.array, self._tokenizer.encode_batch(texts[first : first + _ENCODED]))
+
+    def _read(self, texts: Sequence[NDArray[np.int64]], contexts: Sequence[int]) -> Iterator[tuple[int, Likelihood]]:
         """Of the tokens of each text behind its first `contexts` ones, or of its last token where there are none."""
-        order = sorted((number for number, ids in enumerate(texts) if ids), key=lambda number: -len(texts[number]))
-        yield from ((number, Likelihood(0.0, True)) for number, ids in enumerate(texts) if not ids)
+        order = sorted((number for number, ids in enumerate(texts) if len(ids)), key=lambda number: -len(texts[number]))
+        yield from ((number, Likelihood(0.0, True)) for number, ids in enumerate(texts) if not len(ids))
         first = 0
         while first < len(order):
             numbers = order[first : first + self._at_once(len(texts[order[first]]))]
@@ -75,7 +81,7 @@ class Scorer:
                 yield number, Likelihood(-float(reading.nll[sample.asked].sum()), bool(greedy))
             first += len(numbers)
 
-    def _sample(self, ids: Sequence[int], context: int) -> Sample:
+    def _sample(self, ids: NDArray[np.int64], context: int) -> Sample:
         tokens = np.array([self._tokenizer.document_id, *ids])
         # A tokenizer may join the continuation with the context's last token: then that stands for it.
         begin = min(context + 1, len(ids))

@@ -59,7 +59,7 @@ def scorer(pattern: str = "GLSF", dtype: torch.dtype = torch.float64, **sizes) -
     """One of a model of text, with some words as tokens."""
     tokenizer = Tokenizer.train([WORDS], 300)
     config = tiny.config(pattern)
-    config.model.vocab_size = tokenizer.vocab_size + 4  # as where rows are padded
+    config.model.vocab_size = 3 * tokenizer.vocab_size  # rows that are no tokens are often the likeliest
     config.parallel = ParallelConfig(tensor=groups.tensor_parallel()[1])
     return Scorer(build(config, "cpu", dtype).requires_grad_(False), tokenizer, **sizes)
 
