@@ -25,7 +25,7 @@ class Batch:
     sequences: Sequences
     """Borders at every sample and, with data.document_masking, at every document."""
     samples: Tensor
-    """int64 `[T]`: the index, in the split, of the sample that each token comes from."""
+    """int64 `[T]`: the index, in the split or of a task's row (order.py), of the sample that each token comes from."""
     sample_positions: Tensor
     """int64 `[T]`: each token's position in its sample."""
     weights: Tensor | None = None

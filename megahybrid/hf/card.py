@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megahybrid.config.schema import Config
+from megahybrid.config.task_sources import bare_tokens
 from megahybrid.mixers import KINDS
 from megahybrid.model.settings import Settings
 from megahybrid.training.metrics_file import lines_backwards
@@ -29,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
-inputs = tokenizer("Once upon a time", return_tensors="pt")
+inputs = tokenizer("{prompt}", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
@@ -48,6 +49,7 @@ def model_card(name: str, config: Config, facts: dict[str, Any], checkpoint: Pat
         count=sum(math.prod(each["shape"]) for each in facts["parameters"].values()),
         letters=letters,
         legend=", ".join(f"{letter} is {KINDS[letter].title}" for letter in sorted(set(letters))),
+        prompt="17 4 9" if bare_tokens(config) else "Once upon a time",
         facts="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
     )
 

@@ -7,8 +7,9 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megahybrid import code_version
 from megahybrid.config import Config, load_config, save_config
@@ -137,15 +138,29 @@ def _elsewhere(config: Config, run_dir: Path) -> Config:
     train, init_from = config.train, config.train.init_from
     if init_from is not None:
         train = dataclasses.replace(train, init_from=str(Path(init_from).resolve()))
-    data = config.data
-    if data.path is not None:
-        data = dataclasses.replace(data, path=str(Path(data.path).expanduser().resolve()))
+    sources = {
+        name: dataclasses.replace(
+            source,
+            parameters=_absolute(source.parameters, "haystack"),
+            stages=[_absolute(stage, "haystack") for stage in source.stages],
+        )
+        for name, source in config.data.sources.items()
+    }
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, dir=str(run_dir)),
         train=train,
-        data=data,
+        data=dataclasses.replace(
+            config.data, **{**_absolute(vars(config.data), "path", "tokenizer"), "sources": sources}
+        ),
     )
+
+
+def _absolute(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {
+        name: str(Path(value).expanduser().resolve()) if name in names and value is not None else value
+        for name, value in values.items()
+    }
 
 
 def _record(job: Job, folders: Sequence[Path], numbers: Sequence[str], request: Request) -> None:

@@ -27,7 +27,7 @@ class WordTokens:
     """Encodes word by word, each word once, where the tokenizer never joins what a space separates.
 
     That is so with all that split words first with the space before each, as byte-level tokenizers do; others are asked
-    for the whole text. A text of a million tokens takes 0.2 s instead of some seconds.
+    for the whole text. A text of a million tokens takes 0.3 s instead of 3.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -60,12 +60,14 @@ class WordTokens:
     def _pieces(self, text: str) -> tuple[list[str], list[list[int]]]:
         """The text cut before each run of white space that begins with a space, and the ids of the pieces."""
         pieces = _CUT.split(text)
-        unknown = list({piece for piece in pieces if piece not in self._known})
-        if len(self._known) > _MOST_WORDS:
-            self._known.clear()
-            unknown = list(set(pieces))
-        self._known.update(zip(unknown, self._tokenizer.encode_batch(unknown), strict=True))
-        return pieces, [self._known[piece] for piece in pieces]
+        known = self._known
+        unknown = list({piece for piece in pieces if piece not in known})
+        if len(known) + len(unknown) > _MOST_WORDS:
+            # Another thread may go on with those there were.
+            known, unknown = {}, list(set(pieces))
+            self._known = known
+        known.update(zip(unknown, self._tokenizer.encode_batch(unknown), strict=True))
+        return pieces, [known[piece] for piece in pieces]
 
 
 @lru_cache(maxsize=8)

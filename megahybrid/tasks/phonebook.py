@@ -31,6 +31,7 @@ class Phonebook(TextTask):
     name = "phonebook"
     parameters = PhonebookParameters
     generated = 16
+    has_depth = True
 
     def draft(
         self, parameters: PhonebookParameters, length: int, vocabulary: Vocabulary, draws: Draws, depth: float | None

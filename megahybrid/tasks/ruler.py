@@ -88,6 +88,7 @@ class NeedleInAHaystack(TextTask):
         self.parameters = ProseParameters if haystack == "prose" else TaskParameters
         self._haystack, self._keys, self._values = haystack, keys, values
         self._num_keys, self._num_values, self._queries = num_keys, num_values, queries
+        self.has_depth = num_values * queries == 1
 
     def draft(
         self, parameters: TaskParameters, length: int, vocabulary: Vocabulary, draws: Draws, depth: float | None
@@ -106,10 +107,10 @@ class NeedleInAHaystack(TextTask):
             for owner, value in zip(owners, values, strict=True)
         ]
         depths = self._depths(draws, count)
-        if depth is not None and self._queries * self._num_values == 1:
+        if depth is not None and self.has_depth:
             depths[0] = depth
         context, facts = self._context(parameters, draws, needles[:count], depths, needles[count:])
-        kind, template = (self._values, SEVERAL) if self._queries * self._num_values > 1 else (self._values[:-1], ONE)
+        kind, template = (self._values[:-1], ONE) if self.has_depth else (self._values, SEVERAL)
         *before, last = keys[: self._queries]
         query = f"{', '.join(before)}, and {last}" if before else last
         return Draft(

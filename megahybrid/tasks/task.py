@@ -123,6 +123,7 @@ class Task(ABC):
         text: whether its samples are text, so that it needs a tokenizer.
         generated: tokens that a model may write after the prompt, part of the length; 0 where it writes as many as the
             sample has there.
+        has_depth: whether one can say where in the context its needle stands.
     """
 
     name: ClassVar[str]
@@ -130,6 +131,7 @@ class Task(ABC):
     parameters: ClassVar[type[TaskParameters]] = TaskParameters
     text: ClassVar[bool] = False
     generated: ClassVar[int] = 0
+    has_depth: ClassVar[bool] = False
 
     def check(self, parameters: Any, length: int, vocabulary: Vocabulary) -> None:  # noqa: B027
         """Raise UserError, in one sentence, for what cannot be made: a length too short for what it shall hold, too few
@@ -150,6 +152,6 @@ class Task(ABC):
             length: tokens, as `TaskParameters.length`.
             vocabulary: the model's.
             draws: the only source of chance.
-            depth: where in the context the needle stands, from 0, its beginning, to 1; drawn when left out. Tasks whose
-                needles are many spread them whatever it is.
+            depth: where in the context the needle stands, from 0, its beginning, to 1; drawn when left out. Where
+                `has_depth` is false, needles are spread over the context whatever it is.
         """

@@ -14,6 +14,9 @@ from megahybrid.tasks.draws import Draws
 from megahybrid.tasks.encoding import word_tokens
 from megahybrid.tasks.task import Answer, Sample, Span, Task, TaskParameters, Vocabulary
 
+# Tokens that names, words and numbers may take beyond those of one sample: at most 37 in a thousand of each task.
+_MARGIN = 50
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -57,8 +60,7 @@ class TextTask(Task):
                 f"The tokenizer cannot write {self.name}: '{line}' comes back changed, or the answer begins in a token "
                 "of the question; take a tokenizer that keeps every character and ends tokens before spaces."
             )
-        # Names, words and numbers take more tokens in some samples than in this one.
-        needed = int(1.1 * self._needed(draft, draft.fewest, vocabulary))
+        needed = self._needed(draft, draft.fewest, vocabulary) + _MARGIN
         if needed > length:
             raise UserError(
                 f"{self.name} needs {needed} tokens or more with this tokenizer, not {length}; raise its length."
@@ -104,18 +106,20 @@ def _places(text: str, answer: str) -> list[tuple[int, int]]:
 
 
 def _most_units(needed: Callable[[int], int], fewest: int, most: int, length: int) -> int:
-    """As many units as fit, or so many that what is left is less than one takes: a binary search that looks first
-    where a straight line says."""
-    low, high, guess = fewest, most + 1, min(fewest + 64, most)
-    used = at_fewest = needed(fewest)
+    """As many units as fit, or so many that what is left is less than one takes: a search that looks where a straight
+    line through the two nearest counts says."""
+    low, low_tokens = fewest, needed(fewest)
+    high, high_tokens, guess = most + 1, None, min(fewest + 64, most)
     while high - low > 1:
         tokens = needed(guess)
-        each = max(tokens - at_fewest, 1) / (guess - fewest)
+        each = (tokens - low_tokens) / (guess - low)
         if tokens > length:
-            high = guess
+            high, high_tokens = guess, tokens
         else:
-            low, used = guess, tokens
-            if length - used < each:
-                break
-        guess = min(max(low + max(int((length - used) / each), 1), low + 1), high - 1)
+            low, low_tokens = guess, tokens
+            if high_tokens is not None:
+                each = (high_tokens - low_tokens) / (high - low)
+        if length - low_tokens < each:
+            break
+        guess = min(max(low + int((length - low_tokens) / max(each, 1e-3)), low + 1), high - 1)
     return low

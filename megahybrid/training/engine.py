@@ -165,7 +165,7 @@ class Engine:
             return self.config.train.micro_batch_size * self.config.train.seq_length
         total = torch.stack([batch.weights.sum(dtype=torch.float64) for batch in batches]).sum()
         total = groups.sum_over_replicas(total.to(self.device)) / (len(batches) * groups.data_parallel()[1])
-        return torch.where(total > 0, total, 1)
+        return torch.where(total > 0, total, 1).float()
 
     def _forward(
         self, model, batch: Batch, step: int, micro_batches: int, divisor: float | Tensor, report: StepReport

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 
 from megahybrid.cli import main
+from megahybrid.config.schema import SourceConfig
 from megahybrid.errors import MachineFault, UserError
 from megahybrid.launch import verdict
 from megahybrid.launch.profile import FOLDER, load_profile
+from megahybrid.launch.submit import _elsewhere
 from megahybrid.launch.task import places
 from megahybrid.training import attempts, failures
 from megahybrid.training.run_directory import RunDirectory
+from tests.data.corpora import make_config
 from tools.workers import environment, python
 
 
@@ -265,3 +268,15 @@ def test_a_hang_ends_all_processes_with_their_stacks(tmp_path):
     assert failure.startswith("No progress for ") and "step 5, training, at <string>" in failure
     status = json.loads((Path(tmp_path) / "status.json").read_text())
     assert (status["state"], status["again"]) == ("failed", True)
+
+
+def test_a_job_reads_the_same_files_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parameters, stages = {"haystack": "a.txt", "shift": True}, [{"until": 5, "haystack": "b.txt"}, {"length": 64}]
+    task = SourceConfig(format="task", task="niah_single_2", weight=1, parameters=parameters, stages=stages)
+    config = make_config(tmp_path, {"needles": task}, tokenizer="tokens")
+    config.data.path = "texts"
+    data = _elsewhere(config, tmp_path / "run").data
+    assert (data.path, data.tokenizer) == (str(tmp_path / "texts"), str(tmp_path / "tokens"))
+    assert data.sources["needles"].parameters == {"haystack": str(tmp_path / "a.txt"), "shift": True}
+    assert data.sources["needles"].stages == [{"until": 5, "haystack": str(tmp_path / "b.txt")}, {"length": 64}]

@@ -58,7 +58,7 @@ def test_words_are_forgotten_before_there_are_too_many(monkeypatch):
     for number in range(10):
         text = " ".join(f"w{number}x{each}" for each in range(30)) + " as ever"
         assert words.locate(text, [])[0] == tokenizer.encode(text)
-        assert len(words._known) <= 80 + 30
+        assert len(words._known) <= 50
 
 
 @pytest.mark.parametrize("make", [lower_case, few_letters, over_spaces])

@@ -11,11 +11,12 @@ from megahybrid.errors import UserError
 from megahybrid.tasks import TASKS, Vocabulary
 from megahybrid.tasks.draws import Draws
 from megahybrid.tasks.haystack import Prose, prose
+from megahybrid.tasks.words import ADJECTIVES, NOUNS
 from tests.tasks.texts import FAITHFUL, byte_level, bytes_alone, few_letters, lower_case, over_spaces, prose_text
 
 TEXT = [name for name, task in TASKS.items() if task.text]
 PROSE = [name for name in TEXT if hasattr(TASKS[name].parameters(), "haystack")]
-ONE_NEEDLE = [name for name in TEXT if name.startswith(("niah_single", "niah_multikey")) or name == "phonebook"]
+ONE_NEEDLE = [name for name in TEXT if TASKS[name].has_depth]
 MADE = {name: make() for name, make in FAITHFUL.items()}
 
 
@@ -100,6 +101,10 @@ def test_deeper_needles_stand_later(name, haystack):
     assert np.abs(np.array(places) - depths).max() < 0.08
 
 
+def test_one_needle_is_asked_in_these():
+    assert [*TASKS][3:] == TEXT and set(TEXT) - set(ONE_NEEDLE) == {"niah_multivalue", "niah_multiquery", "vt"}
+
+
 @pytest.mark.parametrize("name", ["niah_multivalue", "niah_multiquery", "vt"])
 def test_many_needles_are_spread_whatever_the_depth(name, haystack):
     first, last = (make(name, haystack, 4096, MADE["byte_level"], depth=depth) for depth in (0.0, 1.0))
@@ -147,6 +152,15 @@ def test_variables_are_a_chain_in_the_order_of_the_answers():
         assert [name for name, _ in made] == names and len(set(names)) == 7
         assert [value for _, value in made[1:]] == names[:-1] and f"value {made[0][1]}, they are:" in text
         assert [len(answer.needles) for answer in sample.answers] == [2] * 6 + [1]
+
+
+def test_units_end_where_words_do_and_noise_outnumbers_assignments():
+    vocabulary = vocabulary_of(MADE["byte_level"])
+    words = TASKS["niah_multikey_2"]
+    draft = words.draft(words.parameters(), 3_000_000, vocabulary, Draws("many"), None)
+    assert draft.most == len(ADJECTIVES) * len(NOUNS) - 1
+    tracking = TASKS["vt"]
+    assert tracking.draft(tracking.parameters(hops=7), 4096, vocabulary, Draws("few"), None).fewest == 9
 
 
 @pytest.mark.parametrize("tokenizer", ["byte_level", "threes", "sentence_pieces"])
