@@ -138,7 +138,7 @@ class LTEAttention(AttentionProjections):
         """Scores that the policy gives instead of the router, `delay` tokens late."""
         rank = parallel_state.get_tensor_model_parallel_rank()
         first = (self.layer * parallel_state.get_tensor_model_parallel_world_size() + rank) * self.heads
-        return self.policy.scores(due(k, cache, sequences.index, sequences.positions, delay, first, state))
+        return self.policy.scores(due(k, cache, sequences.index, sequences.positions, delay, first, state)).contiguous()
 
     def _dropout(self, context: Context) -> Dropout | None:
         if not context.training or self.lte.dropout == 0:
