@@ -57,7 +57,8 @@ class Policy(ABC):
             cache: of the tokens before these, where there may be any; scores are `delay` tokens late then.
 
         Returns:
-            `[tokens, kv heads of this rank]`, at least fp32, in the row of position p the score of position p - delay.
+            `[tokens, kv heads of this rank]`, at least fp32 and contiguous, in the row of position p the score of position
+            p - delay.
         """
 
 
@@ -172,7 +173,7 @@ def swapped(model: nn.Module, name: str, wanted: Sequence[Sequence[int]]) -> Ite
 
 def _alike(values: Tensor, k: Tensor) -> Tensor:
     """`[tokens]` as the scores of all heads of k."""
-    return values.to(accumulator(k.dtype))[:, None].expand(k.shape[:2])
+    return values.to(accumulator(k.dtype))[:, None].expand(k.shape[:2]).contiguous()
 
 
 def _mass(q: Tensor, k: Tensor, positions: Tensor, window: int) -> Tensor:
