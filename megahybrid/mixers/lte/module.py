@@ -112,27 +112,27 @@ class LTEAttention(AttentionProjections):
         if state is not None:
             return self._continue(q, k, v, context, state)
         lte, sequences = self.lte, context.sequences
-        rotated = self.rotate(q, context), self.rotate(k, context)
+        q, rotated = self.rotate(q, context), self.rotate(k, context)
         if self.policy is None:
             scores, _ = self.router(k, v, sequences, self._dropout(context))
         else:
-            scores, _ = self.policy.scores(*rotated, sequences, self.policy.state(sequences.count))
+            scores, _ = self.policy.scores(q, rotated, sequences, self.policy.state(sequences.count))
         cap = None if context.training and not lte.train_cap else lte.buffer_size
-        o = lte_attention(*rotated, v, scores, sequences, lte.window_size, lte.sink_size, cap)
+        o = lte_attention(q, rotated, v, scores, sequences, lte.window_size, lte.sink_size, cap)
         aux = self._aux(scores, context) if context.training else self._seen(k, scores, context)
         return self.output(o), aux, None
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: LTEState):
         lte, sequences = self.lte, context.sequences
-        rotated = self.rotate(q, context), self.rotate(k, context)
+        q, rotated = self.rotate(q, context), self.rotate(k, context)
         if self.policy is None:
             scores, scorer = self.router(k, v, sequences, state=state.scorer)
             delay = lte.margin
         else:
-            scores, scorer = self.policy.scores(*rotated, sequences, state.scorer, state.cache)
+            scores, scorer = self.policy.scores(q, rotated, sequences, state.scorer, state.cache)
             delay = self.policy.delay
         o, cache = lte_attention_with_cache(
-            *(*rotated, v, scores, state.cache, sequences, lte.window_size, lte.sink_size, lte.buffer_size, delay),
+            *(q, rotated, v, scores, state.cache, sequences, lte.window_size, lte.sink_size, lte.buffer_size, delay),
             in_place=context.in_place,
         )
         return self.output(o), None, LTEState(cache, scorer)

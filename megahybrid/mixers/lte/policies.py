@@ -57,8 +57,8 @@ class Policy(ABC):
             cache: of the tokens before these, where there may be any; scores are `delay` tokens late then.
 
         Returns:
-            `[tokens, kv heads of this rank]`, at least fp32 and contiguous, in the row of position p the score of position
-            p - delay.
+            `[tokens, kv heads of this rank]`, at least fp32 and contiguous: the row of position p has the score of
+            position p - delay.
         """
 
 
