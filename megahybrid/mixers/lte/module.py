@@ -116,7 +116,7 @@ class LTEAttention(AttentionProjections):
         if self.policy is None:
             scores, _ = self.router(k, v, sequences, self._dropout(context))
         else:
-            scores, _ = self.policy.scores(q, rotated, sequences, self.policy.state(sequences.count))
+            scores, _ = self.policy.scores(k, (q, rotated), sequences, self.policy.state(sequences.count))
         cap = None if context.training and not lte.train_cap else lte.buffer_size
         o = lte_attention(q, rotated, v, scores, sequences, lte.window_size, lte.sink_size, cap)
         aux = self._aux(scores, context) if context.training else self._seen(k, scores, context)
@@ -129,7 +129,7 @@ class LTEAttention(AttentionProjections):
             scores, scorer = self.router(k, v, sequences, state=state.scorer)
             delay = lte.margin
         else:
-            scores, scorer = self.policy.scores(q, rotated, sequences, state.scorer, state.cache)
+            scores, scorer = self.policy.scores(k, (q, rotated), sequences, state.scorer, state.cache)
             delay = self.policy.delay
         o, cache = lte_attention_with_cache(
             *(q, rotated, v, scores, state.cache, sequences, lte.window_size, lte.sink_size, lte.buffer_size, delay),

@@ -46,12 +46,18 @@ class Policy(ABC):
 
     @abstractmethod
     def scores(
-        self, q: Tensor, k: Tensor, sequences: Sequences, state: Tensor, cache: LTECache | None = None
+        self,
+        k: Tensor,
+        rotated: tuple[Tensor, Tensor],
+        sequences: Sequences,
+        state: Tensor,
+        cache: LTECache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The scores of tokens, and the next state.
 
         Args:
-            q, k: `[tokens, heads of this rank, head_dim]`, rotated.
+            k: `[tokens, kv heads of this rank, head_dim]`, not yet rotated.
+            rotated: q and k, `[tokens, heads of this rank, head_dim]`.
             sequences: the tokens' borders.
             state: after the tokens before these.
             cache: of the tokens before these, where there may be any; scores are `delay` tokens late then.
@@ -65,14 +71,14 @@ class Policy(ABC):
 class Recency(Policy):
     """The last tokens stay: a longer window."""
 
-    def scores(self, q, k, sequences, state, cache=None):
+    def scores(self, k, rotated, sequences, state, cache=None):
         return _alike(sequences.positions + 1, k), state
 
 
 class Random(Policy):
     """Each token's score is drawn, from its position, layer and head alone."""
 
-    def scores(self, q, k, sequences, state, cache=None):
+    def scores(self, k, rotated, sequences, state, cache=None):
         heads = self.layer.first_head + torch.arange(k.shape[1], device=k.device)
         drawn = fold(sequences.positions[:, None], self.layer.layer, heads) & 0xFFFFFF  # as many as fp32 tells apart
         return (drawn + 1).to(accumulator(k.dtype)), state
@@ -81,7 +87,7 @@ class Random(Policy):
 class KeyNorm(Policy):
     """Keys of small L2 norm stay, which get most attention (Devoto et al., arXiv 2406.11430)."""
 
-    def scores(self, q, k, sequences, state, cache=None):
+    def scores(self, k, rotated, sequences, state, cache=None):
         return 1 / (1 + at_least_fp32(k).norm(dim=-1)), state
 
 
@@ -103,8 +109,8 @@ class AttentionMass(Policy):
         sizes = sequences, self.delay, self.layer.heads
         return torch.zeros(sizes, dtype=accumulator(like.dtype), device=like.device)
 
-    def scores(self, q, k, sequences, state, cache=None):
-        window = self.delay
+    def scores(self, k, rotated, sequences, state, cache=None):
+        (q, k), window = rotated, self.delay
         if cache is None:
             return _mass(q, k, sequences.positions, window), state
         # The last tokens are put before the new ones of their sequence: their sums go on.
@@ -139,7 +145,7 @@ class Oracle(Policy):
             raise ValueError(f"an oracle knows {len(self._wanted)} sequences, but {sequences} begin")
         return self._wanted
 
-    def scores(self, q, k, sequences, state, cache=None):
+    def scores(self, k, rotated, sequences, state, cache=None):
         def numbered(sequence: Tensor, position: Tensor) -> Tensor:
             return (sequence << 40) + position
 

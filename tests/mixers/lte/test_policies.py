@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megahybrid.config.schema import ParallelConfig
+from megahybrid.inference.batch import Batch
 from megahybrid.mixers.lte.policies import POLICIES, Random, swapped
 from megahybrid.model.context import Context
 from megahybrid.model.stack import build
@@ -83,7 +84,7 @@ def by_hand(name, model, ids):
     if name == "recency":
         scores += torch.arange(1, LONG + 1)[:, None]
     elif name == "key_norm":
-        scores += 100 - k.square().sum(-1)
+        scores += (100 - k.square().sum(-1)).round(decimals=9)  # those of a token are equal wherever it stands
     elif name == "oracle":
         scores[WANTED] = 1
     else:
@@ -123,7 +124,7 @@ def test_random_scores_are_spread_and_of_layer_and_head():
 
     def drawn(layer, heads):
         k = torch.zeros(2 * LONG, heads, 8)
-        return Random(layer).scores(k, k, sequences, state)[0]
+        return Random(layer).scores(k, (k, k), sequences, state)[0]
 
     both = drawn(layer, 2)
     assert torch.equal(both[:LONG], both[LONG:]) and len(both.unique()) == 2 * LONG and (both > 0).all()
@@ -136,6 +137,30 @@ def test_an_oracle_of_other_sequences_is_refused():
     model = tiny.model("L")
     with swapped(model, "oracle", [WANTED]), pytest.raises(ValueError, match="knows 1 sequences, but 2 begin"):
         model.initial_states(2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_batch_under_a_policy(name):
+    """On a GPU where there is one, by its kernels and in a graph: a prompt in pieces beside one that decodes, then both
+    decode."""
+    rows, prompts, wanted = [tokens(60, seed=n) for n in (5, 6)], [2, 40], [[5, 6, 12], [1, 9, 20]]
+    expected = []
+    for row, positions in zip(rows, wanted, strict=True):
+        double = tiny.model("L")
+        with swapped(double, name, [positions]):
+            expected.append(whole(double, row))
+    model = tiny.model("L", dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
+    with swapped(model, name, wanted):
+        batch, read = Batch(model, 9), list(prompts)
+        batch.add([row[:n] for row, n in zip(rows, prompts, strict=True)])
+        while max(read) < 60:
+            done, logits = batch.step()
+            for row, each in zip(done, logits, strict=True):
+                assert (each.cpu() - expected[row][read[row] - 1]).abs().max() < 1e-4
+                batch.extend(row, rows[row][read[row]])
+                read[row] += 1
+    assert min(read) > 20
 
 
 @pytest.mark.parametrize("pattern", ["S", "F"])
