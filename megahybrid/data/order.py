@@ -74,7 +74,7 @@ class SampleOrder:
         """Samples before the order's next epoch begins."""
         self.counts = apportion(self.samples_per_epoch, [source.weight for source in sources])
         """Of each source, the samples in an epoch."""
-        self._offsets = [*np.cumsum([0, *sizes])[:-1].tolist()]
+        self._offsets = np.cumsum([0, *sizes])[:-1].tolist()
         self._offsets += [ENDLESS * (number + 1) for number in range(len(sources) - self._finite)]
         self._shard_offsets = np.cumsum([0, *(len(source.shard_samples) for source in sources)]).tolist()
         self._seed = seed

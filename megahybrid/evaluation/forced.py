@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from megahybrid_kernels import Sequences
 from megahybrid_kernels.precision import at_least_fp32
 
 _ROWS = 1024  # of logits at once
+_MOST_SLOTS = 2**25  # of states, looked through at once
 
 
 class Reading(NamedTuple):
@@ -30,7 +32,7 @@ class Reading(NamedTuple):
         nll: `[tokens]`, of the tokens of answers in nats, nan elsewhere.
         found: int64 `[tokens]`, the likeliest token in the place of each of them.
         kept: `[answers]`, share of the heads of all layers with keys whose state holds a needle when the answer is
-            asked for; nan where no layer has keys.
+            asked for; nan where no layer has keys, or nothing holds the answer.
     """
 
     nll: NDArray[np.float64]
@@ -55,8 +57,11 @@ def read(model: Stack, samples: Sequence[Sample], choices: int, prefill_chunk: i
     ends = [
         sorted({int(each.asked[-1]), *(answer.span.begin for answer in each.answers if with_keys)}) for each in samples
     ]
-    heads = [torch.zeros(len(each.answers), 2, dtype=torch.float64, device=device) for each in samples]
-    asking = [{answer.span.begin: number for number, answer in enumerate(each.answers)} for each in samples]
+    counts = [len(each.answers) for each in samples]
+    heads = torch.zeros(sum(counts), 2, dtype=torch.float64, device=device)
+    # By sample and where an answer begins: its number over all samples, and itself.
+    numbers = itertools.count()
+    asking = [{answer.span.begin: (next(numbers), answer) for answer in each.answers} for each in samples]
     while rows:
         waiting = [next(end for end in ends[row] if end > at[row]) - at[row] for row in rows]
         pieces = share(waiting, prefill_chunk)
@@ -67,18 +72,17 @@ def read(model: Stack, samples: Sequence[Sample], choices: int, prefill_chunk: i
         out = model(torch.from_numpy(ids).to(device), context, states=states)
         states = out.states
         _score(model, out.hidden, spans, samples, readings, choices)
-        held = _held(model, states)
-        for place, (row, _, end) in enumerate(spans):
+        for row, _, end in spans:
             at[row] = end
-            if with_keys and (number := asking[row].get(end)) is not None:
-                heads[row][number] = _holding(held, place, samples[row].answers[number])
+        if with_keys:
+            asked = [(place, *asking[row][at[row]]) for place, row in enumerate(rows) if at[row] in asking[row]]
+            _count_heads(heads, _held(model, states), asked)
         staying = [place for place, row in enumerate(rows) if at[row] < ends[row][-1]]
         if len(staying) < len(rows):
             states, rows = state_tools.select(states, staying), [rows[place] for place in staying]
-    for reading, counts in zip(
-        readings, groups.sum_over_all(torch.cat(heads)).split(list(map(len, heads))), strict=True
-    ):
-        reading.kept[:] = (counts[:, 0] / counts[:, 1]).cpu().numpy()
+    holding, all_heads = groups.sum_over_all(heads).unbind(1)
+    for reading, kept in zip(readings, (holding / all_heads).split(counts), strict=True):
+        reading.kept[:] = kept.cpu().numpy()
     return readings
 
 
@@ -118,17 +122,26 @@ def _held(model: Stack, states: dict[int, Any]) -> list[Tensor | None]:
     return [model.layers[str(layer)].mixer.held(state) for layer, state in states.items()]
 
 
-def _holding(held: Sequence[Tensor | None], sequence: int, answer: Answer) -> Tensor:
-    """`[2]`: heads of this rank that hold all tokens of some needle, and heads."""
-    holding = count = 0
+def _count_heads(heads: Tensor, held: Sequence[Tensor | None], asked: Sequence[tuple[int, int, Answer]]) -> None:
+    """Add to `heads`, `[answers, 2]`, how many of this rank hold all tokens of some needle, and how many there are.
+
+    asked: of answers that are asked for now, the place of their sample in the states, their number, and they.
+    """
+    device, asked = heads.device, [each for each in asked if each[2].needles]
+    if not asked:
+        return
+    needles = [(row, place, *needle) for row, (place, _, answer) in enumerate(asked) for needle in answer.needles]
+    row, place, begin, end = torch.tensor(needles, device=device).T
+    numbers = torch.tensor([number for _, number, _ in asked], device=device)
     for positions in held:
         if positions is None:
             continue
-        positions = positions[sequence]  # each stands there once
-        whole = [
-            ((positions >= needle.begin) & (positions < needle.end)).sum(1) == needle.end - needle.begin
-            for needle in answer.needles
-        ]
-        holding = holding + (torch.stack(whole).any(0).sum() if whole else 0)
-        count += len(positions)
-    return torch.tensor([float(holding), count], dtype=torch.float64)
+        whole = []
+        for some in torch.arange(len(needles), device=device).split(max(1, _MOST_SLOTS // positions[0].numel())):
+            here, (first, after) = positions[place[some]], (x[some, None, None] for x in (begin, end))
+            whole.append(((here >= first) & (here < after)).sum(2) == (after - first)[..., 0])  # each stands there once
+        holding = torch.zeros(len(asked), positions.shape[1], device=device).index_add_(
+            0, row, torch.cat(whole).float()
+        )
+        heads[numbers, 0] += (holding > 0).sum(1)
+        heads[numbers, 1] += positions.shape[1]

@@ -58,7 +58,7 @@ def _outcome(subject: Subject, sample: Sample, reading: Reading) -> Outcome:
     return Outcome(
         right,
         right[0],
-        [round(float(reading.nll[place].mean()), 4) for place in places],
+        [round(float(reading.nll[place].mean()), 3) for place in places],
         [None if np.isnan(share) else round(float(share), 4) for share in reading.kept],
         [_shown(subject, reading.found[place].tolist()) for place in places],
     )

@@ -74,7 +74,7 @@ def evaluate(subject: Subject, plan: Plan, path: Path | None = None) -> None:
     groups.on_main(lambda: folder.open(subject.settings, {each.name: each.settings for each in plan.tasks}))
     done = groups.broadcast({each.name: set(map(key_of, folder.read(each.name))) for each in plan.tasks})
     known = groups.broadcast(report.known_costs(folder))
-    cells = list(_cells(subject, plan, done))
+    cells = list(_cells(plan, done))
     progress = Progress(sum(each.length * len(each.missing) for each in cells), groups.is_main())
     fault = None
     for length in plan.lengths:
@@ -101,10 +101,9 @@ def evaluate(subject: Subject, plan: Plan, path: Path | None = None) -> None:
         raise fault
 
 
-def _cells(subject: Subject, plan: Plan, done: dict[str, set[Key]]) -> Iterator[_Cell]:
+def _cells(plan: Plan, done: dict[str, set[Key]]) -> Iterator[_Cell]:
     for chosen in plan.tasks:
-        has_depth = chosen.has_depth(plan.lengths[0], subject.vocabulary)
-        depths = [None] if not has_depth else _depths(plan.depths)
+        depths = _depths(plan.depths) if chosen.task.has_depth else [None]
         for length in plan.lengths:
             for policy in plan.policies:
                 for depth in depths:

@@ -97,11 +97,11 @@ def load(path: Path, dtype: str = "fp32") -> Subject:
 
 
 def _load(folder: Path, home: Path, dtype: str) -> Subject:
-    generator, facts = load_generator(folder), checkpoint.read_facts(folder)
+    generator, facts = load_generator(folder, DTYPES[dtype]), checkpoint.read_facts(folder)
     config, tokenizer = load_config(folder / "config.yaml"), generator.tokenizer
     files = {name: file for name, file in facts["files"].items() if name.startswith("weights-")}
     return Subject(
-        generator.model.to(DTYPES[dtype]),
+        generator.model,
         config,
         tokenizer,
         Vocabulary(config.model.vocab_size, tokenizer.document_id, tokenizer if _writes(tokenizer) else None),

@@ -38,13 +38,6 @@ class Chosen:
         draws = Draws("evaluate", self.task.name, length, depth, index)
         return self.task.sample(self.parameters, length, vocabulary, draws, depth)
 
-    def has_depth(self, length: int, vocabulary: Vocabulary) -> bool:
-        """Whether its needle can be put where one wants it; else needles stand all over the context."""
-        first, last = (
-            self.task.sample(self.parameters, length, vocabulary, Draws("depth"), depth).tokens for depth in (0.0, 1.0)
-        )
-        return first.tolist() != last.tolist()
-
 
 def choose(config: Config, names: Sequence[str], changes: Sequence[str]) -> tuple[Chosen, ...]:
     """The tasks of these names, or all task sources of a recipe where there are none.

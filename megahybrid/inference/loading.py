@@ -6,6 +6,8 @@ import logging
 import os
 from pathlib import Path
 
+import torch
+
 from megahybrid.config import load_config
 from megahybrid.config.schema import Config, ParallelConfig
 from megahybrid.config.validate import tensor_parallel_fault
@@ -20,11 +22,11 @@ from megahybrid.training import checkpoint, checkpoint_folder
 log = logging.getLogger("megahybrid")
 
 
-def load_generator(path: Path) -> Generator:
+def load_generator(path: Path, dtype: torch.dtype = torch.float32) -> Generator:
     """Load a run directory's newest checkpoint, or a checkpoint folder inside one, whatever layout wrote it.
 
-    The tensor parallel size is the number of processes. Raises UserError if there is no checkpoint, it is damaged, or
-    its model does not split into so many parts.
+    Its weights are rounded to `dtype`. The tensor parallel size is the number of processes. Raises UserError if there
+    is no checkpoint, it is damaged, or its model does not split into so many parts.
     """
     folder = checkpoint_folder.find(path)
     if folder is None:
@@ -39,9 +41,9 @@ def load_generator(path: Path) -> Generator:
     model = Stack(config)
     checkpoint.load_weights(folder, model)
     if groups.is_main():
-        for note in kernel_notes(config, groups.device(), next(model.parameters()).dtype, training=False):
+        for note in kernel_notes(config, groups.device(), dtype, training=False):
             log.warning(note)
-    return Generator(model.to(groups.device()).requires_grad_(False), tokenizer)
+    return Generator(model.to(groups.device(), dtype).requires_grad_(False), tokenizer)
 
 
 def split_over_processes(config: Config, processes: int) -> None:

@@ -79,13 +79,14 @@ class Regulator(Protocol):
     def attach(self, layer: int, mixer: nn.Module) -> None:
         """Let a layer's mixer on this process read what is steered, this tensor parallel rank's part of it."""
 
-    def update(self, step: int, counts: Mapping[str, Tensor] | None) -> None:
+    def update(self, step: int, counts: Mapping[str, Tensor] | None, longest: int) -> None:
         """Take in an optimizer step and steer.
 
         Args:
             step: 1-based number of the optimizer step.
             counts: by name, float64 `[layers, length]` on the host, over the whole global batch; None where the step
                 was left out.
+            longest: tokens of the longest document in the global batch.
         """
 
     def metrics(self) -> dict[str, Tensor]:

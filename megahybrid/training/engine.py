@@ -111,6 +111,7 @@ class Engine:
         # On this thread: handing Python's lock to autograd's and back costs the host time for nothing.
         with torch.autograd.set_multithreading_enabled(False):
             self._run(batches, step, report)
+        report.note_longest(max(max(batch.sequences.lengths) for batch in batches))
         report.stop += stop
         report.saving += saving
         report.sum_over_all()
@@ -120,9 +121,9 @@ class Engine:
         self.deepspeed.step()
         norm = self._grad_norm()
         skipped = self.guard.reason(self._loss, norm)
-        aux_losses = {}
+        aux_losses, longest = {}, int(report.longest.max())
         for letter, regulator in self.regulators.items():
-            regulator.update(step, None if skipped else report.counts[letter])
+            regulator.update(step, None if skipped else report.counts[letter], longest)
             aux_losses[f"{regulator.name}_loss"] = float(report.aux_loss[letter]) / micro_batches
         self.guard.record(self._loss, norm, skipped)
         return StepResult(

@@ -19,6 +19,7 @@ class StepReport:
     Attributes:
         loss: scalar, sum over micro-batches.
         stop, saving: scalars, how many processes want to stop, and are still writing a checkpoint.
+        longest: `[replicas]`, tokens of the longest document of each.
         aux_loss: by letter of a regulated kind, scalars, likewise.
         counts: by letter and name, `[layers of the kind, length]` of the whole model.
     """
@@ -33,16 +34,25 @@ class StepReport:
             for name, count in regulator.counts.items():
                 self._shapes[letter, name] = letters.count(letter), count.length
         self._sizes = [math.prod(shape) for shape in self._shapes.values()]
-        self._look_at(torch.zeros(3 + sum(self._sizes), dtype=torch.float64, device=device))
+        self._replica, self._replicas = groups.data_parallel()
+        size = 3 + self._replicas + sum(self._sizes)
+        self._look_at(torch.zeros(size, dtype=torch.float64, device=device))
 
     def _look_at(self, values: Tensor) -> None:
         self._values = values
-        self.loss, self.stop, self.saving = values[:3]
+        (self.loss, self.stop, self.saving), self.longest = values[:3], values[3 : 3 + self._replicas]
         self.aux_loss: dict[str, Tensor] = {}
         self.counts: dict[str, dict[str, Tensor]] = {letter: {} for letter in self._regulators}
-        for ((letter, name), shape), part in zip(self._shapes.items(), values[3:].split(self._sizes), strict=True):
+        for ((letter, name), shape), part in zip(
+            self._shapes.items(), values[3 + self._replicas :].split(self._sizes), strict=True
+        ):
             into, key = (self.aux_loss, letter) if name is None else (self.counts[letter], name)
             into[key] = part.view(shape)
+
+    def note_longest(self, tokens: int) -> None:
+        """The longest document of this replica's micro-batches has so many tokens."""
+        if groups.tensor_parallel()[0] == groups.pipeline_parallel()[0] == 0:  # a sum over all must find it once
+            self.longest[self._replica] = tokens
 
     def add(self, layer: int, aux: Aux) -> None:
         """A layer's by-products on this rank, for one micro-batch."""

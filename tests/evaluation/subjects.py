@@ -41,7 +41,7 @@ def plan(**changes) -> Plan:
 
 
 def brief(mode: str) -> Plan:
-    return plan(mode=mode, lengths=(48,), samples=4)
+    return plan(mode=mode, lengths=(48,), samples=4, policies=("learned", "random", "attention_mass"))
 
 
 def evaluate_in_parallel(home: str) -> None:

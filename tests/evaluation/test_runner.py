@@ -209,9 +209,9 @@ def test_two_tensor_parallel_processes_give_the_same(tmp_path):
         workers.close()
     for task in ("selective_mqar", "copy"):
         one, two = lines(tmp_path / "1", task), lines(tmp_path / "2", task)
-        assert len(one) == len(two) == 8
+        assert len(one) == len(two) == 24
         for ours, theirs in zip(one, two, strict=True):
-            expected = [None if nll is None else pytest.approx(nll, abs=2e-4) for nll in ours.pop("nll")]
+            expected = [None if nll is None else pytest.approx(nll, abs=1.1e-3) for nll in ours.pop("nll")]
             assert theirs.pop("nll") == expected
             assert ours == theirs
     assert sorted(path.name for path in (tmp_path / "1" / STEP).iterdir()) == sorted(

@@ -56,7 +56,7 @@ class Volume:
         rank, size = groups.tensor_parallel()
         mixer.weight = self.weight[self.layers.index(layer)].chunk(size)[rank]
 
-    def update(self, step, counts):
+    def update(self, step, counts, longest):
         if counts is not None:
             self.loud = (64 * counts["loud"] / counts["tokens"]).to(self.weight)
             self.weight += torch.where(self.loud > GOAL, RISE, FALL)

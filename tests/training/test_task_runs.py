@@ -20,7 +20,15 @@ TASK = [
     "data.sources.recall.weight=1",
     "data.sources.recall.stages=[{until: 9, length: 32, pairs: 3}, {pairs: 6, context_weight: 0.1}]",
 ]
-BESIDE_TEXT = [*TASK, "data.sources.python.weight=1", "data.shuffle_block_size=12", "train.z_loss=0.001"]
+# Few small steps: what is rounded otherwise comes to move a router's score over its edge, and a gradient by 1e-3.
+BESIDE_TEXT = [
+    *TASK,
+    "data.sources.python.weight=1",
+    "data.shuffle_block_size=12",
+    "train.z_loss=0.001",
+    "train.steps=6",
+    "optimizer.learning_rate=0.002",
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +72,8 @@ def test_losses_beside_text_do_not_depend_on_the_layout_or_on_a_stop(
     layout, workers, reference, brief_recipe, tmp_path
 ):
     """Stopped by SIGTERM in the middle of a stage and of a block, and gone on in the layout."""
-    workers.run(1, "tests.training.test_layouts:train_and_stop", str(brief_recipe), 3, *BESIDE_TEXT)
-    assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 3
+    workers.run(1, "tests.training.test_layouts:train_and_stop", str(brief_recipe), 2, *BESIDE_TEXT)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["step"] == 2
     workers.run(layout.world, TRAIN, str(brief_recipe), *BESIDE_TEXT, *layout.overrides)
     assert_same_run(metrics(tmp_path / "run"), metrics(reference))
 

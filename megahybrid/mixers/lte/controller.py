@@ -23,8 +23,9 @@ class LambdaController:
 
     Attributes:
         lambdas: fp32 `[layers, heads]`; the mixers read their row of it.
-        kept: fp32 `[layers, heads]`, moving average of tokens kept a sequence of training length.
-        kept_now: fp32 `[layers, heads]`, tokens kept a sequence of training length in the last step.
+        kept: fp32 `[layers, heads]`, moving average of `kept_now`.
+        kept_now: fp32 `[layers, heads]`, tokens kept in the last step by the share of all that were, of a document as
+            long as that step's longest: every document has a buffer of its own, and that one's must suffice.
     """
 
     name = "retention"
@@ -33,7 +34,7 @@ class LambdaController:
     def __init__(
         self, config: LTEConfig, seq_length: int, layers: Sequence[int], heads: int, device: torch.device | str = "cpu"
     ):
-        self.config, self.seq_length, self.layers = config, seq_length, layers
+        self.config, self.layers = config, layers
         self.counts = {"kept": Count(heads, split=True), "positions": Count(1, split=False)}
         self.lambdas = torch.zeros(len(layers), heads, device=device)
         self.kept = torch.full((len(layers), heads), float(seq_length), device=device)
@@ -51,13 +52,13 @@ class LambdaController:
         size = config.model.lte.buffer_size
         kept = Quantity(
             "kept",
-            "kept tokens a sequence",
+            "kept tokens a document",
             target=("buffer size", size),
             dead=0.05 * size,
             line="kept {low:.0f}–{high:.0f} a head",
             summary=(
                 "kept tokens",
-                f"{{mean:.1f}} a head and sequence, from {{low:.1f}} to {{high:.1f}}; buffer size {size}",
+                f"{{mean:.1f}} a head and document, from {{low:.1f}} to {{high:.1f}}; buffer size {size}",
             ),
         )
         return kept, Quantity("lambda", "lambda", steered=True, log=True)
@@ -67,14 +68,14 @@ class LambdaController:
         rank, size = groups.tensor_parallel()
         mixer.l1_lambda = self.lambdas[self.layers.index(layer)].chunk(size)[rank]
 
-    def update(self, step: int, counts: Mapping[str, Tensor] | None) -> None:
+    def update(self, step: int, counts: Mapping[str, Tensor] | None, longest: int) -> None:
         """Take in an optimizer step, and every update_interval steps adjust lambda; see `Regulator`.
 
         Without counts, and with no counted positions (only tiny documents), the moving average rests.
         """
         if counts is not None and counts["positions"].all():
             rate = 2 / (1 + self.config.loss.update_interval / 2)
-            scale = (self.seq_length / counts["positions"].double()).to(torch.float32)
+            scale = (longest / counts["positions"].double()).to(torch.float32)
             self.kept_now = (counts["kept"].to(torch.float32) * scale).to(self.kept.device)
             self.kept = (1 - rate) * self.kept + rate * self.kept_now
         if step % self.config.loss.update_interval == 0:

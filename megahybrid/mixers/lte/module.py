@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megahybrid.config.schema import ModelConfig
 from megahybrid.mixers.attention.module import AttentionProjections
 from megahybrid.mixers.lte import LTEKind, router_channels
-from megahybrid.mixers.lte.policies import Policy, due
+from megahybrid.mixers.lte.policies import Policy
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.mixer import Fallback
 from megahybrid.model.settings import Settings
@@ -33,12 +33,11 @@ from megahybrid_kernels.retention_router import unsupported as router_unsupporte
 
 
 class LTEState(NamedTuple):
-    """What an LTE layer remembers of each sequence: window ring and eviction buffer, the router's last rows, and what
-    a policy in its place knows."""
+    """What an LTE layer remembers of each sequence: window ring and eviction buffer, and what scores follow from: the
+    router's last rows, or a policy's state."""
 
     cache: LTECache
-    router: RouterState
-    policy: Tensor
+    scorer: RouterState | Tensor
 
 
 class Router(nn.Module):
@@ -102,6 +101,7 @@ class LTEAttention(AttentionProjections):
         self.router = Router(settings)
         every = settings.model.attention.num_kv_heads
         self.heads = every // parallel_state.get_tensor_model_parallel_world_size()
+        self.first_head = parallel_state.get_tensor_model_parallel_rank() * self.heads
         self.scores_per_token = every * len(settings.pattern.layers(LTEKind.letter))
         self.l1_lambda = torch.zeros(self.heads)
         self.policy: Policy | None = None
@@ -112,39 +112,35 @@ class LTEAttention(AttentionProjections):
         if state is not None:
             return self._continue(q, k, v, context, state)
         lte, sequences = self.lte, context.sequences
-        scores, _ = self.router(k, v, sequences, self._dropout(context))
-        if self.policy is not None:
-            state = self.policy.state(sequences.count).to(k.device)
-            scores = self._by_policy(k, None, sequences, 0, state)
+        q, rotated = self.rotate(q, context), self.rotate(k, context)
+        if self.policy is None:
+            scores, _ = self.router(k, v, sequences, self._dropout(context))
+        else:
+            scores, _ = self.policy.scores(k, (q, rotated), sequences, self.policy.state(sequences.count))
         cap = None if context.training and not lte.train_cap else lte.buffer_size
-        q, k = self.rotate(q, context), self.rotate(k, context)
-        o = lte_attention(q, k, v, scores, sequences, lte.window_size, lte.sink_size, cap)
+        o = lte_attention(q, rotated, v, scores, sequences, lte.window_size, lte.sink_size, cap)
         aux = self._aux(scores, context) if context.training else self._seen(k, scores, context)
         return self.output(o), aux, None
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: LTEState):
         lte, sequences = self.lte, context.sequences
-        scores, router = self.router(k, v, sequences, state=state.router)
-        if self.policy is not None:
-            scores = self._by_policy(k, state.cache, sequences, lte.margin, state.policy)
-        q, k = self.rotate(q, context), self.rotate(k, context)
+        q, rotated = self.rotate(q, context), self.rotate(k, context)
+        if self.policy is None:
+            scores, scorer = self.router(k, v, sequences, state=state.scorer)
+            delay = lte.margin
+        else:
+            scores, scorer = self.policy.scores(k, (q, rotated), sequences, state.scorer, state.cache)
+            delay = self.policy.delay
         o, cache = lte_attention_with_cache(
-            *(q, k, v, scores, state.cache, sequences, lte.window_size, lte.sink_size, lte.buffer_size, lte.margin),
+            *(q, rotated, v, scores, state.cache, sequences, lte.window_size, lte.sink_size, lte.buffer_size, delay),
             in_place=context.in_place,
         )
-        return self.output(o), None, LTEState(cache, router, state.policy)
-
-    def _by_policy(self, k: Tensor, cache: LTECache | None, sequences: Sequences, delay: int, state: Tensor) -> Tensor:
-        """Scores that the policy gives instead of the router, `delay` tokens late."""
-        rank = parallel_state.get_tensor_model_parallel_rank()
-        first = (self.layer * parallel_state.get_tensor_model_parallel_world_size() + rank) * self.heads
-        return self.policy.scores(due(k, cache, sequences.index, sequences.positions, delay, first, state))
+        return self.output(o), None, LTEState(cache, scorer)
 
     def _dropout(self, context: Context) -> Dropout | None:
         if not context.training or self.lte.dropout == 0:
             return None
-        first = parallel_state.get_tensor_model_parallel_rank() * self.heads * 2 * self.head_dim
-        return Dropout(self.lte.dropout, context.dropout_keys[self.layer], first)
+        return Dropout(self.lte.dropout, context.dropout_keys[self.layer], self.first_head * 2 * self.head_dim)
 
     def _aux(self, scores: Tensor, context: Context) -> Aux:
         """L1 term, and how many positions are kept and counted: those whose right context is whole.
@@ -172,9 +168,9 @@ class LTEAttention(AttentionProjections):
             dtype=like.dtype,
             device=like.device,
         )
-        router = RouterState.empty(sequences, self.router.parameters_for_op(), lte.conv_dilation)
-        policy = torch.empty(sequences, 0) if self.policy is None else self.policy.state(sequences)
-        return LTEState(cache, router, policy.to(like.device))
+        if self.policy is not None:
+            return LTEState(cache, self.policy.state(sequences))
+        return LTEState(cache, RouterState.empty(sequences, self.router.parameters_for_op(), lte.conv_dilation))
 
     def held(self, state: LTEState) -> Tensor:
         ring, buffer = state.cache.positions[:, None], state.cache.buffer_positions

@@ -93,7 +93,7 @@ class GateRegulator:
         rank, size = groups.tensor_parallel()
         mixer.weight = self.weight[self.layers.index(layer)].chunk(size)[rank]
 
-    def update(self, step: int, counts: Mapping[str, Tensor] | None) -> None:
+    def update(self, step: int, counts: Mapping[str, Tensor] | None, longest: int) -> None:
         if counts is not None:
             self.open = (self.length * counts["open"] / counts["tokens"]).to(self.weight)
             self.weight += torch.where(self.open > GOAL * self.length, 0.25, -0.125)

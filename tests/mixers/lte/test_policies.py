@@ -1,11 +1,15 @@
 """What policies keep, against sorting all tokens that have left the window; in pieces as in one pass."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megahybrid.config.schema import ParallelConfig
-from megahybrid.mixers.lte.policies import POLICIES, KeyNorm, Oracle, Random, Recency, Scored, swapped
+from megahybrid.inference.batch import Batch
+from megahybrid.mixers.lte.policies import POLICIES, Random, swapped
 from megahybrid.model.context import Context
+from megahybrid.model.stack import build
 from megahybrid.parallel import groups
 from megahybrid_kernels import Sequences
 from tests.inference.oracle import BUFFER, WINDOW, in_pieces, tokens, whole
@@ -24,17 +28,22 @@ def process_group():
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("size", [1, 11])
-def test_pieces_give_what_one_pass_gives(name, size):
-    model, rows = tiny.model("LGL"), [tokens(LONG, seed=1), tokens(LONG, seed=2)]
-    with swapped(model, name, [WANTED]):
-        expected = [whole(model, row) for row in rows]
+def test_pieces_and_packed_documents_give_what_one_pass_gives(name, size):
+    model, rows, wanted = tiny.model("LGL"), [tokens(LONG, seed=1), tokens(LONG + 9, seed=2)], [WANTED, [7, 8]]
+    expected = []
+    for row, positions in zip(rows, wanted, strict=True):
+        with swapped(model, name, [positions]):
+            expected.append(whole(model, row))
     plain = whole(model, rows[0])
     assert name == "learned" or (plain - expected[0]).abs().max() > 1e-3
-    pieces = [[min(size, LONG - at)] * 2 for at in range(0, LONG, size)]
-    with swapped(model, name, [WANTED] * 2):
+    pieces = [[4, 13], *([min(size, LONG - at)] * 2 for at in range(4, LONG, size))]
+    with swapped(model, name, wanted):
         found = in_pieces(model, rows, pieces)
+        with torch.no_grad():
+            packed = model(torch.tensor(rows[0] + rows[1]), Context(Sequences.of([LONG, LONG + 9])))
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).abs().max() < 1e-9
+    assert (model.logits(packed.hidden) - torch.cat(expected)).abs().max() < 1e-9
     assert torch.equal(whole(model, rows[0]), plain)  # the router is back
 
 
@@ -56,40 +65,102 @@ def expected(scores):
     return sorted({*order[:BUFFER], *range(LONG - WINDOW, LONG)})
 
 
-def scored(policy, state=None):
-    norms = torch.arange(LONG * 2).reshape(LONG, 2).sin().abs()
-    return policy.scores(Scored(torch.zeros(LONG, dtype=torch.int64), torch.arange(LONG), norms, 0, state)), norms
-
-
-@pytest.mark.parametrize("name", ["recency", "random", "oracle"])
-def test_the_best_tokens_are_held(name):
-    policy = {"recency": Recency, "random": Random}[name]() if name != "oracle" else Oracle([WANTED])
-    scores, _ = scored(policy, policy.state(1))
-    model = tiny.model("L")
-    with swapped(model, name, [WANTED]):
-        assert held(model, tokens(LONG)) == [expected(scores[:, head].tolist()) for head in range(2)]
-
-
-def test_scores_are_in_the_order_that_their_names_say():
-    assert scored(Recency())[0][:, 0].diff().gt(0).all()
-    scores, norms = scored(KeyNorm())
-    assert torch.equal(scores[:, 1].argsort(), norms[:, 1].argsort(descending=True))
-    wanted, _ = scored(Oracle([WANTED]), Oracle([WANTED]).state(1))
-    assert wanted[:, 0].nonzero().flatten().tolist() == WANTED
-    drawn, _ = scored(Random())
-    assert (drawn > 0).all() and len(drawn.unique()) == 2 * LONG and abs(drawn.mean() - 0.5) < 0.1
-
-
-def test_the_norm_is_the_keys(monkeypatch):
-    """Of a whole pass; that pieces find the same is shown above."""
-    seen = []
-    monkeypatch.setattr(KeyNorm, "scores", lambda self, each: seen.append(each.norms) or 1 / (1 + each.norms))
-    model, ids = tiny.model("L"), tokens(LONG)
-    with swapped(model, "key_norm", []):
-        whole(model, ids)
+def projected(model, ids):
+    """q and k of the first layer, `[tokens, heads, head_dim]`, rotated by hand."""
     layer, x = model.layers["0"], model.embedding(torch.tensor(ids))
-    keys = (layer.mixer_norm(x, None)[0] @ layer.mixer.k_proj.weight.T).reshape(LONG, 2, 8)
-    assert (seen[0] - keys.pow(2).sum(2).sqrt()).abs().max() < 1e-9
+    x = layer.mixer_norm(x, None)[0].squeeze(1)
+    angles = torch.arange(len(ids))[:, None] / layer.mixer.theta ** (torch.arange(4).double() / 4)
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+    for weight in (layer.mixer.q_proj.weight, layer.mixer.k_proj.weight):
+        rows = (x @ weight.T).unflatten(-1, (-1, 8))
+        turned = torch.complex(rows[..., :4], rows[..., 4:]) * turn
+        yield torch.cat([turned.real, turned.imag], -1).detach()
+
+
+def by_hand(name, model, ids):
+    """`[tokens, kv heads]`: scores in the order of the real ones."""
+    q, k = projected(model, ids)
+    scores = torch.zeros(LONG, 2, dtype=torch.float64)
+    if name == "recency":
+        scores += torch.arange(1, LONG + 1)[:, None]
+    elif name == "key_norm":
+        scores += (100 - k.square().sum(-1)).round(decimals=9)  # those of a token are equal wherever it stands
+    elif name == "oracle":
+        scores[WANTED] = 1
+    else:
+        for query in range(LONG):
+            window = slice(max(0, query - WINDOW + 1), query + 1)
+            for head in range(4):
+                logits = k[window, head // 2] @ q[query, head] / 8**0.5
+                scores[window, head // 2] += logits.exp() / logits.exp().sum()
+    return scores
+
+
+@pytest.mark.parametrize("name", ["recency", "key_norm", "attention_mass", "oracle"])
+def test_the_best_tokens_are_held(name):
+    model, ids = tiny.model("L"), tokens(LONG, seed=3)
+    scores = by_hand(name, model, ids)
+    with swapped(model, name, [WANTED]):
+        assert held(model, ids) == [expected(scores[:, head].tolist()) for head in range(2)]
+
+
+def test_recency_is_a_longer_window():
+    settings = tiny.config("GLGL")
+    settings.model.lte.sink_size = 0
+    model = build(settings, "cpu", torch.float64)
+    settings = tiny.config("GSGS")
+    settings.model.attention.window_size = WINDOW + BUFFER
+    window = build(settings, "cpu", torch.float64)
+    window.load_state_dict({name: value for name, value in model.state_dict().items() if ".router." not in name})
+    ids = tokens(LONG, seed=5)
+    with swapped(model, "recency", []):
+        assert (whole(model, ids) - whole(window, ids)).abs().max() < 1e-9
+
+
+def test_random_scores_are_spread_and_of_layer_and_head():
+    """On a rank that has the second head only, too."""
+    layer = tiny.model("LL").layers["1"].mixer
+    sequences, state = Sequences.of([LONG] * 2), torch.empty(2, 0)
+
+    def drawn(layer, heads):
+        k = torch.zeros(2 * LONG, heads, 8)
+        return Random(layer).scores(k, (k, k), sequences, state)[0]
+
+    both = drawn(layer, 2)
+    assert torch.equal(both[:LONG], both[LONG:]) and len(both.unique()) == 2 * LONG and (both > 0).all()
+    assert abs(both.mean() / 2**24 - 0.5) < 0.1
+    assert torch.equal(drawn(SimpleNamespace(first_head=1, layer=1), 1), both[:, 1:])
+    assert not (drawn(SimpleNamespace(first_head=0, layer=0), 2) == both).any()
+
+
+def test_an_oracle_of_other_sequences_is_refused():
+    model = tiny.model("L")
+    with swapped(model, "oracle", [WANTED]), pytest.raises(ValueError, match="knows 1 sequences, but 2 begin"):
+        model.initial_states(2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_batch_under_a_policy(name):
+    """On a GPU where there is one, by its kernels and in a graph: a prompt in pieces beside one that decodes, then both
+    decode."""
+    rows, prompts, wanted = [tokens(60, seed=n) for n in (5, 6)], [2, 40], [[5, 6, 12], [1, 9, 20]]
+    expected = []
+    for row, positions in zip(rows, wanted, strict=True):
+        double = tiny.model("L")
+        with swapped(double, name, [positions]):
+            expected.append(whole(double, row))
+    model = tiny.model("L", dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
+    with swapped(model, name, wanted):
+        batch, read = Batch(model, 9), list(prompts)
+        batch.add([row[:n] for row, n in zip(rows, prompts, strict=True)])
+        while max(read) < 60:
+            done, logits = batch.step()
+            for row, each in zip(done, logits, strict=True):
+                assert (each.cpu() - expected[row][read[row] - 1]).abs().max() < 1e-4
+                batch.extend(row, rows[row][read[row]])
+                read[row] += 1
+    assert min(read) > 20
 
 
 @pytest.mark.parametrize("pattern", ["S", "F"])
