@@ -1,8 +1,12 @@
-"""What GPUs can do at most, as their vendors say."""
+"""What devices can do at most, as their vendors say, and what memory they have left."""
 
 from __future__ import annotations
 
 import functools
+import math
+import os
+import re
+from pathlib import Path
 
 import torch
 
@@ -17,3 +21,16 @@ def peak_flops() -> float | None:
         return None
     name = torch.cuda.get_device_name()
     return next((peak for part, peak in _PEAKS.items() if part in name), None)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process can still take, of its GPU or as its part of the machine's memory; infinite where no one
+    says."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if found else math.inf

@@ -9,11 +9,21 @@ from typing import Any
 
 import torch
 
+from megahybrid.devices import free_memory
+from megahybrid.inference import states
 from megahybrid.inference.batch import Batch
 from megahybrid.model.stack import Stack
 from megahybrid.parallel import groups
 
 _STEPS, _BEFORE = 16, 3  # measured, and before them: compiled, recorded as a graph
+
+
+def require_memory(model: Stack, sequences: int, length: int) -> None:
+    """Raise MemoryError, on all processes, where some have less memory left than the states of so many sequences of
+    `length` tokens take at least. A system that runs out of memory later kills a process, or one alone fails."""
+    needed = states.size_in_bytes(model.initial_states(sequences), length)
+    if groups.max_over_all(int(needed > free_memory(next(model.parameters()).device))):
+        raise MemoryError
 
 
 def measure(model: Stack, tokens: Sequence[int], prefill_chunk: int) -> dict[str, Any]:

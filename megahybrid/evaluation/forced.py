@@ -52,7 +52,8 @@ def read(model: Stack, samples: Sequence[Sample], choices: int, prefill_chunk: i
         for each in samples
     ]
     states, rows, at = model.initial_states(len(samples)), list(range(len(samples))), [0] * len(samples)
-    with_keys = any(held is not None for held in _held(model, states))
+    with_needles = any(answer.needles for each in samples for answer in each.answers)
+    with_keys = with_needles and any(held is not None for held in _held(model, states))
     # A piece ends where an answer is asked for: that is when its needle has to be there.
     ends = [
         sorted({int(each.asked[-1]), *(answer.span.begin for answer in each.answers if with_keys)}) for each in samples

@@ -126,6 +126,7 @@ def _do(subject: Subject, plan: Plan, cell: _Cell, folder: Folder, progress: Pro
         missing = [index for index in cell.missing if first <= index < first + size]
         if not missing:
             continue
+        costs.require_memory(subject.model, len(missing), cell.length)
         samples = [cell.chosen.sample(cell.length, subject.vocabulary, cell.depth, index) for index in missing]
         with swapped(subject.model, cell.policy, [_needles(sample) for sample in samples]):
             outcomes = modes.MODES[plan.mode](subject, cell.chosen.task, samples, _chunk(subject, plan))

@@ -7,7 +7,6 @@ rounding, and no keep decision falls differently.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from megahybrid.config import Config
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.devices import free_memory
 from megahybrid.errors import UserError
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
 from megahybrid.hf.modeling_megahybrid import MegahybridForCausalLM
@@ -53,20 +53,12 @@ def wanted(config: Config, check: bool | None, report: Report) -> bool:
         return check
     size = sum(math.prod(spec.shape) for spec in parameter_specs(config).values())
     # Two models in float64, one of which was float32 at first.
-    needed, available = size * (2 * torch.float64.itemsize + torch.float32.itemsize), _available_memory()
+    needed, available = size * (2 * torch.float64.itemsize + torch.float32.itemsize), free_memory(torch.device("cpu"))
     if needed > available:
         report(
             f"Not verified: it needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} are free (--verify tries)."
         )
     return needed <= available
-
-
-def _available_memory() -> float:
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        found = None
-    return int(found[1]) * 1024 if found else math.inf
 
 
 def trained_model(folder: Path, config: Config, types: Mapping[str, torch.dtype] | None = None) -> Stack:

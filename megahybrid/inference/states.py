@@ -61,11 +61,14 @@ def take_over(states: dict[int, Any], after: dict[int, Any]) -> None:
         torch._foreach_copy_(*map(list, zip(*moved, strict=True)))  # a few launches for all of them
 
 
-def size_in_bytes(states: dict[int, Any]) -> int:
-    """Memory that the states hold on this rank, bytes."""
+def size_in_bytes(states: dict[int, Any], tokens: int | None = None) -> int:
+    """Memory that the states hold on this rank, bytes; with `tokens`, the least that they will when every sequence has
+    so many."""
 
     def size(part: Tensor | GrowingCache) -> int:
-        return part.bytes if isinstance(part, GrowingCache) else part.numel() * part.element_size()
+        if isinstance(part, GrowingCache):
+            return part.bytes if tokens is None else part.bytes_of(tokens)
+        return part.numel() * part.element_size()
 
     return sum(size(part) for state in states.values() for part in _parts(state))
 

@@ -4,6 +4,7 @@ import pytest
 
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.evaluation import costs
+from megahybrid.inference import states
 from megahybrid.parallel import groups
 from tests.inference.oracle import tokens
 from tests.model import tiny
@@ -29,3 +30,15 @@ def test_times_are_those_of_prefill_and_of_a_step(monkeypatch):
     monkeypatch.setattr(costs, "_now", lambda model: float(next(clock)))
     found = costs.measure(tiny.model("G"), tokens(100), 30)
     assert found["length"] == 100 and found["prefill_tokens_per_second"] == 100 and found["decode_ms"] == 1000
+
+
+def test_memory_is_asked_for_the_keys_of_all_tokens_and_for_constant_states(monkeypatch):
+    model, free = tiny.model("GF"), [0]
+    monkeypatch.setattr(costs, "free_memory", lambda device: free[0])
+    # Two KV heads of 8 channels, keys and values, in float64.
+    constant = states.size_in_bytes({0: model.initial_states(3)[0]})
+    free[0] = 3 * 1000 * 2 * 8 * 2 * 8 + constant
+    costs.require_memory(model, 3, 1000)
+    for sequences, length in ((3, 1001), (4, 1000)):
+        with pytest.raises(MemoryError):
+            costs.require_memory(model, sequences, length)

@@ -8,9 +8,10 @@ import torch
 
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.errors import UserError
-from megahybrid.evaluation import modes
+from megahybrid.evaluation import costs, modes
 from megahybrid.evaluation.lines import Folder
 from megahybrid.evaluation.runner import _where, evaluate
+from megahybrid.inference import states
 from megahybrid.parallel import groups
 from megahybrid.tasks import Answer, Span
 from tests.evaluation.subjects import brief, chosen, plan, subject
@@ -197,6 +198,15 @@ def test_lengths_beyond_memory_leave_the_others_done(tmp_path, monkeypatch):
         evaluate(subject(tmp_path), plan())
     assert {each["length"] for each in results(tmp_path)["results"]} == {32}
     assert (tmp_path / STEP / "lengths.png").exists()
+
+
+def test_lengths_whose_states_alone_do_not_fit_are_not_begun(tmp_path, monkeypatch):
+    # Of three sequences, the states of G, L and S and the keys of 40 tokens of F.
+    model = subject(tmp_path).model
+    monkeypatch.setattr(costs, "free_memory", lambda device: states.size_in_bytes(model.initial_states(3), 40))
+    with pytest.raises(UserError, match="Samples of 64 tokens do not fit into memory"):
+        evaluate(subject(tmp_path), plan())
+    assert {each["length"] for each in results(tmp_path)["results"]} == {32}
 
 
 def test_two_tensor_parallel_processes_give_the_same(tmp_path):

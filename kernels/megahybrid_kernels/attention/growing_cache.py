@@ -75,7 +75,12 @@ class GrowingCache:
     @property
     def bytes(self) -> int:
         """Bytes of its memory."""
-        return 2 * self.room.k.numel() * self.room.k.element_size()
+        return self.bytes_of(self.capacity)
+
+    def bytes_of(self, slots: int) -> int:
+        """Bytes that so many slots take."""
+        count, heads, _, head_dim = self.room.k.shape
+        return 2 * count * heads * slots * head_dim * self.room.k.element_size()
 
     def append(self, k: Tensor, v: Tensor, sequences: Sequences) -> GrowingCache:
         """The cache after these tokens, k and v `[tokens, kv_heads, head_dim]`; `sequences.starts` are its lengths."""
