@@ -1,17 +1,23 @@
 """Recall with weights that cannot fail but for what the policy let go: the scale that policies are measured on."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from megahybrid.config.schema import ParallelConfig
+from megahybrid.evaluation import runner
 from megahybrid.evaluation.forced import read
 from megahybrid.evaluation.generated import answers_one_by_one
 from megahybrid.mixers.lte.policies import swapped
 from megahybrid.parallel import groups
+from megahybrid.parallel.parameters import initialize_parameters
 from megahybrid.tasks import TASKS, Vocabulary
 from megahybrid.tasks.draws import Draws
 from tests.evaluation.induction import VOCAB, model
+from tests.evaluation.subjects import chosen, plan, subject
 
 VOCABULARY = Vocabulary(VOCAB, 0)
 WINDOW, BUFFER, PAIRS = 7, 24, 20
@@ -89,3 +95,51 @@ def test_written_answers_are_the_forced_ones():
     with swapped(stack, "oracle", [needles(each).tolist() for each in samples]):
         written = answers_one_by_one(stack, samples, VOCABULARY, 100)
     assert written == [[[int(token)] for token in each.tokens[each.asked]] for each in samples]
+
+
+def apart(sample):
+    """From each needle to the query that its answer is predicted from."""
+    return sample.asked - 1 - needles(sample)
+
+
+@pytest.mark.parametrize("policy", ["recency", "oracle"])
+def test_what_it_sees_ends_at_one_token(policy):
+    """Of windows alone too, where an oracle keeps other tokens. In samples of even and odd length all distances are
+    there."""
+    window, buffer, sinks = (16, 24, 2) if policy == "recency" else (38, 24, 0)
+    stack = model(window, buffer, sinks)
+    samples = draw("selective_mqar", 80, 20, 10) + draw("selective_mqar", 81, 20, 10)
+    others = [(needles(each) + 1).tolist() for each in samples]
+    found, distances = np.concatenate(right(stack, samples, policy, others)), np.concatenate([*map(apart, samples)])
+    assert found[distances <= 38].all()
+    assert min((distances == 38).sum(), (distances == 39).sum()) >= 5
+    assert found[distances == 39].mean() < 0.2 and found[distances > 38].mean() < 5 * CHANCE
+
+
+@pytest.mark.parametrize("policy", ["learned", "recency", "oracle"])
+def test_random_weights_are_at_chance(policy):
+    stack, samples = model(WINDOW, BUFFER), draw("selective_mqar", 256, 10)
+    initialize_parameters(stack, 1)
+    assert np.mean(right(stack, samples, policy, [needles(each).tolist() for each in samples])) < 5 * CHANCE
+
+
+def test_evaluate_writes_what_the_policy_leaves(tmp_path):
+    """Its own oracle's needles, and whether they were kept: by the L layer, one of two heads; S never reaches them."""
+    policies = "oracle", "recency", "random"
+    asked = dataclasses.replace(subject(tmp_path), model=model(WINDOW, 40), vocabulary=VOCABULARY)
+    asked.config.model.pattern = "SL"
+    tasks = (chosen("selective_mqar", pairs=6),)
+    runner.evaluate(asked, plan(tasks=tasks, lengths=(80, 81), policies=policies, samples=12), tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "selective_mqar.jsonl").read_text().splitlines()]
+    right, kept, distance = (
+        {each: np.concatenate([line[name] for line in lines if line["policy"] == each]) for each in policies}
+        for name in ("right", "kept", "distance")
+    )
+    assert right["oracle"].all() and set(kept["oracle"]) == {0.5}
+    # The state has let go already of the last key that the query before it still saw.
+    assert np.array_equal(kept["recency"] > 0, distance["recency"] <= WINDOW + 40)
+    for policy in ("recency", "random"):
+        held = kept[policy] > 0
+        lost = distance[policy] > WINDOW + 1 + 40 if policy == "recency" else ~held
+        assert 0.2 < held.mean() < 0.95
+        assert right[policy][held].all() and right[policy][lost].mean() < 10 * CHANCE
