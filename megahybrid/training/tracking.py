@@ -9,14 +9,16 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megahybrid import code_version
+from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config
 from megahybrid.errors import UserError
 from megahybrid.files import write_json
+from megahybrid.model.regulation import regulators
 from megahybrid.retry import retry
 from megahybrid.training import metrics_file
 from megahybrid.training.probes import names
@@ -39,6 +41,7 @@ class Tracker:
         """
         self.run, self._logged = None, 0
         if config is not None and config.tracking.wandb != "disabled":
+            self._regulated = regulated(config)
             folder = Path(config.run.dir)
             run_id = _id_to_go_on_with(folder, run_id, step)
             self._logged = _last_step_in_files(folder / "wandb", run_id) if run_id else 0
@@ -53,11 +56,11 @@ class Tracker:
             self._catch_up(folder, step, config.train.log_every)
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Log one step's metrics, unless W&B has that step; per-head values as mean and histogram a layer."""
+        """Log one step's metrics, unless W&B has that step; regulated values as mean and histogram a layer."""
         if self.run is None or metrics["step"] <= self._logged:
             return
         try:
-            self.run.log(_flat(metrics), step=metrics["step"])
+            self.run.log(_flat(metrics, self._regulated), step=metrics["step"])
         except Exception as error:
             log.warning("W&B stopped taking metrics (%s); they go on in metrics.jsonl.", error)
             self.run = None
@@ -189,7 +192,17 @@ def _last_step_in_files(folder: Path, run_id: str) -> int:
     return 0
 
 
-def _flat(metrics: dict[str, Any]) -> dict[str, Any]:
+def regulated(config: Config) -> dict[str, tuple[str, list[int]]]:
+    """Of each regulated quantity's key what a layer has several values of, and the layers' numbers."""
+    pattern = parse_pattern(config.model.pattern)
+    return {
+        quantity.key: (regulator.member, pattern.layers(letter))
+        for letter, regulator in regulators(pattern).items()
+        for quantity in regulator.quantities(config)
+    }
+
+
+def _flat(metrics: dict[str, Any], regulated: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, Any]:
     import wandb
 
     flat: dict[str, Any] = {}
@@ -199,9 +212,10 @@ def _flat(metrics: dict[str, Any]) -> dict[str, Any]:
                 if each is not None:
                     flat[f"{key}/{name}"] = each
         elif isinstance(value, list):
-            for number, heads in enumerate(value):
-                flat[f"{key}/layer_{number}"] = sum(heads) / len(heads)
-                flat[f"{key}_heads/layer_{number}"] = wandb.Histogram(np_histogram=histogram(heads))
+            member, layers = regulated[key]
+            for layer, members in zip(layers, value, strict=True):
+                flat[f"{key}/layer_{layer}"] = sum(members) / len(members)
+                flat[f"{key}_{member}s/layer_{layer}"] = wandb.Histogram(np_histogram=histogram(members))
         else:
             flat[key] = value
     return flat

@@ -264,7 +264,7 @@ def test_wandb_gets_every_bin_by_its_name():
         "probe_given_niah_512": [0.25, 0.75],
         "probe_by_layer_niah_512": [None, 0.5],
     }
-    assert tracking._flat(line) == {
+    assert tracking._flat(line, {}) == {
         "step": 4,
         "probe_position_loss/0": 5.0,
         "probe_position_loss/1": 4.0,

@@ -89,6 +89,14 @@ def test_of_very_many_steps_an_even_part_is_sent(recipe, tmp_path, monkeypatch):
         assert steps == sent
 
 
+def test_layers_have_the_numbers_that_pictures_give_them(recipe):
+    regulated = tracking.regulated(load_config(recipe)) | {"loud": ("voice", [2])}  # the pattern is GLSFL
+    flat = tracking._flat({"kept": [[1.0, 2.0], [3.0, 5.0]], "loud": [[7.0]]}, regulated)
+    means = {key: value for key, value in flat.items() if isinstance(value, float)}
+    assert means == {"kept/layer_1": 1.5, "kept/layer_4": 4.0, "loud/layer_2": 7.0}
+    assert flat.keys() - means.keys() == {"kept_heads/layer_1", "kept_heads/layer_4", "loud_voices/layer_2"}
+
+
 @pytest.mark.parametrize("values", [[random.Random(n).gauss(0, 9) for n in range(48)], [2.0] * 3, [0.0, 1e-30, 1.0]])
 def test_histograms_are_those_of_numpy(values):
     counts, edges = histogram(values)
@@ -98,7 +106,7 @@ def test_histograms_are_those_of_numpy(values):
 
 
 def test_a_log_call_takes_less_than_5_ms(recipe, tmp_path):
-    config = load_config(recipe, [f"run.dir={tmp_path}", "tracking.wandb=offline"])
+    config = load_config(recipe, [f"run.dir={tmp_path}", "tracking.wandb=offline", "model.pattern=(GL)*12"])
     tracker, seconds = Tracker(config, None), []
     heads = [[float(head) for head in range(16)] for _ in range(12)]
     for step in range(50):
