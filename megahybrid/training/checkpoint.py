@@ -58,10 +58,15 @@ def file_name(kind: str, number: int) -> str:
 def load(path: Path, engine: Engine) -> Position:
     """Put a checkpoint's weights, moments, regulators' states and guard into the engine. Called by every process.
 
-    Raises UserError, on every process, if it is damaged or of another model.
+    Raises UserError, on every process, if it is damaged, of another model, or without a regulator's state.
     """
     facts = read_state(path)
     _verify(path, facts, engine.model, zero.KINDS)
+    if missing := engine.regulators.keys() - facts["regulators"].keys():
+        raise UserError(
+            f"'{path}' knows nothing of what the mixer '{min(missing)}' regulates by now; "
+            f"start a new run with train.init_from='{path}'."
+        )
     engine.guard.load_state(facts["guard"])
     accepted = facts["position"]["step"] - engine.guard.skipped  # what AdamW counts
     zero.reset_optimizer_state(engine.deepspeed, accepted)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megahybrid.config.schema import Config
 from megahybrid.config.validate import check_replicas
 from megahybrid.data.packing import Batch
+from megahybrid.errors import UserError
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.regulation import Regulator, regulators
 from megahybrid.model.stack import Stack, StackOutput, Stages
@@ -24,7 +25,9 @@ from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import initialize_parameters
 from megahybrid.training import schedule, zero
 from megahybrid.training.guard import StepGuard
+from megahybrid.training.metrics_file import OWN_KEYS
 from megahybrid.training.optimizer import learning_rate, make_optimizer
+from megahybrid.training.probes import names
 from megahybrid.training.schedule import MicroBatch
 from megahybrid.training.step_report import StepReport
 from megahybrid_kernels import Sequences
@@ -89,9 +92,10 @@ class Engine:
 
     def _make_regulators(self) -> dict[str, Regulator]:
         """Those of the whole model; this rank's mixers get to read what they steer."""
-        made = {}
+        made, taken = {}, set(OWN_KEYS)
         for letter, regulator in regulators(self.settings.pattern).items():
             layers = self.settings.pattern.layers(letter)
+            _claim(regulator, letter, self.config, taken)
             made[letter] = regulator.of(self.config, layers, self.device)
             for layer in layers:
                 if str(layer) in self.model.layers:
@@ -242,6 +246,14 @@ class Engine:
         for tokens, same in itertools.groupby(batches, key=lambda batch: len(batch.tokens)):
             group = list(same)
             yield group + [None] * (-len(group) % multiple), tokens
+
+
+def _claim(regulator: type[Regulator], letter: str, config: Config, taken: set[str]) -> None:
+    """Add a regulator's keys in metrics.jsonl to those that are taken. Raises UserError where one is."""
+    for name in (f"{regulator.name}_loss", *(quantity.key for quantity in regulator.quantities(config))):
+        if name in taken or name.startswith(names.PREFIX):
+            raise UserError(f"The mixer '{letter}' regulates '{name}', which metrics.jsonl has of others; rename it.")
+        taken.add(name)
 
 
 def _zeros(tokens: int) -> Batch:

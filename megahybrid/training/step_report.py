@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from megahybrid.errors import UserError
 from megahybrid.model.context import Aux
 from megahybrid.model.regulation import Regulator
 from megahybrid.parallel import groups
@@ -55,8 +56,10 @@ class StepReport:
             self.longest[self._replica] = tokens
 
     def add(self, layer: int, aux: Aux) -> None:
-        """A layer's by-products on this rank, for one micro-batch."""
+        """A layer's by-products on this rank, for one micro-batch. Raises UserError for one without a regulator."""
         letter, row = self._places[layer]
+        if letter not in self._regulators:
+            raise UserError(f"The mixer '{letter}' gives an auxiliary loss, but no regulator reports it; give it one.")
         self.aux_loss[letter] += aux.loss.detach()
         rank, size = groups.tensor_parallel()
         for name, count in self._regulators[letter].counts.items():

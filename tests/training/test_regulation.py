@@ -7,6 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from megahybrid.cli import main
 from megahybrid.config import load_config
 from megahybrid.mixers import KINDS
 from megahybrid.mixers.attention import SlidingWindowKind
@@ -15,6 +16,7 @@ from megahybrid.model.context import Aux
 from megahybrid.model.regulation import Count, Quantity
 from megahybrid.parallel import groups
 from megahybrid.training import plots, report
+from megahybrid.training.metrics_file import OWN_KEYS
 from megahybrid.training.step_report import StepReport
 from tests.training import test_layouts
 from tests.training.conftest import assert_same_run, metrics
@@ -144,6 +146,46 @@ def test_it_stands_in_the_step_report_the_metrics_and_the_line(of_one):
     assert len({value for line in lines for value in line["loud"][0]}) > 8 and len(set(lines[-1]["weight"][0])) > 1
     assert f" · {min(lines[-1]['loud'][0]):.0f} to {max(lines[-1]['loud'][0]):.0f} loud · " in printed[-1]
     assert " a head · " in printed[-1]
+
+
+def test_a_line_has_the_keys_that_are_known(of_one):
+    regulated = {"retention_loss", "volume_loss", "kept", "lambda", "loud", "weight"}
+    lines = map(json.loads, (of_one[0] / "run" / "metrics.jsonl").read_text().splitlines())
+    assert set().union(*lines) == regulated | OWN_KEYS - {"mfu", "memory_bytes"}  # of GPUs
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "said"),
+    [
+        ("name", "retention", "The mixer 'S' regulates 'retention_loss', which"),
+        ("quantities", lambda config: [Quantity("kept", "")], "regulates 'kept', which"),
+        ("quantities", lambda config: [Quantity("step", "")], "regulates 'step', which"),
+        ("quantities", lambda config: [Quantity("probe_gain", "")], "regulates 'probe_gain', which"),
+    ],
+)
+def test_keys_of_others_are_refused(attribute, value, said, of_one, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Volume, attribute, value)
+    with watched():
+        assert main(["train", str(of_one[0] / "recipe.yaml"), f"run.dir={tmp_path}"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_checkpoint_from_before_there_was_a_regulator_is_refused(of_one, tmp_path, monkeypatch, capsys):
+    command = ["train", str(of_one[0] / "recipe.yaml"), f"run.dir={tmp_path}"]
+    assert main([*command, "train.steps=1"]) == 0
+    with watched():
+        assert main([*command, "train.steps=2"]) == 2
+    assert "knows nothing of what the mixer 'S' regulates" in capsys.readouterr().err
+
+
+def test_an_auxiliary_loss_needs_a_regulator(of_one, tmp_path, capsys):
+    class Alone(WatchedKind):
+        def regulator(self):
+            return None
+
+    with patch.dict(KINDS, S=Alone()), patch.object(Watched, "weight", torch.ones(HEADS), create=True):
+        assert main(["train", str(of_one[0] / "recipe.yaml"), f"run.dir={tmp_path}"]) == 2
+    assert "The mixer 'S' gives an auxiliary loss, but no regulator" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", [Layout(tensor=2, sequence=True), Layout(pipeline=2), Layout(data=2)], ids=str)
