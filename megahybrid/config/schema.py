@@ -145,8 +145,8 @@ class TrainConfig:
     validation_samples: int = key(64, may_change=True)
     """Samples a validation reads, always the same ones."""
     log_every: int = key(10, may_change=True)
-    """Steps between two lines on the terminal, and between two in metrics.jsonl with the values of every head (kept
-    tokens and lambda) and the GPU memory; all other values are in each of its lines."""
+    """Steps between two lines on the terminal, and between two in metrics.jsonl with what mixers regulate and the
+    GPU memory; all other values are in each of its lines."""
 
 
 @dataclass
@@ -168,7 +168,7 @@ class OptimizerConfig:
     eps: float = key(1e-15, may_change=True)
     """Added to the root of the second moment."""
     weight_decay: float = key(0.1, may_change=True, at_least=0)
-    """Not applied to norms, biases, A_log and dt_bias."""
+    """Not applied to norms, biases and what else a mixer excepts."""
     clip_grad_norm: float = key(1.0, may_change=True)
     """Largest norm of the gradient; with a large one, such as 1e9, it is left as it is."""
 

@@ -52,7 +52,7 @@ def split_over_processes(config: Config, processes: int) -> None:
     if fault is not None:
         key, count = fault
         raise UserError(
-            f"{processes} processes split a model by its heads, but do not divide {key} ({count}); "
+            f"{processes} processes share a model evenly, but do not divide {key} ({count}); "
             "start as many as a divisor of it."
         )
     config.parallel = ParallelConfig(tensor=processes)

@@ -35,7 +35,7 @@ class Quantity(NamedTuple):
     """A value of every head of every layer of a kind, or of whatever else its layers have several of.
 
     Attributes:
-        key: its name in metrics.jsonl, where it is a list of heads for each layer; no other kind's.
+        key: its name in metrics.jsonl, where it is a list of members for each layer; nothing else's there.
         label: its name and unit at an axis.
         steered: whether it is set between steps, and drawn as steps; else it is measured, and drawn smoothed, too.
         log: whether its axis is logarithmic; zero is then left out.

@@ -52,14 +52,14 @@ class ParameterSpec:
 
 
 def parameter(
-    *shape: int, axis: int | None = None, initializer: Initializer, weight_decay: bool = True, dtype=None, device=None
+    *shape: int, axis: int | None = None, initializer: Initializer, weight_decay: bool = True
 ) -> nn.Parameter:
     """An uninitialised parameter: this rank's part of `shape`, with its spec attached as `.spec`."""
     spec = ParameterSpec(shape, axis, initializer, weight_decay)
     size = parallel_state.get_tensor_model_parallel_world_size()
     if axis is not None and shape[axis] % size:
         raise ValueError(f"axis {axis} of shape {shape} does not split over {size} tensor parallel ranks")
-    return attach_spec(nn.Parameter(torch.empty(spec.local_shape(size), dtype=dtype, device=device)), spec)
+    return attach_spec(nn.Parameter(torch.empty(spec.local_shape(size))), spec)
 
 
 def attach_spec(weight: nn.Parameter, spec: ParameterSpec) -> nn.Parameter:

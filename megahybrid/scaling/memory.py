@@ -1,8 +1,8 @@
 """Memory a GPU needs in training, in bytes: what ZeRO keeps, and what the layers save for the backward pass.
 
 Activations are counted tensor by tensor as the Triton kernels and torch's attention save them, per token, rows as wide
-as a projection and wider, and what the delta rule keeps of chunks: what is smaller (logarithms of denominators,
-retention scores, indices, dropout keys) and the allocator's slack add a few per cent. Without a GPU ops run in PyTorch
+as a projection and wider, and states that mixers keep: what is smaller (logarithms of denominators, scores, indices,
+dropout keys) and the allocator's slack add a few per cent. Without a GPU ops run in PyTorch
 and keep far more.
 
 Letters in the formulas: h hidden size, w bytes of an activation (2 in bf16, 4 in fp32), I width of the SwiGLU. What an

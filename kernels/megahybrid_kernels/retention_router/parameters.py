@@ -57,6 +57,6 @@ class RouterState(NamedTuple):
         return cls(tuple(map(rows, parameters.weights)))
 
 
-def margin(kernel_size: int, dilation: int, layers: int = 3) -> int:
+def margin(kernel_size: int, dilation: int) -> int:
     """Tokens of right context that a score needs, and so by which it is late when streamed."""
-    return layers * ((kernel_size - 1) // 2) * dilation
+    return 3 * ((kernel_size - 1) // 2) * dilation

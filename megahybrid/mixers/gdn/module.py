@@ -55,7 +55,7 @@ class GatedDeltaNet(Mixer):
         self.k_conv = parameter(keys, taps, axis=0, initializer=conv)
         self.v_conv = parameter(values, taps, axis=0, initializer=conv)
         self.A_log = parameter(heads, axis=0, initializer=_log_of_uniform(1e-4, 16), weight_decay=False)
-        steps = _inverse_softplus_of_log_uniform(1e-3, 1e-1, floor=1e-4)
+        steps = _inverse_softplus_of_log_uniform(1e-3, 1e-1)
         self.dt_bias = parameter(heads, axis=0, initializer=steps, weight_decay=False)
         self.norm = parameter(self.value_dim, initializer=constant(1.0), weight_decay=False)
         self.o_proj = RowLinear(values, hidden, settings.output_projection, settings.sequence_parallel)
@@ -108,12 +108,12 @@ def _log_of_uniform(low: float, high: float) -> Initializer:
     return lambda shape, generator: draw(shape, generator).log()
 
 
-def _inverse_softplus_of_log_uniform(low: float, high: float, floor: float) -> Initializer:
-    """softplus⁻¹(dt) with dt log-uniform in [low, high], at least floor."""
+def _inverse_softplus_of_log_uniform(low: float, high: float) -> Initializer:
+    """softplus⁻¹(dt) with dt log-uniform in [low, high]."""
     draw = uniform(math.log(low), math.log(high))
 
     def make(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        step = draw(shape, generator).exp().clamp(min=floor)
+        step = draw(shape, generator).exp()
         return step + torch.log(-torch.expm1(-step))
 
     return make
