@@ -24,7 +24,7 @@ from megahybrid.errors import UserError
 from megahybrid.files import write_json, write_text
 from megahybrid.hf import verify
 from megahybrid.hf.card import model_card
-from megahybrid.hf.mixers import MIXERS
+from megahybrid.hf.mixer_classes import MIXERS
 from megahybrid.hf.model_files import model_files
 from megahybrid.hf.naming import MODEL_TYPE, exported_config, exported_name
 from megahybrid.hf.staging import staged, told

@@ -11,10 +11,11 @@ import re
 from importlib import import_module
 from pathlib import Path
 
-from megahybrid.hf.mixers import MIXERS
+from megahybrid.errors import UserError
+from megahybrid.hf.mixer_classes import MIXERS
 
 _MODEL = "megahybrid.hf.modeling_megahybrid"
-_TABLE = "from megahybrid.hf.mixers import MIXERS\n"
+_TABLE = "from megahybrid.hf.mixer_classes import MIXERS\n"
 _TABLE_OF_ITS_OWN = """
 # transformers 4 copies from a local folder only the files that this one imports.
 {imports}
@@ -24,9 +25,11 @@ MIXERS = {{{classes}}}
 # A module, and the first name that is taken from it.
 _IMPORT = re.compile(r"^from ([\w.]+(?:_megahybrid|\.hf))(?= import \(?\s*(\w+))", re.MULTILINE)
 
+_LEFT = re.compile(r"^[ \t]*(?:from|import) megahybrid\b.*", re.MULTILINE)
+
 
 def model_files(letters: str) -> dict[str, str]:
-    """File name → text, of a model whose layers have these letters."""
+    """File name → text, of a model whose layers have these letters. Raises UserError where one needs this package."""
     classes = {letter: MIXERS[letter] for letter in sorted(set(letters))}
     imported: dict[str, set[str]] = {}
     for each in classes.values():
@@ -44,10 +47,11 @@ def model_files(letters: str) -> dict[str, str]:
         classes=", ".join(f'"{letter}": {each.__name__}' for letter, each in classes.items()),
     )
     texts[_MODEL] = texts[_MODEL].replace(_TABLE, table)
-    return {
-        f"{_flat(module)}.py": _IMPORT.sub(lambda found: f"from .{_flat(found[1])}", text)
-        for module, text in texts.items()
-    }
+    flat = {module: _IMPORT.sub(lambda found: f"from .{_flat(found[1])}", text) for module, text in texts.items()}
+    for module, text in flat.items():
+        if left := _LEFT.search(text):
+            raise UserError(f"{module} cannot be exported: '{left[0]}' is of megahybrid, not of the exported files.")
+    return {f"{_flat(module)}.py": text for module, text in flat.items()}
 
 
 def _flat(module: str) -> str:

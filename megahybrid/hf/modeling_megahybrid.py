@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
 from megahybrid.hf.layers_megahybrid import RMSNorm, SwiGLU, linear
-from megahybrid.hf.mixers import MIXERS
+from megahybrid.hf.mixer_classes import MIXERS
 
 
 class MegahybridCache:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megahybrid.cli import main
+from megahybrid.errors import UserError
+from megahybrid.hf import model_files
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
 from megahybrid.hf.modeling_megahybrid import MegahybridForCausalLM
 from megahybrid.hf.naming import MODEL_TYPE, exported_config
@@ -60,3 +63,15 @@ def test_the_kinds_of_its_pattern(letters, kinds, sections, prepared, tmp_path):
     assert set(sys.modules[type(model).__module__].MIXERS) == set(letters)
     rows = torch.arange(80)[None]
     assert torch.equal(model(rows).logits, MegahybridForCausalLM.from_pretrained(folder)(rows).logits)
+
+
+def test_what_an_exported_file_may_not_import_is_told(tmp_path, monkeypatch):
+    """As the module of a kind that takes something of the package's others."""
+    (tmp_path / "hf.py").write_text(
+        "import megahybrid_kernels\nfrom megahybrid.key import key\n\n\nclass Mine:\n    pass\n"
+    )
+    monkeypatch.setattr(Mine := type("Mine", (), {}), "__module__", "mine.hf")
+    monkeypatch.setitem(sys.modules, "mine.hf", SimpleNamespace(__file__=str(tmp_path / "hf.py")))
+    monkeypatch.setitem(model_files.MIXERS, "G", Mine)
+    with pytest.raises(UserError, match=r"^mine.hf cannot be exported: 'from megahybrid.key import key' is of"):
+        model_files.model_files("G")
