@@ -18,7 +18,7 @@ OWN_KEYS = {
     *("step", "tokens", "loss", "grad_norm", "learning_rate", "skipped"),
     *("tokens_per_second", "data_seconds", "checkpoint_seconds", "mfu", "memory_bytes", "validation_loss"),
 }
-"""What lines have beside probes' keys and regulators'; docs/checkpoints.md says where each is made."""
+"""What lines have beside probes' keys and regulators'; docs/checkpoints.md says what each is."""
 _BLOCK = 2**18  # bytes
 
 

@@ -17,7 +17,8 @@ from megahybrid.training import checkpoint_folder
 
 
 def check_resume(saved: Config, now: Config, checkpoint: str) -> None:
-    """Raises UserError for the first key that means something else and may not (config/schema.py says which may)."""
+    """Raises UserError for the first key that means something else and may not: those without `may_change=True`
+    where they are defined, in config/schema.py or by a mixer or task."""
     before, after = (meaning(config) for config in (saved, now))
     written = [{name: value for name, value, _ in keys(derived(config))} for config in (saved, now)]
     for name in sorted(before.keys() | after.keys()):
