@@ -1,5 +1,5 @@
-"""A second regulated quantity beside LTE's, defined here: how many of a sliding window head's queries are loud,
-that is positive in their first channel."""
+"""A second regulated quantity beside LTE's: how many of a sliding window head's queries are above 0.07 in their first
+channel, under the regulator of tests/mixers/gated_mean. Layouts and resumes: tests/mixers/test_a_new_kind.py."""
 
 import json
 from unittest.mock import patch
@@ -13,64 +13,29 @@ from megahybrid.mixers import KINDS
 from megahybrid.mixers.attention import SlidingWindowKind
 from megahybrid.mixers.attention.module import SlidingWindowAttention
 from megahybrid.model.context import Aux
-from megahybrid.model.regulation import Count, Quantity
+from megahybrid.model.regulation import Quantity
 from megahybrid.parallel import groups
 from megahybrid.training import plots, report
 from megahybrid.training.metrics_file import OWN_KEYS
 from megahybrid.training.step_report import StepReport
-from tests.training import test_layouts
-from tests.training.conftest import assert_same_run, metrics
-from tests.training.test_layouts import Layout
-from tools.workers import Workers
+from tests.mixers.gated_mean.module import GOAL, GateRegulator
+from tests.training.conftest import metrics
 
-HEADS, GOAL = 4, 32
-RISE, FALL = 8 / 32, -5 / 32  # no eight of them come to 0
+HEADS = 4
 
 
-class Volume:
-    """A head's weight grows while more than GOAL queries of a sequence of 64 are loud, else it shrinks."""
-
+class Volume(GateRegulator):
     name, member = "volume", "voice"
-
-    def __init__(self, layers, device):
-        self.layers = layers
-        self.counts = {"loud": Count(HEADS, split=True), "tokens": Count(1, split=False)}
-        self.weight = torch.zeros(len(layers), HEADS, device=device)
-        self.loud = torch.zeros_like(self.weight)
 
     @classmethod
     def of(cls, config, layers, device):
-        assert config.model.attention.num_heads == HEADS and config.train.seq_length == 64
-        return cls(layers, device)
+        return cls(layers, HEADS, config.train.seq_length, device)
 
     @staticmethod
     def quantities(config):
-        loud = Quantity(
-            "loud",
-            "loud queries a sequence",
-            target=("goal", GOAL),
-            line="{low:.0f} to {high:.0f} loud",
-            summary=("loud queries", f"{{mean:.1f}} of {config.train.seq_length}"),
-        )
-        return loud, Quantity("weight", "weight of the volume", steered=True)
-
-    def attach(self, layer, mixer):
-        rank, size = groups.tensor_parallel()
-        mixer.weight = self.weight[self.layers.index(layer)].chunk(size)[rank]
-
-    def update(self, step, counts, longest):
-        if counts is not None:
-            self.loud = (64 * counts["loud"] / counts["tokens"]).to(self.weight)
-            self.weight += torch.where(self.loud > GOAL, RISE, FALL)
-
-    def metrics(self):
-        return {"loud": self.loud, "weight": self.weight}
-
-    def state(self):
-        return {"weight": self.weight.tolist()}
-
-    def load_state(self, state):
-        self.weight.copy_(torch.tensor(state["weight"]))
+        count, weight = GateRegulator.quantities(config)
+        row = "loud queries", f"{{mean:.1f}} of {config.train.seq_length}"
+        return count._replace(line="{low:.0f} to {high:.0f} loud", summary=row), weight
 
 
 class Watched(SlidingWindowAttention):
@@ -83,7 +48,7 @@ class Watched(SlidingWindowAttention):
         q, _, _ = self.project(x)
         volume = q.square().mean(-1)
         loss = torch.dot(self.weight.to(volume), volume.mean(0)) / HEADS
-        return y, Aux(loss, {"loud": (q[..., 0] > 0).sum(0), "tokens": torch.tensor(len(volume))}), state
+        return y, Aux(loss, {"open": (q[..., 0] > 0.07).sum(0), "tokens": torch.tensor(len(volume))}), state
 
 
 class WatchedKind(SlidingWindowKind):
@@ -96,19 +61,6 @@ class WatchedKind(SlidingWindowKind):
 
 def watched():
     return patch.dict(KINDS, S=WatchedKind())
-
-
-def train(recipe, *overrides):
-    """One rank of a run."""
-    with watched():
-        test_layouts.train(recipe, *overrides)
-
-
-@pytest.fixture(scope="module")
-def workers():
-    pool = Workers(2)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")
@@ -136,20 +88,20 @@ def test_it_stands_in_the_step_report_the_metrics_and_the_line(of_one):
     lines = metrics(folder / "run")
     for line, counts in zip(lines, counted, strict=True):
         assert counts["S"]["tokens"].tolist() == [[512]] and len(counts["L"]["kept"]) == 2  # 8 sequences; LTE layers
-        assert line["loud"] == (counts["S"]["loud"] / 8).tolist()
+        assert line["open"] == (counts["S"]["open"] / 8).tolist()
         assert {"retention_loss", "volume_loss", "kept", "lambda"} <= line.keys()
     assert lines[0]["volume_loss"] == 0 and all(line["volume_loss"] != 0 for line in lines[1:])
     weight = torch.zeros(HEADS)
     for line in lines:
-        weight += torch.tensor([RISE if loud > GOAL else FALL for loud in line["loud"][0]])
-        assert line["weight"] == [weight.tolist()]
-    assert len({value for line in lines for value in line["loud"][0]}) > 8 and len(set(lines[-1]["weight"][0])) > 1
-    assert f" · {min(lines[-1]['loud'][0]):.0f} to {max(lines[-1]['loud'][0]):.0f} loud · " in printed[-1]
+        weight += torch.tensor([0.25 if loud > GOAL * 64 else -0.125 for loud in line["open"][0]])
+        assert line["gate_weight"] == [weight.tolist()]
+    assert len({value for line in lines for value in line["open"][0]}) > 8 and len(set(lines[-1]["gate_weight"][0])) > 1
+    assert f" · {min(lines[-1]['open'][0]):.0f} to {max(lines[-1]['open'][0]):.0f} loud · " in printed[-1]
     assert " a head · " in printed[-1]
 
 
 def test_a_line_has_the_keys_that_are_known(of_one):
-    regulated = {"retention_loss", "volume_loss", "kept", "lambda", "loud", "weight"}
+    regulated = {"retention_loss", "volume_loss", "kept", "lambda", "open", "gate_weight"}
     lines = map(json.loads, (of_one[0] / "run" / "metrics.jsonl").read_text().splitlines())
     assert set().union(*lines) == regulated | OWN_KEYS - {"mfu", "memory_bytes"}  # of GPUs
 
@@ -188,23 +140,6 @@ def test_an_auxiliary_loss_needs_a_regulator(of_one, tmp_path, capsys):
     assert "The mixer 'S' gives an auxiliary loss, but no regulator" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("layout", [Layout(tensor=2, sequence=True), Layout(pipeline=2), Layout(data=2)], ids=str)
-def test_it_does_not_depend_on_the_layout_and_goes_on_from_a_checkpoint(layout, of_one, workers, tmp_path):
-    folder, run = of_one[0], tmp_path / "run"
-    at = "tests.training.test_regulation:train", str(folder / "recipe.yaml"), f"run.dir={run}", *layout.overrides
-    workers.run(2, *at, "train.steps=8", "checkpoint.every=4")
-    found, expected = metrics(run), metrics(folder / "run")
-    assert_same_run(found, expected)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert (ours["loud"], ours["weight"]) == (theirs["loud"], theirs["weight"])
-        assert ours["volume_loss"] == pytest.approx(theirs["volume_loss"], rel=1e-5)
-    facts = json.loads((run / "checkpoints" / "step_00000008" / "checkpoint.json").read_text())
-    assert facts["regulators"].keys() == {"L", "S"} and facts["regulators"]["S"] == {"weight": found[-1]["weight"]}
-    workers.run(1, *at[:3], "train.steps=8", "train.resume_from=4")
-    assert_same_run(metrics(run), expected)
-    assert [line["weight"] for line in metrics(run)] == [line["weight"] for line in expected]
-
-
 def test_it_is_drawn_and_summed_up(of_one):
     folder = of_one[0]
     with watched():
@@ -213,10 +148,10 @@ def test_it_is_drawn_and_summed_up(of_one):
         quantities = Volume.quantities(load_config(folder / "run" / "config.yaml"))
     assert names[2:] == ["retention.png", "retention-heads.png", "volume.png", "volume-voices.png"]
     lines = report.read_metrics(folder / "run")
-    mean = sum(value for line in lines for value in line["loud"][0]) / (HEADS * len(lines))
+    mean = sum(value for line in lines for value in line["open"][0]) / (HEADS * len(lines))
     assert f"loud queries       {mean:.1f} of 64" in text and "; buffer size 8" in text
     upper, lower = plots.panels_figure(lines, [2], quantities, "voice").axes
     drawn = {line.get_label(): line.get_ydata() for line in upper.get_lines()}
-    assert set(drawn["goal 32"]) == {GOAL} and "voice 3" in drawn
+    assert set(drawn["goal 25.6"]) == {GOAL * 64} and "voice 3" in drawn
     assert lower.get_yscale() == "linear" and lower.get_ylim()[0] < 0 == upper.get_ylim()[0]
-    assert list(lower.get_lines()[1].get_ydata()) == [line["weight"][0][1] for line in lines]
+    assert list(lower.get_lines()[1].get_ydata()) == [line["gate_weight"][0][1] for line in lines]
