@@ -57,8 +57,8 @@ class Folder:
             raise UserError(f"'{self.path}' holds {what} ({why}); give --out another folder.")
 
     def tasks(self) -> list[str]:
-        """The tasks that it has lines of."""
-        return sorted(path.stem for path in self.path.glob("*.jsonl"))
+        """The tasks that it may have lines of."""
+        return sorted((read_json(self.path / "settings.json") or {"tasks": ()})["tasks"])
 
     def read(self, task: str) -> list[Line]:
         """The whole lines of a task."""

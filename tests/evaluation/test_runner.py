@@ -181,6 +181,17 @@ def test_other_parameters_are_refused(tmp_path):
     assert (tmp_path / "other" / "results.json").exists()
 
 
+def test_lines_that_no_evaluation_wrote_are_refused_and_are_no_task(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match="holds metrics.jsonl .*; give --out another folder"):
+        evaluate(subject(tmp_path), plan(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    folder = Folder(tmp_path / "other")
+    folder.open({}, {"copy": {}})
+    (folder.path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert folder.tasks() == ["copy"]
+
+
 def test_what_cannot_be_asked_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match="room for 1 pairs in 8 tokens"):
         evaluate(subject(tmp_path), plan(lengths=(8, 64)))
