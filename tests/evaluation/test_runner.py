@@ -183,7 +183,7 @@ def test_other_parameters_are_refused(tmp_path):
 
 def test_lines_that_no_evaluation_wrote_are_refused_and_are_no_task(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(UserError, match="holds metrics.jsonl .*; give --out another folder"):
+    with pytest.raises(UserError, match=r"holds metrics.jsonl .*; give --out another folder"):
         evaluate(subject(tmp_path), plan(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     folder = Folder(tmp_path / "other")
