@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,11 +85,10 @@ def evaluate(subject: Subject, plan: Plan, path: Path | None = None) -> None:
                     _do(subject, plan, cell, folder, progress)
             if all(each["length"] != length for each in known):
                 tokens = plan.tasks[0].sample(length, subject.vocabulary, None, 0).tokens
-                found = costs.measure(subject.model, tokens.tolist(), _chunk(subject, plan))
+                with _memory_for_all():
+                    found = costs.measure(subject.model, tokens.tolist(), _chunk(subject, plan))
                 known.append({**found, "length": length, "device": report.device()})
-        except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
-                raise
+        except MemoryError:
             fault = UserError(
                 f"Samples of {short(length)} tokens do not fit into memory; lower --batch-size or --prefill-chunk, or "
                 f"leave out lengths from there on: the shorter ones are done, in '{folder.path}'."
@@ -128,7 +128,8 @@ def _do(subject: Subject, plan: Plan, cell: _Cell, folder: Folder, progress: Pro
             continue
         costs.require_memory(subject.model, len(missing), cell.length)
         samples = [cell.chosen.sample(cell.length, subject.vocabulary, cell.depth, index) for index in missing]
-        with swapped(subject.model, cell.policy, [_needles(sample) for sample in samples]):
+        needles = [_needles(sample) for sample in samples]
+        with _memory_for_all(), swapped(subject.model, cell.policy, needles):
             outcomes = modes.MODES[plan.mode](subject, cell.chosen.task, samples, _chunk(subject, plan))
         if groups.is_main():
             lines = [
@@ -175,5 +176,15 @@ def _chunk(subject: Subject, plan: Plan) -> int:
     return plan.prefill_chunk or suitable_chunk(subject.model)
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+@contextlib.contextmanager
+def _memory_for_all() -> Iterator[None]:
+    """Raise MemoryError on all processes where it does not suffice for some: none waits for one that has given up."""
+    short_of_it = False
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        short_of_it = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not short_of_it:
+            raise
+    if groups.max_over_all(int(short_of_it)):
+        raise MemoryError

@@ -220,6 +220,16 @@ def test_lengths_whose_states_alone_do_not_fit_are_not_begun(tmp_path, monkeypat
     assert {each["length"] for each in results(tmp_path)["results"]} == {32}
 
 
+def test_all_processes_end_where_one_has_no_memory(tmp_path):
+    workers = Workers(2)
+    try:
+        said = workers.run(2, "tests.evaluation.subjects:run_out_of_memory_on_one", str(tmp_path))
+    finally:
+        workers.close()
+    assert len(said) == 2 and all("Samples of 64 tokens do not fit into memory" in each for each in said)
+    assert {each["length"] for each in results(tmp_path)["results"]} == {32}
+
+
 def test_two_tensor_parallel_processes_give_the_same(tmp_path):
     for mode in modes.MODES:
         evaluate(subject(tmp_path / "1"), brief(mode))
