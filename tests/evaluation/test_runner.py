@@ -10,6 +10,7 @@ from megahybrid.config.schema import ParallelConfig
 from megahybrid.errors import UserError
 from megahybrid.evaluation import costs, modes
 from megahybrid.evaluation.lines import Folder
+from megahybrid.evaluation.progress import Progress
 from megahybrid.evaluation.runner import _where, evaluate
 from megahybrid.inference import states
 from megahybrid.parallel import groups
@@ -156,6 +157,27 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bytes(tmp_path, monkeypat
     asked.clear()
     evaluate(subject(parts), plan())
     assert asked == [] and results(parts) == results(whole)
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), UserError("The disk is full.")])
+def test_whatever_ends_it_what_is_done_is_reported(fault, tmp_path, monkeypatch, capsys):
+    real, reported, closed = Folder.add, [], []
+
+    def failing(self, task, new):
+        if (task, new[0]["length"]) == ("copy", 64):
+            reported.extend(each["length"] for each in results(tmp_path)["results"])
+            raise fault
+        real(self, task, new)
+
+    monkeypatch.setattr(Folder, "add", failing)
+    monkeypatch.setattr(Progress, "close", lambda self: closed.append(True))
+    with pytest.raises(type(fault)):
+        evaluate(subject(tmp_path), plan())
+    found = json.loads((tmp_path / STEP / "results.json").read_text())["results"]
+    assert {(each["task"], each["length"]) for each in found} == {
+        ("selective_mqar", 32), ("selective_mqar", 64), ("copy", 32),
+    }  # fmt: skip
+    assert reported == [32, 32] and closed == [True] and "recency null" in capsys.readouterr().out
 
 
 def test_more_samples_and_lengths_join_what_is_there(tmp_path):
