@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(error)
         return 2
     except KeyboardInterrupt:
-        print("megahybrid: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        where = " from the last checkpoint" if parsed.run is _train else ""
+        print(f"megahybrid: interrupted; the same command goes on{where}.", file=sys.stderr)
         return 130
     finally:
         _leave_groups()

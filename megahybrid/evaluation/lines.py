@@ -35,13 +35,16 @@ class Folder:
     def open(self, model: dict[str, Any], tasks: dict[str, dict[str, Any]]) -> None:
         """Note what the lines of these tasks are made with.
 
-        Raises UserError where the folder holds lines that were made with something else, and where it cannot be made.
+        Raises UserError where the folder holds lines that were made with something else, or of which settings.json
+        does not say with what, and where it cannot be made.
         """
         file = self.path / "settings.json"
         found = read_json(file) or {"model": model, "tasks": {}}
-        self._refuse("another model or precision", _change(found["model"], model), "")
+        for path in sorted(self.path.glob("*.jsonl")):
+            self._refuse(path.name, "" if path.stem in found["tasks"] else "settings.json does not say of what")
+        self._refuse("another model or precision", _change(found["model"], model))
         for name in tasks.keys() & found["tasks"].keys():
-            self._refuse(f"{name} with other settings", _change(found["tasks"][name], tasks[name]), name)
+            self._refuse(f"{name} with other settings", _change(found["tasks"][name], tasks[name]))
         try:
             write_json(file, {"model": model, "tasks": {**found["tasks"], **tasks}})
             for name in tasks:
@@ -49,14 +52,13 @@ class Folder:
         except OSError as fault:
             raise UserError(f"'{self.path}' cannot be written ({fault.strerror}); give another with --out.") from fault
 
-    def _refuse(self, what: str, change: str, name: str) -> None:
-        if change:
-            instead = f", or remove {name}.jsonl and settings.json there" if name else ""
-            raise UserError(f"'{self.path}' holds {what} ({change}); give --out another folder{instead}.")
+    def _refuse(self, what: str, why: str) -> None:
+        if why:
+            raise UserError(f"'{self.path}' holds {what} ({why}); give --out another folder.")
 
     def tasks(self) -> list[str]:
-        """The tasks that it has lines of."""
-        return sorted(path.stem for path in self.path.glob("*.jsonl"))
+        """The tasks that it may have lines of."""
+        return sorted((read_json(self.path / "settings.json") or {"tasks": ()})["tasks"])
 
     def read(self, task: str) -> list[Line]:
         """The whole lines of a task."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megahybrid import code_version
+from megahybrid.errors import UserError
 from megahybrid.evaluation import pictures
 from megahybrid.evaluation.lines import Folder
 from megahybrid.evaluation.results import Entry, summarise, table
@@ -23,18 +24,32 @@ def known_costs(folder: Folder) -> list[Entry]:
     return [each for each in found if each["device"] == device()]
 
 
-def write(folder: Folder, subject: Subject, costs: list[Entry]) -> None:
-    """Write results.json and the pictures from all lines in the folder, print the table; on the main process only."""
+def write(folder: Folder, subject: Subject, costs: list[Entry]) -> list[Entry]:
+    """Write results.json from all lines in the folder; returns its results; on the main process only, as `show`.
+
+    Raises UserError where the disk does not take it.
+    """
     results = [entry for task in folder.tasks() for entry in summarise(task, folder.read(task))]
-    costs = sorted(costs, key=lambda each: each["length"])
     model = {**subject.settings, "step": subject.step, "path": str(subject.home)}
-    write_json(
-        folder.path / "results.json",
-        {"model": model, "results": results, "costs": costs, "machine": _machine()},
-    )
+    costs = sorted(costs, key=lambda each: each["length"])
+    try:
+        write_json(
+            folder.path / "results.json",
+            {"model": model, "results": results, "costs": costs, "machine": _machine()},
+        )
+    except OSError as fault:
+        raise UserError(
+            f"'{folder.path}' could not be written ({fault.strerror}); make room and start again: what is done stays."
+        ) from fault
+    return results
+
+
+def show(folder: Folder, subject: Subject, costs: list[Entry]) -> None:
+    """Write results.json and pictures, print the table."""
+    results = write(folder, subject, costs)
     if not results:
         return
-    drawn = pictures.draw(folder.path, results, costs, subject.window)
+    drawn = pictures.draw(folder.path, results, sorted(costs, key=lambda each: each["length"]), subject.window)
     print(table(results))
     print(f"{folder.path}: results.json, a line a sample in *.jsonl, {', '.join(path.name for path in drawn)}")
     add_to_summary(

@@ -62,14 +62,15 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 def effective_number(answers: Answers) -> float:
     """How many independent answers say as much as these: answers of one sample may be right and wrong together.
 
-    p (1 − p) over the variance of the share, taken between samples (Korn and Graubard 1998), and at most their number.
+    p (1 − p) over the variance of the share, taken between samples (Korn and Graubard 1998), and at most their number;
+    that of the samples where they do not differ, which tells nothing of how answers hang together.
     """
     n, share = len(answers.right), answers.right.mean()
     sums = np.bincount(answers.sample, answers.right - share)[np.unique(answers.sample)]
-    if len(sums) < 2 or len(sums) == n:
-        return n
+    if len(sums) in (1, n):
+        return len(sums)
     variance = (sums**2).sum() / n**2 * len(sums) / (len(sums) - 1)
-    return min(n, share * (1 - share) / variance) if variance > 0 else n
+    return min(n, share * (1 - share) / variance) if variance > 0 else len(sums)
 
 
 def score(answers: Answers) -> Entry:

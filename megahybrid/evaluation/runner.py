@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ from megahybrid.errors import UserError
 from megahybrid.evaluation import costs, modes, report
 from megahybrid.evaluation.lines import Folder, Key, key_of
 from megahybrid.evaluation.progress import Progress
-from megahybrid.evaluation.results import Line, short
+from megahybrid.evaluation.results import Entry, Line, short
 from megahybrid.evaluation.subject import Subject
 from megahybrid.evaluation.tasks import Chosen
 from megahybrid.inference.batch import suitable_chunk
@@ -63,8 +65,8 @@ def evaluate(subject: Subject, plan: Plan, path: Path | None = None) -> None:
     """Do what of the plan has no line yet, and write and print what all lines say; called by every process.
 
     `path`: the folder, one beside the model when left out. Raises UserError before anything is written for what cannot
-    be asked, or where the folder holds lines of other settings; and for a length that memory does not allow, after
-    which what is done stays.
+    be asked, or where the folder holds lines of other settings; and for a length that memory does not allow. What is
+    done is reported after each length, and whatever ends it.
     """
     for chosen in plan.tasks:
         for length in plan.lengths:
@@ -76,29 +78,30 @@ def evaluate(subject: Subject, plan: Plan, path: Path | None = None) -> None:
     known = groups.broadcast(report.known_costs(folder))
     cells = list(_cells(plan, done))
     progress = Progress(sum(each.length * len(each.missing) for each in cells), groups.is_main())
-    fault = None
-    for length in plan.lengths:
-        try:
+    try:
+        for length in plan.lengths:
             for cell in cells:
                 if cell.length == length:
                     _do(subject, plan, cell, folder, progress)
             if all(each["length"] != length for each in known):
-                tokens = plan.tasks[0].sample(length, subject.vocabulary, None, 0).tokens
-                found = costs.measure(subject.model, tokens.tolist(), _chunk(subject, plan))
-                known.append({**found, "length": length, "device": report.device()})
-        except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
-                raise
-            fault = UserError(
-                f"Samples of {short(length)} tokens do not fit into memory; lower --batch-size or --prefill-chunk, or "
-                f"leave out lengths from there on: the shorter ones are done, in '{folder.path}'."
-            )
-            break
-    progress.close()
-    if groups.is_main():
-        report.write(folder, subject, known)
-    if fault is not None:
-        raise fault
+                known.append(_cost(subject, plan, length))
+            groups.on_main(lambda: report.write(folder, subject, known))
+    except MemoryError:
+        raise UserError(
+            f"Samples of {short(length)} tokens do not fit into memory; lower --batch-size or --prefill-chunk, or "
+            f"leave out lengths from there on: the shorter ones are done, in '{folder.path}'."
+        ) from None
+    finally:  # also where it is interrupted
+        progress.close()
+        if groups.is_main():
+            report.show(folder, subject, known)
+
+
+def _cost(subject: Subject, plan: Plan, length: int) -> Entry:
+    tokens = plan.tasks[0].sample(length, subject.vocabulary, None, 0).tokens
+    with _memory_for_all():
+        found = costs.measure(subject.model, tokens.tolist(), _chunk(subject, plan))
+    return {**found, "length": length, "device": report.device()}
 
 
 def _cells(plan: Plan, done: dict[str, set[Key]]) -> Iterator[_Cell]:
@@ -128,14 +131,14 @@ def _do(subject: Subject, plan: Plan, cell: _Cell, folder: Folder, progress: Pro
             continue
         costs.require_memory(subject.model, len(missing), cell.length)
         samples = [cell.chosen.sample(cell.length, subject.vocabulary, cell.depth, index) for index in missing]
-        with swapped(subject.model, cell.policy, [_needles(sample) for sample in samples]):
+        needles = [_needles(sample) for sample in samples]
+        with _memory_for_all(), swapped(subject.model, cell.policy, needles):
             outcomes = modes.MODES[plan.mode](subject, cell.chosen.task, samples, _chunk(subject, plan))
-        if groups.is_main():
-            lines = [
-                _line(subject, plan.mode, cell, index, sample, outcome)
-                for index, sample, outcome in zip(missing, samples, outcomes, strict=True)
-            ]
-            folder.add(cell.chosen.name, lines)
+        lines = [
+            _line(subject, plan.mode, cell, index, sample, outcome)
+            for index, sample, outcome in zip(missing, samples, outcomes, strict=True)
+        ]
+        groups.on_main(partial(folder.add, cell.chosen.name, lines))
         progress.add(cell.length * len(missing), f"{cell.chosen.name} at {short(cell.length)}, {cell.policy}")
 
 
@@ -175,5 +178,15 @@ def _chunk(subject: Subject, plan: Plan) -> int:
     return plan.prefill_chunk or suitable_chunk(subject.model)
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+@contextlib.contextmanager
+def _memory_for_all() -> Iterator[None]:
+    """Raise MemoryError on all processes where it does not suffice for some: none waits for one that has given up."""
+    short_of_it = False
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        short_of_it = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not short_of_it:
+            raise
+    if groups.max_over_all(int(short_of_it)):
+        raise MemoryError

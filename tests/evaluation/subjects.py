@@ -8,6 +8,8 @@ import torch
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.data.number_tokenizer import number_tokenizer
 from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.errors import UserError
+from megahybrid.evaluation import modes
 from megahybrid.evaluation.runner import Plan, evaluate
 from megahybrid.evaluation.scorer import Scorer
 from megahybrid.evaluation.subject import Subject
@@ -50,6 +52,28 @@ def evaluate_in_parallel(home: str) -> None:
     groups.initialize(ParallelConfig(tensor=int(os.environ["WORLD_SIZE"])))
     for mode in ("forced", "generate"):
         evaluate(subject(Path(home)), brief(mode))
+
+
+def run_out_of_memory_on_one(home: str) -> str:
+    """What each of several processes does, of which the second has no memory for the longer samples."""
+    torch.set_num_threads(1)
+    groups.initialize(ParallelConfig(tensor=int(os.environ["WORLD_SIZE"])))
+    forced = modes.forced
+
+    def limited(subject, task, samples, *rest):
+        outcomes = forced(subject, task, samples, *rest)
+        if len(samples[0].tokens) > 32 and groups.world()[0] == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return outcomes
+
+    modes.MODES["forced"] = limited
+    try:
+        evaluate(subject(Path(home)), plan())
+        return "done"
+    except UserError as error:
+        return str(error)
+    finally:
+        modes.MODES["forced"] = forced
 
 
 WORDS = "the cat sat on a mat, and the dog lay by the door; 17 + 4 = 21. Who is there? Nobody! "

@@ -99,6 +99,15 @@ def test_a_folder_without_a_model_is_refused(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupted_one_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megahybrid.evaluation.subject.load", interrupted)
+    assert main(["eval", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.strip() == "megahybrid: interrupted; the same command goes on."
+
+
 def test_wandb_gets_a_table_and_pictures_in_the_summary_of_the_run(recipe, tmp_path, capsys):  # noqa: F811
     assert main(["train", str(recipe), "tracking.wandb=offline", "train.steps=2"]) == 0
     groups.shut_down()

@@ -32,12 +32,21 @@ def test_other_settings_are_refused_and_other_tasks_are_not(folder):
     with pytest.raises(UserError, match="window was 8, it is 9"):
         folder.open({**MODEL, "window": 9}, TASKS)
     other = {"mqar": {"version": 1, "parameters": {"pairs": 5}}}
-    with pytest.raises(UserError, match=r"mqar with other settings \(parameters.pairs was 4, it is 5"):
+    with pytest.raises(UserError, match=r"mqar with other settings \(parameters.pairs was 4, it is 5\); give --out"):
         folder.open(MODEL, other)
     folder.open(MODEL, {"copy": {"version": 1}})
     folder.open(MODEL, TASKS)
     with pytest.raises(UserError, match="version was 1, it is 2"):
         folder.open(MODEL, {"copy": {"version": 2}})
+
+
+def test_lines_whose_settings_are_gone_are_refused(folder):
+    """They may be another model's."""
+    folder.add("mqar", [{"index": 0}])
+    (folder.path / "settings.json").unlink()
+    with pytest.raises(UserError, match=r"holds mqar.jsonl .*; give --out another folder\.$"):
+        folder.open({**MODEL, "weights": "b"}, TASKS)
+    assert [path.name for path in folder.path.iterdir()] == ["mqar.jsonl"]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

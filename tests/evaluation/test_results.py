@@ -54,7 +54,8 @@ def test_answers_of_a_sample_that_are_right_together_count_as_one():
     apart = np.random.default_rng(1).integers(0, 2, (4000, 8))
     assert effective_number(answers(apart.tolist())) == pytest.approx(32000, rel=0.1)
     assert effective_number(answers([[right] for right in samples.tolist()])) == 4000
-    assert effective_number(answers([[1] * 8] * 3)) == 24  # nothing speaks for less
+    assert effective_number(answers([[1] * 8] * 3)) == effective_number(answers([[0, 1]] * 3)) == 3
+    assert effective_number(answers([[1, 0, 1, 1]])) == 1
 
 
 def test_counts_by_window_keeping_and_depth():

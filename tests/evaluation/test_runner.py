@@ -10,6 +10,7 @@ from megahybrid.config.schema import ParallelConfig
 from megahybrid.errors import UserError
 from megahybrid.evaluation import costs, modes
 from megahybrid.evaluation.lines import Folder
+from megahybrid.evaluation.progress import Progress
 from megahybrid.evaluation.runner import _where, evaluate
 from megahybrid.inference import states
 from megahybrid.parallel import groups
@@ -158,6 +159,27 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bytes(tmp_path, monkeypat
     assert asked == [] and results(parts) == results(whole)
 
 
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), UserError("The disk is full.")])
+def test_whatever_ends_it_what_is_done_is_reported(fault, tmp_path, monkeypatch, capsys):
+    real, reported, closed = Folder.add, [], []
+
+    def failing(self, task, new):
+        if (task, new[0]["length"]) == ("copy", 64):
+            reported.extend(each["length"] for each in results(tmp_path)["results"])
+            raise fault
+        real(self, task, new)
+
+    monkeypatch.setattr(Folder, "add", failing)
+    monkeypatch.setattr(Progress, "close", lambda self: closed.append(True))
+    with pytest.raises(type(fault)):
+        evaluate(subject(tmp_path), plan())
+    found = json.loads((tmp_path / STEP / "results.json").read_text())["results"]
+    assert {(each["task"], each["length"]) for each in found} == {
+        ("selective_mqar", 32), ("selective_mqar", 64), ("copy", 32),
+    }  # fmt: skip
+    assert reported == [32, 32] and closed == [True] and "recency null" in capsys.readouterr().out
+
+
 def test_more_samples_and_lengths_join_what_is_there(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     evaluate(subject(first), plan(lengths=(64,), samples=3))
@@ -179,6 +201,17 @@ def test_other_parameters_are_refused(tmp_path):
     assert sorted((path, path.read_bytes()) for path in (tmp_path / STEP).iterdir()) == before
     evaluate(subject(tmp_path), plan(tasks=(chosen("selective_mqar", pairs=3),), samples=1), tmp_path / "other")
     assert (tmp_path / "other" / "results.json").exists()
+
+
+def test_lines_that_no_evaluation_wrote_are_refused_and_are_no_task(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"holds metrics.jsonl .*; give --out another folder"):
+        evaluate(subject(tmp_path), plan(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    folder = Folder(tmp_path / "other")
+    folder.open({}, {"copy": {}})
+    (folder.path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert folder.tasks() == ["copy"]
 
 
 def test_what_cannot_be_asked_is_refused_before_anything_is_written(tmp_path):
@@ -206,6 +239,16 @@ def test_lengths_whose_states_alone_do_not_fit_are_not_begun(tmp_path, monkeypat
     monkeypatch.setattr(costs, "free_memory", lambda device: states.size_in_bytes(model.initial_states(3), 40))
     with pytest.raises(UserError, match="Samples of 64 tokens do not fit into memory"):
         evaluate(subject(tmp_path), plan())
+    assert {each["length"] for each in results(tmp_path)["results"]} == {32}
+
+
+def test_all_processes_end_where_one_has_no_memory(tmp_path):
+    workers = Workers(2)
+    try:
+        said = workers.run(2, "tests.evaluation.subjects:run_out_of_memory_on_one", str(tmp_path))
+    finally:
+        workers.close()
+    assert len(said) == 2 and all("Samples of 64 tokens do not fit into memory" in each for each in said)
     assert {each["length"] for each in results(tmp_path)["results"]} == {32}
 
 
