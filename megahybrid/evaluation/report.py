@@ -25,11 +25,14 @@ def known_costs(folder: Folder) -> list[Entry]:
 
 
 def write(folder: Folder, subject: Subject, costs: list[Entry]) -> list[Entry]:
-    """Write results.json from all lines in the folder; returns its results; on the main process only, as `show`.
+    """Write results.json from all lines in the folder, if there are any; returns its results; on the main process
+    only, as `show`.
 
     Raises UserError where the disk does not take it.
     """
     results = [entry for task in folder.tasks() for entry in summarise(task, folder.read(task))]
+    if not results:
+        return []
     model = {**subject.settings, "step": subject.step, "path": str(subject.home)}
     costs = sorted(costs, key=lambda each: each["length"])
     try:

@@ -87,9 +87,10 @@ def evaluate(subject: Subject, plan: Plan, path: Path | None = None) -> None:
                 known.append(_cost(subject, plan, length))
             groups.on_main(lambda: report.write(folder, subject, known))
     except MemoryError:
+        stays = f": what is done stays, in '{folder.path}'" if progress.done or any(done.values()) else ""
         raise UserError(
             f"Samples of {short(length)} tokens do not fit into memory; lower --batch-size or --prefill-chunk, or "
-            f"leave out lengths from there on: the shorter ones are done, in '{folder.path}'."
+            f"leave out lengths from there on{stays}."
         ) from None
     finally:  # also where it is interrupted
         progress.close()

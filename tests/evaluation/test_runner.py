@@ -210,6 +210,7 @@ def test_lines_that_no_evaluation_wrote_are_refused_and_are_no_task(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     folder = Folder(tmp_path / "other")
     folder.open({}, {"copy": {}})
+    folder.add("copy", [])
     (folder.path / "metrics.jsonl").write_text('{"step": 1}\n')
     assert folder.tasks() == ["copy"]
 
@@ -227,7 +228,10 @@ def test_lengths_beyond_memory_leave_the_others_done(tmp_path, monkeypatch):
         return modes.forced(subject, task, samples, *rest)
 
     monkeypatch.setitem(modes.MODES, "forced", limited)
-    with pytest.raises(UserError, match="Samples of 64 tokens do not fit into memory"):
+    with pytest.raises(UserError, match=r"memory; lower .* from there on\.$"):
+        evaluate(subject(tmp_path), plan(lengths=(64,)))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"Samples of 64 tokens do not fit into memory; .*: what is done stays, in "):
         evaluate(subject(tmp_path), plan())
     assert {each["length"] for each in results(tmp_path)["results"]} == {32}
     assert (tmp_path / STEP / "lengths.png").exists()
