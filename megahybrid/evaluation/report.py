@@ -47,17 +47,18 @@ def write(folder: Folder, subject: Subject, costs: list[Entry]) -> list[Entry]:
     return results
 
 
-def show(folder: Folder, subject: Subject, costs: list[Entry]) -> None:
-    """Write results.json and pictures, print the table."""
+def show(folder: Folder, subject: Subject, costs: list[Entry], news: bool) -> None:
+    """Write results.json and pictures, print the table, and put them into the run's W&B run if there are `news`."""
     results = write(folder, subject, costs)
     if not results:
         return
     drawn = pictures.draw(folder.path, results, sorted(costs, key=lambda each: each["length"]), subject.window)
     print(table(results))
     print(f"{folder.path}: results.json, a line a sample in *.jsonl, {', '.join(path.name for path in drawn)}")
-    add_to_summary(
-        subject.config, subject.home, subject.tracking_id, lambda wandb: _for_wandb(wandb, subject, results, drawn)
-    )
+    if news and subject.of_run:
+        add_to_summary(
+            subject.config, subject.home, subject.tracking_id, lambda wandb: _for_wandb(wandb, subject, results, drawn)
+        )
 
 
 def device() -> str:

@@ -95,7 +95,7 @@ def evaluate(subject: Subject, plan: Plan, path: Path | None = None) -> None:
     finally:  # also where it is interrupted
         progress.close()
         if groups.is_main():
-            report.show(folder, subject, known)
+            report.show(folder, subject, known, news=progress.done > 0)
 
 
 def _cost(subject: Subject, plan: Plan, length: int) -> Entry:
