@@ -19,9 +19,8 @@ from megahybrid.training.tracking import add_to_summary
 
 
 def known_costs(folder: Folder) -> list[Entry]:
-    """The costs by length that earlier starts measured on such a device."""
-    found = (read_json(folder.path / "results.json") or {}).get("costs", [])
-    return [each for each in found if each["device"] == device()]
+    """The costs by length that earlier starts measured, on whatever device."""
+    return (read_json(folder.path / "results.json") or {}).get("costs", [])
 
 
 def write(folder: Folder, subject: Subject, costs: list[Entry]) -> list[Entry]:
@@ -34,7 +33,7 @@ def write(folder: Folder, subject: Subject, costs: list[Entry]) -> list[Entry]:
     if not results:
         return []
     model = {**subject.settings, "step": subject.step, "path": str(subject.home)}
-    costs = sorted(costs, key=lambda each: each["length"])
+    costs = sorted(costs, key=lambda each: (each["device"], each["length"]))
     try:
         write_json(
             folder.path / "results.json",
@@ -52,7 +51,8 @@ def show(folder: Folder, subject: Subject, costs: list[Entry], news: bool) -> No
     results = write(folder, subject, costs)
     if not results:
         return
-    drawn = pictures.draw(folder.path, results, sorted(costs, key=lambda each: each["length"]), subject.window)
+    here = sorted((each for each in costs if each["device"] == device()), key=lambda each: each["length"])
+    drawn = pictures.draw(folder.path, results, here, subject.window)
     print(table(results))
     print(f"{folder.path}: results.json, a line a sample in *.jsonl, {', '.join(path.name for path in drawn)}")
     if news and subject.of_run:

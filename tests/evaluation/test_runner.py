@@ -8,7 +8,7 @@ import torch
 
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.errors import UserError
-from megahybrid.evaluation import costs, modes
+from megahybrid.evaluation import costs, modes, pictures, report
 from megahybrid.evaluation.lines import Folder
 from megahybrid.evaluation.progress import Progress
 from megahybrid.evaluation.runner import _where, evaluate
@@ -191,6 +191,20 @@ def test_more_samples_and_lengths_join_what_is_there(tmp_path):
         )
         assert one == other
     assert results(first) == results(second)
+
+
+def test_costs_of_other_devices_stay_and_are_not_drawn(tmp_path, monkeypatch):
+    real, drawn = pictures.draw, []
+    monkeypatch.setattr(pictures, "draw", lambda *args: drawn.append(args[2]) or real(*args))
+    for device in ("one", "other", "one"):
+        monkeypatch.setattr(report, "device", lambda name=device: name)
+        evaluate(subject(tmp_path), plan(samples=1))
+    costs = json.loads((tmp_path / STEP / "results.json").read_text())["costs"]
+    assert [(each["device"], each["length"]) for each in costs] == [
+        ("one", 32), ("one", 64), ("other", 32), ("other", 64),
+    ]  # fmt: skip
+    assert [[each["device"] for each in costs] for costs in drawn] == [["one"] * 2, ["other"] * 2, ["one"] * 2]
+    assert drawn[0] == drawn[2]
 
 
 def test_other_parameters_are_refused(tmp_path):
