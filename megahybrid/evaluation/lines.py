@@ -31,9 +31,10 @@ class Folder:
 
     def __init__(self, path: Path):
         self.path = path
+        self._settings: dict[str, Any] = {}
 
     def open(self, model: dict[str, Any], tasks: dict[str, dict[str, Any]]) -> None:
-        """Note what the lines of these tasks are made with.
+        """Have the lines of these tasks be of this model; settings.json says so from the first of them on.
 
         Raises UserError where the folder holds lines that were made with something else, or of which settings.json
         does not say with what, and where it cannot be made.
@@ -45,12 +46,12 @@ class Folder:
         self._refuse("another model or precision", _change(found["model"], model))
         for name in tasks.keys() & found["tasks"].keys():
             self._refuse(f"{name} with other settings", _change(found["tasks"][name], tasks[name]))
-        try:
-            write_json(file, {"model": model, "tasks": {**found["tasks"], **tasks}})
-            for name in tasks:
-                _cut_torn_line(self._lines(name))
-        except OSError as fault:
-            raise UserError(f"'{self.path}' cannot be written ({fault.strerror}); give another with --out.") from fault
+        above = next(each for each in (self.path, *self.path.absolute().parents) if each.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise UserError(f"'{self.path}' cannot be written; give another with --out.")
+        self._settings = json.loads(json.dumps({"model": model, "tasks": {**found["tasks"], **tasks}}))
+        for name in tasks:
+            _cut_torn_line(self._lines(name))
 
     def _refuse(self, what: str, why: str) -> None:
         if why:
@@ -71,6 +72,8 @@ class Folder:
         """Append lines, durably. Raises UserError where the disk does not take them."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         try:
+            if read_json(self.path / "settings.json") != self._settings:
+                write_json(self.path / "settings.json", self._settings)
             with open(self._lines(task), "a", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()

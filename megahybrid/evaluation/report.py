@@ -19,19 +19,21 @@ from megahybrid.training.tracking import add_to_summary
 
 
 def known_costs(folder: Folder) -> list[Entry]:
-    """The costs by length that earlier starts measured on such a device."""
-    found = (read_json(folder.path / "results.json") or {}).get("costs", [])
-    return [each for each in found if each["device"] == device()]
+    """The costs by length that earlier starts measured, on whatever device."""
+    return (read_json(folder.path / "results.json") or {}).get("costs", [])
 
 
 def write(folder: Folder, subject: Subject, costs: list[Entry]) -> list[Entry]:
-    """Write results.json from all lines in the folder; returns its results; on the main process only, as `show`.
+    """Write results.json from all lines in the folder, if there are any; returns its results; on the main process
+    only, as `show`.
 
     Raises UserError where the disk does not take it.
     """
     results = [entry for task in folder.tasks() for entry in summarise(task, folder.read(task))]
+    if not results:
+        return []
     model = {**subject.settings, "step": subject.step, "path": str(subject.home)}
-    costs = sorted(costs, key=lambda each: each["length"])
+    costs = sorted(costs, key=lambda each: (each["device"], each["length"]))
     try:
         write_json(
             folder.path / "results.json",
@@ -44,17 +46,19 @@ def write(folder: Folder, subject: Subject, costs: list[Entry]) -> list[Entry]:
     return results
 
 
-def show(folder: Folder, subject: Subject, costs: list[Entry]) -> None:
-    """Write results.json and pictures, print the table."""
+def show(folder: Folder, subject: Subject, costs: list[Entry], news: bool) -> None:
+    """Write results.json and pictures, print the table, and put them into the run's W&B run if there are `news`."""
     results = write(folder, subject, costs)
     if not results:
         return
-    drawn = pictures.draw(folder.path, results, sorted(costs, key=lambda each: each["length"]), subject.window)
+    here = sorted((each for each in costs if each["device"] == device()), key=lambda each: each["length"])
+    drawn = pictures.draw(folder.path, results, here, subject.window)
     print(table(results))
     print(f"{folder.path}: results.json, a line a sample in *.jsonl, {', '.join(path.name for path in drawn)}")
-    add_to_summary(
-        subject.config, subject.home, subject.tracking_id, lambda wandb: _for_wandb(wandb, subject, results, drawn)
-    )
+    if news and subject.of_run:
+        add_to_summary(
+            subject.config, subject.home, subject.tracking_id, lambda wandb: _for_wandb(wandb, subject, results, drawn)
+        )
 
 
 def device() -> str:

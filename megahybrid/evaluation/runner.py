@@ -75,7 +75,7 @@ def evaluate(subject: Subject, plan: Plan, path: Path | None = None) -> None:
     folder = Folder(path or subject.home / "evaluations" / checkpoint_folder.name(subject.step))
     groups.on_main(lambda: folder.open(subject.settings, {each.name: each.settings for each in plan.tasks}))
     done = groups.broadcast({each.name: set(map(key_of, folder.read(each.name))) for each in plan.tasks})
-    known = groups.broadcast(report.known_costs(folder))
+    known, here = groups.broadcast((report.known_costs(folder), report.device()))
     cells = list(_cells(plan, done))
     progress = Progress(sum(each.length * len(each.missing) for each in cells), groups.is_main())
     try:
@@ -83,25 +83,27 @@ def evaluate(subject: Subject, plan: Plan, path: Path | None = None) -> None:
             for cell in cells:
                 if cell.length == length:
                     _do(subject, plan, cell, folder, progress)
-            if all(each["length"] != length for each in known):
-                known.append(_cost(subject, plan, length))
+            if (length, here) not in {(each["length"], each["device"]) for each in known}:
+                known.append({**_cost(subject, plan, length), "device": here})
             groups.on_main(lambda: report.write(folder, subject, known))
     except MemoryError:
+        stays = f": what is done stays, in '{folder.path}'" if progress.done or any(done.values()) else ""
         raise UserError(
             f"Samples of {short(length)} tokens do not fit into memory; lower --batch-size or --prefill-chunk, or "
-            f"leave out lengths from there on: the shorter ones are done, in '{folder.path}'."
+            f"leave out lengths from there on{stays}."
         ) from None
     finally:  # also where it is interrupted
         progress.close()
         if groups.is_main():
-            report.show(folder, subject, known)
+            report.show(folder, subject, known, news=progress.done > 0)
 
 
 def _cost(subject: Subject, plan: Plan, length: int) -> Entry:
+    """Of one sequence of about this length."""
     tokens = plan.tasks[0].sample(length, subject.vocabulary, None, 0).tokens
     with _memory_for_all():
         found = costs.measure(subject.model, tokens.tolist(), _chunk(subject, plan))
-    return {**found, "length": length, "device": report.device()}
+    return {**found, "length": length}
 
 
 def _cells(plan: Plan, done: dict[str, set[Key]]) -> Iterator[_Cell]:

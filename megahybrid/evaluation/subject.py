@@ -40,7 +40,8 @@ class Subject:
         window: as `evaluation_window` says.
         step: of its checkpoint; 0 for an imported model.
         weights: names the values of its parameters.
-        home: the run directory, or the folder that was given.
+        home: the run directory, the folder that a checkpoint without a run is in, or the exported model.
+        of_run: whether it is a run directory.
         tracking_id: the id of the run's W&B run, if there is a run.
     """
 
@@ -52,6 +53,7 @@ class Subject:
     step: int
     weights: str
     home: Path
+    of_run: bool
     tracking_id: str | None
 
     def answers(self, task: Task) -> Vocabulary:
@@ -77,7 +79,8 @@ def load(path: Path, dtype: str = "fp32") -> Subject:
     """
     folder = checkpoint_folder.find(path)
     if folder is not None:
-        return _load(folder, _home(path, folder), dtype)
+        run = _run(folder)
+        return _load(folder, run or folder.resolve().parent, dtype, of_run=run is not None)
     if not (path / "config.json").is_file():
         raise UserError(
             f"There is no checkpoint and no exported model in '{path}'; give a run directory, a checkpoint, or a "
@@ -88,7 +91,7 @@ def load(path: Path, dtype: str = "fp32") -> Subject:
     try:
         converted = Path(part) / "checkpoint"
         groups.on_main(lambda: import_model(path, converted, check=False, report=lambda _: None))
-        subject = _load(converted, path, dtype)
+        subject = _load(converted, path, dtype, of_run=False)
         groups.gather(None)  # all have read it
         return subject
     finally:
@@ -96,7 +99,7 @@ def load(path: Path, dtype: str = "fp32") -> Subject:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def _load(folder: Path, home: Path, dtype: str) -> Subject:
+def _load(folder: Path, home: Path, dtype: str, of_run: bool) -> Subject:
     generator, facts = load_generator(folder, DTYPES[dtype]), checkpoint.read_facts(folder)
     config, tokenizer = load_config(folder / "config.yaml"), generator.tokenizer
     files = {name: file for name, file in facts["files"].items() if name.startswith("weights-")}
@@ -109,13 +112,19 @@ def _load(folder: Path, home: Path, dtype: str) -> Subject:
         facts["position"]["step"],
         hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16],
         home,
+        of_run,
         facts["position"].get("tracking_id"),
     )
 
 
-def _home(path: Path, folder: Path) -> Path:
-    run = next((each.parent for each in folder.resolve().parents if each.name == "checkpoints"), None)
-    return run or path
+def _run(folder: Path) -> Path | None:
+    """The run directory of a checkpoint; None for one that was copied elsewhere."""
+    checkpoints = folder.resolve().parent
+    run = checkpoints.parent
+    is_run = checkpoints.name == "checkpoints" and all(
+        (run / name).is_file() for name in ("config.yaml", "metrics.jsonl")
+    )
+    return run if is_run else None
 
 
 def _writes(tokenizer: Tokenizer) -> bool:

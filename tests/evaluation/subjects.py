@@ -27,8 +27,11 @@ def subject(home: Path, pattern: str = "GLSF", dtype: torch.dtype = torch.float3
     config.parallel = ParallelConfig(tensor=groups.tensor_parallel()[1])
     config.tracking.wandb = "disabled"
     model = build(config, "cpu", dtype).requires_grad_(False)
+    vocabulary = Vocabulary(tiny.VOCAB, 0)
     return Subject(
-        model, config, number_tokenizer(tiny.VOCAB), Vocabulary(tiny.VOCAB, 0), 8, 0, "weights", home, tracking_id=None
+        *(model, config, number_tokenizer(tiny.VOCAB), vocabulary, 8, 0, "weights", home),
+        of_run=False,
+        tracking_id=None,
     )
 
 

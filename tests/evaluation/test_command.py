@@ -50,7 +50,8 @@ def test_a_run_its_checkpoint_and_its_export_give_the_same(reference, tmp_path, 
     assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == before
     expected = read(tmp_path / "run")
     assert set(expected) == {"selective_mqar.jsonl", "copy.jsonl"}
-    assert read(tmp_path / "bare" / "evaluations" / STEP) == expected
+    assert read(tmp_path / "evaluations" / STEP) == expected  # beside the checkpoint, not among its files
+    assert not (tmp_path / "bare" / "evaluations").exists()
     assert read(tmp_path / "from_exported") == expected
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert settings["tasks"]["selective_mqar"]["pairs"] == 3
@@ -122,6 +123,14 @@ def test_wandb_gets_a_table_and_pictures_in_the_summary_of_the_run(recipe, tmp_p
     assert "evaluation/step_2/results" in found and "evaluation/step_2/lengths" in found
     assert '"type":"history"' not in found
     assert len(list(new.rglob("*.png"))) == 3
+    groups.shut_down()
+    parts = set((run / "wandb").glob("offline-run-*"))
+    assert main(["eval", str(run), *FEW]) == 0  # nothing new
+    groups.shut_down()
+    shutil.copytree(run / "checkpoints", tmp_path / "copied" / "checkpoints")
+    assert main(["eval", str(tmp_path / "copied"), *FEW]) == 0
+    assert set((run / "wandb").glob("offline-run-*")) == parts and not list(tmp_path.rglob("copied/**/wandb"))
+    assert (tmp_path / "copied" / "checkpoints" / "evaluations" / "step_00000002" / "results.json").exists()
 
 
 def test_needles_in_text_are_put_and_found(reference, tmp_path):  # noqa: F811

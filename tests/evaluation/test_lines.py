@@ -12,6 +12,7 @@ MODEL, TASKS = {"weights": "a", "window": 8}, {"mqar": {"version": 1, "parameter
 def folder(tmp_path):
     folder = Folder(tmp_path / "evaluations" / "step_1")
     folder.open(MODEL, TASKS)
+    folder.add("mqar", [])
     return folder
 
 
@@ -35,9 +36,18 @@ def test_other_settings_are_refused_and_other_tasks_are_not(folder):
     with pytest.raises(UserError, match=r"mqar with other settings \(parameters.pairs was 4, it is 5\); give --out"):
         folder.open(MODEL, other)
     folder.open(MODEL, {"copy": {"version": 1}})
+    folder.add("copy", [])
     folder.open(MODEL, TASKS)
     with pytest.raises(UserError, match="version was 1, it is 2"):
         folder.open(MODEL, {"copy": {"version": 2}})
+
+
+def test_settings_are_written_with_the_first_line(tmp_path):
+    folder = Folder(tmp_path / "step_1")
+    folder.open(MODEL, TASKS)
+    assert not folder.path.exists() and folder.tasks() == []
+    folder.add("mqar", [{"index": 0}])
+    assert sorted(path.name for path in folder.path.iterdir()) == ["mqar.jsonl", "settings.json"]
 
 
 def test_lines_whose_settings_are_gone_are_refused(folder):

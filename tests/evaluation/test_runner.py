@@ -8,7 +8,7 @@ import torch
 
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.errors import UserError
-from megahybrid.evaluation import costs, modes
+from megahybrid.evaluation import costs, modes, pictures, report
 from megahybrid.evaluation.lines import Folder
 from megahybrid.evaluation.progress import Progress
 from megahybrid.evaluation.runner import _where, evaluate
@@ -193,6 +193,20 @@ def test_more_samples_and_lengths_join_what_is_there(tmp_path):
     assert results(first) == results(second)
 
 
+def test_costs_of_other_devices_stay_and_are_not_drawn(tmp_path, monkeypatch):
+    real, drawn = pictures.draw, []
+    monkeypatch.setattr(pictures, "draw", lambda *args: drawn.append(args[2]) or real(*args))
+    for device in ("one", "other", "one"):
+        monkeypatch.setattr(report, "device", lambda name=device: name)
+        evaluate(subject(tmp_path), plan(samples=1))
+    costs = json.loads((tmp_path / STEP / "results.json").read_text())["costs"]
+    assert [(each["device"], each["length"]) for each in costs] == [
+        ("one", 32), ("one", 64), ("other", 32), ("other", 64),
+    ]  # fmt: skip
+    assert [[each["device"] for each in costs] for costs in drawn] == [["one"] * 2, ["other"] * 2, ["one"] * 2]
+    assert drawn[0] == drawn[2]
+
+
 def test_other_parameters_are_refused(tmp_path):
     evaluate(subject(tmp_path), plan(samples=1))
     before = sorted((path, path.read_bytes()) for path in (tmp_path / STEP).iterdir())
@@ -210,6 +224,7 @@ def test_lines_that_no_evaluation_wrote_are_refused_and_are_no_task(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
     folder = Folder(tmp_path / "other")
     folder.open({}, {"copy": {}})
+    folder.add("copy", [])
     (folder.path / "metrics.jsonl").write_text('{"step": 1}\n')
     assert folder.tasks() == ["copy"]
 
@@ -227,7 +242,10 @@ def test_lengths_beyond_memory_leave_the_others_done(tmp_path, monkeypatch):
         return modes.forced(subject, task, samples, *rest)
 
     monkeypatch.setitem(modes.MODES, "forced", limited)
-    with pytest.raises(UserError, match="Samples of 64 tokens do not fit into memory"):
+    with pytest.raises(UserError, match=r"memory; lower .* from there on\.$"):
+        evaluate(subject(tmp_path), plan(lengths=(64,)))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"Samples of 64 tokens do not fit into memory; .*: what is done stays, in "):
         evaluate(subject(tmp_path), plan())
     assert {each["length"] for each in results(tmp_path)["results"]} == {32}
     assert (tmp_path / STEP / "lengths.png").exists()
