@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,8 @@ def _do(subject: Subject, plan: Plan, cell: _Cell, folder: Folder, progress: Pro
             continue
         costs.require_memory(subject.model, len(missing), cell.length)
         samples = [cell.chosen.sample(cell.length, subject.vocabulary, cell.depth, index) for index in missing]
-        with swapped(subject.model, cell.policy, [_needles(sample) for sample in samples]):
+        wanted, numbers = map(_needles, samples), map(_number, samples)
+        with swapped(subject.model, cell.policy, list(wanted), list(numbers)):
             outcomes = modes.MODES[plan.mode](subject, cell.chosen.task, samples, _chunk(subject, plan))
         if groups.is_main():
             lines = [
@@ -142,6 +144,11 @@ def _do(subject: Subject, plan: Plan, cell: _Cell, folder: Folder, progress: Pro
 def _needles(sample: Sample) -> list[int]:
     """The tokens that will be asked for."""
     return sorted({token for answer in sample.answers for needle in answer.needles for token in range(*needle)})
+
+
+def _number(sample: Sample) -> int:
+    """Of 32 bits, another for every sample."""
+    return zlib.crc32(sample.tokens.tobytes())
 
 
 def _line(subject: Subject, mode: str, cell: _Cell, index: int, sample: Sample, outcome: modes.Outcome) -> Line:
