@@ -27,7 +27,11 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help="forced: one pass over the sample with its answers; generate: the model writes them (default forced)",
     )
     verb.add_argument(
-        "--policy", **more, default=[], metavar="NAME", help="what LTE layers keep tokens by (default learned)"
+        "--policy",
+        **more,
+        default=[],
+        metavar="NAME",
+        help="what tokens are kept by (default learned)",
     )
     verb.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
     verb.add_argument("--batch-size", type=int, help="samples in work at once (default 16, fewer where they are long)")

@@ -19,7 +19,7 @@ from megahybrid.evaluation.results import Line, short
 from megahybrid.evaluation.subject import Subject
 from megahybrid.evaluation.tasks import Chosen
 from megahybrid.inference.batch import suitable_chunk
-from megahybrid.mixers.lte.policies import swapped
+from megahybrid.model.mixer import swapped
 from megahybrid.parallel import groups
 from megahybrid.tasks import Answer, Sample
 from megahybrid.training import checkpoint_folder
@@ -70,7 +70,7 @@ def evaluate(subject: Subject, plan: Plan, path: Path | None = None) -> None:
     for chosen in plan.tasks:
         for length in plan.lengths:
             chosen.task.check(chosen.parameters, length, subject.vocabulary)
-    modes.check(subject, plan.policies)
+    modes.check(subject.config, plan.policies)
     folder = Folder(path or subject.home / "evaluations" / checkpoint_folder.name(subject.step))
     groups.on_main(lambda: folder.open(subject.settings, {each.name: each.settings for each in plan.tasks}))
     done = groups.broadcast({each.name: set(map(key_of, folder.read(each.name))) for each in plan.tasks})

@@ -11,7 +11,7 @@ from megahybrid.config.schema import ParallelConfig
 from megahybrid.evaluation import runner
 from megahybrid.evaluation.forced import read
 from megahybrid.evaluation.generated import answers_one_by_one
-from megahybrid.mixers.lte.policies import swapped
+from megahybrid.model.mixer import swapped
 from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import initialize_parameters
 from megahybrid.tasks import TASKS, Vocabulary

@@ -6,14 +6,14 @@ earliest.
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from megahybrid.mixers.kind import LEARNED
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.counter_dropout import fold
 from megahybrid_kernels.precision import accumulator, at_least_fp32
@@ -21,9 +21,6 @@ from megahybrid_kernels.precision import accumulator, at_least_fp32
 if TYPE_CHECKING:
     from megahybrid.mixers.lte.module import LTEAttention
     from megahybrid_kernels.lte_attention import LTECache
-
-LEARNED = "learned"
-"""The router's own scores."""
 
 _QUERY_BLOCK = 256
 
@@ -162,31 +159,16 @@ class Oracle(Policy):
         return _alike(wanted[place] == tokens, k), state
 
 
-_BY_NAME = {"recency": Recency, "key_norm": KeyNorm, "attention_mass": AttentionMass}
-
-POLICIES = (LEARNED, *_BY_NAME, "random", "oracle")
-"""Names of all."""
+_ALIKE = {"recency": Recency, "key_norm": KeyNorm, "attention_mass": AttentionMass}
 
 
-@contextlib.contextmanager
-def swapped(
-    model: nn.Module, name: str, wanted: Sequence[Sequence[int]], numbers: Sequence[int] = ()
-) -> Iterator[None]:
-    """A model whose LTE layers keep tokens by the policy of this name, for sequences that begin now: `wanted` are the
-    positions in each of them that an oracle keeps, `numbers` what tells their random scores apart."""
-    from megahybrid.mixers.lte.module import LTEAttention
-
-    layers = [module for module in model.modules() if isinstance(module, LTEAttention)]
-    for layer in layers if name != LEARNED else ():
-        if name == "random":
-            layer.policy = Random(layer, numbers)
-        else:
-            layer.policy = Oracle(layer, wanted) if name == "oracle" else _BY_NAME[name](layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.policy = None
+def made(layer: LTEAttention, name: str, wanted: Sequence[Sequence[int]], numbers: Sequence[int]) -> Policy | None:
+    """The policy of a name for sequences that begin now, as in `Mixer.swap`; None for the router's own scores."""
+    if name == LEARNED:
+        return None
+    if name == "random":
+        return Random(layer, numbers)
+    return Oracle(layer, wanted) if name == "oracle" else _ALIKE[name](layer)
 
 
 def _of_all(known: Tensor, sequences: int) -> Tensor:

@@ -1,13 +1,15 @@
 """What policies keep, against sorting all tokens that have left the window; in pieces as in one pass."""
 
-
 import pytest
 import torch
 
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.inference.batch import Batch
-from megahybrid.mixers.lte.policies import POLICIES, Random, swapped
+from megahybrid.mixers.kind import LEARNED
+from megahybrid.mixers.lte import LTEKind
+from megahybrid.mixers.lte.policies import Random
 from megahybrid.model.context import Context
+from megahybrid.model.mixer import swapped
 from megahybrid.model.stack import build
 from megahybrid.parallel import groups
 from megahybrid_kernels import Sequences
@@ -15,6 +17,7 @@ from tests.inference.oracle import BUFFER, WINDOW, in_pieces, tokens, whole
 from tests.model import tiny
 
 SINKS, LONG = 2, 70
+POLICIES = (LEARNED, *LTEKind.policies)
 WANTED = [3, 20, 21, 40, 41]
 
 
