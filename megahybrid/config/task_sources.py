@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -47,6 +48,23 @@ def find_task(name: str, where: str) -> Task:
     if name not in TASKS:
         raise UserError(f"{where} is '{name}', which is no task; {_instead(name, TASKS)}")
     return TASKS[name]
+
+
+def asked_sources(config: Config) -> list[str]:
+    """The task sources that evaluation asks when it is not told which: those that are trained on."""
+    return [name for name, source in task_sources(config).items() if source.weight != 0]
+
+
+def named_task(config: Config, name: str, where: str) -> tuple[Task, dict[str, Any]]:
+    """What evaluation asks by a name: a task source's task with the parameters of its last stage; else the task of that
+    name, with those of the only source that trains on it, or none. Raises UserError, beginning with `where`."""
+    sources = task_sources(config)
+    trained = [each for each in asked_sources(config) if sources[each].task == name]
+    source = name if name in sources else trained[0] if len(trained) == 1 else None
+    if source is None:
+        return find_task(name, where), {}
+    task = find_task(str(sources[source].task), f"data.sources.{source}.task")
+    return task, dataclasses.asdict(task_stages(source, sources[source])[-1].parameters)
 
 
 def task_parameters(task: Task, values: Mapping[str, Any], where: str) -> TaskParameters:
