@@ -94,6 +94,8 @@ def task_stages(name: str, source: SourceConfig) -> list[Stage]:
     given = source.stages or [{}]
     for number, values in enumerate(given):
         place = f"{where}.stages[{number}]" if source.stages else f"{where}.parameters"
+        if not isinstance(values, Mapping):
+            raise UserError(f"{place} is {values}; give it parameters, such as {{until: 20000, length: 64}}.")
         until = values.get("until")
         if number < len(given) - 1:
             if type(until) is not int or until <= last:

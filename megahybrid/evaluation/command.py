@@ -45,16 +45,17 @@ def run(parsed: argparse.Namespace) -> None:
     for name in ("depths", "samples", "batch_size", "prefill_chunk"):
         if (value := getattr(parsed, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
-    from megahybrid.evaluation import runner, subject, tasks
+    from megahybrid.evaluation import modes, runner, subject, tasks
 
-    model = subject.load(parsed.path, parsed.dtype)
+    config = subject.recipe(parsed.path)
     plan = runner.Plan(
-        tasks.choose(model.config, parsed.task, parsed.set),
-        lengths or tuple(model.config.train.seq_length * factor for factor in (1, 4, 16)),
+        tasks.choose(config, parsed.task, parsed.set),
+        lengths or tuple(config.train.seq_length * factor for factor in (1, 4, 16)),
         *(parsed.depths, parsed.samples, parsed.mode, tuple(dict.fromkeys(parsed.policy)) or ("learned",)),
         *(parsed.batch_size, parsed.prefill_chunk),
     )
-    runner.evaluate(model, plan, parsed.out)
+    modes.check(config, plan.policies)
+    runner.evaluate(subject.load(parsed.path, parsed.dtype), plan, parsed.out)
 
 
 def _lengths(text: str) -> tuple[int, ...]:

@@ -68,8 +68,10 @@ def choose(config: Config, names: Sequence[str], changes: Sequence[str]) -> tupl
 
 def _change(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise UserError(f"--set has '{text}'; write KEY=VALUE, such as pairs=96.")
     try:
-        return name if equals else "", yaml.safe_load(value)
+        return name, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(f"--set {text}: the value is not valid YAML; put it in quotes.") from error
 
