@@ -51,8 +51,8 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def held(self, state: Any) -> Tensor | None:
-        """Positions of the tokens whose keys a state holds, each once: int64 `[sequences, heads of this rank, slots]`,
-        -1 for a blank; None where a mixer has no keys."""
+        """Positions of the tokens whose keys the next query finds in a state, each once: int64
+        `[sequences, heads of this rank, slots]`, -1 for a blank; None where a mixer has no keys."""
         return None
 
     def swap(self, policy: str, wanted: Sequence[Sequence[int]], numbers: Sequence[int]) -> None:

@@ -177,8 +177,8 @@ class LTEAttention(AttentionProjections):
 
     def held(self, state: LTEState) -> Tensor:
         ring, buffer = state.cache.positions[:, None], state.cache.buffer_positions
-        gone = buffer < ring.amax(-1, keepdim=True) - self.lte.window_size  # the ring still has its last token
-        return torch.cat([ring.expand(-1, self.heads, -1), buffer.masked_fill(~gone, -1)], -1)
+        left = ring <= ring.amax(-1, keepdim=True) - self.lte.window_size  # the buffer has it, if anything does
+        return torch.cat([ring.masked_fill(left, -1).expand(-1, self.heads, -1), buffer], -1)
 
     @classmethod
     def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:
