@@ -188,7 +188,7 @@ class SourceConfig:
     """task: its name in megahybrid.tasks."""
     parameters: dict[str, Any] = key({})
     """task: its parameters."""
-    stages: list[dict[str, Any]] = key([])
+    stages: list[Any] = key([])
     """task: other parameters for the first samples, such as [{until: 20000, length: 64}, {length: 512}]: each stage
     lasts until this source has given so many samples of train.seq_length in all, and the last one for ever."""
     include: list[str] = key([], may_change=True, otherwise=lambda source: list(FILE_NAMES.get(source.format, ())))

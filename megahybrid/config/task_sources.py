@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -49,6 +50,23 @@ def find_task(name: str, where: str) -> Task:
     return TASKS[name]
 
 
+def asked_sources(config: Config) -> list[str]:
+    """The task sources that evaluation asks when it is not told which: those that are trained on."""
+    return [name for name, source in task_sources(config).items() if source.weight != 0]
+
+
+def named_task(config: Config, name: str, where: str) -> tuple[Task, dict[str, Any]]:
+    """What evaluation asks by a name: a task source's task with the parameters of its last stage; else the task of that
+    name, with those of the only source that trains on it, or none. Raises UserError, beginning with `where`."""
+    sources = task_sources(config)
+    trained = [each for each in asked_sources(config) if sources[each].task == name]
+    source = name if name in sources else trained[0] if len(trained) == 1 else None
+    if source is None:
+        return find_task(name, where), {}
+    task = find_task(str(sources[source].task), f"data.sources.{source}.task")
+    return task, dataclasses.asdict(task_stages(source, sources[source])[-1].parameters)
+
+
 def task_parameters(task: Task, values: Mapping[str, Any], where: str) -> TaskParameters:
     """What a task's parameters come to, with defaults for those that `values` leaves out. Raises UserError, naming
     them after `where`, for what the task does not know or cannot be."""
@@ -76,6 +94,8 @@ def task_stages(name: str, source: SourceConfig) -> list[Stage]:
     given = source.stages or [{}]
     for number, values in enumerate(given):
         place = f"{where}.stages[{number}]" if source.stages else f"{where}.parameters"
+        if not isinstance(values, Mapping):
+            raise UserError(f"{place} is {values}; give it parameters, such as {{until: 20000, length: 64}}.")
         until = values.get("until")
         if number < len(given) - 1:
             if type(until) is not int or until <= last:

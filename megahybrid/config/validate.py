@@ -9,7 +9,7 @@ from typing import Any
 from megahybrid.config.batch import micro_batches
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config, SourceConfig
-from megahybrid.config.task_sources import check_stages, find_task, task_sources, text_sources
+from megahybrid.config.task_sources import check_stages, named_task, task_sources, text_sources
 from megahybrid.errors import UserError
 from megahybrid.key import derived, keys
 from megahybrid.mixers import KINDS
@@ -194,7 +194,7 @@ def _tokens(key: str, source: SourceConfig, tokenizer: str | None) -> None:
 def _evaluation(config: Config) -> None:
     evaluate, train = config.evaluate, config.train
     for name in evaluate.tasks:
-        find_task(name, "evaluate.tasks")
+        named_task(config, name, "evaluate.tasks")
     most = train.micro_batch_size * train.seq_length
     if evaluate.lengths and max(evaluate.lengths) > most:
         raise UserError(

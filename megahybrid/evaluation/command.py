@@ -27,7 +27,11 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         help="forced: one pass over the sample with its answers; generate: the model writes them (default forced)",
     )
     verb.add_argument(
-        "--policy", **more, default=[], metavar="NAME", help="what LTE layers keep tokens by (default learned)"
+        "--policy",
+        **more,
+        default=[],
+        metavar="NAME",
+        help="what tokens are kept by (default learned)",
     )
     verb.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
     verb.add_argument("--batch-size", type=int, help="samples in work at once (default 16, fewer where they are long)")
@@ -41,16 +45,17 @@ def run(parsed: argparse.Namespace) -> None:
     for name in ("depths", "samples", "batch_size", "prefill_chunk"):
         if (value := getattr(parsed, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
-    from megahybrid.evaluation import runner, subject, tasks
+    from megahybrid.evaluation import modes, runner, subject, tasks
 
-    model = subject.load(parsed.path, parsed.dtype)
+    config = subject.recipe(parsed.path)
     plan = runner.Plan(
-        tasks.choose(model.config, parsed.task, parsed.set),
-        lengths or tuple(model.config.train.seq_length * factor for factor in (1, 4, 16)),
+        tasks.choose(config, parsed.task, parsed.set),
+        lengths or tuple(config.train.seq_length * factor for factor in (1, 4, 16)),
         *(parsed.depths, parsed.samples, parsed.mode, tuple(dict.fromkeys(parsed.policy)) or ("learned",)),
         *(parsed.batch_size, parsed.prefill_chunk),
     )
-    runner.evaluate(model, plan, parsed.out)
+    modes.check(config, plan.policies)
+    runner.evaluate(subject.load(parsed.path, parsed.dtype), plan, parsed.out)
 
 
 def _lengths(text: str) -> tuple[int, ...]:

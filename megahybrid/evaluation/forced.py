@@ -54,15 +54,16 @@ def read(model: Stack, samples: Sequence[Sample], choices: int, prefill_chunk: i
     states, rows, at = model.initial_states(len(samples)), list(range(len(samples))), [0] * len(samples)
     with_needles = any(answer.needles for each in samples for answer in each.answers)
     with_keys = with_needles and any(held is not None for held in _held(model, states))
-    # A piece ends where an answer is asked for: that is when its needle has to be there.
+    # A piece ends before the query of an answer: what that query finds in the state is what it sees beside itself.
     ends = [
-        sorted({int(each.asked[-1]), *(answer.span.begin for answer in each.answers if with_keys)}) for each in samples
+        sorted({int(each.asked[-1]), *(answer.span.begin - 1 for answer in each.answers if with_keys)})
+        for each in samples
     ]
     counts = [len(each.answers) for each in samples]
     heads = torch.zeros(sum(counts), 2, dtype=torch.float64, device=device)
-    # By sample and where an answer begins: its number over all samples, and itself.
+    # By sample and where an answer's query stands: its number over all samples, and itself.
     numbers = itertools.count()
-    asking = [{answer.span.begin: (next(numbers), answer) for answer in each.answers} for each in samples]
+    asking = [{answer.span.begin - 1: (next(numbers), answer) for answer in each.answers} for each in samples]
     while rows:
         waiting = [next(end for end in ends[row] if end > at[row]) - at[row] for row in rows]
         pieces = share(waiting, prefill_chunk)
@@ -131,16 +132,21 @@ def _count_heads(heads: Tensor, held: Sequence[Tensor | None], asked: Sequence[t
     device, asked = heads.device, [each for each in asked if each[2].needles]
     if not asked:
         return
-    needles = [(row, place, *needle) for row, (place, _, answer) in enumerate(asked) for needle in answer.needles]
-    row, place, begin, end = torch.tensor(needles, device=device).T
+    needles = [
+        (row, place, answer.span.begin - 1, *needle)
+        for row, (place, _, answer) in enumerate(asked)
+        for needle in answer.needles
+    ]
+    row, place, query, begin, end = torch.tensor(needles, device=device).T
     numbers = torch.tensor([number for _, number, _ in asked], device=device)
+    wanted = end - begin - ((begin <= query) & (query < end)).long()  # a query sees itself
     for positions in held:
         if positions is None:
             continue
         whole = []
         for some in torch.arange(len(needles), device=device).split(max(1, _MOST_SLOTS // positions[0].numel())):
             here, (first, after) = positions[place[some]], (x[some, None, None] for x in (begin, end))
-            whole.append(((here >= first) & (here < after)).sum(2) == (after - first)[..., 0])  # each stands there once
+            whole.append(((here >= first) & (here < after)).sum(2) == wanted[some, None])  # each stands there once
         holding = torch.zeros(len(asked), positions.shape[1], device=device).index_add_(
             0, row, torch.cat(whole).float()
         )

@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megahybrid.config import Config
+from megahybrid.config.pattern import parse_pattern
 from megahybrid.errors import UserError
 from megahybrid.evaluation.forced import Reading, read
 from megahybrid.evaluation.generated import answers_one_by_one, continuations
 from megahybrid.evaluation.subject import Subject
-from megahybrid.mixers.lte import LTEKind
-from megahybrid.mixers.lte.policies import LEARNED, POLICIES
+from megahybrid.mixers import KINDS
+from megahybrid.mixers.kind import LEARNED
 from megahybrid.tasks import Sample, Task
 from megahybrid.tasks.matching import begins_with, share_found
 
@@ -37,13 +39,14 @@ class Outcome(NamedTuple):
     text: list[str]
 
 
-def check(subject: Subject, policies: Sequence[str]) -> None:
-    """Raise UserError for a policy that there is not, and for any but the router's own where no layer has a router."""
+def check(config: Config, policies: Sequence[str]) -> None:
+    """Raise UserError for a policy that no layer of the recipe's model has."""
+    pattern = config.model.pattern
+    kinds = [KINDS[letter] for letter in dict.fromkeys(parse_pattern(pattern).letters)]
+    known = list(dict.fromkeys([LEARNED, *(policy for kind in kinds for policy in kind.policies)]))
     for policy in policies:
-        if policy not in POLICIES:
-            raise UserError(f"--policy is '{policy}'; choose among {', '.join(POLICIES)}.")
-        if policy != LEARNED and LTEKind.letter not in subject.config.model.pattern:
-            raise UserError(f"--policy {policy} is for LTE layers (L), of which this model has none; leave it out.")
+        if policy not in known:
+            raise UserError(f"--policy is '{policy}'; choose among {', '.join(known)}: the pattern is {pattern}.")
 
 
 def forced(subject: Subject, task: Task, samples: Sequence[Sample], prefill_chunk: int) -> list[Outcome]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from megahybrid.evaluation.results import Entry, Line, short
 from megahybrid.evaluation.subject import Subject
 from megahybrid.evaluation.tasks import Chosen
 from megahybrid.inference.batch import suitable_chunk
-from megahybrid.mixers.lte.policies import swapped
+from megahybrid.model.mixer import swapped
 from megahybrid.parallel import groups
 from megahybrid.tasks import Answer, Sample
 from megahybrid.training import checkpoint_folder
@@ -71,7 +72,7 @@ def evaluate(subject: Subject, plan: Plan, path: Path | None = None) -> None:
     for chosen in plan.tasks:
         for length in plan.lengths:
             chosen.task.check(chosen.parameters, length, subject.vocabulary)
-    modes.check(subject, plan.policies)
+    modes.check(subject.config, plan.policies)
     folder = Folder(path or subject.home / "evaluations" / checkpoint_folder.name(subject.step))
     groups.on_main(lambda: folder.open(subject.settings, {each.name: each.settings for each in plan.tasks}))
     done = groups.broadcast({each.name: set(map(key_of, folder.read(each.name))) for each in plan.tasks})
@@ -133,8 +134,8 @@ def _do(subject: Subject, plan: Plan, cell: _Cell, folder: Folder, progress: Pro
             continue
         costs.require_memory(subject.model, len(missing), cell.length)
         samples = [cell.chosen.sample(cell.length, subject.vocabulary, cell.depth, index) for index in missing]
-        needles = [_needles(sample) for sample in samples]
-        with _memory_for_all(), swapped(subject.model, cell.policy, needles):
+        wanted, numbers = map(_needles, samples), map(_number, samples)
+        with _memory_for_all(), swapped(subject.model, cell.policy, list(wanted), list(numbers)):
             outcomes = modes.MODES[plan.mode](subject, cell.chosen.task, samples, _chunk(subject, plan))
         lines = [
             _line(subject, plan.mode, cell, index, sample, outcome)
@@ -147,6 +148,11 @@ def _do(subject: Subject, plan: Plan, cell: _Cell, folder: Folder, progress: Pro
 def _needles(sample: Sample) -> list[int]:
     """The tokens that will be asked for."""
     return sorted({token for answer in sample.answers for needle in answer.needles for token in range(*needle)})
+
+
+def _number(sample: Sample) -> int:
+    """Of 32 bits, another for every sample."""
+    return zlib.crc32(sample.tokens.tobytes())
 
 
 def _line(subject: Subject, mode: str, cell: _Cell, index: int, sample: Sample, outcome: modes.Outcome) -> Line:

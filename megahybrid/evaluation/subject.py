@@ -18,7 +18,7 @@ from megahybrid.config.evaluation import evaluation_window
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import UserError
-from megahybrid.hf.import_ import import_model
+from megahybrid.hf.import_ import config_of, import_model
 from megahybrid.inference.loading import load_generator
 from megahybrid.model.stack import Stack
 from megahybrid.parallel import groups
@@ -72,6 +72,18 @@ class Subject:
         }
 
 
+def recipe(path: Path) -> Config:
+    """The recipe of what a path means, of which no weights are read. Raises UserError where there is no model in it."""
+    if (folder := checkpoint_folder.find(path)) is not None:
+        return load_config(folder / "config.yaml")
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"There is no checkpoint and no exported model in '{path}'; give a run directory, a checkpoint, or a "
+            "folder with config.json and safetensors."
+        )
+    return config_of(path)
+
+
 def load(path: Path, dtype: str = "fp32") -> Subject:
     """Load what a path means; called by every process, whose number is the tensor parallel size.
 
@@ -81,11 +93,7 @@ def load(path: Path, dtype: str = "fp32") -> Subject:
     if folder is not None:
         run = _run(folder)
         return _load(folder, run or folder.resolve().parent, dtype, of_run=run is not None)
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"There is no checkpoint and no exported model in '{path}'; give a run directory, a checkpoint, or a "
-            "folder with config.json and safetensors."
-        )
+    recipe(path)  # or it refuses
     groups.initialize(ParallelConfig(tensor=int(os.environ.get("WORLD_SIZE", "1"))))
     part = groups.on_main(lambda: tempfile.mkdtemp(prefix="megahybrid-eval-"))
     try:

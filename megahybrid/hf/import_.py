@@ -67,6 +67,13 @@ def import_model(source: Path, target: Path, check: bool | None = None, report: 
     report(f"Imported {source} to {target}; train.init_from={target} starts a run from it.")
 
 
+def config_of(source: Path) -> Config:
+    """The configuration that a model in folder `source` is imported with. Raises UserError like `import_model`."""
+    config, _ = _understand(_read_config(source))
+    validate(config)
+    return config
+
+
 def _read_config(source: Path) -> dict[str, Any]:
     file = source / "config.json"
     try:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from megahybrid_kernels.judging.case import Shape
 
 
+LEARNED = "learned"
+"""The policy that a mixer has learnt itself."""
+
+
 class MicroBatch(NamedTuple):
     """What a rank computes at once.
 
@@ -51,12 +55,14 @@ class Kind(ABC):
         sections: dataclasses of its configuration by their name under `model`, with fields made by
             `megahybrid.key.key`. Kinds may share one.
         parts: submodules of its module whose parameters a plan counts apart.
+        policies: by what else than LEARNED its module can keep tokens in evaluation (`Mixer.swap`).
     """
 
     letter: str
     title: str
     sections: ClassVar[Mapping[str, type]] = {}
     parts: tuple[str, ...] = ()
+    policies: tuple[str, ...] = ()
 
     def check(self, model: ModelConfig) -> None:  # noqa: B027
         """Raise UserError for sizes that do not go together; ranges of single keys stand at their fields."""

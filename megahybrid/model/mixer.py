@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from megahybrid.config.schema import ModelConfig
+from megahybrid.mixers.kind import LEARNED
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.settings import Settings
 
@@ -49,11 +51,36 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def held(self, state: Any) -> Tensor | None:
-        """Positions of the tokens whose keys a state holds, each once: int64 `[sequences, heads of this rank, slots]`,
-        -1 for a blank; None where a mixer has no keys."""
+        """Positions of the tokens whose keys the next query finds in a state, each once: int64
+        `[sequences, heads of this rank, slots]`, -1 for a blank; None where a mixer has no keys."""
         return None
+
+    def swap(self, policy: str, wanted: Sequence[Sequence[int]], numbers: Sequence[int]) -> None:
+        """Keep tokens by LEARNED or one of the kind's policies from now on, see `swapped`; called of all mixers, those
+        without such a policy go on as they are."""
 
     @classmethod
     def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterable[Fallback]:
         """The ops whose kernels do not take the derived configuration and dtype on a GPU."""
         return ()
+
+
+@contextlib.contextmanager
+def swapped(
+    model: nn.Module, policy: str, wanted: Sequence[Sequence[int]], numbers: Sequence[int] = ()
+) -> Iterator[None]:
+    """A model whose mixers keep tokens by another policy in evaluation, for sequences that begin now.
+
+    Args:
+        policy: LEARNED, or one of those of its kinds (`Kind.policies`).
+        wanted: positions in each sequence that will be asked for, which an oracle keeps.
+        numbers: of 32 bits, what tells the sequences apart where a policy draws.
+    """
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    for mixer in mixers:
+        mixer.swap(policy, wanted, numbers)
+    try:
+        yield
+    finally:
+        for mixer in mixers:
+            mixer.swap(LEARNED, (), ())

@@ -58,6 +58,7 @@ def test_bare_tokens_are_those_of_tasks_alone(recipe):
         ("task=null", f"{KEY}.task is not set; give the task."),
         ("parameters.pars=3", f"{KEY}.parameters.pars is no parameter of selective_mqar; did you mean pairs?"),
         ("parameters.x=3", f"{KEY}.parameters.x is no parameter of selective_mqar; choose one of length, "),
+        ("stages=[3]", f"{KEY}.stages[0] is 3; give it parameters, such as"),
         ("parameters.pairs=many", f"{KEY}.parameters.pairs: Value 'many' of type 'str' could not be converted to"),
         ("parameters.pairs=0", f"{KEY}.parameters.pairs is 0; it must be greater than 0."),
         ("parameters.answer_weight=-1", f"{KEY}.parameters.answer_weight is -1.0; it must be at least 0."),

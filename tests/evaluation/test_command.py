@@ -77,8 +77,11 @@ def test_a_conversion_leaves_nothing_behind(reference, tmp_path, monkeypatch):  
         (["--task", "nosuch"], "'nosuch', which is no task"),
         (["--task", "mqar", "--policy", "nosuch"], "'nosuch'; choose among learned"),
         (["--task", "mqar", "--set", "nosuch=3"], "--set nosuch is no parameter"),
+        (["--task", "mqar", "--set", "length=64"], "--set length is for training; leave it out and give --lengths."),
+        (["--task", "mqar", "--set", "context_weight=1"], "--set context_weight is for training; leave it out."),
         (["--task", "mqar", "--set", "pairs=-1"], "pairs is -1"),
         (["--task", "mqar", "--set", "pairs=[3"], "not valid YAML"),
+        (["--task", "mqar", "--set", "nonsense"], "--set has 'nonsense'; write KEY=VALUE"),
         (["--task", "mqar", "--lengths", "4q"], "--lengths has '4q'"),
         (["--task", "mqar", "--lengths", "0"], "--lengths has '0'"),
         (["--task", "mqar", "--lengths", "16", "--set", "pairs=30"], "room for 3 pairs"),
@@ -92,6 +95,12 @@ def test_what_cannot_be_is_refused_in_a_sentence(reference, tmp_path, capsys, ar
     error = capsys.readouterr().err.strip()
     assert said in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", [["--policy", "nosuch"], ["--task", "nosuch"], ["--set", "nonsense"]])
+def test_what_needs_no_model_is_told_before_weights_are_read(reference, tmp_path, monkeypatch, wrong):  # noqa: F811
+    monkeypatch.setattr("megahybrid.evaluation.subject.load", lambda *_: pytest.fail("it loads the model"))
+    assert main(["eval", str(reference), "--task", "mqar", *wrong, "--out", str(tmp_path / "out")]) == 2
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path, capsys):

@@ -108,7 +108,7 @@ def test_a_policy_decides_what_is_held(tmp_path):
 
 
 def test_policies_are_refused_where_no_layer_has_one(tmp_path):
-    with pytest.raises(UserError, match="for LTE layers"):
+    with pytest.raises(UserError, match="choose among learned: the pattern is GS"):
         evaluate(subject(tmp_path, "GS"), plan(policies=("recency",)))
 
 

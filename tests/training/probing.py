@@ -67,7 +67,11 @@ def questions(length):
     from megahybrid.training.probes.questions import Question
 
     mqar = TASKS["mqar"]
-    return [Question(mqar, mqar.parameters(pairs=2), length), Question(Scattered(), TaskParameters(), length)]
+    scattered = Scattered()
+    return [
+        Question(task.name, task, parameters, length)
+        for task, parameters in ((mqar, mqar.parameters(pairs=2)), (scattered, TaskParameters()))
+    ]
 
 
 @contextmanager
@@ -197,7 +201,7 @@ def recall_by_hand(pattern, window, samples=5, length=48):
     from megahybrid.tasks.draws import Draws
 
     oracle, found = Oracle(pattern), {}
-    for task, parameters, _ in questions(length):
+    for _, task, parameters, _ in questions(length):
         right, nats, held = ([], []), ([], []), []
         for number in range(samples):
             depth = number / (samples - 1)

@@ -11,7 +11,7 @@ from megahybrid.cli import main
 from megahybrid.config import load_config
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import UserError
-from megahybrid.tasks import Vocabulary
+from megahybrid.tasks import TASKS, Vocabulary
 from megahybrid.training import tracking
 from megahybrid.training.engine import Engine
 from megahybrid.training.probes.questions import questions
@@ -184,12 +184,12 @@ def test_a_run_on_tasks_alone_is_asked_what_it_is_trained_on_last(tmp_path, caps
     (tmp_path / "bare.yaml").write_text(BARE + f"run: {{dir: {tmp_path / 'run'}}}")
     assert main(["train", str(tmp_path / "bare.yaml")]) == 0
     found, said = probed(tmp_path / "run"), capsys.readouterr().out
-    (told,) = re.findall(r"step 2/4 .*selective_mqar_48 beyond the window ([\d.]+)%", said)
+    (told,) = re.findall(r"step 2/4 .*recall_48 beyond the window ([\d.]+)%", said)
     assert [*found] == [2, 4]
-    assert float(told) == pytest.approx(100 * found[2]["probe_accuracy_selective_mqar_48"][1], abs=0.06)
-    keys = {key.replace("mqar_64", "selective_mqar_48") for key in ANSWERS | KEPT}
+    assert float(told) == pytest.approx(100 * found[2]["probe_accuracy_recall_48"][1], abs=0.06)
+    keys = {key.replace("mqar_64", "recall_48") for key in ANSWERS | KEPT}
     assert found[4].keys() == keys
-    assert found[4]["probe_recency_null_selective_mqar_48"] < 0.5
+    assert found[4]["probe_recency_null_recall_48"] < 0.5
 
 
 def chosen(tokenizer, *overrides):
@@ -207,8 +207,28 @@ def test_tasks_are_those_asked_for_or_trained_or_a_needle(bytes_tokenizer):
     assert chosen(None, *both, "evaluate.lengths=[64,128]") == {("mqar", 64, 5), ("mqar", 128, 5)}
     asked = {("mqar", 256, 5), ("copy", 1024, None)}
     assert chosen(None, *both, "evaluate.tasks=[mqar,copy]") == asked
+    assert chosen(None, *both, "evaluate.tasks=[recall,copy]") == asked
     with pytest.raises(UserError, match="niah_single_1"):
         chosen(bytes_tokenizer, "evaluate.tasks=[niah_single_1]", "evaluate.lengths=[4]")
+
+
+def test_probes_and_eval_mean_the_same_by_a_name():
+    """Two sources of one task are both asked, one of weight 0 only by its name."""
+    from megahybrid.evaluation.tasks import choose
+
+    sources = [
+        f"data.sources.{name}={{format: task, task: mqar, weight: {weight}, parameters: {{pairs: {pairs}}}}}"
+        for name, weight, pairs in (("a", 1, 5), ("b", 1, 6), ("c", 0, 7))
+    ]
+    both, everything = [*sources, "data.sources.python.weight=1"], Vocabulary(8192, 0)
+    for asked, expected in (
+        ([], {"a": 5, "b": 6}),
+        (["mqar", "c"], {"mqar": TASKS["mqar"].parameters().pairs, "c": 7}),
+    ):
+        config = load_config(QUICKSTART, [*both, f"evaluate.tasks=[{','.join(asked)}]"])
+        found = questions(config, everything)
+        assert {each.asked: each.parameters.pairs for each in found} == expected
+        assert {each.name: each.parameters.pairs for each in choose(config, asked, [])} == expected
 
 
 @pytest.fixture(scope="module")

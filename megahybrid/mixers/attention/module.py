@@ -81,7 +81,8 @@ class FullAttention(AttentionProjections):
     def held(self, state: KeyValueCache | GrowingCache) -> Tensor:
         heads = self.k_proj.weight.shape[0] // self.head_dim
         if isinstance(state, KeyValueCache):
-            return state.positions[:, None].expand(-1, heads, -1)
+            left = state.positions <= state.positions.amax(-1, keepdim=True) + 1 - self.window_size
+            return state.positions.masked_fill(left, -1)[:, None].expand(-1, heads, -1)
         device = self.k_proj.weight.device
         slots, lengths = torch.arange(state.slots, device=device), torch.tensor(state.lengths, device=device)
         return torch.where(slots < lengths[:, None], slots, -1)[:, None].expand(-1, heads, -1)

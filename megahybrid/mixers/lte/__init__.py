@@ -74,6 +74,7 @@ class LTEKind(AttentionKind):
     title = "LTE"
     sections: ClassVar = {**AttentionKind.sections, "lte": LTEConfig}
     parts = ("router",)
+    policies = ("recency", "random", "key_norm", "attention_mass", "oracle")
 
     def check(self, model: ModelConfig) -> None:
         super().check(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megahybrid.config.schema import ModelConfig
 from megahybrid.mixers.attention.module import AttentionProjections
 from megahybrid.mixers.lte import LTEKind, router_channels
-from megahybrid.mixers.lte.policies import Policy
+from megahybrid.mixers.lte.policies import Policy, made
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.mixer import Fallback
 from megahybrid.model.settings import Settings
@@ -172,10 +172,13 @@ class LTEAttention(AttentionProjections):
             return LTEState(cache, self.policy.state(sequences))
         return LTEState(cache, RouterState.empty(sequences, self.router.parameters_for_op(), lte.conv_dilation))
 
+    def swap(self, policy: str, wanted: Sequence[Sequence[int]], numbers: Sequence[int]) -> None:
+        self.policy = made(self, policy, wanted, numbers)
+
     def held(self, state: LTEState) -> Tensor:
         ring, buffer = state.cache.positions[:, None], state.cache.buffer_positions
-        gone = buffer < ring.amax(-1, keepdim=True) - self.lte.window_size  # the ring still has its last token
-        return torch.cat([ring.expand(-1, self.heads, -1), buffer.masked_fill(~gone, -1)], -1)
+        left = ring <= ring.amax(-1, keepdim=True) - self.lte.window_size  # the buffer has it, if anything does
+        return torch.cat([ring.masked_fill(left, -1).expand(-1, self.heads, -1), buffer], -1)
 
     @classmethod
     def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:

@@ -6,14 +6,14 @@ earliest.
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from megahybrid.mixers.kind import LEARNED
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.counter_dropout import fold
 from megahybrid_kernels.precision import accumulator, at_least_fp32
@@ -21,9 +21,6 @@ from megahybrid_kernels.precision import accumulator, at_least_fp32
 if TYPE_CHECKING:
     from megahybrid.mixers.lte.module import LTEAttention
     from megahybrid_kernels.lte_attention import LTECache
-
-LEARNED = "learned"
-"""The router's own scores."""
 
 _QUERY_BLOCK = 256
 
@@ -76,12 +73,21 @@ class Recency(Policy):
 
 
 class Random(Policy):
-    """Each token's score is drawn, from its position, layer and head alone."""
+    """Each token's score is drawn, from its sequence's number, its position, the layer and the head alone. Its state is
+    these numbers."""
+
+    def __init__(self, layer: LTEAttention, numbers: Sequence[int]):
+        """`numbers`: one of each of the sequences that begin together, of 32 bits."""
+        super().__init__(layer)
+        self._numbers = torch.tensor(numbers, dtype=torch.int64, device=layer.k_proj.weight.device)[:, None]
+
+    def state(self, sequences: int) -> Tensor:
+        return _of_all(self._numbers, sequences)
 
     def scores(self, k, rotated, sequences, state, cache=None):
         heads = self.layer.first_head + torch.arange(k.shape[1], device=k.device)
-        drawn = fold(sequences.positions[:, None], self.layer.layer, heads) & 0xFFFFFF  # as many as fp32 tells apart
-        return (drawn + 1).to(accumulator(k.dtype)), state
+        drawn = fold(state[sequences.index], sequences.positions[:, None], self.layer.layer, heads)
+        return ((drawn & 0xFFFFFF) + 1).to(accumulator(k.dtype)), state  # as many as fp32 tells apart
 
 
 class KeyNorm(Policy):
@@ -141,9 +147,7 @@ class Oracle(Policy):
         self._wanted = torch.tensor(padded, device=layer.k_proj.weight.device)
 
     def state(self, sequences: int) -> Tensor:
-        if sequences != len(self._wanted):
-            raise ValueError(f"an oracle knows {len(self._wanted)} sequences, but {sequences} begin")
-        return self._wanted
+        return _of_all(self._wanted, sequences)
 
     def scores(self, k, rotated, sequences, state, cache=None):
         def numbered(sequence: Tensor, position: Tensor) -> Tensor:
@@ -155,26 +159,22 @@ class Oracle(Policy):
         return _alike(wanted[place] == tokens, k), state
 
 
-_BY_NAME = {"recency": Recency, "random": Random, "key_norm": KeyNorm, "attention_mass": AttentionMass}
-
-POLICIES = (LEARNED, *_BY_NAME, "oracle")
-"""Names of all."""
+_ALIKE = {"recency": Recency, "key_norm": KeyNorm, "attention_mass": AttentionMass}
 
 
-@contextlib.contextmanager
-def swapped(model: nn.Module, name: str, wanted: Sequence[Sequence[int]]) -> Iterator[None]:
-    """A model whose LTE layers keep tokens by the policy of this name, for sequences that begin now; `wanted` are the
-    positions in each of them that an oracle keeps."""
-    from megahybrid.mixers.lte.module import LTEAttention
+def made(layer: LTEAttention, name: str, wanted: Sequence[Sequence[int]], numbers: Sequence[int]) -> Policy | None:
+    """The policy of a name for sequences that begin now, as in `Mixer.swap`; None for the router's own scores."""
+    if name == LEARNED:
+        return None
+    if name == "random":
+        return Random(layer, numbers)
+    return Oracle(layer, wanted) if name == "oracle" else _ALIKE[name](layer)
 
-    layers = [module for module in model.modules() if isinstance(module, LTEAttention)]
-    for layer in layers if name != LEARNED else ():
-        layer.policy = Oracle(layer, wanted) if name == "oracle" else _BY_NAME[name](layer)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.policy = None
+
+def _of_all(known: Tensor, sequences: int) -> Tensor:
+    if sequences != len(known):
+        raise ValueError(f"the policy knows {len(known)} sequences, but {sequences} begin")
+    return known
 
 
 def _alike(values: Tensor, k: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ def elements(key: str, size: int) -> list[str]:
         return [str(position) for position in first_positions(size)]
     if key.startswith(BY_LAYER):
         return [f"layer_{layer}" for layer in range(size)]
-    return list(next(names for start, names in _ELEMENTS.items() if key.startswith(start)))
+    numbers = tuple(map(str, range(size)))
+    return list(next((names for start, names in _ELEMENTS.items() if key.startswith(start)), numbers))
 
 
 def first_positions(bins: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from megahybrid.config.schema import Config
-from megahybrid.config.task_sources import find_task, task_sources, task_stages
+from megahybrid.config.task_sources import asked_sources, named_task, task_parameters
 from megahybrid.errors import UserError
 from megahybrid.tasks import Task, TaskParameters, Vocabulary
 
@@ -14,8 +14,9 @@ DEFAULT = "niah_single_1"
 
 
 class Question(NamedTuple):
-    """A task with its parameters, at a length in tokens."""
+    """A task with its parameters, at a length in tokens; asked for by the name of a source or its own."""
 
+    asked: str
     task: Task
     parameters: TaskParameters
     length: int
@@ -23,21 +24,20 @@ class Question(NamedTuple):
     @property
     def name(self) -> str:
         """In metrics."""
-        return f"{self.task.name}_{self.length}"
+        return f"{self.asked}_{self.length}"
 
 
 def questions(config: Config, vocabulary: Vocabulary) -> list[Question]:
-    """The tasks of evaluate.tasks or else of data.sources, with these sources' last parameters, at all lengths.
+    """The tasks of evaluate.tasks or else of data.sources, as `named_task` finds them, at all lengths.
 
     Raises UserError for a task that cannot be made of these tokens at such a length; the one that nobody has asked for
     is then left out.
     """
     evaluate, found = config.evaluate, []
-    trained = {source.task: task_stages(name, source)[-1].parameters for name, source in task_sources(config).items()}
-    asked = evaluate.tasks or list(trained)
+    asked = evaluate.tasks or asked_sources(config)
     for name in asked or [DEFAULT]:
-        task = find_task(name, "evaluate.tasks")
-        parameters = trained.get(name) or task.parameters()
+        task, values = named_task(config, name, "evaluate.tasks")
+        parameters = task_parameters(task, values, f"evaluate.tasks, {name}")
         for length in evaluate.lengths or [parameters.length or config.train.seq_length]:
             try:
                 task.check(parameters, length, vocabulary)
@@ -45,5 +45,5 @@ def questions(config: Config, vocabulary: Vocabulary) -> list[Question]:
                 if asked:
                     raise
             else:
-                found.append(Question(task, parameters, length))
+                found.append(Question(name, task, parameters, length))
     return found

@@ -109,7 +109,7 @@ def share(flags: NDArray[np.bool_]) -> float | None:
 
 def fixed_samples(question: Question, vocabulary: Vocabulary, count: int) -> list[Sample]:
     """The same ones in every run, their needles evenly spread over the context."""
-    samples, (task, parameters, length) = [], question
+    samples, (_, task, parameters, length) = [], question
     for number in range(count):
         depth = number / max(1, count - 1)
         draws = Draws("evaluate", task.name, length, depth, number)

@@ -1,14 +1,15 @@
 """What policies keep, against sorting all tokens that have left the window; in pieces as in one pass."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.inference.batch import Batch
-from megahybrid.mixers.lte.policies import POLICIES, Random, swapped
+from megahybrid.mixers.kind import LEARNED
+from megahybrid.mixers.lte import LTEKind
+from megahybrid.mixers.lte.policies import Random
 from megahybrid.model.context import Context
+from megahybrid.model.mixer import swapped
 from megahybrid.model.stack import build
 from megahybrid.parallel import groups
 from megahybrid_kernels import Sequences
@@ -16,6 +17,7 @@ from tests.inference.oracle import BUFFER, WINDOW, in_pieces, tokens, whole
 from tests.model import tiny
 
 SINKS, LONG = 2, 70
+POLICIES = (LEARNED, *LTEKind.policies)
 WANTED = [3, 20, 21, 40, 41]
 
 
@@ -31,13 +33,13 @@ def process_group():
 def test_pieces_and_packed_documents_give_what_one_pass_gives(name, size):
     model, rows, wanted = tiny.model("LGL"), [tokens(LONG, seed=1), tokens(LONG + 9, seed=2)], [WANTED, [7, 8]]
     expected = []
-    for row, positions in zip(rows, wanted, strict=True):
-        with swapped(model, name, [positions]):
+    for number, (row, positions) in enumerate(zip(rows, wanted, strict=True)):
+        with swapped(model, name, [positions], [number]):
             expected.append(whole(model, row))
     plain = whole(model, rows[0])
     assert name == "learned" or (plain - expected[0]).abs().max() > 1e-3
     pieces = [[4, 13], *([min(size, LONG - at)] * 2 for at in range(4, LONG, size))]
-    with swapped(model, name, wanted):
+    with swapped(model, name, wanted, [0, 1]):
         found = in_pieces(model, rows, pieces)
         with torch.no_grad():
             packed = model(torch.tensor(rows[0] + rows[1]), Context(Sequences.of([LONG, LONG + 9])))
@@ -56,13 +58,12 @@ def held(model, ids):
 
 
 def expected(scores):
-    """The ring's tokens, and of those that the next query no longer finds in the window the best, of which the ring
-    has one."""
+    """What the next query finds: of those that are not in its window the best, and its window."""
     left = range(LONG - WINDOW + 1)
     order = sorted(
         (each for each in left if each < SINKS or scores[each] > 0), key=lambda j: (j >= SINKS, -scores[j], j)
     )
-    return sorted({*order[:BUFFER], *range(LONG - WINDOW, LONG)})
+    return sorted({*order[:BUFFER], *range(LONG - WINDOW + 1, LONG)})
 
 
 def projected(model, ids):
@@ -117,20 +118,23 @@ def test_recency_is_a_longer_window():
         assert (whole(model, ids) - whole(window, ids)).abs().max() < 1e-9
 
 
-def test_random_scores_are_spread_and_of_layer_and_head():
+def test_random_scores_are_spread_and_of_sequence_layer_and_head():
     """On a rank that has the second head only, too."""
-    layer = tiny.model("LL").layers["1"].mixer
-    sequences, state = Sequences.of([LONG] * 2), torch.empty(2, 0)
+    one, other = (tiny.model("LL").layers[name].mixer for name in "01")
+    sequences = Sequences.of([LONG] * 3)
 
     def drawn(layer, heads):
-        k = torch.zeros(2 * LONG, heads, 8)
-        return Random(layer).scores(k, (k, k), sequences, state)[0]
+        k, policy = torch.zeros(3 * LONG, heads, 8), Random(layer, [5, 6, 5])
+        return policy.scores(k, (k, k), sequences, policy.state(3))[0]
 
-    both = drawn(layer, 2)
-    assert torch.equal(both[:LONG], both[LONG:]) and len(both.unique()) == 2 * LONG and (both > 0).all()
+    both = drawn(other, 2)
+    first, second, third = both.split(LONG)
+    assert torch.equal(first, third) and not (first == second).any()
+    assert len(both.unique()) == 4 * LONG and (both > 0).all()
     assert abs(both.mean() / 2**24 - 0.5) < 0.1
-    assert torch.equal(drawn(SimpleNamespace(first_head=1, layer=1), 1), both[:, 1:])
-    assert not (drawn(SimpleNamespace(first_head=0, layer=0), 2) == both).any()
+    assert not (drawn(one, 2) == both).any()
+    other.first_head = 1
+    assert torch.equal(drawn(other, 1), both[:, 1:])
 
 
 def test_an_oracle_of_other_sequences_is_refused():
@@ -146,12 +150,12 @@ def test_a_batch_under_a_policy(name):
     decode."""
     rows, prompts, wanted = [tokens(60, seed=n) for n in (5, 6)], [2, 40], [[5, 6, 12], [1, 9, 20]]
     expected = []
-    for row, positions in zip(rows, wanted, strict=True):
+    for number, (row, positions) in enumerate(zip(rows, wanted, strict=True)):
         double = tiny.model("L")
-        with swapped(double, name, [positions]):
+        with swapped(double, name, [positions], [number]):
             expected.append(whole(double, row))
     model = tiny.model("L", dtype=torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
-    with swapped(model, name, wanted):
+    with swapped(model, name, wanted, [0, 1]):
         batch, read = Batch(model, 9), list(prompts)
         batch.add([row[:n] for row, n in zip(rows, prompts, strict=True)])
         while max(read) < 60:
@@ -165,5 +169,5 @@ def test_a_batch_under_a_policy(name):
 
 @pytest.mark.parametrize("pattern", ["S", "F"])
 def test_what_attention_holds(pattern):
-    kept = range(LONG) if pattern == "F" else range(LONG - 7, LONG)
+    kept = range(LONG) if pattern == "F" else range(LONG - 6, LONG)
     assert held(tiny.model(pattern), tokens(LONG)) == [list(kept)] * 2
