@@ -113,7 +113,7 @@ def test_an_interrupted_one_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megahybrid.evaluation.subject.load", interrupted)
+    monkeypatch.setattr("megahybrid.evaluation.subject.recipe", interrupted)
     assert main(["eval", str(tmp_path)]) == 130
     assert capsys.readouterr().err.strip() == "megahybrid: interrupted; the same command goes on."
 
