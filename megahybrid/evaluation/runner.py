@@ -25,7 +25,6 @@ from megahybrid.model.mixer import swapped
 from megahybrid.parallel import groups
 from megahybrid.tasks import Answer, Sample
 from megahybrid.training import checkpoint_folder
-from megahybrid.training.probes.recall import distance
 
 _MOST_TOKENS = 2**20  # in work at once, where nothing else is asked for
 
@@ -176,7 +175,7 @@ def _line(subject: Subject, mode: str, cell: _Cell, index: int, sample: Sample, 
 def _where(answer: Answer, window: int) -> tuple[int | None, float | None, int | None]:
     """Tokens from the nearest needle to an answer, where in the context before it that is, from 0 to 1, and whether it
     is inside the window; nothing where no needle holds it."""
-    apart = distance(answer)
+    apart = answer.distance
     if math.isnan(apart):
         return None, None, None
     return int(apart), round(1 - apart / answer.span.begin, 4), int(apart <= window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,12 @@ class Answer(NamedTuple):
     span: Span
     needles: tuple[Span, ...]
     text: str = ""
+
+    @property
+    def distance(self) -> float:
+        """Tokens from the nearest needle to the answer: the query of each of its tokens has the needle's in a window
+        of so many keys, its own included. NaN, neither near nor far, where no place holds the answer."""
+        return min((self.span.begin - needle.begin for needle in self.needles), default=math.nan)
 
 
 class TokenAnswers(Sequence[Answer]):

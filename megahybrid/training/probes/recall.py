@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config
 from megahybrid.model.context import Watch
 from megahybrid.parallel import groups
-from megahybrid.tasks import Answer, Sample, Vocabulary
+from megahybrid.tasks import Sample, Vocabulary
 from megahybrid.tasks.draws import Draws
 from megahybrid.training.engine import Engine
 from megahybrid.training.probes import names
@@ -54,7 +53,7 @@ class RecallProbes:
             self._sizes.append(sum(len(sample.answers) for sample in some))
             samples += some
         answers = [answer for sample in samples for answer in sample.answers]
-        self._distances, self._window = np.array([distance(answer) for answer in answers]), evaluation_window(config)
+        self._distances, self._window = np.array([answer.distance for answer in answers]), evaluation_window(config)
         self._tokens = np.array([answer.span.end - answer.span.begin for answer in answers])
         firsts = [0, *accumulate(len(sample.answers) for sample in samples)]
         replica, replicas = groups.data_parallel()
@@ -115,12 +114,6 @@ def fixed_samples(question: Question, vocabulary: Vocabulary, count: int) -> lis
         draws = Draws("evaluate", task.name, length, depth, number)
         samples.append(task.sample(parameters, length, vocabulary, draws, depth))
     return samples
-
-
-def distance(answer: Answer) -> float:
-    """Tokens from the nearest needle to the answer: the query of each of its tokens has the needle's in a window of so
-    many keys, its own included. NaN, neither near nor far, where no place holds the answer."""
-    return min((answer.span.begin - needle.begin for needle in answer.needles), default=math.nan)
 
 
 def _asked(samples: Sequence[tuple[Sample, int, int]]) -> _Asked:
