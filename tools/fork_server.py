@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
+from wandb.sdk.data_types._private import MEDIA_TMP
 
 PRELOADED = (
     "deepspeed",
@@ -206,6 +207,7 @@ def main(folder: str) -> None:
     start = Server(listener, socket.socket(fileno=os.dup(0))).serve()
     if start is not None:
         numpy.random.seed()  # `random` does so by itself
+        MEDIA_TMP.__init__("wandb-media")  # W&B's temporary folder: the first to end would remove everybody's
         leave(lambda: run(start, installed))
 
 

@@ -68,3 +68,9 @@ def test_siblings_draw_different_numbers():
     code = "import os, random, numpy; print(random.random(), numpy.random.rand(), os.urandom(3))"
     drawn = [run(python(), ["-c", code], ".")[1].split() for _ in range(2)]
     assert all(one != other for one, other in zip(*drawn, strict=True))
+
+
+def test_siblings_have_temporary_folders_of_their_own():
+    code = "import os; from wandb.sdk.data_types._private import MEDIA_TMP as t; print(os.path.isdir(t.name), t)"
+    first, second = (run(python(), ["-c", code], ".")[1].split(maxsplit=1) for _ in range(2))
+    assert first[0] == second[0] == "True" and first[1] != second[1]
