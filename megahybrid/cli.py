@@ -6,9 +6,11 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megahybrid.errors import UserError
@@ -23,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parse(arguments)
     quieten_libraries()
     try:
-        return parsed.run(parsed) or 0
+        with contextlib.nullcontext() if parsed.run is _train else _terminated_as_interrupted():
+            return parsed.run(parsed) or 0
     except UserError as error:
         _say(error)
         return 2
@@ -33,6 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     finally:
         _leave_groups()
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, too, lets what was begun be tidied up; training does so by itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from tools import workers
+from tools.workers import Workers, let_go, python
 
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined, those of its own library when it is first imported.
@@ -24,6 +24,14 @@ def shared_gpu(request: pytest.FixtureRequest):
     yield
     if request.config.getoption("--gpu"):
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="module")
+def workers():
+    """Processes for the tests of a file."""
+    pool = Workers()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture
@@ -49,14 +57,14 @@ def pytest_configure(config: pytest.Config) -> None:
         # For tools/workers.py; pytest-xdist's processes inherit it from the first.
         os.environ["MEGAHYBRID_FORKS"] = folder = tempfile.mkdtemp(prefix="megahybrid-tests-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-    config.add_cleanup(workers.let_go)
+    config.add_cleanup(let_go)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(specs: list) -> None:
     """Its processes, too, have everything imported."""
     for spec in specs:
-        spec.python = workers.python()
+        spec.python = python()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -95,16 +95,14 @@ def _start_server(folder: Path) -> tuple[socket.socket, subprocess.Popen]:
 
 
 class Workers:
-    """`count` processes; `run` calls a function on the first `world` of them as ranks of one group."""
+    """Processes, as many as were ever asked for; `run` calls a function on `world` of them as ranks of one group."""
 
-    def __init__(self, count: int):
-        self._count = count
+    def __init__(self) -> None:
         self._processes: list[tuple[subprocess.Popen, connection.Connection]] = []
 
     def run(self, world: int, function: str, *arguments: Any, timeout: float = 180) -> list[Any]:
         """`function` is "module:name"; returns every rank's result. Raises AssertionError when one fails."""
-        if not self._processes:
-            self._start()
+        self._start(world - len(self._processes))
         port = free_port()
         for rank, (_, pipe) in enumerate(self._processes[:world]):
             pipe.send_bytes(pickle.dumps((function, arguments, rank, world, port)))
@@ -135,8 +133,8 @@ class Workers:
             pipe.close()
         self._processes = []
 
-    def _start(self) -> None:
-        for _ in range(self._count):
+    def _start(self, count: int) -> None:
+        for _ in range(count):
             ours, theirs = socket.socketpair()
             command = [python(), "-c", f"from {__name__} import serve; serve()"]
             paths = os.pathsep.join(path for path in sys.path if path)

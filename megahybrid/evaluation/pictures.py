@@ -100,6 +100,8 @@ def _accuracy(axes: Axes, results: Sequence[Entry]) -> None:
     colors = colormaps["viridis"](np.linspace(0, 0.85, len(kinds)))
     for (kind, entries), color in zip(kinds.items(), colors, strict=True):
         for part, style, word in ((None, "-", ""), ("beyond", ":", ", beyond the window")):
+            if part and all(each[part]["n"] == each["n"] for each in entries):
+                continue  # the same once more
             scored = [(each["length"], each if part is None else each[part]) for each in entries]
             scored = [(length, score) for length, score in scored if score["n"]]
             x, y = [length for length, _ in scored], np.array([score["accuracy"] for _, score in scored])

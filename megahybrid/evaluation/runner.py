@@ -27,6 +27,7 @@ from megahybrid.tasks import Answer, Sample
 from megahybrid.training import checkpoint_folder
 
 _MOST_TOKENS = 2**20  # in work at once, where nothing else is asked for
+_PATIENCE = 60.0  # seconds in which the others come as far as a process that has no memory left
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,9 @@ def _chunk(subject: Subject, plan: Plan) -> int:
 
 @contextlib.contextmanager
 def _memory_for_all() -> Iterator[None]:
-    """Raise MemoryError on all processes where it does not suffice for some: none waits for one that has given up."""
+    """Raise MemoryError on all processes where it does not suffice for some: none waits for one that has given up. One
+    for which others wait in the middle of a pass ends alone, and torchrun ends the others.
+    """
     short_of_it = False
     try:
         yield
@@ -195,5 +198,5 @@ def _memory_for_all() -> Iterator[None]:
         short_of_it = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
         if not short_of_it:
             raise
-    if groups.max_over_all(int(short_of_it)):
+    if groups.some(short_of_it, _PATIENCE if short_of_it else None):
         raise MemoryError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from megahybrid.parallel.cpu import prepare_cpu
 from megahybrid.parallel.rendezvous import meet
 
 Result = TypeVar("Result")
+_store: dist.Store
+_questions = itertools.count()  # that were asked of it
 
 
 def initialize(
@@ -28,6 +31,7 @@ def initialize(
     Waits `join_seconds` for the others to come, and later `collective_seconds` in a collective. Raises UserError where
     the number of processes is not a multiple of tensor * pipeline, MachineFault where processes are missing.
     """
+    global _store, _questions
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     prepare_cpu()
     if torch.cuda.is_available():
@@ -35,9 +39,10 @@ def initialize(
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        store = meet(rank, world, join_seconds) if "RANK" in os.environ else dist.HashStore()
+        _store = meet(rank, world, join_seconds) if "RANK" in os.environ else dist.HashStore()
+        _questions = itertools.count()
         timeout = datetime.timedelta(seconds=collective_seconds)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=timeout)
     model_size = parallel.tensor * parallel.pipeline
     if dist.get_world_size() % model_size:
         raise UserError(
@@ -110,6 +115,18 @@ def max_over_all(value: int) -> int:
     largest = torch.tensor(value, device=device())
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
+
+
+def some(value: bool, seconds: float | None = None) -> bool:
+    """Whether `value` holds on some process; True, too, where not all have asked after `seconds`, by default those that
+    a collective may take. It is none, so that it can be asked while others wait in one."""
+    keys = [f"some/{next(_questions)}/{rank}" for rank in range(dist.get_world_size())]
+    _store.set(keys[dist.get_rank()], str(value))
+    try:
+        _store.wait(keys, *([datetime.timedelta(seconds=seconds)] if seconds else []))
+    except dist.DistStoreError:
+        return True
+    return "True" in (_store.get(key).decode() for key in keys)
 
 
 def world() -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -54,13 +55,13 @@ class MQARParameters(PairParameters):
 class _Pairs(Task):
     """What both tasks of pairs have in common."""
 
+    @abstractmethod
     def _pools(self, vocabulary: Vocabulary) -> dict[str, _Pool]:
         """Where keys, values and fillers come from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _most(self, length: int) -> int:
         """The pairs that a sample has room for."""
-        raise NotImplementedError
 
     def check(self, parameters: PairParameters, length: int, vocabulary: Vocabulary) -> None:
         pairs, most = parameters.pairs, self._most(length)

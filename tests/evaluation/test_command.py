@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -65,6 +66,11 @@ def test_a_conversion_leaves_nothing_behind(reference, tmp_path, monkeypatch):  
     assert main(["eval", str(tmp_path / "exported"), *FEW]) == 0
     assert list((tmp_path / "temporary").iterdir()) == []
     assert (tmp_path / "exported" / "evaluations" / "step_00000000" / "results.json").exists()
+    groups.shut_down()
+    with monkeypatch.context() as patch:  # a job's end
+        patch.setattr("megahybrid.evaluation.subject._load", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+        assert main(["eval", str(tmp_path / "exported"), *FEW]) == 130
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and list((tmp_path / "temporary").iterdir()) == []
     groups.shut_down()
     (tmp_path / "exported" / "model.safetensors").write_bytes(b"damaged")
     assert main(["eval", str(tmp_path / "exported"), *FEW]) == 2

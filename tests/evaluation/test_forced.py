@@ -6,8 +6,10 @@ import torch
 
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.evaluation.forced import read
+from megahybrid.model.context import Context, Watch
 from megahybrid.parallel import groups
 from megahybrid.tasks import Answer, Sample, Span
+from megahybrid_kernels import Sequences
 from tests.inference.oracle import tokens, whole
 from tests.model import tiny
 
@@ -82,6 +84,23 @@ def test_the_share_of_heads_that_hold_a_needle_is_that_at_the_query(chunk):
     assert [each.kept.round(6).tolist() for each in found] == [
         [1, 1], [1], [0], [0, 1, round(2 / 3, 6)],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ["L", "S", "GLSF"])
+def test_states_hold_what_queries_see_in_one_pass(pattern):
+    """As the probes of training ask it."""
+    model = tiny.model(pattern)
+    queries, keys = torch.tensor([(query, key) for query in range(30, 79) for key in range(0, query, 5)]).T
+    ids = np.array(tokens(80, seed=4))
+    with torch.no_grad():
+        out = model(torch.tensor(ids), Context(Sequences.of([len(ids)]), watch=Watch(queries, keys)))
+    seen = torch.cat([aux.seen for aux in out.aux.values()], 1).double().mean(1)
+    asked = [
+        Sample(ids, query + 1, [Answer(Span(query + 1, query + 2), (Span(key, key + 1),))])
+        for query, key in zip(queries.tolist(), keys.tolist(), strict=True)
+    ]
+    held = [reading.kept[0] for reading in read(model, asked, CHOICES, 1000)]
+    assert held == pytest.approx(seen.tolist(), abs=1e-12) and len(set(held)) > 1
 
 
 def test_without_keys_nothing_is_said_of_them():

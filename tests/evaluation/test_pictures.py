@@ -41,6 +41,10 @@ def test_lengths_show_accuracy_the_null_and_costs(results):
     assert set(bars) == {
         f"forced, {each}{more}" for each in ("learned", "recency") for more in ("", ", beyond the window")
     }
+    for each in results:
+        each["beyond"] = each  # nothing else, and nothing to draw twice
+    again = pictures.lengths_figure(results, costs).axes[0].containers
+    assert {each.get_label() for each in again} == {"forced, learned", "forced, recency"}
     drawn = bars["forced, learned"].lines[0]
     assert drawn.get_xdata().tolist() == [512, 1024]
     assert drawn.get_ydata().tolist() == pytest.approx([1 / 3, 2 / 3], abs=1e-6)

@@ -17,7 +17,6 @@ from megahybrid.parallel import groups
 from megahybrid.tasks import Answer, Span
 from tests.evaluation.subjects import brief, chosen, plan, subject
 from tests.model import tiny
-from tools.workers import Workers
 
 STEP = "evaluations/step_00000000"
 
@@ -260,24 +259,16 @@ def test_lengths_whose_states_alone_do_not_fit_are_not_begun(tmp_path, monkeypat
     assert {each["length"] for each in results(tmp_path)["results"]} == {32}
 
 
-def test_all_processes_end_where_one_has_no_memory(tmp_path):
-    workers = Workers(2)
-    try:
-        said = workers.run(2, "tests.evaluation.subjects:run_out_of_memory_on_one", str(tmp_path))
-    finally:
-        workers.close()
+def test_all_processes_end_where_one_has_no_memory(tmp_path, workers):
+    said = workers.run(2, "tests.evaluation.subjects:run_out_of_memory_on_one", str(tmp_path))
     assert len(said) == 2 and all("Samples of 64 tokens do not fit into memory" in each for each in said)
     assert {each["length"] for each in results(tmp_path)["results"]} == {32}
 
 
-def test_two_tensor_parallel_processes_give_the_same(tmp_path):
+def test_two_tensor_parallel_processes_give_the_same(tmp_path, workers):
     for mode in modes.MODES:
         evaluate(subject(tmp_path / "1"), brief(mode))
-    workers = Workers(2)
-    try:
-        workers.run(2, "tests.evaluation.subjects:evaluate_in_parallel", str(tmp_path / "2"))
-    finally:
-        workers.close()
+    workers.run(2, "tests.evaluation.subjects:evaluate_in_parallel", str(tmp_path / "2"))
     for task in ("selective_mqar", "copy"):
         one, two = lines(tmp_path / "1", task), lines(tmp_path / "2", task)
         assert len(one) == len(two) == 24

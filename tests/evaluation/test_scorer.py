@@ -11,7 +11,6 @@ from megahybrid.inference.sampling import Sampling
 from megahybrid.parallel import groups
 from tests.evaluation.subjects import WORDS, score, scorer
 from tests.inference.oracle import whole
-from tools.workers import Workers
 
 # Context and continuation, and what these are to mean: spaces go with the word behind them.
 PAIRS = {
@@ -113,13 +112,9 @@ def test_a_text_asked_for_again_is_another_sample_and_a_new_start_gives_the_same
     assert dict(asked.generate([request, request])) == {0: first, 1: second}
 
 
-def test_two_tensor_parallel_processes_give_the_same():
+def test_two_tensor_parallel_processes_give_the_same(workers):
     one = score(list(PAIRS), "the cat")
-    workers = Workers(2)
-    try:
-        ranks = workers.run(2, "tests.evaluation.subjects:score_in_parallel", list(PAIRS), "the cat")
-    finally:
-        workers.close()
+    ranks = workers.run(2, "tests.evaluation.subjects:score_in_parallel", list(PAIRS), "the cat")
     assert ranks[0] == ranks[1]
     for (number, ours), (same, theirs) in zip(one[0], ranks[0][0], strict=True):
         assert (number, ours.greedy) == (same, theirs.greedy)

@@ -70,7 +70,7 @@ def workers(tmp_path_factory):
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: gated-mean\nVersion: 1\n")
     (facts / "entry_points.txt").write_text(POINTS)
-    pool = Workers(2)
+    pool = Workers()
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MEGAHYBRID_FORKS", raising=False)  # its processes know the kinds that there were at its start
         patch.syspath_prepend(installed)

@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.config.validate import validate
-from tools.workers import Workers
 
 PATTERN, HEADS, TOKENS = "GLSFGL", 4, 96
 # tensor, pipeline, virtual pipeline, sequence, tied embeddings; and the data parallel size.
@@ -23,13 +22,6 @@ LAYOUTS = [
     for data in (1, 2, 4)
     if tensor * pipeline * data <= 4 and (tensor > 1 or not sequence)
 ]
-
-
-@pytest.fixture(scope="module")
-def workers():
-    pool = Workers(4)
-    yield pool
-    pool.close()
 
 
 def micro_batches(layout, data):

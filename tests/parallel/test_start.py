@@ -8,14 +8,7 @@ import pytest
 
 from megahybrid.errors import MachineFault
 from megahybrid.parallel import rendezvous
-from tools.workers import Workers, free_port
-
-
-@pytest.fixture(scope="module")
-def workers():
-    pool = Workers(3)
-    yield pool
-    pool.close()
+from tools.workers import free_port
 
 
 def meet(rank: int, said: dict) -> None:

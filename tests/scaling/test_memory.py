@@ -21,7 +21,6 @@ from megahybrid.scaling import memory
 from megahybrid.scaling.parameters import parameters_by_rank
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.linear_cross_entropy import chunks
-from tools.workers import Workers
 
 LENGTH = 1024
 OPS = "causal_conv1d gated_delta_rule lte_attention norm retention_router rotary swiglu linear_cross_entropy.chunks"
@@ -167,13 +166,6 @@ def estimated(letter, **options):
 )
 def test_a_layers_activations_are_what_it_leaves_allocated(letter, options):
     assert layer_bytes(letter, **options) == pytest.approx(estimated(letter, **options), rel=0.05)
-
-
-@pytest.fixture(scope="module")
-def workers():
-    pool = Workers(2)
-    yield pool
-    pool.close()
 
 
 @pytest.mark.parametrize("sequence", [pytest.param(False, marks=pytest.mark.slow), True])

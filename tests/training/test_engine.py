@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from tools.workers import Workers
-
 ENGINE, TORCH = "tests.training.steps:by_engine", "tests.training.steps:by_torch"
 # Layouts of two and four processes with a tied embedding whose two gradients come together in different ways.
 LAYOUTS = [
@@ -26,13 +24,6 @@ SUMMED_OTHERWISE = 1e-6, 1e-5, 1e-4, 1e-3
 # A tensor parallel layout rounds other partial sums of activations, and in this small model some keep decisions then
 # fall differently: after an update the gradients have no more to do with each other.
 ROUNDED = 5e-3, 1e-2, 0.2
-
-
-@pytest.fixture(scope="module")
-def workers(request):
-    pool = Workers(4 if request.config.getoption("--slow") else 2)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +117,8 @@ def test_steps_do_not_depend_on_the_layout(dtype, layout, workers, expected):
 
 
 @pytest.mark.parametrize("offset", [0, 1234])
-def test_replicas_are_summed_in_one_order_wherever_a_gradient_lies(offset):
-    pool = Workers(3)
-    try:
-        found = pool.run(3, "tests.training.steps:summed_in_order", offset)
-    finally:
-        pool.close()
+def test_replicas_are_summed_in_one_order_wherever_a_gradient_lies(offset, workers):
+    found = workers.run(3, "tests.training.steps:summed_in_order", offset)
     first, second, third = (gradient for gradient, _ in found)
     assert not torch.equal(first + second + third, third + second + first)
     assert all(torch.equal(total, first + second + third) for _, total in found)
@@ -139,14 +126,10 @@ def test_replicas_are_summed_in_one_order_wherever_a_gradient_lies(offset):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_copies_of_a_tied_embedding_stay_equal_to_the_last_bit(dtype):
+def test_copies_of_a_tied_embedding_stay_equal_to_the_last_bit(dtype, workers):
     """With more than two replicas, whose sums have an order, and in a large embedding."""
-    pool = Workers(8)
-    try:
-        ranks = pool.run(8, ENGINE, dtype, {"pipeline": 2}, True, 1003)
-        theirs = pool.run(1, TORCH, dtype, True, 1003)[0]
-    finally:
-        pool.close()
+    ranks = workers.run(8, ENGINE, dtype, {"pipeline": 2}, True, 1003)
+    theirs = workers.run(1, TORCH, dtype, True, 1003)[0]
     for states in zip(*(rank["states"] for rank in ranks if TIED in rank["states"][0]["weights"]), strict=True):
         for kind in states[0]:
             assert all(torch.equal(each[kind][TIED], states[0][kind][TIED]) for each in states), kind

@@ -10,7 +10,6 @@ import pytest
 
 from megahybrid.cli import main
 from tests.training.conftest import assert_same_run, metrics
-from tools.workers import Workers
 
 
 class Layout(NamedTuple):
@@ -68,13 +67,6 @@ RESUMES = [
     (Layout(tensor=4), Layout(pipeline=4)),
 ]
 """The first six leave or enter every kind; --slow runs all."""
-
-
-@pytest.fixture(scope="module")
-def workers():
-    pool = Workers(4)
-    yield pool
-    pool.close()
 
 
 def train(recipe: str, *overrides: str, stop_after: int | None = None) -> None:
@@ -172,18 +164,15 @@ def test_a_run_goes_on_in_another_layout(before, after, workers, brief_reference
     ],
     ids=str,
 )
-def test_a_run_goes_on_in_its_own_layout_to_the_last_bit(layout, dtype, brief_recipe, tmp_path):
+def test_a_run_goes_on_in_its_own_layout_to_the_last_bit(layout, dtype, brief_recipe, tmp_path, workers):
     """With a tied embedding, of which a pipeline has two copies and a checkpoint one."""
     keys = ["train.steps=6", "checkpoint.every=3", f"train.dtype={dtype}", *layout.overrides]
     keys += [f"train.global_batch_size={4 * layout.data}", "train.micro_batch_size=1", "model.tie_embeddings=true"]
-    pool, run, found = Workers(layout.world), tmp_path / "run", []
-    try:
-        for back in ([], ["train.resume_from=3"]):
-            pool.run(layout.world, "tests.training.test_layouts:train", str(brief_recipe), *keys, *back)
-            files = sorted((run / "checkpoints" / "step_00000006").glob("*.safetensors"))
-            found.append((metrics(run), [file.read_bytes() for file in files]))
-    finally:
-        pool.close()
+    run, found = tmp_path / "run", []
+    for back in ([], ["train.resume_from=3"]):
+        workers.run(layout.world, "tests.training.test_layouts:train", str(brief_recipe), *keys, *back)
+        files = sorted((run / "checkpoints" / "step_00000006").glob("*.safetensors"))
+        found.append((metrics(run), [file.read_bytes() for file in files]))
     assert found[0] == found[1]
 
 

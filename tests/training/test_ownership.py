@@ -16,7 +16,6 @@ from megahybrid.training.engine import Engine
 from megahybrid.training.ownership import NotOwner, Owner
 from megahybrid.training.run_directory import RunDirectory
 from tests.training.conftest import metrics
-from tools.workers import Workers
 
 
 @pytest.fixture
@@ -189,17 +188,14 @@ def start_on_a_node(recipe: str, folders: list[str], unseen: int) -> str | None:
         ownership.socket.gethostname, ownership.read_json = host, real
 
 
-def test_a_run_directory_on_a_disk_of_each_node_is_refused(recipe, tmp_path):
+def test_a_run_directory_on_a_disk_of_each_node_is_refused(recipe, tmp_path, workers):
     """At once, and without a trace; a shared one may be seen late."""
     folders = [tmp_path / name for name in ("a", "b")]
     for folder in folders:
         folder.mkdir()
-    pool, start = Workers(2), "tests.training.test_ownership:start_on_a_node"
-    try:
-        said = pool.run(2, start, str(recipe), list(map(str, folders)), 0)
-        assert all("run.dir 'run' is not the same folder on node1 as on node0;" in each for each in said)
-        assert not [*folders[0].iterdir(), *folders[1].iterdir()]
-        assert pool.run(2, start, str(recipe), [str(folders[0])] * 2, 2) == [None, None]
-    finally:
-        pool.close()
+    start = "tests.training.test_ownership:start_on_a_node"
+    said = workers.run(2, start, str(recipe), list(map(str, folders)), 0)
+    assert all("run.dir 'run' is not the same folder on node1 as on node0;" in each for each in said)
+    assert not [*folders[0].iterdir(), *folders[1].iterdir()]
+    assert workers.run(2, start, str(recipe), [str(folders[0])] * 2, 2) == [None, None]
     assert (folders[0] / "run" / "checkpoints" / "latest").exists()

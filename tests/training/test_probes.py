@@ -18,7 +18,6 @@ from megahybrid.training.probes.questions import questions
 from megahybrid.training.probes.suite import Probes
 from tests.config.test_load import QUICKSTART
 from tests.training.conftest import metrics
-from tools.workers import Workers
 
 MODULE = "tests.training.probing"
 LAYOUTS = [
@@ -31,13 +30,6 @@ LAYOUTS = [
     {"tensor": 2, "sequence": True, "zero_stage": 3},
 ]
 REPRESENTATIVE = [1, 3, 5]
-
-
-@pytest.fixture(scope="module")
-def workers():
-    pool = Workers(2)
-    yield pool
-    pool.close()
 
 
 def numbers(value):

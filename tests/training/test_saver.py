@@ -15,14 +15,6 @@ from megahybrid.parallel import groups
 from megahybrid.training.engine import Engine
 from tests.model import tiny
 from tests.training.conftest import metrics
-from tools.workers import Workers
-
-
-@pytest.fixture(scope="module")
-def workers():
-    pool = Workers(2)
-    yield pool
-    pool.close()
 
 
 def train_with_full_disk(recipe, full_rank, patience, *overrides):

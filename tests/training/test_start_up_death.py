@@ -11,14 +11,6 @@ import pytest
 from megahybrid.launch import verdict
 from megahybrid.training import attempts, failures
 from megahybrid.training.run_directory import RunDirectory
-from tools.workers import Workers
-
-
-@pytest.fixture
-def workers():
-    pool = Workers(2)
-    yield pool
-    pool.close()
 
 
 def start(recipe: str, where: str) -> None:

@@ -11,7 +11,6 @@ from megahybrid.doctor import machine
 from megahybrid.launch.checks import check_start
 from tests.training.conftest import assert_same_run, metrics
 from tests.training.test_layouts import Layout
-from tools.workers import Workers
 
 TRAIN = "tests.training.test_layouts:train"
 TASK = [
@@ -29,13 +28,6 @@ BESIDE_TEXT = [
     "train.steps=6",
     "optimizer.learning_rate=0.002",
 ]
-
-
-@pytest.fixture(scope="module")
-def workers(request):
-    pool = Workers(4 if request.config.getoption("--slow") else 2)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

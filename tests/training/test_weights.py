@@ -3,7 +3,6 @@
 import pytest
 
 from tests.training.test_engine import distance
-from tools.workers import Workers
 
 ENGINE, AUTOGRAD = "tests.training.weighted_steps:by_engine", "tests.training.weighted_steps:by_autograd"
 LAYOUTS = [
@@ -19,13 +18,6 @@ LAYOUTS = [
     {"pipeline": 2, "data": 2},
     {"tensor": 2, "pipeline": 2, "sequence": True},
 ]
-
-
-@pytest.fixture(scope="module")
-def workers(request):
-    pool = Workers(4 if request.config.getoption("--slow") else 2)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")
