@@ -56,14 +56,11 @@ def native_sparse_attention(
     """
     _check(q, k, sequences, block_size, num_blocks, (0, sequences.tokens))
     _check_values(q, k, v, gates, window_size)
-    if selection is None:
-        selection = select_blocks(q, k, sequences, block_size, num_blocks)
-    elif selection.dtype != torch.int32 or selection.shape != (*k.shape[:2], num_blocks):
-        raise ValueError(
-            f"a selection is int32 {[*k.shape[:2], num_blocks]}, not {selection.dtype} {list(selection.shape)}"
-        )
+    if selection is not None and (selection.dtype, selection.shape) != (torch.int32, (*k.shape[:2], num_blocks)):
+        expected = f"int32 {[*k.shape[:2], num_blocks]}"
+        raise ValueError(f"a selection is {expected}, not {selection.dtype} {list(selection.shape)}")
     check_devices(q, v, gates, selection)
-    return reference.attend_selected(q, k, v, gates, selection, sequences, block_size, window_size), selection
+    return reference.native_sparse_attention(q, k, v, gates, sequences, block_size, num_blocks, window_size, selection)
 
 
 def select_blocks(
