@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megahybrid_kernels.backend import check_devices, unsupported_head_dims
+from megahybrid_kernels.backend import check_devices, takes_triton, unsupported_head_dims
 from megahybrid_kernels.native_sparse_attention import reference
 from megahybrid_kernels.sequences import Sequences
 
@@ -60,7 +60,11 @@ def native_sparse_attention(
         expected = f"int32 {[*k.shape[:2], num_blocks]}"
         raise ValueError(f"a selection is {expected}, not {selection.dtype} {list(selection.shape)}")
     check_devices(q, v, gates, selection)
-    return reference.native_sparse_attention(q, k, v, gates, sequences, block_size, num_blocks, window_size, selection)
+    if _takes_triton(q, k, sequences, block_size):
+        from megahybrid_kernels.native_sparse_attention import triton as backend
+    else:
+        backend = reference
+    return backend.native_sparse_attention(q, k, v, gates, sequences, block_size, num_blocks, window_size, selection)
 
 
 def select_blocks(
@@ -90,7 +94,11 @@ def select_blocks(
     """
     rows = rows or (0, sequences.tokens)
     _check(q, k, sequences, block_size, num_blocks, rows)
-    return reference.select_blocks(q, k, sequences, block_size, num_blocks, rows)
+    if _takes_triton(q, k, sequences, block_size):
+        from megahybrid_kernels.native_sparse_attention import triton as backend
+    else:
+        backend = reference
+    return backend.select_blocks(q, k, sequences, block_size, num_blocks, rows)
 
 
 def unsupported(dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
@@ -98,6 +106,10 @@ def unsupported(dtype: torch.dtype, head_dim: int, block_size: int) -> str | Non
     if block_size not in _BLOCK_SIZES:
         return f"take blocks of {', '.join(map(str, _BLOCK_SIZES))} tokens, not {block_size}"
     return unsupported_head_dims(dtype, head_dim)
+
+
+def _takes_triton(q: Tensor, k: Tensor, sequences: Sequences, block_size: int) -> bool:
+    return takes_triton(q, k, sequences.cu_seqlens) and unsupported(q.dtype, q.shape[2], block_size) is None
 
 
 def _check(q: Tensor, k: Tensor, sequences: Sequences, block_size: int, num_blocks: int, rows: tuple[int, int]) -> None:
