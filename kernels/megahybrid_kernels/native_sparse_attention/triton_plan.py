@@ -1,8 +1,8 @@
 """What the forward and the backward kernels of native sparse attention agree on: tiles, sizes and saved tensors.
 
 A tile of queries holds neighbouring tokens of one document and all query heads of one KV head, a row for each pair:
-row = token * heads + head, heads rounded up to a power of two. Tiles and blocks are cut from each document's first token
-on (`Sequences.tiles`), and a tile's tokens divide a block, so that all of a tile's queries are in the same block.
+row = token * heads + head, heads rounded up to a power of two (`rows.packed_rows`). Tiles and blocks are cut from each
+document's first token on (`Sequences.tiles`), and a tile's tokens divide a block: its queries are all in the same one.
 
 Blocks are numbered within their document in a selection, and over all documents, incomplete ones included, where
 something is stored for each: block n of the document of row i is `Sequences.tiles(block_size).before[i] + n`.
