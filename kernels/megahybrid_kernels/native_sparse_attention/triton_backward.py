@@ -135,9 +135,8 @@ class _Backward:
         items = pairs.item_block.shape[1]
         sums = self.partial_sums(items, shape.block_size)
         selected_gradient_kernel[items * (shape.block_size // self.keys) * shape.kv_heads](
-            q, k, v, self.do, *sums, *branch, *pairs, blocks.firsts, *row_strides(q, k, v), blocks.count, items,
-            pairs.entries.shape[1], shape.log2_scale, **self.constants(), NUM_BLOCKS=shape.num_blocks,
-            ITEM=triton_pairs.ITEM, KEYS=self.keys, QUERIES=self.queries(launch), **launch.options(),
+            q, k, v, self.do, *sums, *branch, *pairs, blocks.firsts, *row_strides(k, v), blocks.count, items,
+            pairs.tokens.shape[1], shape.log2_scale, **self.constants(), ITEM=triton_pairs.ITEM, KEYS=self.keys, QUERIES=self.queries(launch), **launch.options(),
         )  # fmt: skip
         return pairs.item_first, sums
 
@@ -150,7 +149,7 @@ class _Backward:
         compressed_gradient_kernel[items * (triton_pairs.POOLED // self.tune.keys) * shape.kv_heads](
             saved.q, saved.pooled_k, saved.pooled_v, self.do, *sums, *branch, self.sequences.begins,
             self.sequences.ends, self.sequences.tiles(shape.block_size).before, pooled.firsts, pooled.item_first,
-            pooled.item_tile, *row_strides(saved.q), items, shape.log2_scale, **self.constants(), **_parts(),
+            pooled.item_tile, items, shape.log2_scale, **self.constants(), **_parts(),
             KEYS=self.tune.keys, QUERIES=self.queries(launch), **launch.options(),
         )  # fmt: skip
         return pooled, sums
@@ -165,7 +164,7 @@ class _Backward:
         blocks = self.sequences.tiles(shape.block_size)
         key_gradient_kernel[blocks.count * (shape.block_size // self.keys) * shape.kv_heads](
             q, k, v, self.do, dk, dv, *selected_sums, *pooled_sums, *selected, *window, self.sequences.begins,
-            self.sequences.ends, blocks.firsts, item_first, pooled.before, pooled.item_first, *row_strides(q, k, v),
+            self.sequences.ends, blocks.firsts, item_first, pooled.before, pooled.item_first, *row_strides(k, v),
             blocks.count, selected_sums[0].shape[1], pooled_sums[0].shape[1], self.window, shape.log2_scale,
             shape.softmax_scale, **self.constants(), **_parts(), KEYS=self.keys, POOLED_KEYS=self.tune.keys,
             QUERIES=self.queries(launch), **launch.options(),
@@ -190,6 +189,8 @@ def gradients(
         tune: tile sizes for benchmarks; fixed by head dim and dtype when left out.
     """
     tune = tune or tuning(shape.head_dim, do.dtype)
+    # One offset serves q and do.
+    saved = saved._replace(q=saved.q.contiguous())
     call = _Backward(shape, tune, saved, do, sequences, min(window_size, shape.tokens))
     dgates, branches = call.prepare()
     return call.query_gradient(branches), *call.key_gradient(branches), dgates
