@@ -5,9 +5,9 @@
                       + the gradient of its block's mean / block_size (`compressed_gradient_kernel`)
 
 The last two sum items of bounded work into fp32 rows that the first adds up in a fixed order. As
-`softmax_gradients.key_step`, with a branch's gate in its log-denominators (`triton_query_gradient.prepare_kernel`):
-log-denominators `total_…` and
-`delta_…` are fp32 `[tokens, query_heads]`. Partial sums of dk leave out the softmax's scale.
+`softmax_gradients.key_step`, with a branch's gate in its log-denominators (`triton_query_gradient.prepare_kernel`).
+`statistics` are fp32 `[tokens, query_heads, 2]` of a branch: these, and deltas. q and do are contiguous. Partial sums of
+dk leave out the softmax's scale.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from megahybrid_kernels.launch import kernel
+from megahybrid_kernels.native_sparse_attention.triton_query_gradient import load_statistics
 from megahybrid_kernels.rows import load_all_rows, load_rows
 from megahybrid_kernels.softmax_gradients import key_step
 
@@ -42,38 +43,27 @@ def _load_queries(q, do, places, inside, HEAD_DIM: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
-def _load_statistics(log_total, delta, places, inside, MASKED: tl.constexpr):
-    """A row outside gets p = 0."""
-    if MASKED:
-        return (
-            tl.load(log_total + places, mask=inside, other=float("inf")),
-            tl.load(delta + places, mask=inside, other=0),
-        )
-    return tl.load(log_total + places), tl.load(delta + places)
-
-
-@triton.jit
 def _rows_step(
-    dk, dv, k, v, places, inside, visible, q, do, log_total, delta, scale,
+    dk, dv, k, v, places, inside, visible, q, do, statistics, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr, SEEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`key_step` of one branch for these rows: MASKED where some may be outside, SEEN where all that are inside see
     every key."""
     q_tile, do_tile = _load_queries(q, do, places, inside, HEAD_DIM, WIDTH, MASKED)
-    row_total, row_delta = _load_statistics(log_total, delta, places, inside, MASKED)
+    row_total, row_delta = load_statistics(statistics, places, inside, MASKED)
     return key_step(dk, dv, k, v, q_tile, do_tile, row_total, row_delta, visible, scale, not SEEN, PRECISION)
 
 
 @triton.jit
 def _band_step(
-    dk, dv, k, v, distance, window, places, inside, q, do, total_selected, delta_selected, total_window, delta_window,
-    scale, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k, v, distance, window, places, inside, q, do, selected_statistics, window_statistics, scale,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The selected and the window branch at once; `distance` from keys to rows, which select the keys' block."""
     q_tile, do_tile = _load_queries(q, do, places, inside, HEAD_DIM, WIDTH, True)
     logits = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION) * scale
-    selected_total, selected_delta = _load_statistics(total_selected, delta_selected, places, inside, True)
-    window_total, window_delta = _load_statistics(total_window, delta_window, places, inside, True)
+    selected_total, selected_delta = load_statistics(selected_statistics, places, inside, True)
+    window_total, window_delta = load_statistics(window_statistics, places, inside, True)
     p_selected = tl.where(distance >= 0, tl.exp2(logits - selected_total[None, :]), 0.0)
     in_window = (distance >= 0) & (distance < window)
     p_window = tl.where(in_window, tl.exp2(logits - window_total[None, :]), 0.0)
@@ -92,7 +82,7 @@ def _store_partial(partial, rows, x, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
 
 @kernel
 def selected_gradient_kernel(
-    q, k, v, do, dk_partial, dv_partial, log_total, delta, pairs, pair_first, item_first, item_block, block_firsts,
+    q, k, v, do, dk_partial, dv_partial, statistics, pairs, pair_first, item_first, item_block, block_firsts,
     k_stride, k_head_stride, v_stride, v_head_stride, blocks, items, pair_count, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
     ITEM: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
@@ -128,14 +118,14 @@ def selected_gradient_kernel(
             following = n + QUERIES + number
             token = tl.load(pairs + following, mask=following < count, other=0)
             dk, dv = _rows_step(
-                dk, dv, k_tile, v_tile, places, exists, exists, q, do, log_total, delta, scale,
+                dk, dv, k_tile, v_tile, places, exists, exists, q, do, statistics, scale,
                 HEAD_DIM, WIDTH, GROUPS != HEADS, True, PRECISION,
             )  # fmt: skip
         for n in tl.range(full, count, QUERIES):
             inside = exists & (n + number < count)
             places = token.to(tl.int64) * query_heads + place
             dk, dv = _rows_step(
-                dk, dv, k_tile, v_tile, places, inside, inside, q, do, log_total, delta, scale,
+                dk, dv, k_tile, v_tile, places, inside, inside, q, do, statistics, scale,
                 HEAD_DIM, WIDTH, True, True, PRECISION,
             )  # fmt: skip
         rows = (head * items + item) * BLOCK + part
@@ -151,7 +141,7 @@ def part_tokens(length, PART: tl.constexpr, MOST_PARTS: tl.constexpr):
 
 @kernel
 def compressed_gradient_kernel(
-    q, pooled_k, pooled_v, do, dk_partial, dv_partial, log_total, delta, begins, ends, blocks_before, tile_firsts,
+    q, pooled_k, pooled_v, do, dk_partial, dv_partial, statistics, begins, ends, blocks_before, tile_firsts,
     item_first, item_tile, items, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
     POOLED: tl.constexpr, PART: tl.constexpr, MOST_PARTS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
@@ -193,7 +183,7 @@ def compressed_gradient_kernel(
         for i in tl.range(inner, inner_end, QUERIES):
             places = (i + number).to(tl.int64) * query_heads + place
             dk, dv = _rows_step(
-                dk, dv, k_tile, v_tile, places, exists, exists, q, do, log_total, delta, scale,
+                dk, dv, k_tile, v_tile, places, exists, exists, q, do, statistics, scale,
                 HEAD_DIM, WIDTH, GROUPS != HEADS, True, PRECISION,
             )  # fmt: skip
         for step in tl.range(i0, i1 - (inner_end - inner), QUERIES):
@@ -201,7 +191,7 @@ def compressed_gradient_kernel(
             places = token.to(tl.int64) * query_heads + place
             dk, dv = _rows_step(
                 dk, dv, k_tile, v_tile, places, exists & (token < i1), token[None, :] >= lower[:, None], q, do,
-                log_total, delta, scale, HEAD_DIM, WIDTH, True, False, PRECISION,
+                statistics, scale, HEAD_DIM, WIDTH, True, False, PRECISION,
             )  # fmt: skip
         rows = (head * items + item) * POOLED + tl.program_id(0) % PARTS * KEYS + tl.arange(0, KEYS)
         _store_partial(dk_partial, rows, dk, HEAD_DIM, WIDTH)
@@ -222,7 +212,7 @@ def _pooled_gradient(
 
 @kernel
 def key_gradient_kernel(
-    q, k, v, do, dk, dv, selected_dk, selected_dv, pooled_dk, pooled_dv, total_selected, delta_selected, total_window, delta_window, begins, ends, block_firsts,
+    q, k, v, do, dk, dv, selected_dk, selected_dv, pooled_dk, pooled_dv, selected_statistics, window_statistics, begins, ends, block_firsts,
     pair_item_first, pooled_tiles_before, pooled_item_first, k_stride, k_head_stride, v_stride,
     v_head_stride, blocks, pair_items, pooled_items, window, scale, softmax_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
@@ -256,15 +246,15 @@ def key_gradient_kernel(
             token = i + number
             dk_acc, dv_acc = _band_step(
                 dk_acc, dv_acc, k_tile, v_tile, token[None, :] - j[:, None], window,
-                token.to(tl.int64) * query_heads + place, some & (token < band_end), q, do, total_selected,
-                delta_selected, total_window, delta_window, scale, HEAD_DIM, WIDTH, PRECISION,
+                token.to(tl.int64) * query_heads + place, some & (token < band_end), q, do, selected_statistics,
+                window_statistics, scale, HEAD_DIM, WIDTH, PRECISION,
             )  # fmt: skip
         i1 = tl.minimum(j0 + KEYS - 1 + window, end)
         inner_end = band_end + tl.maximum(tl.minimum(j0 + window, end) - band_end, 0) // QUERIES * QUERIES
         for i in tl.range(band_end, inner_end, QUERIES):
             places = (i + number).to(tl.int64) * query_heads + place
             dk_acc, dv_acc = _rows_step(
-                dk_acc, dv_acc, k_tile, v_tile, places, some, some, q, do, total_window, delta_window, scale,
+                dk_acc, dv_acc, k_tile, v_tile, places, some, some, q, do, window_statistics, scale,
                 HEAD_DIM, WIDTH, GROUPS != HEADS, True, PRECISION,
             )  # fmt: skip
         for i in tl.range(inner_end, i1, QUERIES):
@@ -272,7 +262,7 @@ def key_gradient_kernel(
             places = token.to(tl.int64) * query_heads + place
             dk_acc, dv_acc = _rows_step(
                 dk_acc, dv_acc, k_tile, v_tile, places, some & (token < i1), token[None, :] - j[:, None] < window, q, do,
-                total_window, delta_window, scale, HEAD_DIM, WIDTH, True, False, PRECISION,
+                window_statistics, scale, HEAD_DIM, WIDTH, True, False, PRECISION,
             )  # fmt: skip
 
         column = tl.arange(0, WIDTH)
