@@ -20,14 +20,8 @@ import triton.language as tl
 
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.lte_attention.triton_columns import far_begin
-from megahybrid_kernels.lte_attention.triton_forward import (
-    edge_keys,
-    edge_tiles,
-    load_all_rows,
-    near_tiles,
-    packed_rows,
-)
-from megahybrid_kernels.rows import load_rows
+from megahybrid_kernels.lte_attention.triton_forward import edge_keys, edge_tiles, near_tiles
+from megahybrid_kernels.rows import load_all_rows, load_rows, packed_rows
 
 
 @triton.jit
