@@ -20,7 +20,7 @@ from megahybrid_kernels.sequences import Sequences
 
 # Tokens of an item of far pairs.
 ITEM = 1024
-# Neighbouring means that are summed together; the tokens of a document come in at most PARTS parts of PART or a multiple.
+# Neighbouring means that are summed together; a document's tokens come in at most PARTS parts of a multiple of PART.
 POOLED, PART, PARTS = 64, 256, 64
 
 
