@@ -23,11 +23,15 @@ def pool(rows: Tensor) -> Tensor:
     Summed in at least fp32, in an order that depends on `block_size` alone: a block that fills up while tokens are
     generated has bit for bit the mean that it has in training.
     """
-    total = at_least_fp32(rows)
-    while (size := total.shape[1]) > 1:
+    return (_sum(at_least_fp32(rows)) / rows.shape[1]).to(rows.dtype)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Over dimension 1, in an order that depends on its size alone, which torch's own does not promise."""
+    while (size := x.shape[1]) > 1:
         half = size // 2
-        total = torch.cat([total[:, :half] + total[:, half : 2 * half], total[:, 2 * half :]], 1)
-    return (total[:, 0] / rows.shape[1]).to(rows.dtype)
+        x = torch.cat([x[:, :half] + x[:, half : 2 * half], x[:, 2 * half :]], 1)
+    return x[:, 0]
 
 
 @dataclass(frozen=True)
@@ -127,12 +131,16 @@ def _all_blocks(current: Tensor, heads: int, num_blocks: int) -> Tensor:
 
 
 def _score(q: Tensor, means: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """`[queries, kv_heads, blocks]` of one document's complete blocks; those that a query does not see have any."""
-    heads = means.shape[1]
-    logits = torch.einsum("qhgd,nhd->hgqn", q.unflatten(1, (heads, -1)), means) * q.shape[2] ** -0.5
+    """`[queries, kv_heads, blocks]` of one document's complete blocks; those that a query does not see have any.
+
+    Not by a product of matrices, whose rounding depends on where a row stands: blocks with equal means have equal
+    scores, and a query has the same ones in whatever part of the tokens it comes.
+    """
+    q, means = q.unflatten(1, (means.shape[1], -1)).permute(3, 1, 2, 0), means.permute(2, 1, 0)
+    logits = sum(x[..., None] * y[:, None, None] for x, y in zip(q, means, strict=True)) * len(q) ** -0.5
     complete = (positions + 1) // block_size
-    logits = logits.masked_fill(torch.arange(len(means), device=q.device) >= complete[:, None], -torch.inf)
-    return torch.exp(logits - logits.logsumexp(-1, keepdim=True)).sum(1).transpose(0, 1)
+    logits = logits.masked_fill(torch.arange(means.shape[2], device=q.device) >= complete[:, None], -torch.inf)
+    return _sum(torch.exp(logits - logits.logsumexp(-1, keepdim=True))).transpose(0, 1)
 
 
 def _choose(score: Tensor, current: Tensor, num_blocks: int) -> Tensor:
