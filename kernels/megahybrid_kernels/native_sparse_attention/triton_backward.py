@@ -143,8 +143,8 @@ class _Backward:
         sums = self.partial_sums(items, triton_pairs.POOLED)
         compressed_gradient_kernel[items * (triton_pairs.POOLED // self.tune.keys) * shape.kv_heads](
             saved.q, saved.pooled_k, saved.pooled_v, self.do, *sums, statistics, self.sequences.begins,
-            self.sequences.ends, self.sequences.tiles(shape.block_size).before, pooled.firsts, pooled.item_first,
-            pooled.item_tile, items, shape.log2_scale, **self.constants(), **_parts(),
+            self.sequences.ends, self.sequences.tiles(shape.block_size).before, pooled.firsts, pooled.item_tile,
+            pooled.item_begin, items, shape.log2_scale, **self.constants(), **_parts(),
             KEYS=self.tune.keys, QUERIES=self.queries(launch), **launch.options(),
         )  # fmt: skip
         return pooled, sums

@@ -101,9 +101,9 @@ def selected_gradient_kernel(
     block = tl.load(item_block + head * items + item)
     if block < blocks:
         cut = item - tl.load(item_first + head * (blocks + 1) + block)
-        begin = tl.load(pair_first + head * (blocks + 1) + block) + cut * ITEM
+        begin = tl.load(pair_first + head * (blocks + 1) + block) + cut.to(tl.int64) * ITEM
         end = tl.load(pair_first + head * (blocks + 1) + block + 1)
-        count = tl.minimum(end - begin, ITEM).to(tl.int32)
+        count = tl.minimum(tl.maximum(end - begin, 0), ITEM).to(tl.int32)
         pairs += head * pair_count + begin
         part = tl.program_id(0) % PARTS * KEYS + tl.arange(0, KEYS)
         j = tl.load(block_firsts + block) + part
@@ -144,7 +144,7 @@ def part_tokens(length, PART: tl.constexpr, MOST_PARTS: tl.constexpr):
 @kernel
 def compressed_gradient_kernel(
     q, pooled_k, pooled_v, do, dk_partial, dv_partial, statistics, begins, ends, blocks_before, tile_firsts,
-    item_first, item_tile, items, scale,
+    item_tile, item_begin, items, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
     POOLED: tl.constexpr, PART: tl.constexpr, MOST_PARTS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -165,7 +165,7 @@ def compressed_gradient_kernel(
     first = (row0 - begin) // BLOCK + tl.program_id(0) % PARTS * KEYS
     complete = (end - begin) // BLOCK
     size = part_tokens(end - begin, PART, MOST_PARTS)
-    part_begin = begin + (item - tl.load(item_first + tile)) * size
+    part_begin = tl.load(item_begin + item)
     i0 = tl.maximum(part_begin, begin + (first + 1) * BLOCK - 1)
     i1 = tl.minimum(part_begin + size, end)
     if (first < complete) & (i0 < i1):
