@@ -7,6 +7,7 @@ from oracles_lte import FLOAT32_TOLERANCE, documents, leaf
 
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.native_sparse_attention import triton_backward, triton_pairs
+from megahybrid_kernels.native_sparse_attention.triton import native_sparse_attention
 from megahybrid_kernels.native_sparse_attention.triton_backward import Tuning, gradients
 from megahybrid_kernels.native_sparse_attention.triton_plan import Saved, Shape
 from megahybrid_kernels.tuning import Launch
@@ -199,6 +200,20 @@ def test_packed_equals_separate_again_and_strided():
         alone = ours(part, selection[rows], (rows.stop - rows.start,), *sizes, do[rows])
         for name, a, b in zip(NAMES, whole, alone, strict=True):
             assert torch.equal(a[rows], b), name
+
+
+def test_joined_with_the_forward_pass():
+    lengths, block_size, num_blocks, window_size = (100, 20), 16, 4, 20
+    pairs = inputs(lengths, 2, 1, 16)
+    leaves = [pair[0].detach().to(DEVICE).requires_grad_() for pair in pairs.values()]
+    o, selection = native_sparse_attention(*leaves, Sequences.of(lengths, DEVICE), block_size, num_blocks, window_size)
+    do = upstream(pairs)
+    actual = torch.autograd.grad(o, leaves, do.to(DEVICE, o.dtype))
+    expected = theirs(pairs, selection.cpu(), lengths, block_size, window_size, do)
+    for name, a, b in zip(NAMES, actual, expected, strict=True):
+        torch.testing.assert_close(
+            a.cpu().double(), b, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 FULL = [  # lengths, query heads, heads, head dim, block size, blocks, window
