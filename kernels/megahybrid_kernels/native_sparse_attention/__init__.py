@@ -7,9 +7,10 @@ from torch import Tensor
 
 from megahybrid_kernels.backend import check_devices, takes_triton, unsupported_head_dims
 from megahybrid_kernels.native_sparse_attention import reference
+from megahybrid_kernels.native_sparse_attention.cache import NSACache
 from megahybrid_kernels.sequences import Sequences
 
-__all__ = ["native_sparse_attention", "select_blocks", "unsupported"]
+__all__ = ["NSACache", "native_sparse_attention", "native_sparse_attention_with_cache", "select_blocks", "unsupported"]
 
 # The first block, the query's own and the one before it.
 FORCED_BLOCKS = 3
@@ -57,18 +58,14 @@ def native_sparse_attention(
     _check(q, k, sequences, block_size, num_blocks, (0, sequences.tokens))
     _check_values(q, k, v, gates, window_size)
     if selection is not None and (selection.dtype, selection.shape) != (torch.int32, (*k.shape[:2], num_blocks)):
-        raise ValueError(
-            f"a selection is int32 {[*k.shape[:2], num_blocks]}, not {selection.dtype} {list(selection.shape)}"
-        )
+        expected = f"int32 {[*k.shape[:2], num_blocks]}"
+        raise ValueError(f"a selection is {expected}, not {selection.dtype} {list(selection.shape)}")
     check_devices(q, v, gates, selection)
     if _takes_triton(q, k, sequences, block_size):
-        from megahybrid_kernels.native_sparse_attention import triton
-
-        sizes = (sequences, block_size, num_blocks, window_size)
-        return triton.native_sparse_attention(q, k, v, gates, *sizes, selection)
-    if selection is None:
-        selection = reference.select_blocks(q, k, sequences, block_size, num_blocks, (0, sequences.tokens))
-    return reference.attend_selected(q, k, v, gates, selection, sequences, block_size, window_size), selection
+        from megahybrid_kernels.native_sparse_attention import triton as backend
+    else:
+        backend = reference
+    return backend.native_sparse_attention(q, k, v, gates, sequences, block_size, num_blocks, window_size, selection)
 
 
 def select_blocks(
@@ -103,6 +100,61 @@ def select_blocks(
     else:
         backend = reference
     return backend.select_blocks(q, k, sequences, block_size, num_blocks, rows)
+
+
+def native_sparse_attention_with_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    cache: NSACache,
+    sequences: Sequences,
+    block_size: int,
+    num_blocks: int,
+    window_size: int,
+    in_place: bool = False,
+    queries: Tensor | None = None,
+) -> tuple[Tensor, NSACache]:
+    """`native_sparse_attention` of new tokens to cached and new ones: prefill in pieces, and decode.
+
+    Every query sees exactly what `native_sparse_attention` shows it, in whatever pieces the tokens come.
+
+    Args:
+        q, k, v, gates, num_blocks, window_size: as for `native_sparse_attention`; the pieces may differ in length.
+        cache: of the sequences' earlier tokens, `NSACache.empty` at first.
+        sequences: borders of the new tokens; `sequences.starts` are the cache's lengths, or None where it is empty.
+        block_size: the cache's.
+        in_place: the op may overwrite `cache`, as it does on a GPU for one token of every sequence.
+        queries: `[tokens, heads, head_dim]`, from which blocks are selected where q has some alone of the query heads
+            that share these KV heads; q without.
+
+    Returns:
+        The new tokens' outputs as from `native_sparse_attention`, and a new cache; `cache` itself can be used as
+        before, unless `in_place`.
+
+    Raises:
+        ValueError: as `native_sparse_attention`, or the cache was made for another block size or number of sequences.
+    """
+    for each in (q,) if queries is None else (q, queries):
+        _check(each, k, sequences, block_size, num_blocks, (0, sequences.tokens))
+    _check_values(q, k, v, gates, window_size)
+    if (cache.count, cache.block_size) != (sequences.count, block_size):
+        raise ValueError(
+            f"the cache holds {cache.count} sequences in blocks of {cache.block_size}, but {sequences.count} in blocks "
+            f"of {block_size} were given"
+        )
+    check_devices(q, v, gates, cache.room.k)
+    takes = _takes_triton(q, k, sequences, block_size) and not torch.is_grad_enabled()
+    if takes and in_place and sequences.tokens == cache.count:
+        from megahybrid_kernels.native_sparse_attention.triton_decode import native_sparse_attention_step
+
+        cache = cache.with_room(cache.slots + 1)
+        sizes = (num_blocks, window_size)
+        o = native_sparse_attention_step(q, k, v, gates, cache, sequences.positions, *sizes, queries)
+        return o, cache.after(1)
+    return reference.native_sparse_attention_with_cache(
+        q, k, v, gates, cache, sequences, block_size, num_blocks, window_size, queries
+    )
 
 
 def unsupported(dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
