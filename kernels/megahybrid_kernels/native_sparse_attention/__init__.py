@@ -41,7 +41,8 @@ def native_sparse_attention(
     Args:
         q: `[tokens, query_heads, head_dim]`, rotated.
         k, v: `[tokens, kv_heads, head_dim]`, k rotated; query head n uses KV head `n // (query_heads // kv_heads)`.
-        gates: `[tokens, query_heads, 3]`, factors of the compressed, the selected and the window branch.
+        gates: `[tokens, query_heads, 3]`, factors of the compressed, the selected and the window branch; none may be
+            negative.
         sequences: borders of the packed documents; blocks begin where a document does.
         block_size: tokens of a block.
         num_blocks: blocks that a query selects, the forced ones included.
@@ -58,18 +59,14 @@ def native_sparse_attention(
     _check(q, k, sequences, block_size, num_blocks, (0, sequences.tokens))
     _check_values(q, k, v, gates, window_size)
     if selection is not None and (selection.dtype, selection.shape) != (torch.int32, (*k.shape[:2], num_blocks)):
-        raise ValueError(
-            f"a selection is int32 {[*k.shape[:2], num_blocks]}, not {selection.dtype} {list(selection.shape)}"
-        )
+        expected = f"int32 {[*k.shape[:2], num_blocks]}"
+        raise ValueError(f"a selection is {expected}, not {selection.dtype} {list(selection.shape)}")
     check_devices(q, v, gates, selection)
     if _takes_triton(q, k, sequences, block_size):
-        from megahybrid_kernels.native_sparse_attention import triton
-
-        sizes = (sequences, block_size, num_blocks, window_size)
-        return triton.native_sparse_attention(q, k, v, gates, *sizes, selection)
-    if selection is None:
-        selection = reference.select_blocks(q, k, sequences, block_size, num_blocks, (0, sequences.tokens))
-    return reference.attend_selected(q, k, v, gates, selection, sequences, block_size, window_size), selection
+        from megahybrid_kernels.native_sparse_attention import triton as backend
+    else:
+        backend = reference
+    return backend.native_sparse_attention(q, k, v, gates, sequences, block_size, num_blocks, window_size, selection)
 
 
 def select_blocks(
