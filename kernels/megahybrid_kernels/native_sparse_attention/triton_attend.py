@@ -79,20 +79,24 @@ def attend_kernel(
     count = tl.load(counts + tl.program_id(0))
     # The tile's own block, where it is among them, is the last, and the only one that reaches beyond a row.
     whole = count - (tl.load(blocks + count - 1, mask=count > 0, other=-1) == current).to(tl.int32)
+    block = tl.load(blocks, mask=whole > 0, other=0)
     for e in tl.range(0, whole):
-        j = tl.load(blocks + e) * BLOCK + lane
         seen = ((tl.load(members + e) >> member) & 1) > 0
-        k_tile = load_all_rows(k, j, k_stride, HEAD_DIM, WIDTH)
-        v_tile = load_all_rows(v, j, v_stride, HEAD_DIM, WIDTH)
+        k_tile = load_all_rows(k + tl.cast(block, tl.int64) * BLOCK * k_stride, lane, k_stride, HEAD_DIM, WIDTH)
+        v_tile = load_all_rows(v + tl.cast(block, tl.int64) * BLOCK * v_stride, lane, v_stride, HEAD_DIM, WIDTH)
+        # A turn ahead, so that the loads of a block do not wait for its number.
+        block = tl.load(blocks + e + 1, mask=e + 1 < whole, other=0)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         acc, total, peak = softmax_step_of_rows(acc, total, peak, logits, v_tile, seen, scale, PRECISION)
-    j = current * BLOCK + lane
-    k_tile = load_rows(k, j.to(tl.int64), begin + j < end, k_stride, 0, HEAD_DIM, WIDTH)
-    v_tile = load_rows(v, j.to(tl.int64), begin + j < end, v_stride, 0, HEAD_DIM, WIDTH)
-    bits = tl.load(members + whole, mask=whole < count, other=0)
-    visible = (begin + j[None, :] <= token[:, None]) & (((bits >> member) & 1) > 0)[:, None]
-    logits = tl.where(visible, tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), float("-inf"))
-    acc, total, peak = softmax_step(acc, total, peak, logits, v_tile, scale, PRECISION)
+    # A loop, since the compiler makes products that are outside of one wait for each other, and then all do.
+    for e in tl.range(whole, count):
+        j = current * BLOCK + lane
+        k_tile = load_rows(k, j.to(tl.int64), begin + j < end, k_stride, 0, HEAD_DIM, WIDTH)
+        v_tile = load_rows(v, j.to(tl.int64), begin + j < end, v_stride, 0, HEAD_DIM, WIDTH)
+        seen = ((tl.load(members + e) >> member) & 1) > 0
+        visible = seen[:, None] & (begin + j[None, :] <= token[:, None])
+        logits = tl.where(visible, tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), float("-inf"))
+        acc, total, peak = softmax_step(acc, total, peak, logits, v_tile, scale, PRECISION)
     o_tile, lse = _finish(acc, total, peak)
     if SAVE:
         store_rows(o_selected, o_tile, row, inside, HEAD_DIM, 0, HEAD_DIM, WIDTH)
@@ -104,9 +108,8 @@ def attend_kernel(
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], -1e30, tl.float32)
     for block in tl.range(inner, current):
-        j = block * BLOCK + lane
-        k_tile = load_all_rows(k, j, k_stride, HEAD_DIM, WIDTH)
-        v_tile = load_all_rows(v, j, v_stride, HEAD_DIM, WIDTH)
+        k_tile = load_all_rows(k + tl.cast(block, tl.int64) * BLOCK * k_stride, lane, k_stride, HEAD_DIM, WIDTH)
+        v_tile = load_all_rows(v + tl.cast(block, tl.int64) * BLOCK * v_stride, lane, v_stride, HEAD_DIM, WIDTH)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         acc, total, peak = softmax_step(acc, total, peak, logits, v_tile, scale, PRECISION)
     for edge in tl.range(0, inner - first + 1):

@@ -86,7 +86,7 @@ def tuning(head_dim: int, dtype: torch.dtype) -> Tuning:
         return Tuning(32, 32, launch, launch, launch, Launch(8, 4, 1), 32)
     top = Launch(16, 4, 1)
     if head_dim <= 64:
-        return Tuning(128, 64, Launch(64, 4, 3), Launch(64, 4, 3), Launch(64, 4, 3), top, 64)
+        return Tuning(128, 64, Launch(64, 4, 3), Launch(64, 4, 3), Launch(64, 4, 3, 168), top, 64)
     if head_dim <= 128:
         return Tuning(64, 64, Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 2), top, 64)
     return Tuning(32, 32, Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2), top, 64)

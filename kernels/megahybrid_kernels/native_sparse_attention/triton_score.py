@@ -100,16 +100,18 @@ def compress_kernel(
         acc, total, peak = _compress_step(
             acc, total, peak, q_tile, k_tile, v_tile, inside[:, None], scale, False, VALUES, PRECISION
         )  # fmt: skip
-    n = inner + tl.arange(0, KEYS)
     count = (tl.minimum(i0 + TOKENS, end) - begin) // BLOCK
-    k_tile = load_rows(pooled_k, n.to(tl.int64), n < count, stride, 0, HEAD_DIM, WIDTH)
-    v_tile = k_tile
-    if VALUES:
-        v_tile = load_rows(pooled_v, n.to(tl.int64), n < count, stride, 0, HEAD_DIM, WIDTH)
-    visible = n[None, :] < ((token + 1 - begin) // BLOCK)[:, None]
-    acc, total, peak = _compress_step(
-        acc, total, peak, q_tile, k_tile, v_tile, visible, scale, True, VALUES, PRECISION
-    )  # fmt: skip
+    # A loop, since the compiler makes products that are outside of one wait for each other, and then all do.
+    for n0 in tl.range(inner, count, KEYS):
+        n = n0 + tl.arange(0, KEYS)
+        k_tile = load_rows(pooled_k, n.to(tl.int64), n < count, stride, 0, HEAD_DIM, WIDTH)
+        v_tile = k_tile
+        if VALUES:
+            v_tile = load_rows(pooled_v, n.to(tl.int64), n < count, stride, 0, HEAD_DIM, WIDTH)
+        visible = n[None, :] < ((token + 1 - begin) // BLOCK)[:, None]
+        acc, total, peak = _compress_step(
+            acc, total, peak, q_tile, k_tile, v_tile, visible, scale, True, VALUES, PRECISION
+        )  # fmt: skip
 
     some = total > 0
     total = tl.where(some, total, 1.0)
