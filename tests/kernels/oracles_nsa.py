@@ -1,0 +1,101 @@
+"""Native sparse attention in float64, token by token and block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from oracles_lte import documents
+from torch import Tensor
+
+
+def block_means(x: Tensor, block_size: int) -> Tensor:
+    """x [n, H, D] of one document -> [blocks, H, D] of its complete blocks, rounded as x is."""
+    exact = x.double()
+    means = [exact[end - block_size : end].mean(0) for end in range(block_size, len(x) + 1, block_size)]
+    return torch.stack(means).to(x.dtype).double() if means else exact[:0]
+
+
+def softmax_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """q [G, D] of one KV head; keys, values [n, D]."""
+    if len(keys) == 0:
+        return torch.zeros_like(q)
+    logits = q @ keys.T / q.shape[1] ** 0.5
+    weights = torch.exp(logits - logits.max(1, keepdim=True).values.detach())
+    return weights @ values / weights.sum(1, keepdim=True)
+
+
+def block_scores(q: Tensor, means: Tensor) -> list[float]:
+    """q [G, D] and the means [n, D] that it sees of one KV head."""
+    return torch.softmax(q @ means.T / q.shape[1] ** 0.5, 1).sum(0).tolist()
+
+
+def chosen_blocks(scores: list[float], current: int, num_blocks: int) -> list[int]:
+    forced = {0, max(0, current - 1), current}
+    free = sorted(set(range(current)) - forced, key=lambda n: (-scores[n], n))
+    chosen = sorted(forced | set(free[: num_blocks - len(forced)]))
+    return chosen + [-1] * (num_blocks - len(chosen))
+
+
+def oracle_scores(
+    q: Tensor, k: Tensor, lengths: tuple[int, ...], block_size: int, tokens: Sequence[int]
+) -> list[tuple[int, list[list[float]]]]:
+    """Of each token its own block, and for each KV head the scores of all complete blocks up to it. The means have k's
+    precision."""
+    groups = q.shape[1] // k.shape[1]
+    found = {}
+    for rows in documents(lengths):
+        means = block_means(k[rows], block_size)
+        for row in set(range(rows.start, rows.stop)) & set(tokens):
+            t, heads = row - rows.start, q[row].double().unflatten(0, (-1, groups))
+            seen = means[: (t + 1) // block_size]
+            found[row] = (t // block_size, [block_scores(each, seen[:, h]) for h, each in enumerate(heads)])
+    return [found[row] for row in tokens]
+
+
+def oracle_selection(
+    q: Tensor,
+    k: Tensor,
+    lengths: tuple[int, ...],
+    block_size: int,
+    num_blocks: int,
+    tokens: Sequence[int] | None = None,
+) -> Tensor:
+    """Of all tokens, or of `tokens` alone."""
+    scores = oracle_scores(q, k, lengths, block_size, range(len(q)) if tokens is None else tokens)
+    chosen = [[chosen_blocks(each, current, num_blocks) for each in heads] for current, heads in scores]
+    return torch.tensor(chosen, dtype=torch.int32)
+
+
+def oracle_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    selection: Tensor,
+    lengths: tuple[int, ...],
+    block_size: int,
+    window_size: int,
+    tokens: Sequence[int] | None = None,
+) -> Tensor:
+    """Of all tokens, or of `tokens` alone."""
+    groups = q.shape[1] // k.shape[1]
+    tokens = range(len(q)) if tokens is None else tokens
+    outputs = {}
+    for rows in documents(lengths):
+        keys, values = k[rows], v[rows]
+        mean_keys, mean_values = block_means(keys, block_size), block_means(values, block_size)
+        for row in set(range(rows.start, rows.stop)) & set(tokens):
+            t, heads = row - rows.start, []
+            for h in range(k.shape[1]):
+                query, g = (x[row, h * groups : (h + 1) * groups] for x in (q, gates))
+                complete = (t + 1) // block_size
+                compressed = softmax_attention(query, mean_keys[:complete, h], mean_values[:complete, h])
+                blocks = [n for n in selection[row, h].tolist() if n >= 0]
+                chosen = [j for n in blocks for j in range(n * block_size, (n + 1) * block_size) if j <= t]
+                selected = softmax_attention(query, keys[chosen, h], values[chosen, h])
+                near = slice(max(0, t - window_size + 1), t + 1)
+                window = softmax_attention(query, keys[near, h], values[near, h])
+                heads.append(g[:, :1] * compressed + g[:, 1:2] * selected + g[:, 2:] * window)
+            outputs[row] = torch.cat(heads)
+    return torch.stack([outputs[row] for row in tokens])
