@@ -7,9 +7,10 @@ from torch import Tensor
 
 from megahybrid_kernels.backend import check_devices, unsupported_head_dims
 from megahybrid_kernels.native_sparse_attention import reference
+from megahybrid_kernels.native_sparse_attention.cache import NSACache
 from megahybrid_kernels.sequences import Sequences
 
-__all__ = ["native_sparse_attention", "select_blocks", "unsupported"]
+__all__ = ["NSACache", "native_sparse_attention", "native_sparse_attention_with_cache", "select_blocks", "unsupported"]
 
 # The first block, the query's own and the one before it.
 FORCED_BLOCKS = 3
@@ -94,6 +95,53 @@ def select_blocks(
     rows = rows or (0, sequences.tokens)
     _check(q, k, sequences, block_size, num_blocks, rows)
     return reference.select_blocks(q, k, sequences, block_size, num_blocks, rows)
+
+
+def native_sparse_attention_with_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    cache: NSACache,
+    sequences: Sequences,
+    block_size: int,
+    num_blocks: int,
+    window_size: int,
+    in_place: bool = False,
+    queries: Tensor | None = None,
+) -> tuple[Tensor, NSACache]:
+    """`native_sparse_attention` of new tokens to cached and new ones: prefill in pieces, and decode.
+
+    Every query sees exactly what `native_sparse_attention` shows it, in whatever pieces the tokens come.
+
+    Args:
+        q, k, v, gates, num_blocks, window_size: as for `native_sparse_attention`; the pieces may differ in length.
+        cache: of the sequences' earlier tokens, `NSACache.empty` at first.
+        sequences: borders of the new tokens; `sequences.starts` are the cache's lengths, or None where it is empty.
+        block_size: the cache's.
+        in_place: the op may overwrite `cache`, as it does on a GPU for one token of every sequence.
+        queries: `[tokens, heads, head_dim]`, from which blocks are selected where q has some alone of the query heads
+            that share these KV heads; q without.
+
+    Returns:
+        The new tokens' outputs as from `native_sparse_attention`, and a new cache; `cache` itself can be used as
+        before, unless `in_place`.
+
+    Raises:
+        ValueError: as `native_sparse_attention`, or the cache was made for another block size or number of sequences.
+    """
+    queries = q if queries is None else queries
+    _check(queries, k, sequences, block_size, num_blocks, (0, sequences.tokens))
+    _check_values(q, k, v, gates, window_size)
+    if (cache.count, cache.block_size) != (sequences.count, block_size):
+        raise ValueError(
+            f"the cache holds {cache.count} sequences in blocks of {cache.block_size}, but {sequences.count} in blocks "
+            f"of {block_size} were given"
+        )
+    check_devices(q, v, gates, cache.room.k)
+    return reference.native_sparse_attention_with_cache(
+        q, k, v, gates, cache, sequences, block_size, num_blocks, window_size, queries
+    )
 
 
 def unsupported(dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:

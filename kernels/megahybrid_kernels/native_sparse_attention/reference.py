@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -13,21 +13,10 @@ from torch import Tensor
 
 from megahybrid_kernels.attention.reference import QUERY_BLOCK, attend, between, query_blocks, window_end
 from megahybrid_kernels.integers import cdiv
+from megahybrid_kernels.native_sparse_attention.cache import NSACache
+from megahybrid_kernels.native_sparse_attention.pooling import pool
 from megahybrid_kernels.precision import at_least_fp32
 from megahybrid_kernels.sequences import Sequences
-
-
-def pool(rows: Tensor) -> Tensor:
-    """Means of `[blocks, block_size, ...]` over each block, in the dtype of the rows.
-
-    Summed in at least fp32, in an order that depends on `block_size` alone: a block that fills up while tokens are
-    generated has bit for bit the mean that it has in training.
-    """
-    total = at_least_fp32(rows)
-    while (size := total.shape[1]) > 1:
-        half = size // 2
-        total = torch.cat([total[:, :half] + total[:, half : 2 * half], total[:, 2 * half :]], 1)
-    return (total[:, 0] / rows.shape[1]).to(rows.dtype)
 
 
 @dataclass(frozen=True)
@@ -184,27 +173,30 @@ class _Branches:
         queries = self.places[block.rows]
         near = slice(max(block.keys.start, block.rows.start - self.window_size + 1), block.keys.stop)
         near_k, near_v = (x[near.start - block.keys.start :] for x in (k, v))
-        seen = between(self.means.places[block.means], self.means.until[block.means], queries)[None, None]
-        in_window = between(self.places[near], self.window_end[near], queries)[None, None]
-        outputs = (
-            attend(q[None], *(x.transpose(0, 1)[None] for x in (keys, values)), visible)[0]
-            for keys, values, visible in (
-                (mean_k, mean_v, seen),
-                (k, v, self._selected(block)),
-                (near_k, near_v, in_window),
-            )
-        )
-        return sum(gate[..., None] * o for gate, o in zip(gates.unbind(-1), outputs, strict=True))
+        seen = between(self.means.places[block.means], self.means.until[block.means], queries)[None]
+        in_window = between(self.places[near], self.window_end[near], queries)[None]
+        branches = ((mean_k, mean_v, seen), (k, v, self._selected(block)), (near_k, near_v, in_window))
+        return _gated(q, gates, branches)
 
     def _selected(self, block: _Queries) -> Tensor:
-        """bool `[1, kv_heads, rows, keys]`."""
-        count = block.blocks.stop - block.blocks.start
-        chosen = self.selection[block.rows].long()
-        of_all = chosen + (self.first_block[block.rows] - block.blocks.start)[:, None, None]
-        member = torch.zeros(*chosen.shape[:2], count + 1, dtype=torch.bool, device=chosen.device)
-        member.scatter_(2, torch.where(chosen < 0, count, of_all), True)
+        """bool `[kv_heads, rows, keys]`."""
+        first = (self.first_block[block.rows] - block.blocks.start)[:, None, None]
+        member = _members(self.selection[block.rows], block.blocks.stop - block.blocks.start, first)
         visible = member[:, :, self.block[block.keys] - block.blocks.start].transpose(0, 1)
-        return (visible & (self.places[block.keys] <= self.places[block.rows, None]))[None]
+        return visible & (self.places[block.keys] <= self.places[block.rows, None])
+
+
+def _members(selection: Tensor, blocks: int, first: Tensor | int) -> Tensor:
+    """bool `[queries, kv_heads, blocks + 1]`: which blocks are selected, `first` of them before those that selection
+    counts; the last means nothing."""
+    member = torch.zeros(*selection.shape[:2], blocks + 1, dtype=torch.bool, device=selection.device)
+    return member.scatter_(2, torch.where(selection < 0, blocks, selection.long() + first), True)
+
+
+def _gated(q: Tensor, gates: Tensor, branches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """The sum of attention to each branch's (keys, values, seen), seen bool `[kv_heads or 1, queries, keys]`."""
+    outputs = (attend(q[None], *(x.transpose(0, 1)[None] for x in (k, v)), seen[None])[0] for k, v, seen in branches)
+    return sum(gate[..., None] * o for gate, o in zip(gates.unbind(-1), outputs, strict=True))
 
 
 class _Blocked(torch.autograd.Function):
@@ -234,3 +226,65 @@ class _Blocked(torch.autograd.Function):
 def _pieces(block: _Queries, tensors) -> list[Tensor]:
     places = (block.rows, block.rows, block.keys, block.keys, block.means, block.means)
     return [x[place] for x, place in zip(tensors, places, strict=True)]
+
+
+def native_sparse_attention_with_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    cache: NSACache,
+    sequences: Sequences,
+    block_size: int,
+    num_blocks: int,
+    window_size: int,
+    queries: Tensor | None = None,
+) -> tuple[Tensor, NSACache]:
+    """See `megahybrid_kernels.native_sparse_attention.native_sparse_attention_with_cache`."""
+    new = cache.append(k, v, sequences)
+    queries = q if queries is None else queries
+    parts = []
+    for n, (start, end) in enumerate(zip(cache.lengths, new.lengths, strict=True)):
+        pairs = zip(new.room.rows, new.room.spans, strict=True)
+        memory = [at_least_fp32(x[n, :, : end // span].transpose(0, 1)) for x, span in pairs]
+        for first in range(start, end, QUERY_BLOCK):
+            places = range(first, min(first + QUERY_BLOCK, end))
+            rows = slice(sequences.borders[n] + first - start, sequences.borders[n] + places.stop - start)
+            each = map(at_least_fp32, (q[rows], queries[rows], gates[rows]))
+            parts.append(_attend_cached(*each, memory, places, block_size, num_blocks, window_size))
+    return torch.cat(parts).to(q.dtype), new
+
+
+def _attend_cached(
+    q: Tensor,
+    queries: Tensor,
+    gates: Tensor,
+    memory: list[Tensor],
+    places: range,
+    block_size: int,
+    num_blocks: int,
+    window_size: int,
+) -> Tensor:
+    """Of queries at `places` of one sequence; `memory` has `[tokens, kv_heads, head_dim]` of keys and values, `[blocks,
+    kv_heads, head_dim]` of their means."""
+    k, v = (x[: places.stop] for x in memory[:2])
+    mean_k, mean_v = (x[: places.stop // block_size] for x in memory[2:])
+    key = torch.arange(places.stop, device=q.device)
+    positions = key[places.start :]
+    current, reach = positions // block_size, cdiv(places.stop, block_size)
+    if reach <= num_blocks:
+        selection = _all_blocks(current, k.shape[1], num_blocks)
+    else:
+        selection = _choose(_score(queries, mean_k, positions, block_size), current, num_blocks)
+    member = _members(selection, reach, 0)[:, :, key // block_size].transpose(0, 1)
+    near = slice(max(0, places.start - window_size + 1), places.stop)
+    # A blank before the means, as `_Means` has it.
+    until = torch.full((len(mean_k) + 1,), places.stop, device=q.device)
+    until[0] = block_size - 1
+    begins = (torch.arange(len(until), device=q.device) * block_size - 1).clamp(min=0)
+    branches = (
+        (F.pad(mean_k, (0, 0, 0, 0, 1, 0)), F.pad(mean_v, (0, 0, 0, 0, 1, 0)), between(begins, until, positions)[None]),
+        (k, v, member & (key <= positions[:, None])),
+        (k[near], v[near], between(key[near], key[near] + window_size, positions)[None]),
+    )
+    return _gated(q, gates, branches)
