@@ -74,7 +74,7 @@ def compress_kernel(
     """o = softmax(scale q pooled_k^T) pooled_v over the complete blocks that a row sees, and log2 of the denominator.
 
     q, o and lse hold the tokens from `first_row` to before `end_row`. o is contiguous, 0 where a row sees nothing, and
-    not written without VALUES; lse is fp32 `[.., query_heads]`. The last tiles of a document see the most, and go first.
+    not written without VALUES; lse is fp32 `[.., query_heads]`. A document's last tiles see the most, and go first.
     """
     tile = first_tile + (tl.num_programs(0) - 1 - tl.program_id(0)) // heads
     head = (tl.program_id(0) % heads).to(tl.int64)
