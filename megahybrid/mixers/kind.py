@@ -38,10 +38,12 @@ class Activations(NamedTuple):
     Attributes:
         saved: for the backward pass.
         backward: gradients and temporaries in it, beyond that, at most.
+        decision: of what is saved, what a layer that recomputes its activations keeps, too.
     """
 
     saved: float
     backward: float
+    decision: float = 0
 
 
 class Kind(ABC):

@@ -72,9 +72,7 @@ def oracle(q, k, v, selection, lengths, block_size, window_size):
                 queries, *pooled, (torch.arange(complete) < ((t + 1) // block_size)[:, None]).expand(k.shape[1], -1, -1)
             ),
             softmax_branch(queries, keys, values, member[:, :, t // block_size] & causal),
-            softmax_branch(
-                queries, keys, values, (causal & (t > t[:, None] - window_size)).expand(k.shape[1], -1, -1)
-            ),
+            softmax_branch(queries, keys, values, (causal & (t > t[:, None] - window_size)).expand(k.shape[1], -1, -1)),
         ]
         outputs.append(torch.stack([o for o, _ in results]))
         lses.append(torch.stack([lse for _, lse in results]))
@@ -93,7 +91,9 @@ def ours(pairs, selection, lengths, block_size, window_size, do):
         *(x.contiguous().to(DEVICE, q.dtype) for x in outputs), *(x.contiguous().to(DEVICE, torch.float32) for x in lse),
     )  # fmt: skip
     shape = Shape.of(q, k, block_size, selection.shape[2])
-    return [x.cpu() for x in gradients(shape, saved, do.to(DEVICE, q.dtype), Sequences.of(lengths, DEVICE), window_size)]
+    return [
+        x.cpu() for x in gradients(shape, saved, do.to(DEVICE, q.dtype), Sequences.of(lengths, DEVICE), window_size)
+    ]
 
 
 def theirs(pairs, selection, lengths, block_size, window_size, do):
