@@ -40,6 +40,8 @@ from megahybrid_kernels.lte_attention import LTECache
 from megahybrid_kernels.lte_attention import triton as lte
 from megahybrid_kernels.lte_attention.triton_decode import lte_attention_step
 from megahybrid_kernels.lte_attention.triton_prefill import lte_attention_piece
+from megahybrid_kernels.native_sparse_attention import triton as nsa
+from megahybrid_kernels.native_sparse_attention import triton_score
 from megahybrid_kernels.norm import triton as norm
 from megahybrid_kernels.retention_router import Dropout, RouterParameters, RouterState
 from megahybrid_kernels.retention_router import triton as router
@@ -171,6 +173,15 @@ def attention(case: Case, buffer: int | None) -> None:
     backward(lte.lte_attention(q, k, v, score, case.sequences, 768, 4, buffer))
 
 
+def sparse_attention(case: Case, num_blocks: int) -> None:
+    q, k, v = case.rows(case.heads * case.groups), case.rows(), case.rows()
+    gates = new(case.tokens, case.heads * case.groups, 3)
+    sizes = (case.sequences, 16, num_blocks)
+    with torch.no_grad():
+        nsa.native_sparse_attention(q, k, v, gates, *sizes, 512)
+    nsa.select_blocks(q, k, *sizes, (0, case.tokens))
+
+
 def evictions(case: Case) -> None:
     exit_positions(new(case.tokens, case.heads), case.sequences, 768, 4, 512)
 
@@ -226,7 +237,7 @@ def decode(case: Case, window: int = 768) -> None:
 
 TRAINING = (
     delta_rule, delta_rule_in_segments, partial(attention, buffer=None), partial(attention, buffer=512), evictions,
-    retention, convolution, elementwise,
+    partial(sparse_attention, num_blocks=16), retention, convolution, elementwise,
 )  # fmt: skip
 CASES: dict[str, tuple[Case, tuple[Callable[[Case], None], ...]]] = {
     "many tokens": (Case((1_200_000,), 8, 256), (delta_rule, delta_rule_in_segments)),
@@ -257,6 +268,8 @@ def kernels() -> list[str]:
 def main() -> None:
     driver.set_active(Driver())
     triton.compiler.compile = to_ttir
+    # All scores at once: else a document of millions of tokens takes thousands of launches that are all the same.
+    triton_score._SCORES = 2**60
     recorder, launches = Recorder(), {}
     JITFunction.__getitem__ = lambda function, grid: recorder.getitem(function, grid)
     for name, (case, ops) in CASES.items():

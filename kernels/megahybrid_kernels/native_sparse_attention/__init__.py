@@ -58,18 +58,14 @@ def native_sparse_attention(
     _check(q, k, sequences, block_size, num_blocks, (0, sequences.tokens))
     _check_values(q, k, v, gates, window_size)
     if selection is not None and (selection.dtype, selection.shape) != (torch.int32, (*k.shape[:2], num_blocks)):
-        raise ValueError(
-            f"a selection is int32 {[*k.shape[:2], num_blocks]}, not {selection.dtype} {list(selection.shape)}"
-        )
+        expected = f"int32 {[*k.shape[:2], num_blocks]}"
+        raise ValueError(f"a selection is {expected}, not {selection.dtype} {list(selection.shape)}")
     check_devices(q, v, gates, selection)
     if _takes_triton(q, k, sequences, block_size):
-        from megahybrid_kernels.native_sparse_attention import triton
-
-        sizes = (sequences, block_size, num_blocks, window_size)
-        return triton.native_sparse_attention(q, k, v, gates, *sizes, selection)
-    if selection is None:
-        selection = reference.select_blocks(q, k, sequences, block_size, num_blocks, (0, sequences.tokens))
-    return reference.attend_selected(q, k, v, gates, selection, sequences, block_size, window_size), selection
+        from megahybrid_kernels.native_sparse_attention import triton as backend
+    else:
+        backend = reference
+    return backend.native_sparse_attention(q, k, v, gates, sequences, block_size, num_blocks, window_size, selection)
 
 
 def select_blocks(
@@ -139,8 +135,8 @@ def native_sparse_attention_with_cache(
     Raises:
         ValueError: as `native_sparse_attention`, or the cache was made for another block size or number of sequences.
     """
-    queries = q if queries is None else queries
-    _check(queries, k, sequences, block_size, num_blocks, (0, sequences.tokens))
+    for each in (q,) if queries is None else (q, queries):
+        _check(each, k, sequences, block_size, num_blocks, (0, sequences.tokens))
     _check_values(q, k, v, gates, window_size)
     if (cache.count, cache.block_size) != (sequences.count, block_size):
         raise ValueError(
@@ -148,6 +144,14 @@ def native_sparse_attention_with_cache(
             f"of {block_size} were given"
         )
     check_devices(q, v, gates, cache.room.k)
+    takes = _takes_triton(q, k, sequences, block_size) and not torch.is_grad_enabled()
+    if takes and in_place and sequences.tokens == cache.count:
+        from megahybrid_kernels.native_sparse_attention.triton_decode import native_sparse_attention_step
+
+        cache = cache.with_room(cache.slots + 1)
+        sizes = (num_blocks, window_size)
+        o = native_sparse_attention_step(q, k, v, gates, cache, sequences.positions, *sizes, queries)
+        return o, cache.after(1)
     return reference.native_sparse_attention_with_cache(
         q, k, v, gates, cache, sequences, block_size, num_blocks, window_size, queries
     )

@@ -142,22 +142,25 @@ def _choose(score: Tensor, current: Tensor, num_blocks: int) -> Tensor:
     return torch.where(best < absent, best, -1).to(torch.int32)
 
 
-def attend_selected(
+def native_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     gates: Tensor,
-    selection: Tensor,
     sequences: Sequences,
     block_size: int,
+    num_blocks: int,
     window_size: int,
-) -> Tensor:
-    """The output of `native_sparse_attention` under a selection."""
+    selection: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `megahybrid_kernels.native_sparse_attention.native_sparse_attention`."""
+    if selection is None:
+        selection = select_blocks(q, k, sequences, block_size, num_blocks, (0, sequences.tokens))
     means = _Means.of(sequences, block_size)
     branches = _Branches(selection, sequences, means, window_size)
     blocks = list(_queries(sequences, QUERY_BLOCK, block_size))
     tensors = map(at_least_fp32, (q, gates, k, v, means(k), means(v)))
-    return _Blocked.apply(branches, blocks, *tensors).to(q.dtype)
+    return _Blocked.apply(branches, blocks, *tensors).to(q.dtype), selection
 
 
 class _Branches:

@@ -7,7 +7,6 @@ of means are summed first, a bounded part of them a program, as fp32 rows that t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,13 +61,6 @@ def tuning(head_dim: int, dtype: torch.dtype) -> Tuning:
     return Tuning(32, 32, launch, launch, launch, launch)
 
 
-class _Branch(NamedTuple):
-    """Of one branch fp32 `[tokens, query_heads]` each: log2 of the denominators by the gate, and the gate's gradient."""
-
-    total: Tensor
-    delta: Tensor
-
-
 @dataclass(frozen=True)
 class _Backward:
     """One call: what its kernels share."""
@@ -97,28 +89,29 @@ class _Backward:
     def constants(self) -> dict[str, object]:
         return self.shape.constants(self.do.dtype) | {"BLOCK": self.shape.block_size}
 
-    def prepare(self) -> tuple[Tensor, list[_Branch]]:
-        """dgates, and the branches."""
+    def prepare(self) -> tuple[Tensor, list[Tensor]]:
+        """dgates, and each branch's statistics."""
         saved, shape = self.saved, self.shape
         dgates = torch.empty_like(saved.gates)
-        branches = [_Branch(*(torch.empty_like(saved.lse_window) for _ in range(2))) for _ in range(3)]
+        statistics = [
+            torch.empty(*saved.lse_window.shape, 2, dtype=torch.float32, device=self.do.device) for _ in range(3)
+        ]
         rows, size = shape.tokens * shape.query_heads, 64
         constants = shape.constants(self.do.dtype)
         prepare_kernel[cdiv(rows, size)](
-            self.do, *saved[7:], saved.gates, dgates, *(x.total for x in branches), *(x.delta for x in branches), rows,
+            self.do, *saved[7:], saved.gates, dgates, *statistics, rows,
             HEAD_DIM=shape.head_dim, WIDTH=constants["WIDTH"], ROWS=size,
         )  # fmt: skip
-        return dgates, branches
+        return dgates, statistics
 
-    def query_gradient(self, branches: list[_Branch]) -> Tensor:
+    def query_gradient(self, statistics: list[Tensor]) -> Tensor:
         saved, shape, launch = self.saved, self.shape, self.tune.query
         q, k, v = saved[:3]
         dq = torch.empty_like(self.do)
         tiles = self.sequences.tiles(shape.tile_tokens(self.tune.rows))
         joint = union(saved.selection, self.sequences, tiles.size)
         query_gradient_kernel[tiles.count * shape.kv_heads](
-            q, k, v, saved.pooled_k, saved.pooled_v, self.do, dq, *(x.total for x in branches),
-            *(x.delta for x in branches), *joint, tiles.firsts, self.sequences.begins, self.sequences.ends,
+            q, k, v, saved.pooled_k, saved.pooled_v, self.do, dq, *statistics, *joint, tiles.firsts, self.sequences.begins, self.sequences.ends,
             self.sequences.tiles(shape.block_size).before, *row_strides(q, k, v), shape.kv_heads, self.window,
             shape.log2_scale, shape.softmax_scale, **self.constants(), TOKENS=tiles.size,
             CAPACITY=joint.blocks.shape[2], STEP=min(launch.size, shape.block_size), POOLED_STEP=launch.size,
@@ -126,7 +119,7 @@ class _Backward:
         )  # fmt: skip
         return dq
 
-    def selected_gradient(self, branch: _Branch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def selected_gradient(self, statistics: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Items before each block, and their partial sums."""
         saved, shape, launch = self.saved, self.shape, self.tune.selected
         q, k, v = saved[:3]
@@ -135,37 +128,36 @@ class _Backward:
         items = pairs.item_block.shape[1]
         sums = self.partial_sums(items, shape.block_size)
         selected_gradient_kernel[items * (shape.block_size // self.keys) * shape.kv_heads](
-            q, k, v, self.do, *sums, *branch, *pairs, blocks.firsts, *row_strides(q, k, v), blocks.count, items,
-            pairs.entries.shape[1], shape.log2_scale, **self.constants(), NUM_BLOCKS=shape.num_blocks,
-            ITEM=triton_pairs.ITEM, KEYS=self.keys, QUERIES=self.queries(launch), **launch.options(),
+            q, k, v, self.do, *sums, statistics, *pairs, blocks.firsts, *row_strides(k, v), blocks.count, items,
+            pairs.tokens.shape[1], shape.log2_scale, **self.constants(), ITEM=triton_pairs.ITEM, KEYS=self.keys, QUERIES=self.queries(launch), **launch.options(),
         )  # fmt: skip
         return pairs.item_first, sums
 
-    def compressed_gradient(self, branch: _Branch) -> tuple[PooledItems, tuple[Tensor, Tensor]]:
+    def compressed_gradient(self, statistics: Tensor) -> tuple[PooledItems, tuple[Tensor, Tensor]]:
         """The items, and their partial sums."""
         saved, shape, launch = self.saved, self.shape, self.tune.compressed
         pooled = pooled_items(self.sequences, shape.block_size)
         items = pooled.item_tile.shape[0]
         sums = self.partial_sums(items, triton_pairs.POOLED)
         compressed_gradient_kernel[items * (triton_pairs.POOLED // self.tune.keys) * shape.kv_heads](
-            saved.q, saved.pooled_k, saved.pooled_v, self.do, *sums, *branch, self.sequences.begins,
+            saved.q, saved.pooled_k, saved.pooled_v, self.do, *sums, statistics, self.sequences.begins,
             self.sequences.ends, self.sequences.tiles(shape.block_size).before, pooled.firsts, pooled.item_first,
-            pooled.item_tile, *row_strides(saved.q), items, shape.log2_scale, **self.constants(), **_parts(),
+            pooled.item_tile, items, shape.log2_scale, **self.constants(), **_parts(),
             KEYS=self.tune.keys, QUERIES=self.queries(launch), **launch.options(),
         )  # fmt: skip
         return pooled, sums
 
-    def key_gradient(self, branches: list[_Branch]) -> tuple[Tensor, Tensor]:
+    def key_gradient(self, statistics: list[Tensor]) -> tuple[Tensor, Tensor]:
         saved, shape, launch = self.saved, self.shape, self.tune.key
         q, k, v = saved[:3]
-        compressed, selected, window = branches
+        compressed, selected, window = statistics
         item_first, selected_sums = self.selected_gradient(selected)
         pooled, pooled_sums = self.compressed_gradient(compressed)
         dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
         blocks = self.sequences.tiles(shape.block_size)
         key_gradient_kernel[blocks.count * (shape.block_size // self.keys) * shape.kv_heads](
-            q, k, v, self.do, dk, dv, *selected_sums, *pooled_sums, *selected, *window, self.sequences.begins,
-            self.sequences.ends, blocks.firsts, item_first, pooled.before, pooled.item_first, *row_strides(q, k, v),
+            q, k, v, self.do, dk, dv, *selected_sums, *pooled_sums, selected, window, self.sequences.begins,
+            self.sequences.ends, blocks.firsts, item_first, pooled.before, pooled.item_first, *row_strides(k, v),
             blocks.count, selected_sums[0].shape[1], pooled_sums[0].shape[1], self.window, shape.log2_scale,
             shape.softmax_scale, **self.constants(), **_parts(), KEYS=self.keys, POOLED_KEYS=self.tune.keys,
             QUERIES=self.queries(launch), **launch.options(),
@@ -190,6 +182,8 @@ def gradients(
         tune: tile sizes for benchmarks; fixed by head dim and dtype when left out.
     """
     tune = tune or tuning(shape.head_dim, do.dtype)
+    # One offset serves q and do.
+    saved = saved._replace(q=saved.q.contiguous())
     call = _Backward(shape, tune, saved, do, sequences, min(window_size, shape.tokens))
-    dgates, branches = call.prepare()
-    return call.query_gradient(branches), *call.key_gradient(branches), dgates
+    dgates, statistics = call.prepare()
+    return call.query_gradient(statistics), *call.key_gradient(statistics), dgates

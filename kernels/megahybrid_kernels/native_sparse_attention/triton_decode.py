@@ -18,6 +18,7 @@ from torch import Tensor
 from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.native_sparse_attention.cache import NSACache
+from megahybrid_kernels.native_sparse_attention.triton_pool import mean_of_rows
 from megahybrid_kernels.online_softmax import dot_precision, log2_scale, softmax_step, split_count
 
 # Keys of a step of a program's loop, and shares of a KV head's means and window.
@@ -35,24 +36,17 @@ _LAST_BLOCK = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def mean_of_rows(x):
-    """`[rows, WIDTH]` -> fp32 `[WIDTH]`; rows are a power of two, added in the order of `pooling.pool`."""
-    ROWS: tl.constexpr = x.shape[0]
-    WIDTH: tl.constexpr = x.shape[1]
-    total = x.to(tl.float32)
-    while total.shape[0] > 1:
-        total = tl.sum(tl.reshape(total, [2, total.shape[0] // 2, WIDTH]), 0)
-    return tl.reshape(total, [WIDTH]) / ROWS
-
-
-@triton.jit
-def _pool_block(memory, row, mean, start, column, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _pool_block(
+    memory, row, mean, start,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
     """The mean, stored, of a block from slot `start` on, whose last row is `row`, which is not in memory yet."""
-    each = tl.arange(0, BLOCK)
+    each, column = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     real = column < HEAD_DIM
     places = (start + each)[:, None] * HEAD_DIM + column[None, :]
     tile = tl.load(memory + places, mask=(each < BLOCK - 1)[:, None] & real[None, :], other=0)
-    pooled = mean_of_rows(tl.where((each == BLOCK - 1)[:, None], row[None, :], tile)).to(memory.dtype.element_ty)
+    tile = tl.where((each == BLOCK - 1)[:, None], row[None, :], tile)
+    pooled = mean_of_rows(tile, BLOCK, WIDTH, STEPS).to(memory.dtype.element_ty)
     tl.store(mean + start // BLOCK * HEAD_DIM + column, pooled, mask=real)
     return pooled.to(tl.float32)
 
@@ -62,7 +56,8 @@ def _attend_split(
     q, queries, new_k, new_v, k, v, mean_k, mean_v, positions, logits, parts, statistics, splits, mean_splits,
     window_splits, heads, capacity, blocks, window_size, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, FIRST: tl.constexpr, SCORED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Attention of a KV head's queries to a share of its means or of the cached keys in its window.
 
@@ -96,8 +91,8 @@ def _attend_split(
         mask = column < HEAD_DIM
         k_row = tl.load(new_k + pair * HEAD_DIM + column, mask=mask, other=0)
         v_row = tl.load(new_v + pair * HEAD_DIM + column, mask=mask, other=0)
-        k_row = _pool_block(k, k_row, mean_k, begin, column, BLOCK, HEAD_DIM)
-        v_row = _pool_block(v, v_row, mean_v, begin, column, BLOCK, HEAD_DIM)
+        k_row = _pool_block(k, k_row, mean_k, begin, HEAD_DIM, WIDTH, BLOCK, STEPS)
+        v_row = _pool_block(v, v_row, mean_v, begin, HEAD_DIM, WIDTH, BLOCK, STEPS)
         peak = tl.sum(q_tile.to(tl.float32) * k_row[None, :], 1) * scale
         total += 1
         acc += v_row[None, :]
@@ -137,11 +132,27 @@ def _store_part(
 
 
 @triton.jit
-def _choose(logits, lse, exists, blocks, current, SLOTS: tl.constexpr, NUM_BLOCKS: tl.constexpr, CHUNK: tl.constexpr):
+def _lse(statistics, count, SCORED: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, SPLITS: tl.constexpr):
+    """fp32 `[ROWS]` of the first `count` splits' statistics, log2 of the sums; 0 where there is nothing."""
+    row, each = tl.arange(0, ROWS), tl.arange(0, SPLITS)
+    mask = (row < SCORED)[:, None] & (each < count)[None, :]
+    places = each[None, :] * 2 * COUNT + row[:, None]
+    peaks = tl.load(statistics + places, mask=mask, other=-1e30)
+    totals = tl.load(statistics + COUNT + places, mask=mask, other=0)
+    peak = tl.max(peaks, 1)
+    total = tl.sum(totals * tl.exp2(peaks - peak[:, None]), 1)
+    return tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1)), 0)
+
+
+@triton.jit
+def _choose(
+    logits, lse, blocks, current,
+    SCORED: tl.constexpr, SLOTS: tl.constexpr, NUM_BLOCKS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """int32 `[SLOTS]`, the blocks that a query of block `current` selects, in no order, then -1.
 
-    A block's rank is its score, which is not negative, then its number: as whole numbers they have one order, in which
-    no two are equal.
+    A block's rank is its score, which is not negative, NaN above all, then its number: as whole numbers they have one
+    order, in which no two are equal.
     """
     slot, row = tl.arange(0, SLOTS), tl.arange(0, lse.shape[0])
     free_slots = NUM_BLOCKS - _FORCED
@@ -150,9 +161,9 @@ def _choose(logits, lse, exists, blocks, current, SLOTS: tl.constexpr, NUM_BLOCK
         block = first + tl.arange(0, CHUNK)
         free = block < current - 1
         places = row.to(tl.int64)[:, None] * blocks + block[None, :]
-        x = tl.load(logits + places, mask=exists[:, None] & free[None, :], other=float("-inf"))
+        x = tl.load(logits + places, mask=(row < SCORED)[:, None] & free[None, :], other=float("-inf"))
         score = tl.sum(tl.exp2(x - lse[:, None]), 0)
-        rank = (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) + (_LAST_BLOCK - block)
+        rank = ((score.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int64) << 32) + (_LAST_BLOCK - block)
         rank = tl.where(free, rank, _NO_KEY)
         least, top = tl.min(best, 0), tl.max(rank, 0)
         while top > least:
@@ -182,17 +193,10 @@ def _attend_selected(
     position = tl.load(positions + sequence).to(tl.int32)
 
     COUNT: tl.constexpr = FIRST + SCORED
-    row, each = tl.arange(0, SCORED_ROWS), tl.arange(0, MEAN_SPLITS)
-    exists = row < SCORED
-    mask = exists[:, None] & (each < mean_splits)[None, :]
-    places = (pair * splits + each)[None, :] * 2 * COUNT + FIRST + row[:, None]
-    peaks = tl.load(statistics + places, mask=mask, other=-1e30)
-    totals = tl.load(statistics + COUNT + places, mask=mask, other=0)
-    peak = tl.max(peaks, 1)
-    total = tl.sum(totals * tl.exp2(peaks - peak[:, None]), 1)
-    lse = peak + tl.log2(tl.where(total > 0, total, 1))
+    means = statistics + pair * splits * 2 * COUNT + FIRST
+    lse = _lse(means, mean_splits, SCORED, SCORED_ROWS, COUNT, MEAN_SPLITS)
     chosen = _choose(
-        logits + pair * SCORED * blocks, lse, exists, blocks, position // BLOCK, SLOTS, NUM_BLOCKS, CHUNK
+        logits + pair * SCORED * blocks, lse, blocks, position // BLOCK, SCORED, SLOTS, NUM_BLOCKS, CHUNK
     )  # fmt: skip
 
     column, row = tl.arange(0, WIDTH), tl.arange(0, ROWS)
@@ -334,7 +338,8 @@ def native_sparse_attention_step(
     _attend_split[before * heads * count](
         q, queries, k, v, cached_k, cached_v, mean_k, mean_v, positions, logits, parts, statistics, splits,
         mean_splits, window_splits, heads, capacity, blocks, window_size, scale, **rows, FIRST=first, SCORED=scored,
-        ROWS=tile_width(first + scored), BLOCK=cache.block_size, SLOTS=_SLOTS, PRECISION=precision,
+        ROWS=tile_width(first + scored), BLOCK=cache.block_size, STEPS=cache.block_size.bit_length() - 1, SLOTS=_SLOTS,
+        PRECISION=precision,
         STAGES=3 if head_dim <= 128 else 2, num_warps=4,
     )  # fmt: skip
     _attend_selected[selected_splits * heads * count](

@@ -5,9 +5,9 @@
                       + the gradient of its block's mean / block_size (`compressed_gradient_kernel`)
 
 The last two sum items of bounded work into fp32 rows that the first adds up in a fixed order. As
-`softmax_gradients.key_step`, with a branch's gate in its log-denominators (`triton_query_gradient.prepare_kernel`):
-log-denominators `total_…` and
-`delta_…` are fp32 `[tokens, query_heads]`. Partial sums of dk leave out the softmax's scale.
+`softmax_gradients.key_step`, with a branch's gate in its log-denominators (`triton_query_gradient.prepare_kernel`).
+`statistics` are fp32 `[tokens, query_heads, 2]` of a branch: these, and deltas. q and do are contiguous. Partial sums of
+dk leave out the softmax's scale.
 """
 
 from __future__ import annotations
@@ -16,70 +16,56 @@ import triton
 import triton.language as tl
 
 from megahybrid_kernels.launch import kernel
+from megahybrid_kernels.native_sparse_attention.triton_query_gradient import load_statistics
 from megahybrid_kernels.rows import load_all_rows, load_rows
 from megahybrid_kernels.softmax_gradients import key_step
 
+
 @triton.jit
-def _load_queries(
-    q, do, token, member, inside, q_stride, q_head_stride, query_heads,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Rows of q and do, and where the rows' statistics lie."""
-    q_rows = token.to(tl.int64) * q_stride + member.to(tl.int64) * q_head_stride
-    places = token.to(tl.int64) * query_heads + member
-    column = tl.arange(0, WIDTH)
-    q += q_rows[:, None] + column[None, :]
-    do += (places * HEAD_DIM)[:, None] + column[None, :]
-    if MASKED:
-        mask = inside[:, None] & (column < HEAD_DIM)[None, :]
-        return tl.load(q, mask=mask, other=0), tl.load(do, mask=mask, other=0), places
-    if WIDTH != HEAD_DIM:
-        mask = (column < HEAD_DIM)[None, :]
-        return tl.load(q, mask=mask, other=0), tl.load(do, mask=mask, other=0), places
-    return tl.load(q), tl.load(do), places
+def _query_places(head, heads, QUERIES: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr):
+    """Of each row of a step: its number among the step's tokens, its place in `[tokens, query_heads]` from its token's
+    first on, and whether there is such a head."""
+    row = tl.arange(0, QUERIES * HEADS)
+    return row // HEADS, head * GROUPS + row % HEADS, row % HEADS < GROUPS
 
 
 @triton.jit
-def _load_statistics(log_total, delta, places, inside, MASKED: tl.constexpr):
-    """A row outside gets p = 0."""
+def _load_queries(q, do, places, inside, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     if MASKED:
         return (
-            tl.load(log_total + places, mask=inside, other=float("inf")),
-            tl.load(delta + places, mask=inside, other=0),
+            load_rows(q, places, inside, HEAD_DIM, 0, HEAD_DIM, WIDTH),
+            load_rows(do, places, inside, HEAD_DIM, 0, HEAD_DIM, WIDTH),
         )
-    return tl.load(log_total + places), tl.load(delta + places)
+    return (
+        load_all_rows(q, places, HEAD_DIM, HEAD_DIM, WIDTH),
+        load_all_rows(do, places, HEAD_DIM, HEAD_DIM, WIDTH),
+    )
 
 
 @triton.jit
 def _rows_step(
-    dk, dv, k, v, token, member, inside, visible, q, do, log_total, delta, q_stride, q_head_stride, query_heads, scale,
+    dk, dv, k, v, places, inside, visible, q, do, statistics, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr, SEEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`key_step` of one branch for these rows: MASKED where some may be outside, SEEN where all that are inside see
     every key."""
-    q_tile, do_tile, places = _load_queries(
-        q, do, token, member, inside, q_stride, q_head_stride, query_heads, HEAD_DIM, WIDTH, MASKED
-    )
-    row_total, row_delta = _load_statistics(log_total, delta, places, inside, MASKED)
+    q_tile, do_tile = _load_queries(q, do, places, inside, HEAD_DIM, WIDTH, MASKED)
+    row_total, row_delta = load_statistics(statistics, places, inside, MASKED)
     return key_step(dk, dv, k, v, q_tile, do_tile, row_total, row_delta, visible, scale, not SEEN, PRECISION)
 
 
 @triton.jit
 def _band_step(
-    dk, dv, k, v, j, token, member, inside, window, q, do, total_selected, delta_selected, total_window,
-    delta_window, q_stride, q_head_stride, query_heads, scale,
+    dk, dv, k, v, distance, window, places, inside, q, do, selected_statistics, window_statistics, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The selected and the window branch at once, for rows in the keys' block or in the next, which select it."""
-    q_tile, do_tile, places = _load_queries(
-        q, do, token, member, inside, q_stride, q_head_stride, query_heads, HEAD_DIM, WIDTH, True
-    )
+    """The selected and the window branch at once; `distance` from keys to rows, which select the keys' block."""
+    q_tile, do_tile = _load_queries(q, do, places, inside, HEAD_DIM, WIDTH, True)
     logits = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION) * scale
-    causal = j[:, None] <= token[None, :]
-    selected_total, selected_delta = _load_statistics(total_selected, delta_selected, places, inside, True)
-    window_total, window_delta = _load_statistics(total_window, delta_window, places, inside, True)
-    p_selected = tl.where(causal, tl.exp2(logits - selected_total[None, :]), 0.0)
-    in_window = causal & (token[None, :] < j[:, None] + window)
+    selected_total, selected_delta = load_statistics(selected_statistics, places, inside, True)
+    window_total, window_delta = load_statistics(window_statistics, places, inside, True)
+    p_selected = tl.where(distance >= 0, tl.exp2(logits - selected_total[None, :]), 0.0)
+    in_window = (distance >= 0) & (distance < window)
     p_window = tl.where(in_window, tl.exp2(logits - window_total[None, :]), 0.0)
     dv = tl.dot((p_selected + p_window).to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(do_tile), input_precision=PRECISION)
@@ -96,24 +82,24 @@ def _store_partial(partial, rows, x, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
 
 @kernel
 def selected_gradient_kernel(
-    q, k, v, do, dk_partial, dv_partial, log_total, delta, pairs, pair_first, item_first, item_block, block_firsts,
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, blocks, items, pair_count, scale,
+    q, k, v, do, dk_partial, dv_partial, statistics, pairs, pair_first, item_first, item_block, block_firsts,
+    k_stride, k_head_stride, v_stride, v_head_stride, blocks, items, pair_count, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr, ITEM: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+    ITEM: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What KEYS keys of a block get from at most ITEM of the tokens that select it from afar: one item of `Pairs`.
 
     dk_partial, dv_partial: fp32 `[kv_heads, items, BLOCK, HEAD_DIM]`.
     """
     PARTS: tl.constexpr = BLOCK // KEYS
-    ROWS: tl.constexpr = QUERIES * HEADS
     program = tl.program_id(0) // PARTS
     item, head = program % items, (program // items).to(tl.int64)
-    query_heads = tl.num_programs(0) // PARTS // items * GROUPS
+    heads = tl.num_programs(0) // PARTS // items
+    query_heads = heads * GROUPS
     block = tl.load(item_block + head * items + item)
     if block < blocks:
-        number = item - tl.load(item_first + head * (blocks + 1) + block)
-        begin = tl.load(pair_first + head * (blocks + 1) + block) + number * ITEM
+        cut = item - tl.load(item_first + head * (blocks + 1) + block)
+        begin = tl.load(pair_first + head * (blocks + 1) + block) + cut * ITEM
         end = tl.load(pair_first + head * (blocks + 1) + block + 1)
         count = tl.minimum(end - begin, ITEM).to(tl.int32)
         pairs += head * pair_count + begin
@@ -121,28 +107,26 @@ def selected_gradient_kernel(
         j = tl.load(block_firsts + block) + part
         k_tile = load_all_rows(k + head * k_head_stride, j, k_stride, HEAD_DIM, WIDTH)
         v_tile = load_all_rows(v + head * v_head_stride, j, v_stride, HEAD_DIM, WIDTH)
-        log_total += head * GROUPS
-        delta += head * GROUPS
-        q += head * GROUPS * q_head_stride
-        do += head * (GROUPS * HEAD_DIM)
-        row = tl.arange(0, ROWS)
-        member = row % HEADS
+        number, place, exists = _query_places(head, heads, QUERIES, GROUPS, HEADS)
         dk = tl.zeros([KEYS, WIDTH], tl.float32)
         dv = tl.zeros([KEYS, WIDTH], tl.float32)
         full = count // QUERIES * QUERIES
+        # Loaded a step ahead of the rows whose addresses it gives.
+        token = tl.load(pairs + number, mask=number < count, other=0)
         for n in tl.range(0, full, QUERIES):
-            token = (tl.load(pairs + n + row // HEADS) // NUM_BLOCKS).to(tl.int32)
-            inside = member < GROUPS
+            places = token.to(tl.int64) * query_heads + place
+            following = n + QUERIES + number
+            token = tl.load(pairs + following, mask=following < count, other=0)
             dk, dv = _rows_step(
-                dk, dv, k_tile, v_tile, token, member, inside, inside, q, do, log_total, delta, q_stride,
-                q_head_stride, query_heads, scale, HEAD_DIM, WIDTH, GROUPS != HEADS, True, PRECISION,
+                dk, dv, k_tile, v_tile, places, exists, exists, q, do, statistics, scale,
+                HEAD_DIM, WIDTH, GROUPS != HEADS, True, PRECISION,
             )  # fmt: skip
         for n in tl.range(full, count, QUERIES):
-            inside = (member < GROUPS) & (n + row // HEADS < count)
-            token = (tl.load(pairs + n + row // HEADS, mask=inside, other=0) // NUM_BLOCKS).to(tl.int32)
+            inside = exists & (n + number < count)
+            places = token.to(tl.int64) * query_heads + place
             dk, dv = _rows_step(
-                dk, dv, k_tile, v_tile, token, member, inside, inside, q, do, log_total, delta, q_stride,
-                q_head_stride, query_heads, scale, HEAD_DIM, WIDTH, True, True, PRECISION,
+                dk, dv, k_tile, v_tile, places, inside, inside, q, do, statistics, scale,
+                HEAD_DIM, WIDTH, True, True, PRECISION,
             )  # fmt: skip
         rows = (head * items + item) * BLOCK + part
         _store_partial(dk_partial, rows, dk, HEAD_DIM, WIDTH)
@@ -157,8 +141,8 @@ def part_tokens(length, PART: tl.constexpr, MOST_PARTS: tl.constexpr):
 
 @kernel
 def compressed_gradient_kernel(
-    q, pooled_k, pooled_v, do, dk_partial, dv_partial, log_total, delta, begins, ends, blocks_before, tile_firsts,
-    item_first, item_tile, q_stride, q_head_stride, items, scale,
+    q, pooled_k, pooled_v, do, dk_partial, dv_partial, statistics, begins, ends, blocks_before, tile_firsts,
+    item_first, item_tile, items, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
     POOLED: tl.constexpr, PART: tl.constexpr, MOST_PARTS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -169,7 +153,6 @@ def compressed_gradient_kernel(
     Rows of means that do not exist, and items before the first token that sees their means, are left as they are.
     """
     PARTS: tl.constexpr = POOLED // KEYS
-    ROWS: tl.constexpr = QUERIES * HEADS
     program = tl.program_id(0) // PARTS
     item, head = program % items, (program // items).to(tl.int64)
     heads = tl.num_programs(0) // PARTS // items
@@ -194,27 +177,21 @@ def compressed_gradient_kernel(
         seen = begin + tl.minimum(first + KEYS, complete) * BLOCK - 1
         inner = tl.minimum(i0 + tl.cdiv(tl.maximum(seen - i0, 0), QUERIES) * QUERIES, i1)
         inner_end = inner + (i1 - inner) // QUERIES * QUERIES
-        log_total += head * GROUPS
-        delta += head * GROUPS
-        q += head * GROUPS * q_head_stride
-        do += head * (GROUPS * HEAD_DIM)
-        row = tl.arange(0, ROWS)
-        member = row % HEADS
+        number, place, exists = _query_places(head, heads, QUERIES, GROUPS, HEADS)
         dk = tl.zeros([KEYS, WIDTH], tl.float32)
         dv = tl.zeros([KEYS, WIDTH], tl.float32)
         for i in tl.range(inner, inner_end, QUERIES):
-            inside = member < GROUPS
+            places = (i + number).to(tl.int64) * query_heads + place
             dk, dv = _rows_step(
-                dk, dv, k_tile, v_tile, i + row // HEADS, member, inside, inside, q, do, log_total, delta, q_stride,
-                q_head_stride, query_heads, scale, HEAD_DIM, WIDTH, GROUPS != HEADS, True, PRECISION,
+                dk, dv, k_tile, v_tile, places, exists, exists, q, do, statistics, scale,
+                HEAD_DIM, WIDTH, GROUPS != HEADS, True, PRECISION,
             )  # fmt: skip
         for step in tl.range(i0, i1 - (inner_end - inner), QUERIES):
-            token = tl.where(step < inner, step, step + inner_end - inner) + row // HEADS
-            inside = (member < GROUPS) & (token < i1)
-            visible = token[None, :] >= lower[:, None]
+            token = tl.where(step < inner, step, step + inner_end - inner) + number
+            places = token.to(tl.int64) * query_heads + place
             dk, dv = _rows_step(
-                dk, dv, k_tile, v_tile, token, member, inside, visible, q, do, log_total, delta, q_stride,
-                q_head_stride, query_heads, scale, HEAD_DIM, WIDTH, True, False, PRECISION,
+                dk, dv, k_tile, v_tile, places, exists & (token < i1), token[None, :] >= lower[:, None], q, do,
+                statistics, scale, HEAD_DIM, WIDTH, True, False, PRECISION,
             )  # fmt: skip
         rows = (head * items + item) * POOLED + tl.program_id(0) % PARTS * KEYS + tl.arange(0, KEYS)
         _store_partial(dk_partial, rows, dk, HEAD_DIM, WIDTH)
@@ -223,20 +200,20 @@ def compressed_gradient_kernel(
 
 @triton.jit
 def _pooled_gradient(
-    partial, head, items, first_item, first_part, parts, place,
+    partial, head, items, first_item, first_part, parts, slot,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, POOLED: tl.constexpr, MOST_PARTS: tl.constexpr,
 ):  # fmt: skip
     """`[WIDTH]`: one mean's rows of partial sums, added up."""
     part, column = tl.arange(0, MOST_PARTS), tl.arange(0, WIDTH)
-    rows = (head * items + first_item + part) * POOLED + place
+    rows = (head * items + first_item + part) * POOLED + slot
     mask = ((part >= first_part) & (part < parts))[:, None] & (column < HEAD_DIM)[None, :]
     return tl.sum(tl.load(partial + rows[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0), 0)
 
 
 @kernel
 def key_gradient_kernel(
-    q, k, v, do, dk, dv, selected_dk, selected_dv, pooled_dk, pooled_dv, total_selected, delta_selected, total_window, delta_window, begins, ends, block_firsts,
-    pair_item_first, pooled_tiles_before, pooled_item_first, q_stride, q_head_stride, k_stride, k_head_stride, v_stride,
+    q, k, v, do, dk, dv, selected_dk, selected_dv, pooled_dk, pooled_dv, selected_statistics, window_statistics, begins, ends, block_firsts,
+    pair_item_first, pooled_tiles_before, pooled_item_first, k_stride, k_head_stride, v_stride,
     v_head_stride, blocks, pair_items, pooled_items, window, scale, softmax_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
     POOLED: tl.constexpr, PART: tl.constexpr, MOST_PARTS: tl.constexpr, KEYS: tl.constexpr, POOLED_KEYS: tl.constexpr,
@@ -248,7 +225,6 @@ def key_gradient_kernel(
     which every selection holds.
     """
     PARTS: tl.constexpr = BLOCK // KEYS
-    ROWS: tl.constexpr = QUERIES * HEADS
     program = tl.program_id(0) // PARTS
     block, head = program % blocks, (program // blocks).to(tl.int64)
     heads = tl.num_programs(0) // PARTS // blocks
@@ -262,39 +238,31 @@ def key_gradient_kernel(
     if j0 < end:
         k_tile = load_rows(k + head * k_head_stride, j.to(tl.int64), exists, k_stride, 0, HEAD_DIM, WIDTH)
         v_tile = load_rows(v + head * v_head_stride, j.to(tl.int64), exists, v_stride, 0, HEAD_DIM, WIDTH)
-        total_selected += head * GROUPS
-        delta_selected += head * GROUPS
-        total_window += head * GROUPS
-        delta_window += head * GROUPS
-        q += head * GROUPS * q_head_stride
-        do += head * (GROUPS * HEAD_DIM)
-        row = tl.arange(0, ROWS)
-        member = row % HEADS
+        number, place, some = _query_places(head, heads, QUERIES, GROUPS, HEADS)
         dk_acc = tl.zeros([KEYS, WIDTH], tl.float32)
         dv_acc = tl.zeros([KEYS, WIDTH], tl.float32)
         band_end = tl.minimum(row0 + 2 * BLOCK, end)
         for i in tl.range(j0, band_end, QUERIES):
-            token = i + row // HEADS
-            inside = (member < GROUPS) & (token < band_end)
+            token = i + number
             dk_acc, dv_acc = _band_step(
-                dk_acc, dv_acc, k_tile, v_tile, j, token, member, inside, window, q, do, total_selected,
-                delta_selected, total_window, delta_window, q_stride, q_head_stride, query_heads, scale, HEAD_DIM, WIDTH, PRECISION,
+                dk_acc, dv_acc, k_tile, v_tile, token[None, :] - j[:, None], window,
+                token.to(tl.int64) * query_heads + place, some & (token < band_end), q, do, selected_statistics,
+                window_statistics, scale, HEAD_DIM, WIDTH, PRECISION,
             )  # fmt: skip
         i1 = tl.minimum(j0 + KEYS - 1 + window, end)
         inner_end = band_end + tl.maximum(tl.minimum(j0 + window, end) - band_end, 0) // QUERIES * QUERIES
         for i in tl.range(band_end, inner_end, QUERIES):
-            inside = member < GROUPS
+            places = (i + number).to(tl.int64) * query_heads + place
             dk_acc, dv_acc = _rows_step(
-                dk_acc, dv_acc, k_tile, v_tile, i + row // HEADS, member, inside, inside, q, do, total_window, delta_window,
-                q_stride, q_head_stride, query_heads, scale, HEAD_DIM, WIDTH, GROUPS != HEADS, True, PRECISION,
+                dk_acc, dv_acc, k_tile, v_tile, places, some, some, q, do, window_statistics, scale,
+                HEAD_DIM, WIDTH, GROUPS != HEADS, True, PRECISION,
             )  # fmt: skip
         for i in tl.range(inner_end, i1, QUERIES):
-            token = i + row // HEADS
-            inside = (member < GROUPS) & (token < i1)
-            visible = token[None, :] < j[:, None] + window
+            token = i + number
+            places = token.to(tl.int64) * query_heads + place
             dk_acc, dv_acc = _rows_step(
-                dk_acc, dv_acc, k_tile, v_tile, token, member, inside, visible, q, do, total_window, delta_window,
-                q_stride, q_head_stride, query_heads, scale, HEAD_DIM, WIDTH, True, False, PRECISION,
+                dk_acc, dv_acc, k_tile, v_tile, places, some & (token < i1), token[None, :] - j[:, None] < window, q, do,
+                window_statistics, scale, HEAD_DIM, WIDTH, True, False, PRECISION,
             )  # fmt: skip
 
         column = tl.arange(0, WIDTH)
@@ -312,12 +280,32 @@ def key_gradient_kernel(
             first_pooled_item = tl.load(pooled_item_first + tile)
             # The parts from the first token on that sees one of the means that were summed together.
             first_part = ((n // POOLED_KEYS * POOLED_KEYS + 1) * BLOCK - 1) // size
-            parts, place = tl.cdiv(end - begin, size), n % POOLED
+            parts, slot = tl.cdiv(end - begin, size), n % POOLED
             dk_pooled = _pooled_gradient(
-                pooled_dk, head, pooled_items, first_pooled_item, first_part, parts, place, HEAD_DIM, WIDTH, POOLED, MOST_PARTS
+                pooled_dk,
+                head,
+                pooled_items,
+                first_pooled_item,
+                first_part,
+                parts,
+                slot,
+                HEAD_DIM,
+                WIDTH,
+                POOLED,
+                MOST_PARTS,
             )
             dv_pooled = _pooled_gradient(
-                pooled_dv, head, pooled_items, first_pooled_item, first_part, parts, place, HEAD_DIM, WIDTH, POOLED, MOST_PARTS
+                pooled_dv,
+                head,
+                pooled_items,
+                first_pooled_item,
+                first_part,
+                parts,
+                slot,
+                HEAD_DIM,
+                WIDTH,
+                POOLED,
+                MOST_PARTS,
             )
             dk_acc += dk_pooled[None, :] / BLOCK
             dv_acc += dv_pooled[None, :] / BLOCK

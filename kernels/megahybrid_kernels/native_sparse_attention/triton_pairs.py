@@ -28,14 +28,13 @@ class Pairs(NamedTuple):
     """Far pairs of each KV head. Blocks are numbered over all documents.
 
     Attributes:
-        entries: int64 `[kv_heads, tokens * num_blocks]`, far pairs by block and token, then all others; `token *
-            num_blocks + slot` of the selection.
-        first: int64 `[kv_heads, blocks + 1]`, where each block's pairs begin in `entries`.
+        tokens: int32 `[kv_heads, tokens * num_blocks]`, those of far pairs by block and token, then all others'.
+        first: int64 `[kv_heads, blocks + 1]`, where each block's pairs begin in `tokens`.
         item_first: int32 `[kv_heads, blocks + 1]`, items before each block.
         item_block: int32 `[kv_heads, items]`, each item's block; `blocks` beyond the last item.
     """
 
-    entries: Tensor
+    tokens: Tensor
     first: Tensor
     item_first: Tensor
     item_block: Tensor
@@ -87,7 +86,7 @@ def far_pairs(selection: Tensor, sequences: Sequences, block_size: int) -> Pairs
         selection, keys, sequences.begins, blocks.before, tokens, blocks.count,
         NUM_BLOCKS=num_blocks, SLOTS=next_power_of_2(num_blocks), BLOCK=block_size, TOKENS=64,
     )  # fmt: skip
-    keys, entries = keys.sort(dim=1, stable=True)
+    keys, places = keys.sort(dim=1, stable=True)
     borders = torch.arange(blocks.count + 1, dtype=dtype, device=keys.device).expand(heads, -1).contiguous()
     first = torch.searchsorted(keys, borders)
     ends = ((first.diff(dim=1) + ITEM - 1) // ITEM).cumsum(1, dtype=torch.int32)
@@ -95,7 +94,7 @@ def far_pairs(selection: Tensor, sequences: Sequences, block_size: int) -> Pairs
     # Two of a token's blocks are near it; each block's last item may be short.
     items = torch.arange(blocks.count + tokens * (num_blocks - 2) // ITEM, dtype=torch.int32, device=keys.device)
     item_block = torch.searchsorted(ends, items.expand(heads, -1).contiguous(), right=True, out_int32=True)
-    return Pairs(entries, first, item_first, item_block)
+    return Pairs((places // num_blocks).to(torch.int32), first, item_first, item_block)
 
 
 def _part(length):
@@ -110,6 +109,10 @@ def pooled_items(sequences: Sequences, block_size: int) -> PooledItems:
     lengths = (sequences.ends - sequences.begins)[tiles.firsts]
     parts = (lengths + _part(lengths) - 1) // _part(lengths)
     ends = parts.cumsum(0, dtype=torch.int32)
-    total = sum(n * cdiv(length, span) * cdiv(length, _part(length)) for length, n in Counter(sequences.lengths).items())
+    total = sum(
+        n * cdiv(length, span) * cdiv(length, _part(length)) for length, n in Counter(sequences.lengths).items()
+    )
     items = torch.arange(total, dtype=torch.int32, device=ends.device)
-    return PooledItems(tiles.firsts, tiles.before, ends - parts, torch.searchsorted(ends, items, right=True, out_int32=True))
+    return PooledItems(
+        tiles.firsts, tiles.before, ends - parts, torch.searchsorted(ends, items, right=True, out_int32=True)
+    )

@@ -15,7 +15,7 @@ from megahybrid_kernels.sequences import Sequences
 
 @triton.jit
 def mean_of_rows(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, STEPS: tl.constexpr):
-    """fp32 `[WIDTH]` of `[ROWS, WIDTH]`, ROWS = 2 ** STEPS, summed as `reference.pool` does: halves onto each other.
+    """fp32 `[WIDTH]` of `[ROWS, WIDTH]`, ROWS = 2 ** STEPS, summed as `pooling.pool` does: halves onto each other.
 
     So the bits depend on no layout, and decoding finds those of training.
     """

@@ -20,7 +20,7 @@ from megahybrid_kernels.softmax_gradients import query_step
 
 @triton.jit
 def _prepare_branch(
-    do, o, lse, gates, dgates, log_total, delta, row, inside, BRANCH: tl.constexpr,
+    do, o, lse, gates, dgates, statistics, row, inside, BRANCH: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     o_tile = load_rows(o, row, inside, HEAD_DIM, 0, HEAD_DIM, WIDTH)
@@ -28,34 +28,48 @@ def _prepare_branch(
     gate = tl.load(gates + row * 3 + BRANCH, mask=inside, other=1).to(tl.float32)
     total = tl.load(lse + row, mask=inside, other=0) - tl.log2(gate)
     tl.store(dgates + row * 3 + BRANCH, dgate.to(dgates.dtype.element_ty), mask=inside)
-    tl.store(delta + row, dgate, mask=inside)
-    tl.store(log_total + row, total, mask=inside)
+    tl.store(statistics + row[:, None] * 2 + tl.arange(0, 2)[None, :], tl.join(total, dgate), mask=inside[:, None])
 
 
 @kernel
 def prepare_kernel(
     do, o_compressed, o_selected, o_window, lse_compressed, lse_selected, lse_window, gates, dgates,
-    total_compressed, total_selected, total_window, delta_compressed, delta_selected, delta_window, rows,
+    statistics_compressed, statistics_selected, statistics_window, rows,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dgates, and of each branch fp32 log-denominators with its gate, and deltas, for the kernels after it.
+    """dgates, and of each branch fp32 `[rows, 2]` for the kernels after it: log-denominator with its gate, and delta.
 
-    All contiguous; `rows` are pairs of a token and a query head. A gate of 0 makes a log-denominator inf.
+    All contiguous; rows are pairs of a token and a query head. A gate of 0 makes a log-denominator inf.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     do_tile = load_rows(do, row, inside, HEAD_DIM, 0, HEAD_DIM, WIDTH).to(tl.float32)
     _prepare_branch(
-        do_tile, o_compressed, lse_compressed, gates, dgates, total_compressed, delta_compressed, row, inside, 0,
+        do_tile, o_compressed, lse_compressed, gates, dgates, statistics_compressed, row, inside, 0,
         HEAD_DIM, WIDTH,
     )  # fmt: skip
     _prepare_branch(
-        do_tile, o_selected, lse_selected, gates, dgates, total_selected, delta_selected, row, inside, 1,
+        do_tile, o_selected, lse_selected, gates, dgates, statistics_selected, row, inside, 1,
         HEAD_DIM, WIDTH,
     )  # fmt: skip
     _prepare_branch(
-        do_tile, o_window, lse_window, gates, dgates, total_window, delta_window, row, inside, 2, HEAD_DIM, WIDTH
+        do_tile, o_window, lse_window, gates, dgates, statistics_window, row, inside, 2, HEAD_DIM, WIDTH
     )  # fmt: skip
+
+
+@triton.jit
+def load_statistics(statistics, places, inside, MASKED: tl.constexpr):
+    """Log-denominator and delta of each row; a row outside gets p = 0.
+
+    Loaded as one tile, Triton copies each of them once; as two vectors, once for every thread that reads them.
+    """
+    which = tl.arange(0, 2)
+    pointers = statistics + places[:, None] * 2 + which[None, :]
+    if MASKED:
+        pair = tl.load(pointers, mask=inside[:, None], other=tl.where(which == 0, float("inf"), 0.0)[None, :])
+    else:
+        pair = tl.load(pointers)
+    return tl.split(pair)
 
 
 @triton.jit
@@ -74,8 +88,7 @@ def _band_step(
 
 @kernel
 def query_gradient_kernel(
-    q, k, v, pooled_k, pooled_v, do, dq, total_compressed, total_selected, total_window, delta_compressed, delta_selected,
-    delta_window, blocks, members, counts, firsts, begins, ends, blocks_before,
+    q, k, v, pooled_k, pooled_v, do, dq, statistics_compressed, statistics_selected, statistics_window, blocks, members, counts, firsts, begins, ends, blocks_before,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, heads, window, scale, softmax_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK: tl.constexpr, CAPACITY: tl.constexpr, STEP: tl.constexpr, POOLED_STEP: tl.constexpr, PRECISION: tl.constexpr,
@@ -94,8 +107,7 @@ def query_gradient_kernel(
     q_tile = load_queries(q, token, 0, query_head, inside, q_stride, q_head_stride, HEAD_DIM, WIDTH)
     do_tile = load_rows(do, row, inside, HEAD_DIM, 0, HEAD_DIM, WIDTH)
     # Rows that do not exist get p = 0.
-    selected_total = tl.load(total_selected + row, mask=inside, other=float("inf"))
-    selected_delta = tl.load(delta_selected + row, mask=inside, other=0)
+    selected_total, selected_delta = load_statistics(statistics_selected, row, inside, True)
     pooled_stride = heads * HEAD_DIM
     first_pooled = (tl.load(blocks_before + i0).to(tl.int64) * heads + head) * HEAD_DIM
     pooled_k += first_pooled
@@ -121,8 +133,7 @@ def query_gradient_kernel(
             acc, q_tile, do_tile, k_tile, v_tile, row_total, selected_delta, unmasked, scale, False, PRECISION
         )  # fmt: skip
 
-    window_total = tl.load(total_window + row, mask=inside, other=float("inf"))
-    window_delta = tl.load(delta_window + row, mask=inside, other=0)
+    window_total, window_delta = load_statistics(statistics_window, row, inside, True)
     band = tl.maximum(current - 1, 0) * BLOCK
     first = tl.minimum(tl.maximum(i0 - begin - window + 1, 0) // STEP * STEP, band)
     inner = tl.minimum(tl.cdiv(tl.maximum(last - window + 1, 0), STEP) * STEP, band)
@@ -150,8 +161,7 @@ def query_gradient_kernel(
             selected_total, selected_delta, window_total, window_delta, scale, PRECISION,
         )  # fmt: skip
 
-    pooled_total = tl.load(total_compressed + row, mask=inside, other=float("inf"))
-    pooled_delta = tl.load(delta_compressed + row, mask=inside, other=0)
+    pooled_total, pooled_delta = load_statistics(statistics_compressed, row, inside, True)
     pooled_lane = tl.arange(0, POOLED_STEP)
     # All rows see the blocks before their own; their own is complete for its last token alone.
     inner = current // POOLED_STEP * POOLED_STEP

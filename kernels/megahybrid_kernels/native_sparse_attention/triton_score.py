@@ -24,8 +24,8 @@ from megahybrid_kernels.sequences import Sequences
 
 # Forced: the first block, the query's own and the one before it.
 _FORCED = 3
-# Scores that are held at once: 128 MiB.
-_SCORES = 2**25
+# Scores that are held at once: 128 MiB, or so many of each token and head where that is more.
+_SCORES, _SCORES_EACH = 2**25, 64
 
 
 @triton.jit
@@ -239,7 +239,9 @@ def select(
     selection = torch.empty(len(q), heads, shape.num_blocks, dtype=torch.int32, device=q.device)
     scored = needs_scores(shape, sequences)
     size, pitch = tiles.size, cdiv(max(sequences.lengths), 16 * shape.block_size) * 16 if scored else 0
-    chunk = min(count, max(1, _SCORES // (size * heads * max(pitch, 1))))
+    held = max(_SCORES, _SCORES_EACH * shape.tokens * heads)
+    # Rows of scores have numbers of 32 bits.
+    chunk = min(count, max(1, min(held // max(pitch, 1), 2**30) // (size * heads)))
     scores = torch.empty(chunk * size * heads * pitch, dtype=torch.float32, device=q.device)
     borders = (tiles.firsts, sequences.begins, sequences.ends)
     numbers = {"TOKENS": size, "BLOCK": shape.block_size, "NUM_BLOCKS": shape.num_blocks}
