@@ -89,7 +89,7 @@ class NSAKind(AttentionKind):
 
         nsa, width = model.nsa, batch.width
         (queries, keys), heads = widths(nsa, batch), nsa.num_heads / batch.ranks
-        selected = 4 * nsa.num_blocks * nsa.num_kv_heads / batch.ranks
+        selected = 4 * nsa.num_blocks * keys / nsa.head_dim
         saved = width * (5 * queries + 2 * keys * (1 + 1 / nsa.block_size)) + BRANCHES * (width + 4) * heads + selected
         tiles, parts = -(-batch.length // (POOLED * nsa.block_size)), min(PARTS, -(-batch.length // PART))
         sums = 1 + nsa.block_size * (nsa.num_blocks - 2) / ITEM + POOLED * tiles * parts / batch.length
