@@ -11,6 +11,12 @@ from megahybrid_kernels.exit_positions import NEVER, exit_positions
 from megahybrid_kernels.gated_delta_rule import gated_delta_rule
 from megahybrid_kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
 from megahybrid_kernels.lte_attention import LTECache, lte_attention, lte_attention_with_cache
+from megahybrid_kernels.native_sparse_attention import (
+    NSACache,
+    native_sparse_attention,
+    native_sparse_attention_with_cache,
+    select_blocks,
+)
 from megahybrid_kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
 from megahybrid_kernels.retention_router import (
     Dropout,
@@ -31,6 +37,7 @@ __all__ = [
     "GrowingCache",
     "KeyValueCache",
     "LTECache",
+    "NSACache",
     "RouterParameters",
     "RouterState",
     "Sequences",
@@ -46,9 +53,12 @@ __all__ = [
     "lte_attention",
     "lte_attention_with_cache",
     "margin",
+    "native_sparse_attention",
+    "native_sparse_attention_with_cache",
     "retention_logits",
     "retention_logits_streamed",
     "rms_norm",
     "rotary",
+    "select_blocks",
     "swiglu",
 ]

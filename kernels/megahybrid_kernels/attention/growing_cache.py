@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -15,11 +16,24 @@ SMALLEST_CAPACITY = 64
 
 @dataclass
 class _Room:
-    """Memory that successive caches share; `turn` is that of the one cache that may write into it."""
+    """Memory that successive caches share; `turn` is that of the one cache that may write into it.
 
-    k: Tensor
-    v: Tensor
+    Attributes:
+        rows: what is kept, keys and values first, `[sequences, kv_heads, capacity // span, head_dim]` each.
+        spans: tokens that a row of each stands for.
+    """
+
+    rows: tuple[Tensor, ...]
+    spans: tuple[int, ...]
     turn: int = 0
+
+    @property
+    def k(self) -> Tensor:
+        return self.rows[0]
+
+    @property
+    def v(self) -> Tensor:
+        return self.rows[1]
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class GrowingCache:
 
     Attributes:
         lengths: on the host, how many tokens of each sequence there are.
-        room: `k, v [sequences, kv_heads, capacity, head_dim]`, and whose turn it is.
+        room: its memory, whose `k` and `v` are `[sequences, kv_heads, capacity, head_dim]`.
         turn: this cache's.
     """
 
@@ -41,11 +55,18 @@ class GrowingCache:
 
     @classmethod
     def empty(
-        cls, count: int, heads: int, head_dim: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> GrowingCache:
-        """Cache of `count` sequences that have not begun."""
-        k = torch.zeros(count, heads, 0, head_dim, dtype=dtype, device=device)
-        return cls((0,) * count, _Room(k, torch.zeros_like(k)))
+        cls,
+        count: int,
+        heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        spans: tuple[int, ...] = (1, 1),
+    ) -> Self:
+        """Cache of `count` sequences that have not begun; `spans` of its memory."""
+        rows = tuple(torch.zeros(count, heads, 0, head_dim, dtype=dtype, device=device) for _ in spans)
+        return cls((0,) * count, _Room(rows, spans))
 
     @property
     def count(self) -> int:
@@ -80,42 +101,43 @@ class GrowingCache:
     def bytes_of(self, slots: int) -> int:
         """Bytes that so many slots take."""
         count, heads, _, head_dim = self.room.k.shape
-        return 2 * count * heads * slots * head_dim * self.room.k.element_size()
+        rows = sum(slots // span for span in self.room.spans)
+        return count * heads * rows * head_dim * self.room.k.element_size()
 
-    def append(self, k: Tensor, v: Tensor, sequences: Sequences) -> GrowingCache:
+    def append(self, k: Tensor, v: Tensor, sequences: Sequences) -> Self:
         """The cache after these tokens, k and v `[tokens, kv_heads, head_dim]`; `sequences.starts` are its lengths."""
         lengths = tuple(old + new for old, new in zip(self.lengths, sequences.lengths, strict=True))
         room = self.room if self._may_write(max(lengths), k) else self._copy(max(lengths))
         places = (sequences.index, slice(None), sequences.positions)
         room.k[places], room.v[places] = k, v
         room.turn += 1
-        return GrowingCache(lengths, room, room.turn)
+        return type(self)(lengths, room, room.turn)
 
-    def with_room(self, slots: int) -> GrowingCache:
+    def with_room(self, slots: int) -> Self:
         """This cache, in memory for at least `slots` slots into which it may write."""
-        return self if self._may_write(slots, self.room.k) else GrowingCache(self.lengths, self._copy(slots))
+        return self if self._may_write(slots, self.room.k) else type(self)(self.lengths, self._copy(slots))
 
-    def after(self, tokens: int) -> GrowingCache:
+    def after(self, tokens: int) -> Self:
         """The cache after `tokens` more of every sequence, which its memory holds already."""
         self.room.turn += 1
-        return GrowingCache(tuple(length + tokens for length in self.lengths), self.room, self.room.turn)
+        return type(self)(tuple(length + tokens for length in self.lengths), self.room, self.room.turn)
 
     def packed(self, memory: Tensor) -> Tensor:
         """`room.k` or `room.v` without what is not in use, `[tokens of all sequences, kv_heads, head_dim]`."""
         return torch.cat([row[:, :length].transpose(0, 1) for row, length in zip(memory, self.lengths, strict=True)])
 
-    def select(self, rows: Sequence[int]) -> GrowingCache:
+    def select(self, rows: Sequence[int]) -> Self:
         """The sequences `rows` alone, in this order; a sequence may come more than once."""
         index = torch.tensor(rows, dtype=torch.int64, device=self.room.k.device)
         lengths = tuple(self.lengths[row] for row in rows)
-        return GrowingCache(lengths, _Room(self.room.k.index_select(0, index), self.room.v.index_select(0, index)))
+        return type(self)(lengths, _Room(tuple(x.index_select(0, index) for x in self.room.rows), self.room.spans))
 
-    def join(self, other: GrowingCache) -> GrowingCache:
+    def join(self, other: Self) -> Self:
         """These sequences followed by those of `other`."""
         capacity = max(self.capacity, other.capacity)
         first, second = self._copy(capacity), other._copy(capacity)
-        room = _Room(torch.cat([first.k, second.k]), torch.cat([first.v, second.v]))
-        return GrowingCache(self.lengths + other.lengths, room)
+        rows = tuple(torch.cat(pair) for pair in zip(first.rows, second.rows, strict=True))
+        return type(self)(self.lengths + other.lengths, _Room(rows, self.room.spans))
 
     def _may_write(self, slots: int, k: Tensor) -> bool:
         recorded = torch.is_grad_enabled() and (k.requires_grad or self.room.k.requires_grad)
@@ -128,9 +150,9 @@ class GrowingCache:
         if slots > capacity:
             capacity = max(SMALLEST_CAPACITY, 2 * capacity, slots)
 
-        def grown(x: Tensor) -> Tensor:
-            y = x.new_zeros(*x.shape[:2], capacity, x.shape[3])
-            y[:, :, : self.slots] = x[:, :, : self.slots]
+        def grown(x: Tensor, span: int) -> Tensor:
+            y, used = x.new_zeros(*x.shape[:2], capacity // span, x.shape[3]), self.slots // span
+            y[:, :, :used] = x[:, :, :used]
             return y
 
-        return _Room(grown(self.room.k), grown(self.room.v))
+        return _Room(tuple(map(grown, self.room.rows, self.room.spans)), self.room.spans)

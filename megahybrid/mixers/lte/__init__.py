@@ -120,7 +120,7 @@ class LTEKind(AttentionKind):
         after rotation, and v, 3 w K; and the outputs of the router's convolutions, 7/4 w K. Backward: gradients of q
         and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K.
         """
-        queries, keys = widths(model, batch)
+        queries, keys = widths(model.attention, batch)
         head_dim, width = model.attention.head_dim, batch.width
         routers = sum(router_channels(head_dim)[1:]) / head_dim
         return Activations(width * (2 * queries + (3 + routers) * keys), 2 * width * (queries + keys) + 8 * keys)
@@ -128,7 +128,7 @@ class LTEKind(AttentionKind):
     def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
         from megahybrid_kernels.judging import shapes
 
-        (heads, groups, head_dim), lte = rank_heads(model, ranks), model.lte
+        (heads, groups, head_dim), lte = rank_heads(model.attention, ranks), model.lte
         limits = {"window": lte.window_size, "buffer": lte.buffer_size, "sinks": lte.sink_size}
         return [
             shapes.LTEAttention(heads, head_dim, groups, **limits, delay=lte.margin),

@@ -1,0 +1,56 @@
+"""The module of native sparse attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megahybrid.config.schema import ModelConfig
+from megahybrid.mixers.attention.module import AttentionProjections
+from megahybrid.mixers.nsa import BRANCHES, NSAKind
+from megahybrid.model.context import Aux, Context
+from megahybrid.model.mixer import Fallback
+from megahybrid.model.settings import Settings
+from megahybrid.parallel.layers import ColumnLinear
+from megahybrid_kernels.native_sparse_attention import native_sparse_attention, unsupported
+
+
+class NSAAttention(AttentionProjections):
+    """Attention to the mean of every block, to all of a few blocks, and to a window, weighed by each head's gates.
+
+    The query heads of a KV head select the same blocks, whose choice has no gradient.
+    """
+
+    section = NSAKind.section
+
+    def __init__(self, settings: Settings, layer: int):
+        super().__init__(settings, layer)
+        nsa = settings.model.nsa
+        self.limits = nsa.block_size, nsa.num_blocks, nsa.window_size
+        self.g_proj = ColumnLinear(settings.model.hidden_size, BRANCHES * nsa.num_heads, settings.projection)
+
+    def forward(self, x: Tensor, context: Context, state: None = None):
+        q, k, v, gates = self.project(x, self.g_proj)
+        q, k = self.rotate(q, context), self.rotate(k, context)
+        inputs = q, k, v, gates.unflatten(-1, (-1, BRANCHES)).sigmoid()
+        taken = context.decision.taken if context.decision else None
+        o, selection = native_sparse_attention(*inputs, context.sequences, *self.limits, taken)
+        if context.decision is not None:
+            context.decision.taken = selection
+        return self.output(o), self._seen(k, selection, context), None
+
+    def _seen(self, k: Tensor, selection: Tensor, context: Context) -> Aux | None:
+        """Whole keys: of a block that is only pooled none is seen."""
+        if context.watch is None:
+            return None
+        queries, keys = context.watch
+        block_size, _, window_size = self.limits
+        blocks = context.sequences.positions[keys] // block_size
+        return self.seen(k, context, window_size, (selection[queries] == blocks[:, None, None]).any(-1))
+
+    @classmethod
+    def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:
+        if reason := unsupported(dtype, model.nsa.head_dim, model.nsa.block_size):
+            yield Fallback("native_sparse_attention", reason, "model.nsa.head_dim")
