@@ -1,47 +1,17 @@
-"""What workers run with a kind of mixer that they alone know, letter K: sliding window attention whose KV heads tensor
-parallel ranks share where there are more of them."""
+"""What workers run where tensor parallel ranks share the KV heads of sliding window attention."""
 
 import torch
 
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.config.validate import validate
-from megahybrid.mixers import KINDS
-from megahybrid.mixers.attention import SlidingWindowKind
-from megahybrid.mixers.attention.module import SlidingWindowAttention
-from megahybrid.parallel.layers import ColumnLinear
 from tests.model import tiny
 from tests.training.steps import LENGTHS, OPTIMIZER, SAMPLES, STEPS, sample
 
 HEADS = 8
 
 
-class SharedHeads(SlidingWindowAttention):
-    def __init__(self, settings, layer):
-        super().__init__(settings, layer)
-        hidden, heads = settings.model.hidden_size, settings.model.attention.num_kv_heads
-        self.k_proj, self.v_proj = (
-            ColumnLinear(hidden, heads * self.head_dim, settings.projection, parts=heads) for _ in range(2)
-        )
-
-
-class SharedHeadsKind(SlidingWindowKind):
-    letter, title = "K", "window of shared heads"
-
-    def split(self, model):
-        return {"model.attention.num_heads": model.attention.num_heads}
-
-    def shared(self, model):
-        return {"model.attention.num_kv_heads": model.attention.num_kv_heads}
-
-    def module(self):
-        return SharedHeads
-
-
-KINDS["K"] = SharedHeadsKind()
-
-
 def config_of(kv_heads, dtype="fp32", **parallel):
-    config = tiny.config("GKK")
+    config = tiny.config("GSS")
     config.model.gdn.num_heads, config.model.attention.num_heads = 4, HEADS
     config.model.attention.num_kv_heads = kv_heads
     config.train.dtype, config.train.seq_length, config.train.global_batch_size = dtype, sum(LENGTHS), SAMPLES

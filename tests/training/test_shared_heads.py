@@ -10,7 +10,7 @@ from tests.training.conftest import RECIPE, metrics
 from tools.workers import Workers
 
 RANKS = 4
-SHARED = re.compile(r"[12]\.mixer\.[kv]_proj")  # in layers of the kind
+SHARED = re.compile(r"[12]\.mixer\.[kv]_proj")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_copies_stay_equal_in_bf16(stage, workers):
 
 def test_a_run_goes_on_with_other_numbers_of_ranks(workers, text, prepared, tmp_path):
     recipe, found = tmp_path / "recipe.yaml", {}
-    content = RECIPE.replace("GLSFL", "GKK").replace("num_heads: 4, head_dim: 8, w", "num_heads: 8, num_kv_heads: 2, w")
+    content = RECIPE.replace("GLSFL", "GSS").replace("num_heads: 4, head_dim: 8, w", "num_heads: 8, num_kv_heads: 2, w")
     for name, sizes in (("alone", [1]), ("moving", [4, 1, 4, 2])):
         recipe.write_text(content.format(run=tmp_path / name, data=prepared, text=text))
         for number, size in enumerate(sizes, start=1):

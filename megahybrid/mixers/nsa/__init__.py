@@ -83,7 +83,7 @@ class NSAKind(AttentionKind):
         nsa, width = model.nsa, batch.width
         queries, keys = widths(nsa, batch)
         a_head = BRANCHES * (width + 4) * nsa.num_heads / batch.ranks
-        selected = 4 * nsa.num_blocks * nsa.num_kv_heads / batch.ranks
+        selected = 4 * nsa.num_blocks * keys / nsa.head_dim
         saved = width * (5 * queries + 2 * keys * (1 + 1 / nsa.block_size)) + a_head + selected
         return Activations(saved, 2 * width * (queries + keys))
 
