@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megahybrid_kernels.backend import check_devices, unsupported_head_dims
+from megahybrid_kernels.backend import check_devices, takes_triton, unsupported_head_dims
 from megahybrid_kernels.native_sparse_attention import reference
 from megahybrid_kernels.native_sparse_attention.cache import NSACache
 from megahybrid_kernels.sequences import Sequences
@@ -57,13 +57,18 @@ def native_sparse_attention(
     """
     _check(q, k, sequences, block_size, num_blocks, (0, sequences.tokens))
     _check_values(q, k, v, gates, window_size)
-    if selection is None:
-        selection = select_blocks(q, k, sequences, block_size, num_blocks)
-    elif selection.dtype != torch.int32 or selection.shape != (*k.shape[:2], num_blocks):
+    if selection is not None and (selection.dtype, selection.shape) != (torch.int32, (*k.shape[:2], num_blocks)):
         raise ValueError(
             f"a selection is int32 {[*k.shape[:2], num_blocks]}, not {selection.dtype} {list(selection.shape)}"
         )
     check_devices(q, v, gates, selection)
+    if _takes_triton(q, k, sequences, block_size):
+        from megahybrid_kernels.native_sparse_attention import triton
+
+        sizes = (sequences, block_size, num_blocks, window_size)
+        return triton.native_sparse_attention(q, k, v, gates, *sizes, selection)
+    if selection is None:
+        selection = reference.select_blocks(q, k, sequences, block_size, num_blocks, (0, sequences.tokens))
     return reference.attend_selected(q, k, v, gates, selection, sequences, block_size, window_size), selection
 
 
@@ -94,7 +99,11 @@ def select_blocks(
     """
     rows = rows or (0, sequences.tokens)
     _check(q, k, sequences, block_size, num_blocks, rows)
-    return reference.select_blocks(q, k, sequences, block_size, num_blocks, rows)
+    if _takes_triton(q, k, sequences, block_size):
+        from megahybrid_kernels.native_sparse_attention import triton as backend
+    else:
+        backend = reference
+    return backend.select_blocks(q, k, sequences, block_size, num_blocks, rows)
 
 
 def native_sparse_attention_with_cache(
@@ -149,6 +158,10 @@ def unsupported(dtype: torch.dtype, head_dim: int, block_size: int) -> str | Non
     if block_size not in _BLOCK_SIZES:
         return f"take blocks of {', '.join(map(str, _BLOCK_SIZES))} tokens, not {block_size}"
     return unsupported_head_dims(dtype, head_dim)
+
+
+def _takes_triton(q: Tensor, k: Tensor, sequences: Sequences, block_size: int) -> bool:
+    return takes_triton(q, k, sequences.cu_seqlens) and unsupported(q.dtype, q.shape[2], block_size) is None
 
 
 def _check(q: Tensor, k: Tensor, sequences: Sequences, block_size: int, num_blocks: int, rows: tuple[int, int]) -> None:
