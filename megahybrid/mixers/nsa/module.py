@@ -10,7 +10,7 @@ from torch import Tensor
 from megahybrid.config.schema import ModelConfig
 from megahybrid.mixers.attention.module import AttentionProjections, every_position
 from megahybrid.mixers.nsa import BRANCHES, NSAKind
-from megahybrid.mixers.nsa.sharing import select_together
+from megahybrid.mixers.nsa.sharing import all_queries, select_together
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.mixer import Fallback
 from megahybrid.model.settings import Settings
@@ -44,8 +44,9 @@ class NSAAttention(AttentionProjections):
         q, k = self.rotate(q, context), self.rotate(k, context)
         inputs = q, k, v, gates.unflatten(-1, (-1, BRANCHES)).sigmoid()
         if state is not None:
+            queries = all_queries(q, self.sharers) if self.sharers > 1 else None
             o, state = native_sparse_attention_with_cache(
-                *inputs, state, context.sequences, *self.limits, in_place=context.in_place
+                *inputs, state, context.sequences, *self.limits, in_place=context.in_place, queries=queries
             )
             return self.output(o), None, state
         taken = context.decision.taken if context.decision else None
@@ -70,7 +71,7 @@ class NSAAttention(AttentionProjections):
         return NSACache.empty(sequences, heads, self.head_dim, self.limits[0], dtype=like.dtype, device=like.device)
 
     def held(self, state: NSACache) -> Tensor:
-        return every_position(state).expand(-1, self.k_proj.weight.shape[0] // self.head_dim, -1)
+        return every_position(state).expand(-1, self.counted_heads, -1)
 
     @classmethod
     def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:
