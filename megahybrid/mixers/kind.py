@@ -73,6 +73,10 @@ class Kind(ABC):
     def split(self, model: ModelConfig) -> dict[str, int]:
         """What tensor parallel ranks share evenly: the number by the configuration key that sets it."""
 
+    def shared(self, model: ModelConfig) -> dict[str, int]:
+        """Likewise, but where there are more ranks than that, as many neighbouring ones share each."""
+        return {}
+
     @abstractmethod
     def flops(self, model: ModelConfig, length: int) -> dict[str, float]:
         """FLOPs a token of the forward pass by part, averaged over a document of `length` tokens; what counts is said
