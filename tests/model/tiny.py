@@ -28,7 +28,7 @@ def config(pattern, dropout=0.0, recompute="none", train_cap=False, tie_embeddin
             gdn=GDNConfig(num_heads=2, head_dim=4, value_head_dim=6),
             attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window_size=7),
             lte=LTEConfig(window_size=7, buffer_size=5, sink_size=2, dropout=dropout, train_cap=train_cap),
-            nsa=NSAConfig(num_heads=4, num_kv_heads=2, head_dim=8, block_size=16, num_blocks=4, window_size=7),
+            nsa=NSAConfig(num_heads=4, num_kv_heads=2, head_dim=8, block_size=16, num_blocks=4, window_size=21),
         ),
         train=TrainConfig(
             seq_length=64, micro_batch_size=1, global_batch_size=1, steps=1, dtype="fp32", recompute=recompute

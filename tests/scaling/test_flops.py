@@ -100,13 +100,13 @@ def test_attention_is_averaged_over_what_each_query_sees(length):
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 80, 150])
 def test_sparse_attention_is_averaged_over_its_branches(length):
-    model, seen = derived(tiny.config("N").model), 0  # blocks of 16, of which four are selected; window 7
+    model, seen = derived(tiny.config("N").model), 0  # blocks of 16, of which four are selected; window 21
     for i in range(length):
         blocks = [range(begin, min(begin + 16, length)) for begin in range(0, i + 1, 16)]
         pooled = [block for block in blocks if len(block) == 16 and block[-1] <= i]
         # Which ones does not matter, but for its own.
         selected = blocks if len(blocks) <= 4 else [*blocks[:3], blocks[-1]]
-        window = [j for j in range(length) if 0 <= i - j < 7]
+        window = [j for j in range(length) if 0 <= i - j < 21]
         seen += len(pooled) + sum(j <= i for block in selected for j in block) + len(window)
     assert length * KINDS["N"].flops(model, length)["attention"] == pytest.approx(4 * 8 * 4 * seen)
 

@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 from megahybrid.config.schema import ModelConfig
-from megahybrid.mixers.attention.module import AttentionProjections
+from megahybrid.mixers.attention.module import AttentionProjections, every_position
 from megahybrid.mixers.nsa import BRANCHES, NSAKind
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.mixer import Fallback
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.layers import ColumnLinear
-from megahybrid_kernels.native_sparse_attention import native_sparse_attention, unsupported
+from megahybrid_kernels.native_sparse_attention import (
+    NSACache,
+    native_sparse_attention,
+    native_sparse_attention_with_cache,
+    unsupported,
+)
 
 
 class NSAAttention(AttentionProjections):
@@ -31,10 +36,15 @@ class NSAAttention(AttentionProjections):
         self.limits = nsa.block_size, nsa.num_blocks, nsa.window_size
         self.g_proj = ColumnLinear(settings.model.hidden_size, BRANCHES * nsa.num_heads, settings.projection)
 
-    def forward(self, x: Tensor, context: Context, state: None = None):
+    def forward(self, x: Tensor, context: Context, state: NSACache | None = None):
         q, k, v, gates = self.project(x, self.g_proj)
         q, k = self.rotate(q, context), self.rotate(k, context)
         inputs = q, k, v, gates.unflatten(-1, (-1, BRANCHES)).sigmoid()
+        if state is not None:
+            o, state = native_sparse_attention_with_cache(
+                *inputs, state, context.sequences, *self.limits, in_place=context.in_place
+            )
+            return self.output(o), None, state
         taken = context.decision.taken if context.decision else None
         o, selection = native_sparse_attention(*inputs, context.sequences, *self.limits, taken)
         if context.decision is not None:
@@ -49,6 +59,13 @@ class NSAAttention(AttentionProjections):
         block_size, _, window_size = self.limits
         blocks = context.sequences.positions[keys] // block_size
         return self.seen(k, context, window_size, (selection[queries] == blocks[:, None, None]).any(-1))
+
+    def initial_state(self, sequences: int) -> NSACache:
+        like, heads = self.k_proj.weight, self.k_proj.weight.shape[0] // self.head_dim
+        return NSACache.empty(sequences, heads, self.head_dim, self.limits[0], dtype=like.dtype, device=like.device)
+
+    def held(self, state: NSACache) -> Tensor:
+        return every_position(state).expand(-1, self.k_proj.weight.shape[0] // self.head_dim, -1)
 
     @classmethod
     def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:
