@@ -103,18 +103,46 @@ def test_left_padding(pattern):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_in_fp32(pattern):
+def test_in_fp32(pattern, monkeypatch):
     model, exported = pair(pattern, torch.float32)
-    nearest = [1.0]
+    nearest, margins = [1.0], [1.0]
     for block in exported.model.layers:
         if hasattr(block.mixer, "router"):
             block.mixer.router.register_forward_hook(lambda _, __, out: nearest.append(float(out[0].abs().min())))
+    selected = nsa.NSAAttention.selected
+
+    def watched(mixer, q, positions, scores, state):
+        for own in (positions[0] // mixer.block).unique().tolist():
+            free = scores[:, :, positions[0] // mixer.block == own, 1 : max(1, own - 1)].sort(-1).values
+            if own >= mixer.count:
+                margins.append(float(free.diff(dim=-1)[..., -(mixer.count - 3)].min()))
+        return selected(mixer, q, positions, scores, state)
+
+    monkeypatch.setattr(nsa.NSAAttention, "selected", watched)
     tokens = random_tokens(LENGTH)
     whole = exported(tokens[None], use_cache=False).logits[0]
     assert min(nearest) > 1e-4 / 4  # of the logit; the score's slope there is 1/4
+    assert min(margins) > 1e-4 and (len(margins) > 1) == ("N" in pattern)
     expected = expected_logits(model, tokens)
     close(whole, expected, 1e-4)
     close(in_pieces(exported, tokens[None], [33] + [1] * (LENGTH - 33))[0], expected, 1e-4)
+
+
+def test_of_equal_blocks_the_first_are_selected():
+    model, exported = pair("N")
+    for each in (model.layers["0"].mixer, exported.model.layers[0].mixer):
+        each.k_proj.weight.zero_()
+    tokens = random_tokens(LENGTH)
+    expected = expected_logits(model, tokens)
+    close(exported(tokens[None], use_cache=False).logits[0], expected)
+    close(in_pieces(exported, tokens[None], [90] + [1] * (LENGTH - 90))[0], expected)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 47, 63, 64, 65, 79, 80, 81])
+def test_borders_of_blocks(length):
+    model, exported = pair("N")
+    tokens = random_tokens(length)
+    close(exported(tokens[None], use_cache=False).logits[0], expected_logits(model, tokens))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])

@@ -51,8 +51,7 @@ class NSAAttention(Attention):
         past, count = state["k"].shape[2], k.shape[2]
         # A sequence with padding has fewer tokens than there are slots: the last slot is not its own yet.
         slots = positions.where(positions >= 0, past + count - 1)
-        last = positions.amax(1)
-        begun = (last + 1 - (positions >= 0).sum(1)).clamp(min=0) // self.block
+        begun = (positions.amax(1) + 1 - count).clamp(min=0) // self.block
         blocks = begun[:, None] + torch.arange(-(-count // self.block), device=k.device)
         after = {}
         for name, new in (("k", k), ("v", v)):
