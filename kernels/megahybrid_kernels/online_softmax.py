@@ -26,6 +26,17 @@ def softmax_step(acc, total, peak, logits, v, scale, PRECISION: tl.constexpr):
     return acc, total, new_peak
 
 
+@triton.jit
+def softmax_step_of_rows(acc, total, peak, logits, v, seen, scale, PRECISION: tl.constexpr):
+    """`softmax_step` where a row sees all of the keys or none, `seen` `[rows]`; this masks no single logit."""
+    new_peak = tl.maximum(peak, tl.where(seen, tl.max(logits, 1) * scale, float("-inf")))
+    p = tl.exp2(logits * scale - tl.where(seen, new_peak, float("inf"))[:, None])
+    shrink = tl.exp2(peak - new_peak)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, total, new_peak
+
+
 def log2_scale(head_dim: int) -> float:
     """The softmax's scale for logits in powers of two."""
     return head_dim**-0.5 * math.log2(math.e)

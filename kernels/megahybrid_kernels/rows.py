@@ -28,3 +28,21 @@ def store_rows(pointer, x, row, inside, stride, first, DIM: tl.constexpr, WIDTH:
         mask = mask & (column < DIM)[None, :]
     places = pointer + row[:, None] * stride + column[None, :]
     tl.store(places, x.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_all_rows(pointer, rows, stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """`load_rows` where all rows are inside."""
+    column = tl.arange(0, WIDTH)
+    pointers = pointer + rows.to(tl.int64)[:, None] * stride + column[None, :]
+    if WIDTH != HEAD_DIM:
+        return tl.load(pointers, mask=(column < HEAD_DIM)[None, :], other=0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def packed_rows(first, tokens, group, ROWS: tl.constexpr, PACK: tl.constexpr):
+    """Token and query head (within its KV head's group) of each row of a tile, and whether the token exists."""
+    row = tl.arange(0, ROWS)
+    token = first + row // PACK
+    return token, group * PACK + row % PACK, token < tokens

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from megahybrid_kernels.integers import cdiv
+
 # Twice as many, a window beyond the last row included, still have numbers of 32 bits.
 MOST_TOKENS = 2**30
 
@@ -16,6 +18,26 @@ MOST_TOKENS = 2**30
 def _check_tokens(tokens: int) -> None:
     if tokens > MOST_TOKENS:
         raise ValueError(f"at most {MOST_TOKENS} tokens can be packed together, not {tokens}")
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sequences cut into tiles of `size` tokens, each from its own first token on; its last tile may hold fewer.
+
+    Attributes:
+        size: tokens of a tile.
+        firsts: int32 `[tiles]`, each tile's first row.
+        before: int32 `[tokens]`, how many tiles belong to the sequences before each token's.
+    """
+
+    size: int
+    firsts: Tensor
+    before: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of tiles."""
+        return self.firsts.shape[0]
 
 
 @dataclass(frozen=True)
@@ -111,6 +133,24 @@ class Sequences:
     def rows_behind(self, rows: int) -> Tensor:
         """int64 `[tokens]`: where the tokens stand in `behind(rows)`."""
         return torch.arange(self.tokens, device=self.cu_seqlens.device) + (self.index + 1) * rows
+
+    def tiles(self, size: int) -> Tiles:
+        """The sequences in tiles of `size` tokens, made once."""
+        if size not in self._tiles:
+            borders = self.cu_seqlens.to(torch.int32)
+            counts = (borders.diff() + size - 1) // size
+            ends = counts.cumsum(0, dtype=torch.int32)
+            before = ends - counts
+            total = sum(cdiv(length, size) for length in self.lengths)
+            number = torch.arange(total, dtype=torch.int32, device=borders.device)
+            sequence = torch.searchsorted(ends, number, right=True)
+            firsts = borders[sequence] + (number - before[sequence]) * size
+            self._tiles[size] = Tiles(size, firsts, before[self.index])
+        return self._tiles[size]
+
+    @cached_property
+    def _tiles(self) -> dict[int, Tiles]:
+        return {}
 
     @cached_property
     def _behind(self) -> dict[int, Sequences]:

@@ -38,10 +38,12 @@ class Activations(NamedTuple):
     Attributes:
         saved: for the backward pass.
         backward: gradients and temporaries in it, beyond that, at most.
+        decision: of what is saved, what a layer that recomputes its activations keeps, too.
     """
 
     saved: float
     backward: float
+    decision: float = 0
 
 
 class Kind(ABC):
@@ -70,6 +72,10 @@ class Kind(ABC):
     @abstractmethod
     def split(self, model: ModelConfig) -> dict[str, int]:
         """What tensor parallel ranks share evenly: the number by the configuration key that sets it."""
+
+    def shared(self, model: ModelConfig) -> dict[str, int]:
+        """Likewise, but where there are more ranks than that, as many neighbouring ones share each."""
+        return {}
 
     @abstractmethod
     def flops(self, model: ModelConfig, length: int) -> dict[str, float]:

@@ -88,7 +88,7 @@ class Aux(NamedTuple):
         loss: scalar, this rank's part of the auxiliary loss: the sum over tensor parallel ranks is the whole.
         counts: int64, what the regulator declares, by name; of a count that is split this rank's part.
         seen: bool `[pairs, heads of this rank]`, with key-value heads: whether the query of each watched pair sees the
-            key.
+            key. Of ranks that share a head, one says so.
     """
 
     loss: Tensor | None = None

@@ -40,6 +40,10 @@ from megahybrid_kernels.lte_attention import LTECache
 from megahybrid_kernels.lte_attention import triton as lte
 from megahybrid_kernels.lte_attention.triton_decode import lte_attention_step
 from megahybrid_kernels.lte_attention.triton_prefill import lte_attention_piece
+from megahybrid_kernels.native_sparse_attention import NSACache, triton_score
+from megahybrid_kernels.native_sparse_attention import triton as nsa
+from megahybrid_kernels.native_sparse_attention.triton_decode import native_sparse_attention_step
+from megahybrid_kernels.native_sparse_attention.triton_prefill import native_sparse_attention_piece
 from megahybrid_kernels.norm import triton as norm
 from megahybrid_kernels.retention_router import Dropout, RouterParameters, RouterState
 from megahybrid_kernels.retention_router import triton as router
@@ -171,6 +175,14 @@ def attention(case: Case, buffer: int | None) -> None:
     backward(lte.lte_attention(q, k, v, score, case.sequences, 768, 4, buffer))
 
 
+def sparse_attention(case: Case, num_blocks: int) -> None:
+    q, k, v = case.rows(case.heads * case.groups), case.rows(), case.rows()
+    gates = new(case.tokens, case.heads * case.groups, 3)
+    sizes = (case.sequences, 16, num_blocks)
+    backward(nsa.native_sparse_attention(q, k, v, gates, *sizes, 512)[0])
+    nsa.select_blocks(q, k, *sizes, (0, case.tokens))
+
+
 def evictions(case: Case) -> None:
     exit_positions(new(case.tokens, case.heads), case.sequences, 768, 4, 512)
 
@@ -222,11 +234,23 @@ def decode(case: Case, window: int = 768) -> None:
     q = case.rows(heads * case.groups)
     lte_attention_step(q, k, v, gates[0], cache, positions, 4, 6)
     attention_step(q, k, v, *(new(count, heads, window, dim) for _ in range(2)), positions)
+    cache = NSACache.empty(count, heads, dim, 16, dtype=BF16, device="meta").with_room(window)
+    x, gates = new(count, heads, dim), new(count, heads * case.groups, 3)
+    native_sparse_attention_step(q, x, x, gates, cache, positions, 16, 512)
+    native_sparse_attention_step(x, x, x, gates[:, :heads], cache, positions, 16, 512, q)
+
+
+@torch.no_grad()
+def sparse_prefill(case: Case) -> None:
+    cache = NSACache.empty(1, case.heads, case.dim, 16, dtype=BF16, device="meta").with_room(case.most)
+    q, k, gates = case.rows(case.heads * case.groups), case.rows(), new(case.tokens, case.heads, 3)
+    cache = NSACache((case.most - case.tokens,), cache.room)
+    native_sparse_attention_piece(k, k, k, gates, cache, case.sequences, 16, 16, 512, q)
 
 
 TRAINING = (
     delta_rule, delta_rule_in_segments, partial(attention, buffer=None), partial(attention, buffer=512), evictions,
-    retention, convolution, elementwise,
+    partial(sparse_attention, num_blocks=16), retention, convolution, elementwise,
 )  # fmt: skip
 CASES: dict[str, tuple[Case, tuple[Callable[[Case], None], ...]]] = {
     "many tokens": (Case((1_200_000,), 8, 256), (delta_rule, delta_rule_in_segments)),
@@ -240,6 +264,7 @@ CASES: dict[str, tuple[Case, tuple[Callable[[Case], None], ...]]] = {
     "many cached heads": (Case((3, 1), 70_000, 16, most=2**13), (prefill, decode)),
     "far rows": (Case((5000,), 8, 256, far_rows, groups=2), TRAINING),
     "far heads": (Case((1_200_000,), 8, 256, far_heads, groups=8), TRAINING),
+    "a long cache": (Case((256,), 8, 256, groups=2, most=2**24), (sparse_prefill,)),
     "a wide window": (Case((1, 1), 8, 256, groups=2, most=2**25), (partial(decode, window=2**24),)),
 }
 
@@ -257,6 +282,8 @@ def kernels() -> list[str]:
 def main() -> None:
     driver.set_active(Driver())
     triton.compiler.compile = to_ttir
+    # All scores at once: else a document of millions of tokens takes thousands of launches that are all the same.
+    triton_score._SCORES = 2**60
     recorder, launches = Recorder(), {}
     JITFunction.__getitem__ = lambda function, grid: recorder.getitem(function, grid)
     for name, (case, ops) in CASES.items():

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from oracles_lte import documents
 from torch import Tensor
 
 
-def block_means(x: Tensor, block_size: int) -> list[Tensor]:
-    """x [n, H, D] of one document -> [H, D] of each complete block, rounded as x is."""
-    ends = range(block_size, len(x) + 1, block_size)
-    return [
-        x[end - block_size : end].to(torch.promote_types(x.dtype, torch.float32)).mean(0).to(x.dtype) for end in ends
-    ]
+def block_means(x: Tensor, block_size: int) -> Tensor:
+    """x [n, H, D] of one document -> [blocks, H, D] of its complete blocks, rounded as x is."""
+    exact = x.double()
+    means = [exact[end - block_size : end].mean(0) for end in range(block_size, len(x) + 1, block_size)]
+    return torch.stack(means).to(x.dtype).double() if means else exact[:0]
 
 
-def softmax_attention(q: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-    """q [G, D] of one KV head; keys, values: [D] each."""
-    if not keys:
+def softmax_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """q [G, D] of one KV head; keys, values [n, D]."""
+    if len(keys) == 0:
         return torch.zeros_like(q)
-    logits = q @ torch.stack(keys).T / q.shape[1] ** 0.5
+    logits = q @ keys.T / q.shape[1] ** 0.5
     weights = torch.exp(logits - logits.max(1, keepdim=True).values.detach())
-    return weights @ torch.stack(values) / weights.sum(1, keepdim=True)
+    return weights @ values / weights.sum(1, keepdim=True)
 
 
-def block_scores(q: Tensor, means: list[Tensor]) -> list[float]:
-    """q [G, D] and the means [D] that it sees of one KV head."""
-    if not means:
-        return []
-    return torch.softmax(q @ torch.stack(means).T / q.shape[1] ** 0.5, 1).sum(0).tolist()
+def block_scores(q: Tensor, means: Tensor) -> list[float]:
+    """q [G, D] and the means [n, D] that it sees of one KV head."""
+    return torch.softmax(q @ means.T / q.shape[1] ** 0.5, 1).sum(0).tolist()
 
 
 def chosen_blocks(scores: list[float], current: int, num_blocks: int) -> list[int]:
@@ -38,18 +37,34 @@ def chosen_blocks(scores: list[float], current: int, num_blocks: int) -> list[in
     return chosen + [-1] * (num_blocks - len(chosen))
 
 
-def oracle_selection(q: Tensor, k: Tensor, lengths: tuple[int, ...], block_size: int, num_blocks: int) -> Tensor:
-    """The means have k's precision, all else is float64."""
+def oracle_scores(
+    q: Tensor, k: Tensor, lengths: tuple[int, ...], block_size: int, tokens: Sequence[int]
+) -> list[tuple[int, list[list[float]]]]:
+    """Of each token its own block, and for each KV head the scores of all complete blocks up to it. The means have k's
+    precision."""
     groups = q.shape[1] // k.shape[1]
-    selection = torch.empty(*k.shape[:2], num_blocks, dtype=torch.int32)
+    found = {}
     for rows in documents(lengths):
-        means = [mean.double() for mean in block_means(k[rows], block_size)]
-        for t in range(rows.stop - rows.start):
-            for h in range(k.shape[1]):
-                heads = q[rows.start + t, h * groups : (h + 1) * groups].double()
-                scores = block_scores(heads, [mean[h] for mean in means[: (t + 1) // block_size]])
-                selection[rows.start + t, h] = torch.tensor(chosen_blocks(scores, t // block_size, num_blocks))
-    return selection
+        means = block_means(k[rows], block_size)
+        for row in set(range(rows.start, rows.stop)) & set(tokens):
+            t, heads = row - rows.start, q[row].double().unflatten(0, (-1, groups))
+            seen = means[: (t + 1) // block_size]
+            found[row] = (t // block_size, [block_scores(each, seen[:, h]) for h, each in enumerate(heads)])
+    return [found[row] for row in tokens]
+
+
+def oracle_selection(
+    q: Tensor,
+    k: Tensor,
+    lengths: tuple[int, ...],
+    block_size: int,
+    num_blocks: int,
+    tokens: Sequence[int] | None = None,
+) -> Tensor:
+    """Of all tokens, or of `tokens` alone."""
+    scores = oracle_scores(q, k, lengths, block_size, range(len(q)) if tokens is None else tokens)
+    chosen = [[chosen_blocks(each, current, num_blocks) for each in heads] for current, heads in scores]
+    return torch.tensor(chosen, dtype=torch.int32)
 
 
 def oracle_attention(
@@ -61,29 +76,26 @@ def oracle_attention(
     lengths: tuple[int, ...],
     block_size: int,
     window_size: int,
+    tokens: Sequence[int] | None = None,
 ) -> Tensor:
+    """Of all tokens, or of `tokens` alone."""
     groups = q.shape[1] // k.shape[1]
-    outputs = []
+    tokens = range(len(q)) if tokens is None else tokens
+    outputs = {}
     for rows in documents(lengths):
-        queries, keys, values, gate, blocks = (x[rows] for x in (q, k, v, gates, selection.tolist()))
+        keys, values = k[rows], v[rows]
         mean_keys, mean_values = block_means(keys, block_size), block_means(values, block_size)
-        for t in range(len(keys)):
-            heads = []
+        for row in set(range(rows.start, rows.stop)) & set(tokens):
+            t, heads = row - rows.start, []
             for h in range(k.shape[1]):
-                own = slice(h * groups, (h + 1) * groups)
-                complete = range((t + 1) // block_size)
-                chosen = [
-                    j for n in blocks[t][h] if n >= 0 for j in range(n * block_size, (n + 1) * block_size) if j <= t
-                ]
-                window = range(max(0, t - window_size + 1), t + 1)
-                compressed = softmax_attention(
-                    queries[t, own], [mean_keys[n][h] for n in complete], [mean_values[n][h] for n in complete]
-                )
-                selected, near = (
-                    softmax_attention(queries[t, own], [keys[j, h] for j in seen], [values[j, h] for j in seen])
-                    for seen in (chosen, window)
-                )
-                g = gate[t, own, :, None]
-                heads.append(g[:, 0] * compressed + g[:, 1] * selected + g[:, 2] * near)
-            outputs.append(torch.cat(heads))
-    return torch.stack(outputs)
+                query, g = (x[row, h * groups : (h + 1) * groups] for x in (q, gates))
+                complete = (t + 1) // block_size
+                compressed = softmax_attention(query, mean_keys[:complete, h], mean_values[:complete, h])
+                blocks = [n for n in selection[row, h].tolist() if n >= 0]
+                chosen = [j for n in blocks for j in range(n * block_size, (n + 1) * block_size) if j <= t]
+                selected = softmax_attention(query, keys[chosen, h], values[chosen, h])
+                near = slice(max(0, t - window_size + 1), t + 1)
+                window = softmax_attention(query, keys[near, h], values[near, h])
+                heads.append(g[:, :1] * compressed + g[:, 1:2] * selected + g[:, 2:] * window)
+            outputs[row] = torch.cat(heads)
+    return torch.stack([outputs[row] for row in tokens])

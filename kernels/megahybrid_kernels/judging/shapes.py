@@ -7,6 +7,7 @@ from megahybrid_kernels.gated_delta_rule.cases import GatedDeltaRule
 from megahybrid_kernels.judging.case import Shape
 from megahybrid_kernels.linear_cross_entropy.cases import LinearCrossEntropy
 from megahybrid_kernels.lte_attention.cases import LTEAttention
+from megahybrid_kernels.native_sparse_attention.cases import NativeSparseAttention
 from megahybrid_kernels.norm.cases import GatedRMSNorm, RMSNorm
 from megahybrid_kernels.retention_router.cases import RetentionRouter
 from megahybrid_kernels.rotary.cases import Rotary
@@ -20,6 +21,7 @@ __all__ = [
     "GatedRMSNorm",
     "LTEAttention",
     "LinearCrossEntropy",
+    "NativeSparseAttention",
     "RMSNorm",
     "RetentionRouter",
     "Rotary",

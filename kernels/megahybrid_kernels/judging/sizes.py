@@ -34,9 +34,9 @@ class Size:
 
 def _shapes(
     hidden: int, intermediate: int, heads: int, head_dim: int, delta_heads: int, delta_dim: int,
-    window: int, eviction_window: int, buffer: int,
+    window: int, eviction_window: int, buffer: int, blocks: int,
 ) -> tuple[shapes.Shape, ...]:  # fmt: skip
-    """Of a model with every kind of layer; the windows and the buffer are those in documents as short as here."""
+    """Of a model with every kind of layer; windows, buffer and blocks are those in documents as short as here."""
     return (
         shapes.GatedDeltaRule(delta_heads, delta_dim, delta_dim),
         shapes.CausalConv1d(delta_heads * delta_dim),
@@ -47,6 +47,7 @@ def _shapes(
         shapes.LTEAttention(heads, head_dim, near_window=eviction_window, near_buffer=buffer),
         shapes.ExitPositions(heads, near_window=eviction_window, near_buffer=buffer),
         shapes.RetentionRouter(heads, head_dim),
+        shapes.NativeSparseAttention(2, head_dim, heads, near_num_blocks=blocks, near_window=window // 2),
         shapes.RMSNorm(hidden),
         shapes.SwiGLU(intermediate),
         shapes.LinearCrossEntropy(hidden, intermediate),
@@ -58,9 +59,9 @@ CHECKED: Lengths = (513, 1, 64, 300, 98, *(3,) * 16)
 
 SIZES = {
     # With the head dims of the recipes.
-    "check": Size(CHECKED, _shapes(1024, 1408, 2, 64, 2, 128, 128, 95, 64), varied=True),
+    "check": Size(CHECKED, _shapes(1024, 1408, 2, 64, 2, 128, 128, 95, 64, 4), varied=True),
     # Eight samples of 512 tokens of a small model, one of them made of two documents.
-    "small": Size((512,) * 7 + (301, 211), _shapes(128, 384, 4, 32, 4, 32, 128, 63, 64)),
+    "small": Size((512,) * 7 + (301, 211), _shapes(128, 384, 4, 32, 4, 32, 128, 63, 64, 4)),
     # A 0.4B model's at 4096 tokens a sample.
-    "large": Size((4096,) * 7 + (3001, 1000, 95), _shapes(1024, 2816, 16, 64, 8, 128, 1024, 768, 512)),
+    "large": Size((4096,) * 7 + (3001, 1000, 95), _shapes(1024, 2816, 16, 64, 8, 128, 1024, 768, 512, 16)),
 }

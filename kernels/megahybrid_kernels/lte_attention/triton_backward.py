@@ -1,10 +1,7 @@
 """Backward kernels of attention under learnable token eviction.
 
-With s = scale q k^T, p = softmax(s) over the visible keys, o = p v and upstream gradient do:
+`softmax_gradients` has the sums; beside them
 
-    dv_j = sum_i p_ij do_i                    delta_i = <do_i, o_i>
-    dp_ij = <do_i, v_j>                       ds_ij = p_ij (dp_ij - delta_i)
-    dq_i = scale sum_j ds_ij k_j              dk_j = scale sum_i ds_ij q_i
     dr_j = <dv_j, v_j>    (He & Garner, arXiv 2510.20787, equation 6: the gradient of a gate on v where it is 1)
 
 p is computed again from the logits and the forward's log-denominators. dq goes by query tile, dk and dv by key tile,
@@ -20,28 +17,9 @@ import triton.language as tl
 
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.lte_attention.triton_columns import far_begin
-from megahybrid_kernels.lte_attention.triton_forward import (
-    edge_keys,
-    edge_tiles,
-    load_all_rows,
-    near_tiles,
-    packed_rows,
-)
-from megahybrid_kernels.rows import load_rows
-
-
-@triton.jit
-def _query_step(
-    dq, q, do, k, v, log_total, delta, visible, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """dq of one tile of keys; without `scale`'s factor."""
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = tl.exp2(logits * scale - log_total[:, None])
-    if MASKED:
-        p = tl.where(visible, p, 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+from megahybrid_kernels.lte_attention.triton_forward import edge_keys, edge_tiles, near_tiles
+from megahybrid_kernels.rows import load_all_rows, load_rows, packed_rows
+from megahybrid_kernels.softmax_gradients import key_step, query_step
 
 
 @kernel
@@ -90,7 +68,7 @@ def query_gradient_kernel(
         j = tl.load(far + c + tl.arange(0, STEP))
         k_tile = load_all_rows(k, j, k_stride, HEAD_DIM, WIDTH)
         v_tile = load_all_rows(v, j, v_stride, HEAD_DIM, WIDTH)
-        acc = _query_step(
+        acc = query_step(
             acc, q_tile, do_tile, k_tile, v_tile, row_total, row_delta, all_seen, scale, False, PRECISION
         )  # fmt: skip
     first, inner, inner_end = near_tiles(i0, i1, window, begins, ends, KEYS, STEP)
@@ -98,7 +76,7 @@ def query_gradient_kernel(
         j = j0 + tl.arange(0, STEP)
         k_tile = load_all_rows(k, j, k_stride, HEAD_DIM, WIDTH)
         v_tile = load_all_rows(v, j, v_stride, HEAD_DIM, WIDTH)
-        acc = _query_step(
+        acc = query_step(
             acc, q_tile, do_tile, k_tile, v_tile, row_total, row_delta, all_seen, scale, False, PRECISION
         )  # fmt: skip
     edges = edge_tiles(count - full, first, inner, inner_end, i1, STEP)
@@ -108,7 +86,7 @@ def query_gradient_kernel(
         k_tile = load_rows(k, j.to(tl.int64), listed, k_stride, 0, HEAD_DIM, WIDTH)
         v_tile = load_rows(v, j.to(tl.int64), listed, v_stride, 0, HEAD_DIM, WIDTH)
         visible = (j[None, :] <= token[:, None]) & (token[:, None] < seen_until[None, :])
-        acc = _query_step(
+        acc = query_step(
             acc, q_tile, do_tile, k_tile, v_tile, row_total, row_delta, visible, scale, True, PRECISION
         )  # fmt: skip
 
@@ -121,11 +99,7 @@ def _key_step(
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr,
     QUERIES: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk (without `scale`'s factor) and dv of the rows [i0, i0 + QUERIES); key j is seen by `lower_j <= i < upper_j`.
-
-    Probabilities are computed transposed, keys by rows, so that both sums are plain products and nothing that a product
-    made is transposed.
-    """
+    """`key_step` for the rows [i0, i0 + QUERIES); key j is seen by `lower_j <= i < upper_j`."""
     ROWS: tl.constexpr = QUERIES * PACK
     token, member, inside = packed_rows(i0, tokens, group, ROWS, PACK)
     column = tl.arange(0, WIDTH)
@@ -146,15 +120,8 @@ def _key_step(
     else:
         q_tile, do_tile = tl.load(q + q_places), tl.load(do + o_places)
         row_total, row_delta = tl.load(log_total + statistics), tl.load(delta + statistics)
-    logits = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)
-    p = tl.exp2(logits * scale - row_total[None, :])
-    if MASKED:
-        p = tl.where((token[None, :] >= lower[:, None]) & (token[None, :] < upper[:, None]), p, 0.0)
-    dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
-    dp = tl.dot(v, tl.trans(do_tile), input_precision=PRECISION)
-    ds = p * (dp - row_delta[None, :])
-    dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
-    return dk, dv
+    visible = (token[None, :] >= lower[:, None]) & (token[None, :] < upper[:, None])
+    return key_step(dk, dv, k, v, q_tile, do_tile, row_total, row_delta, visible, scale, MASKED, PRECISION)
 
 
 @triton.jit

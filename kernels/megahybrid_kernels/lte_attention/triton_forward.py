@@ -13,25 +13,7 @@ import triton.language as tl
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.lte_attention.triton_columns import near_begin
 from megahybrid_kernels.online_softmax import softmax_step
-from megahybrid_kernels.rows import load_rows
-
-
-@triton.jit
-def load_all_rows(pointer, rows, stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """`load_rows` where all rows are inside."""
-    column = tl.arange(0, WIDTH)
-    pointers = pointer + rows.to(tl.int64)[:, None] * stride + column[None, :]
-    if WIDTH != HEAD_DIM:
-        return tl.load(pointers, mask=(column < HEAD_DIM)[None, :], other=0)
-    return tl.load(pointers)
-
-
-@triton.jit
-def packed_rows(first, tokens, group, ROWS: tl.constexpr, PACK: tl.constexpr):
-    """Token and query head (within its KV head's group) of each row of a tile, and whether the token exists."""
-    row = tl.arange(0, ROWS)
-    token = first + row // PACK
-    return token, group * PACK + row % PACK, token < tokens
+from megahybrid_kernels.rows import load_all_rows, load_rows, packed_rows
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megahybrid_kernels.backend import check_devices, unsupported_head_dims
+from megahybrid_kernels.backend import check_devices, takes_triton, unsupported_head_dims
 from megahybrid_kernels.native_sparse_attention import reference
 from megahybrid_kernels.native_sparse_attention.cache import NSACache
 from megahybrid_kernels.sequences import Sequences
@@ -41,7 +41,8 @@ def native_sparse_attention(
     Args:
         q: `[tokens, query_heads, head_dim]`, rotated.
         k, v: `[tokens, kv_heads, head_dim]`, k rotated; query head n uses KV head `n // (query_heads // kv_heads)`.
-        gates: `[tokens, query_heads, 3]`, factors of the compressed, the selected and the window branch.
+        gates: `[tokens, query_heads, 3]`, factors of the compressed, the selected and the window branch; none may be
+            negative.
         sequences: borders of the packed documents; blocks begin where a document does.
         block_size: tokens of a block.
         num_blocks: blocks that a query selects, the forced ones included.
@@ -57,14 +58,15 @@ def native_sparse_attention(
     """
     _check(q, k, sequences, block_size, num_blocks, (0, sequences.tokens))
     _check_values(q, k, v, gates, window_size)
-    if selection is None:
-        selection = select_blocks(q, k, sequences, block_size, num_blocks)
-    elif selection.dtype != torch.int32 or selection.shape != (*k.shape[:2], num_blocks):
-        raise ValueError(
-            f"a selection is int32 {[*k.shape[:2], num_blocks]}, not {selection.dtype} {list(selection.shape)}"
-        )
+    if selection is not None and (selection.dtype, selection.shape) != (torch.int32, (*k.shape[:2], num_blocks)):
+        expected = f"int32 {[*k.shape[:2], num_blocks]}"
+        raise ValueError(f"a selection is {expected}, not {selection.dtype} {list(selection.shape)}")
     check_devices(q, v, gates, selection)
-    return reference.attend_selected(q, k, v, gates, selection, sequences, block_size, window_size), selection
+    if _takes_triton(q, k, sequences, block_size):
+        from megahybrid_kernels.native_sparse_attention import triton as backend
+    else:
+        backend = reference
+    return backend.native_sparse_attention(q, k, v, gates, sequences, block_size, num_blocks, window_size, selection)
 
 
 def select_blocks(
@@ -94,7 +96,11 @@ def select_blocks(
     """
     rows = rows or (0, sequences.tokens)
     _check(q, k, sequences, block_size, num_blocks, rows)
-    return reference.select_blocks(q, k, sequences, block_size, num_blocks, rows)
+    if _takes_triton(q, k, sequences, block_size):
+        from megahybrid_kernels.native_sparse_attention import triton as backend
+    else:
+        backend = reference
+    return backend.select_blocks(q, k, sequences, block_size, num_blocks, rows)
 
 
 def native_sparse_attention_with_cache(
@@ -130,8 +136,8 @@ def native_sparse_attention_with_cache(
     Raises:
         ValueError: as `native_sparse_attention`, or the cache was made for another block size or number of sequences.
     """
-    queries = q if queries is None else queries
-    _check(queries, k, sequences, block_size, num_blocks, (0, sequences.tokens))
+    for each in (q,) if queries is None else (q, queries):
+        _check(each, k, sequences, block_size, num_blocks, (0, sequences.tokens))
     _check_values(q, k, v, gates, window_size)
     if (cache.count, cache.block_size) != (sequences.count, block_size):
         raise ValueError(
@@ -139,9 +145,19 @@ def native_sparse_attention_with_cache(
             f"of {block_size} were given"
         )
     check_devices(q, v, gates, cache.room.k)
-    return reference.native_sparse_attention_with_cache(
-        q, k, v, gates, cache, sequences, block_size, num_blocks, window_size, queries
-    )
+    takes = _takes_triton(q, k, sequences, block_size) and not torch.is_grad_enabled()
+    if takes and in_place and sequences.tokens == cache.count:
+        from megahybrid_kernels.native_sparse_attention.triton_decode import native_sparse_attention_step
+
+        cache = cache.with_room(cache.slots + 1)
+        sizes = (num_blocks, window_size)
+        o = native_sparse_attention_step(q, k, v, gates, cache, sequences.positions, *sizes, queries)
+        return o, cache.after(1)
+    if takes:
+        from megahybrid_kernels.native_sparse_attention.triton_prefill import native_sparse_attention_piece as backend
+    else:
+        backend = reference.native_sparse_attention_with_cache
+    return backend(q, k, v, gates, cache, sequences, block_size, num_blocks, window_size, queries)
 
 
 def unsupported(dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
@@ -149,6 +165,10 @@ def unsupported(dtype: torch.dtype, head_dim: int, block_size: int) -> str | Non
     if block_size not in _BLOCK_SIZES:
         return f"take blocks of {', '.join(map(str, _BLOCK_SIZES))} tokens, not {block_size}"
     return unsupported_head_dims(dtype, head_dim)
+
+
+def _takes_triton(q: Tensor, k: Tensor, sequences: Sequences, block_size: int) -> bool:
+    return takes_triton(q, k, sequences.cu_seqlens) and unsupported(q.dtype, q.shape[2], block_size) is None
 
 
 def _check(q: Tensor, k: Tensor, sequences: Sequences, block_size: int, num_blocks: int, rows: tuple[int, int]) -> None:

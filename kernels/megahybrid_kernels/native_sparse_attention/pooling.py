@@ -1,4 +1,4 @@
-"""The mean of a block, whose order of additions training, prefill and decode share."""
+"""The mean of a block, of which training, prefill and decode find the same bits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ def pool(rows: Tensor) -> Tensor:
     Summed in at least fp32, in an order that depends on `block_size` alone: a block that fills up while tokens are
     generated has bit for bit the mean that it has in training.
     """
-    total = at_least_fp32(rows)
-    while (size := total.shape[1]) > 1:
+    return (fixed_sum(at_least_fp32(rows)) / rows.shape[1]).to(rows.dtype)
+
+
+def fixed_sum(x: Tensor) -> Tensor:
+    """Over dimension 1, in an order that depends on its size alone, which torch's own does not promise."""
+    while (size := x.shape[1]) > 1:
         half = size // 2
-        total = torch.cat([total[:, :half] + total[:, half : 2 * half], total[:, 2 * half :]], 1)
-    return (total[:, 0] / rows.shape[1]).to(rows.dtype)
+        x = torch.cat([x[:, :half] + x[:, half : 2 * half], x[:, 2 * half :]], 1)
+    return x[:, 0]

@@ -14,7 +14,7 @@ from torch import Tensor
 from megahybrid_kernels.attention.reference import QUERY_BLOCK, attend, between, query_blocks, window_end
 from megahybrid_kernels.integers import cdiv
 from megahybrid_kernels.native_sparse_attention.cache import NSACache
-from megahybrid_kernels.native_sparse_attention.pooling import pool
+from megahybrid_kernels.native_sparse_attention.pooling import fixed_sum, pool
 from megahybrid_kernels.precision import at_least_fp32
 from megahybrid_kernels.sequences import Sequences
 
@@ -116,12 +116,16 @@ def _all_blocks(current: Tensor, heads: int, num_blocks: int) -> Tensor:
 
 
 def _score(q: Tensor, means: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """`[queries, kv_heads, blocks]` of one document's complete blocks; those that a query does not see have any."""
-    heads = means.shape[1]
-    logits = torch.einsum("qhgd,nhd->hgqn", q.unflatten(1, (heads, -1)), means) * q.shape[2] ** -0.5
+    """`[queries, kv_heads, blocks]` of one document's complete blocks; those that a query does not see have any.
+
+    Not by a product of matrices, whose rounding depends on where a row stands: blocks with equal means have equal
+    scores, and a query has the same ones in whatever part of the tokens it comes.
+    """
+    q, means = q.unflatten(1, (means.shape[1], -1)).permute(3, 1, 2, 0), means.permute(2, 1, 0)
+    logits = sum(x[..., None] * y[:, None, None] for x, y in zip(q, means, strict=True)) * len(q) ** -0.5
     complete = (positions + 1) // block_size
-    logits = logits.masked_fill(torch.arange(len(means), device=q.device) >= complete[:, None], -torch.inf)
-    return torch.exp(logits - logits.logsumexp(-1, keepdim=True)).sum(1).transpose(0, 1)
+    logits = logits.masked_fill(torch.arange(means.shape[2], device=q.device) >= complete[:, None], -torch.inf)
+    return fixed_sum(torch.exp(logits - logits.logsumexp(-1, keepdim=True))).transpose(0, 1)
 
 
 def _choose(score: Tensor, current: Tensor, num_blocks: int) -> Tensor:
@@ -138,22 +142,25 @@ def _choose(score: Tensor, current: Tensor, num_blocks: int) -> Tensor:
     return torch.where(best < absent, best, -1).to(torch.int32)
 
 
-def attend_selected(
+def native_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     gates: Tensor,
-    selection: Tensor,
     sequences: Sequences,
     block_size: int,
+    num_blocks: int,
     window_size: int,
-) -> Tensor:
-    """The output of `native_sparse_attention` under a selection."""
+    selection: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `megahybrid_kernels.native_sparse_attention.native_sparse_attention`."""
+    if selection is None:
+        selection = select_blocks(q, k, sequences, block_size, num_blocks, (0, sequences.tokens))
     means = _Means.of(sequences, block_size)
     branches = _Branches(selection, sequences, means, window_size)
     blocks = list(_queries(sequences, QUERY_BLOCK, block_size))
     tensors = map(at_least_fp32, (q, gates, k, v, means(k), means(v)))
-    return _Blocked.apply(branches, blocks, *tensors).to(q.dtype)
+    return _Blocked.apply(branches, blocks, *tensors).to(q.dtype), selection
 
 
 class _Branches:

@@ -63,9 +63,10 @@ class AttentionKind(Kind):
             raise UserError(f"{where}.head_dim must be even, since rotary embedding pairs its halves.")
 
     def split(self, model: ModelConfig) -> dict[str, int]:
-        heads = self.heads(model)
-        name = "num_heads" if heads.num_heads == heads.num_kv_heads else "num_kv_heads"
-        return {f"model.{self.section}.{name}": heads.num_kv_heads}
+        return {f"model.{self.section}.num_heads": self.heads(model).num_heads}
+
+    def shared(self, model: ModelConfig) -> dict[str, int]:
+        return {f"model.{self.section}.num_kv_heads": self.heads(model).num_kv_heads}
 
     @abstractmethod
     def keys(self, model: ModelConfig, length: int) -> float:
@@ -99,16 +100,17 @@ class AttentionKind(Kind):
         """
         from megahybrid_kernels.attention.reference import QUERY_BLOCK
 
-        heads, width = model.attention, batch.width
-        copies = 3 if heads.num_heads == heads.num_kv_heads else 5
+        (_, group, _), width = rank_heads(model.attention, batch.ranks), batch.width
+        copies = 3 if group == 1 else 5
         columns = self.keys(model, batch.length) + min(QUERY_BLOCK, batch.length) / 2
-        saved = width * (copies * queries + 2 * keys + heads.num_heads // heads.num_kv_heads * columns)
+        saved = width * (copies * queries + 2 * keys + group * columns)
         return Activations(saved, width * (2 * queries + 4 * keys))
 
 
 def rank_heads(heads: Heads, ranks: int) -> tuple[int, int, int]:
     """KV heads of a rank, query heads for each, and channels of a head."""
-    return heads.num_kv_heads // ranks, heads.num_heads // heads.num_kv_heads, heads.head_dim
+    kv_heads = max(1, heads.num_kv_heads // ranks)
+    return kv_heads, heads.num_heads // ranks // kv_heads, heads.head_dim
 
 
 def judged_attention(model: ModelConfig, ranks: int, window: int | None) -> list[Shape]:
@@ -119,10 +121,10 @@ def judged_attention(model: ModelConfig, ranks: int, window: int | None) -> list
     return [shapes.Attention(heads, head_dim, groups, window), shapes.Rotary(heads * groups, head_dim)]
 
 
-def widths(heads: Heads, batch: MicroBatch) -> tuple[float, float]:
+def widths(heads: Heads, batch: MicroBatch) -> tuple[int, int]:
     """Channels of a rank's queries and of its keys, over all heads."""
-    a_head = heads.head_dim / batch.ranks
-    return heads.num_heads * a_head, heads.num_kv_heads * a_head
+    kv_heads, group, head_dim = rank_heads(heads, batch.ranks)
+    return kv_heads * group * head_dim, kv_heads * head_dim
 
 
 class FullAttentionKind(AttentionKind):

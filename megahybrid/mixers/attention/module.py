@@ -28,8 +28,8 @@ class AttentionProjections(Mixer):
         self.head_dim, self.theta = config.head_dim, config.rope_theta
         hidden, queries, keys = settings.model.hidden_size, config.num_heads, config.num_kv_heads
         self.q_proj = ColumnLinear(hidden, queries * self.head_dim, settings.projection)
-        self.k_proj = ColumnLinear(hidden, keys * self.head_dim, settings.projection)
-        self.v_proj = ColumnLinear(hidden, keys * self.head_dim, settings.projection)
+        self.k_proj = ColumnLinear(hidden, keys * self.head_dim, settings.projection, parts=keys)
+        self.v_proj = ColumnLinear(hidden, keys * self.head_dim, settings.projection, parts=keys)
         self.o_proj = RowLinear(queries * self.head_dim, hidden, settings.output_projection, settings.sequence_parallel)
 
     def project(self, x: Tensor, *more: ColumnLinear) -> tuple[Tensor, ...]:
@@ -38,6 +38,12 @@ class AttentionProjections(Mixer):
         layers = self.q_proj, self.k_proj, self.v_proj, *more
         outputs = project(x, layers, self.settings.sequence_parallel)
         return tuple(y.unflatten(-1, (-1, self.head_dim)) for y in outputs[:3]) + outputs[3:]
+
+    @property
+    def counted_heads(self) -> int:
+        """This rank's KV heads, of which what is seen and held is asked; of ranks that share one, the first's."""
+        weight = self.k_proj.weight
+        return len(weight) // self.head_dim if weight.tensor_model_parallel else 0
 
     def rotate(self, x: Tensor, context: Context) -> Tensor:
         """Rotary embedding at the tokens' positions in their documents."""
@@ -50,7 +56,8 @@ class AttentionProjections(Mixer):
             return None
         distance = context.watch.distances(context.sequences)[:, None].expand(-1, k.shape[1])
         near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        return Aux(seen=near if kept is None else near | (kept & (distance >= 0)))
+        seen = near if kept is None else near | (kept & (distance >= 0))
+        return Aux(seen=seen[:, : self.counted_heads])
 
     def output(self, o: Tensor) -> Tensor:
         """`[tokens, heads of this rank, head_dim]` → `[tokens, 1, hidden]`."""
@@ -89,11 +96,10 @@ class FullAttention(AttentionProjections):
         return KeyValueCache.empty(*sizes, self.window_size, **kind)
 
     def held(self, state: KeyValueCache | GrowingCache) -> Tensor:
-        heads = self.k_proj.weight.shape[0] // self.head_dim
         if isinstance(state, GrowingCache):
-            return every_position(state).expand(-1, heads, -1)
+            return every_position(state).expand(-1, self.counted_heads, -1)
         left = state.positions <= state.positions.amax(-1, keepdim=True) + 1 - self.window_size
-        return state.positions.masked_fill(left, -1)[:, None].expand(-1, heads, -1)
+        return state.positions.masked_fill(left, -1)[:, None].expand(-1, self.counted_heads, -1)
 
     @classmethod
     def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:

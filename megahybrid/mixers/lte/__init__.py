@@ -96,6 +96,11 @@ class LTEKind(AttentionKind):
         if model.attention.head_dim % 4:
             raise UserError("model.attention.head_dim must be a multiple of 4, since the router halves its channels.")
 
+    def split(self, model: ModelConfig) -> dict[str, int]:
+        """A KV head's router is one rank's."""
+        heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
+        return {f"model.attention.{'num_heads' if heads == kv_heads else 'num_kv_heads'}": kv_heads}
+
     def keys(self, model: ModelConfig, length: int) -> float:
         """The query at position i sees min(i + 1, w + 1) keys in its window. Of the max(0, i - w) tokens that left it
         it sees at most buffer_size, as in inference: in training, too, this is what the controller of lambda steers to.

@@ -81,14 +81,23 @@ class NSAKind(AttentionKind):
     def activations(self, model: ModelConfig, batch: MicroBatch) -> Activations:
         """With w bytes an activation, queries of width Q, keys of width K and blocks of B tokens: q, and o of each
         branch and of all, 5 w Q; k and v, 2 w K, and pooled, 2 w K / B; gates, 3 w a query head; the logarithms of
-        three denominators a query head, 12; and the selected blocks, 4 a KV head and block. Backward: gradients of q
-        and o, 2 w Q, and of k and v, 2 w K."""
+        three denominators a query head, 12; and the selected blocks, 4 a KV head and block.
+
+        Backward, when the o of all is gone: gradients of q and o, w Q more, of k and v, 2 w K, and of gates, 3 w a
+        query head; six scalars a query head, 24; selections by block, 8 a KV head and block; and sums of k's and v's
+        gradients in fp32, 8 K a row: for each block and every ITEM selections of others, and for means by part of a
+        document.
+        """
+        from megahybrid_kernels.native_sparse_attention.triton_pairs import ITEM, PART, PARTS, POOLED
+
         nsa, width = model.nsa, batch.width
-        queries, keys = widths(nsa, batch)
-        a_head = BRANCHES * (width + 4) * nsa.num_heads / batch.ranks
-        selected = 4 * nsa.num_blocks * nsa.num_kv_heads / batch.ranks
-        saved = width * (5 * queries + 2 * keys * (1 + 1 / nsa.block_size)) + a_head + selected
-        return Activations(saved, 2 * width * (queries + keys))
+        (queries, keys), heads = widths(nsa, batch), nsa.num_heads / batch.ranks
+        selected = 4 * nsa.num_blocks * keys / nsa.head_dim
+        saved = width * (5 * queries + 2 * keys * (1 + 1 / nsa.block_size)) + BRANCHES * (width + 4) * heads + selected
+        tiles, parts = -(-batch.length // (POOLED * nsa.block_size)), min(PARTS, -(-batch.length // PART))
+        sums = 1 + nsa.block_size * (nsa.num_blocks - 2) / ITEM + POOLED * tiles * parts / batch.length
+        backward = width * (queries + 2 * keys) + BRANCHES * (width + 8) * heads + 2 * selected + 8 * keys * sums
+        return Activations(saved, backward, selected)
 
     def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
         from megahybrid_kernels.judging import shapes

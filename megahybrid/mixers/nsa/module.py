@@ -10,6 +10,7 @@ from torch import Tensor
 from megahybrid.config.schema import ModelConfig
 from megahybrid.mixers.attention.module import AttentionProjections, every_position
 from megahybrid.mixers.nsa import BRANCHES, NSAKind
+from megahybrid.mixers.nsa.sharing import all_queries, select_together
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.mixer import Fallback
 from megahybrid.model.settings import Settings
@@ -35,17 +36,21 @@ class NSAAttention(AttentionProjections):
         nsa = settings.model.nsa
         self.limits = nsa.block_size, nsa.num_blocks, nsa.window_size
         self.g_proj = ColumnLinear(settings.model.hidden_size, BRANCHES * nsa.num_heads, settings.projection)
+        self.sharers = self.k_proj.copies
 
     def forward(self, x: Tensor, context: Context, state: NSACache | None = None):
         q, k, v, gates = self.project(x, self.g_proj)
         q, k = self.rotate(q, context), self.rotate(k, context)
         inputs = q, k, v, gates.unflatten(-1, (-1, BRANCHES)).sigmoid()
         if state is not None:
+            queries = all_queries(q, self.sharers) if self.sharers > 1 else None
             o, state = native_sparse_attention_with_cache(
-                *inputs, state, context.sequences, *self.limits, in_place=context.in_place
+                *inputs, state, context.sequences, *self.limits, in_place=context.in_place, queries=queries
             )
             return self.output(o), None, state
         taken = context.decision.taken if context.decision else None
+        if taken is None and self.sharers > 1:
+            taken = select_together(q, k, context.sequences, *self.limits[:2], self.sharers)
         o, selection = native_sparse_attention(*inputs, context.sequences, *self.limits, taken)
         if context.decision is not None:
             context.decision.taken = selection
@@ -65,7 +70,7 @@ class NSAAttention(AttentionProjections):
         return NSACache.empty(sequences, heads, self.head_dim, self.limits[0], dtype=like.dtype, device=like.device)
 
     def held(self, state: NSACache) -> Tensor:
-        return every_position(state).expand(-1, self.k_proj.weight.shape[0] // self.head_dim, -1)
+        return every_position(state).expand(-1, self.counted_heads, -1)
 
     @classmethod
     def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:

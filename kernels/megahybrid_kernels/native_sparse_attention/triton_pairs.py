@@ -1,0 +1,121 @@
+"""Who sees a block of keys, in items of bounded work for the kernels that sum its gradient.
+
+A token's own block and the one before are near it; a far pair is a token and another block that it selected. Far pairs
+are sorted by block, and a block's list, its tokens ascending, is cut into items of at most ITEM tokens. So the block
+that every token selects fills as many programs as its list is long. Means are cut likewise, by part of the document.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton.language as tl
+from torch import Tensor
+
+from megahybrid_kernels.integers import cdiv, next_power_of_2
+from megahybrid_kernels.launch import kernel
+from megahybrid_kernels.sequences import Sequences
+
+# Tokens of an item of far pairs.
+ITEM = 1024
+# Neighbouring means that are summed together; a document's tokens come in at most PARTS parts of a multiple of PART.
+POOLED, PART, PARTS = 64, 256, 64
+
+
+class Pairs(NamedTuple):
+    """Far pairs of each KV head. Blocks are numbered over all documents.
+
+    Attributes:
+        tokens: int32 `[kv_heads, tokens * num_blocks]`, those of far pairs by block and token, then all others'.
+        first: int64 `[kv_heads, blocks + 1]`, where each block's pairs begin in `tokens`.
+        item_first: int32 `[kv_heads, blocks + 1]`, items before each block.
+        item_block: int32 `[kv_heads, items]`, each item's block; `blocks` beyond the last item.
+    """
+
+    tokens: Tensor
+    first: Tensor
+    item_first: Tensor
+    item_block: Tensor
+
+
+class PooledItems(NamedTuple):
+    """Pairs of a tile, POOLED neighbouring means of one document, and a part of the document's tokens.
+
+    Attributes:
+        firsts: int32 `[tiles]`, the first token of each tile's first block.
+        before: int32 `[tokens]`, tiles of the documents before each token's.
+        item_first: int32 `[tiles]`, items before each tile.
+        item_tile, item_begin: int32 `[items]`, each item's tile and the first token of its part.
+    """
+
+    firsts: Tensor
+    before: Tensor
+    item_first: Tensor
+    item_tile: Tensor
+    item_begin: Tensor
+
+
+@kernel
+def pair_keys_kernel(
+    selection, keys, begins, blocks_before, tokens, blocks,
+    NUM_BLOCKS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """keys `[heads, tokens, NUM_BLOCKS]`: the block of each far pair, else `blocks`; selection `[tokens, heads, …]`."""
+    tiles = tl.cdiv(tokens, TOKENS)
+    tile, head, heads = tl.program_id(0) % tiles, tl.program_id(0) // tiles, tl.num_programs(0) // tiles
+    token, slot = tile * TOKENS + tl.arange(0, TOKENS), tl.arange(0, SLOTS)
+    mask = (token < tokens)[:, None] & (slot < NUM_BLOCKS)[None, :]
+    begin = tl.load(begins + token, mask=token < tokens, other=0)
+    before = tl.load(blocks_before + token, mask=token < tokens, other=0)
+    row = token.to(tl.int64)
+    places = ((row * heads + head) * NUM_BLOCKS)[:, None] + slot[None, :]
+    n = tl.load(selection + places, mask=mask, other=-1)
+    far = (n >= 0) & (n < ((token - begin) // BLOCK - 1)[:, None])
+    key = tl.where(far, before[:, None] + n, blocks)
+    places = ((head.to(tl.int64) * tokens + row) * NUM_BLOCKS)[:, None] + slot[None, :]
+    tl.store(keys + places, key.to(keys.dtype.element_ty), mask=mask)
+
+
+def far_pairs(selection: Tensor, sequences: Sequences, block_size: int) -> Pairs:
+    """Of a selection int32 `[tokens, kv_heads, num_blocks]`, contiguous."""
+    (tokens, heads, num_blocks), blocks = selection.shape, sequences.tiles(block_size)
+    dtype = torch.int16 if blocks.count < 2**15 else torch.int32
+    keys = torch.empty(heads, tokens * num_blocks, dtype=dtype, device=selection.device)
+    pair_keys_kernel[cdiv(tokens, 64) * heads](
+        selection, keys, sequences.begins, blocks.before, tokens, blocks.count,
+        NUM_BLOCKS=num_blocks, SLOTS=next_power_of_2(num_blocks), BLOCK=block_size, TOKENS=64,
+    )  # fmt: skip
+    keys, places = keys.sort(dim=1, stable=True)
+    borders = torch.arange(blocks.count + 1, dtype=dtype, device=keys.device).expand(heads, -1).contiguous()
+    first = torch.searchsorted(keys, borders)
+    ends = ((first.diff(dim=1) + ITEM - 1) // ITEM).cumsum(1, dtype=torch.int32)
+    item_first = F.pad(ends, (1, 0))
+    # Two of a token's blocks are near it; each block's last item may be short.
+    items = torch.arange(blocks.count + tokens * (num_blocks - 2) // ITEM, dtype=torch.int32, device=keys.device)
+    item_block = torch.searchsorted(ends, items.expand(heads, -1).contiguous(), right=True, out_int32=True)
+    return Pairs((places // num_blocks).to(torch.int32), first, item_first, item_block)
+
+
+def _part(length):
+    """Tokens of a part of a document of so many: a number, or a tensor of them."""
+    return (length + PART * PARTS - 1) // (PART * PARTS) * PART
+
+
+def pooled_items(sequences: Sequences, block_size: int) -> PooledItems:
+    """The items of all documents."""
+    span = POOLED * block_size
+    tiles = sequences.tiles(span)
+    begins = sequences.begins[tiles.firsts]
+    lengths = sequences.ends[tiles.firsts] - begins
+    ends = ((lengths + _part(lengths) - 1) // _part(lengths)).cumsum(0, dtype=torch.int32)
+    first = F.pad(ends[:-1], (1, 0))
+    total = sum(
+        n * cdiv(length, span) * cdiv(length, _part(length)) for length, n in Counter(sequences.lengths).items()
+    )
+    items = torch.arange(total, dtype=torch.int32, device=ends.device)
+    tile = torch.searchsorted(ends, items, right=True, out_int32=True)
+    begin = begins[tile] + (items - first[tile]) * _part(lengths[tile])
+    return PooledItems(tiles.firsts, tiles.before, first, tile, begin)
