@@ -98,7 +98,7 @@ def _add_conversions(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--shard-size", default="5GB", help="the most a file holds (default 5GB)")
     verb.set_defaults(run=_export)
     imports = verbs.add_parser("import", help="a Hugging Face folder as a checkpoint, for train.init_from")
-    imports.add_argument("source", type=Path, metavar="HF_DIR", help="what `export` wrote, or a published laLTE model")
+    imports.add_argument("source", type=Path, metavar="HF_DIR", help="what `export` wrote, or a published model")
     imports.add_argument("target", type=Path, metavar="CHECKPOINT", help="the new checkpoint's folder")
     imports.set_defaults(run=_import)
     for each in (verb, imports):

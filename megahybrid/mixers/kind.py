@@ -86,6 +86,11 @@ class Kind(ABC):
         """Keys that a query sees whatever they hold, itself included; infinity for all of a document."""
         return 0
 
+    def chooses_after(self, model: ModelConfig) -> int:
+        """Tokens of a document after which it chooses by what they hold which of them a query sees; 0 where it never
+        does. A check of what it computes has to go beyond."""
+        return 0
+
     @abstractmethod
     def activations(self, model: ModelConfig, batch: MicroBatch) -> Activations:
         """What training keeps; what counts is said in megahybrid.scaling.memory."""

@@ -177,8 +177,7 @@ def sparse_attention(case: Case, num_blocks: int) -> None:
     q, k, v = case.rows(case.heads * case.groups), case.rows(), case.rows()
     gates = new(case.tokens, case.heads * case.groups, 3)
     sizes = (case.sequences, 16, num_blocks)
-    with torch.no_grad():
-        nsa.native_sparse_attention(q, k, v, gates, *sizes, 512)
+    backward(nsa.native_sparse_attention(q, k, v, gates, *sizes, 512)[0])
     nsa.select_blocks(q, k, *sizes, (0, case.tokens))
 
 

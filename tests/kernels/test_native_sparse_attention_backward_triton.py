@@ -2,22 +2,35 @@
 
 import pytest
 import torch
+from cases import interpreted
 from oracles_lte import FLOAT32_TOLERANCE, documents, leaf
 
 from megahybrid_kernels import Sequences
-from megahybrid_kernels.native_sparse_attention import triton_pairs
-from megahybrid_kernels.native_sparse_attention.triton_backward import gradients
+from megahybrid_kernels.native_sparse_attention import triton_backward, triton_pairs
+from megahybrid_kernels.native_sparse_attention.triton import native_sparse_attention
+from megahybrid_kernels.native_sparse_attention.triton_backward import Tuning, gradients
 from megahybrid_kernels.native_sparse_attention.triton_plan import Saved, Shape
+from megahybrid_kernels.tuning import Launch
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("dq", "dk", "dv", "dgates")
+# Several of each in a few hundred tokens.
+ITEMS = {"ITEM": 24, "POOLED": 16, "PART": 32, "PARTS": 4}
+TRAINING = {name: getattr(triton_pairs, name) for name in ITEMS}, triton_backward.tuning
+
+
+def cut(monkeypatch, items, tuning):
+    for name, size in items.items():
+        monkeypatch.setattr(triton_pairs, name, size)
+    monkeypatch.setattr(triton_backward, "tuning", tuning)
 
 
 @pytest.fixture(autouse=True)
-def small_items(monkeypatch):
-    """Several of each in a few hundred tokens."""
-    for name, size in {"ITEM": 24, "POOLED": 16, "PART": 32, "PARTS": 4}.items():
-        monkeypatch.setattr(triton_pairs, name, size)
+def small_tiles_and_items(monkeypatch):
+    step = Launch(32, 4, 1)
+    tiles = Tuning(32, 16, Launch(16, 4, 1), step, step, step)
+    cut(monkeypatch, ITEMS, lambda *_: tiles)
 
 
 def inputs(lengths, query_heads, heads, head_dim, dtype=torch.float32):
@@ -45,7 +58,7 @@ def random_selection(lengths, heads, block_size, num_blocks, hot=None, avoid=Non
 
 
 def softmax_branch(q, k, v, visible):
-    """q [n, Hq, D]; k, v [m, H, D]; visible [H, n, m] -> the output, 0 where nothing is visible, and log2 of the sum."""
+    """q [n, Hq, D]; k, v [m, H, D]; visible [H, n, m] -> output, 0 where nothing is visible, and log2 of the sum."""
     groups = q.shape[1] // k.shape[1]
     k, v, visible = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), visible.repeat_interleave(groups, 0)
     logits = torch.einsum("ihd,jhd->hij", q, k) / q.shape[2] ** 0.5
@@ -81,6 +94,10 @@ def oracle(q, k, v, selection, lengths, block_size, window_size):
     return torch.cat(outputs, 1), torch.cat(lses, 1), pooled_k, pooled_v
 
 
+def upstream(pairs):
+    return leaf(*pairs["q"][0].shape, seed=5, dtype=pairs["q"][0].dtype)[1].detach()
+
+
 def ours(pairs, selection, lengths, block_size, window_size, do):
     """dq, dk, dv and dgates."""
     q, k, v, gates = (pair[0].detach().to(DEVICE) for pair in pairs.values())
@@ -88,7 +105,8 @@ def ours(pairs, selection, lengths, block_size, window_size, do):
     outputs, lse, pooled_k, pooled_v = oracle(*exact, selection, lengths, block_size, window_size)
     saved = Saved(
         q, k, v, gates, *(x.to(DEVICE, q.dtype) for x in (pooled_k, pooled_v)), selection.to(DEVICE),
-        *(x.contiguous().to(DEVICE, q.dtype) for x in outputs), *(x.contiguous().to(DEVICE, torch.float32) for x in lse),
+        *(x.contiguous().to(DEVICE, q.dtype) for x in outputs),
+        *(x.contiguous().to(DEVICE, torch.float32) for x in lse),
     )  # fmt: skip
     shape = Shape.of(q, k, block_size, selection.shape[2])
     return [
@@ -104,21 +122,122 @@ def theirs(pairs, selection, lengths, block_size, window_size, do):
 
 
 def check(pairs, selection, lengths, block_size, window_size, tolerance=FLOAT32_TOLERANCE):
-    do = leaf(*pairs["q"][0].shape, seed=5, dtype=pairs["q"][0].dtype)[1].detach()
+    do = upstream(pairs)
     actual = ours(pairs, selection, lengths, block_size, window_size, do)
     expected = theirs(pairs, selection, lengths, block_size, window_size, do)
-    for name, a, b in zip(("dq", "dk", "dv", "dgates"), actual, expected, strict=True):
+    for name, a, b in zip(NAMES, actual, expected, strict=True):
         scale = max(1.0, b.abs().max().item())
         torch.testing.assert_close(
             a.double() / scale, b / scale, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
         )
-    return actual
+
+
+SIZES = [  # lengths, block size, blocks, window
+    ((1,), 16, 3, 5),
+    ((3, 1, 70, 33), 16, 4, 20),
+    ((150,), 16, 5, 40),
+    ((290,), 16, 5, 16),
+    ((5, 140), 32, 3, 1),
+    ((200,), 64, 3, 500),
+]
+
+
+@pytest.mark.parametrize("lengths, block_size, num_blocks, window_size", interpreted(SIZES[:3], SIZES))
+def test_gradients(lengths, block_size, num_blocks, window_size):
+    pairs = inputs(lengths, 2, 1, 16)
+    check(pairs, random_selection(lengths, 1, block_size, num_blocks), lengths, block_size, window_size)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize("one", range(3))
+def test_one_gate_alone(one):
+    lengths = (70,)
+    pairs = inputs(lengths, 2, 1, 16)
+    gates = torch.eye(3)[one].expand(70, 2, 3)
+    pairs["gates"] = (gates.contiguous(), gates.double().requires_grad_())
+    check(pairs, random_selection(lengths, 1, 16, 4), lengths, 16, 20)
+
+
+@pytest.mark.parametrize("hot, avoid", [(1, 2), (None, 1)])
+def test_a_block_that_all_choose_and_one_that_nobody_does(hot, avoid):
+    lengths = (100, 20)
+    pairs = inputs(lengths, 2, 1, 16)
+    check(pairs, random_selection(lengths, 1, 16, 3 + (hot is not None), hot, avoid), lengths, 16, 20)
+
+
+def test_lengths_around_borders_of_blocks():
+    lengths = (*range(1, 5), 15, 16, 17, 31, 32, 33, 47, 48, 49)
+    check(inputs(lengths, 1, 1, 16), random_selection(lengths, 1, 16, 3), lengths, 16, 16)
 
 
 @pytest.mark.parametrize(
-    "lengths, block_size, num_blocks, window_size",
-    [((1,), 16, 3, 5), ((3, 1, 70, 33), 16, 4, 20), ((290,), 16, 5, 40), ((5, 140), 32, 3, 1), ((200,), 64, 3, 500)],
+    "query_heads, heads, head_dim", interpreted([(6, 2, 24)], [(6, 2, 24), (16, 1, 16), (5, 1, 40), (1, 1, 16)])
 )
-def test_gradients(lengths, block_size, num_blocks, window_size):
-    pairs = inputs(lengths, 4, 2, 16)
-    check(pairs, random_selection(lengths, 2, block_size, num_blocks), lengths, block_size, window_size)
+def test_grouped_heads_and_odd_head_dims(query_heads, heads, head_dim):
+    lengths = (60, 23)
+    check(inputs(lengths, query_heads, heads, head_dim), random_selection(lengths, heads, 16, 3), lengths, 16, 11)
+
+
+def test_half_precision_with_the_tiles_of_training(monkeypatch):
+    cut(monkeypatch, *TRAINING)
+    lengths = (200, 33)
+    pairs = inputs(lengths, 4, 1, 32, torch.float16)
+    check(pairs, random_selection(lengths, 1, 32, 4), lengths, 32, 50, tolerance=3e-3)
+
+
+def test_packed_equals_separate_again_and_strided():
+    lengths, sizes = (70, 1, 40), (16, 20)
+    pairs, selection = inputs(lengths, 2, 1, 16), random_selection(lengths, 1, 16, 4)
+    do = upstream(pairs)
+    whole = ours(pairs, selection, lengths, *sizes, do)
+    fused = torch.cat([pairs[name][0].detach() for name in "qkv"], 1)
+    strided = dict(zip("qkv", fused.split([2, 1, 1], 1), strict=True)) | {"gates": pairs["gates"][0]}
+    strided = {name: (x, pairs[name][1]) for name, x in strided.items()}
+    for name, a, b in zip(NAMES, whole, ours(strided, selection, lengths, *sizes, do), strict=True):
+        assert torch.equal(a, b), name
+    for rows in documents(lengths):
+        part = {name: (pair[0].detach()[rows], pair[1].detach()[rows]) for name, pair in pairs.items()}
+        alone = ours(part, selection[rows], (rows.stop - rows.start,), *sizes, do[rows])
+        for name, a, b in zip(NAMES, whole, alone, strict=True):
+            assert torch.equal(a[rows], b), name
+
+
+def test_joined_with_the_forward_pass():
+    lengths, block_size, num_blocks, window_size = (100, 20), 16, 4, 20
+    pairs = inputs(lengths, 2, 1, 16)
+    leaves = [pair[0].detach().to(DEVICE).requires_grad_() for pair in pairs.values()]
+    o, selection = native_sparse_attention(*leaves, Sequences.of(lengths, DEVICE), block_size, num_blocks, window_size)
+    do = upstream(pairs)
+    actual = torch.autograd.grad(o, leaves, do.to(DEVICE, o.dtype))
+    expected = theirs(pairs, selection.cpu(), lengths, block_size, window_size, do)
+    for name, a, b in zip(NAMES, actual, expected, strict=True):
+        torch.testing.assert_close(
+            a.cpu().double(), b, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+FULL = [  # lengths, query heads, heads, head dim, block size, blocks, window
+    ((3000,), 32, 2, 64, 64, 16, 512),
+    ((700, 1, 33, 2, 1301, 64, 128), 32, 2, 64, 64, 8, 512),
+    ((1500, 300), 16, 2, 128, 64, 8, 300),
+    ((900, 301), 16, 1, 256, 32, 6, 100),
+    ((900, 301), 6, 2, 64, 16, 8, 100),
+    ((700, 301), 3, 1, 96, 32, 4, 40),
+    ((1300,), 1, 1, 64, 64, 8, 200),
+]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_full_sizes_on_a_gpu(case, dtype, tolerance, monkeypatch):
+    """Against float64 by relative norm, in the tiles and items of training, and twice the same bits."""
+    cut(monkeypatch, *TRAINING)
+    lengths, query_heads, heads, head_dim, block_size, num_blocks, window_size = case
+    pairs = inputs(lengths, query_heads, heads, head_dim, dtype)
+    selection, do = random_selection(lengths, heads, block_size, num_blocks, hot=3), upstream(pairs)
+    first, second = (ours(pairs, selection, lengths, block_size, window_size, do) for _ in range(2))
+    expected = theirs(pairs, selection, lengths, block_size, window_size, do)
+    for name, a, b, truth in zip(NAMES, first, second, expected, strict=True):
+        assert torch.equal(a, b), name
+        assert ((a.double() - truth).norm() / truth.norm()).item() <= tolerance, name

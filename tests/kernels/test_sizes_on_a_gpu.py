@@ -15,6 +15,7 @@ from megahybrid_kernels.exit_positions import exit_positions
 from megahybrid_kernels.gated_delta_rule import gated_delta_rule
 from megahybrid_kernels.linear_cross_entropy import linear_cross_entropy
 from megahybrid_kernels.lte_attention import LTECache, lte_attention, lte_attention_with_cache
+from megahybrid_kernels.native_sparse_attention import native_sparse_attention
 from megahybrid_kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
 from megahybrid_kernels.retention_router import (
     RouterParameters,
@@ -84,6 +85,11 @@ def lte(x: Inputs, buffer: int | None) -> tuple[Tensor, ...]:
     return (lte_attention(q, k, v, score, x.sequences(), WINDOW, 2, buffer),)
 
 
+def sparse(x: Inputs) -> tuple[Tensor, ...]:
+    q, k, v, gates = x.heads_of(2), x.heads_of(), x.heads_of(), x.tokens(2 * x.heads, 3)
+    return native_sparse_attention(q, k, v, gates.sigmoid(), x.sequences(), 16, 3, WINDOW)
+
+
 def exits(x: Inputs) -> tuple[Tensor, ...]:
     return (exit_positions(x.tokens(x.heads).detach(), x.sequences(), WINDOW, 2, BUFFER),)
 
@@ -146,6 +152,7 @@ OPS: dict[str, Op] = {
     "delta rule": lambda x: gated_delta_rule(*x.delta_rule(True)),
     "lte attention": lambda x: lte(x, None),
     "lte attention with a buffer": lambda x: lte(x, BUFFER),
+    "native sparse attention": sparse,
     "exits": exits,
     "router": lambda x: (retention_logits(x.heads_of(), x.heads_of(), x.router(), x.sequences()),),
     "convolution": convolution,
@@ -187,7 +194,9 @@ def test_70000_documents_of_one_token(name):
     assert_equals_its_halves((OPS | MORE)[name], (1,) * 70_000, HEADS)
 
 
-@pytest.mark.parametrize("name", ["lte attention with a buffer", "exits", "prefill", "router"])
+@pytest.mark.parametrize(
+    "name", ["lte attention with a buffer", "native sparse attention", "exits", "prefill", "router"]
+)
 def test_many_documents_longer_than_a_window(name):
     assert_equals_its_halves(OPS[name], (37, 60) * 2000, HEADS)
 

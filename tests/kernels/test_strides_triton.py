@@ -21,6 +21,7 @@ from megahybrid_kernels.exit_positions import exit_positions
 from megahybrid_kernels.gated_delta_rule import gated_delta_rule
 from megahybrid_kernels.linear_cross_entropy import linear_cross_entropy
 from megahybrid_kernels.lte_attention import LTECache, lte_attention, lte_attention_with_cache
+from megahybrid_kernels.native_sparse_attention import native_sparse_attention
 from megahybrid_kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
 from megahybrid_kernels.retention_router import (
     Dropout,
@@ -43,6 +44,7 @@ DISPATCHERS = (
     "gated_delta_rule",
     "linear_cross_entropy.chunks",
     "lte_attention",
+    "native_sparse_attention",
     "norm",
     "retention_router",
     "rotary",
@@ -161,6 +163,16 @@ def lte_cached(lengths: tuple[int, ...], in_place: bool) -> Case:
     )
 
 
+def sparse() -> Case:
+    """Of documents in which not every query selects every block."""
+    lengths = (5, 66, 1)
+
+    def call(x: Inputs) -> tuple[Tensor, ...]:
+        return native_sparse_attention(*(x[n] for n in "qkv"), x["gates"].abs(), whole(lengths), 16, 4, 20)
+
+    return Case(call, wide(lengths, "q", "k", "v", groups=2) | rows(lengths, gates=(2 * HEADS, 3)), {})
+
+
 def windowed(x: Inputs) -> tuple[Tensor, ...]:
     cache = KeyValueCache(x["ring_k"], x["ring_v"], x["ring_positions"])
     o, cache = attention_with_cache(x["q"], x["k"], x["v"], cache, starting(x), WINDOW, in_place=True)
@@ -200,6 +212,7 @@ CASES: dict[str, Case] = {
     "lte with a buffer": lte(BUFFER),
     "lte's piece": lte_cached(LENGTHS, False),
     "lte's step": lte_cached(STEP, True),
+    "nsa": sparse(),
     "norm": Case(lambda x: (rms_norm(x["x"], x["w"], 1e-6),), wide(LENGTHS, "x") | {"w": (DIM,)}, {}),
     "norm, gated": Case(
         lambda x: (gated_rms_norm(x["x"], x["gate"], x["w"], 1e-6),), wide(LENGTHS, "x", "gate") | {"w": (DIM,)}, {}

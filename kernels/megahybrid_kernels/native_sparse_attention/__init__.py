@@ -41,7 +41,8 @@ def native_sparse_attention(
     Args:
         q: `[tokens, query_heads, head_dim]`, rotated.
         k, v: `[tokens, kv_heads, head_dim]`, k rotated; query head n uses KV head `n // (query_heads // kv_heads)`.
-        gates: `[tokens, query_heads, 3]`, factors of the compressed, the selected and the window branch.
+        gates: `[tokens, query_heads, 3]`, factors of the compressed, the selected and the window branch; none may be
+            negative.
         sequences: borders of the packed documents; blocks begin where a document does.
         block_size: tokens of a block.
         num_blocks: blocks that a query selects, the forced ones included.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.native_sparse_attention.triton_attend import attend
+from megahybrid_kernels.native_sparse_attention.triton_backward import gradients
 from megahybrid_kernels.native_sparse_attention.triton_plan import Saved, Shape, Tuning
 from megahybrid_kernels.native_sparse_attention.triton_pool import pool
 from megahybrid_kernels.native_sparse_attention.triton_score import compress, needs_scores, select
@@ -54,8 +55,6 @@ class _NativeSparseAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do: Tensor, _):
-        from megahybrid_kernels.native_sparse_attention.triton_backward import gradients
-
         saved = Saved(*ctx.saved_tensors)
         return *gradients(ctx.shape, saved, do.contiguous(), ctx.sequences, ctx.window_size), None, None, None, None
 

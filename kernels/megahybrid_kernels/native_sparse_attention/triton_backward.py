@@ -1,4 +1,4 @@
-"""The backward pass of native sparse attention in Triton: launches of `triton_query_gradient` and `triton_key_gradient`.
+"""The backward pass of native sparse attention: launches of `triton_query_gradient` and `triton_key_gradient`.
 
 Every output is written by one program in a fixed order: no atomics, the same bits every time. Far uses of keys and uses
 of means are summed first, a bounded part of them a program, as fp32 rows that the last kernel adds up.
@@ -52,8 +52,9 @@ def tuning(head_dim: int, dtype: torch.dtype) -> Tuning:
         launch = Launch(16, 4, 1)
         return Tuning(32, 16, launch, launch, launch, launch)
     if head_dim <= 64:
-        launch = Launch(64, 4, 3)
-        return Tuning(64, 64, launch, launch, launch, launch)
+        # Three programs a multiprocessor where 168 registers hold almost all, else two.
+        lean, launch = Launch(64, 4, 3, 168), Launch(64, 4, 3)
+        return Tuning(64, 64, query=lean, selected=launch, compressed=lean, key=launch)
     if head_dim <= 128:
         launch = Launch(64, 4, 2)
         return Tuning(64, 64, launch, launch, launch, launch)
@@ -111,11 +112,11 @@ class _Backward:
         tiles = self.sequences.tiles(shape.tile_tokens(self.tune.rows))
         joint = union(saved.selection, self.sequences, tiles.size)
         query_gradient_kernel[tiles.count * shape.kv_heads](
-            q, k, v, saved.pooled_k, saved.pooled_v, self.do, dq, *statistics, *joint, tiles.firsts, self.sequences.begins, self.sequences.ends,
-            self.sequences.tiles(shape.block_size).before, *row_strides(q, k, v), shape.kv_heads, self.window,
-            shape.log2_scale, shape.softmax_scale, **self.constants(), TOKENS=tiles.size,
-            CAPACITY=joint.blocks.shape[2], STEP=min(launch.size, shape.block_size), POOLED_STEP=launch.size,
-            **launch.options(),
+            q, k, v, saved.pooled_k, saved.pooled_v, self.do, dq, *statistics, *joint, tiles.firsts,
+            self.sequences.begins, self.sequences.ends, self.sequences.tiles(shape.block_size).before,
+            *row_strides(k, v), shape.kv_heads, self.window, shape.log2_scale, shape.softmax_scale,
+            **self.constants(), TOKENS=tiles.size, CAPACITY=joint.blocks.shape[2],
+            STEP=min(launch.size, shape.block_size), POOLED_STEP=launch.size, **launch.options(),
         )  # fmt: skip
         return dq
 
@@ -129,7 +130,8 @@ class _Backward:
         sums = self.partial_sums(items, shape.block_size)
         selected_gradient_kernel[items * (shape.block_size // self.keys) * shape.kv_heads](
             q, k, v, self.do, *sums, statistics, *pairs, blocks.firsts, *row_strides(k, v), blocks.count, items,
-            pairs.tokens.shape[1], shape.log2_scale, **self.constants(), ITEM=triton_pairs.ITEM, KEYS=self.keys, QUERIES=self.queries(launch), **launch.options(),
+            pairs.tokens.shape[1], shape.log2_scale, **self.constants(), ITEM=triton_pairs.ITEM, KEYS=self.keys,
+            QUERIES=self.queries(launch), **launch.options(),
         )  # fmt: skip
         return pairs.item_first, sums
 
@@ -141,8 +143,8 @@ class _Backward:
         sums = self.partial_sums(items, triton_pairs.POOLED)
         compressed_gradient_kernel[items * (triton_pairs.POOLED // self.tune.keys) * shape.kv_heads](
             saved.q, saved.pooled_k, saved.pooled_v, self.do, *sums, statistics, self.sequences.begins,
-            self.sequences.ends, self.sequences.tiles(shape.block_size).before, pooled.firsts, pooled.item_first,
-            pooled.item_tile, items, shape.log2_scale, **self.constants(), **_parts(),
+            self.sequences.ends, self.sequences.tiles(shape.block_size).before, pooled.firsts, pooled.item_tile,
+            pooled.item_begin, items, shape.log2_scale, **self.constants(), **_parts(),
             KEYS=self.tune.keys, QUERIES=self.queries(launch), **launch.options(),
         )  # fmt: skip
         return pooled, sums
@@ -182,7 +184,7 @@ def gradients(
         tune: tile sizes for benchmarks; fixed by head dim and dtype when left out.
     """
     tune = tune or tuning(shape.head_dim, do.dtype)
-    # One offset serves q and do.
+    # One offset serves q, do and dq.
     saved = saved._replace(q=saved.q.contiguous())
     call = _Backward(shape, tune, saved, do, sequences, min(window_size, shape.tokens))
     dgates, statistics = call.prepare()

@@ -6,8 +6,8 @@
 
 The last two sum items of bounded work into fp32 rows that the first adds up in a fixed order. As
 `softmax_gradients.key_step`, with a branch's gate in its log-denominators (`triton_query_gradient.prepare_kernel`).
-`statistics` are fp32 `[tokens, query_heads, 2]` of a branch: these, and deltas. q and do are contiguous. Partial sums of
-dk leave out the softmax's scale.
+`statistics` are fp32 `[tokens, query_heads, 2]` of a branch: these, and deltas. q and do are contiguous. Partial sums
+of dk leave out the softmax's scale.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def _query_places(head, heads, QUERIES: tl.constexpr, GROUPS: tl.constexpr, HEAD
 
 
 @triton.jit
-def _load_queries(q, do, places, inside, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+def _load_queries(q, do, first, places, inside, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    q += first * HEAD_DIM
+    do += first * HEAD_DIM
     if MASKED:
         return (
             load_rows(q, places, inside, HEAD_DIM, 0, HEAD_DIM, WIDTH),
@@ -44,26 +46,26 @@ def _load_queries(q, do, places, inside, HEAD_DIM: tl.constexpr, WIDTH: tl.const
 
 @triton.jit
 def _rows_step(
-    dk, dv, k, v, places, inside, visible, q, do, statistics, scale,
+    dk, dv, k, v, first, places, inside, visible, q, do, statistics, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr, SEEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`key_step` of one branch for these rows: MASKED where some may be outside, SEEN where all that are inside see
-    every key."""
-    q_tile, do_tile = _load_queries(q, do, places, inside, HEAD_DIM, WIDTH, MASKED)
-    row_total, row_delta = load_statistics(statistics, places, inside, MASKED)
+    """`key_step` of one branch for the rows `first + places`: MASKED where some may be outside, SEEN where all that are
+    inside see every key."""
+    q_tile, do_tile = _load_queries(q, do, first, places, inside, HEAD_DIM, WIDTH, MASKED)
+    row_total, row_delta = load_statistics(statistics + first * 2, places, inside, MASKED)
     return key_step(dk, dv, k, v, q_tile, do_tile, row_total, row_delta, visible, scale, not SEEN, PRECISION)
 
 
 @triton.jit
 def _band_step(
-    dk, dv, k, v, distance, window, places, inside, q, do, selected_statistics, window_statistics, scale,
+    dk, dv, k, v, distance, window, first, places, inside, q, do, selected_statistics, window_statistics, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The selected and the window branch at once; `distance` from keys to rows, which select the keys' block."""
-    q_tile, do_tile = _load_queries(q, do, places, inside, HEAD_DIM, WIDTH, True)
+    q_tile, do_tile = _load_queries(q, do, first, places, inside, HEAD_DIM, WIDTH, True)
     logits = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION) * scale
-    selected_total, selected_delta = load_statistics(selected_statistics, places, inside, True)
-    window_total, window_delta = load_statistics(window_statistics, places, inside, True)
+    selected_total, selected_delta = load_statistics(selected_statistics + first * 2, places, inside, True)
+    window_total, window_delta = load_statistics(window_statistics + first * 2, places, inside, True)
     p_selected = tl.where(distance >= 0, tl.exp2(logits - selected_total[None, :]), 0.0)
     in_window = (distance >= 0) & (distance < window)
     p_window = tl.where(in_window, tl.exp2(logits - window_total[None, :]), 0.0)
@@ -95,13 +97,13 @@ def selected_gradient_kernel(
     program = tl.program_id(0) // PARTS
     item, head = program % items, (program // items).to(tl.int64)
     heads = tl.num_programs(0) // PARTS // items
-    query_heads = heads * GROUPS
+    query_heads = heads.to(tl.int64) * GROUPS
     block = tl.load(item_block + head * items + item)
     if block < blocks:
         cut = item - tl.load(item_first + head * (blocks + 1) + block)
-        begin = tl.load(pair_first + head * (blocks + 1) + block) + cut * ITEM
+        begin = tl.load(pair_first + head * (blocks + 1) + block) + cut.to(tl.int64) * ITEM
         end = tl.load(pair_first + head * (blocks + 1) + block + 1)
-        count = tl.minimum(end - begin, ITEM).to(tl.int32)
+        count = tl.minimum(tl.maximum(end - begin, 0), ITEM).to(tl.int32)
         pairs += head * pair_count + begin
         part = tl.program_id(0) % PARTS * KEYS + tl.arange(0, KEYS)
         j = tl.load(block_firsts + block) + part
@@ -114,18 +116,18 @@ def selected_gradient_kernel(
         # Loaded a step ahead of the rows whose addresses it gives.
         token = tl.load(pairs + number, mask=number < count, other=0)
         for n in tl.range(0, full, QUERIES):
-            places = token.to(tl.int64) * query_heads + place
+            places = token * query_heads + place
             following = n + QUERIES + number
             token = tl.load(pairs + following, mask=following < count, other=0)
             dk, dv = _rows_step(
-                dk, dv, k_tile, v_tile, places, exists, exists, q, do, statistics, scale,
+                dk, dv, k_tile, v_tile, 0, places, exists, exists, q, do, statistics, scale,
                 HEAD_DIM, WIDTH, GROUPS != HEADS, True, PRECISION,
             )  # fmt: skip
         for n in tl.range(full, count, QUERIES):
             inside = exists & (n + number < count)
-            places = token.to(tl.int64) * query_heads + place
+            places = token * query_heads + place
             dk, dv = _rows_step(
-                dk, dv, k_tile, v_tile, places, inside, inside, q, do, statistics, scale,
+                dk, dv, k_tile, v_tile, 0, places, inside, inside, q, do, statistics, scale,
                 HEAD_DIM, WIDTH, True, True, PRECISION,
             )  # fmt: skip
         rows = (head * items + item) * BLOCK + part
@@ -142,28 +144,28 @@ def part_tokens(length, PART: tl.constexpr, MOST_PARTS: tl.constexpr):
 @kernel
 def compressed_gradient_kernel(
     q, pooled_k, pooled_v, do, dk_partial, dv_partial, statistics, begins, ends, blocks_before, tile_firsts,
-    item_first, item_tile, items, scale,
+    item_tile, item_begin, items, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
     POOLED: tl.constexpr, PART: tl.constexpr, MOST_PARTS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What KEYS of POOLED neighbouring means get from a part of their document's tokens: one item of `PooledItems`.
 
-    pooled_k, pooled_v: `[blocks, kv_heads, HEAD_DIM]`; dk_partial, dv_partial: fp32 `[kv_heads, items, POOLED, HEAD_DIM]`.
+    pooled_k, pooled_v: `[blocks, kv_heads, HEAD_DIM]`; dk_partial, dv_partial: fp32 `[kv_heads, items, POOLED, …]`.
     Rows of means that do not exist, and items before the first token that sees their means, are left as they are.
     """
     PARTS: tl.constexpr = POOLED // KEYS
     program = tl.program_id(0) // PARTS
     item, head = program % items, (program // items).to(tl.int64)
     heads = tl.num_programs(0) // PARTS // items
-    query_heads = heads * GROUPS
+    query_heads = heads.to(tl.int64) * GROUPS
     tile = tl.load(item_tile + item)
     row0 = tl.load(tile_firsts + tile)
     begin, end = tl.load(begins + row0), tl.load(ends + row0)
     first = (row0 - begin) // BLOCK + tl.program_id(0) % PARTS * KEYS
     complete = (end - begin) // BLOCK
     size = part_tokens(end - begin, PART, MOST_PARTS)
-    part_begin = begin + (item - tl.load(item_first + tile)) * size
+    part_begin = tl.load(item_begin + item)
     i0 = tl.maximum(part_begin, begin + (first + 1) * BLOCK - 1)
     i1 = tl.minimum(part_begin + size, end)
     if (first < complete) & (i0 < i1):
@@ -178,20 +180,20 @@ def compressed_gradient_kernel(
         inner = tl.minimum(i0 + tl.cdiv(tl.maximum(seen - i0, 0), QUERIES) * QUERIES, i1)
         inner_end = inner + (i1 - inner) // QUERIES * QUERIES
         number, place, exists = _query_places(head, heads, QUERIES, GROUPS, HEADS)
+        places = number * query_heads + place
         dk = tl.zeros([KEYS, WIDTH], tl.float32)
         dv = tl.zeros([KEYS, WIDTH], tl.float32)
         for i in tl.range(inner, inner_end, QUERIES):
-            places = (i + number).to(tl.int64) * query_heads + place
             dk, dv = _rows_step(
-                dk, dv, k_tile, v_tile, places, exists, exists, q, do, statistics, scale,
+                dk, dv, k_tile, v_tile, i * query_heads, places, exists, exists, q, do, statistics, scale,
                 HEAD_DIM, WIDTH, GROUPS != HEADS, True, PRECISION,
             )  # fmt: skip
         for step in tl.range(i0, i1 - (inner_end - inner), QUERIES):
-            token = tl.where(step < inner, step, step + inner_end - inner) + number
-            places = token.to(tl.int64) * query_heads + place
+            i = tl.where(step < inner, step, step + inner_end - inner)
+            token = i + number
             dk, dv = _rows_step(
-                dk, dv, k_tile, v_tile, places, exists & (token < i1), token[None, :] >= lower[:, None], q, do,
-                statistics, scale, HEAD_DIM, WIDTH, True, False, PRECISION,
+                dk, dv, k_tile, v_tile, i * query_heads, places, exists & (token < i1),
+                token[None, :] >= lower[:, None], q, do, statistics, scale, HEAD_DIM, WIDTH, True, False, PRECISION,
             )  # fmt: skip
         rows = (head * items + item) * POOLED + tl.program_id(0) % PARTS * KEYS + tl.arange(0, KEYS)
         _store_partial(dk_partial, rows, dk, HEAD_DIM, WIDTH)
@@ -212,9 +214,9 @@ def _pooled_gradient(
 
 @kernel
 def key_gradient_kernel(
-    q, k, v, do, dk, dv, selected_dk, selected_dv, pooled_dk, pooled_dv, selected_statistics, window_statistics, begins, ends, block_firsts,
-    pair_item_first, pooled_tiles_before, pooled_item_first, k_stride, k_head_stride, v_stride,
-    v_head_stride, blocks, pair_items, pooled_items, window, scale, softmax_scale,
+    q, k, v, do, dk, dv, selected_dk, selected_dv, pooled_dk, pooled_dv, selected_statistics, window_statistics,
+    begins, ends, block_firsts, pair_item_first, pooled_tiles_before, pooled_item_first,
+    k_stride, k_head_stride, v_stride, v_head_stride, blocks, pair_items, pooled_items, window, scale, softmax_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
     POOLED: tl.constexpr, PART: tl.constexpr, MOST_PARTS: tl.constexpr, KEYS: tl.constexpr, POOLED_KEYS: tl.constexpr,
     QUERIES: tl.constexpr, PRECISION: tl.constexpr,
@@ -228,7 +230,7 @@ def key_gradient_kernel(
     program = tl.program_id(0) // PARTS
     block, head = program % blocks, (program // blocks).to(tl.int64)
     heads = tl.num_programs(0) // PARTS // blocks
-    query_heads = heads * GROUPS
+    query_heads = heads.to(tl.int64) * GROUPS
     row0 = tl.load(block_firsts + block)
     begin, end = tl.load(begins + row0), tl.load(ends + row0)
     part = tl.program_id(0) % PARTS * KEYS
@@ -239,6 +241,7 @@ def key_gradient_kernel(
         k_tile = load_rows(k + head * k_head_stride, j.to(tl.int64), exists, k_stride, 0, HEAD_DIM, WIDTH)
         v_tile = load_rows(v + head * v_head_stride, j.to(tl.int64), exists, v_stride, 0, HEAD_DIM, WIDTH)
         number, place, some = _query_places(head, heads, QUERIES, GROUPS, HEADS)
+        places = number * query_heads + place
         dk_acc = tl.zeros([KEYS, WIDTH], tl.float32)
         dv_acc = tl.zeros([KEYS, WIDTH], tl.float32)
         band_end = tl.minimum(row0 + 2 * BLOCK, end)
@@ -246,23 +249,22 @@ def key_gradient_kernel(
             token = i + number
             dk_acc, dv_acc = _band_step(
                 dk_acc, dv_acc, k_tile, v_tile, token[None, :] - j[:, None], window,
-                token.to(tl.int64) * query_heads + place, some & (token < band_end), q, do, selected_statistics,
+                i * query_heads, places, some & (token < band_end), q, do, selected_statistics,
                 window_statistics, scale, HEAD_DIM, WIDTH, PRECISION,
             )  # fmt: skip
         i1 = tl.minimum(j0 + KEYS - 1 + window, end)
         inner_end = band_end + tl.maximum(tl.minimum(j0 + window, end) - band_end, 0) // QUERIES * QUERIES
         for i in tl.range(band_end, inner_end, QUERIES):
-            places = (i + number).to(tl.int64) * query_heads + place
             dk_acc, dv_acc = _rows_step(
-                dk_acc, dv_acc, k_tile, v_tile, places, some, some, q, do, window_statistics, scale,
+                dk_acc, dv_acc, k_tile, v_tile, i * query_heads, places, some, some, q, do, window_statistics, scale,
                 HEAD_DIM, WIDTH, GROUPS != HEADS, True, PRECISION,
             )  # fmt: skip
         for i in tl.range(inner_end, i1, QUERIES):
             token = i + number
-            places = token.to(tl.int64) * query_heads + place
             dk_acc, dv_acc = _rows_step(
-                dk_acc, dv_acc, k_tile, v_tile, places, some & (token < i1), token[None, :] - j[:, None] < window, q, do,
-                window_statistics, scale, HEAD_DIM, WIDTH, True, False, PRECISION,
+                dk_acc, dv_acc, k_tile, v_tile, i * query_heads, places, some & (token < i1),
+                token[None, :] - j[:, None] < window, q, do, window_statistics, scale,
+                HEAD_DIM, WIDTH, True, False, PRECISION,
             )  # fmt: skip
 
         column = tl.arange(0, WIDTH)
@@ -270,9 +272,9 @@ def key_gradient_kernel(
         first_item = pair_item_first + head * (blocks + 1) + block
         for item in tl.range(tl.load(first_item), tl.load(first_item + 1)):
             rows = (head * pair_items + item) * BLOCK + part + tl.arange(0, KEYS)
-            places = rows[:, None] * HEAD_DIM + column[None, :]
-            dk_acc += tl.load(selected_dk + places, mask=mask, other=0)
-            dv_acc += tl.load(selected_dv + places, mask=mask, other=0)
+            sums = rows[:, None] * HEAD_DIM + column[None, :]
+            dk_acc += tl.load(selected_dk + sums, mask=mask, other=0)
+            dv_acc += tl.load(selected_dv + sums, mask=mask, other=0)
         n = (row0 - begin) // BLOCK
         if n < (end - begin) // BLOCK:
             size = part_tokens(end - begin, PART, MOST_PARTS)
@@ -309,6 +311,6 @@ def key_gradient_kernel(
             )
             dk_acc += dk_pooled[None, :] / BLOCK
             dv_acc += dv_pooled[None, :] / BLOCK
-        places = (j.to(tl.int64) * heads + head)[:, None] * HEAD_DIM + column[None, :]
-        tl.store(dk + places, (dk_acc * softmax_scale).to(dk.dtype.element_ty), mask=mask)
-        tl.store(dv + places, dv_acc.to(dv.dtype.element_ty), mask=mask)
+        out = (j.to(tl.int64) * heads + head)[:, None] * HEAD_DIM + column[None, :]
+        tl.store(dk + out, (dk_acc * softmax_scale).to(dk.dtype.element_ty), mask=mask)
+        tl.store(dv + out, dv_acc.to(dv.dtype.element_ty), mask=mask)

@@ -11,6 +11,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from megahybrid_kernels.sequences import Sequences
 
 # Tokens of an item of far pairs.
 ITEM = 1024
-# Neighbouring means that are summed together; the tokens of a document come in at most PARTS parts of PART or a multiple.
+# Neighbouring means that are summed together; a document's tokens come in at most PARTS parts of a multiple of PART.
 POOLED, PART, PARTS = 64, 256, 64
 
 
@@ -47,13 +48,14 @@ class PooledItems(NamedTuple):
         firsts: int32 `[tiles]`, the first token of each tile's first block.
         before: int32 `[tokens]`, tiles of the documents before each token's.
         item_first: int32 `[tiles]`, items before each tile.
-        item_tile: int32 `[items]`.
+        item_tile, item_begin: int32 `[items]`, each item's tile and the first token of its part.
     """
 
     firsts: Tensor
     before: Tensor
     item_first: Tensor
     item_tile: Tensor
+    item_begin: Tensor
 
 
 @kernel
@@ -90,7 +92,7 @@ def far_pairs(selection: Tensor, sequences: Sequences, block_size: int) -> Pairs
     borders = torch.arange(blocks.count + 1, dtype=dtype, device=keys.device).expand(heads, -1).contiguous()
     first = torch.searchsorted(keys, borders)
     ends = ((first.diff(dim=1) + ITEM - 1) // ITEM).cumsum(1, dtype=torch.int32)
-    item_first = torch.nn.functional.pad(ends, (1, 0))
+    item_first = F.pad(ends, (1, 0))
     # Two of a token's blocks are near it; each block's last item may be short.
     items = torch.arange(blocks.count + tokens * (num_blocks - 2) // ITEM, dtype=torch.int32, device=keys.device)
     item_block = torch.searchsorted(ends, items.expand(heads, -1).contiguous(), right=True, out_int32=True)
@@ -106,13 +108,14 @@ def pooled_items(sequences: Sequences, block_size: int) -> PooledItems:
     """The items of all documents."""
     span = POOLED * block_size
     tiles = sequences.tiles(span)
-    lengths = (sequences.ends - sequences.begins)[tiles.firsts]
-    parts = (lengths + _part(lengths) - 1) // _part(lengths)
-    ends = parts.cumsum(0, dtype=torch.int32)
+    begins = sequences.begins[tiles.firsts]
+    lengths = sequences.ends[tiles.firsts] - begins
+    ends = ((lengths + _part(lengths) - 1) // _part(lengths)).cumsum(0, dtype=torch.int32)
+    first = F.pad(ends[:-1], (1, 0))
     total = sum(
         n * cdiv(length, span) * cdiv(length, _part(length)) for length, n in Counter(sequences.lengths).items()
     )
     items = torch.arange(total, dtype=torch.int32, device=ends.device)
-    return PooledItems(
-        tiles.firsts, tiles.before, ends - parts, torch.searchsorted(ends, items, right=True, out_int32=True)
-    )
+    tile = torch.searchsorted(ends, items, right=True, out_int32=True)
+    begin = begins[tile] + (items - first[tile]) * _part(lengths[tile])
+    return PooledItems(tiles.firsts, tiles.before, first, tile, begin)

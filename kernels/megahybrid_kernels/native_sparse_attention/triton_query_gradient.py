@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from megahybrid_kernels.launch import kernel
-from megahybrid_kernels.native_sparse_attention.triton_score import load_queries, query_rows
+from megahybrid_kernels.native_sparse_attention.triton_score import query_rows
 from megahybrid_kernels.rows import load_all_rows, load_rows, store_rows
 from megahybrid_kernels.softmax_gradients import query_step
 
@@ -88,23 +88,25 @@ def _band_step(
 
 @kernel
 def query_gradient_kernel(
-    q, k, v, pooled_k, pooled_v, do, dq, statistics_compressed, statistics_selected, statistics_window, blocks, members, counts, firsts, begins, ends, blocks_before,
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, heads, window, scale, softmax_scale,
+    q, k, v, pooled_k, pooled_v, do, dq, statistics_compressed, statistics_selected, statistics_window,
+    blocks, members, counts, firsts, begins, ends, blocks_before, k_stride, k_head_stride, v_stride, v_head_stride,
+    heads, window, scale, softmax_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK: tl.constexpr, CAPACITY: tl.constexpr, STEP: tl.constexpr, POOLED_STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile, contiguous, STEP keys of a block or POOLED_STEP means at a time.
+    """dq of a tile, STEP keys of a block or POOLED_STEP means at a time.
 
-    `blocks`, `members` and `counts` are of `triton_union.Union`. Its last two blocks, the tile's own and the one before,
-    are the band that all rows select and, as far as it reaches, have in their window; one product serves both branches.
+    q, do and dq are contiguous; blocks, members and counts are of `triton_union.Union`. Its last two blocks, the tile's
+    own and the one before, are the band that all rows select and, as far as it reaches, have in their window; one
+    product serves both branches.
     """
     ROWS: tl.constexpr = TOKENS * HEADS
     PARTS: tl.constexpr = BLOCK // STEP
     tile, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
     i0 = tl.load(firsts + tile)
     begin, end = tl.load(begins + i0), tl.load(ends + i0)
-    token, row, query_head, inside = query_rows(i0, end, 0, end, head, heads, GROUPS, HEADS, TOKENS)
-    q_tile = load_queries(q, token, 0, query_head, inside, q_stride, q_head_stride, HEAD_DIM, WIDTH)
+    token, row, _, inside = query_rows(i0, end, 0, end, head, heads, GROUPS, HEADS, TOKENS)
+    q_tile = load_rows(q, row, inside, HEAD_DIM, 0, HEAD_DIM, WIDTH)
     do_tile = load_rows(do, row, inside, HEAD_DIM, 0, HEAD_DIM, WIDTH)
     # Rows that do not exist get p = 0.
     selected_total, selected_delta = load_statistics(statistics_selected, row, inside, True)

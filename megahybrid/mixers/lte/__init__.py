@@ -113,6 +113,9 @@ class LTEKind(AttentionKind):
     def window(self, model: ModelConfig) -> float:
         return model.lte.window_size + 1
 
+    def chooses_after(self, model: ModelConfig) -> int:
+        return self.window(model)
+
     def flops(self, model: ModelConfig, length: int) -> dict[str, float]:
         """Those of attention; and of the router, a KV head: convolutions with 2 taps c_in c_out each, and a projection
         to one logit."""

@@ -71,6 +71,9 @@ class NSAKind(AttentionKind):
         own = (whole * nsa.block_size * (nsa.block_size + 1) + rest * (rest + 1)) / 2
         return (pooled + selected + own) / length + mean_of_min(length, nsa.window_size)
 
+    def chooses_after(self, model: ModelConfig) -> int:
+        return model.nsa.num_blocks * model.nsa.block_size
+
     def window(self, model: ModelConfig) -> float:
         """The branch of that name, or a block's first token and the whole block before."""
         return max(model.nsa.window_size, model.nsa.block_size + 1)
