@@ -3,16 +3,7 @@
 import pytest
 import torch
 
-from tools.workers import Workers
-
 PROMPTS, CHUNK, DECODED = (150, 20), 60, 12
-
-
-@pytest.fixture(scope="module")
-def workers():
-    pool = Workers(4)
-    yield pool
-    pool.close()
 
 
 def model_of(world):

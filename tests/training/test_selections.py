@@ -13,7 +13,6 @@ import torch
 from megahybrid.cli import main
 from tests.training.conftest import RECIPE, metrics
 from tests.training.test_layouts import POSSIBLE, Layout
-from tools.workers import Workers
 
 NSA = "nsa: {{num_heads: 8, num_kv_heads: 2, head_dim: 8, block_size: 16, num_blocks: 4, window_size: 24}}"
 LAYERS, STEP = "GNGN", 8 * 128  # tokens
@@ -30,13 +29,6 @@ RESUMES = [
     (Layout(tensor=4), Layout(tensor=2, pipeline=2)),
     (Layout(tensor=2), Layout(tensor=4, sequence=True, zero_stage=2)),
 ]
-
-
-@pytest.fixture(scope="module")
-def workers():
-    pool = Workers(4)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,9 @@ import torch
 
 from megahybrid.parallel.parameters import ParameterSpec, constant
 from tests.training.conftest import RECIPE, metrics
-from tools.workers import Workers
 
 RANKS = 4
 SHARED = re.compile(r"[12]\.mixer\.[kv]_proj")
-
-
-@pytest.fixture(scope="module")
-def workers():
-    pool = Workers(RANKS)
-    yield pool
-    pool.close()
 
 
 def run(workers, world, function, *arguments):
@@ -74,14 +66,10 @@ def test_steps_are_one_processs(kv_heads, parallel, workers):
 
 
 @pytest.mark.slow
-def test_a_stage_may_have_nothing_to_share():
+def test_a_stage_may_have_nothing_to_share(workers):
     """Its ranks then take no part in making groups of those that do."""
-    pool = Workers(8)
-    try:
-        ((expected, theirs, _),) = run(pool, 1, "steps", 2, "fp32", {})
-        ranks = run(pool, 8, "steps", 2, "fp32", {"tensor": 4, "pipeline": 2})
-    finally:
-        pool.close()
+    ((expected, theirs, _),) = run(workers, 1, "steps", 2, "fp32", {})
+    ranks = run(workers, 8, "steps", 2, "fp32", {"tensor": 4, "pipeline": 2})
     assert not any(SHARED.search(name) for name in ranks[0][1]["weights"])
     assert_one_processs(ranks, expected, theirs)
     assert_copies_are_equal([parts for _, _, parts in ranks[4:]], 2)

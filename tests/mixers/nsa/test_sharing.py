@@ -4,17 +4,9 @@ import pytest
 import torch
 
 from megahybrid.mixers.nsa.sharing import shares
-from tools.workers import Workers
 
 BLOCK, BLOCKS, HEADS, KV_HEADS, HEAD_DIM = 16, 4, 8, 2, 8
 LENGTHS = [[131, 3, 70], [64, 1, 65], [200], [5, 64]]
-
-
-@pytest.fixture(scope="module")
-def workers():
-    pool = Workers(4)
-    yield pool
-    pool.close()
 
 
 def inputs(lengths):
