@@ -7,9 +7,9 @@ import torch
 
 from megahybrid_kernels import Sequences
 
-attention_op, delta_op, lte_op, router_op = (
+attention_op, delta_op, lte_op, nsa_op, router_op = (
     import_module(f"megahybrid_kernels.{op}")
-    for op in ("attention", "gated_delta_rule", "lte_attention", "retention_router")
+    for op in ("attention", "gated_delta_rule", "lte_attention", "native_sparse_attention", "retention_router")
 )
 SEQUENCES = Sequences.of([1])
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -35,6 +35,15 @@ def lte_piece(dtype, head_dim):
     return lte_op.lte_attention_with_cache(*inputs, cache, SEQUENCES, 1, 0, 1, 0)
 
 
+def nsa(dtype, head_dim, block_size):
+    inputs = zeros(dtype, *[(1, 1, head_dim)] * 3, (1, 1, 3))
+    return nsa_op.native_sparse_attention(*inputs, SEQUENCES, block_size, 3, 1)
+
+
+def blocks(dtype, head_dim, block_size):
+    return nsa_op.select_blocks(*zeros(dtype, *[(1, 1, head_dim)] * 2), SEQUENCES, block_size, 3)
+
+
 def router_inputs(dtype, head_dim, layers):
     channels = [2 * head_dim >> layer for layer in range(layers + 1)]
     weights = zeros(dtype, *[(channels[n + 1], channels[n], 1) for n in range(layers)])
@@ -48,6 +57,7 @@ def router(dtype, head_dim, layers=3):
 
 
 # The call, its op, the kernels' entry, and arguments that they take, and do not.
+NSA = [(FP32, 256, 16), (BF16, 24, 64)], [(BF16, 264, 64), (FP32, 64, 8), (BF16, 64, 128)]
 CASES = [
     (
         *(delta_rule, delta_op, "triton.gated_delta_rule"),
@@ -55,6 +65,8 @@ CASES = [
     ),
     (lte, lte_op, "triton.lte_attention", [(FP32, 256)], [(BF16, 264)]),
     (lte_piece, lte_op, "triton_prefill.lte_attention_piece", [(BF16, 256)], [(BF16, 264)]),
+    (nsa, nsa_op, "triton.native_sparse_attention", *NSA),
+    (blocks, nsa_op, "triton.select_blocks", *NSA),
     (
         *(router, router_op, "triton.retention_logits"),
         *([(FP32, 128), (BF16, 256)], [(FP32, 129), (BF16, 257), (BF16, 32, 4)]),

@@ -41,7 +41,8 @@ def native_sparse_attention(
     Args:
         q: `[tokens, query_heads, head_dim]`, rotated.
         k, v: `[tokens, kv_heads, head_dim]`, k rotated; query head n uses KV head `n // (query_heads // kv_heads)`.
-        gates: `[tokens, query_heads, 3]`, factors of the compressed, the selected and the window branch.
+        gates: `[tokens, query_heads, 3]`, factors of the compressed, the selected and the window branch; none may be
+            negative.
         sequences: borders of the packed documents; blocks begin where a document does.
         block_size: tokens of a block.
         num_blocks: blocks that a query selects, the forced ones included.
@@ -152,9 +153,11 @@ def native_sparse_attention_with_cache(
         sizes = (num_blocks, window_size)
         o = native_sparse_attention_step(q, k, v, gates, cache, sequences.positions, *sizes, queries)
         return o, cache.after(1)
-    return reference.native_sparse_attention_with_cache(
-        q, k, v, gates, cache, sequences, block_size, num_blocks, window_size, queries
-    )
+    if takes:
+        from megahybrid_kernels.native_sparse_attention.triton_prefill import native_sparse_attention_piece as backend
+    else:
+        backend = reference.native_sparse_attention_with_cache
+    return backend(q, k, v, gates, cache, sequences, block_size, num_blocks, window_size, queries)
 
 
 def unsupported(dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
