@@ -98,7 +98,7 @@ def _add_conversions(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--shard-size", default="5GB", help="the most a file holds (default 5GB)")
     verb.set_defaults(run=_export)
     imports = verbs.add_parser("import", help="a Hugging Face folder as a checkpoint, for train.init_from")
-    imports.add_argument("source", type=Path, metavar="HF_DIR", help="what `export` wrote, or a published laLTE model")
+    imports.add_argument("source", type=Path, metavar="HF_DIR", help="what `export` wrote, or a published model")
     imports.add_argument("target", type=Path, metavar="CHECKPOINT", help="the new checkpoint's folder")
     imports.set_defaults(run=_import)
     for each in (verb, imports):
@@ -117,7 +117,7 @@ def _add_submit(verbs) -> None:
     verb.add_argument("--nodes", type=int, default=1, help="default 1")
     verb.add_argument("--gpus-per-node", type=int, help="default: the profile's")
     verb.add_argument("--time", help="time limit of a job, as sbatch takes it (default: the profile's)")
-    verb.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each going on where one before ended")
+    verb.add_argument("--chain", type=int, default=1, metavar="JOBS", help="each goes on where one before ended")
     verb.add_argument("--array", metavar="KEY=V,V,…", help="a run for each value of a key, in run.dir/KEY=V")
     verb.add_argument(
         "--requeue",

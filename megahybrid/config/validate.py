@@ -68,23 +68,25 @@ def _layout(config: Config) -> None:
     _pipeline(config)
 
 
-def tensor_parallel_fault(config: Config, tensor: int) -> tuple[str, int] | None:
-    """The first key, with its value, that keeps the model from being split over `tensor` ranks, or None."""
+def tensor_parallel_fault(config: Config, tensor: int) -> str | None:
+    """Why the model cannot be split over `tensor` ranks and what to choose, as the end of a sentence, or None."""
     model = derived(config.model)
-    split = {"model.vocab_size": model.vocab_size, "model.intermediate_size": model.intermediate_size}
+    split, shared = {"model.vocab_size": model.vocab_size, "model.intermediate_size": model.intermediate_size}, {}
     for letter in parse_pattern(model.pattern).letters:
         split |= KINDS[letter].split(model)
-    return next(((key, count) for key, count in split.items() if count % tensor), None)
+        shared |= KINDS[letter].shared(model)
+    for key, count in split.items():
+        if count % tensor:
+            return f"does not divide {key} ({count}); choose a divisor of it"
+    for key, count in shared.items():
+        if count % tensor and tensor % count:
+            return f"is neither a divisor nor a multiple of {key} ({count}); choose one of them"
+    return None
 
 
 def _tensor(config: Config) -> None:
-    fault = tensor_parallel_fault(config, config.parallel.tensor)
-    if fault is not None:
-        key, count = fault
-        raise UserError(
-            f"parallel.tensor is {config.parallel.tensor}, which does not divide {key} ({count}); choose a divisor of "
-            "it."
-        )
+    if fault := tensor_parallel_fault(config, config.parallel.tensor):
+        raise UserError(f"parallel.tensor is {config.parallel.tensor}, which {fault}.")
 
 
 def _pipeline(config: Config) -> None:

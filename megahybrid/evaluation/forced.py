@@ -144,7 +144,9 @@ def _count_heads(heads: Tensor, held: Sequence[Tensor | None], asked: Sequence[t
         if positions is None:
             continue
         whole = []
-        for some in torch.arange(len(needles), device=device).split(max(1, _MOST_SLOTS // positions[0].numel())):
+        for some in torch.arange(len(needles), device=device).split(
+            max(1, _MOST_SLOTS // max(1, positions[0].numel()))
+        ):
             here, (first, after) = positions[place[some]], (x[some, None, None] for x in (begin, end))
             whole.append(((here >= first) & (here < after)).sum(2) == wanted[some, None])  # each stands there once
         holding = torch.zeros(len(asked), positions.shape[1], device=device).index_add_(

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a checkpoint of weights: what `export` wrote, or the published laLTE format.
+"""A Hugging Face folder as a checkpoint of weights: what `export` wrote, or the published format of laLTE and laNSA.
 
 A run starts from it by `train.init_from`, in any layout; `generate` and `export` take it as any other checkpoint.
 Only safetensors are read: a pickle may run any code when it is opened.

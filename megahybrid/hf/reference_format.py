@@ -1,4 +1,4 @@
-"""The format of the weights published with laLTE (`hybrid_gated_deltanet`, `gated_deltanet`)."""
+"""The format of the weights published with laLTE and laNSA (`hybrid_gated_deltanet`, `gated_deltanet`)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from megahybrid.hf.naming import recipe
 from megahybrid.mixers.attention import AttentionConfig
 from megahybrid.mixers.gdn import GDNConfig
 from megahybrid.mixers.lte import LTEConfig
+from megahybrid.mixers.nsa import NSAConfig
 
 MODEL_TYPES = ("hybrid_gated_deltanet", "gated_deltanet")
 
@@ -51,11 +52,10 @@ def reference_config(found: dict[str, Any]) -> Config:
     """The recipe of a published config.json. Raises UserError for what this code has no counterpart of."""
     attn = found.get("attn") or {}
     try:
-        hidden, heads = found["hidden_size"], attn.get("num_heads")
         _refuse_variants(found, attn)
         model = ModelConfig(
             pattern=_pattern(found, attn),
-            hidden_size=hidden,
+            hidden_size=found["hidden_size"],
             vocab_size=found["vocab_size"],
             intermediate_size=found.get("intermediate_size") or _intermediate_size(found),
             tie_embeddings=found.get("tie_word_embeddings", False),
@@ -69,32 +69,47 @@ def reference_config(found: dict[str, Any]) -> Config:
             ),
         )
         if attn:
-            model.attention = AttentionConfig(
-                num_heads=heads,
-                num_kv_heads=attn.get("num_kv_heads") or heads,
-                head_dim=attn.get("head_dim") or hidden // heads,
-                window_size=attn.get("window_size") or AttentionConfig.window_size,
-                rope_theta=float(attn.get("rope_theta") or 10000.0),
-            )
-        if attn.get("attn_type") == "lte":
-            model.lte = LTEConfig(
-                window_size=attn["window_size"],
-                buffer_size=attn["buffer_size"],
-                sink_size=attn["sink_size"],
-                conv_size=_same("conv_size", attn["conv_size"]),
-                conv_dilation=_same("conv_dilation", attn["conv_dilation"]),
-                dropout=attn.get("dropout_prob", LTEConfig.dropout),
-            )
-            model.attention.window_size = AttentionConfig.window_size  # of S layers, of which there are none
+            _add_attention(model, attn)
     except KeyError as error:
         raise UserError(f"config.json lacks {error}; download the model again.") from error
     return recipe(model, found.get("max_position_embeddings") or 4096)
 
 
+def _add_attention(model: ModelConfig, attn: dict[str, Any]) -> None:
+    """The sections of the layers that are no GDN. Raises KeyError for a key that is missing."""
+    heads, kind = attn["num_heads"], attn.get("attn_type")
+    shape = {
+        "num_heads": heads,
+        "num_kv_heads": attn.get("num_kv_heads") or heads,
+        "rope_theta": float(attn.get("rope_theta") or 10000.0),
+    }
+    if kind == "nsa":
+        model.nsa = NSAConfig(
+            **shape,
+            head_dim=attn["head_dim"],
+            block_size=attn["block_size"],
+            num_blocks=attn["block_counts"],
+            window_size=attn["window_size"],
+        )
+        return
+    model.attention = AttentionConfig(**shape, head_dim=attn.get("head_dim") or model.hidden_size // heads)
+    if kind == "lte":
+        model.lte = LTEConfig(
+            window_size=attn["window_size"],
+            buffer_size=attn["buffer_size"],
+            sink_size=attn["sink_size"],
+            conv_size=_same("conv_size", attn["conv_size"]),
+            conv_dilation=_same("conv_dilation", attn["conv_dilation"]),
+            dropout=attn.get("dropout_prob", LTEConfig.dropout),
+        )
+    elif attn.get("window_size"):
+        model.attention.window_size = attn["window_size"]
+
+
 def _pattern(found: dict[str, Any], attn: dict[str, Any]) -> str:
     letters = ["G"] * found["num_hidden_layers"]
     kind = attn.get("attn_type")
-    letter = "L" if kind == "lte" else "S" if attn.get("window_size") else "F"
+    letter = {"lte": "L", "nsa": "N"}.get(kind) or ("S" if attn.get("window_size") else "F")
     for layer in attn.get("layers") or ():
         letters[layer] = letter
     return "".join(letters)
@@ -102,13 +117,9 @@ def _pattern(found: dict[str, Any], attn: dict[str, Any]) -> str:
 
 def _refuse_variants(found: dict[str, Any], attn: dict[str, Any]) -> None:
     kind = attn.get("attn_type")
-    if kind == "nsa":
+    if kind not in (None, "lte", "nsa", "attn", "swa"):
         raise UserError(
-            "The model has NSA layers, which no letter of model.pattern stands for yet; import another kind."
-        )
-    if kind not in (None, "lte", "attn", "swa"):
-        raise UserError(
-            f"config.json has attn.attn_type '{kind}'; lte, sliding-window and full attention can be imported."
+            f"config.json has attn.attn_type '{kind}'; lte, nsa, sliding-window and full attention can be imported."
         )
     only = {
         "use_gate": (found, True),

@@ -7,6 +7,7 @@ rounding, and no keep decision falls differently.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,9 @@ from megahybrid.errors import UserError
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
 from megahybrid.hf.modeling_megahybrid import MegahybridForCausalLM
 from megahybrid.hf.naming import exported_config, exported_name
+from megahybrid.mixers import KINDS
 from megahybrid.model.context import Context
+from megahybrid.model.settings import Settings
 from megahybrid.model.stack import Stack
 from megahybrid.parallel import groups
 from megahybrid.scaling.parameters import parameter_specs
@@ -34,8 +37,10 @@ from megahybrid_kernels import Sequences
 Report = Callable[[str], None]
 
 TOLERANCE = 1e-9
-MOST_TOKENS = 256
+FEWEST_TOKENS = 256
 STEPS = 16
+_MORE_TOKENS = 128 + STEPS // 2
+"""Beyond those after which layers choose what a query sees: with blocks of 16, 32 and 64 tokens a step ends one."""
 
 TEXT = """A recurrent layer reads a text from left to right and keeps what it has read in a state of fixed size. What
 does not fit is lost. An attention layer keeps every word, and pays for it: the more it has read, the longer it takes to
@@ -52,8 +57,10 @@ def wanted(config: Config, check: bool | None, report: Report) -> bool:
     if check is not None:
         return check
     size = sum(math.prod(spec.shape) for spec in parameter_specs(config).values())
-    # Two models in float64, one of which was float32 at first.
-    needed, available = size * (2 * torch.float64.itemsize + torch.float32.itemsize), free_memory(torch.device("cpu"))
+    settings, width = Settings.of(config), torch.float64.itemsize
+    # Two models in float64, one of which was float32 at first; two sets of logits, one of which is put together.
+    needed = size * (2 * width + torch.float32.itemsize) + 3 * width * _length(settings) * settings.model.vocab_size
+    available = free_memory(torch.device("cpu"))
     if needed > available:
         report(
             f"Not verified: it needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} are free (--verify tries)."
@@ -94,21 +101,22 @@ def compare(trained: Stack, exported: nn.Module, tokenizer: Tokenizer, report: R
     Raises UserError for a difference above TOLERANCE.
     """
     text = " ".join(map(str, range(1, tokenizer.vocab_size))) if tokenizer.of_numbers else TEXT
-    tokens = torch.tensor([tokenizer.document_id, *tokenizer.encode(text)][:MOST_TOKENS])
+    read, length = tokenizer.encode(text), _length(trained.settings)
+    tokens = torch.tensor([tokenizer.document_id, *_prolonged(read, length)][:length])
     expected = _logits(trained, tokens)
-    differences = [
-        (found - expected).abs()
-        for found in (
-            exported(tokens[None], use_cache=False).logits[0],
-            _stepwise_exported(exported, tokens),
-            _stepwise_trained(trained, tokens),
-        )
-    ]
-    worst = max(float(each.max()) if each.isfinite().all() else math.inf for each in differences)
-    mean = sum(float(each.mean()) for each in differences) / len(differences)
-    loss = float(F.cross_entropy(expected[:-1], tokens[1:]))
+    ways = (
+        lambda: exported(tokens[None], use_cache=False).logits[0],
+        lambda: _stepwise_exported(exported, tokens),
+        lambda: _stepwise_trained(trained, tokens),
+    )
+    worst, mean = 0.0, 0.0
+    for logits in ways:
+        difference = logits().sub_(expected).abs_()
+        worst = max(worst, float(difference.max()) if difference.isfinite().all() else math.inf)
+        mean += float(difference.mean()) / len(ways)
+    loss = float(F.cross_entropy(expected[:-1][: len(read)], tokens[1:][: len(read)]))
     report(
-        f"Logits of {len(tokens)} tokens, whole and step by step: worst difference {worst:.1e}, mean {mean:.1e}; "
+        f"Logits of {len(tokens):,} tokens, whole and step by step: worst difference {worst:.1e}, mean {mean:.1e}; "
         f"{loss:.3f} nats a token"
     )
     if not worst <= TOLERANCE:
@@ -116,6 +124,20 @@ def compare(trained: Stack, exported: nn.Module, tokenizer: Tokenizer, report: R
             f"The converted model's logits differ by up to {worst:.1e}, more than {TOLERANCE:.0e}, so nothing was "
             "written; please report it with the configuration."
         )
+
+
+def _length(settings: Settings) -> int:
+    """Tokens on which two models with these settings are compared."""
+    choosing = max(KINDS[letter].chooses_after(settings.model) for letter in settings.pattern.letters)
+    return max(FEWEST_TOKENS, choosing + _MORE_TOKENS)
+
+
+def _prolonged(tokens: list[int], length: int) -> list[int]:
+    """At least `length` tokens: these, then again in other orders, so that no two places see nearly the same."""
+    draw, prolonged = random.Random(0), list(tokens)
+    while len(prolonged) < length:
+        prolonged += draw.sample(tokens, len(tokens))
+    return prolonged
 
 
 def _logits(model: Stack, tokens: Tensor, states: dict[int, Any] | None = None, first: int = 0) -> Tensor:

@@ -48,11 +48,6 @@ def load_generator(path: Path, dtype: torch.dtype = torch.float32) -> Generator:
 
 def split_over_processes(config: Config, processes: int) -> None:
     """Make tensor parallelism over all processes the layout. Raises UserError where the model does not split so."""
-    fault = tensor_parallel_fault(config, processes)
-    if fault is not None:
-        key, count = fault
-        raise UserError(
-            f"{processes} processes share a model evenly, but do not divide {key} ({count}); "
-            "start as many as a divisor of it."
-        )
+    if fault := tensor_parallel_fault(config, processes):
+        raise UserError(f"All processes share a model evenly; their number, {processes}, {fault}.")
     config.parallel = ParallelConfig(tensor=processes)

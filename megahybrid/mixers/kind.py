@@ -38,10 +38,12 @@ class Activations(NamedTuple):
     Attributes:
         saved: for the backward pass.
         backward: gradients and temporaries in it, beyond that, at most.
+        decision: of what is saved, what a layer that recomputes its activations keeps, too.
     """
 
     saved: float
     backward: float
+    decision: float = 0
 
 
 class Kind(ABC):
@@ -71,6 +73,10 @@ class Kind(ABC):
     def split(self, model: ModelConfig) -> dict[str, int]:
         """What tensor parallel ranks share evenly: the number by the configuration key that sets it."""
 
+    def shared(self, model: ModelConfig) -> dict[str, int]:
+        """Likewise, but where there are more ranks than that, as many neighbouring ones share each."""
+        return {}
+
     @abstractmethod
     def flops(self, model: ModelConfig, length: int) -> dict[str, float]:
         """FLOPs a token of the forward pass by part, averaged over a document of `length` tokens; what counts is said
@@ -78,6 +84,11 @@ class Kind(ABC):
 
     def window(self, model: ModelConfig) -> float:
         """Keys that a query sees whatever they hold, itself included; infinity for all of a document."""
+        return 0
+
+    def chooses_after(self, model: ModelConfig) -> int:
+        """Tokens of a document after which it chooses by what they hold which of them a query sees; 0 where it never
+        does. A check of what it computes has to go beyond."""
         return 0
 
     @abstractmethod

@@ -19,6 +19,7 @@ from megahybrid.mixers.attention import FullAttentionKind, SlidingWindowKind
 from megahybrid.mixers.gdn import GDNKind
 from megahybrid.mixers.kind import Kind
 from megahybrid.mixers.lte import LTEKind
+from megahybrid.mixers.nsa import NSAKind
 
 GROUP = "megahybrid.mixers"
 
@@ -57,5 +58,7 @@ def sections(kinds: dict[str, Kind]) -> dict[str, type]:
     return {name: section for kind in kinds.values() for name, section in kind.sections.items()}
 
 
-KINDS = with_installed((GDNKind(), LTEKind(), SlidingWindowKind(), FullAttentionKind()), entry_points(group=GROUP))
+KINDS = with_installed(
+    (GDNKind(), LTEKind(), SlidingWindowKind(), FullAttentionKind(), NSAKind()), entry_points(group=GROUP)
+)
 """Every kind by its letter."""

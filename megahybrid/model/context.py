@@ -31,6 +31,20 @@ class Watch(NamedTuple):
         return (self.queries - self.keys).masked_fill(apart, -1)
 
 
+@dataclass
+class Decision:
+    """What a layer chooses in a forward pass without a gradient, as the blocks that queries attend to.
+
+    Where activations are recomputed the second pass takes over what the first one chose: inputs that were rounded
+    otherwise could have it choose otherwise, and the gradient would be another function's.
+
+    Attributes:
+        taken: of the first pass; None before.
+    """
+
+    taken: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Context:
     """One micro-batch, as every layer sees it.
@@ -42,6 +56,7 @@ class Context:
         aux_scale: weight of the auxiliary loss beside the micro-batch's loss (1 / micro-batches of the step).
         in_place: whether mixers may overwrite the states they are given, as they may when nobody needs those again.
         watch: of what mixers that attend say whether it is seen; not with states, and not in training.
+        decision: of the one layer that gets this context, which recomputes its activations; None in all others'.
     """
 
     sequences: Sequences
@@ -49,6 +64,7 @@ class Context:
     aux_scale: float = 1.0
     in_place: bool = False
     watch: Watch | None = None
+    decision: Decision | None = None
 
     @property
     def training(self) -> bool:
@@ -72,7 +88,7 @@ class Aux(NamedTuple):
         loss: scalar, this rank's part of the auxiliary loss: the sum over tensor parallel ranks is the whole.
         counts: int64, what the regulator declares, by name; of a count that is split this rank's part.
         seen: bool `[pairs, heads of this rank]`, with key-value heads: whether the query of each watched pair sees the
-            key.
+            key. Of ranks that share a head, one says so.
     """
 
     loss: Tensor | None = None

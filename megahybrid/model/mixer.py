@@ -52,7 +52,8 @@ class Mixer(nn.Module):
 
     def held(self, state: Any) -> Tensor | None:
         """Positions of the tokens whose keys the next query finds in a state, each once: int64
-        `[sequences, heads of this rank, slots]`, -1 for a blank; None where a mixer has no keys."""
+        `[sequences, heads of this rank, slots]`, -1 for a blank; None where a mixer has no keys. Of ranks that share a
+        head, one says so."""
         return None
 
     def swap(self, policy: str, wanted: Sequence[Sequence[int]], numbers: Sequence[int]) -> None:

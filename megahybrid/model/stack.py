@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from megahybrid.config.schema import Config
 from megahybrid.model.block import Block, RMSNorm
-from megahybrid.model.context import Aux, Context
+from megahybrid.model.context import Aux, Context, Decision
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.layers import ColumnLinear, VocabEmbedding, enter, vocabulary_argmax
 from megahybrid.parallel.parameters import initialize_parameters
@@ -211,6 +212,7 @@ def _sum(x: Tensor, addend: Tensor | None) -> Tensor:
 def _recomputed(block: Block, x: Tensor, context: Context) -> tuple[Tensor, Aux | None]:
     """The block's output, its activations recomputed in the backward pass."""
 
+    context = replace(context, decision=Decision())
     names: list[str] = []
 
     def run(x: Tensor) -> tuple[Tensor, ...]:

@@ -19,6 +19,8 @@ from megahybrid.parallel.rendezvous import meet
 
 Result = TypeVar("Result")
 
+_neighbours: dict[int, dist.ProcessGroup] = {}
+
 
 def initialize(
     parallel: ParallelConfig, seed: int = 0, join_seconds: float = 300, collective_seconds: float = 600
@@ -64,6 +66,7 @@ def joined() -> bool:
 def shut_down() -> None:
     """Leave all groups; a later `initialize` may use another layout."""
     parallel_state.destroy_model_parallel()
+    _neighbours.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -86,6 +89,19 @@ def data_parallel() -> tuple[int, int]:
 def tensor_parallel() -> tuple[int, int]:
     """Rank and size of this process among those that split its layers."""
     return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+
+
+def neighbours(count: int) -> dist.ProcessGroup:
+    """The group of `count` consecutive tensor parallel ranks that this process belongs to. Its first call makes it,
+    which these ranks, and no others, have to make alike."""
+    rank, size = tensor_parallel()
+    if count == size:
+        return parallel_state.get_tensor_model_parallel_group()
+    if count not in _neighbours:
+        ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
+        first = rank - rank % count
+        _neighbours[count] = dist.new_group(ranks[first : first + count], use_local_synchronization=True)
+    return _neighbours[count]
 
 
 def pipeline_parallel() -> tuple[int, int]:
@@ -124,14 +140,15 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def gather_tensor_parallel(part: torch.Tensor, axis: int | None) -> torch.Tensor:
-    """The whole of a tensor of which every tensor parallel rank holds a part along `axis`, or all of it for None."""
+def gather_tensor_parallel(part: torch.Tensor, axis: int | None, copies: int = 1) -> torch.Tensor:
+    """The whole of a tensor of which every tensor parallel rank holds a part along `axis`, or all of it for None.
+    `copies` neighbouring ranks hold the same part."""
     _, size = tensor_parallel()
     if axis is None or size == 1:
         return part
     parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(size)]
     dist.all_gather(parts, part.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
-    return torch.cat(parts, axis)
+    return torch.cat(parts[::copies], axis)
 
 
 def broadcast(value: Any) -> Any:

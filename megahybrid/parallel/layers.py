@@ -42,33 +42,40 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
-        dist.all_reduce(total, group=_group())
-        return total.to(grad.dtype)
+        return _summed(grad, _group())
+
+
+def _summed(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+    dist.all_reduce(total, group=group)
+    return total.to(grad.dtype)
 
 
 class ColumnLinear(nn.Module):
-    """y = x Wᵀ with W `[out, in]` split over its rows.
+    """y = x Wᵀ with W `[out, in]` split over its rows, into `parts` at most: with more ranks, neighbours hold the same
+    rows, and each uses y for itself. W's gradient is summed over them, in fp32 at least.
 
     It is applied by `project`, with those that share its input, in the forward of the module that holds them.
     """
 
-    def __init__(self, in_features: int, out_features: int, initializer: Initializer):
+    def __init__(self, in_features: int, out_features: int, initializer: Initializer, parts: int | None = None):
         super().__init__()
-        self.weight = parameter(out_features, in_features, axis=0, initializer=initializer)
+        self.weight = parameter(out_features, in_features, axis=0, initializer=initializer, parts=parts)
+        self.copies = self.weight.spec.copies(groups.tensor_parallel()[1])
 
 
 def project(x: Tensor, layers: Sequence[ColumnLinear], sequence_parallel: bool) -> tuple[Tensor, ...]:
     """Hidden states, this rank's, → each layer's output `[tokens, out]`, the tokens being all ranks'."""
-    return _Projections.apply(x.squeeze(1), sequence_parallel, *(layer.weight for layer in layers))
+    copies = [layer.copies for layer in layers]
+    return _Projections.apply(x.squeeze(1), sequence_parallel, copies, *(layer.weight for layer in layers))
 
 
 class _Projections(torch.autograd.Function):
     """Autograd alone would write one input gradient a projection and add them up in kernels of their own."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, sequence_parallel: bool, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.sequence_parallel = sequence_parallel
+    def forward(ctx, x: Tensor, sequence_parallel: bool, copies: Sequence[int], *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.sequence_parallel, ctx.copies = sequence_parallel, copies
         if sequence_parallel:
             x, outputs = _gathered_products(x, [weight.T for weight in weights])
         else:
@@ -84,8 +91,11 @@ class _Projections(torch.autograd.Function):
             dx.addmm_(grad, weight)
         dx, reduced = _start_reduction(dx, ctx.sequence_parallel)
         weight_grads = [grad.T @ x for grad in grads]
+        for number, copies in enumerate(ctx.copies):
+            if copies > 1:  # each rank's heads have used the copy for themselves
+                weight_grads[number] = _summed(weight_grads[number], groups.neighbours(copies))
         reduced.wait()
-        return dx, None, *weight_grads
+        return dx, None, None, *weight_grads
 
 
 class RowLinear(nn.Module):

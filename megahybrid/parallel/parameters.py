@@ -30,12 +30,14 @@ class ParameterSpec:
         axis: the axis that tensor parallel ranks split, or None when every rank holds the whole.
         initializer: makes the full float32 value from shape and generator.
         weight_decay: whether the optimizer decays it.
+        parts: into how many parts `axis` splits at most; with more ranks, neighbouring ones hold the same part.
     """
 
     shape: tuple[int, ...]
     axis: int | None
     initializer: Initializer
     weight_decay: bool
+    parts: int | None = None
 
     @property
     def full_size(self) -> int:
@@ -44,20 +46,38 @@ class ParameterSpec:
 
     def local_shape(self, size: int) -> tuple[int, ...]:
         """The shape that one of `size` tensor parallel ranks holds."""
-        return tuple(n // size if i == self.axis else n for i, n in enumerate(self.shape))
+        parts = size // self.copies(size)
+        return tuple(n // parts if i == self.axis else n for i, n in enumerate(self.shape))
+
+    def copies(self, size: int) -> int:
+        """How many neighbouring ones of `size` tensor parallel ranks hold the same part."""
+        if self.axis is None:
+            return size
+        return 1 if self.parts is None else max(1, size // self.parts)
+
+    def place(self, rank: int, size: int) -> tuple[int, int]:
+        """Which part tensor parallel rank `rank` of `size` holds, and of how many."""
+        copies = self.copies(size)
+        return rank // copies, size // copies
 
     def shard(self, full: Tensor, rank: int, size: int) -> Tensor:
         """The part of the full tensor that tensor parallel rank `rank` of `size` holds."""
-        return full if self.axis is None else full.chunk(size, self.axis)[rank]
+        part, parts = self.place(rank, size)
+        return full if self.axis is None else full.chunk(parts, self.axis)[part]
 
 
 def parameter(
-    *shape: int, axis: int | None = None, initializer: Initializer, weight_decay: bool = True
+    *shape: int,
+    axis: int | None = None,
+    initializer: Initializer,
+    weight_decay: bool = True,
+    parts: int | None = None,
 ) -> nn.Parameter:
     """An uninitialised parameter: this rank's part of `shape`, with its spec attached as `.spec`."""
-    spec = ParameterSpec(shape, axis, initializer, weight_decay)
+    spec = ParameterSpec(shape, axis, initializer, weight_decay, parts)
     size = parallel_state.get_tensor_model_parallel_world_size()
-    if axis is not None and shape[axis] % size:
+    _, held = spec.place(0, size)
+    if size % held or (axis is not None and (parts or shape[axis]) % held):
         raise ValueError(f"axis {axis} of shape {shape} does not split over {size} tensor parallel ranks")
     return attach_spec(nn.Parameter(torch.empty(spec.local_shape(size))), spec)
 
@@ -65,7 +85,9 @@ def parameter(
 def attach_spec(weight: nn.Parameter, spec: ParameterSpec) -> nn.Parameter:
     """Tag a parameter that was made elsewhere (a Megatron-core layer's)."""
     weight.spec = spec
-    weight.tensor_model_parallel = spec.axis is not None  # DeepSpeed's and Megatron-core's own mark
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    copies = spec.copies(parallel_state.get_tensor_model_parallel_world_size())
+    weight.tensor_model_parallel = rank % copies == 0  # DeepSpeed's mark: its norm counts every part once
     return weight
 
 

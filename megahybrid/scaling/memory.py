@@ -149,14 +149,15 @@ def _chunks(config: Config) -> list[Chunk]:
 def _chunk(config: Config, settings: Settings, letters: str, tokens: int) -> Chunk:
     """Consecutive layers.
 
-    A layer that recomputes keeps its input alone, w h / s, and in its backward pass has all its saved tensors, and its
-    output in place of the input. By then the layers behind it have none left.
+    A layer that recomputes keeps its input, w h / s, and its mixer's decision alone, and in its backward pass has all
+    its saved tensors, and its output in place of the input. By then the layers behind it have none left.
     """
     held, peak = 0.0, 0.0
     for letter in letters:
-        saved, again = layer(config, settings, letter), letter in settings.recompute
-        held += residual(config, settings) if again else saved
-        peak = max(peak, held + saved * again + layer_backward(config, settings, letter))
+        saved, decision = layer(config, settings, letter), _mixer(config, settings, letter).decision
+        again = letter in settings.recompute
+        held += residual(config, settings) + decision if again else saved
+        peak = max(peak, held + (saved - decision) * again + layer_backward(config, settings, letter))
     return Chunk(tokens * held, tokens * (peak - held))
 
 

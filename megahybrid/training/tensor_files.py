@@ -64,8 +64,9 @@ def facts_of(file: Path) -> dict[str, Any]:
 def read_part(file: Path, name: str, spec: ParameterSpec, rank: int, size: int) -> Tensor:
     """The part of a tensor of shape spec.shape that tensor parallel rank `rank` of `size` holds."""
     with safe_open(file, "pt") as tensors:
-        if spec.axis is None or size == 1:
+        part, parts = spec.place(rank, size)
+        if parts == 1:
             return tensors.get_tensor(name)
-        length = spec.shape[spec.axis] // size
-        part = slice(rank * length, (rank + 1) * length)
-        return tensors.get_slice(name)[(slice(None),) * spec.axis + (part,)]
+        length = spec.shape[spec.axis] // parts
+        rows = slice(part * length, (part + 1) * length)
+        return tensors.get_slice(name)[(slice(None),) * spec.axis + (rows,)]

@@ -37,6 +37,8 @@ model.gdn.num_heads model.gdn.head_dim model.gdn.value_head_dim model.gdn.conv_s
 model.attention.num_heads model.attention.num_kv_heads model.attention.head_dim model.attention.window_size
 model.attention.rope_theta
 model.lte.window_size model.lte.buffer_size model.lte.sink_size model.lte.conv_size model.lte.conv_dilation
+model.nsa.num_heads model.nsa.num_kv_heads model.nsa.head_dim model.nsa.block_size model.nsa.num_blocks
+model.nsa.window_size model.nsa.rope_theta
 train.seq_length train.global_batch_size train.seed
 data.sources.python.weight data.sources.python.task data.sources.python.parameters data.sources.python.stages
 data.document_masking data.shuffle_block_size
@@ -127,6 +129,11 @@ def test_no_number_takes_what_is_not_finite(value):
         ("data.validation_fraction=1", "it must be at least 0 and below 1."),
         ("data.sources.python.weight=-1", "data.sources.python.weight is -1.0; it must be at least 0."),
         ("data.sources.python.format=csv", "data.sources.python.format is 'csv'; choose one of text, jsonl"),
+        ("model.nsa.block_size=48", "model.nsa.block_size is 48; choose one of 16, 32, 64."),
+        ("model.nsa.num_blocks=3", "it must be at least 4."),
+        ("model.nsa.window_size=0", "it must be greater than 0."),
+        ("model.nsa.num_kv_heads=3 model.pattern=N", "model.nsa.num_heads (32) must be a multiple of"),
+        ("model.nsa.head_dim=63 model.pattern=N", "model.nsa.head_dim must be even"),
         ("tracking.wandb=on", "choose one of offline, online, disabled."),
         ("parallel.tensor=5", "does not divide model.intermediate_size (256)"),
     ],
@@ -134,7 +141,7 @@ def test_no_number_takes_what_is_not_finite(value):
 def test_ranges_and_choices_are_told(override, said):
     base = ["model.vocab_size=8000", "model.hidden_size=60", "model.intermediate_size=null"]
     with pytest.raises(UserError) as caught:
-        load_config(QUICKSTART, [*base, override])
+        load_config(QUICKSTART, [*base, *override.split()])
     assert said in str(caught.value)
 
 

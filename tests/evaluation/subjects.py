@@ -22,7 +22,7 @@ from megahybrid.tasks import TASKS, Vocabulary
 from tests.model import tiny
 
 
-def subject(home: Path, pattern: str = "GLSF", dtype: torch.dtype = torch.float32) -> Subject:
+def subject(home: Path, pattern: str = "GLSFN", dtype: torch.dtype = torch.float32) -> Subject:
     config = tiny.config(pattern)
     config.parallel = ParallelConfig(tensor=groups.tensor_parallel()[1])
     config.tracking.wandb = "disabled"
@@ -45,16 +45,17 @@ def plan(**changes) -> Plan:
     return Plan(**{**usual, "batch_size": 3, "prefill_chunk": 24, **changes})
 
 
-def brief(mode: str) -> Plan:
-    return plan(mode=mode, lengths=(48,), samples=4, policies=("learned", "random", "attention_mass"))
+def brief(mode: str, pattern: str = "GLSF", length: int = 48) -> Plan:
+    others = ("random", "attention_mass") if "L" in pattern else ()
+    return plan(mode=mode, lengths=(length,), samples=4, policies=("learned", *others))
 
 
-def evaluate_in_parallel(home: str) -> None:
+def evaluate_in_parallel(home: str, pattern: str, length: int) -> None:
     """What each of several processes does."""
     torch.set_num_threads(1)
     groups.initialize(ParallelConfig(tensor=int(os.environ["WORLD_SIZE"])))
     for mode in ("forced", "generate"):
-        evaluate(subject(Path(home)), brief(mode))
+        evaluate(subject(Path(home), pattern), brief(mode, pattern, length))
 
 
 def run_out_of_memory_on_one(home: str) -> str:
@@ -82,7 +83,7 @@ def run_out_of_memory_on_one(home: str) -> str:
 WORDS = "the cat sat on a mat, and the dog lay by the door; 17 + 4 = 21. Who is there? Nobody! "
 
 
-def scorer(pattern: str = "GLSF", dtype: torch.dtype = torch.float64, **sizes) -> Scorer:
+def scorer(pattern: str = "GLSFN", dtype: torch.dtype = torch.float64, **sizes) -> Scorer:
     """One of a model of text, with some words as tokens."""
     tokenizer = Tokenizer.train([WORDS], 300)
     config = tiny.config(pattern)

@@ -221,7 +221,7 @@ def test_bad_imports(exported, tmp_path, capsys):
     assert "There is no" in refused(lambda source: (source / "config.json").unlink())
     assert "cannot be read as JSON" in refused(lambda source: (source / "config.json").write_text("{"))
     assert "tokenizer" in refused(lambda source: (source / "tokenizer.json").unlink())
-    assert "unknown letter" in refused(set_config(layers="GLSFN"))
+    assert "unknown letter" in refused(set_config(layers="GLSFX"))
 
 
 def test_shards_are_read_one_tensor_at_a_time(reference, tmp_path, monkeypatch):

@@ -50,6 +50,7 @@ def code(folder):
         ("GS", {"gdn", "attention"}, {"gdn", "attention"}),
         ("F", {"attention"}, {"attention"}),
         ("GL", {"gdn", "lte", "attention"}, {"gdn", "lte", "attention"}),  # LTE has attention's projections
+        ("GN", {"gdn", "nsa", "attention"}, {"gdn", "nsa"}),
     ],
 )
 def test_the_kinds_of_its_pattern(letters, kinds, sections, prepared, tmp_path):
@@ -57,7 +58,7 @@ def test_the_kinds_of_its_pattern(letters, kinds, sections, prepared, tmp_path):
     folder = round_trip(letters, tmp_path, prepared)
     assert code(folder) == ALWAYS | {f"{kind}_megahybrid.py" for kind in kinds}
     config = json.loads((folder / "config.json").read_text())
-    assert {"gdn", "attention", "lte"} & config.keys() == sections
+    assert {"gdn", "attention", "lte", "nsa"} & config.keys() == sections
     model, report = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert set(sys.modules[type(model).__module__].MIXERS) == set(letters)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import megahybrid.mixers.attention.hf as attention
 import megahybrid.mixers.gdn.hf as gdn
 import megahybrid.mixers.lte.hf as lte
+import megahybrid.mixers.nsa.hf as nsa
 from megahybrid.hf.modeling_megahybrid import MegahybridCache
 from megahybrid.model.context import Context
 from megahybrid_kernels import Sequences
@@ -16,9 +17,9 @@ from tests.hf.tiny import expected_logits, pair, random_tokens
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
-PATTERNS = ["G", "L", "S", "F", "GL", "GLSF"]
-# Window + buffer of L is 13 tokens, the window of S 7: far beyond both.
-LENGTH = 90
+PATTERNS = ["G", "L", "S", "F", "N", "GL", "GLSFN"]
+# Window + buffer of L is 13 tokens, the window of S 7, the blocks that N selects 64: beyond all.
+LENGTH = 104
 NO_END = {"pad_token_id": 0, "eos_token_id": None}
 
 
@@ -61,6 +62,7 @@ def padded(lengths):
 def test_whole_sequences(pattern, block, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
     monkeypatch.setattr(lte, "QUERY_BLOCK", block)
+    monkeypatch.setattr(nsa, "QUERY_BLOCK", block)
     monkeypatch.setattr(gdn, "CHUNK", block)
     model, exported = pair(pattern)
     rows = torch.stack([random_tokens(LENGTH, seed) for seed in (1, 2)])
@@ -90,10 +92,10 @@ def test_with_cache(pattern, cut):
 def test_left_padding(pattern):
     """Whole, and in pieces of which some are padding only for some rows."""
     model, exported = pair(pattern)
-    lengths = (LENGTH, 61, 5, 1)
+    lengths = (LENGTH, 83, 5, 1)
     rows, mask = padded(lengths)
     whole = exported(rows, attention_mask=mask, use_cache=False).logits
-    pieces = in_pieces(exported, rows, [20, 40, 25, 1, 1, 1, 1, 1], mask)
+    pieces = in_pieces(exported, rows, [20, 40, 39, 1, 1, 1, 1, 1], mask)
     for number, length in enumerate(lengths):
         expected = expected_logits(model, rows[number, -length:])
         close(whole[number, -length:], expected)
@@ -101,18 +103,46 @@ def test_left_padding(pattern):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_in_fp32(pattern):
+def test_in_fp32(pattern, monkeypatch):
     model, exported = pair(pattern, torch.float32)
-    nearest = [1.0]
+    nearest, margins = [1.0], [1.0]
     for block in exported.model.layers:
         if hasattr(block.mixer, "router"):
             block.mixer.router.register_forward_hook(lambda _, __, out: nearest.append(float(out[0].abs().min())))
+    selected = nsa.NSAAttention.selected
+
+    def watched(mixer, q, positions, scores, state):
+        for own in (positions[0] // mixer.block).unique().tolist():
+            free = scores[:, :, positions[0] // mixer.block == own, 1 : max(1, own - 1)].sort(-1).values
+            if own >= mixer.count:
+                margins.append(float(free.diff(dim=-1)[..., -(mixer.count - 3)].min()))
+        return selected(mixer, q, positions, scores, state)
+
+    monkeypatch.setattr(nsa.NSAAttention, "selected", watched)
     tokens = random_tokens(LENGTH)
     whole = exported(tokens[None], use_cache=False).logits[0]
     assert min(nearest) > 1e-4 / 4  # of the logit; the score's slope there is 1/4
+    assert min(margins) > 1e-4 and (len(margins) > 1) == ("N" in pattern)
     expected = expected_logits(model, tokens)
     close(whole, expected, 1e-4)
     close(in_pieces(exported, tokens[None], [33] + [1] * (LENGTH - 33))[0], expected, 1e-4)
+
+
+def test_of_equal_blocks_the_first_are_selected():
+    model, exported = pair("N")
+    for each in (model.layers["0"].mixer, exported.model.layers[0].mixer):
+        each.k_proj.weight.zero_()
+    tokens = random_tokens(LENGTH)
+    expected = expected_logits(model, tokens)
+    close(exported(tokens[None], use_cache=False).logits[0], expected)
+    close(in_pieces(exported, tokens[None], [90] + [1] * (LENGTH - 90))[0], expected)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 47, 63, 64, 65, 79, 80, 81])
+def test_borders_of_blocks(length):
+    model, exported = pair("N")
+    tokens = random_tokens(length)
+    close(exported(tokens[None], use_cache=False).logits[0], expected_logits(model, tokens))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
@@ -151,8 +181,8 @@ def test_states_of_a_fixed_size():
 
 def test_reordered_cache():
     """Beams that change places and are given up, as beam search does."""
-    _, exported = pair("GLSF")
-    rows, mask = padded((40, 33, 12))
+    _, exported = pair("GLSFN")
+    rows, mask = padded((90, 70, 12))
     cache = exported(rows, attention_mask=mask, use_cache=True).past_key_values
     order, following = torch.tensor([2, 0, 2]), torch.tensor([[3], [7], [9]])
     cache.reorder_cache(order)
@@ -173,8 +203,8 @@ def test_reordered_cache():
 )
 def test_generate(options):
     """With the cache as without it, on a batch with left padding."""
-    _, exported = pair("GLSF")
-    rows, mask = padded((30, 17, 4))
+    _, exported = pair("GLSFN")
+    rows, mask = padded((70, 57, 4))
     generated = []
     for use_cache in (True, False):
         torch.manual_seed(3)
@@ -187,7 +217,7 @@ def test_generate(options):
             eos_token_id=None,
             **options,
         )
-        assert out.shape == (3 * options.get("num_return_sequences", 1), 55)
+        assert out.shape == (3 * options.get("num_return_sequences", 1), 95)
         generated.append(out)
     assert torch.equal(*generated)
 
@@ -217,7 +247,7 @@ def test_new_weights_train():
     from tests.model import tiny
 
     torch.manual_seed(0)
-    model = MegahybridForCausalLM(MegahybridConfig(**exported_config(tiny.config("GLSF"))))
+    model = MegahybridForCausalLM(MegahybridConfig(**exported_config(tiny.config("GLSFN"))))
     assert all(weight.isfinite().all() for weight in model.parameters())
     rows = random_tokens(50)[None]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

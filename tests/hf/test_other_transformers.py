@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.hf import other_transformers
+from tests.hf.test_kinds import round_trip
 
 REQUIREMENT = "transformers>=5,<6"
 
@@ -33,9 +34,10 @@ def other_python():
 
 
 @pytest.mark.slow
-def test_both_versions_give_the_same(exported, other_python, tmp_path):
-    rows = torch.randint(0, 384, (3, 70), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(70) >= torch.tensor([0, 25, 64])[:, None]).long()
+def test_both_versions_give_the_same(prepared, other_python, tmp_path):
+    exported = round_trip("GLSFN", tmp_path, prepared)
+    rows = torch.randint(0, 384, (3, 90), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(90) >= torch.tensor([0, 15, 84])[:, None]).long()
     save_file({"rows": rows, "mask": mask}, tmp_path / "inputs")
     command = [other_python, other_transformers.__file__, exported, tmp_path / "inputs", tmp_path / "outputs"]
     subprocess.run(list(map(str, command)), check=True, cwd=tmp_path)

@@ -9,7 +9,7 @@ from megahybrid.model.context import Context
 from megahybrid_kernels import Sequences
 from tests.model import tiny
 
-PATTERNS = ["G", "L", "S", "F", "GLSF"]
+PATTERNS = ["G", "L", "S", "F", "N", "GLSFN"]
 WINDOW = 8  # keys, self included, of tiny's S and L alike
 BUFFER = 5
 

@@ -34,7 +34,7 @@ def entry(name):
 
 
 def test_an_installed_kind_comes_after_the_packages_own():
-    assert [*KINDS][:4] == [*"GLSF"]
+    assert [*KINDS][:5] == [*"GLSFN"]
     kinds = with_installed(KINDS.values(), [entry("Mine")])
     assert [*kinds] == [*KINDS, "M"] and isinstance(kinds["M"], Mine)
 

@@ -10,9 +10,9 @@ from tests.model import tiny
 GPU, BF16, FP32 = torch.device("cuda"), torch.bfloat16, torch.float32
 
 
-def config_of(pattern, head_dim=64, gdn=64, value=None):
+def config_of(pattern, head_dim=64, gdn=64, value=None, sparse=64):
     config = tiny.config(pattern)
-    config.model.attention.head_dim = head_dim
+    config.model.attention.head_dim, config.model.nsa.head_dim = head_dim, sparse
     config.model.gdn.head_dim, config.model.gdn.value_head_dim = gdn, value
     return config
 
@@ -25,6 +25,7 @@ def config_of(pattern, head_dim=64, gdn=64, value=None):
         (BF16, {"pattern": "G", "value": 300}, ["gated_delta_rule … up to 256, not 300 (model.gdn.value_head_dim)"]),
         (BF16, {"pattern": "S", "head_dim": 100}, ["attention … multiples of 8, not 100 (model.attention.head_dim)"]),
         (FP32, {"pattern": "SF"}, ["attention … take bfloat16 and float16, not float32 (train.dtype)"]),
+        (BF16, {"pattern": "N", "sparse": 264}, ["native_sparse_attention … up to 256, not 264 (model.nsa.head_dim)"]),
         (FP32, {"pattern": "L", "head_dim": 160}, ["retention_router … up to 128 in float32, not 160"]),
     ],
 )

@@ -9,7 +9,7 @@ from megahybrid.model.loss import attach_loss
 from megahybrid_kernels import Sequences
 from tests.model import tiny
 
-PATTERNS = ["G", "L", "S", "F", "GLSF"]
+PATTERNS = ["G", "L", "S", "F", "N", "GLSFN"]
 
 
 def logits(model, tokens, context):

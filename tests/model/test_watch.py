@@ -55,7 +55,7 @@ def test_what_is_seen_is_the_oracles_mask():
 
 
 def test_without_a_watch_evaluation_has_no_by_products():
-    model, tokens = tiny.model("GLSF"), tiny.tokens()[:-1]
+    model, tokens = tiny.model("GLSFN"), tiny.tokens()[:-1]
     assert model(tokens, Context(Sequences.of(tiny.LENGTHS))).aux == {}
 
 

@@ -6,6 +6,7 @@ from megahybrid.config.schema import Config, ModelConfig, RunConfig, TrainConfig
 from megahybrid.mixers.attention import AttentionConfig
 from megahybrid.mixers.gdn import GDNConfig
 from megahybrid.mixers.lte import LTEConfig
+from megahybrid.mixers.nsa import NSAConfig
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.stack import build
 from megahybrid_kernels import Sequences
@@ -27,6 +28,7 @@ def config(pattern, dropout=0.0, recompute="none", train_cap=False, tie_embeddin
             gdn=GDNConfig(num_heads=2, head_dim=4, value_head_dim=6),
             attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window_size=7),
             lte=LTEConfig(window_size=7, buffer_size=5, sink_size=2, dropout=dropout, train_cap=train_cap),
+            nsa=NSAConfig(num_heads=4, num_kv_heads=2, head_dim=8, block_size=16, num_blocks=4, window_size=21),
         ),
         train=TrainConfig(
             seq_length=64, micro_batch_size=1, global_batch_size=1, steps=1, dtype="fp32", recompute=recompute

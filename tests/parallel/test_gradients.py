@@ -10,7 +10,7 @@ from megahybrid.config.schema import ParallelConfig
 from megahybrid.config.validate import validate
 from tools.workers import Workers
 
-PATTERN, HEADS, TOKENS = "GLSFGL", 4, 96
+PATTERN, HEADS, TOKENS = "GLSNFGL", 4, 112
 # tensor, pipeline, virtual pipeline, sequence, tied embeddings; and the data parallel size.
 LAYOUTS = [
     ((tensor, pipeline, virtual, sequence, tied), data)
@@ -44,6 +44,7 @@ def config_of(layout, count):
     config = tiny.config(PATTERN, dropout=0.3, tie_embeddings=tied)
     config.model.gdn.num_heads = config.model.attention.num_kv_heads = HEADS
     config.model.attention.num_heads = 2 * HEADS
+    config.model.nsa.num_heads, config.model.nsa.num_kv_heads = HEADS, 2  # which four ranks share
     config.train.seq_length = TOKENS
     config.train.global_batch_size = count
     config.parallel = ParallelConfig(tensor, pipeline, virtual, sequence)
@@ -60,7 +61,7 @@ def micro_batch(number):
     from tests.model import tiny
 
     tokens = torch.randint(0, tiny.VOCAB, (TOKENS + 1,), generator=torch.Generator().manual_seed(number))
-    lengths = [23 + number, 1, 72 - number]
+    lengths = [23 + number, 1, 88 - number]  # the last has more blocks than N selects
     keys = dropout_keys(11, 3, torch.full((TOKENS,), number), torch.arange(TOKENS), 16)
     labels = tokens[1:].masked_fill(torch.arange(TOKENS) % 11 == 5, -100)  # which no rank's part of a vocabulary has
     return tokens[:-1], labels, Sequences.of(lengths), keys, Context
@@ -99,7 +100,7 @@ def gradients(layout, count):
     schedule.run(stages, batches, TOKENS, forward)
     found = {name: whole_gradient(p) for stage in stages for name, p in stage.named_parameters()}
     dist.all_reduce(losses)
-    return found, {layer: whole(count, 0, sum_over_replicas=True) for layer, count in kept.items()}, float(losses)
+    return found, {layer: whole(count, 0) for layer, count in kept.items()}, float(losses)
 
 
 def set_lambdas(stage):
@@ -113,15 +114,16 @@ def set_lambdas(stage):
 
 
 def whole_gradient(parameter):
-    """Over all ranks: replicas' mean, tensor parallel parts joined, replicated ones the same on every rank."""
+    """Over all ranks: replicas' mean, tensor parallel parts joined, replicated ones the same on their ranks."""
     from megahybrid.parallel import groups
 
-    gradient = whole(parameter.grad, parameter.spec.axis, sum_over_replicas=True) / groups.data_parallel()[1]
+    copies = parameter.spec.copies(groups.tensor_parallel()[1])
+    gradient = whole(parameter.grad, parameter.spec.axis, copies) / groups.data_parallel()[1]
     assert gradient.shape == parameter.spec.shape
     return gradient
 
 
-def whole(value, axis, sum_over_replicas):
+def whole(value, axis, copies=1):
     from megatron.core import parallel_state
 
     value = value.detach().clone()
@@ -129,10 +131,9 @@ def whole(value, axis, sum_over_replicas):
     group = parallel_state.get_tensor_model_parallel_group()
     parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, value, group=group)
-    if axis is None:
-        assert all(torch.allclose(part, parts[0], rtol=1e-13, atol=1e-15) for part in parts)
-        return parts[0]
-    return torch.cat(parts, axis)
+    for number, part in enumerate(parts):
+        assert torch.allclose(part, parts[number - number % copies], rtol=1e-13, atol=1e-15)
+    return parts[0] if axis is None else torch.cat(parts[::copies], axis)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ def counted(function):
     return {op.__name__.split(".")[0]: count for op, count in counter.get_flop_counts()["Global"].items()}
 
 
-@pytest.mark.parametrize("pattern", ["G", "L", "S", "F", "GLSF"])
+@pytest.mark.parametrize("pattern", ["G", "L", "S", "F", "N", "GLSFN"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_projections_swiglu_and_output_layer_are_the_models_matrix_products(pattern, tied):
     config = tiny.config(pattern, tie_embeddings=tied)
@@ -96,6 +96,19 @@ def test_attention_is_averaged_over_what_each_query_sees(length):
     assert length * KINDS["F"].flops(model, length)["attention"] == pytest.approx(a_key * full)
     assert length * KINDS["S"].flops(model, length)["attention"] == pytest.approx(a_key * window)
     assert length * KINDS["L"].flops(model, length)["attention"] == pytest.approx(a_key * lte)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 80, 150])
+def test_sparse_attention_is_averaged_over_its_branches(length):
+    model, seen = derived(tiny.config("N").model), 0  # blocks of 16, of which four are selected; window 21
+    for i in range(length):
+        blocks = [range(begin, min(begin + 16, length)) for begin in range(0, i + 1, 16)]
+        pooled = [block for block in blocks if len(block) == 16 and block[-1] <= i]
+        # Which ones does not matter, but for its own.
+        selected = blocks if len(blocks) <= 4 else [*blocks[:3], blocks[-1]]
+        window = [j for j in range(length) if 0 <= i - j < 21]
+        seen += len(pooled) + sum(j <= i for block in selected for j in block) + len(window)
+    assert length * KINDS["N"].flops(model, length)["attention"] == pytest.approx(4 * 8 * 4 * seen)
 
 
 def test_training_is_three_times_the_forward_pass():

@@ -13,6 +13,7 @@ from megahybrid.config.schema import Config, ModelConfig, ParallelConfig, RunCon
 from megahybrid.mixers.attention import AttentionConfig
 from megahybrid.mixers.gdn import GDNConfig
 from megahybrid.mixers.lte import LTEConfig
+from megahybrid.mixers.nsa import NSAConfig
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.settings import Settings
 from megahybrid.model.stack import build
@@ -24,7 +25,8 @@ from megahybrid_kernels.linear_cross_entropy import chunks
 from tools.workers import Workers
 
 LENGTH = 1024
-OPS = "causal_conv1d gated_delta_rule lte_attention norm retention_router rotary swiglu linear_cross_entropy.chunks"
+OPS = """causal_conv1d gated_delta_rule lte_attention native_sparse_attention norm retention_router rotary swiglu
+linear_cross_entropy.chunks"""
 
 
 class Flash(torch.autograd.Function):
@@ -70,6 +72,7 @@ def config_of(pattern, dtype="bf16", recompute="none", dropout=0.1, kv_heads=4, 
             gdn=GDNConfig(num_heads=4, head_dim=64, value_head_dim=96),
             attention=AttentionConfig(num_heads=4, num_kv_heads=kv_heads, head_dim=64, window_size=100),
             lte=LTEConfig(window_size=63, buffer_size=64, dropout=dropout),
+            nsa=NSAConfig(num_heads=8, num_kv_heads=2, block_size=32, num_blocks=8, window_size=100),
         ),
         train=TrainConfig(
             seq_length=LENGTH, micro_batch_size=1, global_batch_size=8, steps=1, dtype=dtype, recompute=recompute
@@ -163,6 +166,8 @@ def estimated(letter, **options):
         ("S", {"dtype": "fp32"}),
         ("F", {"dtype": "fp32"}),
         ("F", {"dtype": "fp32", "kv_heads": 2}),
+        ("N", {"dtype": "bf16"}),
+        ("N", {"dtype": "fp32"}),
     ],
 )
 def test_a_layers_activations_are_what_it_leaves_allocated(letter, options):
@@ -184,6 +189,7 @@ def workers():
         ("L", {"dtype": "bf16", "kv_heads": 2}),
         ("S", {"dtype": "fp32"}),
         ("F", {"dtype": "fp32"}),
+        ("N", {"dtype": "bf16"}),
     ],
 )
 def test_a_tensor_parallel_rank_keeps_its_part(letter, options, sequence, workers):
@@ -192,9 +198,10 @@ def test_a_tensor_parallel_rank_keeps_its_part(letter, options, sequence, worker
     assert workers.run(2, "tests.scaling.test_memory:layer_bytes_of_a_rank", letter, options) == [expected] * 2
 
 
-@pytest.mark.parametrize("letter", "GLSF")
+@pytest.mark.parametrize("letter", "GLSFN")
 def test_with_recompute_a_layer_keeps_its_input(letter):
-    assert layer_bytes(letter, recompute="all") == pytest.approx(2 * 256 * LENGTH, rel=0.1)
+    selection = 4 * 2 * 8 if letter == "N" else 0  # int32, of two KV heads and eight blocks
+    assert layer_bytes(letter, recompute="all") == pytest.approx((2 * 256 + selection) * LENGTH, rel=0.1)
 
 
 @pytest.mark.parametrize("sequence", [False, True])
@@ -219,6 +226,14 @@ def test_the_peak_is_what_a_pass_has_allocated(pattern, recompute, vocab):
 def test_the_peak_of_attention_in_fp32(pattern, recompute):
     config = config_of(pattern, dtype="fp32", recompute=recompute)
     assert memory.activations(config, 1, 0) == pytest.approx(most_bytes(config), rel=0.06)
+
+
+@pytest.mark.parametrize("recompute", ["none", "N"])
+def test_the_peak_of_sparse_attention(recompute):
+    """With heads so many that the peak is in its backward pass."""
+    config = config_of("NN", recompute=recompute)
+    config.model.nsa.num_heads = 32
+    assert memory.activations(config, 1, 0) == pytest.approx(most_bytes(config), rel=0.03)
 
 
 def test_zero_splits_what_its_stage_says():

@@ -12,7 +12,7 @@ from megahybrid.scaling.parameters import parameters_by_rank
 from megahybrid.scaling.plan import describe, parameters_by_part
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-MODELS = ("lalte", "gdn", "gdn-swa", "gdn-full", "transformer")
+MODELS = ("lalte", "lansa", "gdn", "gdn-swa", "gdn-full", "transformer", "nsa")
 
 
 # He & Garner's models in millions of parameters (method: backbone and shapes).
@@ -23,11 +23,13 @@ MODELS = ("lalte", "gdn", "gdn-swa", "gdn-full", "transformer")
         ("gdn-swa-0.4b", 354),
         ("gdn-full-0.4b", 354),
         ("lalte-0.4b", 360),
+        ("lansa-0.4b", 358),
         ("transformer-0.4b", 341),
         ("gdn-1.4b", 1466),
         ("gdn-swa-1.4b", 1340),
         ("gdn-full-1.4b", 1340),
         ("lalte-1.4b", 1343),
+        ("lansa-1.4b", 1323),
         ("transformer-1.4b", 1213),
     ],
 )

@@ -77,7 +77,8 @@ def states(engine):
     for name, parameter in engine.model.named_parameters():
         for kind in zero.KINDS:
             local = zero.read(engine.deepspeed, parameter, kind).view(parameter.spec.local_shape(size))
-            found[kind][name] = groups.gather_tensor_parallel(local, parameter.spec.axis).detach().clone()
+            value = groups.gather_tensor_parallel(local, parameter.spec.axis, parameter.spec.copies(size))
+            found[kind][name] = value.detach().clone()
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from megahybrid.errors import UserError
 from megahybrid.key import key
@@ -34,23 +34,39 @@ class AttentionConfig:
     """Base of the rotary position embedding."""
 
 
+class Heads(Protocol):
+    """What a section that has the heads of softmax attention says of them; the keys mean what AttentionConfig's do."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
 class AttentionKind(Kind):
-    """What all kinds with the heads of `model.attention` share."""
+    """What all kinds of softmax attention share; `section` has their heads."""
 
     sections: ClassVar = {"attention": AttentionConfig}
+    section = "attention"
+
+    def heads(self, model: ModelConfig) -> Heads:
+        """The section that has its heads."""
+        return getattr(model, self.section)
 
     def check(self, model: ModelConfig) -> None:
-        heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
-        if heads % kv_heads:
+        where, heads = f"model.{self.section}", self.heads(model)
+        if heads.num_heads % heads.num_kv_heads:
             raise UserError(
-                f"model.attention.num_heads ({heads}) must be a multiple of model.attention.num_kv_heads ({kv_heads})."
+                f"{where}.num_heads ({heads.num_heads}) must be a multiple of {where}.num_kv_heads "
+                f"({heads.num_kv_heads})."
             )
-        if model.attention.head_dim % 2:
-            raise UserError("model.attention.head_dim must be even, since rotary embedding pairs its halves.")
+        if heads.head_dim % 2:
+            raise UserError(f"{where}.head_dim must be even, since rotary embedding pairs its halves.")
 
     def split(self, model: ModelConfig) -> dict[str, int]:
-        heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
-        return {f"model.attention.{'num_heads' if heads == kv_heads else 'num_kv_heads'}": kv_heads}
+        return {f"model.{self.section}.num_heads": self.heads(model).num_heads}
+
+    def shared(self, model: ModelConfig) -> dict[str, int]:
+        return {f"model.{self.section}.num_kv_heads": self.heads(model).num_kv_heads}
 
     @abstractmethod
     def keys(self, model: ModelConfig, length: int) -> float:
@@ -59,7 +75,7 @@ class AttentionKind(Kind):
     def flops(self, model: ModelConfig, length: int) -> dict[str, float]:
         """Projections, of which q and output are as wide as the query heads, k and v as the KV heads; and softmax
         attention: products q . k and p v, of 2 head_dim each, a query head and key."""
-        heads = model.attention
+        heads = self.heads(model)
         width = 2 * (heads.num_heads + heads.num_kv_heads) * heads.head_dim
         return {
             "projections": linear(model.hidden_size, width),
@@ -70,7 +86,7 @@ class AttentionKind(Kind):
         """Of torch's flash attention q, k and v, repeated for every query head, and output, 4 w Q, with w bytes an
         activation and queries of width Q on a rank; backward their gradients, and q's in fp32 before. fp32 goes block
         by block, with one mask for all KV heads."""
-        queries, keys = widths(model, batch)
+        queries, keys = widths(model.attention, batch)
         if batch.width == 2:
             return Activations(8 * queries, 12 * queries)
         return self._blocked(model, batch, queries, keys)
@@ -84,31 +100,31 @@ class AttentionKind(Kind):
         """
         from megahybrid_kernels.attention.reference import QUERY_BLOCK
 
-        heads, width = model.attention, batch.width
-        copies = 3 if heads.num_heads == heads.num_kv_heads else 5
+        (_, group, _), width = rank_heads(model.attention, batch.ranks), batch.width
+        copies = 3 if group == 1 else 5
         columns = self.keys(model, batch.length) + min(QUERY_BLOCK, batch.length) / 2
-        saved = width * (copies * queries + 2 * keys + heads.num_heads // heads.num_kv_heads * columns)
+        saved = width * (copies * queries + 2 * keys + group * columns)
         return Activations(saved, width * (2 * queries + 4 * keys))
 
 
-def rank_heads(model: ModelConfig, ranks: int) -> tuple[int, int, int]:
+def rank_heads(heads: Heads, ranks: int) -> tuple[int, int, int]:
     """KV heads of a rank, query heads for each, and channels of a head."""
-    heads = model.attention
-    return heads.num_kv_heads // ranks, heads.num_heads // heads.num_kv_heads, heads.head_dim
+    kv_heads = max(1, heads.num_kv_heads // ranks)
+    return kv_heads, heads.num_heads // ranks // kv_heads, heads.head_dim
 
 
 def judged_attention(model: ModelConfig, ranks: int, window: int | None) -> list[Shape]:
     """Attention to `window` keys, or all, with its rotary embedding, as `Kind.judged`."""
     from megahybrid_kernels.judging import shapes
 
-    heads, groups, head_dim = rank_heads(model, ranks)
+    heads, groups, head_dim = rank_heads(model.attention, ranks)
     return [shapes.Attention(heads, head_dim, groups, window), shapes.Rotary(heads * groups, head_dim)]
 
 
-def widths(model: ModelConfig, batch: MicroBatch) -> tuple[float, float]:
+def widths(heads: Heads, batch: MicroBatch) -> tuple[int, int]:
     """Channels of a rank's queries and of its keys, over all heads."""
-    a_head = model.attention.head_dim / batch.ranks
-    return model.attention.num_heads * a_head, model.attention.num_kv_heads * a_head
+    kv_heads, group, head_dim = rank_heads(heads, batch.ranks)
+    return kv_heads * group * head_dim, kv_heads * head_dim
 
 
 class FullAttentionKind(AttentionKind):

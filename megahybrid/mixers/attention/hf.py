@@ -29,13 +29,15 @@ def frequencies(half, theta, device):
 class Attention(Mixer):
     """The projections, and keys and values in columns, one a token, the past ones before the new ones.
 
-    Configuration: `attention` with `num_heads`, `num_kv_heads`, `head_dim`, `rope_theta`.
+    Configuration: a dictionary `section` with `num_heads`, `num_kv_heads`, `head_dim`, `rope_theta`.
     State: `k, v` `[B, H, columns, D]` and `positions` `[B, columns]`.
     """
 
+    section = "attention"
+
     def __init__(self, config):
         super().__init__()
-        sizes, hidden = config.attention, config.hidden_size
+        sizes, hidden = getattr(config, self.section), config.hidden_size
         self.heads, self.kv_heads, self.head_dim = sizes["num_heads"], sizes["num_kv_heads"], sizes["head_dim"]
         self.theta = sizes["rope_theta"]
         self.q_proj = linear(hidden, self.heads * self.head_dim)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megahybrid.config.schema import ModelConfig
+from megahybrid.mixers.attention import AttentionKind
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.mixer import Fallback, Mixer
 from megahybrid.model.settings import Settings
@@ -19,22 +20,30 @@ from megahybrid_kernels.rotary import rotary
 class AttentionProjections(Mixer):
     """The q, k, v and o projections that all softmax mixers share; heads split over tensor parallel ranks."""
 
+    section = AttentionKind.section
+
     def __init__(self, settings: Settings, layer: int):
         super().__init__(settings, layer)
-        config = settings.model.attention
+        config = getattr(settings.model, self.section)
         self.head_dim, self.theta = config.head_dim, config.rope_theta
         hidden, queries, keys = settings.model.hidden_size, config.num_heads, config.num_kv_heads
         self.q_proj = ColumnLinear(hidden, queries * self.head_dim, settings.projection)
-        self.k_proj = ColumnLinear(hidden, keys * self.head_dim, settings.projection)
-        self.v_proj = ColumnLinear(hidden, keys * self.head_dim, settings.projection)
+        self.k_proj = ColumnLinear(hidden, keys * self.head_dim, settings.projection, parts=keys)
+        self.v_proj = ColumnLinear(hidden, keys * self.head_dim, settings.projection, parts=keys)
         self.o_proj = RowLinear(queries * self.head_dim, hidden, settings.output_projection, settings.sequence_parallel)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[tokens, 1, hidden]` → q, k, v `[tokens, heads of this rank, head_dim]`, not yet rotated."""
-        projections = self.q_proj, self.k_proj, self.v_proj
-        return tuple(
-            y.unflatten(-1, (-1, self.head_dim)) for y in project(x, projections, self.settings.sequence_parallel)
-        )
+    def project(self, x: Tensor, *more: ColumnLinear) -> tuple[Tensor, ...]:
+        """`[tokens, 1, hidden]` → q, k, v `[tokens, heads of this rank, head_dim]`, not yet rotated, and what `more`
+        projections of the same input give."""
+        layers = self.q_proj, self.k_proj, self.v_proj, *more
+        outputs = project(x, layers, self.settings.sequence_parallel)
+        return tuple(y.unflatten(-1, (-1, self.head_dim)) for y in outputs[:3]) + outputs[3:]
+
+    @property
+    def counted_heads(self) -> int:
+        """This rank's KV heads, of which what is seen and held is asked; of ranks that share one, the first's."""
+        weight = self.k_proj.weight
+        return len(weight) // self.head_dim if weight.tensor_model_parallel else 0
 
     def rotate(self, x: Tensor, context: Context) -> Tensor:
         """Rotary embedding at the tokens' positions in their documents."""
@@ -47,11 +56,19 @@ class AttentionProjections(Mixer):
             return None
         distance = context.watch.distances(context.sequences)[:, None].expand(-1, k.shape[1])
         near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        return Aux(seen=near if kept is None else near | (kept & (distance >= 0)))
+        seen = near if kept is None else near | (kept & (distance >= 0))
+        return Aux(seen=seen[:, : self.counted_heads])
 
     def output(self, o: Tensor) -> Tensor:
         """`[tokens, heads of this rank, head_dim]` → `[tokens, 1, hidden]`."""
         return self.o_proj(o.flatten(-2))
+
+
+def every_position(cache: GrowingCache) -> Tensor:
+    """`Mixer.held` of a cache of all tokens, `[sequences, 1, slots]`."""
+    device = cache.k.device
+    slots, lengths = torch.arange(cache.slots, device=device), torch.tensor(cache.lengths, device=device)
+    return torch.where(slots < lengths[:, None], slots, -1)[:, None]
 
 
 class FullAttention(AttentionProjections):
@@ -79,13 +96,10 @@ class FullAttention(AttentionProjections):
         return KeyValueCache.empty(*sizes, self.window_size, **kind)
 
     def held(self, state: KeyValueCache | GrowingCache) -> Tensor:
-        heads = self.k_proj.weight.shape[0] // self.head_dim
-        if isinstance(state, KeyValueCache):
-            left = state.positions <= state.positions.amax(-1, keepdim=True) + 1 - self.window_size
-            return state.positions.masked_fill(left, -1)[:, None].expand(-1, heads, -1)
-        device = self.k_proj.weight.device
-        slots, lengths = torch.arange(state.slots, device=device), torch.tensor(state.lengths, device=device)
-        return torch.where(slots < lengths[:, None], slots, -1)[:, None].expand(-1, heads, -1)
+        if isinstance(state, GrowingCache):
+            return every_position(state).expand(-1, self.counted_heads, -1)
+        left = state.positions <= state.positions.amax(-1, keepdim=True) + 1 - self.window_size
+        return state.positions.masked_fill(left, -1)[:, None].expand(-1, self.counted_heads, -1)
 
     @classmethod
     def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:

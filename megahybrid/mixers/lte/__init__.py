@@ -96,6 +96,11 @@ class LTEKind(AttentionKind):
         if model.attention.head_dim % 4:
             raise UserError("model.attention.head_dim must be a multiple of 4, since the router halves its channels.")
 
+    def split(self, model: ModelConfig) -> dict[str, int]:
+        """A KV head's router is one rank's."""
+        heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
+        return {f"model.attention.{'num_heads' if heads == kv_heads else 'num_kv_heads'}": kv_heads}
+
     def keys(self, model: ModelConfig, length: int) -> float:
         """The query at position i sees min(i + 1, w + 1) keys in its window. Of the max(0, i - w) tokens that left it
         it sees at most buffer_size, as in inference: in training, too, this is what the controller of lambda steers to.
@@ -107,6 +112,9 @@ class LTEKind(AttentionKind):
 
     def window(self, model: ModelConfig) -> float:
         return model.lte.window_size + 1
+
+    def chooses_after(self, model: ModelConfig) -> int:
+        return self.window(model)
 
     def flops(self, model: ModelConfig, length: int) -> dict[str, float]:
         """Those of attention; and of the router, a KV head: convolutions with 2 taps c_in c_out each, and a projection
@@ -120,7 +128,7 @@ class LTEKind(AttentionKind):
         after rotation, and v, 3 w K; and the outputs of the router's convolutions, 7/4 w K. Backward: gradients of q
         and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K.
         """
-        queries, keys = widths(model, batch)
+        queries, keys = widths(model.attention, batch)
         head_dim, width = model.attention.head_dim, batch.width
         routers = sum(router_channels(head_dim)[1:]) / head_dim
         return Activations(width * (2 * queries + (3 + routers) * keys), 2 * width * (queries + keys) + 8 * keys)
@@ -128,7 +136,7 @@ class LTEKind(AttentionKind):
     def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
         from megahybrid_kernels.judging import shapes
 
-        (heads, groups, head_dim), lte = rank_heads(model, ranks), model.lte
+        (heads, groups, head_dim), lte = rank_heads(model.attention, ranks), model.lte
         limits = {"window": lte.window_size, "buffer": lte.buffer_size, "sinks": lte.sink_size}
         return [
             shapes.LTEAttention(heads, head_dim, groups, **limits, delay=lte.margin),

@@ -1,0 +1,68 @@
+"""Selection where tensor parallel ranks share a KV head, each with some of the query heads that select together.
+
+A block's score is a sum over all of these heads, but scores are as many as tokens times blocks. So ranks exchange their
+queries: each scores a share of the tokens, with all heads, and the chosen blocks go to all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megahybrid.parallel import groups
+from megahybrid_kernels import Sequences
+from megahybrid_kernels.native_sparse_attention import select_blocks
+
+
+@torch.no_grad()
+def select_together(
+    q: Tensor, k: Tensor, sequences: Sequences, block_size: int, num_blocks: int, ranks: int
+) -> Tensor | None:
+    """What `select_blocks` chooses by the queries of all `ranks` neighbours, who share these KV heads; called by all of
+    them. None where there is no choice, since all documents have at most `num_blocks` blocks.
+
+    Args:
+        q, k: as for `select_blocks`, with this rank's query heads.
+    """
+    every = block_size * num_blocks
+    if max(sequences.lengths) <= every:
+        return None
+    (rank, _), group = groups.tensor_parallel(), groups.neighbours(ranks)
+    borders = shares(sequences.lengths, every, ranks)
+    counts = [end - first for first, end in itertools.pairwise(borders)]
+    first, end = borders[rank % ranks :][:2]
+    received = q.new_empty(ranks, end - first, *q.shape[1:])
+    dist.all_to_all_single(received.flatten(0, 1), q.contiguous(), [end - first] * ranks, counts, group)
+    chosen = select_blocks(side_by_side(received), k, sequences, block_size, num_blocks, (first, end))
+    selection = chosen.new_empty(sequences.tokens, *chosen.shape[1:])
+    dist.all_to_all_single(selection, chosen.repeat(ranks, 1, 1), counts, [end - first] * ranks, group)
+    return selection
+
+
+def all_queries(q: Tensor, ranks: int) -> Tensor:
+    """`[tokens, heads of this rank, head_dim]` -> those of all `ranks` neighbours, who share their KV heads."""
+    whole = q.new_empty(ranks, *q.shape)
+    dist.all_gather_into_tensor(whole.flatten(0, 1), q.contiguous(), groups.neighbours(ranks))
+    return side_by_side(whole)
+
+
+def side_by_side(parts: Tensor) -> Tensor:
+    """`[ranks, tokens, heads, head_dim]` -> `[tokens, ranks * heads, head_dim]`."""
+    return parts.transpose(0, 1).flatten(1, 2)
+
+
+def shares(lengths: Sequence[int], every: int, ranks: int) -> list[int]:
+    """Borders of the ranks' tokens, which take equally long to score: as long as there are tokens before them, in
+    documents of more than `every`."""
+    costs = [length**2 if length > every else 0 for length in lengths]
+    dues = [sum(costs) * rank // ranks for rank in range(1, ranks)]
+    borders, begin, before = [0], 0, 0
+    for length, cost in zip(lengths, costs, strict=True):
+        borders += [begin + math.isqrt(due - before) for due in dues if before < due <= before + cost]
+        begin, before = begin + length, before + cost
+    return [*borders, begin]
