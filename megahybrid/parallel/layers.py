@@ -61,12 +61,12 @@ class ColumnLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, initializer: Initializer, parts: int | None = None):
         super().__init__()
         self.weight = parameter(out_features, in_features, axis=0, initializer=initializer, parts=parts)
+        self.copies = self.weight.spec.copies(groups.tensor_parallel()[1])
 
 
 def project(x: Tensor, layers: Sequence[ColumnLinear], sequence_parallel: bool) -> tuple[Tensor, ...]:
     """Hidden states, this rank's, → each layer's output `[tokens, out]`, the tokens being all ranks'."""
-    _, ranks = groups.tensor_parallel()
-    copies = [layer.weight.spec.copies(ranks) for layer in layers]
+    copies = [layer.copies for layer in layers]
     return _Projections.apply(x.squeeze(1), sequence_parallel, copies, *(layer.weight for layer in layers))
 
 

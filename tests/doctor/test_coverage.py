@@ -19,8 +19,8 @@ from tests.doctor.launched import all_kernels, kernels_without_memory, launches
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # A layer of each letter, in samples that the delta rule's plan cuts.
-SMALL = ["model.pattern=GLSF", "train.seq_length=2048", "train.micro_batch_size=1"]
-GROUPED = ["model.attention.num_kv_heads=2", "model.gdn.value_head_dim=64"]
+SMALL = ["model.pattern=GLSFN", "train.seq_length=2048", "train.micro_batch_size=1"]
+GROUPED = ["model.attention.num_kv_heads=2", "model.gdn.value_head_dim=64", "model.nsa={num_heads: 12, block_size: 32}"]
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,7 @@ def test_without_a_recipe_doctor_runs_every_kernel():
 @pytest.mark.parametrize("recipe", ["quickstart", "lalte-0.4b", "lalte-1.4b"])
 def test_doctor_runs_what_a_gpu_runs(recipe):
     """Training and generation as they are, at a recipe's own shapes but for the number of layers."""
-    config = load_config(f"recipes/{recipe}.yaml", ["model.pattern=GLSF"])
+    config = load_config(f"recipes/{recipe}.yaml", ["model.pattern=GLSFN"])
     model = build(config, "cuda", DTYPES[config.train.dtype])
     with launches(run=True) as launched:
         train_and_evaluate(model, config, "cuda")

@@ -22,7 +22,7 @@ from megahybrid.tasks import TASKS, Vocabulary
 from tests.model import tiny
 
 
-def subject(home: Path, pattern: str = "GLSF", dtype: torch.dtype = torch.float32) -> Subject:
+def subject(home: Path, pattern: str = "GLSFN", dtype: torch.dtype = torch.float32) -> Subject:
     config = tiny.config(pattern)
     config.parallel = ParallelConfig(tensor=groups.tensor_parallel()[1])
     config.tracking.wandb = "disabled"
@@ -83,7 +83,7 @@ def run_out_of_memory_on_one(home: str) -> str:
 WORDS = "the cat sat on a mat, and the dog lay by the door; 17 + 4 = 21. Who is there? Nobody! "
 
 
-def scorer(pattern: str = "GLSF", dtype: torch.dtype = torch.float64, **sizes) -> Scorer:
+def scorer(pattern: str = "GLSFN", dtype: torch.dtype = torch.float64, **sizes) -> Scorer:
     """One of a model of text, with some words as tokens."""
     tokenizer = Tokenizer.train([WORDS], 300)
     config = tiny.config(pattern)

@@ -35,7 +35,7 @@ SAMPLES = [
 
 
 @pytest.mark.parametrize("chunk", [3, 17, 1000])
-@pytest.mark.parametrize("pattern", ["G", "GLSF"])
+@pytest.mark.parametrize("pattern", ["G", "GLSFN"])
 def test_pieces_of_any_size_give_what_one_pass_gives(pattern, chunk):
     model = tiny.model(pattern)
     for each, reading in zip(SAMPLES, read(model, SAMPLES, CHOICES, chunk), strict=True):

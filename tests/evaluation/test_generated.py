@@ -42,7 +42,7 @@ def samples():
 
 
 @pytest.mark.parametrize("chunk", [1, 13, 1000])
-@pytest.mark.parametrize("pattern", ["GLSF", "L"])
+@pytest.mark.parametrize("pattern", ["GLSFN", "L"])
 def test_each_answer_follows_the_right_ones_before_it(pattern, chunk):
     model = tiny.model(pattern)
     found = answers_one_by_one(model, samples(), VOCABULARY, chunk)
@@ -52,7 +52,7 @@ def test_each_answer_follows_the_right_ones_before_it(pattern, chunk):
 
 
 def test_a_text_ends_at_the_document_token_or_at_the_most():
-    model = tiny.model("GLSF")
+    model = tiny.model("GLSFN")
     prompts = [tokens(length, seed=length) for length in (5, 40, 23, 31, 64)]
     free = [written(model, prompt, 9) for prompt in prompts]
     document = free[1][4]

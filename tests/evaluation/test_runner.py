@@ -60,7 +60,7 @@ def test_random_weights_are_at_chance(tmp_path):
     assert found["nll"] > math.log(tiny.VOCAB) - 0.5
 
 
-@pytest.mark.parametrize("pattern", ["GLSF", "L"])
+@pytest.mark.parametrize("pattern", ["GLSFN", "L"])
 def test_generate_equals_forced(pattern, tmp_path):
     model = subject(tmp_path, pattern, torch.float64)
     for mode in modes.MODES:

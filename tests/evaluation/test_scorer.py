@@ -57,7 +57,7 @@ def written(asked, text, most):
 
 
 @pytest.mark.parametrize("sizes", [{}, {"batch_size": 1, "prefill_chunk": 5}, {"batch_size": 3, "prefill_chunk": 40}])
-@pytest.mark.parametrize("pattern", ["G", "GLSF"])
+@pytest.mark.parametrize("pattern", ["G", "GLSFN"])
 def test_a_continuations_likelihood(pattern, sizes):
     asked = scorer(pattern, **sizes)
     found = dict(asked.likelihoods(list(PAIRS)))

@@ -40,8 +40,10 @@ from megahybrid_kernels.lte_attention import LTECache
 from megahybrid_kernels.lte_attention import triton as lte
 from megahybrid_kernels.lte_attention.triton_decode import lte_attention_step
 from megahybrid_kernels.lte_attention.triton_prefill import lte_attention_piece
+from megahybrid_kernels.native_sparse_attention import NSACache, triton_score
 from megahybrid_kernels.native_sparse_attention import triton as nsa
-from megahybrid_kernels.native_sparse_attention import triton_score
+from megahybrid_kernels.native_sparse_attention.triton_decode import native_sparse_attention_step
+from megahybrid_kernels.native_sparse_attention.triton_prefill import native_sparse_attention_piece
 from megahybrid_kernels.norm import triton as norm
 from megahybrid_kernels.retention_router import Dropout, RouterParameters, RouterState
 from megahybrid_kernels.retention_router import triton as router
@@ -232,6 +234,18 @@ def decode(case: Case, window: int = 768) -> None:
     q = case.rows(heads * case.groups)
     lte_attention_step(q, k, v, gates[0], cache, positions, 4, 6)
     attention_step(q, k, v, *(new(count, heads, window, dim) for _ in range(2)), positions)
+    cache = NSACache.empty(count, heads, dim, 16, dtype=BF16, device="meta").with_room(window)
+    x, gates = new(count, heads, dim), new(count, heads * case.groups, 3)
+    native_sparse_attention_step(q, x, x, gates, cache, positions, 16, 512)
+    native_sparse_attention_step(x, x, x, gates[:, :heads], cache, positions, 16, 512, q)
+
+
+@torch.no_grad()
+def sparse_prefill(case: Case) -> None:
+    cache = NSACache.empty(1, case.heads, case.dim, 16, dtype=BF16, device="meta").with_room(case.most)
+    q, k, gates = case.rows(case.heads * case.groups), case.rows(), new(case.tokens, case.heads, 3)
+    cache = NSACache((case.most - case.tokens,), cache.room)
+    native_sparse_attention_piece(k, k, k, gates, cache, case.sequences, 16, 16, 512, q)
 
 
 TRAINING = (
@@ -250,6 +264,7 @@ CASES: dict[str, tuple[Case, tuple[Callable[[Case], None], ...]]] = {
     "many cached heads": (Case((3, 1), 70_000, 16, most=2**13), (prefill, decode)),
     "far rows": (Case((5000,), 8, 256, far_rows, groups=2), TRAINING),
     "far heads": (Case((1_200_000,), 8, 256, far_heads, groups=8), TRAINING),
+    "a long cache": (Case((256,), 8, 256, groups=2, most=2**24), (sparse_prefill,)),
     "a wide window": (Case((1, 1), 8, 256, groups=2, most=2**25), (partial(decode, window=2**24),)),
 }
 

@@ -1,14 +1,17 @@
 """Decoding with the Triton kernels: on a GPU where there is one, else on Triton's interpreter."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from cases import interpreted
-from oracles_lte import FLOAT32_TOLERANCE
+from oracles_lte import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, cut, documents
 
-from megahybrid_kernels import NSACache, Sequences
+from megahybrid_kernels import NSACache, Sequences, native_sparse_attention_with_cache
 from megahybrid_kernels.native_sparse_attention import reference, triton_decode
 from megahybrid_kernels.native_sparse_attention.pooling import pool
 
+op = import_module("megahybrid_kernels.native_sparse_attention")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS = 2
 
@@ -32,44 +35,98 @@ def filled(k, v, lengths, block_size, capacity):
     return NSACache(tuple(lengths), cache.room)
 
 
+def step_beside_the_reference(x, new, cache, exact, sizes, queries=None):
+    """Outputs of the step and of the reference, and the reference's cache, of the new tokens of x and queries
+    `[sequences, tokens, …]`; `exact` says in which dtype the reference is."""
+    rows, positions = [each[torch.arange(len(new)), new].to(DEVICE) for each in x], new.to(DEVICE)
+    scored = None if queries is None else queries[torch.arange(len(new)), new].to(DEVICE)
+    o = triton_decode.native_sparse_attention_step(*rows, cache, positions, *sizes, scored)
+    q, k, v, gates, scored = (None if each is None else each.to(exact.k.dtype) for each in (*rows, scored))
+    sequences = Sequences.of((1,) * len(new), DEVICE, positions)
+    expected, exact = reference.native_sparse_attention_with_cache(
+        q, k, v, gates, exact, sequences, cache.block_size, *sizes, scored
+    )
+    return o.to(expected.dtype), expected, exact
+
+
+def few_programs(monkeypatch, programs):
+    for name, value in {"_SLOTS": 16, "_PROGRAMS": programs, "_SELECTED_PROGRAMS": programs, "_LOGITS": 64}.items():
+        monkeypatch.setattr(triton_decode, name, value)
+
+
 SIZES = [(16, 4, 9), (16, 3, 40), (32, 6, 1), (64, 5, 64)]
 # Query heads of a KV head, head dim, programs that are wished for.
-SHAPES = [(3, 16, 24), (1, 8, 1), (16, 24, 60)]
-FEW = {(*sizes, *SHAPES[n % 3]) for n, sizes in enumerate(SIZES)}
-EVERY = [(*sizes, *shape) for sizes in SIZES for shape in SHAPES]
-
-
-def step_beside_the_reference(x, new, cache, exact, num_blocks, window_size, queries=None):
-    """Outputs of the step, in float64, and of the reference, and the reference's cache. x: `[sequences, tokens, …]`."""
-    rows = [each[torch.arange(len(new)), new].to(DEVICE) for each in x]
-    positions, scored = new.to(DEVICE), None
-    if queries is not None:
-        scored = queries[torch.arange(len(new)), new].to(DEVICE)
-    o = triton_decode.native_sparse_attention_step(*rows, cache, positions, num_blocks, window_size, scored)
-    doubles = [each.double() for each in (*rows, rows[0] if scored is None else scored)]
-    sequences = Sequences.of((1,) * len(new), DEVICE, positions)
-    sizes = (cache.block_size, num_blocks, window_size)
-    expected, exact = reference.native_sparse_attention_with_cache(*doubles[:4], exact, sequences, *sizes, doubles[4])
-    return o.double(), expected, exact
+SHAPES = [(3, 16, 24), (1, 8, 1), (4, 24, 24)]
+FEW = {(*SIZES[0], *SHAPES[2]), (*SIZES[1], *SHAPES[1]), (*SIZES[3], *SHAPES[0])}
+EVERY = [(*sizes, *shape) for sizes in SIZES for shape in [*SHAPES, (16, 64, 200)]]
 
 
 @pytest.mark.parametrize("block_size, num_blocks, window_size, groups, dim, programs", interpreted(FEW, EVERY))
 def test_steps_equal_the_reference(block_size, num_blocks, window_size, groups, dim, programs, monkeypatch):
-    """From a first token, and over blocks' ends; each step twice, bit for bit the same."""
-    for name, value in {"_SLOTS": 16, "_PROGRAMS": programs, "_SELECTED_PROGRAMS": programs, "_LOGITS": 64}.items():
-        monkeypatch.setattr(triton_decode, name, value)
-    starts, steps = [0, block_size - 1, 9 * block_size - 2], 3
+    """From a first token, and over blocks' ends; at a second time bit for bit the same."""
+    few_programs(monkeypatch, programs)
+    starts, steps, sizes = [0, block_size - 1, 8 * block_size - 1], 2, (num_blocks, window_size)
     total = max(starts) + steps
     x = [each.unflatten(0, (3, total)) for each in inputs(3 * total, groups, dim)]
     cache = filled(x[1], x[2], starts, block_size, total + 3)
     exact = filled(x[1].double(), x[2].double(), starts, block_size, total + 3)
     for step in range(steps):
         new = torch.tensor(starts) + step
-        o, expected, after = step_beside_the_reference(x, new, cache, exact, num_blocks, window_size)
-        again = step_beside_the_reference(x, new, cache, exact, num_blocks, window_size)[0]
+        o, expected, after = step_beside_the_reference(x, new, cache, exact, sizes)
         torch.testing.assert_close(o, expected, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
-        assert torch.equal(o, again)
+        if step == 1:
+            assert torch.equal(step_beside_the_reference(x, new, cache, exact, sizes)[0], o)
         exact = after
     wanted = filled(x[1], x[2], [start + steps for start in starts], block_size, total + 3)
     for found, rows in zip(cache.room.rows, wanted.room.rows, strict=True):
         assert torch.equal(found.nan_to_num(), rows.nan_to_num())
+
+
+@pytest.mark.parametrize("name", ["equal keys", "selected by others", "half precision"])
+def test_steps_of_other_kinds(name, monkeypatch):
+    few_programs(monkeypatch, 24)
+    dtype, tolerance = torch.float32, FLOAT32_TOLERANCE
+    if name == "half precision":  # the interpreter multiplies no bfloat16
+        dtype, tolerance = torch.bfloat16 if DEVICE == "cuda" else torch.float16, BFLOAT16_TOLERANCE
+    starts, total, sizes = [15, 138], 139, (5, 9)
+    q, k, v, gates = (each.unflatten(0, (2, total)) for each in inputs(2 * total, 4, 16, dtype))
+    queries = None
+    if name == "equal keys":  # of equal blocks the first are taken
+        k.zero_()
+    if name == "selected by others":  # q has two of the four heads that share a KV head
+        q, queries, gates = q[:, :, [1, 2, 5, 6]], q, gates[:, :, [1, 2, 5, 6]]
+    cache, exact = filled(k, v, starts, 16, total), filled(k, v, starts, 16, total)
+    o, expected, _ = step_beside_the_reference((q, k, v, gates), torch.tensor(starts), cache, exact, sizes, queries)
+    torch.testing.assert_close(o, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("selected_by", ["own", "others"])
+def test_pieces_equal_one_pass(selected_by, monkeypatch):
+    """Through the op, steps in place among them; caches' means are those of one pass bit for bit."""
+    monkeypatch.setattr(op, "takes_triton", lambda *_: True)
+    pieces = [(40, 1), (1, 15), (1, 1), (24, 70), (1, 1), (17, 2)]
+    lengths, sizes = tuple(map(sum, zip(*pieces, strict=True))), (16, 4, 9)
+    q, k, v, gates = inputs(sum(lengths), 2, 16)
+    queries = q if selected_by == "others" else None
+    if queries is not None:
+        q, gates = q[:, ::2], gates[:, ::2]
+    exact = NSACache.empty(2, HEADS, 16, 16, dtype=torch.float64)
+    doubles = [each.double() for each in (q, k, v, gates)]
+    scored = q if queries is None else queries
+    expected, _ = reference.native_sparse_attention_with_cache(
+        *doubles, exact, Sequences.of(lengths), *sizes, scored.double()
+    )
+    cache = NSACache.empty(2, HEADS, 16, 16, dtype=q.dtype, device=DEVICE)
+    for sequences, rows in cut(pieces):
+        starts = None if cache.slots == 0 else sequences.starts.to(DEVICE)
+        x = [each[rows].to(DEVICE) for each in (q, k, v, gates)]
+        with torch.no_grad():
+            o, cache = native_sparse_attention_with_cache(
+                *x, cache, Sequences.of(sequences.lengths, DEVICE, starts), *sizes, in_place=True,
+                queries=None if queries is None else queries[rows].to(DEVICE),
+            )  # fmt: skip
+        torch.testing.assert_close(o.cpu().double(), expected[rows], rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
+    for n, rows in enumerate(documents(lengths)):
+        whole = lengths[n] // 16
+        means = pool(k[rows][: whole * 16].unflatten(0, (whole, 16)))
+        assert torch.equal(cache.pooled_k[n, :, :whole].transpose(0, 1).cpu(), means)

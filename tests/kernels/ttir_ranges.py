@@ -248,6 +248,8 @@ class Ranges:
             return -1, self.most if re.search(r"ptr<i(32|16|8)>", kind) else 2**62
         if kind.endswith(("i1", "i1>")):
             return 0, 1
+        if short == "andi" and any(masks := [x[1] for x in operands if not isinstance(x, Wrapped) and x[0] >= 0]):
+            return 0, min(masks)
         wrapped = next((x for x in operands if isinstance(x, Wrapped)), None)
         if short == "select":
             wrapped = next((x for x in operands[1:] if isinstance(x, Wrapped)), None)

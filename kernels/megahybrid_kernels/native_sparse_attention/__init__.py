@@ -153,9 +153,11 @@ def native_sparse_attention_with_cache(
         sizes = (num_blocks, window_size)
         o = native_sparse_attention_step(q, k, v, gates, cache, sequences.positions, *sizes, queries)
         return o, cache.after(1)
-    return reference.native_sparse_attention_with_cache(
-        q, k, v, gates, cache, sequences, block_size, num_blocks, window_size, queries
-    )
+    if takes:
+        from megahybrid_kernels.native_sparse_attention.triton_prefill import native_sparse_attention_piece as backend
+    else:
+        backend = reference.native_sparse_attention_with_cache
+    return backend(q, k, v, gates, cache, sequences, block_size, num_blocks, window_size, queries)
 
 
 def unsupported(dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:

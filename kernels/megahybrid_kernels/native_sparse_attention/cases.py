@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv
-from megahybrid_kernels.judging.case import Case, Inputs, Lengths, Make, Shape, normal, packed
-from megahybrid_kernels.judging.streamed import Rounds
-from megahybrid_kernels.native_sparse_attention import reference
+from megahybrid_kernels.judging.case import Case, Inputs, Lengths, Make, Op, Shape, normal, packed
+from megahybrid_kernels.judging.streamed import PIECES, SHORT, Rounds, Streamed, many_steps, streamed_case
+from megahybrid_kernels.native_sparse_attention import NSACache, reference
 from megahybrid_kernels.sequences import Sequences
 
 # More than the blocks that a query selects.
 _LONG = (4400, 300)
+# Small, so that blocks are left out within a few steps: the reference takes one sequence after the other.
+_SMALL = {"block_size": 16, "num_blocks": 4, "window": 23}
+_STEPS: Rounds = ((45, 1, 30), *((1, 1, 1),) * 24)
 # Columns that hold levels, and tokens in a row that ask for the same one.
 _COLUMNS, _RUN = 4, 16
 
@@ -50,8 +53,10 @@ class NativeSparseAttention(Shape):
     def more_cases(self, lengths: Lengths, varied: bool) -> list[Case]:
         """Longer documents; prefill and decode."""
         # A few heads, since the reference takes every pair of tokens in float64.
-        long = replace(self, heads=min(self.heads, 2))
-        return [long._whole(_LONG, "long"), long._selection(_LONG, "long")]
+        long, steps = replace(self, heads=min(self.heads, 2)), replace(self, **_SMALL)
+        more = [long._whole(_LONG, "long"), long._selection(_LONG, "long")]
+        more += [long._streamed("prefill", PIECES, "long"), long._streamed("prefill", SHORT, "short")]
+        return [*more, steps._streamed("step", _STEPS), self._streamed("step", many_steps(self.heads)[:6], "many")]
 
     def _near(self) -> NativeSparseAttention:
         return replace(self, num_blocks=self.near_num_blocks, window=self.near_window)
@@ -98,6 +103,17 @@ class NativeSparseAttention(Shape):
             judge=wrong,
             variant=variant,
         )
+
+    def _streamed(self, kind: str, rounds: Rounds, variant: str = "") -> Case:
+        def first(x: Inputs, count: int) -> NSACache:
+            sizes = (count, self.heads, self.head_dim, self.block_size)
+            return NSACache.empty(*sizes, dtype=x["k"].dtype, device=x["k"].device)
+
+        def call(op: Op, x: Inputs, sequences: Sequences, cache: NSACache) -> tuple[Tensor, NSACache]:
+            return op(*x.values(), cache, sequences, *self._blocks, self.window)
+
+        place = ("native_sparse_attention", "native_sparse_attention", "native_sparse_attention_with_cache")
+        return streamed_case(Streamed(*place, lambda _: self._make(rounds), first, call), kind, rounds, variant)
 
     def _make(self, rounds: Rounds) -> Make:
         """Of sequences whose tokens come in these rounds."""

@@ -24,14 +24,21 @@ def _forward(
     selection: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor, Saved | None]:  # fmt: skip
     """o, the selection, and if `save` what the backward pass reads."""
-    rows = (0, shape.tokens)
-    pooled_k, pooled_v = (pool(x, sequences, shape.block_size) for x in (k, v))
+    pooled = [pool(x, sequences, shape.block_size) for x in (k, v)]
+    return attend_rows(shape, q, k, v, gates, *pooled, sequences, window_size, selection, save, (0, shape.tokens))
+
+
+def attend_rows(
+    shape: Shape, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, pooled_k: Tensor, pooled_v: Tensor,
+    sequences: Sequences, window_size: int, selection: Tensor | None, save: bool, rows: tuple[int, int],
+) -> tuple[Tensor, Tensor, Saved | None]:  # fmt: skip
+    """As `_forward`, of the tokens `rows`, whose q, gates and selection there are, given the means."""
     o_compressed, lse_compressed = compress(shape, q, pooled_k, pooled_v, sequences, rows)
     if selection is None:
         selection = select(shape, q, pooled_k, lse_compressed, sequences, rows)
     gates, selection = gates.contiguous(), selection.contiguous()
-    joint = union(selection, sequences, shape.tile_tokens(shape.tune.attend_rows))
-    o, rest = attend(shape, q, k, v, gates, joint, o_compressed, sequences, window_size, save)
+    joint = union(selection, sequences, shape.tile_tokens(shape.tune.attend_rows), rows)
+    o, rest = attend(shape, q, k, v, gates, joint, o_compressed, sequences, window_size, save, rows)
     if not save:
         return o, selection, None
     o_selected, o_window, *lse = rest
@@ -97,8 +104,15 @@ def select_blocks(
     """See `megahybrid_kernels.native_sparse_attention.select_blocks`; likewise."""
     q, k = map(dense_rows, (q, k))
     shape = Shape.of(q, k, block_size, num_blocks, tune)
-    pooled = lse = None
+    pooled = pool(k, sequences, block_size) if needs_scores(shape, sequences) else None
+    return select_rows(shape, q, pooled, sequences, rows)
+
+
+def select_rows(
+    shape: Shape, q: Tensor, pooled_k: Tensor | None, sequences: Sequences, rows: tuple[int, int]
+) -> Tensor:
+    """The selection of the tokens `rows`, which q holds, given the means of k, which matter if `needs_scores`."""
+    lse = None
     if needs_scores(shape, sequences):
-        pooled = pool(k, sequences, block_size)
-        _, lse = compress(shape, q, pooled, None, sequences, rows)
-    return select(shape, q, pooled, lse, sequences, rows)
+        _, lse = compress(shape, q, pooled_k, None, sequences, rows)
+    return select(shape, q, pooled_k, lse, sequences, rows)

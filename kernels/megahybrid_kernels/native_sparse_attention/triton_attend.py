@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.launch import kernel
-from megahybrid_kernels.native_sparse_attention.triton_plan import Shape, row_strides
+from megahybrid_kernels.native_sparse_attention.triton_plan import Shape, row_strides, tiles_of
 from megahybrid_kernels.native_sparse_attention.triton_score import load_queries, query_rows
 from megahybrid_kernels.native_sparse_attention.triton_union import Union
 from megahybrid_kernels.online_softmax import softmax_step, softmax_step_of_rows
@@ -48,21 +48,22 @@ def _finish(acc, total, peak):
 def attend_kernel(
     q, k, v, gates, blocks, members, counts, o_compressed, o, o_selected, o_window, lse_selected, lse_window,
     firsts, begins, ends, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
-    heads, window, scale,
+    first_tile, first_row, end_row, heads, window, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK: tl.constexpr, CAPACITY: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """o = gates[0] o_compressed + gates[1] o_selected + gates[2] o_window, `[tokens, query_heads, HEAD_DIM]` each.
 
-    gates `[tokens, query_heads, 3]` and all outputs are contiguous; a tile has at most CAPACITY joint blocks.
+    All but k and v hold the tokens from `first_row` to before `end_row`. Gates and outputs are contiguous; a tile has
+    at most CAPACITY joint blocks.
     o_selected, o_window and their lse are written only if SAVE.
     """
     ROWS: tl.constexpr = TOKENS * HEADS
     tile, head = tl.program_id(0) // heads, (tl.program_id(0) % heads).to(tl.int64)
-    i0 = tl.load(firsts + tile)
+    i0 = tl.load(firsts + first_tile + tile)
     begin, end = tl.load(begins + i0), tl.load(ends + i0)
-    token, row, query_head, inside = query_rows(i0, end, 0, end, head, heads, GROUPS, HEADS, TOKENS)
-    q_tile = load_queries(q, token, 0, query_head, inside, q_stride, q_head_stride, HEAD_DIM, WIDTH)
+    token, row, query_head, inside = query_rows(i0, end, first_row, end_row, head, heads, GROUPS, HEADS, TOKENS)
+    q_tile = load_queries(q, token, first_row, query_head, inside, q_stride, q_head_stride, HEAD_DIM, WIDTH)
     k += begin.to(tl.int64) * k_stride + head * k_head_stride
     v += begin.to(tl.int64) * v_stride + head * v_head_stride
     first, inner, current = window_blocks(i0, begin, end, window, TOKENS, BLOCK)
@@ -78,20 +79,24 @@ def attend_kernel(
     count = tl.load(counts + tl.program_id(0))
     # The tile's own block, where it is among them, is the last, and the only one that reaches beyond a row.
     whole = count - (tl.load(blocks + count - 1, mask=count > 0, other=-1) == current).to(tl.int32)
+    block = tl.load(blocks, mask=whole > 0, other=0)
     for e in tl.range(0, whole):
-        j = tl.load(blocks + e) * BLOCK + lane
         seen = ((tl.load(members + e) >> member) & 1) > 0
-        k_tile = load_all_rows(k, j, k_stride, HEAD_DIM, WIDTH)
-        v_tile = load_all_rows(v, j, v_stride, HEAD_DIM, WIDTH)
+        k_tile = load_all_rows(k + tl.cast(block, tl.int64) * BLOCK * k_stride, lane, k_stride, HEAD_DIM, WIDTH)
+        v_tile = load_all_rows(v + tl.cast(block, tl.int64) * BLOCK * v_stride, lane, v_stride, HEAD_DIM, WIDTH)
+        # A turn ahead, so that the loads of a block do not wait for its number.
+        block = tl.load(blocks + e + 1, mask=e + 1 < whole, other=0)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         acc, total, peak = softmax_step_of_rows(acc, total, peak, logits, v_tile, seen, scale, PRECISION)
-    j = current * BLOCK + lane
-    k_tile = load_rows(k, j.to(tl.int64), begin + j < end, k_stride, 0, HEAD_DIM, WIDTH)
-    v_tile = load_rows(v, j.to(tl.int64), begin + j < end, v_stride, 0, HEAD_DIM, WIDTH)
-    bits = tl.load(members + whole, mask=whole < count, other=0)
-    visible = (begin + j[None, :] <= token[:, None]) & (((bits >> member) & 1) > 0)[:, None]
-    logits = tl.where(visible, tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), float("-inf"))
-    acc, total, peak = softmax_step(acc, total, peak, logits, v_tile, scale, PRECISION)
+    # A loop, since the compiler makes products that are outside of one wait for each other, and then all do.
+    for e in tl.range(whole, count):
+        j = current * BLOCK + lane
+        k_tile = load_rows(k, j.to(tl.int64), begin + j < end, k_stride, 0, HEAD_DIM, WIDTH)
+        v_tile = load_rows(v, j.to(tl.int64), begin + j < end, v_stride, 0, HEAD_DIM, WIDTH)
+        seen = ((tl.load(members + e) >> member) & 1) > 0
+        visible = seen[:, None] & (begin + j[None, :] <= token[:, None])
+        logits = tl.where(visible, tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), float("-inf"))
+        acc, total, peak = softmax_step(acc, total, peak, logits, v_tile, scale, PRECISION)
     o_tile, lse = _finish(acc, total, peak)
     if SAVE:
         store_rows(o_selected, o_tile, row, inside, HEAD_DIM, 0, HEAD_DIM, WIDTH)
@@ -103,9 +108,8 @@ def attend_kernel(
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], -1e30, tl.float32)
     for block in tl.range(inner, current):
-        j = block * BLOCK + lane
-        k_tile = load_all_rows(k, j, k_stride, HEAD_DIM, WIDTH)
-        v_tile = load_all_rows(v, j, v_stride, HEAD_DIM, WIDTH)
+        k_tile = load_all_rows(k + tl.cast(block, tl.int64) * BLOCK * k_stride, lane, k_stride, HEAD_DIM, WIDTH)
+        v_tile = load_all_rows(v + tl.cast(block, tl.int64) * BLOCK * v_stride, lane, v_stride, HEAD_DIM, WIDTH)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         acc, total, peak = softmax_step(acc, total, peak, logits, v_tile, scale, PRECISION)
     for edge in tl.range(0, inner - first + 1):
@@ -128,16 +132,16 @@ def attend_kernel(
 
 def attend(
     shape: Shape, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, joint: Union, o_compressed: Tensor,
-    sequences: Sequences, window_size: int, save: bool,
+    sequences: Sequences, window_size: int, save: bool, rows: tuple[int, int],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
-    """o, and if `save` o_selected, o_window, lse_selected and lse_window, as `Saved` has them."""
-    tiles, launch = sequences.tiles(shape.tile_tokens(shape.tune.attend_rows)), shape.tune.attend
+    """o of the tokens `rows`, and if `save` o_selected, o_window, lse_selected and lse_window, as `Saved` has them."""
+    tiles, first, count = tiles_of(sequences, shape.tile_tokens(shape.tune.attend_rows), rows)
     o, *saved = (torch.empty_like(o_compressed) for _ in range(3 if save else 1))
     saved += [torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) for _ in range(2 if save else 0)]
-    attend_kernel[tiles.count * shape.kv_heads](
+    attend_kernel[count * shape.kv_heads](
         q, k, v, gates, *joint, o_compressed, o, *(saved or [o] * 4), tiles.firsts, sequences.begins, sequences.ends,
-        *row_strides(q, k, v), shape.kv_heads, min(window_size, shape.tokens), shape.log2_scale,
+        *row_strides(q, k, v), first, *rows, shape.kv_heads, min(window_size, shape.tokens), shape.log2_scale,
         **shape.constants(q.dtype), TOKENS=tiles.size, BLOCK=shape.block_size, CAPACITY=joint.blocks.shape[2],
-        SAVE=save, **launch.options(),
+        SAVE=save, **shape.tune.attend.options(),
     )  # fmt: skip
     return o, tuple(saved)

@@ -43,11 +43,11 @@ def _pool_block(
     """The mean, stored, of a block from slot `start` on, whose last row is `row`, which is not in memory yet."""
     each, column = tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     real = column < HEAD_DIM
-    places = (start + each)[:, None] * HEAD_DIM + column[None, :]
+    places = (start + each).to(tl.int64)[:, None] * HEAD_DIM + column[None, :]
     tile = tl.load(memory + places, mask=(each < BLOCK - 1)[:, None] & real[None, :], other=0)
     tile = tl.where((each == BLOCK - 1)[:, None], row[None, :], tile)
     pooled = mean_of_rows(tile, BLOCK, WIDTH, STEPS).to(memory.dtype.element_ty)
-    tl.store(mean + start // BLOCK * HEAD_DIM + column, pooled, mask=real)
+    tl.store(mean + (start // BLOCK).to(tl.int64) * HEAD_DIM + column, pooled, mask=real)
     return pooled.to(tl.float32)
 
 
@@ -75,9 +75,10 @@ def _attend_split(
     own, scored = row < GROUPS, (row >= FIRST) & (row < FIRST + SCORED)
     q_tile = tl.load(q + (pair * GROUPS + row)[:, None] * HEAD_DIM + column[None, :], mask=own[:, None] & real, other=0)
     if FIRST > 0:
-        places = (pair * SCORED + row - FIRST)[:, None] * HEAD_DIM + column[None, :]
-        q_tile = tl.where(own[:, None], q_tile, tl.load(queries + places, mask=scored[:, None] & real, other=0))
-    position = tl.load(positions + sequence)
+        queries += (pair * SCORED - FIRST) * HEAD_DIM
+        others = tl.load(queries + row[:, None] * HEAD_DIM + column[None, :], mask=scored[:, None] & real, other=0)
+        q_tile = tl.where(own[:, None], q_tile, others)
+    position = tl.minimum(tl.load(positions + sequence), capacity).to(tl.int32)
     k += pair * capacity * HEAD_DIM
     v += pair * capacity * HEAD_DIM
     mean_k += pair * blocks * HEAD_DIM
@@ -98,8 +99,8 @@ def _attend_split(
         acc += v_row[None, :]
 
     of_means = split < mean_splits
-    begin = tl.where(of_means, 0, tl.maximum(position - window_size + 1, 0)).to(tl.int32)
-    end = tl.where(of_means, position // BLOCK, position).to(tl.int32)
+    begin = tl.where(of_means, 0, tl.maximum(position - window_size + 1, 0))
+    end = tl.where(of_means, position // BLOCK, position)
     share = tl.cdiv(tl.cdiv(end - begin, tl.where(of_means, mean_splits, window_splits)), SLOTS) * SLOTS
     first = begin + tl.where(of_means, split, split - mean_splits) * share
     end = tl.minimum(first + share, end)
@@ -190,7 +191,7 @@ def _attend_selected(
     selected_splits = splits - before
     split, sequence = tl.program_id(0) % selected_splits, tl.program_id(0) // selected_splits // heads
     pair = (tl.program_id(0) // selected_splits).to(tl.int64)
-    position = tl.load(positions + sequence).to(tl.int32)
+    position = tl.minimum(tl.load(positions + sequence), capacity).to(tl.int32)
 
     COUNT: tl.constexpr = FIRST + SCORED
     means = statistics + pair * splits * 2 * COUNT + FIRST
@@ -210,9 +211,9 @@ def _attend_selected(
     peak = tl.full([ROWS], -1e30, tl.float32)
     for n in range(EACH):
         block = tl.max(tl.where(tl.arange(0, SLOTS) == split * EACH + n, chosen, -1), 0)
-        slot = block * BLOCK + tl.arange(0, BLOCK)
+        slot = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         seen = (block >= 0) & (slot < position)
-        places = slot.to(tl.int64)[:, None] * HEAD_DIM + column[None, :]
+        places = slot[:, None] * HEAD_DIM + column[None, :]
         k_tile = tl.load(k + places, mask=seen[:, None] & real, other=0)
         v_tile = tl.load(v + places, mask=seen[:, None] & real, other=0)
         x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale

@@ -10,14 +10,16 @@ something is stored for each: block n of the document of row i is `Sequences.til
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megahybrid_kernels.integers import next_power_of_2, tile_width
+from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
 from megahybrid_kernels.online_softmax import dot_precision, log2_scale
+from megahybrid_kernels.sequences import Sequences, Tiles
 from megahybrid_kernels.tuning import Launch
 
 # Tokens of a query tile at most: no block has fewer.
@@ -84,7 +86,7 @@ def tuning(head_dim: int, dtype: torch.dtype) -> Tuning:
         return Tuning(32, 32, launch, launch, launch, Launch(8, 4, 1), 32)
     top = Launch(16, 4, 1)
     if head_dim <= 64:
-        return Tuning(128, 64, Launch(64, 4, 3), Launch(64, 4, 3), Launch(64, 4, 3), top, 64)
+        return Tuning(128, 64, Launch(64, 4, 3), Launch(64, 4, 3), Launch(64, 4, 3, 168), top, 64)
     if head_dim <= 128:
         return Tuning(64, 64, Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 2), top, 64)
     return Tuning(32, 32, Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2), top, 64)
@@ -148,3 +150,15 @@ class Shape:
 def row_strides(*tensors: Tensor) -> list[int]:
     """Of tokens and heads of each."""
     return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def tiles_of(sequences: Sequences, size: int, rows: tuple[int, int]) -> tuple[Tiles, int, int]:
+    """Tiles of `size` tokens, and the first and the number of those that hold the tokens `rows`."""
+
+    def tile(row: int) -> int:
+        document = bisect_right(sequences.borders, row) - 1
+        before = sum(cdiv(length, size) for length in sequences.lengths[:document])
+        return before + (row - sequences.borders[document]) // size
+
+    first = tile(rows[0])
+    return sequences.tiles(size), first, tile(rows[1] - 1) + 1 - first

@@ -8,8 +8,6 @@ what is better, and of what is equal the first. So the result depends on no tili
 
 from __future__ import annotations
 
-from bisect import bisect_right
-
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.launch import kernel
-from megahybrid_kernels.native_sparse_attention.triton_plan import Shape, row_strides
+from megahybrid_kernels.native_sparse_attention.triton_plan import Shape, row_strides, tiles_of
 from megahybrid_kernels.online_softmax import softmax_step
 from megahybrid_kernels.rows import load_all_rows, load_rows, packed_rows, store_rows
 from megahybrid_kernels.sequences import Sequences
@@ -102,16 +100,18 @@ def compress_kernel(
         acc, total, peak = _compress_step(
             acc, total, peak, q_tile, k_tile, v_tile, inside[:, None], scale, False, VALUES, PRECISION
         )  # fmt: skip
-    n = inner + tl.arange(0, KEYS)
     count = (tl.minimum(i0 + TOKENS, end) - begin) // BLOCK
-    k_tile = load_rows(pooled_k, n.to(tl.int64), n < count, stride, 0, HEAD_DIM, WIDTH)
-    v_tile = k_tile
-    if VALUES:
-        v_tile = load_rows(pooled_v, n.to(tl.int64), n < count, stride, 0, HEAD_DIM, WIDTH)
-    visible = n[None, :] < ((token + 1 - begin) // BLOCK)[:, None]
-    acc, total, peak = _compress_step(
-        acc, total, peak, q_tile, k_tile, v_tile, visible, scale, True, VALUES, PRECISION
-    )  # fmt: skip
+    # A loop, since the compiler makes products that are outside of one wait for each other, and then all do.
+    for n0 in tl.range(inner, count, KEYS):
+        n = n0 + tl.arange(0, KEYS)
+        k_tile = load_rows(pooled_k, n.to(tl.int64), n < count, stride, 0, HEAD_DIM, WIDTH)
+        v_tile = k_tile
+        if VALUES:
+            v_tile = load_rows(pooled_v, n.to(tl.int64), n < count, stride, 0, HEAD_DIM, WIDTH)
+        visible = n[None, :] < ((token + 1 - begin) // BLOCK)[:, None]
+        acc, total, peak = _compress_step(
+            acc, total, peak, q_tile, k_tile, v_tile, visible, scale, True, VALUES, PRECISION
+        )  # fmt: skip
 
     some = total > 0
     total = tl.where(some, total, 1.0)
@@ -216,7 +216,7 @@ def compress(
     shape: Shape, q: Tensor, pooled_k: Tensor, pooled_v: Tensor | None, sequences: Sequences, rows: tuple[int, int]
 ) -> tuple[Tensor | None, Tensor]:
     """The compressed branch and its lse, of the tokens `rows` = (first, end) that q holds; o only with `pooled_v`."""
-    tiles, (first_tile, count) = _tiles(shape, sequences, rows)
+    tiles, first_tile, count = tiles_of(sequences, shape.tile_tokens(shape.tune.score_rows), rows)
     launch = shape.tune.compress
     o = None if pooled_v is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -234,7 +234,7 @@ def select(
     shape: Shape, q: Tensor, pooled_k: Tensor, lse: Tensor | None, sequences: Sequences, rows: tuple[int, int]
 ) -> Tensor:
     """The selection of the tokens `rows` that q and lse hold; lse, of `compress`, matters only if `needs_scores`."""
-    tiles, (first_tile, count) = _tiles(shape, sequences, rows)
+    tiles, first_tile, count = tiles_of(sequences, shape.tile_tokens(shape.tune.score_rows), rows)
     heads, free, launch, top = shape.kv_heads, shape.num_blocks - _FORCED, shape.tune.score, shape.tune.top
     selection = torch.empty(len(q), heads, shape.num_blocks, dtype=torch.int32, device=q.device)
     scored = needs_scores(shape, sequences)
@@ -265,16 +265,3 @@ def select(
 def needs_scores(shape: Shape, sequences: Sequences) -> bool:
     """Whether some token does not select all blocks."""
     return max(sequences.lengths) > shape.num_blocks * shape.block_size and shape.num_blocks > _FORCED
-
-
-def _tiles(shape: Shape, sequences: Sequences, rows: tuple[int, int]):
-    """The query tiles, and the first and the number of those that hold `rows`."""
-    tiles = sequences.tiles(shape.tile_tokens(shape.tune.score_rows))
-    first, last = (_tile_of(sequences, tiles.size, row) for row in (rows[0], rows[1] - 1))
-    return tiles, (first, last + 1 - first)
-
-
-def _tile_of(sequences: Sequences, size: int, row: int) -> int:
-    document = bisect_right(sequences.borders, row) - 1
-    before = sum(cdiv(length, size) for length in sequences.lengths[:document])
-    return before + (row - sequences.borders[document]) // size

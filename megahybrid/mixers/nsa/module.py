@@ -14,7 +14,6 @@ from megahybrid.mixers.nsa.sharing import all_queries, select_together
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.mixer import Fallback
 from megahybrid.model.settings import Settings
-from megahybrid.parallel import groups
 from megahybrid.parallel.layers import ColumnLinear
 from megahybrid_kernels.native_sparse_attention import (
     NSACache,
@@ -37,7 +36,7 @@ class NSAAttention(AttentionProjections):
         nsa = settings.model.nsa
         self.limits = nsa.block_size, nsa.num_blocks, nsa.window_size
         self.g_proj = ColumnLinear(settings.model.hidden_size, BRANCHES * nsa.num_heads, settings.projection)
-        self.sharers = self.k_proj.weight.spec.copies(groups.tensor_parallel()[1])
+        self.sharers = self.k_proj.copies
 
     def forward(self, x: Tensor, context: Context, state: NSACache | None = None):
         q, k, v, gates = self.project(x, self.g_proj)

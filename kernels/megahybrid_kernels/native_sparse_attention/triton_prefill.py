@@ -1,0 +1,52 @@
+"""Native sparse attention of many new tokens to a cache and each other, by the kernels of training.
+
+A sequence that has begun is a document of all its tokens, of which the new ones alone have queries: its keys, values
+and means are read from the cache. Sequences that begin here are packed documents as in training.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megahybrid_kernels.backend import dense_rows
+from megahybrid_kernels.native_sparse_attention import triton
+from megahybrid_kernels.native_sparse_attention.cache import NSACache
+from megahybrid_kernels.native_sparse_attention.triton_plan import Shape
+from megahybrid_kernels.sequences import Sequences
+
+
+def native_sparse_attention_piece(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    cache: NSACache,
+    sequences: Sequences,
+    block_size: int,
+    num_blocks: int,
+    window_size: int,
+    queries: Tensor | None = None,
+) -> tuple[Tensor, NSACache]:
+    """`native_sparse_attention_with_cache` without gradients and without waiting for the GPU; likewise."""
+    new, sizes = cache.append(k, v, sequences), (block_size, num_blocks)
+    if cache.slots == 0:
+        selection = None
+        if queries is not None:
+            selection = triton.select_blocks(queries, k, sequences, *sizes, (0, sequences.tokens))
+        return triton.native_sparse_attention(q, k, v, gates, sequences, *sizes, window_size, selection)[0], new
+    q, queries = dense_rows(q), None if queries is None else dense_rows(queries)
+    gates, parts = gates.contiguous(), []
+    for n, (start, end) in enumerate(zip(cache.lengths, new.lengths, strict=True)):
+        document, rows = Sequences.of((end,), q.device), (start, end)
+        pairs = zip(new.room.rows, new.room.spans, strict=True)
+        keys, values, *means = (x[n, :, : end // span].transpose(0, 1) for x, span in pairs)
+        means = [x.contiguous() for x in means]
+        own, selection = slice(*sequences.borders[n : n + 2]), None
+        if queries is not None:
+            shape = Shape.of(queries, keys, *sizes)
+            selection = triton.select_rows(shape, queries[own], means[0], document, rows)
+        shape = Shape.of(q, keys, *sizes)
+        inputs = (q[own], keys, values, gates[own], *means)
+        parts.append(triton.attend_rows(shape, *inputs, document, window_size, selection, False, rows)[0])
+    return torch.cat(parts), new
