@@ -10,7 +10,13 @@ from oracles_lte import (
 )
 from oracles_nsa import flipped, oracle_attention, oracle_selection
 
-from megahybrid_kernels import Sequences, native_sparse_attention, select_blocks
+from megahybrid_kernels import (
+    NSACache,
+    Sequences,
+    native_sparse_attention,
+    native_sparse_attention_with_cache,
+    select_blocks,
+)
 
 TOLERANCES = {torch.float32: FLOAT32_TOLERANCE, torch.bfloat16: BFLOAT16_TOLERANCE}
 
@@ -222,3 +228,22 @@ def test_refuses_what_does_not_fit(changed, match):
     fitting |= {"sequences": Sequences.of([5]), "block_size": 4, "num_blocks": 3, "window_size": 2}
     with pytest.raises(ValueError, match=match):
         native_sparse_attention(**fitting | changed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_waits_for_the_gpu():
+    lengths, sizes = (131, 1, 290), (16, 4, 40)
+    sequences = Sequences.of(lengths, "cuda")
+    q, k, v, gates = (x.cuda().requires_grad_() for x in first(inputs(lengths, head_dim=16, dtype=torch.float32)))
+    cache = NSACache.empty(3, 2, 16, 16, dtype=q.dtype, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        o, selection = native_sparse_attention(q, k, v, gates.sigmoid(), sequences, *sizes)
+        native_sparse_attention(q, k, v, gates.sigmoid(), sequences, *sizes, selection)[0].sum().backward()
+        with torch.no_grad():
+            cached, _ = native_sparse_attention_with_cache(q, k, v, gates.sigmoid(), cache, sequences, *sizes)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(cached, o, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
