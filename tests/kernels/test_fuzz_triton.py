@@ -236,8 +236,8 @@ def convolution(draw: Draw, seed: int, patch: pytest.MonkeyPatch) -> None:
 CASES_OF = {
     each.__name__: each
     for each in (
-        lte_attention, lte_prefill, sparse_gradients, sparse_attention, delta_rule, exits, exits_at_real_sizes, attention,
-        attention_steps, convolution,
+        lte_attention, lte_prefill, sparse_gradients, sparse_attention, delta_rule, exits, exits_at_real_sizes,
+        attention, attention_steps, convolution,
     )
 }  # fmt: skip
 
