@@ -36,6 +36,11 @@ from test_gated_delta_rule_triton import check as check_delta_rule
 from test_lte_attention_triton import LAUNCH, SMALL
 from test_lte_attention_triton import check as check_lte_attention
 from test_lte_attention_triton import inputs as lte_inputs
+from test_native_sparse_attention_backward_triton import ITEMS, random_selection
+from test_native_sparse_attention_backward_triton import SMALL as SMALL_SPARSE
+from test_native_sparse_attention_backward_triton import check as check_sparse_gradients
+from test_native_sparse_attention_backward_triton import cut as cut_sparse_gradients
+from test_native_sparse_attention_backward_triton import inputs as sparse_inputs
 
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.attention import attention as attention_op
@@ -105,6 +110,19 @@ def lte_prefill(draw: Draw, seed: int, patch: pytest.MonkeyPatch) -> None:
                 *moved, cache, Sequences.of(sequences.lengths, DEVICE, starts), *sizes, delay
             )
         torch.testing.assert_close(o.cpu().double(), expected[rows], rtol=3e-5, atol=3e-5)
+
+
+def sparse_gradients(draw: Draw, seed: int, patch: pytest.MonkeyPatch) -> None:
+    """Any selection, and blocks that many choose."""
+    heads, groups, block_size = draw.choice((1, 2)), draw.choice((1, 2, 3, 5, 8, 16)), draw.choice((16, 16, 32, 64))
+    each, num_blocks, dim = lengths(draw, 20), draw.randint(3, 6), draw.choice((8, 16, 24))
+    step, window = replace(SMALL_SPARSE.key, size=draw.choice((16, 32, 64))), draw.choice((1, 5, 16, 47, 200, 1000))
+    tune = replace(SMALL_SPARSE, rows=draw.choice((16, 32, 64)), key=step, selected=step, compressed=step)
+    cut_sparse_gradients(patch, ITEMS | {"ITEM": draw.choice((1, 7, 64))}, lambda *_: tune)
+    selection = random_selection(each, heads, block_size, num_blocks, draw.choice((None, 1, 2)), seed=seed)
+    check_sparse_gradients(
+        sparse_inputs(each, heads * groups, heads, dim), selection, each, block_size, window, tolerance=5e-5
+    )
 
 
 def sparse_attention(draw: Draw, seed: int, patch: pytest.MonkeyPatch) -> None:
@@ -218,8 +236,8 @@ def convolution(draw: Draw, seed: int, patch: pytest.MonkeyPatch) -> None:
 CASES_OF = {
     each.__name__: each
     for each in (
-        lte_attention, lte_prefill, sparse_attention, delta_rule, exits, exits_at_real_sizes, attention,
-        attention_steps, convolution,
+        lte_attention, lte_prefill, sparse_gradients, sparse_attention, delta_rule, exits, exits_at_real_sizes,
+        attention, attention_steps, convolution,
     )
 }  # fmt: skip
 

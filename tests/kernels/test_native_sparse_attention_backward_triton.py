@@ -20,6 +20,10 @@ ITEMS = {"ITEM": 24, "POOLED": 16, "PART": 32, "PARTS": 4}
 TRAINING = {name: getattr(triton_pairs, name) for name in ITEMS}, triton_backward.tuning
 
 
+STEP = Launch(32, 4, 1)
+SMALL = Tuning(32, 16, Launch(16, 4, 1), STEP, STEP, STEP)
+
+
 def cut(monkeypatch, items, tuning):
     for name, size in items.items():
         monkeypatch.setattr(triton_pairs, name, size)
@@ -28,9 +32,7 @@ def cut(monkeypatch, items, tuning):
 
 @pytest.fixture(autouse=True)
 def small_tiles_and_items(monkeypatch):
-    step = Launch(32, 4, 1)
-    tiles = Tuning(32, 16, Launch(16, 4, 1), step, step, step)
-    cut(monkeypatch, ITEMS, lambda *_: tiles)
+    cut(monkeypatch, ITEMS, lambda *_: SMALL)
 
 
 def inputs(lengths, query_heads, heads, head_dim, dtype=torch.float32):
@@ -41,9 +43,9 @@ def inputs(lengths, query_heads, heads, head_dim, dtype=torch.float32):
     return pairs | {"gates": (gates, gates.double().requires_grad_())}
 
 
-def random_selection(lengths, heads, block_size, num_blocks, hot=None, avoid=None):
+def random_selection(lengths, heads, block_size, num_blocks, hot=None, avoid=None, seed=8):
     """The forced blocks and random ones; block `hot` wherever it is free, block `avoid` nowhere where it is."""
-    generator = torch.Generator().manual_seed(8)
+    generator = torch.Generator().manual_seed(seed)
     selection = torch.full((sum(lengths), heads, num_blocks), -1, dtype=torch.int32)
     for rows in documents(lengths):
         for t in range(rows.stop - rows.start):
