@@ -26,7 +26,9 @@ from megahybrid_kernels import Sequences
 
 # The first part whose words stand in a kernel's name.
 PARTS = {
-    "LTE": ("query_gradient", "key_gradient", "far_gradient", "forward_kernel", "sum_chunks", "_visibility", "outrank"),
+    "NSA": ("compress", "score_kernel", "top_kernel", "union_kernel", "attend_kernel", "pool_", "selected_", "pair_"),
+    "LTE or NSA": ("query_gradient", "key_gradient"),
+    "LTE": ("far_gradient", "forward_kernel", "sum_chunks", "_visibility", "outrank"),
     "delta rule": ("scan_kernel", "prepare_kernel", "gradient_kernel", "join_kernel"),
     "router": ("_layer", "backward_input", "backward_weight", "backward_projection"),
     "attention": ("flash", "fmha", "cudnn"),

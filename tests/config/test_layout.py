@@ -14,6 +14,11 @@ LALTE = Path(__file__).parents[2] / "recipes" / "lalte-1.4b.yaml"  # 24 layers, 
         ("parallel.tensor=16", "does not divide model.gdn.num_heads (8)"),
         ("parallel.tensor=3", "does not divide model.vocab_size (32000)"),
         ("parallel.tensor=4 model.attention.num_kv_heads=2", "does not divide model.attention.num_kv_heads (2)"),
+        ("parallel.tensor=4 model.pattern=GN model.nsa.num_heads=2", "does not divide model.nsa.num_heads (2)"),
+        (
+            "parallel.tensor=4 model.pattern=GN model.nsa.num_heads=36 model.nsa.num_kv_heads=6",
+            "is neither a divisor nor a multiple of model.nsa.num_kv_heads (6)",
+        ),
         ("parallel.tensor=8 parallel.sequence=true train.seq_length=4100", "does not come out even"),
         ("parallel.pipeline=2 parallel.zero_stage=2", "set parallel.zero_stage to 1"),
         ("parallel.pipeline=2 parallel.zero_stage=3", "set parallel.zero_stage to 1"),
@@ -38,6 +43,8 @@ def test_impossible_layouts_are_refused_in_one_sentence(overrides, reason):
     "overrides",
     [
         "parallel.tensor=8 parallel.sequence=true parallel.zero_stage=3",
+        "parallel.tensor=2 model.pattern=GN",  # of two KV heads
+        "parallel.tensor=8 model.pattern=GN",
         "parallel.gradient_reduction=bf16 parallel.zero_stage=2",
         "parallel.pipeline=5",
         "parallel.pipeline=4 parallel.virtual_pipeline=3 parallel.tensor=2",

@@ -45,16 +45,17 @@ def plan(**changes) -> Plan:
     return Plan(**{**usual, "batch_size": 3, "prefill_chunk": 24, **changes})
 
 
-def brief(mode: str) -> Plan:
-    return plan(mode=mode, lengths=(48,), samples=4, policies=("learned", "random", "attention_mass"))
+def brief(mode: str, pattern: str = "GLSF", length: int = 48) -> Plan:
+    others = ("random", "attention_mass") if "L" in pattern else ()
+    return plan(mode=mode, lengths=(length,), samples=4, policies=("learned", *others))
 
 
-def evaluate_in_parallel(home: str) -> None:
+def evaluate_in_parallel(home: str, pattern: str, length: int) -> None:
     """What each of several processes does."""
     torch.set_num_threads(1)
     groups.initialize(ParallelConfig(tensor=int(os.environ["WORLD_SIZE"])))
     for mode in ("forced", "generate"):
-        evaluate(subject(Path(home)), brief(mode))
+        evaluate(subject(Path(home), pattern), brief(mode, pattern, length))
 
 
 def run_out_of_memory_on_one(home: str) -> str:

@@ -270,17 +270,22 @@ def test_all_processes_end_where_one_has_no_memory(tmp_path):
     assert {each["length"] for each in results(tmp_path)["results"]} == {32}
 
 
-def test_two_tensor_parallel_processes_give_the_same(tmp_path):
+@pytest.mark.parametrize(
+    ("processes", "pattern", "length"),
+    [(2, "GLSF", 48), pytest.param(4, "NF", 100, marks=pytest.mark.slow)],  # of the latter, two share each KV head
+    ids=str,
+)
+def test_tensor_parallel_processes_give_the_same(processes, pattern, length, tmp_path):
     for mode in modes.MODES:
-        evaluate(subject(tmp_path / "1"), brief(mode))
-    workers = Workers(2)
+        evaluate(subject(tmp_path / "1", pattern), brief(mode, pattern, length))
+    workers = Workers(processes)
     try:
-        workers.run(2, "tests.evaluation.subjects:evaluate_in_parallel", str(tmp_path / "2"))
+        workers.run(processes, "tests.evaluation.subjects:evaluate_in_parallel", str(tmp_path / "2"), pattern, length)
     finally:
         workers.close()
     for task in ("selective_mqar", "copy"):
         one, two = lines(tmp_path / "1", task), lines(tmp_path / "2", task)
-        assert len(one) == len(two) == 24
+        assert len(one) == len(two) == 4 * 2 * (3 if "L" in pattern else 1)  # samples, modes, policies
         for ours, theirs in zip(one, two, strict=True):
             expected = [None if nll is None else pytest.approx(nll, abs=1.1e-3) for nll in ours.pop("nll")]
             assert theirs.pop("nll") == expected

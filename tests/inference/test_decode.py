@@ -11,7 +11,7 @@ from megahybrid.inference.decode import DecodeGraph, DecodeStep
 from tests.inference.oracle import BUFFER, PATTERNS, WINDOW, router_logits, tokens, whole
 from tests.model import tiny
 
-OPS = "attention causal_conv1d gated_delta_rule lte_attention native_sparse_attention retention_router".split()
+OPS = ["attention", "causal_conv1d", "gated_delta_rule", "lte_attention", "native_sparse_attention", "retention_router"]
 
 
 def continued(model, rows, prompts):

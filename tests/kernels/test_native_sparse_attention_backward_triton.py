@@ -70,20 +70,20 @@ def softmax_branch(q, k, v, visible):
     return o, torch.where(total[..., 0].T > 0, lse, torch.inf)
 
 
-def oracle(q, k, v, selection, lengths, block_size, window_size):
-    """The three branches' outputs and lse, `[3, tokens, ..]`, and the means of each block, 0 of incomplete ones."""
+def oracle(q, k, v, selection, lengths, block_size, window_size, dtype):
+    """The three branches' outputs and lse, `[3, tokens, ..]`, and the means of blocks, 0 of incomplete ones; means are
+    rounded to `dtype`, without effect on gradients."""
     outputs, lses, means = [], [], []
     for rows in documents(lengths):
         n = rows.stop - rows.start
         queries, keys, values, chosen = (x[rows] for x in (q, k, v, selection))
-        t, complete, blocks = torch.arange(n), n // block_size, -(-n // block_size)
+        t, complete, blocks = torch.arange(n, device=q.device), n // block_size, -(-n // block_size)
         pooled = [x[: complete * block_size].unflatten(0, (complete, block_size)).mean(1) for x in (keys, values)]
-        member = (chosen[..., None] == torch.arange(blocks)).any(2).transpose(0, 1)
-        causal = t <= t[:, None]
+        pooled = [x + (x.to(dtype).double() - x).detach() for x in pooled]
+        member = (chosen[..., None] == torch.arange(blocks, device=q.device)).any(2).transpose(0, 1)
+        causal, complete_before = t <= t[:, None], t[:complete] < ((t + 1) // block_size)[:, None]
         results = [
-            softmax_branch(
-                queries, *pooled, (torch.arange(complete) < ((t + 1) // block_size)[:, None]).expand(k.shape[1], -1, -1)
-            ),
+            softmax_branch(queries, *pooled, complete_before.expand(k.shape[1], -1, -1)),
             softmax_branch(queries, keys, values, member[:, :, t // block_size] & causal),
             softmax_branch(queries, keys, values, (causal & (t > t[:, None] - window_size)).expand(k.shape[1], -1, -1)),
         ]
@@ -101,12 +101,11 @@ def upstream(pairs):
 def ours(pairs, selection, lengths, block_size, window_size, do):
     """dq, dk, dv and dgates."""
     q, k, v, gates = (pair[0].detach().to(DEVICE) for pair in pairs.values())
-    exact = (pair[1].detach() for pair in list(pairs.values())[:3])
-    outputs, lse, pooled_k, pooled_v = oracle(*exact, selection, lengths, block_size, window_size)
+    exact, selection = [pairs[name][1].detach().to(DEVICE) for name in "qkv"], selection.to(DEVICE)
+    outputs, lse, pooled_k, pooled_v = oracle(*exact, selection, lengths, block_size, window_size, q.dtype)
     saved = Saved(
-        q, k, v, gates, *(x.to(DEVICE, q.dtype) for x in (pooled_k, pooled_v)), selection.to(DEVICE),
-        *(x.contiguous().to(DEVICE, q.dtype) for x in outputs),
-        *(x.contiguous().to(DEVICE, torch.float32) for x in lse),
+        q, k, v, gates, pooled_k.to(q.dtype), pooled_v.to(q.dtype), selection,
+        *(x.contiguous().to(q.dtype) for x in outputs), *(x.contiguous().float() for x in lse),
     )  # fmt: skip
     shape = Shape.of(q, k, block_size, selection.shape[2])
     return [
@@ -115,10 +114,11 @@ def ours(pairs, selection, lengths, block_size, window_size, do):
 
 
 def theirs(pairs, selection, lengths, block_size, window_size, do):
-    q, k, v, gates = (pair[1] for pair in pairs.values())
-    outputs, *_ = oracle(q, k, v, selection, lengths, block_size, window_size)
+    q, k, v, gates = (pair[1].detach().to(DEVICE).requires_grad_() for pair in pairs.values())
+    dtype = pairs["q"][0].dtype
+    outputs, *_ = oracle(q, k, v, selection.to(DEVICE), lengths, block_size, window_size, dtype)
     o = sum(gate[..., None] * branch for gate, branch in zip(gates.unbind(-1), outputs, strict=True))
-    return torch.autograd.grad(o, (q, k, v, gates), do)
+    return [x.cpu() for x in torch.autograd.grad(o, (q, k, v, gates), do.to(DEVICE))]
 
 
 def check(pairs, selection, lengths, block_size, window_size, tolerance=FLOAT32_TOLERANCE):
@@ -135,8 +135,8 @@ def check(pairs, selection, lengths, block_size, window_size, tolerance=FLOAT32_
 SIZES = [  # lengths, block size, blocks, window
     ((1,), 16, 3, 5),
     ((3, 1, 70, 33), 16, 4, 20),
-    ((150,), 16, 5, 40),
-    ((290,), 16, 5, 16),
+    ((290,), 16, 5, 47),
+    ((150,), 16, 5, 16),
     ((5, 140), 32, 3, 1),
     ((200,), 64, 3, 500),
 ]
@@ -160,7 +160,7 @@ def test_one_gate_alone(one):
 
 @pytest.mark.parametrize("hot, avoid", [(1, 2), (None, 1)])
 def test_a_block_that_all_choose_and_one_that_nobody_does(hot, avoid):
-    lengths = (100, 20)
+    lengths = (84, 20)
     pairs = inputs(lengths, 2, 1, 16)
     check(pairs, random_selection(lengths, 1, 16, 3 + (hot is not None), hot, avoid), lengths, 16, 20)
 
@@ -186,7 +186,7 @@ def test_half_precision_with_the_tiles_of_training(monkeypatch):
 
 
 def test_packed_equals_separate_again_and_strided():
-    lengths, sizes = (70, 1, 40), (16, 20)
+    lengths, sizes = (50, 1, 33), (16, 20)
     pairs, selection = inputs(lengths, 2, 1, 16), random_selection(lengths, 1, 16, 4)
     do = upstream(pairs)
     whole = ours(pairs, selection, lengths, *sizes, do)
@@ -203,7 +203,7 @@ def test_packed_equals_separate_again_and_strided():
 
 
 def test_joined_with_the_forward_pass():
-    lengths, block_size, num_blocks, window_size = (100, 20), 16, 4, 20
+    lengths, block_size, num_blocks, window_size = (70, 20), 16, 4, 20
     pairs = inputs(lengths, 2, 1, 16)
     leaves = [pair[0].detach().to(DEVICE).requires_grad_() for pair in pairs.values()]
     o, selection = native_sparse_attention(*leaves, Sequences.of(lengths, DEVICE), block_size, num_blocks, window_size)
@@ -217,9 +217,9 @@ def test_joined_with_the_forward_pass():
 
 
 FULL = [  # lengths, query heads, heads, head dim, block size, blocks, window
-    ((3000,), 32, 2, 64, 64, 16, 512),
-    ((700, 1, 33, 2, 1301, 64, 128), 32, 2, 64, 64, 8, 512),
-    ((1500, 300), 16, 2, 128, 64, 8, 300),
+    ((1500,), 16, 1, 64, 64, 8, 512),
+    ((700, 1, 33, 2, 801, 64, 128), 32, 2, 64, 64, 6, 512),
+    ((1100, 300), 16, 2, 128, 64, 8, 300),
     ((900, 301), 16, 1, 256, 32, 6, 100),
     ((900, 301), 6, 2, 64, 16, 8, 100),
     ((700, 301), 3, 1, 96, 32, 4, 40),

@@ -21,7 +21,11 @@ from megahybrid_kernels.exit_positions import exit_positions
 from megahybrid_kernels.gated_delta_rule import gated_delta_rule
 from megahybrid_kernels.linear_cross_entropy import linear_cross_entropy
 from megahybrid_kernels.lte_attention import LTECache, lte_attention, lte_attention_with_cache
-from megahybrid_kernels.native_sparse_attention import native_sparse_attention
+from megahybrid_kernels.native_sparse_attention import (
+    NSACache,
+    native_sparse_attention,
+    native_sparse_attention_with_cache,
+)
 from megahybrid_kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
 from megahybrid_kernels.retention_router import (
     Dropout,
@@ -163,14 +167,30 @@ def lte_cached(lengths: tuple[int, ...], in_place: bool) -> Case:
     )
 
 
-def sparse() -> Case:
-    """Of documents in which not every query selects every block."""
-    lengths = (5, 66, 1)
+def sparse(lengths: tuple[int, ...]) -> Case:
+    sizes = (whole(lengths), 16, 4, 20)
+    return Case(
+        lambda x: native_sparse_attention(*(x[n] for n in "qkv"), x["gates"].abs(), *sizes)[:1],
+        wide(lengths, "q", "k", "v", groups=2) | rows(lengths, gates=(2 * HEADS, 3)), {},
+    )  # fmt: skip
+
+
+def sparse_cached(lengths: tuple[int, ...], in_place: bool) -> Case:
+    """Where not every block is selected, and the first token completes one."""
+    held = (79, 79, 79)
 
     def call(x: Inputs) -> tuple[Tensor, ...]:
-        return native_sparse_attention(*(x[n] for n in "qkv"), x["gates"].abs(), whole(lengths), 16, 4, 20)
+        cache = NSACache.empty(3, HEADS, DIM, 16, dtype=x["k"].dtype, device=DEVICE)
+        cache = cache.append(x["held_k"], x["held_v"], whole(held))
+        sequences = Sequences.of(lengths, DEVICE, x["starts"])
+        inputs = (*(x[n] for n in "qkv"), x["gates"].abs(), cache, sequences, 16, 4, 20)
+        o, cache = native_sparse_attention_with_cache(*inputs, in_place)
+        return o, cache.k, cache.v, cache.pooled_k, cache.pooled_v
 
-    return Case(call, wide(lengths, "q", "k", "v", groups=2) | rows(lengths, gates=(2 * HEADS, 3)), {})
+    shapes = (
+        wide(lengths, "q", "k", "v", groups=2) | rows(lengths, gates=(2 * HEADS, 3)) | wide(held, "held_k", "held_v")
+    )
+    return Case(call, shapes, {"starts": torch.tensor(held)}, ("all",))
 
 
 def windowed(x: Inputs) -> tuple[Tensor, ...]:
@@ -212,7 +232,9 @@ CASES: dict[str, Case] = {
     "lte with a buffer": lte(BUFFER),
     "lte's piece": lte_cached(LENGTHS, False),
     "lte's step": lte_cached(STEP, True),
-    "nsa": sparse(),
+    "nsa": sparse((2, 83)),
+    "nsa's piece": sparse_cached((2, 30, 1), False),
+    "nsa's step": sparse_cached(STEP, True),
     "norm": Case(lambda x: (rms_norm(x["x"], x["w"], 1e-6),), wide(LENGTHS, "x") | {"w": (DIM,)}, {}),
     "norm, gated": Case(
         lambda x: (gated_rms_norm(x["x"], x["gate"], x["w"], 1e-6),), wide(LENGTHS, "x", "gate") | {"w": (DIM,)}, {}
@@ -291,7 +313,7 @@ def results(case: Case, inputs: Inputs, layout: Callable[[Tensor], Tensor]) -> l
 
 
 # What these two prepare for their kernels others do, too.
-FEW = {("sliced", name) for name in CASES if name not in ("lte with a buffer", "lte's piece")}
+FEW = {("sliced", name) for name in CASES if name not in ("lte with a buffer", "lte's piece", "nsa's piece")}
 
 
 @pytest.mark.parametrize("layout, name", interpreted(FEW, [(layout, name) for layout in LAYOUTS for name in CASES]))

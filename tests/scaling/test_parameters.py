@@ -45,3 +45,11 @@ def test_tensor_parallel_ranks_hold_norms_whole():
     hidden, inner = 1024, 2816
     split = 2 * (4 * hidden**2 + 3 * hidden * inner) + 32000 * hidden
     assert parameters_by_rank(config) == [split // 4 + 5 * hidden]
+
+
+@pytest.mark.parametrize(("tensor", "keys"), [(1, 128), (2, 64), (4, 64), (8, 64)])
+def test_ranks_beyond_the_kv_heads_hold_one_each(tensor, keys):
+    config = load_config("recipes/lansa-0.4b.yaml", ["model.pattern=N", f"parallel.tensor={tensor}"])
+    hidden, inner, queries = 1024, 2816, 32 * 64
+    split = hidden * (2 * queries + 3 * 32) + 3 * hidden * inner + 32000 * hidden
+    assert parameters_by_rank(config) == [split // tensor + 2 * hidden * keys + 3 * hidden]

@@ -11,7 +11,7 @@ HEADS = 8
 
 
 def config_of(kv_heads, dtype="fp32", **parallel):
-    config = tiny.config("GSS")
+    config = tiny.config("G|SS")
     config.model.gdn.num_heads, config.model.attention.num_heads = 4, HEADS
     config.model.attention.num_kv_heads = kv_heads
     config.train.dtype, config.train.seq_length, config.train.global_batch_size = dtype, sum(LENGTHS), SAMPLES
@@ -45,6 +45,7 @@ def steps(kv_heads, dtype, parallel):
     from megahybrid.data.packing import Batch
     from megahybrid.model.stack import build_stages
     from megahybrid.parallel import groups
+    from megahybrid.scaling.stages import stage_layers
     from megahybrid.training import zero
     from megahybrid.training.engine import Engine
     from megahybrid_kernels import Sequences
@@ -52,7 +53,8 @@ def steps(kv_heads, dtype, parallel):
 
     config = config_of(kv_heads, dtype, **parallel)
     groups.initialize(config.parallel)
-    engine = Engine(config, build_stages(config, [None], "cpu"))
+    rank, size = groups.pipeline_parallel()
+    engine = Engine(config, build_stages(config, stage_layers(config)[rank::size], "cpu"))
     engine.initialize()
     replica, replicas = groups.data_parallel()
     found = {"losses": [], "norms": []}

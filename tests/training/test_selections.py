@@ -45,7 +45,7 @@ def content(pytestconfig):
     recipe = (
         RECIPE.replace("GLSFL", LAYERS).replace("steps: 20", f"steps: {steps}").replace("  gdn:", f"  {NSA}\n  gdn:")
     )
-    return recipe.replace("seq_length: 64", "seq_length: 128").replace("learning_rate: 0.005", "learning_rate: 0.02")
+    return recipe.replace("seq_length: 64", "seq_length: 128")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def flips(ranks, reference):
 
 
 def assert_same_run(found, ranks, reference):
-    """fp32 losses within 2e-6 relative and gradient norms within 1e-5, up to a selection that fell otherwise."""
+    """fp32 losses within 2e-6 relative and gradient norms within 1e-4, up to a selection that fell otherwise."""
     expected, others = reference.lines, flips(ranks, reference)
     assert all(margin < TIE for *_, margin in others), f"step, layer, KV head, margin: {others}"
     until = min([step for step, *_ in others], default=len(expected) + 1)
@@ -115,7 +115,7 @@ def assert_same_run(found, ranks, reference):
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for ours, theirs in list(zip(found, expected, strict=True))[: until - 1]:
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-6), ours["step"]
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5), ours["step"]
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), ours["step"]
     if not others:
         assert found[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=2e-6)
 

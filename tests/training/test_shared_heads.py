@@ -69,12 +69,30 @@ def test_steps_are_one_processs(kv_heads, parallel, workers):
     ((expected, theirs, _),) = run(workers, 1, "steps", kv_heads, "fp32", {})
     assert min(expected["norms"]) > 2 * 0.3  # or nothing is clipped
     ranks = run(workers, RANKS, "steps", kv_heads, "fp32", parallel)
+    assert_one_processs(ranks, expected, theirs)
+    assert_copies_are_equal([parts for _, _, parts in ranks[: parallel["tensor"]]], kv_heads)
+
+
+@pytest.mark.slow
+def test_a_stage_may_have_nothing_to_share():
+    """Its ranks then take no part in making groups of those that do."""
+    pool = Workers(8)
+    try:
+        ((expected, theirs, _),) = run(pool, 1, "steps", 2, "fp32", {})
+        ranks = run(pool, 8, "steps", 2, "fp32", {"tensor": 4, "pipeline": 2})
+    finally:
+        pool.close()
+    assert not any(SHARED.search(name) for name in ranks[0][1]["weights"])
+    assert_one_processs(ranks, expected, theirs)
+    assert_copies_are_equal([parts for _, _, parts in ranks[4:]], 2)
+
+
+def assert_one_processs(ranks, expected, theirs):
     for found, ours, _ in ranks:
         for key, values in found.items():
             assert values == pytest.approx(expected[key], rel=1e-5), key
-        for name, value in theirs["exp_avg"].items():
-            assert (ours["exp_avg"][name] - value).norm() < 1e-4 * value.norm(), name
-    assert_copies_are_equal([parts for _, _, parts in ranks[: parallel["tensor"]]], kv_heads)
+        for name, value in ours["exp_avg"].items():
+            assert (value - theirs["exp_avg"][name]).norm() < 1e-4 * value.norm(), name
 
 
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])

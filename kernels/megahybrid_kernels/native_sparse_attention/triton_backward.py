@@ -100,7 +100,8 @@ class _Backward:
         rows, size = shape.tokens * shape.query_heads, 64
         constants = shape.constants(self.do.dtype)
         prepare_kernel[cdiv(rows, size)](
-            self.do, *saved[7:], saved.gates, dgates, *statistics, rows,
+            self.do, saved.o_compressed, saved.o_selected, saved.o_window, saved.lse_compressed, saved.lse_selected,
+            saved.lse_window, saved.gates, dgates, *statistics, rows,
             HEAD_DIM=shape.head_dim, WIDTH=constants["WIDTH"], ROWS=size,
         )  # fmt: skip
         return dgates, statistics

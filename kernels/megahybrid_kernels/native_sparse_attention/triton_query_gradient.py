@@ -125,11 +125,14 @@ def query_gradient_kernel(
 
     joint = tl.program_id(0).to(tl.int64) * CAPACITY
     far = tl.load(counts + tl.program_id(0)) - tl.minimum(current + 1, 2)
+    block = tl.load(blocks + joint, mask=far > 0, other=0)
     for e in tl.range(0, far * PARTS):
-        j = tl.load(blocks + joint + e // PARTS) * BLOCK + e % PARTS * STEP + lane
+        j0 = tl.cast(block * BLOCK + e % PARTS * STEP, tl.int64)
         seen = ((tl.load(members + joint + e // PARTS) >> (token - i0)) & 1) > 0
-        k_tile = load_all_rows(k, j, k_stride, HEAD_DIM, WIDTH)
-        v_tile = load_all_rows(v, j, v_stride, HEAD_DIM, WIDTH)
+        k_tile = load_all_rows(k + j0 * k_stride, lane, k_stride, HEAD_DIM, WIDTH)
+        v_tile = load_all_rows(v + j0 * v_stride, lane, v_stride, HEAD_DIM, WIDTH)
+        # A turn ahead, so that the loads of a block do not wait for its number.
+        block = tl.load(blocks + joint + (e + 1) // PARTS, mask=e + 1 < far * PARTS, other=0)
         row_total = tl.where(seen, selected_total, float("inf"))
         acc = query_step(
             acc, q_tile, do_tile, k_tile, v_tile, row_total, selected_delta, unmasked, scale, False, PRECISION
@@ -140,8 +143,8 @@ def query_gradient_kernel(
     first = tl.minimum(tl.maximum(i0 - begin - window + 1, 0) // STEP * STEP, band)
     inner = tl.minimum(tl.cdiv(tl.maximum(last - window + 1, 0), STEP) * STEP, band)
     for j0 in tl.range(inner, band, STEP):
-        k_tile = load_all_rows(k, j0 + lane, k_stride, HEAD_DIM, WIDTH)
-        v_tile = load_all_rows(v, j0 + lane, v_stride, HEAD_DIM, WIDTH)
+        k_tile = load_all_rows(k + tl.cast(j0, tl.int64) * k_stride, lane, k_stride, HEAD_DIM, WIDTH)
+        v_tile = load_all_rows(v + tl.cast(j0, tl.int64) * v_stride, lane, v_stride, HEAD_DIM, WIDTH)
         acc = query_step(
             acc, q_tile, do_tile, k_tile, v_tile, window_total, window_delta, unmasked, scale, False, PRECISION
         )  # fmt: skip
@@ -168,8 +171,9 @@ def query_gradient_kernel(
     # All rows see the blocks before their own; their own is complete for its last token alone.
     inner = current // POOLED_STEP * POOLED_STEP
     for n0 in tl.range(0, inner, POOLED_STEP):
-        k_tile = load_all_rows(pooled_k, n0 + pooled_lane, pooled_stride, HEAD_DIM, WIDTH)
-        v_tile = load_all_rows(pooled_v, n0 + pooled_lane, pooled_stride, HEAD_DIM, WIDTH)
+        place = tl.cast(n0, tl.int64) * pooled_stride
+        k_tile = load_all_rows(pooled_k + place, pooled_lane, pooled_stride, HEAD_DIM, WIDTH)
+        v_tile = load_all_rows(pooled_v + place, pooled_lane, pooled_stride, HEAD_DIM, WIDTH)
         acc = query_step(
             acc, q_tile, do_tile, k_tile, v_tile, pooled_total, pooled_delta, unmasked, scale, False, PRECISION
         )  # fmt: skip
