@@ -5,11 +5,29 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
+
+from megahybrid_kernels.tuning import Launch
+
+Tuning = TypeVar("Tuning")
+
+
+def changed(tune: Tuning, changes: str) -> Tuning:
+    """An op's tuning with what `changes` says in place: `name=number` or, for a launch, numbers with commas between."""
+    for change in changes.split():
+        name, _, value = change.partition("=")
+        numbers = [int(number) for number in value.split(",")]
+        new = Launch(*numbers) if isinstance(getattr(tune, name), Launch) else type(getattr(tune, name))(numbers[0])
+        tune = replace(tune, **{name: new})
+    return tune
 
 
 def gradients(op: Callable, inputs: dict[str, Tensor], cotangent: Tensor, *rest) -> tuple[Tensor, ...]:
@@ -52,6 +70,30 @@ def queued_median(call: Callable[[], object]) -> float:
         if number > 3:
             times.append(start.elapsed_time(end))
     return round(statistics.median(times), 4)
+
+
+def kernels(call: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of one call, kernel by kernel."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(10):
+            call()
+        torch.cuda.synchronize()
+    averages = [(event.key, event.device_time_total / 1e4) for event in profile.key_averages()]
+    return {key[:60]: round(ms, 4) for key, ms in sorted(averages, key=lambda x: -x[1]) if ms > 1e-3}
+
+
+def causal(shape: tuple[int, int, int, int], forward: bool = False) -> float:
+    """cuDNN's milliseconds of causal attention, forward and backward, for bf16 `[batch, heads, tokens, head_dim]`."""
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=not forward) for _ in range(3))
+    cotangent = torch.randn_like(q)
+
+    def call():
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if not forward:
+            torch.autograd.grad(y, (q, k, v), cotangent)
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return median(call)
 
 
 def copy_bandwidth() -> dict[str, object]:

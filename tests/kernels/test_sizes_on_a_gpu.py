@@ -87,7 +87,7 @@ def lte(x: Inputs, buffer: int | None) -> tuple[Tensor, ...]:
 
 def sparse(x: Inputs) -> tuple[Tensor, ...]:
     q, k, v, gates = x.heads_of(2), x.heads_of(), x.heads_of(), x.tokens(2 * x.heads, 3)
-    return native_sparse_attention(q, k, v, gates.sigmoid(), x.sequences(), 16, 3, WINDOW)
+    return native_sparse_attention(q, k, v, gates.abs(), x.sequences(), 16, 3, WINDOW)[:1]
 
 
 def exits(x: Inputs) -> tuple[Tensor, ...]:
@@ -195,7 +195,7 @@ def test_70000_documents_of_one_token(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["lte attention with a buffer", "native sparse attention", "exits", "prefill", "router"]
+    "name", ["lte attention with a buffer", "exits", "native sparse attention", "prefill", "router"]
 )
 def test_many_documents_longer_than_a_window(name):
     assert_equals_its_halves(OPS[name], (37, 60) * 2000, HEADS)

@@ -54,7 +54,7 @@ def _pool_block(
 @kernel
 def _attend_split(
     q, queries, new_k, new_v, k, v, mean_k, mean_v, positions, logits, parts, statistics, splits, mean_splits,
-    window_splits, heads, capacity, blocks, window_size, scale,
+    window_splits, heads, capacity, blocks, pitch, window_size, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, FIRST: tl.constexpr, SCORED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -63,7 +63,7 @@ def _attend_split(
 
     Rows: the GROUPS of q, and from FIRST on the SCORED ones that blocks are selected by, the same where FIRST is 0.
 
-    logits: fp32 `[sequences, kv_heads, SCORED, blocks]`, of means, in powers of two; parts: fp32 `[sequences, kv_heads,
+    logits: fp32 `[sequences, kv_heads, SCORED, pitch]`, of means, in powers of two; parts: fp32 `[sequences, kv_heads,
     splits, GROUPS, HEAD_DIM]`, not normalised; statistics: fp32 `[sequences, kv_heads, splits, 2, FIRST + SCORED]`,
     peak in powers of two and sum.
     """
@@ -105,7 +105,7 @@ def _attend_split(
     first = begin + tl.where(of_means, split, split - mean_splits) * share
     end = tl.minimum(first + share, end)
     keys, values = tl.where(of_means, mean_k, k), tl.where(of_means, mean_v, v)
-    kept = (pair * SCORED + row - FIRST)[:, None] * blocks
+    kept = (pair * SCORED + row - FIRST)[:, None] * pitch
     for start in tl.range(first, end, SLOTS, num_stages=STAGES):
         slot = start + tl.arange(0, SLOTS)
         seen = slot < end
@@ -147,7 +147,7 @@ def _lse(statistics, count, SCORED: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.
 
 @triton.jit
 def _choose(
-    logits, lse, blocks, current,
+    logits, lse, pitch, current,
     SCORED: tl.constexpr, SLOTS: tl.constexpr, NUM_BLOCKS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """int32 `[SLOTS]`, the blocks that a query of block `current` selects, in no order, then -1.
@@ -158,12 +158,13 @@ def _choose(
     slot, row = tl.arange(0, SLOTS), tl.arange(0, lse.shape[0])
     free_slots = NUM_BLOCKS - _FORCED
     best = tl.where(slot < free_slots, -1 - slot.to(tl.int64), -(_NO_KEY + 1))
-    for first in range(1, current - 1, CHUNK):
+    end = tl.multiple_of(tl.cdiv(current, 16) * 16, 16)  # wide loads: what is beyond is not written, but there
+    for first in range(0, current - 1, CHUNK):
         block = first + tl.arange(0, CHUNK)
-        free = block < current - 1
-        places = row.to(tl.int64)[:, None] * blocks + block[None, :]
-        x = tl.load(logits + places, mask=(row < SCORED)[:, None] & free[None, :], other=float("-inf"))
-        score = tl.sum(tl.exp2(x - lse[:, None]), 0)
+        free = (block > 0) & (block < current - 1)
+        places = row.to(tl.int64)[:, None] * pitch + block[None, :]
+        x = tl.load(logits + places, mask=(row < SCORED)[:, None] & (block < end)[None, :], other=float("-inf"))
+        score = tl.sum(tl.exp2(tl.where(free[None, :], x, float("-inf")) - lse[:, None]), 0)
         rank = ((score.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int64) << 32) + (_LAST_BLOCK - block)
         rank = tl.where(free, rank, _NO_KEY)
         least, top = tl.min(best, 0), tl.max(rank, 0)
@@ -179,7 +180,7 @@ def _choose(
 
 @kernel
 def _attend_selected(
-    q, k, v, positions, logits, parts, statistics, splits, mean_splits, before, heads, capacity, blocks, scale,
+    q, k, v, positions, logits, parts, statistics, splits, mean_splits, before, heads, capacity, pitch, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, FIRST: tl.constexpr, SCORED: tl.constexpr,
     ROWS: tl.constexpr, SCORED_ROWS: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, EACH: tl.constexpr,
     SLOTS: tl.constexpr, MEAN_SPLITS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
@@ -197,7 +198,7 @@ def _attend_selected(
     means = statistics + pair * splits * 2 * COUNT + FIRST
     lse = _lse(means, mean_splits, SCORED, SCORED_ROWS, COUNT, MEAN_SPLITS)
     chosen = _choose(
-        logits + pair * SCORED * blocks, lse, blocks, position // BLOCK, SCORED, SLOTS, NUM_BLOCKS, CHUNK
+        logits + pair * SCORED * pitch, lse, pitch, position // BLOCK, SCORED, SLOTS, NUM_BLOCKS, CHUNK
     )  # fmt: skip
 
     column, row = tl.arange(0, WIDTH), tl.arange(0, ROWS)
@@ -329,7 +330,8 @@ def native_sparse_attention_step(
     splits = before + selected_splits
 
     fp32 = {"dtype": torch.float32, "device": q.device}
-    logits = torch.empty(count, heads, scored, blocks, **fp32)
+    pitch = cdiv(blocks, 16) * 16
+    logits = torch.empty(count, heads, scored, pitch, **fp32)
     parts = torch.empty(count, heads, splits, groups, head_dim, **fp32)
     statistics = torch.empty(count, heads, splits, 2, first + scored, **fp32)
     o = torch.empty_like(q)
@@ -338,14 +340,14 @@ def native_sparse_attention_step(
     scored_rows = tile_width(scored)
     _attend_split[before * heads * count](
         q, queries, k, v, cached_k, cached_v, mean_k, mean_v, positions, logits, parts, statistics, splits,
-        mean_splits, window_splits, heads, capacity, blocks, window_size, scale, **rows, FIRST=first, SCORED=scored,
-        ROWS=tile_width(first + scored), BLOCK=cache.block_size, STEPS=cache.block_size.bit_length() - 1, SLOTS=_SLOTS,
-        PRECISION=precision,
+        mean_splits, window_splits, heads, capacity, blocks, pitch, window_size, scale, **rows, FIRST=first,
+        SCORED=scored, ROWS=tile_width(first + scored), BLOCK=cache.block_size,
+        STEPS=cache.block_size.bit_length() - 1, SLOTS=_SLOTS, PRECISION=precision,
         STAGES=3 if head_dim <= 128 else 2, num_warps=4,
     )  # fmt: skip
     _attend_selected[selected_splits * heads * count](
         q, cached_k, cached_v, positions, logits, parts, statistics, splits, mean_splits, before, heads, capacity,
-        blocks, scale, **rows, FIRST=first, SCORED=scored, ROWS=tile_width(groups), SCORED_ROWS=scored_rows,
+        pitch, scale, **rows, FIRST=first, SCORED=scored, ROWS=tile_width(groups), SCORED_ROWS=scored_rows,
         BLOCK=cache.block_size, NUM_BLOCKS=num_blocks, EACH=each, SLOTS=next_power_of_2(num_blocks),
         MEAN_SPLITS=next_power_of_2(mean_splits), CHUNK=max(16, _LOGITS // scored_rows), PRECISION=precision,
         num_warps=4,
