@@ -14,9 +14,14 @@ import torch
 import megahybrid_kernels
 from megahybrid_kernels.launch import Kernel
 
-# What follows from the number of sequences: a step's work is cut into more programs where they are few. `doctor` runs
-# it with few and with many.
-BY_BATCH = {"attention": {"SPLITS"}, "lte_attention": {"SPLITS"}, "gated_delta_rule.triton_step": {"COLUMNS"}}
+# What follows from the number of sequences, or of tokens that they have: a step's work is cut into more programs where
+# they are few, or long. `doctor` runs it with few and with many.
+BY_BATCH = {
+    "attention": {"SPLITS"},
+    "lte_attention": {"SPLITS"},
+    "native_sparse_attention.triton_decode": {"EACH", "MEAN_SPLITS", "WINDOW_SPLITS", "SELECTED_SPLITS"},
+    "gated_delta_rule.triton_step": {"COLUMNS"},
+}
 
 
 def name_of(kernel: Kernel) -> str:

@@ -267,7 +267,7 @@ def test_all_processes_end_where_one_has_no_memory(tmp_path, workers):
 
 @pytest.mark.parametrize(
     ("processes", "pattern", "length"),
-    [(2, "GLSF", 48), (4, "NF", 100)],  # of the latter, two share each KV head
+    [(2, "GLSF", 48), pytest.param(4, "NF", 100, marks=pytest.mark.slow)],  # of the latter, two share each KV head
     ids=str,
 )
 def test_tensor_parallel_processes_give_the_same(processes, pattern, length, tmp_path, workers):

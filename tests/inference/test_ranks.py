@@ -52,3 +52,20 @@ def test_steps_give_what_one_pass_does(world, workers):
     for found in workers.run(world, "tests.inference.test_ranks:in_steps", world):
         for ours, theirs in zip(found, expected, strict=True):
             assert (ours - theirs).abs().max() < 1e-10 * theirs.abs().max()
+
+
+def heads(world):
+    """By layer with keys, of how many KV heads this rank says what is held, and what is seen."""
+    from megahybrid.model.context import Context, Watch
+    from megahybrid_kernels import Sequences
+
+    model, place = model_of(world), torch.tensor([3])
+    held = [model.layers[str(n)].mixer.held(state) for n, state in model.initial_states(1).items()]
+    out = model(torch.arange(8), Context(Sequences.of([8]), watch=Watch(place, place)))
+    return [each.shape[1] for each in held if each is not None], [aux.seen.shape[1] for aux in out.aux.values()]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_head_of_several_ranks_is_told_of_once(world, workers):
+    ranks = torch.tensor(workers.run(world, "tests.inference.test_ranks:heads", world))
+    assert ranks.sum(0).tolist() == [[2, 2, 2]] * 2

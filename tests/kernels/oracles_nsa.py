@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from oracles_lte import documents
@@ -65,6 +66,25 @@ def oracle_selection(
     scores = oracle_scores(q, k, lengths, block_size, range(len(q)) if tokens is None else tokens)
     chosen = [[chosen_blocks(each, current, num_blocks) for each in heads] for current, heads in scores]
     return torch.tensor(chosen, dtype=torch.int32)
+
+
+def flipped(
+    selection: Tensor, q: Tensor, k: Tensor, lengths: tuple[int, ...], block_size: int, tokens: Sequence[int]
+) -> int:
+    """How many of the lists of `tokens` take a block that is worse than one left out. Asserts that it is less than 1e-6
+    worse, and that the form is canonical and the forced blocks are there."""
+    count = 0
+    for row, (current, heads) in zip(tokens, oracle_scores(q, k, lengths, block_size, tokens), strict=True):
+        for listed, scores in zip(selection[row].tolist(), heads, strict=True):
+            chosen = [n for n in listed if n >= 0]
+            assert len(chosen) == min(len(listed), current + 1) and all(a < b for a, b in pairwise(chosen))
+            assert {0, max(0, current - 1), current} <= set(chosen) and chosen[-1] == current
+            free = [scores[n] for n in chosen if 0 < n < current - 1]
+            others = [scores[n] for n in set(range(1, current - 1)) - set(chosen)]
+            if free and others:
+                assert min(free) >= max(others) - 1e-6
+                count += min(free) < max(others)
+    return count
 
 
 def oracle_attention(

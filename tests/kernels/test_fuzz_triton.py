@@ -12,7 +12,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles_lte import cut, dense_attention, dense_lte_attention, documents, leaf, random_pieces, streaming_buffer
+from oracles_lte import (
+    assert_same_gradients,
+    cut,
+    dense_attention,
+    dense_lte_attention,
+    documents,
+    leaf,
+    random_pieces,
+    streaming_buffer,
+)
+from oracles_nsa import flipped, oracle_attention
 from test_attention import oracle as attention_oracle
 from test_causal_conv1d import assert_same as assert_same_convolution
 from test_causal_conv1d import make_inputs as conv_inputs
@@ -26,6 +36,11 @@ from test_gated_delta_rule_triton import check as check_delta_rule
 from test_lte_attention_triton import LAUNCH, SMALL
 from test_lte_attention_triton import check as check_lte_attention
 from test_lte_attention_triton import inputs as lte_inputs
+from test_native_sparse_attention_backward_triton import ITEMS, random_selection
+from test_native_sparse_attention_backward_triton import SMALL as SMALL_SPARSE
+from test_native_sparse_attention_backward_triton import check as check_sparse_gradients
+from test_native_sparse_attention_backward_triton import cut as cut_sparse_gradients
+from test_native_sparse_attention_backward_triton import inputs as sparse_inputs
 
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.attention import attention as attention_op
@@ -36,6 +51,8 @@ from megahybrid_kernels.exit_positions import reference as exits_reference
 from megahybrid_kernels.exit_positions import triton as exits_triton
 from megahybrid_kernels.lte_attention import LTECache, triton_columns
 from megahybrid_kernels.lte_attention.triton_prefill import lte_attention_piece
+from megahybrid_kernels.native_sparse_attention import triton as nsa
+from megahybrid_kernels.native_sparse_attention import triton_pairs
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,6 +110,37 @@ def lte_prefill(draw: Draw, seed: int, patch: pytest.MonkeyPatch) -> None:
                 *moved, cache, Sequences.of(sequences.lengths, DEVICE, starts), *sizes, delay
             )
         torch.testing.assert_close(o.cpu().double(), expected[rows], rtol=3e-5, atol=3e-5)
+
+
+def sparse_gradients(draw: Draw, seed: int, patch: pytest.MonkeyPatch) -> None:
+    """Any selection, and blocks that many choose."""
+    heads, groups, block_size = draw.choice((1, 2)), draw.choice((1, 2, 3, 5, 8, 16)), draw.choice((16, 16, 32, 64))
+    each, num_blocks, dim = lengths(draw, 20), draw.randint(3, 6), draw.choice((8, 16, 24))
+    step, window = replace(SMALL_SPARSE.key, size=draw.choice((16, 32, 64))), draw.choice((1, 5, 16, 47, 200, 1000))
+    tune = replace(SMALL_SPARSE, rows=draw.choice((16, 32, 64)), key=step, selected=step, compressed=step)
+    cut_sparse_gradients(patch, ITEMS | {"ITEM": draw.choice((1, 7, 64))}, lambda *_: tune)
+    selection = random_selection(each, heads, block_size, num_blocks, draw.choice((None, 1, 2)), seed=seed)
+    check_sparse_gradients(
+        sparse_inputs(each, heads * groups, heads, dim), selection, each, block_size, window, tolerance=5e-5
+    )
+
+
+def sparse_attention(draw: Draw, seed: int, patch: pytest.MonkeyPatch) -> None:
+    heads, groups, dim = draw.choice((1, 2)), draw.choice((1, 2, 3, 4, 6, 16)), draw.choice((8, 16, 24, 33))
+    each, (block_size, num_blocks) = (*lengths(draw), draw.choice((1, 95, 96, 200))), draw.choice(((16, 4), (32, 3)))
+    window = draw.choice((1, 5, 16, 33, 300))
+    patch.setattr(triton_pairs, "ITEM", draw.choice((24, 1024)))
+    shapes = {"q": (heads * groups, dim), "k": (heads, dim), "v": (heads, dim), "gates": (heads * groups, 3)}
+    pairs = {
+        name: leaf(sum(each), *shape, seed=seed + n, dtype=torch.float32)
+        for n, (name, shape) in enumerate(shapes.items())
+    }
+    (q, k, v, gates), (*exact, exact_gates) = zip(*pairs.values(), strict=True)
+    moved = (x.to(DEVICE) for x in (q, k, v, gates.sigmoid()))
+    o, selection = nsa.native_sparse_attention(*moved, Sequences.of(each, DEVICE), block_size, num_blocks, window)
+    flipped(selection.cpu(), q.detach(), k.detach(), each, block_size, range(0, sum(each), 7))
+    expected = oracle_attention(*exact, exact_gates.sigmoid(), selection.cpu(), each, block_size, window)
+    assert_same_gradients(o.cpu(), expected, pairs, 5e-5)
 
 
 def delta_rule(draw: Draw, seed: int, patch: pytest.MonkeyPatch) -> None:
@@ -188,7 +236,8 @@ def convolution(draw: Draw, seed: int, patch: pytest.MonkeyPatch) -> None:
 CASES_OF = {
     each.__name__: each
     for each in (
-        lte_attention, lte_prefill, delta_rule, exits, exits_at_real_sizes, attention, attention_steps, convolution
+        lte_attention, lte_prefill, sparse_gradients, sparse_attention, delta_rule, exits, exits_at_real_sizes,
+        attention, attention_steps, convolution,
     )
 }  # fmt: skip
 

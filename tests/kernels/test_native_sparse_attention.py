@@ -1,5 +1,3 @@
-from itertools import pairwise
-
 import pytest
 import torch
 from oracles_lte import (
@@ -10,9 +8,15 @@ from oracles_lte import (
     documents,
     leaf,
 )
-from oracles_nsa import oracle_attention, oracle_scores, oracle_selection
+from oracles_nsa import flipped, oracle_attention, oracle_selection
 
-from megahybrid_kernels import Sequences, native_sparse_attention, select_blocks
+from megahybrid_kernels import (
+    NSACache,
+    Sequences,
+    native_sparse_attention,
+    native_sparse_attention_with_cache,
+    select_blocks,
+)
 
 TOLERANCES = {torch.float32: FLOAT32_TOLERANCE, torch.bfloat16: BFLOAT16_TOLERANCE}
 
@@ -176,22 +180,12 @@ def test_logits_of_10000(dtype, tolerance):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_selection_by_margin(dtype):
-    """By float64 scores of the same inputs no block is chosen whose score is less than that of one left out."""
+    """By float64 scores of the same inputs."""
     lengths, block_size, num_blocks = (700, 300), 8, 16
     q, k, *_ = first(inputs(lengths, query_heads=32, dtype=dtype))
     tokens = list(range(200, 1000, 7))
     selection = select_blocks(q, k, Sequences.of(lengths), block_size, num_blocks)
-    flipped = 0
-    for row, (current, heads) in zip(tokens, oracle_scores(q, k, lengths, block_size, tokens), strict=True):
-        for head, scores in enumerate(heads):
-            chosen = [n for n in selection[row, head].tolist() if n >= 0]
-            assert all(a < b for a, b in pairwise(chosen)) and {0, max(0, current - 1), current} <= set(chosen)
-            assert len(chosen) == min(num_blocks, current + 1) and chosen[-1] == current
-            free = [scores[n] for n in chosen if 0 < n < current - 1]
-            others = [scores[n] for n in set(range(1, current - 1)) - set(chosen)]
-            assert not others or min(free) >= max(others) - 1e-6
-            flipped += bool(others) and min(free) < max(others)
-    assert flipped <= 1e-3 * 2 * len(tokens)
+    assert flipped(selection, q, k, lengths, block_size, tokens) <= 1e-3 * 2 * len(tokens)
 
 
 def test_rows_alone_choose_as_among_all():
@@ -234,3 +228,22 @@ def test_refuses_what_does_not_fit(changed, match):
     fitting |= {"sequences": Sequences.of([5]), "block_size": 4, "num_blocks": 3, "window_size": 2}
     with pytest.raises(ValueError, match=match):
         native_sparse_attention(**fitting | changed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_waits_for_the_gpu():
+    lengths, sizes = (131, 1, 290), (16, 4, 40)
+    sequences = Sequences.of(lengths, "cuda")
+    q, k, v, gates = (x.cuda().requires_grad_() for x in first(inputs(lengths, head_dim=16, dtype=torch.float32)))
+    cache = NSACache.empty(3, 2, 16, 16, dtype=q.dtype, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        o, selection = native_sparse_attention(q, k, v, gates.sigmoid(), sequences, *sizes)
+        native_sparse_attention(q, k, v, gates.sigmoid(), sequences, *sizes, selection)[0].sum().backward()
+        with torch.no_grad():
+            cached, _ = native_sparse_attention_with_cache(q, k, v, gates.sigmoid(), cache, sequences, *sizes)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(cached, o, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)

@@ -130,3 +130,52 @@ def test_pieces_equal_one_pass(selected_by, monkeypatch):
         whole = lengths[n] // 16
         means = pool(k[rows][: whole * 16].unflatten(0, (whole, 16)))
         assert torch.equal(cache.pooled_k[n, :, :whole].transpose(0, 1).cpu(), means)
+
+
+def random_cache(lengths, capacity):
+    """Of two KV heads of 64, with the means of what it holds."""
+    cache = NSACache.empty(len(lengths), HEADS, 64, 64, dtype=torch.bfloat16, device=DEVICE).with_room(capacity)
+    for rows, means in zip(cache.room.rows[:2], cache.room.rows[2:], strict=True):
+        rows.normal_()
+        blocks = rows[:, :, : means.shape[2] * 64].unflatten(2, (-1, 64))
+        means.copy_(pool(blocks.flatten(0, 2)).unflatten(0, means.shape[:3]))
+    return NSACache(tuple(lengths), cache.room)
+
+
+def random_inputs(*sizes):
+    shapes = [(32, 64), (HEADS, 64), (HEADS, 64), (32, 3)]
+    return [torch.randn(*sizes, *shape, device=DEVICE, dtype=torch.bfloat16) for shape in shapes]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_recorded_step_is_the_step():
+    """Bit for bit, also where it completes a block."""
+    lengths, steps = [0, 62, 5000], 70
+    cache, x = random_cache(lengths, 5100), random_inputs(steps, 3)
+    other, positions = cache.select([0, 1, 2]), torch.tensor(lengths, device=DEVICE)
+    call = triton_decode.native_sparse_attention_step
+    outputs = [call(*(each[t] for each in x), cache, positions + t, 16, 512) for t in range(steps)]
+    graph, fixed = torch.cuda.CUDAGraph(), [each[0].clone() for each in x]
+    with torch.cuda.graph(graph):
+        o = call(*fixed, other, positions, 16, 512)
+    for t, expected in enumerate(outputs):
+        for each, rows in zip(fixed, x, strict=True):
+            each.copy_(rows[t])
+        graph.replay()
+        assert torch.equal(o, expected)
+        positions += 1
+    assert all(torch.equal(*rows) for rows in zip(cache.room.rows, other.room.rows, strict=True))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_long_caches_in_bfloat16():
+    lengths = [65_000, 65_535, 70]
+    cache, x = random_cache(lengths, 65_600), random_inputs(3)
+    positions = torch.tensor(lengths, device=DEVICE)
+    exact = cache.select([0, 1, 2])
+    o = triton_decode.native_sparse_attention_step(*x, cache, positions, 16, 512)
+    sequences = Sequences.of((1, 1, 1), DEVICE, positions)
+    expected, exact = reference.native_sparse_attention_with_cache(*x, exact, sequences, 64, 16, 512)
+    torch.testing.assert_close(o, expected, rtol=BFLOAT16_TOLERANCE, atol=BFLOAT16_TOLERANCE)
+    for found, rows in zip(cache.room.rows[2:], exact.room.rows[2:], strict=True):
+        assert torch.equal(found[1, :, 1023], rows[1, :, 1023])

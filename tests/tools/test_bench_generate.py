@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["GLSF"])
+@pytest.mark.parametrize("pattern", ["GLSFN"])
 def test_all_letters_are_measured_at_toy_sizes(pattern):
     command = [sys.executable, ROOT / "tools" / "bench_generate", "gdn-0.4b", "--tiny", f"model.pattern={pattern}"]
     command += ["--context", "40", "--batch", "2", "--long", "100", "--limit", "0.2", "--no-kernels"]

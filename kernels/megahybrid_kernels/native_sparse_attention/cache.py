@@ -49,14 +49,18 @@ class NSACache(GrowingCache):
 
     def append(self, k: Tensor, v: Tensor, sequences: Sequences) -> Self:
         """As a `GrowingCache` does; blocks that these tokens complete are pooled as whole documents' are."""
-        new = super().append(k, v, sequences)
-        first, end = (torch.tensor(x.lengths) // self.block_size for x in (self, new))
-        counts = end - first
-        sequence = torch.arange(self.count).repeat_interleave(counts)
-        block = torch.arange(len(sequence)) + (first - counts.cumsum(0) + counts)[sequence]
-        sequence, block = (x.to(k.device, non_blocking=True) for x in (sequence, block))
-        whole = new.capacity // self.block_size * self.block_size
+        new, size = super().append(k, v, sequences), self.block_size
+        completed = sum(b // size - a // size for a, b in zip(self.lengths, new.lengths, strict=True))
+        if completed == 0:
+            return new
+        tokens = sequences.cu_seqlens.diff().long()
+        starts = torch.zeros_like(tokens) if sequences.starts is None else sequences.starts
+        counts = (starts + tokens) // size - starts // size
+        number = torch.arange(completed, device=k.device)
+        sequence = torch.searchsorted(counts.cumsum(0), number, right=True)
+        block = number + (starts // size - counts.cumsum(0) + counts)[sequence]
+        whole = new.capacity // size * size
         for rows, means in zip((new.room.k, new.room.v), new.room.rows[2:], strict=True):
-            blocks = rows[:, :, :whole].unflatten(2, (-1, self.block_size))[sequence, :, block]
+            blocks = rows[:, :, :whole].unflatten(2, (-1, size))[sequence, :, block]
             means[sequence, :, block] = pool(blocks.transpose(1, 2))
         return new

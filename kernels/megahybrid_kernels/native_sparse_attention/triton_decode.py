@@ -21,8 +21,9 @@ from megahybrid_kernels.native_sparse_attention.cache import NSACache
 from megahybrid_kernels.native_sparse_attention.triton_pool import mean_of_rows
 from megahybrid_kernels.online_softmax import dot_precision, log2_scale, softmax_step, split_count
 
-# Keys of a step of a program's loop, and shares of a KV head's means and window.
+# Keys of a step of a program's loop at most, their bytes, and shares of a KV head's means and window.
 _SLOTS = 64
+_BYTES = 8192
 _MOST_SPLITS = 128
 # Programs that fill a GPU: of the first launch, and of the second, which read all of a KV head's logits each.
 _PROGRAMS = 1056
@@ -182,10 +183,10 @@ def _choose(
 def _attend_selected(
     q, k, v, positions, logits, parts, statistics, splits, mean_splits, before, heads, capacity, pitch, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, FIRST: tl.constexpr, SCORED: tl.constexpr,
-    ROWS: tl.constexpr, SCORED_ROWS: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr, EACH: tl.constexpr,
-    SLOTS: tl.constexpr, MEAN_SPLITS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, SCORED_ROWS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    EACH: tl.constexpr, SLOTS: tl.constexpr, MEAN_SPLITS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attention of a KV head's queries to the cached keys of EACH of the selected blocks.
+    """Attention of a KV head's queries to the cached keys of EACH of the selected blocks, KEYS at a time.
 
     Its parts and statistics, as of `_attend_split`, come after those `before`.
     """
@@ -210,9 +211,10 @@ def _attend_selected(
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], -1e30, tl.float32)
-    for n in range(EACH):
-        block = tl.max(tl.where(tl.arange(0, SLOTS) == split * EACH + n, chosen, -1), 0)
-        slot = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    STEPS: tl.constexpr = BLOCK // KEYS
+    for n in tl.range(EACH * STEPS):
+        block = tl.max(tl.where(tl.arange(0, SLOTS) == split * EACH + n // STEPS, chosen, -1), 0)
+        slot = block.to(tl.int64) * BLOCK + n % STEPS * KEYS + tl.arange(0, KEYS)
         seen = (block >= 0) & (slot < position)
         places = slot[:, None] * HEAD_DIM + column[None, :]
         k_tile = tl.load(k + places, mask=seen[:, None] & real, other=0)
@@ -321,7 +323,8 @@ def native_sparse_attention_step(
     queries = q if queries is None else queries.contiguous()
     first, scored = (0 if queries is q else groups), queries.shape[1] // heads
 
-    splits = split_count(count * heads, blocks + window_size, _SLOTS, _PROGRAMS, _MOST_SPLITS)
+    slots = max(16, min(_SLOTS, _BYTES // (tile_width(head_dim) * q.element_size())))
+    splits = split_count(count * heads, blocks + window_size, slots, _PROGRAMS, _MOST_SPLITS)
     mean_splits = max(1, splits * blocks // (blocks + window_size))
     window_splits = max(1, splits - mean_splits)
     each = cdiv(num_blocks, split_count(count * heads, num_blocks, 1, _SELECTED_PROGRAMS, num_blocks))
@@ -342,15 +345,14 @@ def native_sparse_attention_step(
         q, queries, k, v, cached_k, cached_v, mean_k, mean_v, positions, logits, parts, statistics, splits,
         mean_splits, window_splits, heads, capacity, blocks, pitch, window_size, scale, **rows, FIRST=first,
         SCORED=scored, ROWS=tile_width(first + scored), BLOCK=cache.block_size,
-        STEPS=cache.block_size.bit_length() - 1, SLOTS=_SLOTS, PRECISION=precision,
-        STAGES=3 if head_dim <= 128 else 2, num_warps=4,
+        STEPS=cache.block_size.bit_length() - 1, SLOTS=slots, PRECISION=precision, STAGES=3, num_warps=4,
     )  # fmt: skip
     _attend_selected[selected_splits * heads * count](
         q, cached_k, cached_v, positions, logits, parts, statistics, splits, mean_splits, before, heads, capacity,
         pitch, scale, **rows, FIRST=first, SCORED=scored, ROWS=tile_width(groups), SCORED_ROWS=scored_rows,
-        BLOCK=cache.block_size, NUM_BLOCKS=num_blocks, EACH=each, SLOTS=next_power_of_2(num_blocks),
-        MEAN_SPLITS=next_power_of_2(mean_splits), CHUNK=max(16, _LOGITS // scored_rows), PRECISION=precision,
-        num_warps=4,
+        BLOCK=cache.block_size, KEYS=min(cache.block_size, slots), NUM_BLOCKS=num_blocks, EACH=each,
+        SLOTS=next_power_of_2(num_blocks), MEAN_SPLITS=next_power_of_2(mean_splits),
+        CHUNK=max(16, _LOGITS // scored_rows), PRECISION=precision, num_warps=4,
     )  # fmt: skip
     _join_and_append[groups * heads * count](
         o, q, k, v, gates, cached_k, cached_v, positions, parts, statistics, splits, mean_splits, window_splits,

@@ -24,9 +24,14 @@ from megahybrid_kernels.softmax_gradients import key_step
 @triton.jit
 def _query_places(head, heads, QUERIES: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr):
     """Of each row of a step: its number among the step's tokens, its place in `[tokens, query_heads]` from its token's
-    first on, and whether there is such a head."""
+    first on, and whether there is such a head.
+
+    Neighbouring rows are of different tokens: so all rows of a tile that one thread loads are of the same, which spares
+    it registers.
+    """
     row = tl.arange(0, QUERIES * HEADS)
-    return row // HEADS, head * GROUPS + row % HEADS, row % HEADS < GROUPS
+    member = row // QUERIES
+    return row % QUERIES, head * GROUPS + member, member < GROUPS
 
 
 @triton.jit

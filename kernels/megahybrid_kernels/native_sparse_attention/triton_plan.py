@@ -160,5 +160,8 @@ def tiles_of(sequences: Sequences, size: int, rows: tuple[int, int]) -> tuple[Ti
         before = sum(cdiv(length, size) for length in sequences.lengths[:document])
         return before + (row - sequences.borders[document]) // size
 
+    tiles = sequences.tiles(size)
+    if rows == (0, sequences.tokens):
+        return tiles, 0, tiles.count
     first = tile(rows[0])
-    return sequences.tiles(size), first, tile(rows[1] - 1) + 1 - first
+    return tiles, first, tile(rows[1] - 1) + 1 - first

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -28,44 +29,44 @@ class Union(NamedTuple):
     counts: Tensor
 
 
+@triton.jit
+def _greater(a, b):
+    return tl.maximum(a, b)
+
+
 @kernel
 def union_kernel(
     selection, blocks, members, counts, firsts, ends, first_tile, first_row, end_row, heads,
-    TOKENS: tl.constexpr, NUM_BLOCKS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
+    TOKENS: tl.constexpr, NUM_BLOCKS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """One tile and head: all pairs of its entries are compared, STEP with all others at once.
+    """One tile and head: its entries are sorted by block, then by token.
 
     selection int32 `[.., heads, NUM_BLOCKS]`, contiguous, holds the tokens from `first_row` to before `end_row`; SLOTS
-    is NUM_BLOCKS padded. Of equal entries the one of the earliest token counts; its place is the number of lesser ones
-    that count.
+    is NUM_BLOCKS padded.
     """
     ENTRIES: tl.constexpr = TOKENS * SLOTS
     tile, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     i0 = tl.load(firsts + first_tile + tile)
     selection += ((i0 - first_row).to(tl.int64) * heads + head) * NUM_BLOCKS
     tokens = tl.minimum(tl.minimum(tl.load(ends + i0), end_row) - i0, TOKENS)
-    absent = first_row - i0
     entry = tl.arange(0, ENTRIES)
     token, slot = entry // SLOTS, entry % SLOTS
-    listed = (token >= absent) & (token < tokens) & (slot < NUM_BLOCKS)
+    listed = (token >= first_row - i0) & (token < tokens) & (slot < NUM_BLOCKS)
     block = tl.load(selection + token.to(tl.int64) * heads * NUM_BLOCKS + slot, mask=listed, other=-1)
-    member, place = tl.zeros([ENTRIES], tl.int32), tl.zeros([ENTRIES], tl.int32)
-    for e in tl.range(0, ENTRIES, STEP):
-        other = e + tl.arange(0, STEP)
-        other_token, other_slot = other // SLOTS, other % SLOTS
-        there = (other_token >= absent) & (other_token < tokens) & (other_slot < NUM_BLOCKS)
-        places = other_token.to(tl.int64) * heads * NUM_BLOCKS + other_slot
-        other_block = tl.load(selection + places, mask=there, other=-1)
-        equal = block[:, None] == other_block[None, :]
-        member += tl.sum(tl.where(equal, (1 << other_token)[None, :], 0), 1)
-        earlier = tl.max((equal & (token[:, None] < other_token[None, :])).to(tl.int32), 0)
-        counts_here = (other_block >= 0) & (earlier == 0)
-        place += tl.sum((counts_here[None, :] & (other_block[None, :] < block[:, None])).to(tl.int32), 1)
-    first = (block >= 0) & ((member & ((1 << token) - 1)) == 0)
-    out = (tl.program_id(0)).to(tl.int64) * (TOKENS * NUM_BLOCKS) + place
-    tl.store(blocks + out, block, mask=first)
-    tl.store(members + out, member, mask=first)
-    tl.store(counts + tl.program_id(0), tl.sum(first.to(tl.int32), 0))
+    # A tile's tokens divide a block, so that this has no more bits than a row's number.
+    key = tl.sort(tl.where(block >= 0, block * TOKENS + token, 0x7FFFFFFF))
+    block, token = key // TOKENS, key % TOKENS
+    valid = key != 0x7FFFFFFF
+    first = (entry == 0) | (block != tl.gather(block, tl.maximum(entry - 1, 0), 0))
+    last = (entry == ENTRIES - 1) | (block != tl.gather(block, tl.minimum(entry + 1, ENTRIES - 1), 0))
+    # Bits that no other token of the block has add up to its members: the sum so far, less that before its first entry.
+    bit = tl.where(valid, 1 << token, 0)
+    total = tl.cumsum(bit, 0)
+    member = total - tl.associative_scan(tl.where(first, total - bit, 0), 0, _greater)
+    place = tl.program_id(0).to(tl.int64) * (TOKENS * NUM_BLOCKS) + tl.cumsum(first.to(tl.int32), 0) - 1
+    tl.store(blocks + place, block, mask=last & valid)
+    tl.store(members + place, member, mask=last & valid)
+    tl.store(counts + tl.program_id(0), tl.sum((last & valid).to(tl.int32), 0))
 
 
 def union(selection: Tensor, sequences: Sequences, size: int, rows: tuple[int, int] | None = None) -> Union:
@@ -77,10 +78,8 @@ def union(selection: Tensor, sequences: Sequences, size: int, rows: tuple[int, i
         torch.empty(count, heads, size * num_blocks, dtype=torch.int32, device=selection.device) for _ in range(2)
     )
     counts = torch.empty(count, heads, dtype=torch.int32, device=selection.device)
-    slots = next_power_of_2(num_blocks)
-    entries = size * slots
     union_kernel[count * heads](
         selection, blocks, members, counts, tiles.firsts, sequences.ends, first, *rows, heads,
-        TOKENS=size, NUM_BLOCKS=num_blocks, SLOTS=slots, STEP=max(1, min(entries, 4096 // entries)), num_warps=4,
+        TOKENS=size, NUM_BLOCKS=num_blocks, SLOTS=next_power_of_2(num_blocks), num_warps=1,
     )  # fmt: skip
     return Union(blocks, members, counts)

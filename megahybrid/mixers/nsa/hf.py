@@ -77,7 +77,8 @@ class NSAAttention(Attention):
         complete = torch.arange(k.shape[2], device=q.device) < ((positions + 1) // self.block)[:, None, None, :, None]
         weights = logits.masked_fill(~complete, -torch.inf).softmax(-1).masked_fill(~complete, 0)
         o = (weights.flatten(2, 3) @ v).unflatten(2, rows.shape[2:4])
-        return o.flatten(1, 2), weights.sum(2)
+        # Head by head: a reduction may round differently from column to column, and equal blocks would not be equal.
+        return o.flatten(1, 2), sum(weights.unbind(2))
 
     def selected(self, q, positions, scores, state):
         """Attention to the tokens of the blocks with the highest scores, of equal ones the first; the sequence's first

@@ -7,6 +7,8 @@ from oracles_nsa import oracle_attention, oracle_selection
 
 import megahybrid.mixers.nsa.module as nsa
 from megahybrid.config.schema import ParallelConfig
+from megahybrid.key import derived
+from megahybrid.mixers import KINDS
 from megahybrid.model.context import Context, Watch
 from megahybrid.parallel import groups
 from megahybrid_kernels import Sequences
@@ -134,3 +136,13 @@ def test_it_learns():
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
+
+
+@pytest.mark.parametrize("window_size", [5, 17, 18, 40])
+def test_its_window_is_what_every_query_sees_whatever_it_selects(window_size):
+    model = derived(tiny.config("N").model)
+    model.nsa.window_size, seen = window_size, []
+    for i in range(100, 150):
+        sure = [j for j in range(i + 1) if i - j < window_size or j // 16 in (i // 16, i // 16 - 1)]
+        seen.append(next(n for n in range(i) if i - n not in sure))
+    assert KINDS["N"].window(model) == min(seen)
