@@ -8,13 +8,10 @@ from torch import Tensor
 from megahybrid_kernels.backend import check_devices, takes_triton, unsupported_head_dims
 from megahybrid_kernels.native_sparse_attention import reference
 from megahybrid_kernels.native_sparse_attention.cache import NSACache
+from megahybrid_kernels.native_sparse_attention.limits import BLOCK_SIZES, FORCED_BLOCKS
 from megahybrid_kernels.sequences import Sequences
 
 __all__ = ["NSACache", "native_sparse_attention", "native_sparse_attention_with_cache", "select_blocks", "unsupported"]
-
-# The first block, the query's own and the one before it.
-FORCED_BLOCKS = 3
-_BLOCK_SIZES = (16, 32, 64)
 
 
 def native_sparse_attention(
@@ -47,7 +44,8 @@ def native_sparse_attention(
         block_size: tokens of a block.
         num_blocks: blocks that a query selects, the forced ones included.
         window_size: keys that a query's window holds.
-        selection: what `select_blocks` returned, in place of choosing here.
+        selection: what `select_blocks` returned, in place of choosing here. Another must be of the same form and hold
+            the blocks that a query always takes: the kernels' gradients rely on both.
 
     Returns:
         `[tokens, query_heads, head_dim]` in q's dtype, and the selection. Logits are scaled by `head_dim ** -0.5`.
@@ -162,8 +160,8 @@ def native_sparse_attention_with_cache(
 
 def unsupported(dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
     """Why the kernels do not take such heads in such blocks, q in `dtype`; None where they do."""
-    if block_size not in _BLOCK_SIZES:
-        return f"take blocks of {', '.join(map(str, _BLOCK_SIZES))} tokens, not {block_size}"
+    if block_size not in BLOCK_SIZES:
+        return f"take blocks of {', '.join(map(str, BLOCK_SIZES))} tokens, not {block_size}"
     return unsupported_head_dims(dtype, head_dim)
 
 

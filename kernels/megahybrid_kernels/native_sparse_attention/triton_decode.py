@@ -18,6 +18,7 @@ from torch import Tensor
 from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.native_sparse_attention.cache import NSACache
+from megahybrid_kernels.native_sparse_attention.limits import FORCED_BLOCKS
 from megahybrid_kernels.native_sparse_attention.triton_pool import mean_of_rows
 from megahybrid_kernels.online_softmax import dot_precision, log2_scale, softmax_step, split_count
 
@@ -30,8 +31,7 @@ _PROGRAMS = 1056
 _SELECTED_PROGRAMS = 264
 # Logits that a program of the second holds at once.
 _LOGITS = 8192
-# Forced blocks: the first, the query's own and the one before.
-_FORCED = tl.constexpr(3)
+_FORCED = tl.constexpr(FORCED_BLOCKS)
 _NO_KEY = tl.constexpr(-(2**63))
 _LAST_BLOCK = tl.constexpr(2**31 - 1)
 

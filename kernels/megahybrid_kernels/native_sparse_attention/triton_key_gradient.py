@@ -289,31 +289,13 @@ def key_gradient_kernel(
             first_part = ((n // POOLED_KEYS * POOLED_KEYS + 1) * BLOCK - 1) // size
             parts, slot = tl.cdiv(end - begin, size), n % POOLED
             dk_pooled = _pooled_gradient(
-                pooled_dk,
-                head,
-                pooled_items,
-                first_pooled_item,
-                first_part,
-                parts,
-                slot,
-                HEAD_DIM,
-                WIDTH,
-                POOLED,
-                MOST_PARTS,
-            )
+                pooled_dk, head, pooled_items, first_pooled_item, first_part, parts, slot,
+                HEAD_DIM, WIDTH, POOLED, MOST_PARTS,
+            )  # fmt: skip
             dv_pooled = _pooled_gradient(
-                pooled_dv,
-                head,
-                pooled_items,
-                first_pooled_item,
-                first_part,
-                parts,
-                slot,
-                HEAD_DIM,
-                WIDTH,
-                POOLED,
-                MOST_PARTS,
-            )
+                pooled_dv, head, pooled_items, first_pooled_item, first_part, parts, slot,
+                HEAD_DIM, WIDTH, POOLED, MOST_PARTS,
+            )  # fmt: skip
             dk_acc += dk_pooled[None, :] / BLOCK
             dv_acc += dv_pooled[None, :] / BLOCK
         out = (j.to(tl.int64) * heads + head)[:, None] * HEAD_DIM + column[None, :]

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.launch import kernel
+from megahybrid_kernels.native_sparse_attention.limits import FORCED_BLOCKS
 from megahybrid_kernels.native_sparse_attention.triton_plan import Shape, row_strides, tiles_of
 from megahybrid_kernels.online_softmax import softmax_step
 from megahybrid_kernels.rows import load_all_rows, load_rows, packed_rows, store_rows
 from megahybrid_kernels.sequences import Sequences
 
-# Forced: the first block, the query's own and the one before it.
-_FORCED = 3
 # Scores that are held at once: 128 MiB, or so many of each token and head where that is more.
 _SCORES, _SCORES_EACH = 2**25, 64
 
@@ -235,7 +234,7 @@ def select(
 ) -> Tensor:
     """The selection of the tokens `rows` that q and lse hold; lse, of `compress`, matters only if `needs_scores`."""
     tiles, first_tile, count = tiles_of(sequences, shape.tile_tokens(shape.tune.score_rows), rows)
-    heads, free, launch, top = shape.kv_heads, shape.num_blocks - _FORCED, shape.tune.score, shape.tune.top
+    heads, free, launch, top = shape.kv_heads, shape.num_blocks - FORCED_BLOCKS, shape.tune.score, shape.tune.top
     selection = torch.empty(len(q), heads, shape.num_blocks, dtype=torch.int32, device=q.device)
     scored = needs_scores(shape, sequences)
     size, pitch = tiles.size, cdiv(max(sequences.lengths), 16 * shape.block_size) * 16 if scored else 0
@@ -264,4 +263,4 @@ def select(
 
 def needs_scores(shape: Shape, sequences: Sequences) -> bool:
     """Whether some token does not select all blocks."""
-    return max(sequences.lengths) > shape.num_blocks * shape.block_size and shape.num_blocks > _FORCED
+    return max(sequences.lengths) > shape.num_blocks * shape.block_size and shape.num_blocks > FORCED_BLOCKS
