@@ -65,7 +65,7 @@ def test_signals_go_on_and_what_is_killed_is_gone():
 
 
 def test_siblings_draw_different_numbers():
-    code = "import os, random, numpy; print(random.random(), numpy.random.rand(), os.urandom(3))"
+    code = "import os, random, numpy; print(random.random(), numpy.random.rand(), os.urandom(8).hex())"
     drawn = [run(python(), ["-c", code], ".")[1].split() for _ in range(2)]
     assert all(one != other for one, other in zip(*drawn, strict=True))
 
