@@ -17,11 +17,11 @@ def ask(late: float) -> tuple[bool, bool, float]:
     if rank == 0:
         time.sleep(late)
     begun = time.monotonic()
-    return nobody, groups.some(rank == 1, 1.0 if rank == 1 else None), time.monotonic() - begun
+    return nobody, groups.some(rank == 1, 1.5 if rank == 1 else None), time.monotonic() - begun
 
 
-@pytest.mark.parametrize("late", [0.0, 2.5])
+@pytest.mark.parametrize("late", [0.0, 4.0])
 def test_a_process_is_not_waited_for_longer_than_asked(late, workers):
     (no, first, _), (nor, second, waited) = workers.run(2, "tests.parallel.test_groups:ask", late)
     assert not no and not nor and first and second
-    assert (0.8 < waited < 2.2) == (late > 0)
+    assert 1.4 < waited < 3.9 if late else waited < 1.4
