@@ -1,0 +1,151 @@
+"""Experiments and their verdicts (tools/evidence)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megahybrid.config import load_config
+from megahybrid.errors import UserError
+from tools.experiment import Check, Run, measure, read, verdict
+from tools.experiment_table import load, merge
+
+ROOT = Path(__file__).parents[2]
+FILE = """
+statement: a beats b.
+recipe: recipes/recall.yaml
+arms: {a: [model.lte.buffer_size=32], b: []}
+seeds: [1, 2]
+given: [{quantity: beyond@1, arm: b, at_most: 0.5}]
+passes: [{quantity: beyond@1, arm: a, above: b, by: 0.2}]
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    def written(text):
+        (tmp_path / "E.yaml").write_text(text)
+        return read(tmp_path / "E.yaml")
+
+    return written
+
+
+def rows(**values):
+    """By arm, `beyond@1` of seeds 1, 2, …"""
+    return [
+        {"setting": "all", "arm": arm, "seed": seed, "rate": None, "beyond@1": value}
+        for arm, seeds in values.items()
+        for seed, value in enumerate(seeds, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    "a, b, outcome",
+    [
+        ([0.9, 0.75], [0.5, 0.1], "PASS"),
+        ([0.9, 0.65], [0.5, 0.1], "FAIL"),  # one pair of seeds is too near
+        ([0.9, 0.9], [0.6, 0.1], "INCONCLUSIVE"),
+        ([0.1, 0.1], [0.6, 0.1], "INCONCLUSIVE"),
+        ([0.9, None], [0.5, 0.1], "MISSING"),
+        ([0.9, 0.9], [], "MISSING"),
+    ],
+)
+def test_verdicts(experiment, a, b, outcome):
+    assert verdict(experiment(FILE), "all", rows(a=a, b=b))[0] == outcome
+
+
+def test_runs_that_choose_a_rate_do_not_count(experiment):
+    file = experiment(FILE + "rates: [0.001, 0.002, 0.004]\nchoose: beyond@1\n")
+    came_to = [("a", 0.001, 0.3), ("a", 0.002, 0.8), ("a", 0.004, None), ("b", 0.001, 0.9)]
+    tried = [{"setting": "all", "arm": arm, "seed": 0, "rate": rate, "beyond@1": value} for arm, rate, value in came_to]
+    assert len(file.choosing(file.cells([]))) == 6
+    runs = file.counting(file.cells([]), tried)
+    expected = [("a", 1, 0.002), ("a", 2, 0.002), ("b", 1, 0.001), ("b", 2, 0.001)]
+    assert [(run.arm, run.seed, run.rate) for run in runs] == expected
+    assert file.counting(file.cells(["a"]), []) == []
+    assert verdict(file, "all", [*rows(a=[0.9, 0.9], b=[0.5, 0.5]), *tried])[0] == "PASS"
+
+
+@pytest.mark.parametrize(
+    "bounds, own, others, holds",
+    [
+        ({"at_least": 0.5}, [0.5, 0.6], [], True),
+        ({"at_least": 0.5}, [0.4, 0.9], [], False),
+        ({"at_most": 0.5}, [0.4, 0.6], [], False),
+        ({"below": "b", "by": 0.03}, [1.00, 1.02], [1.05, 1.06], True),
+        ({"below": "b", "by": 0.03}, [1.00, 1.03], [1.05, 1.06], False),
+        ({"not_below": "b", "by": 0.05}, [0.2, 0.8], [0.5, 0.54], True),
+        ({"not_below": "b", "by": 0.01}, [0.2, 0.8], [0.5, 0.54], False),
+    ],
+)
+def test_checks(bounds, own, others, holds):
+    assert Check("beyond@1", "a", **bounds).holds(rows(a=own, b=others)) is holds
+
+
+def test_quantities_of_a_run(tmp_path):
+    folder = tmp_path / "evaluations"
+    others = [(512, "learned", 0.9), (512, "oracle", 0.4), (2048, "learned", None)]
+    for step, share in ((9, 0.1), (10, 0.7)):  # by number, not by name
+        entries = [
+            {"length": length, "policy": policy, "accuracy": 0.2, "beyond": {"accuracy": value}}
+            for length, policy, value in [(512, "learned", share), *others]
+        ]
+        (folder / f"step_{step}").mkdir(parents=True)
+        (folder / f"step_{step}" / "results.json").write_text(json.dumps({"results": entries}))
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "hits": [1, 2]}\n{"step": 2, "hits": [3, 4], "x": 0.5}\n{"step": 3}\n'
+    )
+    asked = ["beyond@1", "all@1", "beyond@1:oracle", "beyond@4", "beyond@16", "metric:hits.1", "metric:x", "metric:y"]
+    found = [measure(tmp_path, quantity, 512) for quantity in asked]
+    assert found == [pytest.approx(0.8), pytest.approx(0.2), 0.4, None, None, 4, 0.5, None]
+
+
+def test_the_table_keeps_what_others_have_measured(experiment, tmp_path):
+    file, table = experiment(FILE), tmp_path / "E.csv"
+    known = {"setting": "all", "seed": 1, "rate": None, "steps": 7, "tokens": 70, "code_version": "1"}
+    merge(table, file, [{**known, "arm": "a", "beyond@1": 0.5}])
+    merge(table, file, [{**known, "arm": arm, "beyond@1": value} for arm, value in [("a", 0.75), ("b", None)]])
+    assert load(table, file) == [{**known, "arm": arm, "beyond@1": value} for arm, value in [("a", 0.75), ("b", None)]]
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        (("arm: a,", "arm: c,"), "a check names 'c', which is none of the arms"),
+        (("above: b,", "above: c,"), "a check names 'c'"),
+        (("above: b, by", "at_most: 1, above: b, by"), "needs one of at_least, at_most, above, below and not_below"),
+        (("beyond@1, arm: b", "accuracy, arm: b"), "a check is of 'accuracy'"),
+        (("seeds: [1, 2]", "seeds: [0, 2]"), "choose_seed is 0, which is a seed of the results"),
+        (("seeds: [1, 2]", "seeds: [1, 2]\nrates: [1, 2]"), "say by which quantity to choose"),
+        (("seeds: [1, 2]", "seeds: [1, 2]\nsetings: {}"), "setings"),
+        (("seeds: [1, 2]", ""), "seeds"),
+    ],
+)
+def test_what_is_no_experiment_is_refused(experiment, change, fault):
+    with pytest.raises(UserError, match=fault):
+        experiment(FILE.replace(*change))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs/evidence").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_can_begin(path):
+    file = read(path)
+    for setting, arm in file.cells([]):
+        load_config(ROOT / file.recipe, file.overrides(Run(setting, arm, file.seeds[0], None)))
+
+
+@pytest.mark.slow
+def test_from_training_to_the_verdict(experiment, tmp_path):
+    """On a CPU, with hardly any steps: nothing is learnt, and what is given does not hold. Again, nothing is done."""
+    brief = (
+        "common: [train.steps=2, train.global_batch_size=2, train.micro_batch_size=2, evaluate.every=0]\nsamples: 1\n"
+    )
+    file = experiment(FILE.replace("at_most: 0.5", "at_least: 0.5") + brief + "policies: {a: [oracle]}\n")
+    command = [sys.executable, ROOT / "tools/evidence", "E", "--folder", tmp_path, "--runs", tmp_path / "runs"]
+    for more, seconds in ((["--jobs", "2"], 600), (["--report"], 60)):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, check=False, timeout=seconds)
+        assert done.returncode == 1 and "all: INCONCLUSIVE" in done.stdout, done.stdout + done.stderr
+    table = load(tmp_path / "E.csv", file)
+    assert [(row["arm"], row["seed"]) for row in table] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    assert all((row["beyond@1:oracle"] is not None) == (row["arm"] == "a") for row in table)
