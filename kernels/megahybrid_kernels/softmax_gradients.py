@@ -34,7 +34,8 @@ def query_step(
 def key_step(
     dk, dv, k, v, q, do, log_total, delta, visible, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """dk and dv `[keys, WIDTH]` of one more tile of query rows; `visible`, keys by rows, matters only if MASKED.
+    """dk and dv `[keys, WIDTH]` of one more tile of query rows, and its ds, keys by rows; `visible`, too, which matters
+    only if MASKED.
 
     Probabilities are computed transposed, keys by rows, so that both sums are plain products and nothing that a product
     made is transposed.
@@ -47,4 +48,4 @@ def key_step(
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+    return dk, dv, ds

@@ -20,12 +20,14 @@ def documents(lengths: tuple[int, ...]) -> list[slice]:
     return [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)]
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """q [n, Hq, D]; k, v [n, H, D]; visible [H, n, n]."""
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, factor: Tensor | None = None) -> Tensor:
+    """q [n, Hq, D]; k, v [n, H, D]; visible [H, n, n]; factor [n, H], of weights before they are normalised."""
     groups = q.shape[1] // k.shape[1]
     k, v, visible = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), visible.repeat_interleave(groups, 0)
     logits = torch.einsum("ihd,jhd->hij", q, k) / q.shape[2] ** 0.5
     weights = torch.exp(logits - logits.amax(-1, keepdim=True)) * visible
+    if factor is not None:
+        weights = weights * factor.repeat_interleave(groups, 1).T[:, None]
     return torch.einsum("hij,jhd->ihd", weights / weights.sum(-1, keepdim=True), v)
 
 
@@ -86,12 +88,14 @@ def dense_lte_attention(
     window_size: int,
     sink_size: int,
     buffer_size: int | None,
+    gate: str = "value",
 ) -> Tensor:
-    gated = v * (1 + score - score.detach())[..., None]
+    one = 1 + score - score.detach()
+    gated = v * one[..., None] if gate == "value" else v
     outputs = []
     for rows in documents(lengths):
         visible = eviction_mask(score[rows], window_size, sink_size, buffer_size)
-        outputs.append(dense_attention(q[rows], k[rows], gated[rows], visible))
+        outputs.append(dense_attention(q[rows], k[rows], gated[rows], visible, one[rows] if gate == "logit" else None))
     return torch.cat(outputs)
 
 

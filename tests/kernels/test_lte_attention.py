@@ -44,15 +44,15 @@ def inputs(lengths, query_heads, heads, dtype=torch.float64, score=None):
     return pairs
 
 
-def check(pairs, lengths, window_size, sink_size, buffer_size, tolerance=FLOAT64_TOLERANCE):
+def check(pairs, lengths, window_size, sink_size, buffer_size, tolerance=FLOAT64_TOLERANCE, gate="value"):
     actual = [pair[0] for pair in pairs.values()]
     sequences = Sequences.of(lengths)
-    o = lte_attention(*actual, sequences, window_size, sink_size, buffer_size)
+    o = lte_attention(*actual, sequences, window_size, sink_size, buffer_size, gate)
     assert o.dtype == actual[0].dtype
-    expected = dense_lte_attention(*(p[1] for p in pairs.values()), lengths, window_size, sink_size, buffer_size)
+    expected = dense_lte_attention(*(p[1] for p in pairs.values()), lengths, window_size, sink_size, buffer_size, gate)
     assert_same_gradients(o, expected, pairs, tolerance)
     with torch.no_grad():
-        torch.testing.assert_close(lte_attention(*actual, sequences, window_size, sink_size, buffer_size), o)
+        torch.testing.assert_close(lte_attention(*actual, sequences, window_size, sink_size, buffer_size, gate), o)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,13 @@ def check(pairs, lengths, window_size, sink_size, buffer_size, tolerance=FLOAT64
 @pytest.mark.parametrize("query_heads, heads", [(2, 2), (6, 2)])
 def test_outputs_and_gradients(lengths, window_size, sink_size, buffer_size, query_heads, heads):
     check(inputs(lengths, query_heads, heads), lengths, window_size, sink_size, buffer_size)
+
+
+@pytest.mark.parametrize("window_size, sink_size, buffer_size", [(0, 0, None), (9, 4, None), (9, 4, 5)])
+@pytest.mark.parametrize("query_heads", [2, 6])
+def test_a_gate_on_the_logit(window_size, sink_size, buffer_size, query_heads):
+    lengths = (131, 1, 290)
+    check(inputs(lengths, query_heads, 2), lengths, window_size, sink_size, buffer_size, gate="logit")
 
 
 @pytest.mark.parametrize("buffer_size", [None, 6])

@@ -47,6 +47,7 @@ def attend(pairs, lengths, *sizes, tune=SMALL):
 
 
 def check(pairs, lengths, *sizes, tune=SMALL, tolerance=FLOAT32_TOLERANCE):
+    """sizes: window, sinks, buffer, and the gate if it is not the paper's."""
     expected = dense_lte_attention(*(pair[1] for pair in pairs.values()), lengths, *sizes)
     assert_same_gradients(attend(pairs, lengths, *sizes, tune=tune), expected, pairs, tolerance)
 
@@ -80,6 +81,17 @@ def test_grouped_heads_and_odd_head_dims(query_heads, heads, head_dim, buffer_si
 def test_nothing_kept_and_all_kept(fill, buffer_size):
     lengths = (5, 140)
     check(inputs(lengths, 2, 1, 16, torch.full((145, 1), fill)), lengths, 11, 0, buffer_size)
+
+
+@pytest.mark.parametrize(
+    "lengths, window_size, sink_size, buffer_size, groups",
+    interpreted(
+        [(LENGTHS[1], 9, 4, None, 1), (LENGTHS[2], 9, 4, 6, 4)],
+        [(x, *sizes, groups) for x in LENGTHS for sizes in SIZES for groups in (1, 3, 4)],
+    ),
+)
+def test_a_gate_on_the_logit(lengths, window_size, sink_size, buffer_size, groups):
+    check(inputs(lengths, 2 * groups, 2, 16), lengths, window_size, sink_size, buffer_size, "logit")
 
 
 def test_rising_scores_displace_all_the_time():

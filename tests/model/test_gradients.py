@@ -45,10 +45,11 @@ def test_gradients_by_finite_differences(pattern):
     assert_gradients_match(model, tokens, autograd_gradients(model, tokens))
 
 
-@pytest.mark.parametrize("train_cap", [False, True])
-def test_lte_gradients_against_the_surrogate(train_cap, monkeypatch):
-    """With keep decisions frozen, LTE's gradient is that of attention to v' = (1 + r - r0) v, plus the L1 term."""
-    model, tokens = tiny.model("GL", train_cap=train_cap), tiny.tokens()
+@pytest.mark.parametrize("train_cap, gate", [(False, "value"), (True, "value"), (True, "logit")])
+def test_lte_gradients_against_the_surrogate(train_cap, gate, monkeypatch):
+    """With keep decisions frozen, LTE's gradient is that of attention to v' = (1 + r - r0) v, or with logits + r - r0,
+    plus the L1 term."""
+    model, tokens = tiny.model("GL", train_cap=train_cap, gate=gate), tiny.tokens()
     model.layers["1"].mixer.l1_lambda.copy_(torch.tensor([0.5, 0.8]))
     gradients = autograd_gradients(model, tokens)
     real, frozen = lte_mixer.lte_attention, []
@@ -56,7 +57,12 @@ def test_lte_gradients_against_the_surrogate(train_cap, monkeypatch):
     def surrogate(q, k, v, scores, *rest):
         if not frozen:
             frozen.append(scores.detach().clone())
-        return real(q, k, v * (1 + scores - frozen[0]).unsqueeze(-1), frozen[0], *rest)
+        change, head_dim = (scores - frozen[0]).unsqueeze(-1), q.shape[2]
+        if gate == "value":
+            return real(q, k, v * (1 + change), frozen[0], *rest)
+        k, v = torch.cat([k, change], -1), torch.cat([v, 0 * change], -1)  # one more channel adds the change
+        q = torch.cat([q * head_dim**-0.5, torch.ones_like(q[..., :1])], -1) * (head_dim + 1) ** 0.5
+        return real(q, k, v, frozen[0], *rest)[..., :head_dim]
 
     monkeypatch.setattr(lte_mixer, "lte_attention", surrogate)
     with torch.no_grad():

@@ -63,11 +63,12 @@ def between(keys: Tensor, until: Tensor, queries: Tensor) -> Tensor:
     return (keys <= queries) & (queries < until)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None) -> Tensor:
     """Softmax attention under a boolean mask; every query must see at least one key.
 
     Shapes: q `[N, queries, query_heads, D]`; k, v `[N, kv_heads, keys, D]`; visible `[N or 1, kv_heads or 1, queries,
-    keys]`; returns q's shape. The query heads of a group become rows, so keys are never repeated.
+    keys]`; returns q's shape. Logits are scaled by `scale`, by `D ** -0.5` when left out. The query heads of a group
+    become rows, so keys are never repeated.
     """
     count, queries, query_heads, head_dim = q.shape
     heads = k.shape[1]
@@ -75,7 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     rows = q.view(count, queries, heads, groups, head_dim).permute(0, 2, 3, 1, 4)
     if groups > 1:
         visible = visible.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(2, 3)
-    o = F.scaled_dot_product_attention(*map(_aligned, (rows.flatten(2, 3), k, v)), attn_mask=visible)
+    o = F.scaled_dot_product_attention(*map(_aligned, (rows.flatten(2, 3), k, v)), attn_mask=visible, scale=scale)
     return o.unflatten(2, (groups, queries)).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
@@ -117,14 +118,14 @@ class _BlockedAttention(torch.autograd.Function):
     alone would write a zero-filled gradient as long as the whole row for every block."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks, until: Tensor) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, blocks, until: Tensor, scale: float | None) -> Tensor:
         ctx.parts, outputs = [], []
         ctx.key_shape = k.shape
         for rows, columns in blocks:
             pieces = (q[rows], _take(k, columns), _take(v, columns))
             leaves = tuple(piece.detach().requires_grad_() for piece in pieces)
             with torch.enable_grad():
-                o = attend(*(leaf[None] for leaf in leaves), _mask(rows, columns, until))
+                o = attend(*(leaf[None] for leaf in leaves), _mask(rows, columns, until), scale)
             ctx.parts.append((rows, columns, leaves, o))
             outputs.append(o.detach()[0])
         return torch.cat(outputs)
@@ -140,21 +141,26 @@ class _BlockedAttention(torch.autograd.Function):
             _add(dk, columns, dk_block)
             _add(dv, columns, dv_block)
         ctx.parts.clear()
-        return torch.cat(dqs), dk.to(grad.dtype), dv.to(grad.dtype), None, None
+        return torch.cat(dqs), dk.to(grad.dtype), dv.to(grad.dtype), None, None, None
 
 
 def blocked_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Iterable[tuple[slice, Columns]], until: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Iterable[tuple[slice, Columns]],
+    until: Tensor,
+    scale: float | None = None,
 ) -> Tensor:
     """Attention of q `[tokens, query_heads, D]` to k, v `[tokens, kv_heads, D]`, block by block.
 
     `blocks` lists (query rows, key columns) with the rows in order and without gaps. until: int64 `[tokens, kv_heads
-    or 1]`; each key is visible from its own row on to the rows before this one.
+    or 1]`; each key is visible from its own row on to the rows before this one. `scale` as in `attend`.
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _BlockedAttention.apply(q, k, v, blocks, until)
+        return _BlockedAttention.apply(q, k, v, blocks, until, scale)
     parts = [
-        attend(q[rows][None], _take(k, columns)[None], _take(v, columns)[None], _mask(rows, columns, until))[0]
+        attend(q[rows][None], _take(k, columns)[None], _take(v, columns)[None], _mask(rows, columns, until), scale)[0]
         for rows, columns in blocks
     ]
     return torch.cat(parts)

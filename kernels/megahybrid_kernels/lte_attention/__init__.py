@@ -8,9 +8,10 @@ from torch import Tensor
 from megahybrid_kernels.backend import takes_triton, unsupported_head_dims
 from megahybrid_kernels.lte_attention import reference
 from megahybrid_kernels.lte_attention.cache import LTECache
+from megahybrid_kernels.lte_attention.gate import Gate
 from megahybrid_kernels.sequences import Sequences
 
-__all__ = ["LTECache", "lte_attention", "lte_attention_with_cache", "unsupported"]
+__all__ = ["Gate", "LTECache", "lte_attention", "lte_attention_with_cache", "unsupported"]
 
 
 def lte_attention(
@@ -22,13 +23,16 @@ def lte_attention(
     window_size: int,
     sink_size: int,
     buffer_size: int | None = None,
+    gate: Gate = "value",
 ) -> Tensor:
     """Causal attention to a window, the sinks and the tokens that each KV head retains.
 
     He & Garner (arXiv 2510.20787), section 3 and equation 6. Query i of a document sees key j <= i iff
     `i - j <= window_size`, or `j < sink_size`, or `score_j > 0` and `i < exit_j` (see `exit_positions`).
-    The mask has no gradient; instead the score receives that of a gate on the value: `d score_j = <dv_j, v_j>`, summed
-    over head_dim in at least fp32 and over all queries and query heads that see j.
+    The mask has no gradient; instead the score receives that of a gate: of one on the value, which is 1,
+    `d score_j = <dv_j, v_j>` (the paper's), or of one added to the logit, which is 0,
+    `d score_j = sum_i p_ij <do_i, v_j - o_i>`; over all queries and query heads that see j, summed in at least fp32.
+    The second adds up to 0 over what a query sees: what is worth as much as the rest pushes no score.
 
     Args:
         q: `[tokens, query_heads, head_dim]`, rotated.
@@ -38,6 +42,7 @@ def lte_attention(
         window_size: w; a query sees itself and the w keys before it.
         sink_size: the first tokens of a document that all see.
         buffer_size: at most so many keys, sinks included, beyond the window; None for no cap.
+        gate: whose gradient the score gets, "value" or "logit".
 
     Returns:
         `[tokens, query_heads, head_dim]` in q's dtype; logits are scaled by `head_dim ** -0.5`.
@@ -50,7 +55,7 @@ def lte_attention(
         from megahybrid_kernels.lte_attention import triton as backend
     else:
         backend = reference
-    return backend.lte_attention(q, k, v, score, sequences, window_size, sink_size, buffer_size)
+    return backend.lte_attention(q, k, v, score, sequences, window_size, sink_size, buffer_size, gate)
 
 
 def lte_attention_with_cache(

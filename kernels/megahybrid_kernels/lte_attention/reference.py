@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megahybrid_kernels.attention.reference import (
@@ -18,6 +19,7 @@ from megahybrid_kernels.attention.reference import (
 )
 from megahybrid_kernels.exit_positions.reference import NEVER, exit_positions, exits_of_candidates
 from megahybrid_kernels.lte_attention.cache import LTECache
+from megahybrid_kernels.lte_attention.gate import Gate
 from megahybrid_kernels.precision import at_least_fp32
 from megahybrid_kernels.sequences import Sequences
 
@@ -35,6 +37,19 @@ class _MaskingGradient(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         (v,) = ctx.saved_tensors
         return grad, (at_least_fp32(grad) * at_least_fp32(v)).sum(-1).to(ctx.score_dtype)
+
+
+class _LogitGate(torch.autograd.Function):
+    """Zeros, to be added to logits after division by sqrt(head_dim); their gradient goes to the score."""
+
+    @staticmethod
+    def forward(ctx, score: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+        ctx.factor, ctx.score_dtype = head_dim**0.5, score.dtype
+        return torch.zeros_like(score, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return (at_least_fp32(grad) * ctx.factor).to(ctx.score_dtype), None, None
 
 
 def _visible_until(
@@ -77,6 +92,7 @@ def lte_attention(
     window_size: int,
     sink_size: int,
     buffer_size: int | None = None,
+    gate: Gate = "value",
 ) -> Tensor:
     """See `megahybrid_kernels.lte_attention.lte_attention`."""
     until = _visible_until(score.detach(), sequences, window_size, sink_size, buffer_size)
@@ -84,8 +100,13 @@ def lte_attention(
         (slice(first, end), _kept_columns(until, first_key, first, end, window_size))
         for first, end, first_key in query_blocks(sequences.lengths, QUERY_BLOCK)
     ]
-
-    return blocked_attention(q, k, _MaskingGradient.apply(v, score), blocks, until)
+    if gate == "value" or not score.requires_grad:
+        return blocked_attention(q, k, _MaskingGradient.apply(v, score), blocks, until)
+    # One more channel: 1 of every query times a key's gate.
+    head_dim = q.shape[2]
+    gated = torch.cat([k, _LogitGate.apply(score, head_dim, k.dtype)[..., None]], -1)
+    queries, values = F.pad(q, (0, 1), value=1.0), F.pad(v, (0, 1))
+    return blocked_attention(queries, gated, values, blocks, until, head_dim**-0.5)[..., :head_dim]
 
 
 def lte_attention_with_cache(

@@ -15,6 +15,7 @@ from torch import Tensor
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.exit_positions.triton import exit_positions
 from megahybrid_kernels.integers import cdiv, tile_width
+from megahybrid_kernels.lte_attention.gate import Gate
 from megahybrid_kernels.lte_attention.triton_backward import (
     far_gradient_kernel,
     key_gradient_kernel,
@@ -139,40 +140,42 @@ def _query_gradient(shape: _Shape, saved: tuple[Tensor, ...], do: Tensor, column
     return dq, delta
 
 
-def _far_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Columns, part: Partition):
-    """fp32 `[kv_heads, partial_rows, head_dim]` each: dk / softmax_scale and dv of the far columns' far uses."""
+def _far_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Columns, part: Partition, logit: bool):
+    """fp32 `[kv_heads, partial_rows, head_dim]` each: dk / softmax_scale and dv of the far columns' far uses; and with
+    `logit`, without head_dim, the sums of their ds."""
     q, k, v, _, log_total = saved
     sums = (shape.kv_heads, columns.partial_rows, shape.head_dim)
     dk, dv = (torch.empty(sums, dtype=torch.float32, device=q.device) for _ in range(2))
+    gate = torch.empty(sums[:2] if logit else 0, dtype=torch.float32, device=q.device)
     launch, constants = shape.tune.far, shape.constants(q.dtype)
     chunks, capacity = columns.lists.shape[1:]
     far_gradient_kernel[cdiv(capacity, shape.tune.columns) * chunks * shape.kv_heads](
-        q, k, v, do, dk, dv, log_total, delta, columns.until, columns.partial, columns.lists, columns.list_counts,
+        q, k, v, do, dk, dv, gate, log_total, delta, columns.until, columns.partial, columns.lists, columns.list_counts,
         *_strides(q, k, v), shape.tokens, part.window, shape.log2_scale, part.chunk, chunks, capacity,
         columns.list_counts.stride(0), columns.partial_rows,
         **constants, PART_QUERIES=part.queries, PART_KEYS=part.keys, QUERIES=max(1, launch.size // shape.pack),
-        COLUMNS=shape.tune.columns, **launch.options(),
+        COLUMNS=shape.tune.columns, LOGIT=logit, **launch.options(),
     )  # fmt: skip
     if columns.partial is not columns.rank:
         sum_chunks_kernel[cdiv(shape.tokens, 32) * shape.kv_heads](
-            dk, dv, columns.all, columns.rank, columns.partial, shape.tokens, columns.partial_rows,
-            HEAD_DIM=shape.head_dim, WIDTH=constants["WIDTH"], COLUMNS=32,
+            dk, dv, gate, columns.all, columns.rank, columns.partial, shape.tokens, columns.partial_rows,
+            HEAD_DIM=shape.head_dim, WIDTH=constants["WIDTH"], COLUMNS=32, LOGIT=logit,
         )  # fmt: skip
-    return dk, dv
+    return dk, dv, gate
 
 
-def _key_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Columns, part: Partition):
-    """dk, dv and the masking gradient."""
+def _key_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Columns, part: Partition, logit: bool):
+    """dk, dv and the gate's gradient."""
     q, k, v, _, log_total = saved
-    far_dk, far_dv = _far_gradient(shape, saved, do, delta, columns, part)
+    far = _far_gradient(shape, saved, do, delta, columns, part, logit)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     dscore = torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
     launch = shape.tune.near
     key_gradient_kernel[cdiv(shape.tokens, part.keys) * shape.kv_heads](
-        q, k, v, do, dk, dv, dscore, far_dk, far_dv, log_total, delta, columns.until, columns.rank, columns.partial,
+        q, k, v, do, dk, dv, dscore, *far, log_total, delta, columns.until, columns.rank, columns.partial,
         part.begins, part.ends, *_strides(q, k, v), shape.tokens, part.window, shape.log2_scale, shape.softmax_scale,
         columns.partial_rows, **shape.constants(q.dtype), PART_QUERIES=part.queries, KEYS=part.keys,
-        QUERIES=max(1, launch.size // shape.pack), **launch.options(),
+        QUERIES=max(1, launch.size // shape.pack), LOGIT=logit, **launch.options(),
     )  # fmt: skip
     return dk, dv, dscore
 
@@ -181,18 +184,19 @@ class _LTEAttention(torch.autograd.Function):
     """Saves q, k, v, o, the log-denominators and the index lists; the backward makes nothing quadratic either."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, score: Tensor, columns: Columns, part: Partition, shape: _Shape):
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, score: Tensor, columns: Columns, part: Partition, shape: _Shape,
+                logit: bool):  # fmt: skip
         o, log_total = _forward(shape, q, k, v, columns, part)
         ctx.save_for_backward(q, k, v, o, log_total)
-        ctx.columns, ctx.part, ctx.shape, ctx.score_dtype = columns, part, shape, score.dtype
+        ctx.columns, ctx.part, ctx.shape, ctx.logit, ctx.score_dtype = columns, part, shape, logit, score.dtype
         return o
 
     @staticmethod
     def backward(ctx, do: Tensor):
         saved, rest, do = ctx.saved_tensors, (ctx.columns, ctx.part), do.contiguous()
         dq, delta = _query_gradient(ctx.shape, saved, do, *rest)
-        dk, dv, dscore = _key_gradient(ctx.shape, saved, do, delta, *rest)
-        return dq, dk, dv, dscore.to(ctx.score_dtype), None, None, None
+        dk, dv, dscore = _key_gradient(ctx.shape, saved, do, delta, *rest, ctx.logit)
+        return dq, dk, dv, dscore.to(ctx.score_dtype), None, None, None, None
 
 
 def lte_attention(
@@ -204,6 +208,7 @@ def lte_attention(
     window_size: int,
     sink_size: int,
     buffer_size: int | None = None,
+    gate: Gate = "value",
     *,
     tune: Tuning | None = None,
 ) -> Tensor:
@@ -219,4 +224,4 @@ def lte_attention(
         exits = exit_positions(keys, sequences, window_size, sink_size, buffer_size)
     part = partition(sequences, window_size, shape.queries, shape.tune.keys, exits is not None)
     columns = far_columns(keys, exits, sequences, part, sink_size, buffer_size)
-    return _LTEAttention.apply(q, k, v, score, columns, part, shape)
+    return _LTEAttention.apply(q, k, v, score, columns, part, shape, gate == "logit")

@@ -3,6 +3,7 @@
 `softmax_gradients` has the sums; beside them
 
     dr_j = <dv_j, v_j>    (He & Garner, arXiv 2510.20787, equation 6: the gradient of a gate on v where it is 1)
+    dr_j = sum_i ds_ij    with LOGIT: that of a gate added to the logit
 
 p is computed again from the logits and the forward's log-denominators. dq goes by query tile, dk and dv by key tile,
 and every output is written by one program in a fixed order: no atomics, the same bits every time. A key's far uses are
@@ -95,11 +96,12 @@ def query_gradient_kernel(
 
 @triton.jit
 def _key_step(
-    dk, dv, k, v, i0, lower, upper, q, do, log_total, delta, q_stride, q_head_stride, o_stride, tokens, group, scale,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr,
-    QUERIES: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, gate, k, v, i0, lower, upper, q, do, log_total, delta, q_stride, q_head_stride, o_stride, tokens, group,
+    scale, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr,
+    QUERIES: tl.constexpr, LOGIT: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`key_step` for the rows [i0, i0 + QUERIES); key j is seen by `lower_j <= i < upper_j`."""
+    """`key_step` for the rows [i0, i0 + QUERIES), and with LOGIT the sums of ds; key j is seen by
+    `lower_j <= i < upper_j`."""
     ROWS: tl.constexpr = QUERIES * PACK
     token, member, inside = packed_rows(i0, tokens, group, ROWS, PACK)
     column = tl.arange(0, WIDTH)
@@ -121,46 +123,51 @@ def _key_step(
         q_tile, do_tile = tl.load(q + q_places), tl.load(do + o_places)
         row_total, row_delta = tl.load(log_total + statistics), tl.load(delta + statistics)
     visible = (token[None, :] >= lower[:, None]) & (token[None, :] < upper[:, None])
-    return key_step(dk, dv, k, v, q_tile, do_tile, row_total, row_delta, visible, scale, MASKED, PRECISION)
+    dk, dv, ds = key_step(dk, dv, k, v, q_tile, do_tile, row_total, row_delta, visible, scale, MASKED, PRECISION)
+    if LOGIT:
+        gate += tl.sum(ds, 1)
+    return dk, dv, gate
 
 
 @triton.jit
 def _sum_over_queries(
     k, v, lower, upper, i0, inner, inner_end, i1, q, do, log_total, delta, q_stride, q_head_stride, o_stride, tokens,
     scale, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr,
-    KEYS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, QUERIES: tl.constexpr, LOGIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv over the rows [i0, i1), of which all keys are seen by [inner, inner_end), in tiles of QUERIES."""
+    """dk, dv and, with LOGIT, the sums of ds over the rows [i0, i1), of which all keys are seen by [inner, inner_end),
+    in tiles of QUERIES."""
     dk = tl.zeros([KEYS, WIDTH], tl.float32)
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
+    gate = tl.zeros([KEYS], tl.float32)
     for group in tl.range(0, GROUPS):
         for i in tl.range(inner, inner_end, QUERIES):
-            dk, dv = _key_step(
-                dk, dv, k, v, i, lower, upper, q, do, log_total, delta, q_stride, q_head_stride, o_stride, tokens,
-                group, scale, HEAD_DIM, WIDTH, GROUPS, PACK, QUERIES, False, PRECISION,
+            dk, dv, gate = _key_step(
+                dk, dv, gate, k, v, i, lower, upper, q, do, log_total, delta, q_stride, q_head_stride, o_stride, tokens,
+                group, scale, HEAD_DIM, WIDTH, GROUPS, PACK, QUERIES, LOGIT, False, PRECISION,
             )  # fmt: skip
         for step in tl.range(i0, i1 - (inner_end - inner), QUERIES):
             i = tl.where(step < inner, step, step + inner_end - inner)
-            dk, dv = _key_step(
-                dk, dv, k, v, i, lower, upper, q, do, log_total, delta, q_stride, q_head_stride, o_stride, tokens,
-                group, scale, HEAD_DIM, WIDTH, GROUPS, PACK, QUERIES, True, PRECISION,
+            dk, dv, gate = _key_step(
+                dk, dv, gate, k, v, i, lower, upper, q, do, log_total, delta, q_stride, q_head_stride, o_stride, tokens,
+                group, scale, HEAD_DIM, WIDTH, GROUPS, PACK, QUERIES, LOGIT, True, PRECISION,
             )  # fmt: skip
-    return dk, dv
+    return dk, dv, gate
 
 
 @kernel
 def far_gradient_kernel(
-    q, k, v, do, dk_partial, dv_partial, log_total, delta, until, partial, lists, list_counts,
+    q, k, v, do, dk_partial, dv_partial, gate_partial, log_total, delta, until, partial, lists, list_counts,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, tokens, window, scale,
     chunk, chunks, capacity, count_stride, partial_rows,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr,
     PART_QUERIES: tl.constexpr, PART_KEYS: tl.constexpr, QUERIES: tl.constexpr, COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LOGIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk / softmax_scale and dv that COLUMNS far columns get from one chunk's rows, as rows of partial sums.
 
-    dk_partial, dv_partial: fp32 `[kv_heads, partial_rows, HEAD_DIM]`; column j's row of its n-th chunk is
-    `partial[j] + n`.
+    dk_partial, dv_partial: fp32 `[kv_heads, partial_rows, HEAD_DIM]`, gate_partial without HEAD_DIM; column j's row of
+    its n-th chunk is `partial[j] + n`.
     """
     blocks = tl.cdiv(capacity, COLUMNS)
     block, number = tl.program_id(0) % blocks, tl.program_id(0) // blocks % chunks
@@ -183,12 +190,12 @@ def far_gradient_kernel(
         some = inner_end > inner
         inner, inner_end = tl.where(some, inner, i0), tl.where(some, inner_end, i0)
         o_stride = heads * (GROUPS * PACK * HEAD_DIM)
-        dk, dv = _sum_over_queries(
+        dk, dv, gate = _sum_over_queries(
             k_tile, v_tile, lower, upper, i0, inner, inner_end, i1,
             q + head * (GROUPS * PACK) * q_head_stride, do + head * (GROUPS * PACK * HEAD_DIM),
             log_total + head * tokens * (GROUPS * PACK), delta + head * tokens * (GROUPS * PACK),
             q_stride, q_head_stride, o_stride, tokens, scale,
-            HEAD_DIM, WIDTH, GROUPS, PACK, COLUMNS, QUERIES, PRECISION,
+            HEAD_DIM, WIDTH, GROUPS, PACK, COLUMNS, QUERIES, LOGIT, PRECISION,
         )  # fmt: skip
         row = tl.load(partial + head * (tokens + 1) + j, mask=listed, other=0) + number - begin // chunk
         column = tl.arange(0, WIDTH)
@@ -196,12 +203,14 @@ def far_gradient_kernel(
         mask = listed[:, None] & (column < HEAD_DIM)[None, :]
         tl.store(dk_partial + places, dk, mask=mask)
         tl.store(dv_partial + places, dv, mask=mask)
+        if LOGIT:
+            tl.store(gate_partial + head * partial_rows + row, gate, mask=listed)
 
 
 @kernel
 def sum_chunks_kernel(
-    dk_partial, dv_partial, columns, counts, partial, tokens, partial_rows,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    dk_partial, dv_partial, gate_partial, columns, counts, partial, tokens, partial_rows,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, LOGIT: tl.constexpr,
 ):  # fmt: skip
     """Adds up each far column's rows of partial sums into its first."""
     blocks = tl.cdiv(tokens, COLUMNS)
@@ -224,15 +233,22 @@ def sum_chunks_kernel(
             dv += tl.load(dv_partial + places, mask=more, other=0)
         tl.store(dk_partial + start, dk, mask=some)
         tl.store(dv_partial + start, dv, mask=some)
+        if LOGIT:
+            gate_places = gate_partial + head * partial_rows + first
+            gate = tl.load(gate_places, mask=rows > 1, other=0)
+            for n in range(1, tl.max(rows, 0)):
+                gate += tl.load(gate_places + n, mask=n < rows, other=0)
+            tl.store(gate_places, gate, mask=rows > 1)
 
 
 @kernel
 def key_gradient_kernel(
-    q, k, v, do, dk, dv, dscore, dk_partial, dv_partial, log_total, delta, until, rank, partial, begins, ends,
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, tokens, window, scale, softmax_scale,
-    partial_rows,
+    q, k, v, do, dk, dv, dscore, dk_partial, dv_partial, gate_partial, log_total, delta, until, rank, partial,
+    begins, ends, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, tokens, window, scale,
+    softmax_scale, partial_rows,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr,
-    PART_QUERIES: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+    PART_QUERIES: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, LOGIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv (contiguous, k's dtype) and dscore (fp32 `[tokens, kv_heads]`) of KEYS keys: near uses plus partial sums.
 
@@ -255,12 +271,12 @@ def key_gradient_kernel(
     # With a border of documents among the keys every row needs the mask.
     some = (inner_end > inner) & (end >= j0 + KEYS)
     inner, inner_end = tl.where(some, inner, i0), tl.where(some, inner_end, i0)
-    dk_acc, dv_acc = _sum_over_queries(
+    dk_acc, dv_acc, gate = _sum_over_queries(
         k_tile, v_tile, j, upper, i0, inner, inner_end, i1,
         q + head * (GROUPS * PACK) * q_head_stride, do + head * (GROUPS * PACK * HEAD_DIM),
         log_total + head * tokens * (GROUPS * PACK), delta + head * tokens * (GROUPS * PACK),
         q_stride, q_head_stride, heads * (GROUPS * PACK * HEAD_DIM), tokens, scale,
-        HEAD_DIM, WIDTH, GROUPS, PACK, KEYS, QUERIES, PRECISION,
+        HEAD_DIM, WIDTH, GROUPS, PACK, KEYS, QUERIES, LOGIT, PRECISION,
     )  # fmt: skip
     ranks = rank + head * (tokens + 1) + j
     is_far = tl.load(ranks + 1, mask=exists, other=0) > tl.load(ranks, mask=exists, other=0)
@@ -275,5 +291,8 @@ def key_gradient_kernel(
     mask = exists[:, None] & (column < HEAD_DIM)[None, :]
     tl.store(dk + places, (dk_acc * softmax_scale).to(dk.dtype.element_ty), mask=mask)
     tl.store(dv + places, dv_acc.to(dv.dtype.element_ty), mask=mask)
-    masking = tl.sum(dv_acc * v_tile.to(tl.float32), 1)
-    tl.store(dscore + j.to(tl.int64) * heads + head, masking, mask=exists)
+    if LOGIT:
+        gate += tl.load(gate_partial + head * partial_rows + row, mask=is_far, other=0)
+    else:
+        gate = tl.sum(dv_acc * v_tile.to(tl.float32), 1)
+    tl.store(dscore + j.to(tl.int64) * heads + head, gate, mask=exists)

@@ -58,7 +58,8 @@ def _rows_step(
     inside see every key."""
     q_tile, do_tile = _load_queries(q, do, first, places, inside, HEAD_DIM, WIDTH, MASKED)
     row_total, row_delta = load_statistics(statistics + first * 2, places, inside, MASKED)
-    return key_step(dk, dv, k, v, q_tile, do_tile, row_total, row_delta, visible, scale, not SEEN, PRECISION)
+    dk, dv, _ = key_step(dk, dv, k, v, q_tile, do_tile, row_total, row_delta, visible, scale, not SEEN, PRECISION)
+    return dk, dv
 
 
 @triton.jit

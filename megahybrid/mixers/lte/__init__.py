@@ -58,6 +58,9 @@ class LTEConfig:
     """Dropout before each of the router's convolutions, in training."""
     train_cap: bool = key(False, may_change=True)
     """Train with the buffer's capacity enforced, as in inference, instead of leaving it to the L1 term alone."""
+    gate: str = key("value", may_change=True, choices=("value", "logit"))
+    """Whose gradient a retention score gets, since the mask has none. value: that of a gate on the token's value, as in
+    the paper (equation 6); logit: that of a gate on its logits, which adds up to 0 over what a query sees."""
     loss: RetentionLossConfig = field(default_factory=RetentionLossConfig)
     """The L1 term and its controller."""
 

@@ -118,7 +118,7 @@ class LTEAttention(AttentionProjections):
         else:
             scores, _ = self.policy.scores(k, (q, rotated), sequences, self.policy.state(sequences.count))
         cap = None if context.training and not lte.train_cap else lte.buffer_size
-        o = lte_attention(q, rotated, v, scores, sequences, lte.window_size, lte.sink_size, cap)
+        o = lte_attention(q, rotated, v, scores, sequences, lte.window_size, lte.sink_size, cap, lte.gate)
         aux = self._aux(scores, context) if context.training else self._seen(k, scores, context)
         return self.output(o), aux, None
 
