@@ -22,8 +22,6 @@ Result = TypeVar("Result")
 _store: dist.Store
 _questions = itertools.count()  # that were asked of it
 
-_neighbours: dict[int, dist.ProcessGroup] = {}
-
 
 def initialize(
     parallel: ParallelConfig, seed: int = 0, join_seconds: float = 300, collective_seconds: float = 600
@@ -71,7 +69,6 @@ def joined() -> bool:
 def shut_down() -> None:
     """Leave all groups; a later `initialize` may use another layout."""
     parallel_state.destroy_model_parallel()
-    _neighbours.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -94,19 +91,6 @@ def data_parallel() -> tuple[int, int]:
 def tensor_parallel() -> tuple[int, int]:
     """Rank and size of this process among those that split its layers."""
     return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-
-
-def neighbours(count: int) -> dist.ProcessGroup:
-    """The group of `count` consecutive tensor parallel ranks that this process belongs to. Its first call makes it,
-    which these ranks, and no others, have to make alike."""
-    rank, size = tensor_parallel()
-    if count == size:
-        return parallel_state.get_tensor_model_parallel_group()
-    if count not in _neighbours:
-        ranks = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
-        first = rank - rank % count
-        _neighbours[count] = dist.new_group(ranks[first : first + count], use_local_synchronization=True)
-    return _neighbours[count]
 
 
 def pipeline_parallel() -> tuple[int, int]:

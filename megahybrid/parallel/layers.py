@@ -42,13 +42,9 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return _summed(grad, _group())
-
-
-def _summed(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
-    total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
-    dist.all_reduce(total, group=group)
-    return total.to(grad.dtype)
+        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+        dist.all_reduce(total, group=_group())
+        return total.to(grad.dtype)
 
 
 class ColumnLinear(nn.Module):
@@ -90,11 +86,14 @@ class _Projections(torch.autograd.Function):
         for grad, weight in zip(grads[1:], weights[1:], strict=True):
             dx.addmm_(grad, weight)
         dx, reduced = _start_reduction(dx, ctx.sequence_parallel)
-        weight_grads = [grad.T @ x for grad in grads]
-        for number, copies in enumerate(ctx.copies):
-            if copies > 1:  # each rank's heads have used the copy for themselves
-                weight_grads[number] = _summed(weight_grads[number], groups.neighbours(copies))
+        # Of copies each rank's heads have used one for themselves.
+        copied = [number for number, copies in enumerate(ctx.copies) if copies > 1]
+        sums, summed = _start_sum_over_copies([grads[n].T @ x for n in copied], [ctx.copies[n] for n in copied])
+        weight_grads = [None if number in copied else grad.T @ x for number, grad in enumerate(grads)]
         reduced.wait()
+        summed.wait()
+        for number, total in zip(copied, sums, strict=True):
+            weight_grads[number] = total.to(x.dtype)
         return dx, None, None, *weight_grads
 
 
@@ -168,6 +167,24 @@ def _start_reduction(x: Tensor, sequence_parallel: bool) -> tuple[Tensor, dist.W
         return x, dist.all_reduce(x, group=_group(), async_op=True)
     part = x.new_empty(len(x) // ranks, x.shape[1])
     return part, dist.reduce_scatter_tensor(part, x, group=_group(), async_op=True)
+
+
+def _start_sum_over_copies(grads: Sequence[Tensor], copies: Sequence[int]) -> tuple[list[Tensor], dist.Work | _Nothing]:
+    """The sum of each gradient over the neighbouring ranks, so many, that hold the same rows, in fp32 at least, once
+    its work is waited for.
+
+    All go in one reduction over all tensor parallel ranks, in which every part has a place of its own. A group of the
+    neighbours alone would send less, but be a second communicator in flight beside the first, and the rows are few.
+    """
+    if not grads:
+        return [], _Nothing()
+    rank, ranks = groups.tensor_parallel()
+    sizes = [grad.numel() * (ranks // count) for grad, count in zip(grads, copies, strict=True)]
+    whole = grads[0].new_zeros(sum(sizes), dtype=torch.promote_types(grads[0].dtype, torch.float32))
+    sums = []
+    for places, grad, count in zip(whole.split(sizes), grads, copies, strict=True):
+        sums.append(places.view(-1, *grad.shape)[rank // count].copy_(grad))
+    return sums, dist.all_reduce(whole, group=_group(), async_op=True)
 
 
 def _group() -> dist.ProcessGroup:

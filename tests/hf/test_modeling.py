@@ -138,6 +138,23 @@ def test_of_equal_blocks_the_first_are_selected():
     close(in_pieces(exported, tokens[None], [90] + [1] * (LENGTH - 90))[0], expected)
 
 
+def test_gates_are_rounded_once_as_in_training():
+    """In bf16, of tokens alone, which two of the branches answer with their value: every bit is the one by hand."""
+    model, exported = pair("N", torch.bfloat16)
+    x, outputs = 3 * torch.randn(500, 1, 16, generator=torch.Generator().manual_seed(0)).bfloat16(), []
+    training, mixer = model.layers["0"].mixer, exported.model.layers[0].mixer
+    for each in (training, mixer):
+        each.g_proj.weight.copy_(torch.eye(16)[:12])
+        each.v_proj.weight.copy_(torch.eye(16))
+        each.o_proj.register_forward_pre_hook(lambda _, given: outputs.append(given[0].view(500, 4, 8)))
+    training(x, Context(Sequences.of([1] * 500)))
+    mixer(x, torch.zeros(500, 1, dtype=torch.int64), mixer.empty_state(x))
+    gates = torch.sigmoid(x[:, 0, :12].double()).bfloat16().float().view(500, 4, 3)
+    value = x.float().view(500, 2, 8).repeat_interleave(2, 1)
+    expected = (gates[..., 1:2] * value + gates[..., 2:] * value).bfloat16()
+    assert torch.equal(outputs[0], expected) and torch.equal(outputs[1], expected)
+
+
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 47, 63, 64, 65, 79, 80, 81])
 def test_borders_of_blocks(length):
     model, exported = pair("N")

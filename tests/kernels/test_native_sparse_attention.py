@@ -17,6 +17,7 @@ from megahybrid_kernels import (
     native_sparse_attention_with_cache,
     select_blocks,
 )
+from megahybrid_kernels.native_sparse_attention import reference
 
 TOLERANCES = {torch.float32: FLOAT32_TOLERANCE, torch.bfloat16: BFLOAT16_TOLERANCE}
 
@@ -83,6 +84,20 @@ def test_each_branch_alone(branch):
     for each in pairs["gates"]:
         each.data.zero_()[..., branch] = 1
     check(pairs, (70, 3), 4, 5, 9)
+
+
+def test_no_query_meets_all_keys(monkeypatch):
+    """Of a long document a query is multiplied with as many keys as it may select, and with means: in the whole, and in
+    pieces."""
+    lengths, sizes, keys = (400,), (4, 4, 9), []
+    real = reference.attend
+    monkeypatch.setattr(reference, "attend", lambda q, k, v, seen: keys.append(k.shape[2]) or real(q, k, v, seen))
+    x, sequences = first(inputs(lengths)), Sequences.of(lengths)
+    o, _ = native_sparse_attention(*x, sequences, *sizes)
+    cache = NSACache.empty(1, 2, 8, 4, dtype=torch.float64)
+    cached, _ = native_sparse_attention_with_cache(*x, cache, sequences, *sizes)
+    torch.testing.assert_close(cached, o, rtol=FLOAT64_TOLERANCE, atol=FLOAT64_TOLERANCE)
+    assert max(keys) <= max(400 // 4 + 1, 128 + 9)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

@@ -162,21 +162,28 @@ def test_every_gradient_is_one_processs(layout, data, workers, expected):
     assert names == gradient.keys() and layers == kept.keys()
 
 
-def shared_gradient(dtype):
-    """Of four tensor parallel ranks, where rank i gives 1 to the i-th entry and 2⁻⁹ to the others."""
+def shared_gradient(dtype, projected):
+    """Of four tensor parallel ranks, where rank i gives 1 to the i-th entry and 2⁻⁹ to the others, all to the same
+    weight: by its use as it is, or by a projection to rows of which each rank has a copy."""
     from megahybrid.parallel import groups
-    from megahybrid.parallel.layers import shared
+    from megahybrid.parallel.layers import ColumnLinear, project, shared
+    from megahybrid.parallel.parameters import constant
 
     groups.initialize(ParallelConfig(tensor=4))
-    weight = torch.zeros(4, dtype=getattr(torch, dtype), requires_grad=True)
-    given = torch.full_like(weight, 2**-9)
-    given[groups.tensor_parallel()[0]] = 1
-    shared(weight).backward(given)
-    return weight.grad
+    given = torch.full((1, 1, 4), 2**-9, dtype=getattr(torch, dtype))
+    given[..., groups.tensor_parallel()[0]] = 1
+    layer = ColumnLinear(4, 1, constant(0), parts=1).to(given.dtype)
+    if projected:
+        (y,) = project(given, [layer], sequence_parallel=False)
+        y.backward(torch.ones_like(y))
+    else:
+        shared(layer.weight).backward(given[0])
+    return layer.weight.grad[0]
 
 
+@pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize(("dtype", "expected"), [("float64", 1 + 3 * 2**-9), ("bfloat16", 1 + 2**-7)])
-def test_a_shared_weights_gradient_is_summed_in_fp32_at_least(dtype, expected, workers):
+def test_a_shared_weights_gradient_is_summed_in_fp32_at_least(dtype, expected, projected, workers):
     """In bf16, 1 + 2⁻⁹ is 1: whatever the order, some entry would stay there."""
-    for gradient in workers.run(4, "tests.parallel.test_gradients:shared_gradient", dtype):
+    for gradient in workers.run(4, "tests.parallel.test_gradients:shared_gradient", dtype, projected):
         assert gradient.dtype == getattr(torch, dtype) and gradient.tolist() == [expected] * 4

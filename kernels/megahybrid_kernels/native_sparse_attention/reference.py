@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -17,6 +17,11 @@ from megahybrid_kernels.native_sparse_attention.cache import NSACache
 from megahybrid_kernels.native_sparse_attention.pooling import fixed_sum, pool
 from megahybrid_kernels.precision import at_least_fp32
 from megahybrid_kernels.sequences import Sequences
+
+DENSE = 4
+"""Up to this many times the tokens that a query selects, one masked product with all is faster than to take them."""
+TAKEN_QUERIES = 8
+"""Queries that take their blocks at once: these fit a cache."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,8 @@ def native_sparse_attention(
         selection = select_blocks(q, k, sequences, block_size, num_blocks, (0, sequences.tokens))
     means = _Means.of(sequences, block_size)
     branches = _Branches(selection, sequences, means, window_size)
-    blocks = list(_queries(sequences, QUERY_BLOCK, block_size))
+    # As in `select_blocks`: where queries take their blocks they are one document's.
+    blocks = list(_queries(sequences, min(QUERY_BLOCK, num_blocks * block_size), block_size))
     tensors = map(at_least_fp32, (q, gates, k, v, means(k), means(v)))
     return _Blocked.apply(branches, blocks, *tensors).to(q.dtype), selection
 
@@ -182,15 +188,44 @@ class _Branches:
         near_k, near_v = (x[near.start - block.keys.start :] for x in (k, v))
         seen = between(self.means.places[block.means], self.means.until[block.means], queries)[None]
         in_window = between(self.places[near], self.window_end[near], queries)[None]
-        branches = ((mean_k, mean_v, seen), (k, v, self._selected(block)), (near_k, near_v, in_window))
-        return _gated(q, gates, branches)
+        selected = self._selected(block, q, k, v)
+        return _gated(gates, _attend(q, mean_k, mean_v, seen), selected, _attend(q, near_k, near_v, in_window))
 
-    def _selected(self, block: _Queries) -> Tensor:
-        """bool `[kv_heads, rows, keys]`."""
+    def _selected(self, block: _Queries, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        selection, block_size = self.selection[block.rows], self.means.block_size
+        if _is_sparse(len(k), selection, block_size):
+            positions = self.places[block.rows] - block.keys.start
+            return _attend_taken(q, k, v, selection, positions, block_size)
         first = (self.first_block[block.rows] - block.blocks.start)[:, None, None]
-        member = _members(self.selection[block.rows], block.blocks.stop - block.blocks.start, first)
+        member = _members(selection, block.blocks.stop - block.blocks.start, first)
         visible = member[:, :, self.block[block.keys] - block.blocks.start].transpose(0, 1)
-        return visible & (self.places[block.keys] <= self.places[block.rows, None])
+        return _attend(q, k, v, visible & (self.places[block.keys] <= self.places[block.rows, None]))
+
+
+def _is_sparse(keys: int, selection: Tensor, block_size: int) -> bool:
+    return keys > DENSE * selection.shape[2] * block_size
+
+
+def _attend_taken(q: Tensor, k: Tensor, v: Tensor, selection: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """Attention to the selected blocks of one document, up to the queries' `positions`, by queries that each take
+    theirs: so many products as are selected, however long the document is."""
+    heads, blocks = k.shape[1], cdiv(len(k), block_size)
+    k, v = (
+        F.pad(x, (0, 0, 0, 0, 0, blocks * block_size - len(x)))
+        .view(blocks, block_size, heads, -1)
+        .permute(2, 0, 1, 3)
+        .reshape(heads * blocks, -1)
+        for x in (k, v)
+    )
+    head, token = (torch.arange(n, device=q.device) for n in (heads, block_size))
+    rows = (selection.clamp(min=0) + blocks * head[:, None]).split(TAKEN_QUERIES)
+    places = selection.clamp(min=0)[..., None] * block_size + token
+    visible = ((selection >= 0)[..., None] & (places <= positions[:, None, None, None])).flatten(2)
+    outputs = []
+    for each, row, seen in zip(q.split(TAKEN_QUERIES), rows, visible.split(TAKEN_QUERIES), strict=True):
+        taken = (x.index_select(0, row.flatten()).view(len(row), heads, -1, q.shape[2]) for x in (k, v))
+        outputs.append(attend(each[:, None], *taken, seen[:, :, None])[:, 0])
+    return torch.cat(outputs)
 
 
 def _members(selection: Tensor, blocks: int, first: Tensor | int) -> Tensor:
@@ -200,10 +235,13 @@ def _members(selection: Tensor, blocks: int, first: Tensor | int) -> Tensor:
     return member.scatter_(2, torch.where(selection < 0, blocks, selection.long() + first), True)
 
 
-def _gated(q: Tensor, gates: Tensor, branches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """The sum of attention to each branch's (keys, values, seen), seen bool `[kv_heads or 1, queries, keys]`."""
-    outputs = (attend(q[None], *(x.transpose(0, 1)[None] for x in (k, v)), seen[None])[0] for k, v, seen in branches)
-    return sum(gate[..., None] * o for gate, o in zip(gates.unbind(-1), outputs, strict=True))
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Of q `[queries, heads, head_dim]`; seen bool `[kv_heads or 1, queries, keys]`."""
+    return attend(q[None], *(x.transpose(0, 1)[None] for x in (k, v)), seen[None])[0]
+
+
+def _gated(gates: Tensor, *branches: Tensor) -> Tensor:
+    return sum(gate[..., None] * o for gate, o in zip(gates.unbind(-1), branches, strict=True))
 
 
 class _Blocked(torch.autograd.Function):
@@ -283,15 +321,17 @@ def _attend_cached(
         selection = _all_blocks(current, k.shape[1], num_blocks)
     else:
         selection = _choose(_score(queries, mean_k, positions, block_size), current, num_blocks)
-    member = _members(selection, reach, 0)[:, :, key // block_size].transpose(0, 1)
+    if _is_sparse(len(k), selection, block_size):
+        selected = _attend_taken(q, k, v, selection, positions, block_size)
+    else:
+        member = _members(selection, reach, 0)[:, :, key // block_size].transpose(0, 1)
+        selected = _attend(q, k, v, member & (key <= positions[:, None]))
     near = slice(max(0, places.start - window_size + 1), places.stop)
     # A blank before the means, as `_Means` has it.
     until = torch.full((len(mean_k) + 1,), places.stop, device=q.device)
     until[0] = block_size - 1
     begins = (torch.arange(len(until), device=q.device) * block_size - 1).clamp(min=0)
-    branches = (
-        (F.pad(mean_k, (0, 0, 0, 0, 1, 0)), F.pad(mean_v, (0, 0, 0, 0, 1, 0)), between(begins, until, positions)[None]),
-        (k, v, member & (key <= positions[:, None])),
-        (k[near], v[near], between(key[near], key[near] + window_size, positions)[None]),
-    )
-    return _gated(q, gates, branches)
+    blanked = (F.pad(x, (0, 0, 0, 0, 1, 0)) for x in (mean_k, mean_v))
+    compressed = _attend(q, *blanked, between(begins, until, positions)[None])
+    window = _attend(q, k[near], v[near], between(key[near], key[near] + window_size, positions)[None])
+    return _gated(gates, compressed, selected, window)

@@ -35,7 +35,8 @@ class NSAAttention(Attention):
         q, k, v = self.project(x)
         q, k = self.rotate(q, positions), self.rotate(k, positions)
         after = self.extended(state, k, v, positions)
-        gates = torch.sigmoid(at_least_fp32(self.g_proj(x))).unflatten(-1, (-1, 3)).transpose(1, 2)
+        # Rounded once, as what training multiplies with.
+        gates = at_least_fp32(torch.sigmoid(self.g_proj(x))).unflatten(-1, (-1, 3)).transpose(1, 2)
         outputs = []
         for first in range(0, q.shape[2], QUERY_BLOCK):
             rows, at = q[:, :, first : first + QUERY_BLOCK], positions[:, first : first + QUERY_BLOCK]

@@ -1,7 +1,9 @@
 """Selection where tensor parallel ranks share a KV head, each with some of the query heads that select together.
 
 A block's score is a sum over all of these heads, but scores are as many as tokens times blocks. So ranks exchange their
-queries: each scores a share of the tokens, with all heads, and the chosen blocks go to all.
+queries: each scores a share of the tokens, with all heads, and the chosen blocks go to all. They do so in the group of
+all tensor parallel ranks, where others get nothing: of collectives on one communicator none waits for another rank's
+order.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megahybrid.parallel import groups
@@ -32,23 +35,34 @@ def select_together(
     every = block_size * num_blocks
     if max(sequences.lengths) <= every:
         return None
-    (rank, _), group = groups.tensor_parallel(), groups.neighbours(ranks)
+    (rank, size), group = groups.tensor_parallel(), parallel_state.get_tensor_model_parallel_group()
     borders = shares(sequences.lengths, every, ranks)
-    counts = [end - first for first, end in itertools.pairwise(borders)]
     first, end = borders[rank % ranks :][:2]
+    counts, mine = [0] * size, [0] * size
+    counts[neighbours(ranks)] = [end - first for first, end in itertools.pairwise(borders)]
+    mine[neighbours(ranks)] = [end - first] * ranks
     received = q.new_empty(ranks, end - first, *q.shape[1:])
-    dist.all_to_all_single(received.flatten(0, 1), q.contiguous(), [end - first] * ranks, counts, group)
+    dist.all_to_all_single(received.flatten(0, 1), q.contiguous(), mine, counts, group)
     chosen = select_blocks(side_by_side(received), k, sequences, block_size, num_blocks, (first, end))
     selection = chosen.new_empty(sequences.tokens, *chosen.shape[1:])
-    dist.all_to_all_single(selection, chosen.repeat(ranks, 1, 1), counts, [end - first] * ranks, group)
+    dist.all_to_all_single(selection, chosen.repeat(ranks, 1, 1), counts, mine, group)
     return selection
 
 
 def all_queries(q: Tensor, ranks: int) -> Tensor:
     """`[tokens, heads of this rank, head_dim]` -> those of all `ranks` neighbours, who share their KV heads."""
-    whole = q.new_empty(ranks, *q.shape)
-    dist.all_gather_into_tensor(whole.flatten(0, 1), q.contiguous(), groups.neighbours(ranks))
-    return side_by_side(whole)
+    _, size = groups.tensor_parallel()
+    whole = q.new_empty(size, *q.shape)
+    group = parallel_state.get_tensor_model_parallel_group()
+    dist.all_gather_into_tensor(whole.flatten(0, 1), q.contiguous(), group)
+    return side_by_side(whole[neighbours(ranks)])
+
+
+def neighbours(ranks: int) -> slice:
+    """The `ranks` consecutive tensor parallel ranks among which this one is."""
+    rank, _ = groups.tensor_parallel()
+    first = rank - rank % ranks
+    return slice(first, first + ranks)
 
 
 def side_by_side(parts: Tensor) -> Tensor:
