@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 BRANCHES = 3
 """Compressed, selected and window, each with a gate of its own."""
-FORCED = 3
-"""Blocks that every query selects: the document's first, its own and the one before."""
 
 
 @dataclass
 class NSAConfig:
-    """Native sparse attention (N): to every block's mean, to all of a few blocks, and to a window."""
+    """Native sparse attention (N): to every block's mean, to all of a few blocks, and to a window.
+
+    Ranges are those of `megahybrid_kernels.native_sparse_attention.limits`, which is not read here: it needs torch.
+    """
 
     num_heads: int = key(32)
     """Query heads."""
@@ -33,7 +34,7 @@ class NSAConfig:
     """Channels of a head."""
     block_size: int = key(64, choices=(16, 32, 64))
     """Tokens of a block, which is pooled to one key and value, and selected as a whole."""
-    num_blocks: int = key(16, at_least=FORCED + 1)
+    num_blocks: int = key(16, at_least=3, at_most=64)
     """Blocks that a query selects; the document's first, its own and the one before are always among them."""
     window_size: int = key(512)
     """Keys that a query sees in its window, itself included."""
