@@ -110,7 +110,7 @@ class Family:
         """What a trunk and its branches share: the rules' rate and batch at the geometric mean of their tokens, and
         the warm-up."""
         study, config, tokens = self.study, self.model.config, [self.asked[budget] for budget in group]
-        rate, batch = optimum(study, self.model, geometric_mean(tokens))
+        rate, batch = optimum(study, config, self.model.parameters_without_embedding, geometric_mean(tokens))
         try:
             samples = whole_batch(batch / config.train.seq_length, self.model.replicas, tokens, config.train.seq_length)
         except UserError as error:
@@ -203,12 +203,12 @@ class Family:
             raise UserError(f"Cell {name}: {error}") from error
 
 
-def optimum(study: Study, model: Model, tokens: float) -> tuple[float, float]:
-    """What the study's rules say of a model that is trained on so many tokens: peak rate, and tokens of a batch."""
-    config = model.config
-    subject = Subject(model.parameters_without_embedding, config.optimizer.learning_rate, batch_tokens(config))
-    rules = LEARNING_RATES[study.rules.learning_rate], BATCHES[study.rules.batch]
-    return rules[0].value(subject, tokens), rules[1].value(subject, tokens)
+def optimum(study: Study, config: Config, parameters: int, tokens: float) -> tuple[float, float]:
+    """What the study's rules say of a model of so many parameters, without embeddings, that is trained on so many
+    tokens: peak rate, and tokens of a batch; where a rule is `fixed` the configuration's."""
+    subject = Subject(parameters, config.optimizer.learning_rate, batch_tokens(config))
+    rate, batch = LEARNING_RATES[study.rules.learning_rate], BATCHES[study.rules.batch]
+    return rate.value(subject, tokens), batch.value(subject, tokens)
 
 
 def batch_tokens(config: Config) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -18,6 +19,10 @@ def _plan(parsed: argparse.Namespace) -> None:
     from megahybrid.study.file import load_study
 
     study = load_study(parsed.file)
-    from megahybrid.study.plan import plan
+    from megahybrid.study.describe import describe
+    from megahybrid.study.plan import check_limits, make_plan, save
 
-    print(plan(study, parsed.file))
+    plan = make_plan(study)
+    print(describe(plan))
+    check_limits(plan)
+    print(f"\n{save(plan, Path(parsed.file))}")
