@@ -86,9 +86,10 @@ class Family:
         self._recipes = {budget: self._recipe(group) for group in groups for budget in group}
 
     def grid(self) -> list[Cell]:
-        """The tuning grid, of separate runs at the middle budget."""
-        tune, budget = self.study.rules.tune, list(self.asked)[(len(self.asked) - 1) // 2]
-        return [self._cell(budget, 0, "tune", factor) for factor in (tune.factors if tune else ())]
+        """The tuning grid, of separate runs at the smallest budget, about what the rules say of it alone."""
+        tune, budget = self.study.rules.tune, min(self.asked)
+        alone = self._recipe([budget])
+        return [self._cell(budget, 0, "tune", factor, recipe=alone) for factor in (tune.factors if tune else ())]
 
     def cells(self, seed: int, factor: float, awaits: tuple[str, ...]) -> list[Cell]:
         """A run of every budget, trunk first; the one that is held out in the first repeat only."""
@@ -138,10 +139,12 @@ class Family:
         milestones: Sequence[int] = (),
         trunk: Cell | None = None,
         step: int | None = None,
+        recipe: Config | None = None,
     ) -> Cell:
-        recipe, model = self._recipes[budget], self.model
+        recipe, model = recipe or self._recipes[budget], self.model
         name = self._name(budget, seed) + (f"-x{factor:g}" if role == "tune" else "")
-        steps, tokens = self._steps(budget), self._steps(budget) * batch_tokens(recipe)
+        steps = self._steps(budget, recipe)
+        tokens = steps * batch_tokens(recipe)
         rate = float(f"{recipe.optimizer.learning_rate * factor:.4g}")
         branch = f"{trunk.config.run.dir}@{step}" if trunk else None
         config = replace(
@@ -181,11 +184,12 @@ class Family:
     def _name(self, budget: float, seed: int) -> str:
         return f"{self.model.kind}-{self.model.size}-{budget_name(budget)}-s{seed}"
 
-    def _steps(self, budget: float) -> int:
-        return round(self.asked[budget] / batch_tokens(self._recipes[budget]))
+    def _steps(self, budget: float, recipe: Config) -> int:
+        return round(self.asked[budget] / batch_tokens(recipe))
 
     def _decay_start(self, budget: float) -> int:
-        return decay_start(self._recipes[budget].optimizer, self._steps(budget))
+        recipe = self._recipes[budget]
+        return decay_start(recipe.optimizer, self._steps(budget, recipe))
 
     def _check(self, name: str, config: Config) -> None:
         """Raises UserError, with the cell's name, for what cannot be trained."""

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megahybrid.devices import PEAKS
 from megahybrid.errors import UserError
 from megahybrid.files import write_text
+from megahybrid.scaling.hours import Estimate, tabled
 from megahybrid.scaling.memory import peak_bytes
 from megahybrid.study.cells import Cell, batch_tokens, optimum
 from megahybrid.study.design import design
@@ -26,18 +28,26 @@ class Row:
 
     Attributes:
         cell: the run.
-        rate, batch: the peak rate and tokens of a batch, by what the rules say of its own tokens.
+        rate, batch: its peak rate and tokens of a batch, divided by what the rules say of its own tokens.
         memory: bytes a GPU.
-        gpu_hours: of what it trains itself, which of a branch is its decay.
-        alone: GPU hours of it from scratch.
+        estimate: of the time that it takes.
     """
 
     cell: Cell
     rate: float
     batch: float
     memory: float
-    gpu_hours: float
-    alone: float
+    estimate: Estimate
+
+    @property
+    def part(self) -> float:
+        """What of its tokens it trains itself: of a branch those after its trunk's."""
+        return self.estimate.steps / self.cell.config.train.steps
+
+    @property
+    def mfu(self) -> float:
+        """That the estimate comes to."""
+        return self.cell.flops * self.part / (self.estimate.hours * 3600 * PEAKS[self.estimate.gpu])
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,11 @@ class Plan:
     study: Study
     rows: list[Row]
     precision: dict[str, Precision]
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of all runs, one after another."""
+        return sum(row.estimate.hours for row in self.rows)
 
 
 def make_plan(study: Study) -> Plan:
@@ -61,28 +76,21 @@ def make_plan(study: Study) -> Plan:
         if model not in memory:
             memory[model] = max(peak_bytes(cell.config, cell.gpus // (parallel.tensor * parallel.pipeline)))
         rate, batch = optimum(study, cell.config, cell.parameters_without_embedding, cell.tokens)
-        hours = _gpu_hours(cell)
-        own = 1 - (cell.branch_step or 0) / train.steps
         rows.append(
             Row(
-                cell,
-                cell.config.optimizer.learning_rate / rate,
-                batch_tokens(cell.config) / batch,
-                memory[model],
-                hours * own,
-                hours,
+                cell=cell,
+                rate=cell.config.optimizer.learning_rate / rate,
+                batch=batch_tokens(cell.config) / batch,
+                memory=memory[model],
+                estimate=tabled(cell.config),
             )
         )
     return Plan(study, rows, precision)
 
 
-def _gpu_hours(cell: Cell) -> float:
-    return cell.flops / (989e12 * 0.3) / 3600
-
-
 def check_limits(plan: Plan) -> None:
     """Raises UserError where the study takes more GPU hours than its limits allow."""
-    limit, hours = plan.study.limits.gpu_hours, sum(row.gpu_hours for row in plan.rows)
+    limit, hours = plan.study.limits.gpu_hours, plan.gpu_hours
     if limit is not None and hours > limit:
         raise UserError(
             f"The study takes {hours:,.3g} GPU hours, more than limits.gpu_hours ({limit:g}); lower budgets, or raise it."
@@ -133,6 +141,6 @@ def _fields(row: Row) -> dict[str, Any]:
         "memory_gib": row.memory / 2**30,
         "nodes": cell.nodes,
         "gpus": cell.gpus,
-        "gpu_hours": row.gpu_hours,
-        "gpu_hours_from_scratch": row.alone,
+        "gpu_hours": row.estimate.hours,
+        "gpu_hours_from_scratch": row.estimate.hours / row.part,
     }
