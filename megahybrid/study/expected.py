@@ -34,7 +34,9 @@ class Precision:
     losses: Array
 
 
-def precision(parameters: Sequence[float], tokens: Sequence[float], targets: Sequence[tuple[float, float]], noise: float) -> Precision:
+def precision(
+    parameters: Sequence[float], tokens: Sequence[float], targets: Sequence[tuple[float, float]], noise: float
+) -> Precision:
     """Gauss-Newton's covariance at PRIOR.
 
     Args:

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from megahybrid.errors import UserError
 from megahybrid.study.expected import PRIOR, precision
 from megahybrid.study.law.law import CONDITION_LIMIT
 
@@ -57,8 +56,13 @@ def test_the_interval_is_that_of_fits_to_noisy_losses():
     observed = losses(truth, parameters, tokens) + 1e-5 * rng.standard_normal((2000, len(tokens)))
     step = 1e-6
     slopes = np.stack(
-        [(losses(truth + step * unit, parameters, tokens) - losses(truth - step * unit, parameters, tokens)) / (2 * step)
-         for unit in np.eye(5)], axis=-1)
+        [
+            (losses(truth + step * unit, parameters, tokens) - losses(truth - step * unit, parameters, tokens))
+            / (2 * step)
+            for unit in np.eye(5)
+        ],
+        axis=-1,
+    )
     slopes = slopes.reshape(len(tokens), 5)
     fitted = truth + (observed - losses(truth, parameters, tokens)) @ np.linalg.pinv(slopes).T
     spread = losses(fitted, *TARGET).std() * 1.96

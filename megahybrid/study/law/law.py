@@ -113,4 +113,3 @@ def condition(jacobian: Array) -> float:
         return np.inf
     sizes = np.linalg.svd(jacobian, compute_uv=False)
     return float((sizes[0] / sizes[-1]) ** 2) if sizes[-1] > 0 else np.inf
-

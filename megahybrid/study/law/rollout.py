@@ -34,9 +34,7 @@ class Step:
     covered: Array | None
 
 
-def rollout(
-    points: Points, flops: Array, trunks: Array, replicates: int, rng: np.random.Generator
-) -> Iterator[Step]:
+def rollout(points: Points, flops: Array, trunks: Array, replicates: int, rng: np.random.Generator) -> Iterator[Step]:
     """A step for each of the largest budgets whose smaller ones identify the law, ascending."""
     for chosen in budgets(flops)[-STEPS:]:
         below = flops < flops[chosen].min()
