@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from megahybrid.errors import UserError
@@ -12,11 +13,21 @@ from megahybrid.files import write_json
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """A parser for each verb, whose default `run` does it."""
     verbs = verb.add_subparsers(required=True, metavar="VERB")
-    text = "every run with its cost, and how well the study will predict; starts nothing"
-    plan = verbs.add_parser("plan", help=text, description=text)
-    plan.add_argument("file", metavar="FILE", help="a YAML file, such as recipes/studies/small.yaml")
-    plan.set_defaults(run=_plan)
+    _add(verbs, "plan", _plan, "every run with its cost, and how well the study will predict; starts nothing")
+    launch = _add(verbs, "launch", _launch, "begin what is missing, here or through Slurm; the same command goes on")
+    launch.add_argument("--jobs", type=int, metavar="N", help="here, N runs side by side, whatever limits.profile says")
+    launch.add_argument("--wait", action="store_true", help="through Slurm, too, go on until all is done")
+    _add(verbs, "status", _status, "how far every run is, and all of them together")
+    _add(verbs, "collect", _collect, "what the runs came to, in runs.csv")
     _add_fit(verbs)
+    _add(verbs, "report", _report, "report.md and its pictures, from what collect and fit have written")
+
+
+def _add(verbs: argparse._SubParsersAction, name: str, run, text: str) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=text, description=text)
+    verb.add_argument("file", metavar="FILE", help="a YAML file, such as recipes/studies/small.yaml")
+    verb.set_defaults(run=run)
+    return verb
 
 
 def _add_fit(verbs: argparse._SubParsersAction) -> None:
@@ -35,9 +46,42 @@ def _plan(parsed: argparse.Namespace) -> None:
     from megahybrid.study.file import load_study
 
     study = load_study(parsed.file)
-    from megahybrid.study.plan import plan
+    from megahybrid.study.describe import describe
+    from megahybrid.study.plan import check_limits, make_plan, save
 
-    print(plan(study, parsed.file))
+    plan = make_plan(study)
+    print(describe(plan))
+    check_limits(plan)
+    print(f"\n{save(plan, Path(parsed.file))}")
+
+
+def _launch(parsed: argparse.Namespace) -> int:
+    from megahybrid.study.file import load_study
+
+    if parsed.jobs is not None and parsed.jobs < 1:
+        raise UserError("--jobs must be at least 1.")
+    study = load_study(parsed.file)
+    from megahybrid.study.launch import launch
+
+    return launch(study, parsed.file, parsed.jobs, parsed.wait, say=lambda text: print(text, flush=True))
+
+
+def _status(parsed: argparse.Namespace) -> None:
+    from megahybrid.study.file import load_study
+
+    study = load_study(parsed.file)
+    from megahybrid.study.status import show
+
+    show(study, say=lambda text: print(f"megahybrid: {text}", file=sys.stderr))
+
+
+def _collect(parsed: argparse.Namespace) -> None:
+    from megahybrid.study.file import load_study
+
+    study = load_study(parsed.file)
+    from megahybrid.study.collect import collect
+
+    print(collect(study, say=lambda text: print(text, flush=True)))
 
 
 def _fit(parsed: argparse.Namespace) -> None:
@@ -63,3 +107,16 @@ def _folder(file: str) -> Path:
     from megahybrid.study.file import load_study
 
     return Path("studies") / load_study(file).study
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    from megahybrid.config import load_config
+    from megahybrid.study.file import load_study
+
+    study = load_study(parsed.file)
+    base = load_config(study.base)
+    from megahybrid.study.cells import RUNS
+    from megahybrid.study.report import report
+
+    for path in report(RUNS.parent / study.study, Path(parsed.file), base):
+        print(path)
