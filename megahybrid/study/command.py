@@ -12,6 +12,10 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     plan = verbs.add_parser("plan", help=text, description=text)
     plan.add_argument("file", metavar="FILE", help="a YAML file, such as recipes/studies/small.yaml")
     plan.set_defaults(run=_plan)
+    text = "report.md and its pictures, from what collect and fit have written"
+    report = verbs.add_parser("report", help=text, description=text)
+    report.add_argument("file", metavar="FILE", help="the study's YAML file")
+    report.set_defaults(run=_report)
 
 
 def _plan(parsed: argparse.Namespace) -> None:
@@ -21,3 +25,13 @@ def _plan(parsed: argparse.Namespace) -> None:
     from megahybrid.study.plan import plan
 
     print(plan(study, parsed.file))
+
+
+def _report(parsed: argparse.Namespace) -> None:
+    from megahybrid.study.file import load_study
+
+    study = load_study(parsed.file)
+    from megahybrid.study.report import report
+
+    for path in report(study, parsed.file):
+        print(path)

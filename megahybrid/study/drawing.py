@@ -48,7 +48,8 @@ def panels(titles: Sequence[str], sharey: bool = True) -> tuple[Figure, list[Axe
 
 def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     """One for the whole figure, below it."""
-    columns = int(figure.get_figwidth() // 1.55)
+    longest = max(len(each.get_label()) for each in handles)
+    columns = int(figure.get_figwidth() // (0.65 + 0.075 * longest))  # inches
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(len(handles), columns), frameon=False, fontsize=9
     )
@@ -101,4 +102,4 @@ def power(value: float, _: int = 0) -> str:
 
 def budget_name(budget: float) -> str:
     """What every run of a budget has the same of."""
-    return f"{power(budget)} FLOPs" if budget > 1e9 else f"{budget:g} tokens a parameter"
+    return f"{power(budget)} FLOPs" if budget > 1e9 else f"{budget:.3g} tokens a parameter"

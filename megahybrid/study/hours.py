@@ -46,6 +46,7 @@ def _rate(results: Results, kind: str, flops: float) -> float:
     sizes = sorted(measured)
     if not sizes:
         return np.nan
-    optimum = results.fit["kinds"][kind]["optimum"]
-    best = np.interp(np.log(flops), *(np.log([each[name] for each in optimum]) for name in ("flops", "parameters")))
+    law = results.fit["kinds"][kind]
+    point = law["optimum"][0]
+    best = np.log(point["parameters"]) + law["a_opt"] * np.log(flops / point["flops"])
     return float(np.exp(np.interp(best, np.log(sizes), np.log([np.median(measured[size]) for size in sizes]))))

@@ -166,8 +166,8 @@ def multiplier_figure(results: Results) -> Figure | None:
             axes.fill_between(x, low * scale, high * scale, color=color, alpha=0.15, linewidth=0)
     for axes, name in zip(columns, ("of FLOPs", "of GPU hours"), strict=True):
         axes.axhline(1, color=styles(results)[base]["color"], linewidth=1.2)
-        axes.set_xlim(x[0], x[-1])
-        axes.axvspan(end, x[-1], color=GRID, alpha=0.35, linewidth=0)
+        axes.set_xlim(x[0] / 1.1, x[-1] * 1.1)
+        axes.axvspan(end, x[-1] * 1.1, color=GRID, alpha=0.35, linewidth=0)
         axes.set_title(name, fontsize=10)
         log_axis(axes, "x", f"FLOPs of {base}", power)
     columns[0].set_ylabel(f"times what {base} needs, at equal loss")

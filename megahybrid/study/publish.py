@@ -36,10 +36,11 @@ def publish(results: Results, folder: Path, base: Config, pictures: Sequence[Pat
     """
     tracking = replace(base.tracking, name=f"{results.study} report", group=results.study)
     recipe = replace(base, tracking=tracking)
-    add_to_summary(recipe, folder, f"report-{results.study}", lambda wandb: _summary(wandb, results, pictures))
+    add_to_summary(recipe, folder, f"report-{results.study}", lambda wandb: summary(wandb, results, pictures))
 
 
-def _summary(wandb: Any, results: Results, pictures: Sequence[Path]) -> dict[str, Any]:
+def summary(wandb: Any, results: Results, pictures: Sequence[Path]) -> dict[str, Any]:
+    """By name, what the run's summary gets: `runs` and the pictures."""
     beside = "" if wandb.run.settings._offline else wandb.run.url.rpartition("/")[0]
     rows = [
         [*(getattr(run, name) for name in COLUMNS), "" if run.counts else why(run), beside and f"{beside}/{run.run}"]

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megahybrid.config import load_config
 from megahybrid.files import write_text
 from megahybrid.study import hours
 from megahybrid.study.answers import (
@@ -19,8 +20,11 @@ from megahybrid.study.answers import (
     savings,
     why,
 )
+from megahybrid.study.cells import RUNS
 from megahybrid.study.drawing import power
+from megahybrid.study.file import Study
 from megahybrid.study.pictures import draw
+from megahybrid.study.publish import publish
 from megahybrid.study.results import Results, read_results
 from megahybrid.training.drawing import short_number
 
@@ -35,6 +39,27 @@ CAPTIONS = {
     "branches": "Trunks (squares), their branches (dots), and the law.",
     "cost": "GPU hours, planned and used.",
 }
+
+
+def report(study: Study, file: Path) -> list[Path]:
+    """Write the report of a study, and put it into W&B where its base recipe has that on and there is news; returns the
+    paths of report.md and the pictures.
+
+    Args:
+        file: the study file, for the commands.
+
+    Raises UserError as `write`.
+    """
+    folder, base = RUNS.parent / study.study, load_config(study.base)
+    before = _content(folder / "report.md")
+    paths = write(folder, file)
+    if _content(folder / "report.md") != before or not (folder / "wandb").is_dir():
+        publish(read_results(folder), folder, base, paths[1:])
+    return paths
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def write(folder: Path, file: Path) -> list[Path]:

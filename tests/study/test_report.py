@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
 import pytest
 
-from megahybrid.config import load_config
+from megahybrid.cli import main
 from megahybrid.errors import UserError
 from megahybrid.study import hours, pictures, publish, report, run_pictures
 from megahybrid.study.answers import answers, in_hours, open_questions, savings
@@ -306,29 +307,45 @@ def test_round_numbers():
 
 
 @pytest.fixture
-def recipe(tmp_path):
+def study_file(tmp_path, monkeypatch):
+    """A study in a folder of its own, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pictures, "PICTURES", {"cost.png": run_pictures.cost_figure})
     (tmp_path / "base.yaml").write_text(
         "run: {dir: unused}\nmodel: {pattern: F, hidden_size: 32, vocab_size: 384}\ndata: {path: unused}\n"
         "train: {seq_length: 32, micro_batch_size: 1, global_batch_size: 1, steps: 1}\ntracking: {wandb: offline}\n"
     )
-    return load_config(tmp_path / "base.yaml")
+    (tmp_path / "study.yaml").write_text(
+        "study: hybrids-1\nbase: base.yaml\nkinds: {gdn: G}\nsizes: [{width: 32, layers: 1}]\n"
+        "budgets: {flops: [1.0e15]}\n"
+    )
+    made_up.write(tmp_path / "studies" / "hybrids-1")
+    return tmp_path / "study.yaml"
 
 
-def test_wandb_gets_pictures_and_a_table_of_runs(written, recipe, tmp_path):
-    folder, paths = written
-    results = read_results(folder)
-    publish.publish(results, tmp_path, recipe, paths[1:3])
-    (run,) = (tmp_path / "wandb").glob("offline-run-*-report-hybrids-1")
-    images = {each.name.partition("_")[0] for each in run.glob("files/media/images/*.png")}
-    assert images == {"isoflop", "compute"}
+def test_the_verb_reports_and_tells_wandb_what_is_new(study_file, tmp_path, capsys):
+    folder = tmp_path / "studies" / "hybrids-1"
+    for _ in range(2):
+        assert main(["study", "report", str(study_file)]) == 0
+    assert capsys.readouterr().out.split() == ["studies/hybrids-1/report.md", "studies/hybrids-1/cost.png"] * 2
+    (run,) = (folder / "wandb").glob("offline-run-*-report-hybrids-1")
+    assert [each.name.partition("_")[0] for each in run.glob("files/media/images/*.png")] == ["cost"]
     (table,) = run.glob("files/media/table/runs*.json")
-    made = json.loads(table.read_text())
-    assert len(made["data"]) == len(results.runs)
+    made, runs = json.loads(table.read_text()), read_results(folder).runs
+    assert len(made["data"]) == len(runs)
     row = dict(zip(made["columns"], made["data"][0], strict=True))
-    assert row["cell"] == results.runs[0].cell and row["loss"] == results.runs[0].loss and row["link"] == ""
+    assert row["cell"] == runs[0].cell and row["loss"] == runs[0].loss and row["link"] == ""
 
 
-def test_without_tracking_nothing_is_tracked(written, recipe, tmp_path):
-    recipe.tracking.wandb = "disabled"
-    publish.publish(read_results(written[0]), tmp_path, recipe, [])
-    assert not (tmp_path / "wandb").exists()
+def test_runs_are_linked_where_there_is_a_server(written):
+    results = read_results(written[0])
+    run = SimpleNamespace(url="https://wandb.ai/we/us/runs/report", settings=SimpleNamespace(_offline=False))
+    wandb = SimpleNamespace(run=run, Table=lambda columns, data: data, Image=str)
+    rows = publish.summary(wandb, results, [])["runs"]
+    assert [row[-1] for row in rows] == [f"https://wandb.ai/we/us/runs/{each.run}" for each in results.runs]
+
+
+def test_without_tracking_nothing_is_tracked(study_file, tmp_path):
+    (tmp_path / "base.yaml").write_text((tmp_path / "base.yaml").read_text().replace("offline", "disabled"))
+    assert main(["study", "report", str(study_file)]) == 0
+    assert not (tmp_path / "studies" / "hybrids-1" / "wandb").exists()
