@@ -130,9 +130,9 @@ def _left_out(results: Results) -> Iterator[str]:
         if not run.counts:
             tuning = "of the tuning grid" if run.role == "tune" else f"({run.excluded or 'without a loss'})"
             reasons.setdefault(tuning if run.state == "done" else run.state, []).append(run.cell)
-    said = f"Of {len(results.runs)} runs the law was fitted to {fitted}, and {held} held-out ones are done"
-    parts = [f"{len(cells)} {reason}{_names(cells)}" for reason, cells in reasons.items()]
-    yield f"{said}; left out are {listed(parts)}." if parts else f"{said}; none is left out."
+    parts = [f"{fitted} fitted", f"{held} held out and done"]
+    parts += [f"{len(cells)} {reason}{_names(cells)}" for reason, cells in reasons.items()]
+    yield f"{len(results.runs)} runs: {listed(parts)}."
 
 
 def why(run: Run) -> str:

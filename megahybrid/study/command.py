@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -28,10 +29,13 @@ def _plan(parsed: argparse.Namespace) -> None:
 
 
 def _report(parsed: argparse.Namespace) -> None:
+    from megahybrid.config import load_config
     from megahybrid.study.file import load_study
 
     study = load_study(parsed.file)
+    base = load_config(study.base)
+    from megahybrid.study.cells import RUNS
     from megahybrid.study.report import report
 
-    for path in report(study, parsed.file):
+    for path in report(RUNS.parent / study.study, Path(parsed.file), base):
         print(path)

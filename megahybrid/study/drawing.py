@@ -46,6 +46,15 @@ def panels(titles: Sequence[str], sharey: bool = True) -> tuple[Figure, list[Axe
     return figure, grid[: len(titles)]
 
 
+def finish(grid: Sequence[Axes], label: str, text: Callable[[float, int], str]) -> None:
+    """What all panels have along x and y, after everything is drawn; said once a column, and once."""
+    for place, axes in enumerate(grid):
+        lowest = place + _COLUMNS >= len(grid)
+        log_axis(axes, "x", label if lowest else "", text)
+        axes.tick_params(labelbottom=lowest)
+    grid[0].set_ylabel(LOSS)
+
+
 def legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     """One for the whole figure, below it."""
     longest = max(len(each.get_label()) for each in handles)

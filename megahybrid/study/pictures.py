@@ -20,6 +20,7 @@ from megahybrid.study.drawing import (
     STAR,
     budget_name,
     dots,
+    finish,
     kinds_legend,
     legend,
     log_axis,
@@ -60,13 +61,12 @@ def isoflop_figure(results: Results) -> Figure:
             chosen = [run for run in results.of(kind) if run.budget == budget]
             if chosen:
                 _isoflop(axes, chosen, results.fit["kinds"][kind], colors[budget])
-    for axes in grid:
-        log_axis(axes, "x", "parameters", short_number)
-    grid[0].set_ylabel(LOSS)
+    finish(grid, "parameters", short_number)
     handles = [Line2D([], [], color=colors[budget], marker="o", label=budget_name(budget)) for budget in budgets]
     handles.append(Line2D([], [], color="grey", linestyle="--", linewidth=1, label="the law"))
     handles.append(Line2D([], [], color="grey", marker="o", linestyle="", markerfacecolor="none", label="held out"))
-    handles.append(Line2D([], [], color="grey", marker="*", linestyle="", markersize=9, label="lowest point"))
+    if any(line.get_marker() == "*" for axes in grid for line in axes.lines):
+        handles.append(Line2D([], [], color="grey", marker="*", linestyle="", markersize=9, label="lowest point"))
     legend(figure, handles)
     return figure
 
@@ -142,7 +142,8 @@ def optimum_figure(results: Results) -> Figure:
         log_axis(axes, "x", "FLOPs", power)
         log_axis(axes, "y", name, short_number)
     lowest = Line2D([], [], color="grey", marker="o", linestyle="", label="lowest point of a parabola")
-    kinds_legend(figure, results, BEYOND, lowest, line=True)
+    drawn = any(line.get_marker() != "None" for line in left.lines)
+    kinds_legend(figure, results, BEYOND, *[lowest] * drawn, line=True)
     return figure
 
 
@@ -213,6 +214,7 @@ def _intervals(axes: Axes, results: Results, held: Sequence[Run]) -> None:
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set_yticks(range(len(held)), [f"{run.kind}\n{run.size}, {power(run.flops)}" for run in held], fontsize=9)
     axes.set_ylim(len(held) - 0.4, -0.6)
+    axes.margins(x=0.12)
     axes.set_xlabel("actual against the frozen prediction, and its interval (%)")
     tidy(axes)
 

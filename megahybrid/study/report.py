@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megahybrid.config import load_config
+from megahybrid.config import Config
 from megahybrid.files import write_text
 from megahybrid.study import hours
 from megahybrid.study.answers import (
@@ -20,9 +20,7 @@ from megahybrid.study.answers import (
     savings,
     why,
 )
-from megahybrid.study.cells import RUNS
 from megahybrid.study.drawing import power
-from megahybrid.study.file import Study
 from megahybrid.study.pictures import draw
 from megahybrid.study.publish import publish
 from megahybrid.study.results import Results, read_results
@@ -41,16 +39,16 @@ CAPTIONS = {
 }
 
 
-def report(study: Study, file: Path) -> list[Path]:
-    """Write the report of a study, and put it into W&B where its base recipe has that on and there is news; returns the
-    paths of report.md and the pictures.
+def report(folder: Path, file: Path, base: Config) -> list[Path]:
+    """Write a study's report, and put it into W&B where that is on and there is news; returns the paths of report.md
+    and the pictures.
 
     Args:
-        file: the study file, for the commands.
+        folder, file: as `write`.
+        base: the study's base recipe, whose tracking keys count.
 
     Raises UserError as `write`.
     """
-    folder, base = RUNS.parent / study.study, load_config(study.base)
     before = _content(folder / "report.md")
     paths = write(folder, file)
     if _content(folder / "report.md") != before or not (folder / "wandb").is_dir():

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from megahybrid.study import hours
 from megahybrid.study.curves import law_loss, lowest_point, tunings
-from megahybrid.study.drawing import LOSS, budget_name, log_axis, panels, power
+from megahybrid.study.drawing import budget_name, finish, panels, power
 from megahybrid.study.results import Results, Run
 from megahybrid.training.drawing import ACCENT, INK, short_number, tidy
 
@@ -31,9 +31,7 @@ def learning_rate_figure(results: Results) -> Figure | None:
             _tuning(axes, group, color)
         axes.margins(y=0.15)
         axes.legend(frameon=False, fontsize=8, loc="upper center")
-    for axes in grid:
-        log_axis(axes, "x", "learning rate", power)
-    grid[0].set_ylabel(LOSS)
+    finish(grid, "learning rate", power)
     return figure
 
 
@@ -65,9 +63,7 @@ def branches_figure(results: Results) -> Figure | None:
         for runs, color in zip(trunks.values(), colormaps["viridis"](np.linspace(0, 0.85, len(trunks))), strict=True):
             _branches(axes, runs, results.fit["kinds"][kind], color)
         axes.legend(frameon=False, fontsize=8)
-    for axes in grid:
-        log_axis(axes, "x", "tokens", short_number)
-    grid[0].set_ylabel(LOSS)
+    finish(grid, "tokens", short_number)
     return figure
 
 
