@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megahybrid.cli import main
+from megahybrid.config import Config
 from megahybrid.errors import UserError
 from megahybrid.study import hours, pictures, publish, report, run_pictures
 from megahybrid.study.answers import answers, in_hours, open_questions, savings
@@ -160,8 +161,10 @@ def test_pictures_are_there_and_not_blank(written):
         ("runs.csv", None, "has no runs.csv: run `megahybrid study collect`"),
         ("fit.json", None, "has no fit.json with a fitted kind: run `megahybrid study fit`"),
         ("fit.json", '{"kinds": {"gdn', "has no fit.json with a fitted kind"),
+        ("fit.json", '{"kinds": {}}', "has no fit.json with a fitted kind"),
         ("runs.csv", "cell,run\na,b\n", "Line 2 of '.*runs.csv' has no kind"),
         ("plan.csv", "cell\na\n", "Line 2 of '.*plan.csv' has no gpu_hours"),
+        ("plan.csv", "cell,gpu_hours\na,many\n", r"Line 2 of '.*plan.csv' has no gpu_hours \(many\)"),
     ],
 )
 def test_what_cannot_be_reported_is_one_sentence_and_leaves_nothing(name, content, said, tmp_path):
@@ -260,7 +263,7 @@ def test_learning_rates_have_their_lowest_point(written):
     for axes in run_pictures.learning_rate_figure(results).axes:
         (star,) = [each for each in axes.lines if each.get_marker() == "*"]
         assert star.get_xdata()[0] == pytest.approx(2e-3 * made_up.BEST_FACTOR, rel=1e-3)
-        assert axes.get_legend().texts[0].get_text() == "128x4, 3e15 FLOPs: lowest at 1.8e-3"
+        assert [each.get_text() for each in axes.get_legend().texts] == ["128x4, 3e15 FLOPs: lowest at 1.8e-3"]
 
 
 def test_branches_lie_with_their_trunk_on_the_law(tmp_path):
@@ -334,12 +337,21 @@ def test_the_verb_reports_and_tells_wandb_what_is_new(study_file, tmp_path, caps
     assert row["cell"] == runs[0].cell and row["loss"] == runs[0].loss and row["link"] == ""
 
 
-def test_runs_are_linked_where_there_is_a_server(written):
-    results = read_results(written[0])
+def test_runs_are_linked_where_there_is_a_server(written, monkeypatch):
+    folder, paths = written
     run = SimpleNamespace(url="https://wandb.ai/we/us/runs/report", settings=SimpleNamespace(_offline=False))
     wandb = SimpleNamespace(run=run, Table=lambda columns, data: data, Image=str)
-    rows = publish.summary(wandb, results, [])["runs"]
-    assert [row[-1] for row in rows] == [f"https://wandb.ai/we/us/runs/{each.run}" for each in results.runs]
+
+    def add(config, where, run_id, make):
+        assert (config.tracking.group, config.tracking.name) == ("hybrids-1", "hybrids-1 report")
+        assert (where, run_id) == (folder, "report-hybrids-1")
+        added.update(make(wandb))
+
+    added, results = {}, read_results(folder)
+    monkeypatch.setattr(publish, "add_to_summary", add)
+    publish.publish(results, folder, Config(), paths[1:])
+    assert [row[-1] for row in added["runs"]] == [f"https://wandb.ai/we/us/runs/{each.run}" for each in results.runs]
+    assert added["isoflop"] == str(folder / "isoflop.png") and len(added) == len(paths)
 
 
 def test_without_tracking_nothing_is_tracked(study_file, tmp_path):
