@@ -13,6 +13,7 @@ from megahybrid.study import hours
 from megahybrid.study.drawing import power
 from megahybrid.study.results import Results, Run
 
+_ROUNDING = 1 + 1e-9
 NAMED = 6  # runs that a sentence names; of more it gives the number, and the table has the names
 
 
@@ -42,13 +43,16 @@ def baseline_range(results: Results) -> tuple[float, float]:
 
 
 def savings(results: Results, flops: float) -> list[Saving]:
-    """Of every kind against the baseline at some FLOPs of it, between fit.json's points in proportion to logarithms."""
+    """Of every kind against the baseline at some FLOPs of it, between fit.json's points in proportion to logarithms;
+    without kinds that may never have that loss."""
     found = []
-    for pair, points in (results.fit.get("multipliers") or {}).items():
+    for pair, points in results.fit["multipliers"].items():
         base, kind = pair.split(" vs ")
-        rows = np.log([[each["flops"], each["multiplier"], *each["interval"]] for each in points])
-        times = [float(np.exp(np.interp(np.log(flops), rows[:, 0], column))) for column in rows.T[1:]]
-        found.append(Saving(base, kind, flops, *times))
+        known = [each["flops"] for each in points]
+        if known and min(known) <= flops * _ROUNDING and flops <= max(known) * _ROUNDING:
+            rows = np.log([[each["flops"], each["multiplier"], *each["interval"]] for each in points])
+            times = [float(np.exp(np.interp(np.log(flops), rows[:, 0], column))) for column in rows.T[1:]]
+            found.append(Saving(base, kind, flops, *times))
     return found
 
 
@@ -62,7 +66,15 @@ def in_hours(results: Results, saving: Saving) -> Saving | None:
 
 def answers(results: Results) -> list[str]:
     """What it says."""
-    return [*_savings(results), *_forecasts(results), *_sizes(results), *_left_out(results), *_warnings(results)]
+    parts = _other_runs, _savings, _forecasts, _sizes, _approach2, _runs, _warnings
+    return [sentence for part in parts for sentence in part(results)]
+
+
+def _other_runs(results: Results) -> Iterator[str]:
+    for kind in results.kinds:
+        fitted, now = results.fit["kinds"][kind]["runs"], sum(run.fitted for run in results.of(kind))
+        if fitted != now:
+            yield f"**The fit of {kind} has {fitted} runs, runs.csv {now}.** {results.fit['rule']}"
 
 
 def _savings(results: Results) -> Iterator[str]:
@@ -122,7 +134,19 @@ def _sizes(results: Results) -> Iterator[str]:
     yield f"With compute C the best number of parameters grows as C to the power of {listed(said)}."
 
 
-def _left_out(results: Results) -> Iterator[str]:
+def _approach2(results: Results) -> Iterator[str]:
+    found = {kind: check for kind, check in results.fit["approach2"].items() if check and check["bias"]}
+    if found:
+        slopes = listed([f"{check['a_opt']:.3f} for {kind}" for kind, check in found.items()])
+        biases = listed([f"{100 * check['bias']['tokens']:+.1f} %" for check in found.values()])
+        flops = listed(_once(power(check["bias"]["flops"]) for check in found.values()))
+        yield (
+            f"Approach 2 gives {slopes}. It is biased: from the law's own losses, at these runs, it gets the best "
+            f"number of tokens at {flops} FLOPs {biases} off."
+        )
+
+
+def _runs(results: Results) -> Iterator[str]:
     fitted = sum(run.fitted for run in results.runs)
     held = sum(run.counts and run.held_out for run in results.runs)
     reasons: dict[str, list[str]] = {}
@@ -145,7 +169,7 @@ def _names(cells: Sequence[str]) -> str:
 
 
 def _warnings(results: Results) -> Iterator[str]:
-    yield from (f"The fit warns: {warning}" for warning in results.fit.get("warnings", []))
+    yield from (f"The fit warns: {warning}" for warning in results.fit["warnings"])
 
 
 def open_questions(results: Results) -> list[str]:
@@ -154,7 +178,12 @@ def open_questions(results: Results) -> list[str]:
 
 
 def _ties(results: Results) -> Iterator[str]:
-    found = savings(results, baseline_range(results)[1])
+    flops = baseline_range(results)[1]
+    found = savings(results, flops)
+    for pair in results.fit["multipliers"]:
+        base, kind = pair.split(" vs ")
+        if kind not in [saving.kind for saving in found]:
+            yield f"What {kind} needs for the loss of {base} at {power(flops)} FLOPs: by its law it may never have it."
     for saving in found:
         if not saving.clear:
             yield f"Whether {saving.kind} or {saving.base} needs less compute: the interval, {saving}, holds 1."
@@ -176,10 +205,9 @@ def _same_exponents(results: Results) -> Iterator[str]:
 
 
 def _extrapolation(results: Results) -> Iterator[str]:
-    end = max(run.flops for run in results.runs if run.fitted)
     frozen = [run for run in results.runs if run.cell in results.frozen and run.counts]
     checked = f"held-out runs test it at {listed(_once(power(run.flops) for run in frozen))} only" if frozen else ""
-    yield f"What holds beyond {power(end)} FLOPs, where no run was fitted: {checked or 'no run has tested it'}."
+    yield f"What holds beyond {power(results.end)} FLOPs, where no run was fitted: {checked or 'no run has tested it'}."
     for kind in results.kinds:
         if not any(run.kind == kind for run in frozen):
             yield f"Whether the law of {kind} predicts: no held-out run with a frozen prediction is done."

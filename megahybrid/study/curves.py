@@ -9,7 +9,7 @@ import numpy as np
 
 from megahybrid.study.results import Run
 
-EQUAL = 1.02  # FLOPs of runs of one budget that differ by no more than this factor are the same
+EQUAL = 1.02  # FLOPs that differ by no more than this factor are the same
 
 
 def law_loss(law: Mapping[str, Any], parameters: Any, tokens: Any) -> Any:

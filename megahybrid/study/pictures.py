@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from megahybrid.study import hours
-from megahybrid.study.curves import law_loss, parabola
+from megahybrid.study.curves import EQUAL, law_loss, parabola
 from megahybrid.study.drawing import (
     BEYOND,
     LOSS,
@@ -33,7 +33,7 @@ from megahybrid.study.results import Results, Run
 from megahybrid.study.run_pictures import branches_figure, cost_figure, learning_rate_figure
 from megahybrid.training.drawing import GRID, short_number, tidy
 
-_EQUAL = 1.02  # FLOPs beyond this multiple of the largest fitted run's are beyond it
+_WIDEST = 5  # of bands, what is drawn: so many times the largest and the smallest line
 
 
 def draw(folder: Path, results: Results) -> list[Path]:
@@ -110,9 +110,9 @@ def compute_figure(results: Results) -> Figure:
 
 def _along(axes: Axes, results: Results, kind: str, name: str, style: Mapping[str, Any]) -> None:
     """A line of what is best at some FLOPs, dashed beyond the fitted runs, with a band where there are intervals."""
-    optimum = results.fit["kinds"][kind]["optimum"]
+    optimum = [each for each in results.fit["kinds"][kind]["optimum"] if each["flops"] <= results.horizon]
     x, y = (np.array([each[key] for each in optimum]) for key in ("flops", name))
-    inside = x <= _EQUAL * max(run.flops for run in results.of(kind) if run.fitted)
+    inside = x <= EQUAL * max(run.flops for run in results.of(kind) if run.fitted)
     beyond = ~inside | np.append(~inside[1:], True)
     axes.plot(x[inside], y[inside], color=style["color"], linewidth=1.8)
     axes.plot(x[beyond], y[beyond], color=style["color"], linewidth=1.5, linestyle="--")
@@ -150,14 +150,17 @@ def optimum_figure(results: Results) -> Figure:
 def multiplier_figure(results: Results) -> Figure | None:
     """What each kind needs for the baseline's loss, as a multiple of what the baseline needs: of FLOPs, and of GPU
     hours as measured; grey where no run was fitted."""
-    pairs = results.fit.get("multipliers") or {}
+    pairs = {
+        tuple(pair.split(" vs ")): [each for each in points if each["flops"] <= results.horizon]
+        for pair, points in results.fit["multipliers"].items()
+        if points
+    }
     if not pairs:
         return None
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     columns = figure.subplots(1, 2, sharey=True)
-    end = max(run.flops for run in results.runs if run.fitted)
-    for pair, points in pairs.items():
-        base, kind = pair.split(" vs ")
+    middles = []
+    for (base, kind), points in pairs.items():
         x, middle = (np.array([each[name] for each in points]) for name in ("flops", "multiplier"))
         low, high = np.array([each["interval"] for each in points]).T
         ratio = np.array([hours.ratio(results, base, kind, *each) for each in zip(x, middle, strict=True)])
@@ -165,13 +168,19 @@ def multiplier_figure(results: Results) -> Figure | None:
         for axes, scale in zip(columns, (1.0, ratio), strict=True):
             axes.plot(x, middle * scale, color=color, linewidth=1.8)
             axes.fill_between(x, low * scale, high * scale, color=color, alpha=0.15, linewidth=0)
+            middles.append(middle * scale)
     for axes, name in zip(columns, ("of FLOPs", "of GPU hours"), strict=True):
         axes.axhline(1, color=styles(results)[base]["color"], linewidth=1.2)
-        axes.set_xlim(x[0] / 1.1, x[-1] * 1.1)
-        axes.axvspan(end, x[-1] * 1.1, color=GRID, alpha=0.35, linewidth=0)
         axes.set_title(name, fontsize=10)
         log_axis(axes, "x", f"FLOPs of {base}", power)
-    columns[0].set_ylabel(f"times what {base} needs, at equal loss")
+        left, right = axes.get_xlim()
+        axes.axvspan(results.end, max(right, results.end), color=GRID, alpha=0.35, linewidth=0)
+        axes.set_xlim(left, right)
+    middles = np.append(1, np.nan_to_num(np.concatenate(middles), nan=1))
+    bottom, top = columns[0].get_ylim()
+    columns[0].set_yscale("log")
+    columns[0].set_ylim(max(bottom, middles.min() / _WIDEST), min(top, middles.max() * _WIDEST))
+    log_axis(columns[0], "y", f"times what {base} needs, at equal loss", lambda value, _: f"{value:g}")
     kinds_legend(figure, results, line=True)
     return figure
 

@@ -62,6 +62,8 @@ class Planned:
 
 Row = TypeVar("Row", Run, Planned)
 
+_NUMBERS = "A", "B", "E", "alpha", "beta", "a_opt", "parameters", "tokens", "loss"
+
 
 @dataclass(frozen=True)
 class Results:
@@ -86,6 +88,17 @@ class Results:
         """Those that were fitted, in the fit's order."""
         return list(self.fit["kinds"])
 
+    @property
+    def end(self) -> float:
+        """FLOPs of the largest run that was fitted."""
+        return max(run.flops for run in self.runs if run.fitted)
+
+    @property
+    def horizon(self) -> float:
+        """FLOPs up to which it is worth looking: ten times the largest fitted run, or the largest run or target."""
+        targets = [each["flops"] for law in self.fit["kinds"].values() for each in law["predictions"]]
+        return max(10 * self.end, *[run.flops for run in self.runs], *targets)
+
     def of(self, kind: str) -> list[Run]:
         """The kind's runs whose losses count, by parameters and tokens."""
         chosen = [run for run in self.runs if run.kind == kind and run.counts]
@@ -103,9 +116,24 @@ def read_results(folder: Path) -> Results:
     fit = read_json(folder / "fit.json")
     if not isinstance(fit, dict) or not fit.get("kinds"):
         raise UserError(f"'{folder}' has no fit.json with a fitted kind: run `megahybrid study fit` first.")
+    if not all(law["intervals"] for law in fit["kinds"].values()):
+        raise UserError(f"The fit in '{folder}' has no intervals: run `megahybrid study fit` with its replicates.")
+    if not any(run.fitted for run in runs):
+        raise UserError(f"No run of '{folder}' is done, so its fit is of other runs: run `megahybrid study fit` again.")
     planned = {each.cell: each.gpu_hours for each in _read(folder / "plan.csv", Planned) or []}
     frozen = read_json(folder / "prediction.json") or {}
-    return Results(folder.resolve().name, runs, fit, planned, frozen)
+    return Results(folder.resolve().name, runs, _with_nan(fit), planned, frozen)
+
+
+def _with_nan(value: Any) -> Any:
+    """JSON has no nan: fit.json says null where an end of an interval, or a best size, is not a finite number."""
+    if isinstance(value, list):
+        return [math.nan if each is None else _with_nan(each) for each in value]
+    if isinstance(value, dict):
+        return {
+            name: math.nan if each is None and name in _NUMBERS else _with_nan(each) for name, each in value.items()
+        }
+    return value
 
 
 def _read(path: Path, row: type[Row]) -> list[Row] | None:

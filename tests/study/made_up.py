@@ -112,8 +112,9 @@ def multiplier(base, kind, flops):
 
 
 def fit(rows):
-    compute = np.geomspace(1e15, 1e18, 13)
+    compute = np.geomspace(1e15, 1e19, 17)
     return {
+        "rule": "Some runs are fitted.",
         "kinds": {kind: fit_of(kind, [each for each in rows if each["kind"] == kind], compute) for kind in LAWS},
         "multipliers": {
             f"transformer vs {kind}": [
@@ -123,26 +124,35 @@ def fit(rows):
             for kind in LAWS
             if kind != "transformer"
         },
+        "shared_exponents": {"alpha": 0.28, "beta": 0.33, "objective": 4e-4, "objective_of_own_exponents": 3.6e-4},
+        "approach2": {kind: {"a_opt": 0.55, "bias": {"flops": 1e17, "tokens": -0.029}} for kind in LAWS}
+        | {"lalte": None},
+        "rollout": {kind: [{"flops": 1e16, "fitted": 10, "error": -0.0012}] for kind in LAWS} | {"lalte": []},
         "warnings": [],
     }
 
 
 def fit_of(kind, rows, compute):
     a, b, e, alpha, beta = LAWS[kind]
-    a_opt = beta / (alpha + beta)
-    law = {"A": a, "B": b, "E": e, "alpha": alpha, "beta": beta, "a_opt": a_opt}
-    return {
+    law = {"A": a, "B": b, "E": e, "alpha": alpha, "beta": beta, "a_opt": beta / (alpha + beta)}
+    made = {
         **law,
         "objective": 1.2e-4,
         "gradient_norm": 3e-14,
         "condition": 5.1e5,
+        "delta": {"1e-4": law | {"a_opt": 0.531}, "1e-2": law, "inf": None},
         "intervals": {name: [value * 0.95, value * 1.05] for name, value in law.items()},
         "runs": sum(each["state"] == "done" and not each["held_out"] and not each["excluded"] for each in rows),
-        "optimum": [
-            dict(zip(("flops", "parameters", "tokens", "loss"), (c, *optimum(kind, c)), strict=True)) for c in compute
-        ],
+        "optimum": [best(kind, flops) for flops in compute],
         "predictions": [prediction(kind, each) for each in rows if each["held_out"]] + [target(kind)],
     }
+    return made | {"without_embedding": made | {"a_opt": 0.561} if kind == "gdn" else None}
+
+
+def best(kind, flops):
+    parameters, tokens, expected = optimum(kind, flops)
+    ends = [expected * (1 - SPREAD), expected * (1 + SPREAD)]
+    return {"flops": flops, "parameters": parameters, "tokens": tokens, "loss": expected, "interval": ends}
 
 
 def prediction(kind, each):
