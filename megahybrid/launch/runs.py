@@ -123,7 +123,7 @@ def _read(path: Path, queue: Sequence[slurm.QueuedJob] | None) -> Run:
     run = RunDirectory(path)
     status = read_json(run.status) or {}  # one run that cannot be read now does not hide the others
     submitted = [read_json(each) for each in sorted(path.glob("submit/*/job.json"))]
-    mine = [job for job in queue or () for facts in submitted if facts and _belongs(job, facts)]
+    mine = [job for job in queue or () for facts in submitted if facts and job.is_for(facts)]
     state, reason = _state(run, status, None if queue is None else mine)
     known = [number for facts in submitted if facts for number in facts["jobs"]]
     started = [attempt["job"] for attempt in attempts.read(run) if attempt["job"]]
@@ -131,11 +131,6 @@ def _read(path: Path, queue: Sequence[slurm.QueuedJob] | None) -> Run:
     return Run(
         path, state, reason, status.get("step", 0), status.get("target", 0), _last_metrics(run.metrics), jobs[-3:]
     )
-
-
-def _belongs(job: slurm.QueuedJob, facts: dict[str, Any]) -> bool:
-    element = None if job.array is None else job.array[1]
-    return job.comment == facts["submission"] and (element is None or element == facts.get("element"))
 
 
 def _state(run: RunDirectory, status: dict[str, Any], jobs: Sequence[slurm.QueuedJob] | None) -> tuple[str, str]:
