@@ -18,6 +18,7 @@ from megahybrid.evaluation.command import add_arguments as add_eval_arguments
 from megahybrid.evaluation.command import run as evaluate
 from megahybrid.inference.command import add_arguments as add_generate_arguments
 from megahybrid.inference.command import run as generate
+from megahybrid.study.command import add_arguments as add_study_arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=_harness)
     _add_conversions(verbs)
     _add_submit(verbs)
+    text = "scaling studies: kinds of models over sizes and budgets, from plan to report"
+    add_study_arguments(verbs.add_parser("study", help=text, description=text))
     verb = verbs.add_parser("runs", help="the runs under a folder: state, speed, loss, time left, jobs")
     verb.add_argument("path", type=Path, nargs="?", default=Path("runs"), metavar="FOLDER", help="default: runs")
     verb.set_defaults(run=_runs)

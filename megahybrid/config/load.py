@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import sysconfig
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +20,19 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from megahybrid.config.arithmetic import whole
 from megahybrid.config.schema import Config
 from megahybrid.config.validate import validate
 from megahybrid.errors import UserError
 from megahybrid.files import write_text
 
-# The interpreter's own library: text that is on every machine.
+T = typing.TypeVar("T")
+
+# The interpreter's own library, and the packages installed for it: text that is on every machine.
 OmegaConf.register_resolver("python_stdlib", lambda: str(Path(os.__file__).parent), replace=True)
+OmegaConf.register_resolver("python_packages", lambda: sysconfig.get_paths()["purelib"], replace=True)
+# Heads that follow the width: ${whole:${model.hidden_size}/64}.
+OmegaConf.register_resolver("whole", lambda expression: whole(str(expression)), replace=True)
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -38,7 +45,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(recipe)
     if not path.is_file():
         raise UserError(f"There is no recipe '{recipe}'; give the path of a YAML file such as recipes/quickstart.yaml.")
-    config = _merge(_with_includes(path, (), set()), overrides, str(recipe))
+    config = merge(Config, _with_includes(path, (), set()), overrides, str(recipe))
     validate(config)
     return config
 
@@ -63,7 +70,7 @@ def _with_includes(path: Path, above: tuple[Path, ...], read: set[Path]) -> list
     if path.resolve() in read:
         return []
     read.add(path.resolve())
-    tree = _read(path)
+    tree = read_tree(path)
     includes = _pop_includes(tree, path)
     trees = []
     for name in includes:
@@ -74,7 +81,8 @@ def _with_includes(path: Path, above: tuple[Path, ...], read: set[Path]) -> list
     return [*trees, tree]
 
 
-def _read(path: Path) -> DictConfig:
+def read_tree(path: Path) -> DictConfig:
+    """The YAML file's tree, nothing in it resolved. Raises UserError."""
     try:
         tree = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
@@ -96,23 +104,27 @@ def _pop_includes(tree: DictConfig, path: Path) -> list[str]:
     return names
 
 
-def _merge(trees: Sequence[DictConfig], overrides: Sequence[str], recipe: str) -> Config:
+def merge(schema: type[T], trees: Sequence[DictConfig], overrides: Sequence[str], file: str) -> T:
+    """An object of the dataclass `schema` from its defaults, trees and then key=value overrides, later ones on top.
+
+    Raises UserError for an unknown key, a missing one or one of another type; `file` is what lacks a missing one.
+    """
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise UserError(f"'{override}' is not an override; write key=value, such as train.steps=100.")
     try:
         layers = [*trees, OmegaConf.from_dotlist(list(overrides))]
-        merged = OmegaConf.structured(Config)
+        merged = OmegaConf.structured(schema)
         for layer in layers:
-            _require_sections(layer, Config, "")
+            _require_sections(layer, schema, "")
             merged = OmegaConf.merge(merged, layer)
-        return typing.cast(Config, OmegaConf.to_object(merged))
+        return typing.cast(T, OmegaConf.to_object(merged))
     except ConfigKeyError as error:
-        raise UserError(_unknown_key(str(error.full_key))) from error
+        raise UserError(_unknown_key(schema, str(error.full_key))) from error
     except MissingMandatoryValue as error:
-        raise UserError(f"'{recipe}' does not set {error.full_key}; add it or give {error.full_key}=VALUE.") from error
+        raise UserError(f"'{file}' does not set {error.full_key}; add it.") from error
     except (InterpolationResolutionError, GrammarParseError) as error:
-        raise UserError(f"{error.full_key or recipe}: {_first_line(error)}.") from error
+        raise UserError(f"{error.full_key or file}: {_first_line(error)}.") from error
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise UserError(f"{where}{_first_line(error)}; give a value of that type.") from error
@@ -137,14 +149,13 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0].rstrip(".")
 
 
-def _unknown_key(full_key: str) -> str:
-    known = list(known_keys())
-    close = difflib.get_close_matches(full_key, known, n=1, cutoff=0.6)
-    hint = f"did you mean {close[0]}?" if close else "see megahybrid/config/schema.py and megahybrid/mixers."
+def _unknown_key(schema: type, full_key: str) -> str:
+    close = difflib.get_close_matches(full_key, list(known_keys(schema)), n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]}?" if close else f"see {schema.__module__.replace('.', '/')}.py."
     return f"Unknown configuration key '{full_key}'; {hint}"
 
 
-def known_keys(schema: type = Config, prefix: str = "") -> typing.Iterator[str]:
+def known_keys(schema: type, prefix: str = "") -> typing.Iterator[str]:
     """Every key of the schema, dotted."""
     hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):

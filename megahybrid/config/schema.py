@@ -136,6 +136,9 @@ class TrainConfig:
     """Weight of the squared log of the softmax's normaliser (PaLM, arXiv 2204.02311, section 5)."""
     init_from: str | None = key(None, may_change=True)
     """A checkpoint (or run directory) whose weights a new run starts from; nothing else of it is taken over."""
+    branch_from: str | None = key(None, may_change=True)
+    """RUN@STEP, a run directory and the step of a checkpoint of it, with all of whose state a new run begins: it goes
+    on as that run would, with its own checkpoints, metrics and W&B run."""
     resume_from: int | None = key(None, may_change=True)
     """The step of a checkpoint of this run to go back to, once a submission; later checkpoints are abandoned."""
     skip: SkipConfig = field(default_factory=SkipConfig)
@@ -160,7 +163,7 @@ class OptimizerConfig:
     schedule: str = key("cosine", may_change=True, choices=("cosine", "wsd", "constant"))
     """After the warm-up: cosine down to min_ratio; wsd, constant and then linear down to min_ratio; or constant."""
     decay_fraction: float = key(0.2, may_change=True, at_most=1)
-    """Part of all steps in which wsd decays."""
+    """Part of all steps in which wsd decays, rounded to whole steps."""
     min_ratio: float = key(0.1, may_change=True, at_least=0, at_most=1)
     """Learning rate at the end of cosine or wsd, as a part of the peak."""
     betas: tuple[float, float] = key((0.9, 0.95), may_change=True, at_least=0, below=1)
@@ -269,6 +272,8 @@ class CheckpointConfig:
     """Newest checkpoints that stay on disk, and as many of those that a rollback abandons."""
     milestone_every: int = key(0, may_change=True, at_least=0)
     """Checkpoints whose step is a multiple of this stay for ever; 0 for none."""
+    milestones: list[int] = key([], may_change=True)
+    """Steps that are saved whatever `every`, and whose checkpoints stay for ever."""
 
 
 @dataclass

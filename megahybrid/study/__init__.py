@@ -1,0 +1,1 @@
+"""Scaling studies: one file, from plan to report."""

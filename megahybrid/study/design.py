@@ -1,0 +1,103 @@
+"""From a study file to its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from megahybrid.errors import UserError
+from megahybrid.study.cells import Cell, Family
+from megahybrid.study.file import SizeConfig, Study
+from megahybrid.study.models import Model, make_models
+
+
+def design(study: Study, tuned: Mapping[str, float] = MappingProxyType({}), needs_data: bool = True) -> list[Cell]:
+    """All runs of a study, kind by kind: its tuning grid, then size by size a trunk before its branches.
+
+    Args:
+        study: as `load_study` gives it.
+        tuned: the best factor on the learning rate of every kind whose grid is done.
+        needs_data: whether data that are not prepared are a fault; without them no identity means anything.
+
+    Raises UserError, with the cell's name, for what cannot be trained, and for two cells that are the same run.
+    """
+    cells: list[Cell] = []
+    rungs = _rungs(study)
+    for kind in study.kinds:
+        families = [_family(study, rung, kind, needs_data) for rung in rungs]
+        smallest = next(family for family, rung in zip(families, rungs, strict=True) if rung.smallest)
+        grid = smallest.grid()
+        awaits = () if kind in tuned else tuple(cell.identity for cell in grid)
+        cells += grid
+        for family, rung in zip(families, rungs, strict=True):
+            for seed in range(rung.repeats):
+                cells += family.cells(seed, tuned.get(kind, 1.0), awaits)
+    _refuse_doubles(cells)
+    return cells
+
+
+@dataclass(frozen=True)
+class _Rung:
+    """A size with its budgets.
+
+    Attributes:
+        models: by kind.
+        budgets: ascending.
+        in_flops: whether budgets are FLOPs, or tokens a parameter.
+        held_out: the budget whose run is held out, or None.
+        smallest: whether it is the smallest size.
+        repeats: runs of each budget.
+    """
+
+    models: Mapping[str, Model]
+    budgets: Sequence[float]
+    in_flops: bool
+    held_out: float | None
+    smallest: bool
+    repeats: int
+
+
+def _rungs(study: Study) -> list[_Rung]:
+    """The sizes, and the one of its own that may be held out."""
+    sizes, held, budgets = [make_models(study, size) for size in study.sizes], study.hold_out, study.budgets
+    costs = [next(iter(models.values())).flops_per_token for models in sizes]
+    rungs = []
+    for models, cost in zip(sizes, costs, strict=True):
+        smallest, largest = cost == min(costs), cost == max(costs)
+        repeats = study.repeats.seeds if smallest or study.repeats.at == "all" else 1
+        out = budgets.values[-1] if largest and held and held.at else None
+        rungs.append(_Rung(models, budgets.values, bool(budgets.flops), out, smallest, repeats))
+    if held and not held.at:
+        budget = held.flops or held.tokens_per_parameter
+        models = make_models(study, SizeConfig(held.width, held.layers, held.overrides, held.nodes))
+        rungs.append(_Rung(models, [budget], bool(held.flops), budget, False, 1))
+    return rungs
+
+
+def _family(study: Study, rung: _Rung, kind: str, needs_data: bool) -> Family:
+    """A kind's runs at a size, with the tokens that each budget gives it: the first kind's, or as many as take what
+    is matched."""
+    model, first = rung.models[kind], next(iter(rung.models.values()))
+    share = first.flops_per_token / model.flops_per_token if study.match == "flops" else 1.0
+    a_unit = 1 / first.flops_per_token if rung.in_flops else first.parameters
+    asked = {budget: budget * a_unit * share for budget in rung.budgets}
+    family = Family(study, model, asked, rung.held_out)
+    if needs_data and family.data is None:
+        raise UserError(
+            f"data.path '{model.config.data.path}' holds no prepared data; run `megahybrid prepare {study.base}` first."
+        )
+    return family
+
+
+def _refuse_doubles(cells: Sequence[Cell]) -> None:
+    """A run of the tuning grid may be one of the others'."""
+    seen: dict[str, str] = {}
+    for cell in cells:
+        if cell.role == "tune":
+            continue
+        if cell.identity in seen:
+            raise UserError(
+                f"{seen[cell.identity]} and {cell.name} are the same run; remove a kind, a size or a budget."
+            )
+        seen[cell.identity] = cell.name

@@ -1,0 +1,47 @@
+"""A run's identity: what decides its result, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from megahybrid.config import Config
+from megahybrid.config.branching import branch_point
+from megahybrid.config.task_sources import text_sources
+from megahybrid.data.prepared import data_identity, find_prepared, open_prepared
+from megahybrid.key import derived, keys
+from megahybrid.training.resume import meaning
+
+_NO_RESULT = (
+    *("run.", "tracking.", "parallel.", "checkpoint.", "evaluate."),
+    *("train.micro_batch_size", "train.recompute", "train.watch.", "train.log_every", "train.validate_every"),
+    *("train.resume_from", "train.branch_from"),
+    # Of the data their own identity says all.
+    "data.",
+)
+"""Keys, among those that may change when a run goes on, that do not change what it comes to."""
+
+
+def identify(config: Config, data: str | None) -> str:
+    """16 hex digits: equal for configurations that train the same model to the same loss, whatever the layout.
+
+    Args:
+        config: a run's; of a branch with train.branch_from, whose run directory is named by its trunk's identity.
+        data: the data's identity.
+    """
+    facts = {name: value for name, value, _ in keys(derived(config)) if not name.startswith(_NO_RESULT)}
+    facts |= meaning(config)
+    point = branch_point(config.train)
+    facts["branch"] = point and (point[0].name, point[1])
+    text = json.dumps([data, facts], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def find_data(config: Config) -> str | None:
+    """The identity of a recipe's data; None where they are not prepared yet. Raises UserError where they do not fit."""
+    if config.data.sources and not text_sources(config):
+        return data_identity(config, None)
+    if config.data.remote is None and find_prepared(Path(str(config.data.path)).expanduser()) is None:
+        return None
+    return data_identity(config, open_prepared(config))

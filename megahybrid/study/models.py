@@ -1,0 +1,124 @@
+"""The models of a study: every kind at every size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megahybrid.config import Config, load_config
+from megahybrid.config.arithmetic import fill
+from megahybrid.errors import UserError
+from megahybrid.key import derived
+from megahybrid.launch.profile import load_profile
+from megahybrid.scaling.flops import flops_per_token
+from megahybrid.scaling.plan import parameters_by_part
+from megahybrid.study.file import KindConfig, SizeConfig, Study
+
+_OWN = (
+    *("run.dir", "train.steps", "train.branch_from", "checkpoint.milestones"),
+    *("optimizer.schedule", "optimizer.warmup_steps", "optimizer.decay_fraction"),
+)
+"""Keys that the study sets itself."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A kind at a size.
+
+    Attributes:
+        kind, size: names; the size's is "WIDTHxLAYERS".
+        config: the base recipe with all overrides.
+        nodes, gpus: that a run has, GPUs over all nodes.
+        parameters: all of them.
+        parameters_without_embedding: without embedding and output layer.
+        flops_per_token: of forward and backward pass.
+    """
+
+    kind: str
+    size: str
+    config: Config
+    nodes: int
+    gpus: int
+    parameters: int
+    parameters_without_embedding: int
+    flops_per_token: float
+
+    @property
+    def replicas(self) -> int:
+        """Data parallel size."""
+        parallel = self.config.parallel
+        return self.gpus // (parallel.tensor * parallel.pipeline)
+
+
+def size_name(size: SizeConfig) -> str:
+    """How a size is called."""
+    return f"{size.width}x{size.layers}"
+
+
+def make_models(study: Study, size: SizeConfig) -> dict[str, Model]:
+    """The models of a size by kind; with `match: parameters` all have as many as the first. Raises UserError."""
+    models: dict[str, Model] = {}
+    for name, kind in study.kinds.items():
+        where = f"{name}-{size_name(size)}"
+        try:
+            config = load_config(study.base, _overrides(study, kind, size))
+            model = _model(study, name, size, config)
+            if models and study.match == "parameters":
+                model = _with_parameters(study, size, model, next(iter(models.values())).parameters)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        models[name] = model
+    return models
+
+
+def _overrides(study: Study, kind: KindConfig, size: SizeConfig) -> list[str]:
+    """key=value, later ones on top."""
+    names = {"width": size.width, "layers": size.layers}
+    layers: list[Mapping[str, Any]] = [{"model.pattern": kind.pattern, "model.hidden_size": size.width}]
+    layers += [study.overrides, size.overrides, kind.overrides]
+    overrides = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if key in _OWN:
+                raise UserError(f"overrides has {key}, which the study sets itself; remove it.")
+            overrides[key] = fill(value, **names) if isinstance(value, str) else json.dumps(value)
+    return [f"{key}={value}" for key, value in overrides.items()]
+
+
+def _model(study: Study, kind: str, size: SizeConfig, config: Config) -> Model:
+    parts = parameters_by_part(config)
+    profile = study.limits.profile
+    gpus = size.nodes * (load_profile(profile).gpus_per_node if profile else 1)
+    parallel = config.parallel
+    if gpus % (parallel.tensor * parallel.pipeline):
+        raise UserError(
+            f"{gpus} GPUs are no multiple of parallel.tensor * parallel.pipeline ({parallel.tensor} * "
+            f"{parallel.pipeline}); change nodes, or one of them."
+        )
+    return Model(
+        kind=kind,
+        size=size_name(size),
+        config=config,
+        nodes=size.nodes,
+        gpus=gpus,
+        parameters=sum(parts.values()),
+        parameters_without_embedding=sum(parts.values()) - parts["embedding"] - parts["output layer"],
+        flops_per_token=flops_per_token(config).training,
+    )
+
+
+def _with_parameters(study: Study, size: SizeConfig, model: Model, parameters: int) -> Model:
+    """The model with as many parameters as another one, within 1 %, by the width of its SwiGLU in steps of 8."""
+    settings = derived(model.config.model)
+    column = 3 * settings.hidden_size * size.layers
+    width = settings.intermediate_size + 8 * round((parameters - model.parameters) / (8 * column))
+    changed = replace(model.config, model=replace(model.config.model, intermediate_size=max(8, width)))
+    model = _model(study, model.kind, size, changed)
+    if abs(model.parameters / parameters - 1) > 0.01:
+        raise UserError(
+            f"it has {model.parameters:,} parameters where the first kind has {parameters:,}, which no width of the "
+            "SwiGLU makes up for; change its overrides, or match flops."
+        )
+    return model
