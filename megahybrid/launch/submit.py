@@ -180,6 +180,15 @@ def _record(job: Job, folders: Sequence[Path], numbers: Sequence[str], request: 
         write_json(folder / "job.json", {**facts, **element, "overrides": list(request.overrides)})
 
 
+def job_of(run_dir: Path) -> str | None:
+    """The job that was submitted last for a run, of an array ARRAY_ELEMENT; None where none was."""
+    for path in sorted(run_dir.glob("submit/*/job.json"), reverse=True):
+        facts = read_json(path)
+        if facts and facts["jobs"]:
+            return facts["jobs"][-1] + (f"_{facts['element']}" if "element" in facts else "")
+    return None
+
+
 def _take_back(folders: Sequence[Path], numbers: Sequence[str]) -> None:
     """Cancel the jobs, the last of a chain first so that none begins, and remove what was written for them.
 
