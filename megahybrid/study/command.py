@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
+
+from megahybrid.errors import UserError
+from megahybrid.study.file import load_study
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -12,12 +16,47 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     plan = verbs.add_parser("plan", help=text, description=text)
     plan.add_argument("file", metavar="FILE", help="a YAML file, such as recipes/studies/small.yaml")
     plan.set_defaults(run=_plan)
+    text = "begin what is missing; the same command goes on"
+    launch = verbs.add_parser("launch", help=text, description=text)
+    launch.add_argument("file", metavar="FILE")
+    launch.add_argument("--jobs", type=int, metavar="N", help="here, N runs side by side, whatever limits.profile says")
+    launch.add_argument("--wait", action="store_true", help="also through Slurm, go on until all is done")
+    launch.set_defaults(run=_launch)
+    text = "how far every run is, and all of them together"
+    status = verbs.add_parser("status", help=text, description=text)
+    status.add_argument("file", metavar="FILE")
+    status.set_defaults(run=_status)
+    text = "what the runs came to, in runs.csv"
+    collect = verbs.add_parser("collect", help=text, description=text)
+    collect.add_argument("file", metavar="FILE")
+    collect.set_defaults(run=_collect)
 
 
 def _plan(parsed: argparse.Namespace) -> None:
-    from megahybrid.study.file import load_study
-
     study = load_study(parsed.file)
     from megahybrid.study.plan import plan
 
     print(plan(study, parsed.file))
+
+
+def _launch(parsed: argparse.Namespace) -> int:
+    if parsed.jobs is not None and parsed.jobs < 1:
+        raise UserError("--jobs must be at least 1.")
+    study = load_study(parsed.file)
+    from megahybrid.study.launch import launch
+
+    return launch(study, parsed.file, parsed.jobs, parsed.wait, say=lambda text: print(text, flush=True))
+
+
+def _status(parsed: argparse.Namespace) -> None:
+    study = load_study(parsed.file)
+    from megahybrid.study.status import show
+
+    show(study, say=lambda text: print(f"megahybrid: {text}", file=sys.stderr))
+
+
+def _collect(parsed: argparse.Namespace) -> None:
+    study = load_study(parsed.file)
+    from megahybrid.study.collect import collect
+
+    print(collect(study, say=lambda text: print(text, flush=True)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
 import math
 import time
@@ -21,7 +22,6 @@ from megahybrid.study.file import Study
 from megahybrid.study.local import Processes
 from megahybrid.study.outcomes import SECOND_TRY, Outcome, Survey, has_branch_point, study_folder, trunk_of
 from megahybrid.study.status import Overall, StatusLine, hours_taken
-from megahybrid.training.run_directory import RunDirectory
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_BETWEEN_LOOKS_AT_THE_QUEUE = 30.0
@@ -41,7 +41,8 @@ def launch(study: Study, file: str, jobs: int | None, wait: bool, say: Callable[
             launching = Launching(study, file, say, slurm.jobs)
             launching.through_slurm(wait)
         else:
-            launching = Launching(study, file, say, lambda: runs.queued_jobs(say))
+            queue = runs.queued_jobs(say)
+            launching = Launching(study, file, say, lambda: queue)
             launching.here(jobs or 1)
         return launching.conclude()
 
@@ -87,12 +88,12 @@ class Launching:
         with Processes(self.folder, jobs) as processes:
             try:
                 while True:
-                    running = sum(each.state == "running" for each in self.outcomes)
-                    for cell in self._affordable(self._ready())[: max(0, jobs - running)]:
+                    # Also those that another launch has left running.
+                    running = {each.run.path for each in self.outcomes if each.state == "running"} | processes.running
+                    for cell in self._affordable(self._ready())[: max(0, jobs - len(running))]:
                         processes.start(cell.config, self.file)
                         self._note(cell, "begins")
-                        running += 1
-                    if not running:
+                    if not running and not processes.running:
                         return
                     ended = processes.wait(_SECONDS_BETWEEN_LOOKS)
                     self._look()
@@ -203,7 +204,7 @@ class Launching:
 
     def _expected(self, cell: Cell) -> float:
         """GPU hours of a run, by the plan."""
-        return self._hours[cell.name.removesuffix(SECOND_TRY)]
+        return self._hours.get(cell.name.removesuffix(SECOND_TRY), math.inf)
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -228,10 +229,24 @@ class Launching:
                 self._note(cell, f"is in the queue, job {number}" + (f" after {after}" if after else ""))
 
 
+def planned_hours(study: Study) -> dict[str, float]:
+    """GPU hours by cell, as plan.csv has them. Raises UserError where limits.gpu_hours is set and there is no plan."""
+    file = study_folder(study) / "plan.csv"
+    try:
+        with open(file, encoding="utf-8", newline="") as lines:
+            return {row["cell"]: float(row["gpu_hours"]) for row in csv.DictReader(lines)}
+    except FileNotFoundError as error:
+        if study.limits.gpu_hours is None:
+            return {}
+        raise UserError(
+            f"There is no {file}, by which limits.gpu_hours is kept; run `megahybrid study plan`."
+        ) from error
+
+
 def time_limit(hours: float, most: str) -> str:
     """A job's limit: the first of 1, 2, 4, … hours that leaves half as much again as is expected, at most `most`, the
     profile's, as sbatch takes it. A run that needs more requeues."""
-    whole = 2 ** max(0, math.ceil(math.log2(1.5 * hours))) if hours > 0 else 1
+    whole = next((2**n for n in range(10) if 2**n >= 1.5 * hours), math.inf)
     return f"{whole}:00:00" if whole < _hours(most) else most
 
 

@@ -30,25 +30,27 @@ class Processes:
         self._jobs = jobs
         self._submission = f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         self._code = folder.resolve() / "submit" / self._submission / "code"
-        self._running: dict[Path, subprocess.Popen] = {}
+        self._processes: dict[Path, subprocess.Popen] = {}
 
     def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, *error: object) -> None:
         try:
-            for process in self._running.values():
+            for process in self._processes.values():
                 process.terminate()
-            for process in self._running.values():
+            for process in self._processes.values():
                 process.wait()
         except BaseException:
-            for process in self._running.values():
+            for process in self._processes.values():
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
             raise
 
-    def __len__(self) -> int:
-        return len(self._running)
+    @property
+    def running(self) -> set[Path]:
+        """The run directories of those that have not ended."""
+        return set(self._processes)
 
     def start(self, config: Config, study: str) -> None:
         """Train a configuration of a study's file; what the process prints goes to its run's logs/rank_00000.out."""
@@ -61,7 +63,7 @@ class Processes:
         write_json(record / "job.json", {**facts, "overrides": [], SIDE_BY_SIDE: self._jobs})
         run.logs.mkdir(exist_ok=True)
         with open(run.logs / "rank_00000.out", "ab") as output:
-            self._running[run.path] = subprocess.Popen(
+            self._processes[run.path] = subprocess.Popen(
                 [sys.executable, "-m", "megahybrid", "train", str(record / "config.yaml")],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -83,10 +85,10 @@ class Processes:
     def wait(self, seconds: float) -> list[Path]:
         """Wait so long, or until one has ended; the run directories of those that have."""
         deadline = time.monotonic() + seconds
-        while not (ended := [path for path, process in self._running.items() if process.poll() is not None]):
+        while not (ended := [path for path, process in self._processes.items() if process.poll() is not None]):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
         for path in ended:
-            del self._running[path]
+            del self._processes[path]
         return ended

@@ -157,7 +157,9 @@ def _at_half_the_rate(cell: Cell, trunk: Cell | None) -> Cell:
     name = identify(config, find_data(config))
     config = replace(config, run=replace(config.run, dir=str(Path(config.run.dir).with_name(name))))
     above = name if cell.role != "branch" else trunk.identity if trunk else cell.trunk
-    return replace(cell, name=f"{cell.name}{SECOND_TRY}", config=config, identity=name, trunk=above, retry_of=cell.identity)
+    return replace(
+        cell, name=f"{cell.name}{SECOND_TRY}", config=config, identity=name, trunk=above, retry_of=cell.identity
+    )
 
 
 def _outcome(cell: Cell, queue: Sequence[slurm.QueuedJob] | None) -> Outcome:

@@ -11,8 +11,7 @@ from typing import Any
 from megahybrid import code_version
 from megahybrid.errors import UserError
 from megahybrid.files import read_json, write_json
-from megahybrid.study.collect import runs_csv, write_runs
-from megahybrid.study.fit import fit
+from megahybrid.study.collect import write_runs
 from megahybrid.study.outcomes import Outcome
 
 
@@ -30,6 +29,8 @@ def freeze(folder: Path, outcomes: Sequence[Outcome]) -> None:
     before = _frozen(folder)
     held_out = sorted(_held_out(outcomes) - before.keys())
     runs = write_runs(folder, outcomes)
+    from megahybrid.study.fit import fit
+
     fitted = fit(folder)
     predictions = {
         each["cell"]: {"kind": kind, **each} for kind, law in fitted["kinds"].items() for each in law["predictions"]
