@@ -75,7 +75,7 @@ def show(runs: Sequence[Run], console: Console | None = None, names: Sequence[st
     """Print a table, a row a run, by its path where it has no other name."""
     console = console or Console()
     table = Table(box=None, header_style="bold")
-    table.add_column("run", overflow="fold")
+    table.add_column("run", overflow="fold", no_wrap=names is not None)
     for name in ("state", "step", "tokens", "tokens/s", "MFU", "loss", "left", "job"):
         table.add_column(name, justify="left" if name in ("state", "job") else "right", no_wrap=name != "job")
     table.add_column("why", overflow="fold")

@@ -13,7 +13,7 @@ from megahybrid.files import read_json, write_text
 from megahybrid.launch import runs
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.study.file import Study
-from megahybrid.study.outcomes import Outcome, Survey, gpu_hours
+from megahybrid.study.outcomes import Outcome, Survey, gpu_hours, study_folder
 from megahybrid.training import checkpoint_folder
 from megahybrid.training.run_directory import RunDirectory
 
@@ -21,11 +21,12 @@ from megahybrid.training.run_directory import RunDirectory
 def collect(study: Study, say: Callable[[str], None]) -> Path:
     """Write runs.csv; the same bytes where nothing has changed. `say` is told which cells have no loss."""
     outcomes = Survey(study).look(runs.queued_jobs(say))
-    write_runs(study.folder, outcomes)
+    folder = study_folder(study)
+    write_runs(folder, outcomes)
     for each in outcomes:
         if each.state != "done":
             say(f"{each.cell.name} is {each.state}{f': {each.why}' if each.why else ''}.")
-    return study.folder / "runs.csv"
+    return folder / "runs.csv"
 
 
 def write_runs(folder: Path, outcomes: Sequence[Outcome]) -> str:
