@@ -10,6 +10,7 @@ from megahybrid.config import Config
 from megahybrid.mixers import KINDS
 from megahybrid.model.settings import Settings
 from megahybrid.scaling.flops import flops_per_token
+from megahybrid.scaling.hours import Estimate, own_steps, tabled
 from megahybrid.scaling.memory import ZERO_STAGES, activations, gathered, peak_bytes, reduction, states
 from megahybrid.scaling.parameters import parameter_specs, parameters_by_rank
 from megahybrid.scaling.stages import layer_costs, stage_layers
@@ -28,16 +29,16 @@ def parameters_by_part(config: Config) -> Counter[str]:
     return parts
 
 
-def describe(config: Config) -> str:
+def describe(config: Config, estimate: Estimate | None = None) -> str:
     """Tables of the model's parameters and FLOPs by part, the run's steps and tokens, its pipeline's stages, and its
-    memory a GPU."""
+    memory a GPU; and the GPU hours, as estimated or else as tabled."""
     parameters = parameters_by_part(config)
     total = sum(parameters.values())
     rows = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in parameters.items()]
     sections = [
         _table(("parameters", "number", "part"), [*rows, ("total", f"{total:,}", "")]),
         _flops(config),
-        _run(config),
+        f"{_run(config)}\n{estimate or tabled(config)}",
         *([_stages(config)] if config.parallel.pipeline > 1 else []),
         _memory(config),
     ]
@@ -55,9 +56,11 @@ def _flops(config: Config) -> str:
 def _run(config: Config) -> str:
     train = config.train
     step = train.global_batch_size * train.seq_length
-    tokens = train.steps * step
+    steps = own_steps(config)
+    tokens = steps * step
     flops = flops_per_token(config).training * tokens
-    return f"{train.steps:,} steps of {step:,} tokens: {tokens:,} tokens, {flops:.3g} FLOPs"
+    after = f" after the trunk's {train.steps - steps:,}" if steps < train.steps else ""
+    return f"{steps:,} steps of {step:,} tokens{after}: {tokens:,} tokens, {flops:.3g} FLOPs"
 
 
 def _stages(config: Config) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import fcntl
 import math
 import time
@@ -16,11 +15,12 @@ from megahybrid.errors import UserError
 from megahybrid.launch import runs, slurm
 from megahybrid.launch.profile import load_profile
 from megahybrid.launch.submit import Request, job_of, submit
+from megahybrid.scaling.hours import tabled
 from megahybrid.study import prediction
 from megahybrid.study.cells import Cell
 from megahybrid.study.file import Study
 from megahybrid.study.local import Processes
-from megahybrid.study.outcomes import SECOND_TRY, Outcome, Survey, has_branch_point, study_folder, trunk_of
+from megahybrid.study.outcomes import Outcome, Survey, has_branch_point, study_folder, trunk_of
 from megahybrid.study.status import Overall, StatusLine, hours_taken
 
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -75,7 +75,6 @@ class Launching:
     ):
         self.study, self.file, self.folder = study, file, study_folder(study)
         self._line, self._queue, self._survey = StatusLine(say), queue, Survey(study)
-        self._hours = planned_hours(study)
         self._begun: set[str] = set()
         self._said: set[str] = set()
         self._look()
@@ -193,7 +192,7 @@ class Launching:
         if limit is None:
             return None
         going_on = [each.cell for each in self.outcomes if each.state in ("running", "waiting")]
-        more = {cell.identity: self._expected(cell) for cell in [*going_on, *cells]}
+        more = {cell.identity: tabled(cell.config).hours for cell in [*going_on, *cells]}
         taken, sum_ = hours_taken(self.outcomes), sum(more.values())
         if taken + sum_ <= limit:
             return None
@@ -201,10 +200,6 @@ class Launching:
             f"the study has taken {taken:.3g} GPU hours and its runs would take {sum_:.3g} more, which is over "
             f"limits.gpu_hours = {limit:g}; raise it, or make the study smaller."
         )
-
-    def _expected(self, cell: Cell) -> float:
-        """GPU hours of a run, by the plan."""
-        return self._hours.get(cell.name.removesuffix(SECOND_TRY), math.inf)
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -217,7 +212,7 @@ class Launching:
         for cell in cells:
             waits = cell.role == "branch" and not has_branch_point(cell)
             after = job_of(trunk_of(cell).path) if waits else None
-            hours = self._expected(cell) / cell.gpus
+            hours = tabled(cell.config).hours / cell.gpus
             classes[cell.nodes, time_limit(hours, profile.time), after].append(cell)
         for (nodes, limit, after), members in classes.items():
             configs = [cell.config for cell in members]
@@ -227,20 +222,6 @@ class Launching:
             (number,) = submit(request).numbers
             for cell in members:
                 self._note(cell, f"is in the queue, job {number}" + (f" after {after}" if after else ""))
-
-
-def planned_hours(study: Study) -> dict[str, float]:
-    """GPU hours by cell, as plan.csv has them. Raises UserError where limits.gpu_hours is set and there is no plan."""
-    file = study_folder(study) / "plan.csv"
-    try:
-        with open(file, encoding="utf-8", newline="") as lines:
-            return {row["cell"]: float(row["gpu_hours"]) for row in csv.DictReader(lines)}
-    except FileNotFoundError as error:
-        if study.limits.gpu_hours is None:
-            return {}
-        raise UserError(
-            f"There is no {file}, by which limits.gpu_hours is kept; run `megahybrid study plan`."
-        ) from error
 
 
 def time_limit(hours: float, most: str) -> str:

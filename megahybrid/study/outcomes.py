@@ -11,10 +11,11 @@ from pathlib import Path
 
 from megahybrid.files import read_json
 from megahybrid.launch import runs, slurm
-from megahybrid.study.cells import RUNS, Cell
+from megahybrid.study.cells import Cell
 from megahybrid.study.design import design
 from megahybrid.study.file import Study
 from megahybrid.study.identity import find_data, identify
+from megahybrid.study.plan import STUDIES
 from megahybrid.training import attempts, checkpoint_folder, ownership
 from megahybrid.training.metrics_file import lines_after, lines_backwards
 from megahybrid.training.run_directory import RunDirectory
@@ -81,7 +82,7 @@ class Survey:
 
 def study_folder(study: Study) -> Path:
     """Where a study's own files lie."""
-    return RUNS.parent / study.study
+    return STUDIES / study.study
 
 
 def has_branch_point(cell: Cell) -> bool:

@@ -145,12 +145,10 @@ def test_two_launches_at_once_are_refused(make_study, trainer, capsys):
     assert "is being launched already" in capsys.readouterr().err and not calls()
 
 
-def test_gpu_hours_are_limited(make_study, trainer, capsys):
+def test_gpu_hours_are_limited(make_study, trainer, capsys, monkeypatch):
     cells = design(make_study(*ONE_TRUNK, "limits: {gpu_hours: 1}"))
     trainer(0.01)
-    assert launch() == 2 and "run `megahybrid study plan`" in capsys.readouterr().err
-    plan = Path("studies/small/plan.csv")
-    plan.write_text("cell,gpu_hours\n" + "".join(f"{cell.name},0.4\n" for cell in cells))
+    monkeypatch.setattr(launching, "tabled", lambda config: types.SimpleNamespace(hours=0.4))
     assert launch() == 2
     assert "has taken 0 GPU hours and its runs would take 1.2 more" in capsys.readouterr().err and not calls()
     leave(cells[0])
@@ -212,10 +210,8 @@ echo $number""",
 
 def test_slurm_gets_an_array_a_class_and_branches_after_their_trunk(make_study, slurm, fit, monkeypatch):
     cells = design(make_study("limits: {profile: cluster.yaml}"))
-    hours = {cell.name: 3.0 if cell.size == "32x2" else 0.1 for cell in cells}
-    Path("studies/small").mkdir(parents=True)
-    plan = "".join(f"{name},{each}\n" for name, each in hours.items())
-    Path("studies/small/plan.csv").write_text("cell,gpu_hours\n" + plan)
+    hours = {"(G)*1": 0.1, "(G)*2": 3.0}
+    monkeypatch.setattr(launching, "tabled", lambda config: types.SimpleNamespace(hours=hours[config.model.pattern]))
     assert launch() == 0
     trunks, branches = slurm()[:2], slurm()[2:]
     # Those of an hour, and those of eight; the four branches each wait for the element that is their trunk.
