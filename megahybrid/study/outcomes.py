@@ -22,8 +22,6 @@ from megahybrid.training.run_directory import RunDirectory
 
 SIDE_BY_SIDE = "side_by_side"
 """In a run's job.json: how many runs its launch had at once on the same GPU."""
-SECOND_TRY = "-half"
-"""How the name of a cell ends that is tried again at half the rate."""
 _STATES = {"queued": "waiting", "requeued": "waiting", "submitted": "waiting", "stalled": "running"}
 
 
@@ -155,12 +153,14 @@ def _at_half_the_rate(cell: Cell, trunk: Cell | None) -> Cell:
     if trunk is not None:
         train = replace(train, branch_from=f"{trunk.config.run.dir}@{cell.branch_step}")
     config = replace(cell.config, train=train, optimizer=replace(cell.config.optimizer, learning_rate=rate))
-    name = identify(config, find_data(config))
-    config = replace(config, run=replace(config.run, dir=str(Path(config.run.dir).with_name(name))))
-    above = name if cell.role != "branch" else trunk.identity if trunk else cell.trunk
-    return replace(
-        cell, name=f"{cell.name}{SECOND_TRY}", config=config, identity=name, trunk=above, retry_of=cell.identity
+    identity, name = identify(config, find_data(config)), f"{cell.name}-half"
+    config = replace(
+        config,
+        run=replace(config.run, dir=str(Path(config.run.dir).with_name(identity))),
+        tracking=replace(config.tracking, name=name),
     )
+    above = identity if cell.role != "branch" else trunk.identity if trunk else cell.trunk
+    return replace(cell, name=name, config=config, identity=identity, trunk=above, retry_of=cell.identity)
 
 
 def _outcome(cell: Cell, queue: Sequence[slurm.QueuedJob] | None) -> Outcome:

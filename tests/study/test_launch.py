@@ -124,9 +124,9 @@ def test_an_interrupted_launch_has_its_runs_save_and_goes_on(make_study, trainer
 
 def test_a_diverged_run_is_tried_once_at_half_the_rate(make_study, trainer, fit):
     study = make_study(*ONE_TRUNK)
-    trainer(0.01, one_32x1_2e9_s0="diverges")  # as W&B has it, its second try has the same name
+    trainer(0.01, one_32x1_2e9_s0="diverges")
     assert launch("--jobs", "2") == 0
-    assert Counter(each["name"] for each in calls() if each["what"] == "begins")["one-32x1-2e9-s0"] == 2
+    assert [each["name"] for each in calls() if each["what"] == "begins"][3:] == ["one-32x1-2e9-s0-half"]
     rows = Path("studies/small/runs.csv")
     assert main(["study", "collect", "study.yaml"]) == 0
     assert [line.split(",")[0] for line in rows.read_text().splitlines()[1:]] == [
@@ -253,4 +253,4 @@ def test_a_launch_that_waits_submits_what_the_last_runs_allow(make_study, slurm,
 
     monkeypatch.setattr(launching, "time", types.SimpleNamespace(sleep=pass_time))
     assert launch("--wait") == 0
-    assert [line.split()[-1] for line in slurm()] == ["time=12:00:00", "--kill-on-invalid-dep=yes"]
+    assert [line.split()[-1] for line in slurm()] == ["time=1:00:00", "--kill-on-invalid-dep=yes"]
