@@ -242,12 +242,14 @@ def whole_batch(wanted: float, replicas: int, tokens: Sequence[float], length: i
         tokens: of the runs that have this batch.
         length: tokens of a sample.
 
-    Raises UserError where there is none within a quarter of what is wanted.
+    Raises UserError where there is none within a quarter of what is wanted, nor the whole number beside it.
     """
     unit = 2 ** max(0, math.floor(math.log2(max(1.0, wanted) / 8)))
     while unit >= 1:
-        # At least one sample, however small the batch that is wanted.
-        near = range(max(1, math.ceil(wanted / 1.25 / unit)), max(1, math.floor(wanted * 1.25 / unit)) + 1)
+        few, many = wanted / unit / 1.25, wanted / unit * 1.25
+        near = range(
+            max(1, min(math.ceil(few), int(wanted / unit))), max(math.floor(many), math.ceil(wanted / unit)) + 1
+        )
         for units in sorted(near, key=lambda each: abs(math.log(each * unit / wanted))):
             batch = units * unit
             if batch % replicas == 0 and all(_missed(each, batch * length) <= TOLERANCE for each in tokens):

@@ -9,7 +9,7 @@ import numpy as np
 
 from megahybrid.data.documents import TRAIN
 from megahybrid.data.prepared import find_prepared
-from megahybrid.scaling.plan import _table as table
+from megahybrid.scaling.plan import table
 from megahybrid.study.cells import batch_tokens
 from megahybrid.study.identity import find_data
 from megahybrid.study.plan import Plan, Row

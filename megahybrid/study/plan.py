@@ -93,7 +93,8 @@ def check_limits(plan: Plan) -> None:
     limit, hours = plan.study.limits.gpu_hours, plan.gpu_hours
     if limit is not None and hours > limit:
         raise UserError(
-            f"The study takes {hours:,.3g} GPU hours, more than limits.gpu_hours ({limit:g}); lower budgets, or raise it."
+            f"The study takes {hours:,.3g} GPU hours, more than limits.gpu_hours ({limit:g}); lower budgets, or raise "
+            "the limit."
         )
 
 

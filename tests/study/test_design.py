@@ -216,11 +216,11 @@ def test_identities_are_of_what_decides_the_result(cells_of):
 
 @pytest.mark.parametrize("replicas", [1, 4])
 def test_a_batch_is_round_and_realises_its_tokens(replicas):
-    for wanted, tokens in itertools.product((0.3, 1, 5.7, 13, 70, 333.3), ([3e5], [4.1e5, 8.2e5], [1e7, 3e9])):
+    for wanted, tokens in itertools.product((0.3, 1, 1.44, 5.7, 13, 70, 333.3), ([3e5], [4.1e5, 8.2e5], [1e7, 3e9])):
         fitting = {
             batch
             for batch in range(1, 500)
-            if (wanted / 1.25 <= batch <= wanted * 1.25 or batch == 1 > wanted)
+            if (wanted / 1.25 <= batch <= wanted * 1.25 or abs(batch - wanted) < 1)
             and batch % replicas == 0
             and all(abs(round(each / (512 * batch)) * 512 * batch / each - 1) <= 0.01 for each in tokens)
         }

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from megahybrid.errors import UserError
 from megahybrid.study.expected import PRIOR, precision
 from megahybrid.study.law.law import CONDITION_LIMIT
 
