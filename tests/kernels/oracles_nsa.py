@@ -68,6 +68,16 @@ def oracle_selection(
     return torch.tensor(chosen, dtype=torch.int32)
 
 
+def near_selection(tokens: int, heads: int, block_size: int, *others: int) -> Tensor:
+    """int32 `[tokens, heads, 2 + others]` of one document: each query's own block, the one before, and those `others`
+    before, in descending order; block 0 is not always among them."""
+    lists = []
+    for current in (t // block_size for t in range(tokens)):
+        chosen = [current - n for n in (*others, 1, 0) if n <= current]
+        lists.append(chosen + [-1] * (len(others) + 2 - len(chosen)))
+    return torch.tensor(lists, dtype=torch.int32)[:, None].repeat(1, heads, 1)
+
+
 def flipped(
     selection: Tensor, q: Tensor, k: Tensor, lengths: tuple[int, ...], block_size: int, tokens: Sequence[int]
 ) -> int:

@@ -167,6 +167,18 @@ def test_a_block_that_all_choose_and_one_that_nobody_does(hot, avoid):
     check(pairs, random_selection(lengths, 1, 16, 3 + (hot is not None), hot, avoid), lengths, 16, 20)
 
 
+def test_items_have_room_for_the_pairs_of_whatever_selection(monkeypatch):
+    """Whatever a list lacks, no program may read another's sums."""
+    monkeypatch.setattr(triton_pairs, "ITEM", 3)
+    lengths, num_blocks = (100, 16, 33, 1), 4
+    for selection in (
+        random_selection(lengths, 2, 16, num_blocks),
+        torch.arange(num_blocks, dtype=torch.int32).repeat(sum(lengths), 2, 1),  # all far in a long document
+    ):
+        pairs = triton_pairs.far_pairs(selection.to(DEVICE), Sequences.of(lengths, DEVICE), 16)
+        assert (pairs.item_first[:, -1] <= pairs.item_block.shape[1]).all()
+
+
 def test_lengths_around_borders_of_blocks():
     lengths = (*range(1, 5), 15, 16, 17, 31, 32, 33, 47, 48, 49)
     check(inputs(lengths, 1, 1, 16), random_selection(lengths, 1, 16, 3), lengths, 16, 16)
