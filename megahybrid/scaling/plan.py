@@ -40,6 +40,7 @@ def describe(config: Config) -> str:
         _run(config),
         *([_stages(config)] if config.parallel.pipeline > 1 else []),
         _memory(config),
+        *_without_choice(config),
     ]
     return "\n\n".join(sections)
 
@@ -58,6 +59,18 @@ def _run(config: Config) -> str:
     tokens = train.steps * step
     flops = flops_per_token(config).training * tokens
     return f"{train.steps:,} steps of {step:,} tokens: {tokens:,} tokens, {flops:.3g} FLOPs"
+
+
+def _without_choice(config: Config) -> list[str]:
+    """Kinds of mixers that choose what a query sees, but not in samples as short as these."""
+    settings, length, found = Settings.of(config), config.train.seq_length, []
+    for kind in (KINDS[letter] for letter in dict.fromkeys(settings.pattern.letters)):
+        if length <= (after := kind.chooses_after(settings.model)):
+            found.append(
+                f"{kind.title} has nothing to choose in training: it begins to after {after:,} tokens of a document, "
+                f"and train.seq_length is {length:,}."
+            )
+    return found
 
 
 def _stages(config: Config) -> str:
