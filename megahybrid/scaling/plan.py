@@ -41,6 +41,7 @@ def describe(config: Config, estimate: Estimate | None = None) -> str:
         f"{_run(config)}\n{estimate or tabled(config)}",
         *([_stages(config)] if config.parallel.pipeline > 1 else []),
         _memory(config),
+        *_without_choice(config),
     ]
     return "\n\n".join(sections)
 
@@ -61,6 +62,18 @@ def _run(config: Config) -> str:
     flops = flops_per_token(config).training * tokens
     after = f" after the trunk's {train.steps - steps:,}" if steps < train.steps else ""
     return f"{steps:,} steps of {step:,} tokens{after}: {tokens:,} tokens, {flops:.3g} FLOPs"
+
+
+def _without_choice(config: Config) -> list[str]:
+    """Kinds of mixers that choose what a query sees, but not in samples as short as these."""
+    settings, length, found = Settings.of(config), config.train.seq_length, []
+    for kind in (KINDS[letter] for letter in dict.fromkeys(settings.pattern.letters)):
+        if length <= (after := kind.chooses_after(settings.model)):
+            found.append(
+                f"{kind.title} has nothing to choose in training: it begins to after {after:,} tokens of a document, "
+                f"and train.seq_length is {length:,}."
+            )
+    return found
 
 
 def _stages(config: Config) -> str:

@@ -65,22 +65,22 @@ def batch_step_with(batch, token):
 
 
 def test_sequences_join_and_leave_between_recorded_steps(recorded):
-    model, first, second = tiny.model("GLSF"), tokens(40, seed=1), tokens(60, seed=2)
-    batch = Batch(model, 64)
-    batch.add([first[:5]])
+    model, first, second = tiny.model("GLSFN"), tokens(100, seed=1), tokens(120, seed=2)
+    batch = Batch(model, 128)
+    batch.add([first[:65]])
     batch.step()
-    for token in first[5:20]:
+    for token in first[65:80]:
         batch_step_with(batch, token)
-    batch.add([second[:30]])
-    for one, other in zip(first[20:], [None, *second[30:49]], strict=True):
+    batch.add([second[:90]])
+    for one, other in zip(first[80:], [None, *second[90:109]], strict=True):
         batch.extend(0, one)
         if other is not None:
             batch.extend(1, other)
         _, logits = batch.step()
     assert (logits[0] - whole(model, first)[-1]).abs().max() < 1e-9
-    assert (logits[1] - whole(model, second[:49])[-1]).abs().max() < 1e-9
+    assert (logits[1] - whole(model, second[:109])[-1]).abs().max() < 1e-9
     batch.keep([1])
-    for token in second[49:]:
+    for token in second[109:]:
         logits, _ = batch_step_with(batch, token)
     assert (logits - whole(model, second)[-1]).abs().max() < 1e-9
     assert len(recorded) == 3

@@ -65,13 +65,13 @@ def test_training_without_cap_differs_from_inference_with_it():
     assert torch.allclose(logits(model, tokens, tiny.training_context([70])), capped)
 
 
-def test_recompute_gives_the_same_gradients():
-    gradients = []
-    for recompute in ("none", "all", "LG"):
-        model, tokens = tiny.model("GLSF", dropout=0.3, recompute=recompute), tiny.tokens()
-        for layer in "1":
-            model.layers[layer].mixer.l1_lambda.fill_(0.7)
-        out = model(tokens[:-1], tiny.training_context(), tokens[1:])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_recompute_gives_the_same_gradients(dtype):
+    gradients, lengths = [], (100, 1, 30)  # in the first of which N chooses among blocks
+    for recompute in ("none", "all", "LGN"):
+        model, tokens = tiny.model("GLSFN", dtype, dropout=0.3, recompute=recompute), tiny.tokens(lengths)
+        model.layers["1"].mixer.l1_lambda.fill_(0.7)
+        out = model(tokens[:-1], tiny.training_context(lengths), tokens[1:])
         out.loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():

@@ -38,6 +38,14 @@ def test_parameter_totals_are_the_papers(name, millions):
     assert sum(parts.values()) / 1e6 == pytest.approx(millions, rel=0.005)
 
 
+@pytest.mark.parametrize(("length", "said"), [(1024, True), (1025, False), (512, True)])
+def test_a_plan_says_what_has_nothing_to_choose(length, said):
+    """16 blocks of 64 are 1,024 tokens, of which every query selects all."""
+    plan = describe(load_config(RECIPES / "quickstart.yaml", ["model.pattern=GLN", f"train.seq_length={length}"]))
+    sentence = "NSA has nothing to choose in training: it begins to after 1,024 tokens of a document, and train."
+    assert (sentence in plan) == said and "LTE has" not in plan
+
+
 def test_a_plan_needs_no_process_groups_and_leaves_none():
     groups.shut_down()
     try:

@@ -7,10 +7,12 @@ import torch
 
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.config.validate import validate
+from megahybrid.mixers.nsa import NSAConfig
 from megahybrid.tasks import TASKS, Answer, Sample, Span, Task, TaskParameters
 
 VOCABULARY, LENGTH = 6, 64  # so few tokens that bigrams come again, and that random weights are right at times
 # Of each validation sample; replicas have unequally many rows, and a pipeline an odd number.
+NSA = NSAConfig(num_heads=4, num_kv_heads=2, head_dim=8, block_size=4, num_blocks=4, window_size=6)
 DOCUMENTS = ((64,), (40, 24), (1, 2, 61), (50, 14), (20, 20, 24))
 
 
@@ -25,6 +27,7 @@ def config_of(pattern, parallel, micro_batch_size=2, **evaluate):
     for name, value in evaluate.items():
         setattr(config.evaluate, name, value)
     validate(config)
+    config.model.nsa = NSA  # smaller blocks than a recipe may have, so that short documents have some to choose among
     return config
 
 
@@ -129,11 +132,25 @@ class Oracle:
     """A token after the other, each by a pass over what stands before it."""
 
     def __init__(self, pattern):
-        self.model, self.scores = model_of(pattern), {}
+        self.model, self.scores, self.inputs = model_of(pattern), {}, {}
         for layer, letter in enumerate(pattern):
+            mixer = self.model.layers[str(layer)].mixer
             if letter == "L":
-                router = self.model.layers[str(layer)].mixer.router
-                router.register_forward_hook(lambda _, given, result, n=layer: self.scores.update({n: result[0]}))
+                mixer.router.register_forward_hook(lambda _, given, result, n=layer: self.scores.update({n: result[0]}))
+            if letter == "N":
+                mixer.register_forward_pre_hook(
+                    lambda mixer, given, n=layer: self.inputs.update({n: (mixer, *given[:2])})
+                )
+
+    @torch.no_grad()
+    def selects(self, layer):
+        """Of N's two heads, the last query's blocks."""
+        from tests.kernels.oracles_nsa import oracle_selection
+
+        mixer, x, context = self.inputs[layer]
+        q, k, _ = mixer.project(x)
+        q, k = (mixer.rotate(each, context) for each in (q, k))
+        return oracle_selection(q, k, (len(q),), NSA.block_size, NSA.num_blocks, [len(q) - 1])[0].tolist()
 
     @torch.no_grad()
     def logits(self, context):
@@ -189,6 +206,11 @@ def holders(oracle, pattern, query, needles):
     for layer, letter in enumerate(pattern):
         if letter == "L":
             heads = eviction_mask(oracle.scores[layer], 7, 2, 5)[:, query].tolist()
+        elif letter == "N":
+            heads = [
+                [query - key < NSA.window_size or key // NSA.block_size in blocks for key in range(query + 1)]
+                for blocks in oracle.selects(layer)
+            ]
         else:
             heads = [causal_mask(query + 1, 7 if letter == "S" else None)[query].tolist()] * 2
         if letter != "G":

@@ -20,12 +20,14 @@ OPTIMIZER = OptimizerConfig(
 def config_of(dtype, tied, parallel, vocab_size=None):
     from tests.model import tiny
 
-    config = tiny.config("GLSF", tie_embeddings=tied)
+    config = tiny.config("GLSNF", tie_embeddings=tied)
     config.train.dtype, config.train.seq_length, config.train.global_batch_size = dtype, sum(LENGTHS), SAMPLES
     config.train.steps = STEPS
     config.model.vocab_size = vocab_size or config.model.vocab_size
     config.parallel, config.optimizer, config.data.path = ParallelConfig(**parallel), OPTIMIZER, "unused"
     validate(config)
+    # Smaller blocks than a recipe may have, so that a document has some to choose among.
+    config.model.nsa.block_size, config.model.nsa.window_size = 4, 5
     return config
 
 
@@ -135,7 +137,7 @@ def by_torch(dtype, tied=True, vocab_size=None):
         for number in range(SAMPLES):
             tokens = sample(step, number)
             where = torch.arange(sum(LENGTHS))
-            keys = dropout_keys(0, step, torch.zeros_like(where), where, 4)
+            keys = dropout_keys(0, step, torch.zeros_like(where), where, 5)
             out = model(tokens[:-1], Context(Sequences.of(LENGTHS), keys), labels=tokens[1:])
             gradients = torch.autograd.grad(out.loss / len(where), list(model.parameters()))
             for master, gradient in zip(masters.values(), gradients, strict=True):
