@@ -66,7 +66,7 @@ def in_hours(results: Results, saving: Saving) -> Saving | None:
 
 def answers(results: Results) -> list[str]:
     """What it says."""
-    parts = _other_runs, _savings, _forecasts, _sizes, _approach2, _runs, _warnings
+    parts = _other_runs, _savings, _forecasts, _sizes, _approach2, _runs, _retries, _warnings
     return [sentence for part in parts for sentence in part(results)]
 
 
@@ -74,7 +74,7 @@ def _other_runs(results: Results) -> Iterator[str]:
     for kind in results.kinds:
         fitted, now = results.fit["kinds"][kind]["runs"], sum(run.fitted for run in results.of(kind))
         if fitted != now:
-            yield f"**The fit of {kind} has {fitted} runs, runs.csv {now}.** {results.fit['rule']}"
+            yield f"**The fit of {kind} has {fitted} runs, runs.csv {now}**: run `megahybrid study fit` again."
 
 
 def _savings(results: Results) -> Iterator[str]:
@@ -157,6 +157,15 @@ def _runs(results: Results) -> Iterator[str]:
     parts = [f"{fitted} fitted", f"{held} held out and done"]
     parts += [f"{len(cells)} {reason}{_names(cells)}" for reason, cells in reasons.items()]
     yield f"{len(results.runs)} runs: {listed(parts)}."
+
+
+def _retries(results: Results) -> Iterator[str]:
+    names = {run.run: run.cell for run in results.runs}
+    for run in results.runs:
+        if run.retry_of:
+            place = "in its place" if run.counts else f"which is not done ({why(run)})"
+            first = names.get(run.retry_of, run.retry_of)
+            yield f"{first} diverged; {run.cell} is the same at a learning rate of {power(run.learning_rate)}, {place}."
 
 
 def why(run: Run) -> str:

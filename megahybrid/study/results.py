@@ -117,7 +117,7 @@ def read_results(folder: Path) -> Results:
     if not isinstance(fit, dict) or not fit.get("kinds"):
         raise UserError(f"'{folder}' has no fit.json with a fitted kind: run `megahybrid study fit` first.")
     if not all(law["intervals"] for law in fit["kinds"].values()):
-        raise UserError(f"The fit in '{folder}' has no intervals: run `megahybrid study fit` with its replicates.")
+        raise UserError(f"The fit in '{folder}' has no intervals: run `megahybrid study fit` without --bootstrap 0.")
     if not any(run.fitted for run in runs):
         raise UserError(f"No run of '{folder}' is done, so its fit is of other runs: run `megahybrid study fit` again.")
     planned = {each.cell: each.gpu_hours for each in _read(folder / "plan.csv", Planned) or []}

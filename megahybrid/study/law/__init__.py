@@ -1,0 +1,1 @@
+"""The scaling law in numpy: fits, intervals and checks of them; knows nothing of runs."""
