@@ -135,9 +135,6 @@ def _write(job: Job, folders: Sequence[Path], configs: Sequence[Config], script:
 
 def _elsewhere(config: Config, run_dir: Path) -> Config:
     """The configuration with absolute paths: it is read from another folder."""
-    train, init_from = config.train, config.train.init_from
-    if init_from is not None:
-        train = dataclasses.replace(train, init_from=str(Path(init_from).resolve()))
     sources = {
         name: dataclasses.replace(
             source,
@@ -149,7 +146,7 @@ def _elsewhere(config: Config, run_dir: Path) -> Config:
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, dir=str(run_dir)),
-        train=train,
+        train=dataclasses.replace(config.train, **_absolute(vars(config.train), "init_from", "branch_from")),
         data=dataclasses.replace(
             config.data, **{**_absolute(vars(config.data), "path", "tokenizer"), "sources": sources}
         ),

@@ -276,7 +276,10 @@ def test_a_job_reads_the_same_files_from_another_folder(tmp_path, monkeypatch):
     task = SourceConfig(format="task", task="niah_single_2", weight=1, parameters=parameters, stages=stages)
     config = make_config(tmp_path, {"needles": task}, tokenizer="tokens")
     config.data.path = "texts"
-    data = _elsewhere(config, tmp_path / "run").data
+    config.train.branch_from = "trunk@6"
+    there = _elsewhere(config, tmp_path / "run")
+    data = there.data
+    assert (there.train.init_from, there.train.branch_from) == (None, str(tmp_path / "trunk@6"))
     assert (data.path, data.tokenizer) == (str(tmp_path / "texts"), str(tmp_path / "tokens"))
     assert data.sources["needles"].parameters == {"haystack": str(tmp_path / "a.txt"), "shift": True}
     assert data.sources["needles"].stages == [{"until": 5, "haystack": str(tmp_path / "b.txt")}, {"length": 64}]
