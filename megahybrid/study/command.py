@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from megahybrid.errors import UserError
+from megahybrid.files import write_json
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -29,6 +30,19 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         verb = verbs.add_parser(name, help=text, description=text)
         verb.add_argument("file", metavar="FILE", help="the study's YAML file")
         verb.set_defaults(run=run)
+    _add_fit(verbs)
+
+
+def _add_fit(verbs: argparse._SubParsersAction) -> None:
+    text = "the law of every kind's losses, with intervals and predictions; of a study or of any table of runs"
+    fit = verbs.add_parser("fit", help=text, description=text)
+    which = fit.add_mutually_exclusive_group(required=True)
+    which.add_argument("file", nargs="?", metavar="FILE", help="the study's file; writes its fit.json")
+    which.add_argument("--runs", type=Path, metavar="CSV", help="a table instead; writes CSV's name with .fit.json")
+    fit.add_argument("--columns", metavar="NAME=COLUMN,…", help='such as "parameters=Model Size,flops=FLOP,loss=loss"')
+    fit.add_argument("--drop-largest-losses", type=int, default=0, metavar="N", help="runs to leave out (default 0)")
+    fit.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="replicates for intervals (default 1000)")
+    fit.set_defaults(run=_fit)
 
 
 def _plan(parsed: argparse.Namespace) -> None:
@@ -71,3 +85,28 @@ def _collect(parsed: argparse.Namespace) -> None:
     from megahybrid.study.collect import collect
 
     print(collect(study, say=lambda text: print(text, flush=True)))
+
+
+def _fit(parsed: argparse.Namespace) -> None:
+    if not (parsed.bootstrap == 0 or parsed.bootstrap >= 100):
+        raise UserError(f"--bootstrap is {parsed.bootstrap}; give 0 for no intervals, or at least 100.")
+    if parsed.file and (parsed.columns or parsed.drop_largest_losses):
+        raise UserError("--columns and --drop-largest-losses go with --runs; a study has its own columns and rules.")
+    from megahybrid.study import fit, fit_text, table
+
+    if parsed.file:
+        folder = _folder(parsed.file)
+        found, path = fit.fit(folder, parsed.bootstrap), folder / "fit.json"
+    else:
+        columns = table.parse_columns(parsed.columns) if parsed.columns else None
+        runs = table.read_table(parsed.runs, columns, parsed.drop_largest_losses)
+        found, path = fit.fit_table(runs, (), parsed.bootstrap), parsed.runs.with_suffix(".fit.json")
+        write_json(path, found)
+    print(fit_text.describe(found))
+    print(f"\n{path}")
+
+
+def _folder(file: str) -> Path:
+    from megahybrid.study.file import load_study
+
+    return Path("studies") / load_study(file).study

@@ -129,7 +129,7 @@ def _starts(points: Points) -> Array:
     found = [_closed_form(points[points.kind == kind], points.centre) for kind in range(points.kind.max() + 1)]
     own = np.stack(found, axis=-1)
     alpha, beta = np.nonzero((own > 0).all(axis=(-1, -2)))
-    own = np.log(own[alpha, beta]).reshape(len(alpha), -1)
+    own = np.log(own[alpha, beta]).reshape(len(alpha), 3 * len(found))
     return np.column_stack([own, EXPONENTS[alpha], EXPONENTS[beta]])
 
 
