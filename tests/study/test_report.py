@@ -156,6 +156,7 @@ def test_the_same_inputs_give_the_same_report(written, tmp_path, monkeypatch):
     text = (folder / "report.md").read_text()
     assert report.text(read_results(folder), FILE, [each.stem for each in paths[1:]]) == text
     assert "megahybrid study fit studies/hybrids-1.yaml" in text
+    assert "Code of the runs: 0.1.0 0123456789ab. Data: c0ffee." in text
     monkeypatch.setattr(pictures, "PICTURES", {"branches.png": run_pictures.branches_figure})
     made_up.write(tmp_path)
     (tmp_path / "branches.png").write_bytes(b"of an earlier design")
@@ -183,7 +184,7 @@ def test_pictures_are_there_and_not_blank(written):
         ("runs.csv", ",".join(made_up.COLUMNS) + "\n", "No run of '.*hybrids-1' is done"),
         ("runs.csv", "cell,run\na,b\n", "Line 2 of '.*runs.csv' has no kind"),
         ("plan.csv", "cell\na\n", "Line 2 of '.*plan.csv' has no gpu_hours"),
-        ("plan.csv", "cell,gpu_hours\na,many\n", r"Line 2 of '.*plan.csv' has no gpu_hours \(many\)"),
+        ("plan.csv", "cell,gpu_hours,data\na,many,\n", r"Line 2 of '.*plan.csv' has no gpu_hours \(many\)"),
     ],
 )
 def test_what_cannot_be_reported_is_one_sentence_and_leaves_nothing(name, content, said, tmp_path):
