@@ -17,6 +17,10 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     plan.add_argument("file", metavar="FILE", help="a YAML file, such as recipes/studies/small.yaml")
     plan.set_defaults(run=_plan)
     _add_fit(verbs)
+    text = "report.md and its pictures, from what collect and fit have written"
+    report = verbs.add_parser("report", help=text, description=text)
+    report.add_argument("file", metavar="FILE", help="the study's YAML file")
+    report.set_defaults(run=_report)
 
 
 def _add_fit(verbs: argparse._SubParsersAction) -> None:
@@ -48,7 +52,10 @@ def _fit(parsed: argparse.Namespace) -> None:
     from megahybrid.study import fit, fit_text, table
 
     if parsed.file:
-        folder = _folder(parsed.file)
+        from megahybrid.study.cells import RUNS
+        from megahybrid.study.file import load_study
+
+        folder = RUNS.parent / load_study(parsed.file).study
         found, path = fit.fit(folder, parsed.bootstrap), folder / "fit.json"
     else:
         columns = table.parse_columns(parsed.columns) if parsed.columns else None
@@ -59,7 +66,14 @@ def _fit(parsed: argparse.Namespace) -> None:
     print(f"\n{path}")
 
 
-def _folder(file: str) -> Path:
+def _report(parsed: argparse.Namespace) -> None:
+    from megahybrid.config import load_config
     from megahybrid.study.file import load_study
 
-    return Path("studies") / load_study(file).study
+    study = load_study(parsed.file)
+    base = load_config(study.base)
+    from megahybrid.study.cells import RUNS
+    from megahybrid.study.report import report
+
+    for path in report(RUNS.parent / study.study, Path(parsed.file), base):
+        print(path)
