@@ -99,7 +99,10 @@ def _fit(parsed: argparse.Namespace) -> None:
     from megahybrid.study import fit, fit_text, table
 
     if parsed.file:
-        folder = _folder(parsed.file)
+        from megahybrid.study.cells import RUNS
+        from megahybrid.study.file import load_study
+
+        folder = RUNS.parent / load_study(parsed.file).study
         found, path = fit.fit(folder, parsed.bootstrap), folder / "fit.json"
     else:
         columns = table.parse_columns(parsed.columns) if parsed.columns else None
@@ -113,14 +116,11 @@ def _fit(parsed: argparse.Namespace) -> None:
 def _report(parsed: argparse.Namespace) -> None:
     from megahybrid.config import load_config
     from megahybrid.study.file import load_study
+
+    study = load_study(parsed.file)
+    base = load_config(study.base)
+    from megahybrid.study.cells import RUNS
     from megahybrid.study.report import report
 
-    base = load_config(load_study(parsed.file).base)
-    for path in report(_folder(parsed.file), Path(parsed.file), base):
+    for path in report(RUNS.parent / study.study, Path(parsed.file), base):
         print(path)
-
-
-def _folder(file: str) -> Path:
-    from megahybrid.study.file import load_study
-
-    return Path("studies") / load_study(file).study
