@@ -69,7 +69,7 @@ def _sentences(plan: Plan) -> Iterator[str]:
     if hours < alone:
         yield f"  separate runs would take {alone:,.3g} GPU hours: branching off saves {1 - hours / alone:.0%}"
     for source in sorted({row.estimate.source.split(" MFU, ")[-1] for row in rows}):
-        yield f"  GPU hours from {source}"
+        yield f"  GPU hours: {source}"
     rate, batch = study.rules.learning_rate, study.rules.batch
     yield f"rate: {rate}, {LEARNING_RATES[rate].source}; batch: {batch}, {BATCHES[batch].source}"
     yield "  at the geometric mean of the tokens of trunk and branches; / rule: by what the rule says of the run's own"

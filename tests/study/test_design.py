@@ -259,7 +259,7 @@ def test_a_batch_is_round_and_realises_its_tokens(replicas):
             "lalte-64x2: model.attention.head_dim must be a multiple of 4",
         ),
         ({"budget": 3}, "Unknown configuration key 'budget'; did you mean budgets?"),
-        ({"base": "absent.yaml"}, "There is no recipe 'absent.yaml'"),
+        ({"base": "absent.yaml"}, "base: there is no recipe 'absent.yaml'"),
         ({"limits": {"profile": "absent"}}, "There is no profile"),
     ],
 )
