@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from megahybrid.config.branching import branch_point
 from megahybrid.errors import UserError
 from megahybrid.scaling.flops import flops_per_token
+from megahybrid.scaling.hours import tabled
 from megahybrid.scaling.parameters import parameter_specs
 from megahybrid.study.cells import whole_batch
 from megahybrid.study.design import design
@@ -157,6 +158,16 @@ def test_parameters_are_matched_by_the_width_of_the_swiglu(cells_of):
     assert lalte.parameters == sum(math.prod(spec.shape) for spec in parameter_specs(lalte.config).values())
     assert lalte.config.model.intermediate_size < transformer.config.model.intermediate_size
     assert lalte.tokens == pytest.approx(transformer.tokens, rel=0.02)
+
+
+def test_gpu_hours_are_matched(cells_of):
+    transformer, lalte = cells_of(sizes=[LARGE], budgets={"flops": [8e12]}, match="gpu_hours")
+    first, second = (
+        tabled(replace(cell.config, train=replace(cell.config.train, global_batch_size=4, micro_batch_size=4)))
+        for cell in (transformer, lalte)
+    )
+    assert transformer.asked == pytest.approx(8e12)
+    assert lalte.tokens * second.step_seconds == pytest.approx(transformer.tokens * first.step_seconds, rel=0.02)
 
 
 def test_a_size_of_its_own_is_held_out(cells_of):
