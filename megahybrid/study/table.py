@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from megahybrid.errors import UserError
 from megahybrid.study.law.law import Array
 
 Texts = NDArray[np.str_]
-_TEXTS = ("cell", "kind", "size", "budget", "seed", "trunk", "held_out", "state", "excluded")
+_TEXTS = ("cell", "kind", "trunk", "held_out", "state", "excluded")
 _NUMBERS = ("parameters", "parameters_without_embedding", "tokens", "flops", "loss")
 COLUMNS = _TEXTS + _NUMBERS
 """That are read; `parameters`, `loss` and one of `tokens` and `flops` must be there."""
@@ -97,7 +98,7 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, drop_larges
         texts.get("cell", empty),
         texts.get("kind", np.full(len(rows), "all")),
         np.where(trunk == "", own, trunk),
-        _flags(path, names, texts.get("held_out")),
+        _flags(path, names, texts.get("held_out", np.full(len(rows), "0"))),
         state,
         texts.get("excluded", empty).astype(object),
         **{name: numbers.get(name) for name in _NUMBERS},
@@ -111,15 +112,17 @@ def _rows(path: Path) -> list[dict[str, str]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            rows = list(reader)
+            rows, names = list(reader), reader.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"'{path}' cannot be read as a CSV file: {reason}.") from None
     if not rows:
         raise UserError(f"'{path}' has no runs; it needs a line of column names and one for each run.")
-    for line, row in enumerate(rows, start=2):
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"'{path}' has a column {twice[0]} twice; rename one.")
+    for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
-            raise UserError(f"Run {line - 1} of '{path}' has not as many columns as the first line has names; mend it.")
+            raise UserError(f"Run {number} of '{path}' has not as many columns as the first line has names; mend it.")
     return rows
 
 
@@ -157,9 +160,7 @@ def _numbers(path: Path, column: str, rows: list[dict[str, str]], name: str, sta
     return found
 
 
-def _flags(path: Path, names: Mapping[str, str], values: Texts | None) -> NDArray[np.bool_]:
-    if values is None:
-        return np.zeros(1, bool)
+def _flags(path: Path, names: Mapping[str, str], values: Texts) -> NDArray[np.bool_]:
     for place, value in enumerate(values):
         if value not in ("0", "1"):
             raise UserError(f"Run {place + 1} of '{path}' has {names['held_out']} = '{value}'; it must be 0 or 1.")
@@ -187,4 +188,4 @@ def _drop_largest(table: Table, count: int) -> None:
     if not 0 <= count < len(fitted):
         raise UserError(f"--drop-largest-losses is {count}; it must be at least 0 and below the {len(fitted)} runs.")
     largest = fitted[np.argsort(table.loss[fitted], kind="stable")[len(fitted) - count :]]
-    table.excluded[largest] = f"one of the {count} largest losses"
+    table.excluded[largest] = f"among the {count} largest losses"

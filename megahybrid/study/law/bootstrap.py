@@ -17,7 +17,7 @@ ENOUGH_TRUNKS = 40
 """From here on trunks are drawn with replacement; of fewer, that would often leave too few different sizes for a law
 (below about 40 clusters such intervals are known to fail: Cameron, Gelbach and Miller 2008), and noise is drawn."""
 
-SHARED = np.linspace(0, 0.95, 20)
+SHARED = np.append(np.linspace(0, 0.95, 20), [0.98, 0.99])
 """What part of the noise's variance the runs of a trunk may share."""
 
 
@@ -39,8 +39,9 @@ class Replicates:
 
 
 def interval(values: Array) -> list[float]:
-    """The central 95 %; [nan, nan] where more than that cannot be told from finite numbers."""
-    if np.isnan(values).any():
+    """The central 95 % of those that are numbers; an end may be infinite."""
+    values = values[~np.isnan(values)]
+    if not len(values):
         return [float("nan")] * 2
     low, high = np.percentile(values, [2.5, 97.5], method="nearest")
     return [float(low), float(high)]

@@ -9,16 +9,25 @@ import numpy as np
 
 from megahybrid.errors import UserError
 from megahybrid.study.law.fit import LEAST_RUNS, Fit, fit
-from megahybrid.study.law.law import Array
 
 FALSE_ALARMS = 0.02
 """Of studies whose losses have the form, all tests together."""
 
-INFLUENCE = 2.0
-"""By how many standard errors an exponent has to move, where the largest losses are unlikely besides."""
+NOISE = 0.003
+"""Standard deviation of a run's loss, relative, where nothing else is known."""
+
+TOLERATED = 2.0
+"""How many times as much noise as expected is no sign of another form."""
+
+INFLUENCE = 1.0
+"""By how many of its standard errors an exponent has to move, where the largest losses are unlikely besides."""
 
 UNLIKELY = 0.002
 """Of the largest losses, by what the other runs say of the noise."""
+
+
+KNOWN = 10**9
+"""Degrees of freedom of a variance that is not estimated."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +36,16 @@ class Misfit:
 
     Attributes:
         kind: 0, 1, ….
-        test: "repeats" or "bend".
+        test: "repeats", "others", "noise" or "bend".
         chance: of as much or more where they have the form.
+        size: of what the law misses, relative to the loss, root mean square.
         along: for a bend, what the residuals bend with.
     """
 
     kind: int
     test: str
     chance: float
+    size: float
     along: str = ""
 
 
@@ -51,26 +62,38 @@ class _Rests:
     seeds_freedom: int
 
 
-def misfits(fits: Sequence[Fit]) -> Iterator[Misfit]:
-    """Two F tests of each kind, by least squares about the fit, at a level that all tests share.
+def misfits(fits: Sequence[Fit], noise: float = NOISE) -> Iterator[Misfit]:
+    """Four F tests of each kind, by least squares about the fit, at a level that all tests share.
 
     - repeats: what the law leaves against what runs that differ in their seed alone do, where there are any;
+    - others: what the law leaves against what it leaves of the other kinds, where there are any;
+    - noise: what the law leaves against `noise`, of which it may be twice as much;
     - bend: whether squares of log N and log D, or their product, explain residuals; this sees a law that bends where
       nothing was repeated.
 
-    Noise is taken to be alike in all kinds.
+    True noise is taken to be alike in all kinds.
     """
     rests = [_rests(each) for each in fits]
     seeds, seeds_freedom = sum(each.seeds for each in rests), sum(each.seeds_freedom for each in rests)
-    noise = sum(each.law - each.bend for each in rests)
-    noise_freedom = sum(each.law_freedom - each.bend_freedom for each in rests)
+    unbent = sum(each.law - each.bend for each in rests)
+    unbent_freedom = sum(each.law_freedom - each.bend_freedom for each in rests)
     found = []
     for kind, each in enumerate(rests):
-        excess, freedom = each.law - each.seeds, each.law_freedom - each.seeds_freedom
-        found.append(Misfit(kind, "repeats", chance(excess, freedom, seeds, seeds_freedom)))
-        found.append(Misfit(kind, "bend", chance(each.bend, each.bend_freedom, noise, noise_freedom), each.along))
-    tests = sum(not np.isnan(each.chance) for each in found)
-    yield from (each for each in found if each.chance < FALSE_ALARMS / tests)
+        others = (
+            sum(other.law for other in rests) - each.law,
+            sum(other.law_freedom for other in rests) - each.law_freedom,
+        )
+        tests = (
+            ("repeats", each.law - each.seeds, each.law_freedom - each.seeds_freedom, seeds, seeds_freedom, ""),
+            ("others", each.law, each.law_freedom, *others, ""),
+            ("noise", each.law, each.law_freedom, KNOWN * (TOLERATED * noise) ** 2, KNOWN, ""),
+            ("bend", each.bend, each.bend_freedom, unbent, unbent_freedom, each.along),
+        )
+        for test, squares, freedom, against, against_freedom, along in tests:
+            size = float(np.sqrt(max(squares, 0) / len(fits[kind].points)))
+            found.append(Misfit(kind, test, chance(squares, freedom, against, against_freedom), size, along))
+    level = FALSE_ALARMS / max(1, sum(not np.isnan(each.chance) for each in found))
+    yield from (each for each in found if each.chance < level)
 
 
 def chance(squares: float, freedom: int, noise: float, noise_freedom: int) -> float:
@@ -124,11 +147,7 @@ class Influence:
 
 def influence(fitted: Fit) -> Influence | None:
     """Whether the largest losses, a fiftieth of them and at least one, are not what the others foretell, by an F test,
-    and move an exponent by more than noise would.
-
-    The difference of an estimate from all runs and one from a part of them has, where the law holds, the difference of
-    their variances for variance (Hausman 1978).
-    """
+    and move an exponent by more than its standard error."""
     out = max(1, round(len(fitted.points) / 50))
     kept = np.sort(np.argsort(fitted.points.losses, kind="stable")[:-out])
     if len(kept) < LEAST_RUNS:
@@ -140,15 +159,10 @@ def influence(fitted: Fit) -> Influence | None:
     left, with_largest = _rests(other), _rests(fitted)
     if chance(with_largest.law - left.law, out, left.law, left.law_freedom) > UNLIKELY:
         return None
-    noise = left.law / left.law_freedom
-    spread = np.sqrt(np.maximum(_variances(other.jacobian) - _variances(fitted.jacobian), 0) * noise)
-    moved = np.abs(other.theta - fitted.theta)[-2:] / np.maximum(spread[-2:], 1e-9)
+    variances = np.diag(np.linalg.pinv(other.jacobian.T @ other.jacobian, rcond=1e-14))[-2:]
+    errors = np.sqrt(variances * left.law / left.law_freedom)
+    moved = np.abs(other.theta - fitted.theta)[-2:] / np.maximum(errors, 1e-9)
     most = -2 + int(moved.argmax())
     if moved[most] < INFLUENCE:
         return None
     return Influence(("alpha", "beta")[most], out, float(fitted.theta[most]), float(other.theta[most]))
-
-
-def _variances(jacobian: Array) -> Array:
-    """Of theta, for noise of variance 1."""
-    return np.diag(np.linalg.pinv(jacobian.T @ jacobian, rcond=1e-14))

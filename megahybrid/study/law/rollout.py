@@ -24,7 +24,7 @@ class Step:
     Attributes:
         flops: the largest of its runs.
         fitted: how many runs below it the law was fitted to.
-        errors: predicted over actual loss, less 1: [runs].
+        errors: actual over predicted loss, less 1: [runs].
         covered: whether the actual losses lie in their 95 % intervals: [runs]; None without a bootstrap.
     """
 
@@ -59,5 +59,5 @@ def _step(points, flops, trunks, below, chosen, replicates, rng) -> Step | None:
         ends = [interval(laws.loss_of_a_run(*run)) for run in zip(new.parameters, new.tokens, strict=True)]
         low, high = np.array(ends).T
         covered = (low <= new.losses) & (new.losses <= high)
-    errors = fitted.law.loss(new.parameters, new.tokens) / new.losses - 1
+    errors = new.losses / fitted.law.loss(new.parameters, new.tokens) - 1
     return Step(float(flops[chosen].max()), len(below), errors, covered)

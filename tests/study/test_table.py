@@ -1,0 +1,102 @@
+"""Tables of runs, and what is refused of them."""
+
+import numpy as np
+import pytest
+
+from megahybrid.errors import UserError
+from megahybrid.study.table import parse_columns, read_table
+from tests.study import tables
+
+
+def made(changes=(), **columns):
+    parameters, tokens = tables.ladder()
+    rows = tables.rows("gdn", tables.LAW, parameters, tokens, 0.002, **columns)
+    for place, name, value in changes:
+        rows[place][name] = value
+    return rows
+
+
+def test_runs_csv_is_read_as_it_is_written(tmp_path):
+    changes = [(0, "held_out", 1), (1, "state", "diverged"), (1, "loss", ""), (2, "excluded", "by hand")]
+    rows = made([*changes, (3, "trunk", "t"), (4, "trunk", "t")])
+    table = read_table(tables.write(tmp_path / "runs.csv", rows))
+    assert table.parameters.tolist() == [row["parameters"] for row in rows]
+    assert table.loss[3:].tolist() == [row["loss"] for row in rows[3:]]
+    assert np.flatnonzero(~table.fitted).tolist() == [0, 1, 2]
+    assert table.done.tolist() == [True, False, False] + [True] * 9
+    assert table.trunk[3] == table.trunk[4] and len(set(table.trunk.tolist())) == 11
+
+
+def test_columns_of_others_and_tokens_from_flops(tmp_path):
+    path = tmp_path / "their runs.csv"
+    path.write_text("\ufeffModel Size,state,Training FLOP,loss\n1e6,odd,6e14,3.5\n2e6,odder,12e14,3.2\n", "utf-8")
+    columns = parse_columns("parameters=Model Size, flops=Training FLOP,loss=loss")
+    table = read_table(path, columns, drop_largest_losses=1)
+    assert table.tokens.tolist() == [1e8, 1e8] and set(table.kind) == {"all"}
+    assert table.fitted.tolist() == [False, True] and "largest" in table.excluded[0]
+    path.write_text("parameters,tokens,loss\n1e6,1e8,3.5\n")
+    assert read_table(path).flops.tolist() == [6e14]
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ([(4, "loss", "nan")], "Run 5 .* loss = 'nan'"),
+        ([(4, "loss", "")], "Run 5 .* loss = ''"),
+        ([(4, "tokens", "many")], "Run 5 .* tokens = 'many'"),
+        ([(4, "parameters", -1e6)], "Run 5 .* parameters = '-1000000.0'"),
+        ([(4, "flops", "inf")], "Run 5 .* flops = 'inf'"),
+        ([(4, "held_out", "yes")], "Run 5 .* held_out = 'yes'"),
+        ([(4, "cell", "gdn-1")], "Runs 2 and 5 .* the same cell"),
+        ([(4, name, made()[1][name]) for name in ("parameters", "tokens", "loss")], "Runs 2 and 5 .* the same run"),
+    ],
+)
+def test_bad_values_are_refused_in_a_sentence(tmp_path, changes, said):
+    with pytest.raises(UserError, match=said) as refused:
+        read_table(tables.write(tmp_path / "runs.csv", made(changes)))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text, columns, said",
+    [
+        ("", None, "no runs"),
+        ("parameters,tokens,loss\n", None, "no runs"),
+        ("parameters,tokens\n1e6,1e8\n", None, "no column for loss"),
+        ("tokens,loss\n1e8,3\n", None, "no column for parameters"),
+        ("parameters,loss\n1e6,3\n", None, "no column for tokens or flops"),
+        (
+            "N,C,loss\n1e6,1e15,3\n",
+            {"parameters": "N", "flops": "FLOP", "loss": "loss"},
+            "no column 'FLOP'; it has N, C",
+        ),
+        ("parameters,tokens,loss\n1e6,1e8\n", None, "Run 1 .* as many columns"),
+        ("parameters,tokens,loss\n1e6,1e8,3,4\n", None, "Run 1 .* as many columns"),
+        ("parameters,parameters,tokens,loss\n1,1,1,3\n", None, "parameters twice"),
+        ("\0", None, "no runs|cannot be read"),
+    ],
+)
+def test_bad_tables_are_refused_in_a_sentence(tmp_path, text, columns, said):
+    path = tmp_path / "runs.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_table(path, columns)
+
+
+def test_files_that_are_no_tables_are_refused(tmp_path):
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00\x81")
+    for path in (tmp_path, tmp_path / "missing.csv", tmp_path / "bytes.csv"):
+        with pytest.raises(UserError, match="cannot be read"):
+            read_table(path)
+
+
+@pytest.mark.parametrize("text", ["loss", "Loss=loss", "loss=", "loss=a,loss=b", ""])
+def test_bad_names_of_columns_are_refused(text):
+    with pytest.raises(UserError, match="--columns"):
+        parse_columns(text)
+
+
+@pytest.mark.parametrize("count", [-1, 12, 100])
+def test_more_runs_to_drop_than_there_are(tmp_path, count):
+    with pytest.raises(UserError, match="--drop-largest-losses"):
+        read_table(tables.write(tmp_path / "runs.csv", made()), None, count)
