@@ -16,6 +16,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     text = "every run with its cost, and how well the study will predict; starts nothing"
     plan = verbs.add_parser("plan", help=text, description=text)
     plan.add_argument("file", metavar="FILE", help="a YAML file, such as recipes/studies/small.yaml")
+    plan.add_argument(
+        "--probe", action="store_true", help="GPU hours from some steps of every model on this machine's GPU"
+    )
     plan.set_defaults(run=_plan)
     text = "begin what is missing, here or through Slurm; the same command goes on"
     launch = verbs.add_parser("launch", help=text, description=text)
@@ -56,7 +59,12 @@ def _plan(parsed: argparse.Namespace) -> None:
     from megahybrid.study.describe import describe
     from megahybrid.study.plan import check_limits, make_plan, save
 
-    plan = make_plan(study)
+    if parsed.probe:
+        from megahybrid.training.measuring import probe
+
+        plan = make_plan(study, probe)
+    else:
+        plan = make_plan(study)
     print(describe(plan))
     check_limits(plan)
     print(f"\n{save(plan, Path(parsed.file))}")
