@@ -13,21 +13,31 @@ from megahybrid.files import write_json
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """A parser for each verb, whose default `run` does it."""
     verbs = verb.add_subparsers(required=True, metavar="VERB")
-    _add(verbs, "plan", _plan, "every run with its cost, and how well the study will predict; starts nothing")
-    launch = _add(verbs, "launch", _launch, "begin what is missing, here or through Slurm; the same command goes on")
+    text = "every run with its cost, and how well the study will predict; starts nothing"
+    plan = verbs.add_parser("plan", help=text, description=text)
+    plan.add_argument("file", metavar="FILE", help="a YAML file, such as recipes/studies/tiny.yaml")
+    plan.add_argument(
+        "--probe", action="store_true", help="GPU hours from some steps of every model on this machine's GPU"
+    )
+    plan.set_defaults(run=_plan)
+    text = "begin what is missing, here or through Slurm; the same command goes on"
+    launch = verbs.add_parser("launch", help=text, description=text)
+    launch.add_argument("file", metavar="FILE", help="the study's YAML file")
     launch.add_argument("--jobs", type=int, metavar="N", help="here, N runs side by side, whatever limits.profile says")
     launch.add_argument("--wait", action="store_true", help="through Slurm, too, go on until all is done")
-    _add(verbs, "status", _status, "how far every run is, and all of them together")
-    _add(verbs, "collect", _collect, "what the runs came to, in runs.csv")
+    launch.set_defaults(run=_launch)
+    for name, run, text in (
+        ("status", _status, "how far every run is, and all of them together"),
+        ("collect", _collect, "what the runs came to, in runs.csv"),
+    ):
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.add_argument("file", metavar="FILE", help="the study's YAML file")
+        verb.set_defaults(run=run)
     _add_fit(verbs)
-    _add(verbs, "report", _report, "report.md and its pictures, from what collect and fit have written")
-
-
-def _add(verbs: argparse._SubParsersAction, name: str, run, text: str) -> argparse.ArgumentParser:
-    verb = verbs.add_parser(name, help=text, description=text)
-    verb.add_argument("file", metavar="FILE", help="a YAML file, such as recipes/studies/small.yaml")
-    verb.set_defaults(run=run)
-    return verb
+    text = "report.md and its pictures, from what collect and fit have written"
+    report = verbs.add_parser("report", help=text, description=text)
+    report.add_argument("file", metavar="FILE", help="the study's YAML file")
+    report.set_defaults(run=_report)
 
 
 def _add_fit(verbs: argparse._SubParsersAction) -> None:
@@ -49,7 +59,12 @@ def _plan(parsed: argparse.Namespace) -> None:
     from megahybrid.study.describe import describe
     from megahybrid.study.plan import check_limits, make_plan, save
 
-    plan = make_plan(study)
+    if parsed.probe:
+        from megahybrid.training.measuring import probe
+
+        plan = make_plan(study, probe)
+    else:
+        plan = make_plan(study)
     print(describe(plan))
     check_limits(plan)
     print(f"\n{save(plan, Path(parsed.file))}")
@@ -92,7 +107,10 @@ def _fit(parsed: argparse.Namespace) -> None:
     from megahybrid.study import fit, fit_text, table
 
     if parsed.file:
-        folder = _folder(parsed.file)
+        from megahybrid.study.cells import RUNS
+        from megahybrid.study.file import load_study
+
+        folder = RUNS.parent / load_study(parsed.file).study
         found, path = fit.fit(folder, parsed.bootstrap), folder / "fit.json"
     else:
         columns = table.parse_columns(parsed.columns) if parsed.columns else None
@@ -101,12 +119,6 @@ def _fit(parsed: argparse.Namespace) -> None:
         write_json(path, found)
     print(fit_text.describe(found))
     print(f"\n{path}")
-
-
-def _folder(file: str) -> Path:
-    from megahybrid.study.file import load_study
-
-    return Path("studies") / load_study(file).study
 
 
 def _report(parsed: argparse.Namespace) -> None:

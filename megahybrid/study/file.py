@@ -206,6 +206,8 @@ def _check(study: Study) -> None:
     for name in (study.study, *study.kinds):
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"'{name}' is no name for a study or kind; use letters, digits, '-', '_' and '.'.")
+    if not Path(study.base).is_file():
+        raise UserError(f"base: there is no recipe '{study.base}'; give its path from the working directory.")
     for name in ("kinds", "sizes"):
         if not getattr(study, name):
             raise UserError(f"{name} is empty; give at least one.")

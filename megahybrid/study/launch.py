@@ -36,7 +36,10 @@ def launch(study: Study, file: str, jobs: int | None, wait: bool, say: Callable[
         wait: go on through Slurm, too, until all is done.
         say: is told what happens.
     """
-    with _alone(study_folder(study)):
+    folder = study_folder(study)
+    if _text(folder / "study.yaml") != _text(Path(file)):
+        raise UserError(f"'{file}' is not planned as it is now; run `megahybrid study plan {file}` first.")
+    with _alone(folder):
         if jobs is None and study.limits.profile is not None:
             launching = Launching(study, file, say, slurm.jobs)
             launching.through_slurm(wait)
@@ -47,10 +50,13 @@ def launch(study: Study, file: str, jobs: int | None, wait: bool, say: Callable[
         return launching.conclude()
 
 
+def _text(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """One launch of a study at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "launch.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

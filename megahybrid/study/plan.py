@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megahybrid.devices import PEAKS
+from megahybrid.config import Config
 from megahybrid.errors import UserError
 from megahybrid.files import write_text
-from megahybrid.scaling.hours import Estimate, tabled
+from megahybrid.scaling.hours import Estimate, own_steps, tabled
 from megahybrid.scaling.memory import peak_bytes
 from megahybrid.study.cells import Cell, batch_tokens, optimum
 from megahybrid.study.design import design
 from megahybrid.study.expected import Precision, expect
 from megahybrid.study.file import Study
+from megahybrid.study.identity import find_data
 
 STUDIES = Path("studies")
 """Where every study has a folder of its name."""
@@ -44,11 +46,6 @@ class Row:
         """What of its tokens it trains itself: of a branch those after its trunk's."""
         return self.estimate.steps / self.cell.config.train.steps
 
-    @property
-    def mfu(self) -> float:
-        """That the estimate comes to."""
-        return self.cell.flops * self.part / (self.estimate.hours * 3600 * PEAKS[self.estimate.gpu])
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -64,25 +61,29 @@ class Plan:
         return sum(row.estimate.hours for row in self.rows)
 
 
-def make_plan(study: Study) -> Plan:
-    """Raises UserError for what cannot be trained, and for a design that cannot tell the law's terms apart."""
+def make_plan(study: Study, estimate: Callable[[Config], Estimate] = tabled) -> Plan:
+    """The plan of a study, with GPU hours from a table, or as something else estimates those of a recipe.
+
+    Raises UserError for what cannot be trained, and for a design that cannot tell the law's terms apart.
+    """
     cells = design(study, needs_data=False)
     precision = expect(study, cells)
-    memory: dict[tuple[str, str, int], float] = {}
+    known: dict[tuple[str, str, int], tuple[float, Estimate]] = {}
     rows = []
     for cell in cells:
-        train, parallel = cell.config.train, cell.config.parallel
-        model = cell.kind, cell.size, train.micro_batch_size
-        if model not in memory:
-            memory[model] = max(peak_bytes(cell.config, cell.gpus // (parallel.tensor * parallel.pipeline)))
+        parallel, step = cell.config.parallel, (cell.kind, cell.size, cell.config.train.global_batch_size)
+        if step not in known:
+            memory = max(peak_bytes(cell.config, cell.gpus // (parallel.tensor * parallel.pipeline)))
+            known[step] = memory, estimate(cell.config)
+        memory, like = known[step]
         rate, batch = optimum(study, cell.config, cell.parameters_without_embedding, cell.tokens)
         rows.append(
             Row(
                 cell=cell,
                 rate=cell.config.optimizer.learning_rate / rate,
                 batch=batch_tokens(cell.config) / batch,
-                memory=memory[model],
-                estimate=tabled(cell.config),
+                memory=memory,
+                estimate=replace(like, steps=own_steps(cell.config)),
             )
         )
     return Plan(study, rows, precision)
@@ -100,11 +101,11 @@ def check_limits(plan: Plan) -> None:
 
 def save(plan: Plan, file: Path) -> Path:
     """Write plan.csv, and a copy of the study's file, into the study's folder, which is returned."""
-    folder = STUDIES / plan.study.study
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(_fields(plan.rows[0])), lineterminator="\n")
+    folder, data = STUDIES / plan.study.study, find_data(plan.rows[0].cell.config) or ""
+    rows, text = [_fields(row) | {"data": data} for row in plan.rows], io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(map(_fields, plan.rows))
+    writer.writerows(rows)
     source = file.read_text(encoding="utf-8")
     write_text(folder / "plan.csv", text.getvalue())
     write_text(folder / "study.yaml", source)

@@ -12,6 +12,7 @@ from megahybrid import code_version
 from megahybrid.errors import UserError
 from megahybrid.files import read_json, write_json
 from megahybrid.study.collect import write_runs
+from megahybrid.study.fit import fit
 from megahybrid.study.outcomes import Outcome
 
 
@@ -29,8 +30,6 @@ def freeze(folder: Path, outcomes: Sequence[Outcome]) -> None:
     before = _frozen(folder)
     held_out = sorted(_held_out(outcomes) - before.keys())
     runs = write_runs(folder, outcomes)
-    from megahybrid.study.fit import fit
-
     fitted = fit(folder)
     predictions = {
         each["cell"]: {"kind": kind, **each} for kind, law in fitted["kinds"].items() for each in law["predictions"]

@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,9 @@ def make_study(tmp_path, monkeypatch, text, prepared):  # noqa: F811
         kept = [line for line in FILE.splitlines() if line]
         for line in lines:
             kept = [each for each in kept if each.split(":")[0] != line.split(":")[0]] + [line]
-        (tmp_path / "study.yaml").write_text("\n".join(kept))
+        for file in (Path("study.yaml"), Path("studies/small/study.yaml")):  # planned
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("\n".join(kept))
         return load_study("study.yaml")
 
     return make

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from megahybrid.config.branching import branch_point
 from megahybrid.errors import UserError
 from megahybrid.scaling.flops import flops_per_token
+from megahybrid.scaling.hours import tabled
 from megahybrid.scaling.parameters import parameter_specs
 from megahybrid.study.cells import whole_batch
 from megahybrid.study.design import design
@@ -159,6 +160,16 @@ def test_parameters_are_matched_by_the_width_of_the_swiglu(cells_of):
     assert lalte.tokens == pytest.approx(transformer.tokens, rel=0.02)
 
 
+def test_gpu_hours_are_matched(cells_of):
+    transformer, lalte = cells_of(sizes=[LARGE], budgets={"flops": [8e12]}, match="gpu_hours")
+    first, second = (
+        tabled(replace(cell.config, train=replace(cell.config.train, global_batch_size=4, micro_batch_size=4)))
+        for cell in (transformer, lalte)
+    )
+    assert transformer.asked == pytest.approx(8e12)
+    assert lalte.tokens * second.step_seconds == pytest.approx(transformer.tokens * first.step_seconds, rel=0.02)
+
+
 def test_a_size_of_its_own_is_held_out(cells_of):
     own = {**LARGE, "flops": 6.4e13, "overrides": {"train.micro_batch_size": 2}}
     cells = cells_of(**ONE, hold_out=own)
@@ -259,7 +270,7 @@ def test_a_batch_is_round_and_realises_its_tokens(replicas):
             "lalte-64x2: model.attention.head_dim must be a multiple of 4",
         ),
         ({"budget": 3}, "Unknown configuration key 'budget'; did you mean budgets?"),
-        ({"base": "absent.yaml"}, "There is no recipe 'absent.yaml'"),
+        ({"base": "absent.yaml"}, "base: there is no recipe 'absent.yaml'"),
         ({"limits": {"profile": "absent"}}, "There is no profile"),
     ],
 )

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 import types
 from collections import Counter
 from pathlib import Path
@@ -47,7 +46,7 @@ def fit(monkeypatch):
             }
         }
 
-    monkeypatch.setitem(sys.modules, "megahybrid.study.fit", types.SimpleNamespace(fit=fit))
+    monkeypatch.setattr("megahybrid.study.prediction.fit", fit)
 
 
 def launch(*arguments: str) -> int:
@@ -138,11 +137,19 @@ def test_a_diverged_run_is_tried_once_at_half_the_rate(make_study, trainer, fit)
 def test_two_launches_at_once_are_refused(make_study, trainer, capsys):
     make_study()
     trainer()
-    Path("studies/small").mkdir(parents=True)
     with open("studies/small/launch.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert launch() == 2
     assert "is being launched already" in capsys.readouterr().err and not calls()
+
+
+def test_what_is_not_planned_as_it_is_is_refused(make_study, trainer, capsys):
+    make_study()
+    trainer()
+    with open("study.yaml", "a") as file:
+        file.write("\nrepeats: {seeds: 2}")
+    assert launch() == 2
+    assert "run `megahybrid study plan study.yaml` first" in capsys.readouterr().err and not calls()
 
 
 def test_gpu_hours_are_limited(make_study, trainer, capsys, monkeypatch):
