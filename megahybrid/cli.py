@@ -204,16 +204,15 @@ def _submit(parsed: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from megahybrid.launch.profile import load_profile
-    from megahybrid.launch.submit import Request, describe, submit
+    from megahybrid.launch.submit import Request, array, describe, submit
 
     if parsed.nodes < 1 or parsed.chain < 1 or (parsed.gpus_per_node or 1) < 1:
         raise UserError("--nodes, --gpus-per-node and --chain must be at least 1.")
     profile = load_profile(parsed.profile)
     changes = {"gpus_per_node": parsed.gpus_per_node, "time": parsed.time}
     profile = replace(profile, **{name: value for name, value in changes.items() if value is not None})
-    request = Request(
-        parsed.recipe, parsed.overrides, profile, parsed.nodes, parsed.chain, parsed.requeue, parsed.array
-    )
+    configs = [_config(parsed)] if parsed.array is None else array(parsed.recipe, parsed.overrides, parsed.array)
+    request = Request(configs, profile, parsed.recipe, parsed.overrides, parsed.nodes, parsed.chain, parsed.requeue)
     submission = submit(request, parsed.dry_run)
     print(submission.script if parsed.dry_run else describe(submission))
 
