@@ -93,7 +93,7 @@ def test_a_plan_says_how_well_kinds_will_be_predicted_and_told_apart(planned):
     [
         ("limits: {gpu_hours: 0.01}", "GPU hours, more than limits.gpu_hours (0.01)"),
         (
-            "budgets: {tokens_per_parameter: [1]}\nrepeats: {seeds: 3, at: all}\nhold_out: null",
+            "budgets: {tokens_per_parameter: [1]}\nhold_out: null",
             "transformer: all its runs have about 1 tokens a parameter, one ratio only",
         ),
         (
