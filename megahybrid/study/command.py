@@ -15,7 +15,10 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verbs = verb.add_subparsers(required=True, metavar="VERB")
     text = "every run with its cost, and how well the study will predict; starts nothing"
     plan = verbs.add_parser("plan", help=text, description=text)
-    plan.add_argument("file", metavar="FILE", help="a YAML file, such as recipes/studies/small.yaml")
+    plan.add_argument("file", metavar="FILE", help="a YAML file, such as recipes/studies/tiny.yaml")
+    plan.add_argument(
+        "--probe", action="store_true", help="GPU hours from some steps of every model on this machine's GPU"
+    )
     plan.set_defaults(run=_plan)
     text = "begin what is missing, here or through Slurm; the same command goes on"
     launch = verbs.add_parser("launch", help=text, description=text)
@@ -31,6 +34,10 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         verb.add_argument("file", metavar="FILE", help="the study's YAML file")
         verb.set_defaults(run=run)
     _add_fit(verbs)
+    text = "report.md and its pictures, from what collect and fit have written"
+    report = verbs.add_parser("report", help=text, description=text)
+    report.add_argument("file", metavar="FILE", help="the study's YAML file")
+    report.set_defaults(run=_report)
 
 
 def _add_fit(verbs: argparse._SubParsersAction) -> None:
@@ -52,7 +59,12 @@ def _plan(parsed: argparse.Namespace) -> None:
     from megahybrid.study.describe import describe
     from megahybrid.study.plan import check_limits, make_plan, save
 
-    plan = make_plan(study)
+    if parsed.probe:
+        from megahybrid.training.measuring import probe
+
+        plan = make_plan(study, probe)
+    else:
+        plan = make_plan(study)
     print(describe(plan))
     check_limits(plan)
     print(f"\n{save(plan, Path(parsed.file))}")
@@ -95,7 +107,10 @@ def _fit(parsed: argparse.Namespace) -> None:
     from megahybrid.study import fit, fit_text, table
 
     if parsed.file:
-        folder = _folder(parsed.file)
+        from megahybrid.study.cells import RUNS
+        from megahybrid.study.file import load_study
+
+        folder = RUNS.parent / load_study(parsed.file).study
         found, path = fit.fit(folder, parsed.bootstrap), folder / "fit.json"
     else:
         columns = table.parse_columns(parsed.columns) if parsed.columns else None
@@ -106,7 +121,14 @@ def _fit(parsed: argparse.Namespace) -> None:
     print(f"\n{path}")
 
 
-def _folder(file: str) -> Path:
+def _report(parsed: argparse.Namespace) -> None:
+    from megahybrid.config import load_config
     from megahybrid.study.file import load_study
 
-    return Path("studies") / load_study(file).study
+    study = load_study(parsed.file)
+    base = load_config(study.base)
+    from megahybrid.study.cells import RUNS
+    from megahybrid.study.report import report
+
+    for path in report(RUNS.parent / study.study, Path(parsed.file), base):
+        print(path)

@@ -37,11 +37,11 @@ def _models(plan: Plan) -> str:
             (cell.kind, cell.size),
             (
                 *(cell.kind, cell.size, f"{cell.parameters:,}", f"{cell.parameters_without_embedding:,}"),
-                *(f"{cell.flops_per_token / 1e6:,.1f}", f"{row.memory / 2**30:,.1f}", f"{row.mfu:.1%}"),
+                *(f"{cell.flops_per_token / 1e6:,.1f}", f"{row.memory / 2**30:,.1f}"),
                 *(str(cell.nodes), str(cell.gpus)),
             ),
         )
-    head = ("kind", "size", "parameters", "no embeddings", "MFLOPs a token", "GiB a GPU", "MFU", "nodes", "GPUs")
+    head = ("kind", "size", "parameters", "no embeddings", "MFLOPs a token", "GiB a GPU", "nodes", "GPUs")
     return table(head, list(rows.values()))
 
 
@@ -68,8 +68,8 @@ def _sentences(plan: Plan) -> Iterator[str]:
     yield f"{len(rows)} runs: {short(tokens)} tokens, {flops:.3g} FLOPs, {hours:,.3g} GPU hours one after another"
     if hours < alone:
         yield f"  separate runs would take {alone:,.3g} GPU hours: branching off saves {1 - hours / alone:.0%}"
-    for source in sorted({row.estimate.source.split(" MFU, ")[-1] for row in rows}):
-        yield f"  GPU hours from {source}"
+    for gpu, source in sorted({(row.estimate.gpu, row.estimate.source.split(" MFU, ")[-1]) for row in rows}):
+        yield f"  GPU hours on one {gpu}: {source}"
     rate, batch = study.rules.learning_rate, study.rules.batch
     yield f"rate: {rate}, {LEARNING_RATES[rate].source}; batch: {batch}, {BATCHES[batch].source}"
     yield "  at the geometric mean of the tokens of trunk and branches; / rule: by what the rule says of the run's own"

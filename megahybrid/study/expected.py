@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -57,25 +57,27 @@ def precision(
 
 
 def expect(study: Study, cells: Sequence[Cell]) -> dict[str, Precision]:
-    """The precision of every kind at the study's targets and then at what it holds out. Raises UserError for a design
-    that cannot tell the law's terms apart."""
+    """The precision of every kind at the study's targets and then at what it holds out, there of the run's own loss,
+    which has noise, too. Raises UserError for a design that cannot tell the law's terms apart."""
     found = {}
     for kind in study.kinds:
         own = [cell for cell in cells if cell.kind == kind and cell.role != "tune"]
         fitted = [cell for cell in own if not cell.held_out]
-        targets = [(each.parameters, each.tokens) for each in study.targets]
-        targets += [(cell.parameters, cell.tokens) for cell in own if cell.held_out]
+        held = [(cell.parameters, cell.tokens) for cell in own if cell.held_out]
+        targets = [*((each.parameters, each.tokens) for each in study.targets), *held]
         parameters, tokens = ([getattr(cell, name) for cell in fitted] for name in ("parameters", "tokens"))
+        each = precision(parameters, tokens, targets, study.noise)
+        if each.condition > CONDITION_LIMIT:
+            raise UserError(
+                f"{kind}: {_what_is_alike(parameters, tokens)} (condition number {each.condition:.0e}, above "
+                f"{CONDITION_LIMIT:.0e})."
+            )
         if len(fitted) < LEAST_RUNS:
             raise UserError(
                 f"{kind} has {len(fitted)} runs to fit the law to, which needs {LEAST_RUNS}; add sizes or budgets."
             )
-        found[kind] = precision(parameters, tokens, targets, study.noise)
-        if found[kind].condition > CONDITION_LIMIT:
-            raise UserError(
-                f"{kind}: {_what_is_alike(parameters, tokens)} (condition number {found[kind].condition:.0e}, above "
-                f"{CONDITION_LIMIT:.0e})."
-            )
+        own_noise = np.repeat([0, _NORMAL * study.noise], [len(study.targets), len(held)])
+        found[kind] = replace(each, losses=np.hypot(each.losses, own_noise))
     return found
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megahybrid.devices import PEAKS
+from megahybrid.config import Config
 from megahybrid.errors import UserError
 from megahybrid.files import write_text
-from megahybrid.scaling.hours import Estimate, tabled
+from megahybrid.scaling.hours import Estimate, own_steps, tabled
 from megahybrid.scaling.memory import peak_bytes
 from megahybrid.study.cells import Cell, batch_tokens, optimum
 from megahybrid.study.design import design
@@ -44,11 +45,6 @@ class Row:
         """What of its tokens it trains itself: of a branch those after its trunk's."""
         return self.estimate.steps / self.cell.config.train.steps
 
-    @property
-    def mfu(self) -> float:
-        """That the estimate comes to."""
-        return self.cell.flops * self.part / (self.estimate.hours * 3600 * PEAKS[self.estimate.gpu])
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -64,25 +60,29 @@ class Plan:
         return sum(row.estimate.hours for row in self.rows)
 
 
-def make_plan(study: Study) -> Plan:
-    """Raises UserError for what cannot be trained, and for a design that cannot tell the law's terms apart."""
+def make_plan(study: Study, estimate: Callable[[Config], Estimate] = tabled) -> Plan:
+    """The plan of a study, with GPU hours from a table, or as something else estimates those of a recipe.
+
+    Raises UserError for what cannot be trained, and for a design that cannot tell the law's terms apart.
+    """
     cells = design(study, needs_data=False)
     precision = expect(study, cells)
-    memory: dict[tuple[str, str, int], float] = {}
+    known: dict[tuple[str, str, int], tuple[float, Estimate]] = {}
     rows = []
     for cell in cells:
-        train, parallel = cell.config.train, cell.config.parallel
-        model = cell.kind, cell.size, train.micro_batch_size
-        if model not in memory:
-            memory[model] = max(peak_bytes(cell.config, cell.gpus // (parallel.tensor * parallel.pipeline)))
+        parallel, step = cell.config.parallel, (cell.kind, cell.size, cell.config.train.global_batch_size)
+        if step not in known:
+            memory = max(peak_bytes(cell.config, cell.gpus // (parallel.tensor * parallel.pipeline)))
+            known[step] = memory, estimate(cell.config)
+        memory, like = known[step]
         rate, batch = optimum(study, cell.config, cell.parameters_without_embedding, cell.tokens)
         rows.append(
             Row(
                 cell=cell,
                 rate=cell.config.optimizer.learning_rate / rate,
                 batch=batch_tokens(cell.config) / batch,
-                memory=memory[model],
-                estimate=tabled(cell.config),
+                memory=memory,
+                estimate=replace(like, steps=own_steps(cell.config)),
             )
         )
     return Plan(study, rows, precision)

@@ -23,6 +23,7 @@ _LINES = 1000  # of a run, the last ones
 _WARM_UP = 10  # steps of a run, in which kernels are compiled
 _PROBED = (3, 10)  # steps of a probe to warm up, and those that count
 _MICRO_BATCHES = 8  # of a probe, at most
+_OF_A_GROUP = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}  # the environment that torchrun makes
 
 
 def measured(config: Config, run_dir: Path) -> Estimate:
@@ -52,7 +53,7 @@ def probe(config: Config) -> Estimate:
         parallel=ParallelConfig(gradient_reduction=config.parallel.gradient_reduction),
         train=replace(train, global_batch_size=few * train.micro_batch_size),
     )
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_A_GROUP}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         save_config(small, file)

@@ -110,7 +110,7 @@ def add_to_summary(config: Config, folder: Path, run_id: str | None, make: Calla
             run.summary[name] = value
         run.finish()
     except Exception as error:
-        log.warning("W&B did not take the evaluation (%s).", error)
+        log.warning("W&B did not take what was to be added (%s).", error)
 
 
 def _start(config: Config, run_id: str | None, mode: str):

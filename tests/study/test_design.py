@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from megahybrid.config.branching import branch_point
 from megahybrid.errors import UserError
 from megahybrid.scaling.flops import flops_per_token
+from megahybrid.scaling.hours import tabled
 from megahybrid.scaling.parameters import parameter_specs
 from megahybrid.study.cells import whole_batch
 from megahybrid.study.design import design
@@ -159,6 +160,16 @@ def test_parameters_are_matched_by_the_width_of_the_swiglu(cells_of):
     assert lalte.tokens == pytest.approx(transformer.tokens, rel=0.02)
 
 
+def test_gpu_hours_are_matched(cells_of):
+    transformer, lalte = cells_of(sizes=[LARGE], budgets={"flops": [8e12]}, match="gpu_hours")
+    first, second = (
+        tabled(replace(cell.config, train=replace(cell.config.train, global_batch_size=4, micro_batch_size=4)))
+        for cell in (transformer, lalte)
+    )
+    assert transformer.asked == pytest.approx(8e12)
+    assert lalte.tokens * second.step_seconds == pytest.approx(transformer.tokens * first.step_seconds, rel=0.02)
+
+
 def test_a_size_of_its_own_is_held_out(cells_of):
     own = {**LARGE, "flops": 6.4e13, "overrides": {"train.micro_batch_size": 2}}
     cells = cells_of(**ONE, hold_out=own)
@@ -242,6 +253,19 @@ def test_a_batch_is_round_and_realises_its_tokens(replicas):
         ({"kinds": {}}, "kinds is empty"),
         ({"kinds": {"a/b": "F"}}, "'a/b' is no name"),
         ({"kinds": {"x": "F", "y": "F"}}, "x-64x2-8e12-s0 and y-64x2-8e12-s0 are the same run"),
+        ({"study": "runs"}, "study is 'runs', the folder of all studies' runs"),
+        ({"sizes": [3]}, "sizes"),
+        ({"sizes": 3}, "sizes is a list"),
+        ({"kinds": ["F"]}, "kinds holds named entries"),
+        ({"kinds": {"x": 3}}, "kinds"),
+        ({"budgets": 3}, "budgets is a section"),
+        ({"hold_out": 3}, "hold_out is a section"),
+        ({"overrides": [3]}, "overrides"),
+        ({"targets": {}}, "targets"),
+        ({"rules": {"tune": 5}}, "rules.tune is a section"),
+        ({"base": None}, "base"),
+        ({"kinds": {"x": "${nothing}"}}, "nothing"),
+        ({"noise": "much"}, "noise"),
         ({"sizes": [SMALL, SMALL]}, "sizes has 64x2 twice"),
         ({"sizes": [{"width": 0, "layers": 2}]}, "sizes[0].width is 0; it must be greater than 0"),
         ({"budgets": {"flops": [1e12, 1e12]}}, "budgets has 1000000000000.0 twice"),
@@ -259,7 +283,7 @@ def test_a_batch_is_round_and_realises_its_tokens(replicas):
             "lalte-64x2: model.attention.head_dim must be a multiple of 4",
         ),
         ({"budget": 3}, "Unknown configuration key 'budget'; did you mean budgets?"),
-        ({"base": "absent.yaml"}, "There is no recipe 'absent.yaml'"),
+        ({"base": "absent.yaml"}, "base: there is no recipe 'absent.yaml'"),
         ({"limits": {"profile": "absent"}}, "There is no profile"),
     ],
 )

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from megahybrid.errors import UserError
 from megahybrid.study.law.law import Array, Centre, Law, condition, log_loss, slopes, terms
-from megahybrid.study.law.solver import minimise, objective
+from megahybrid.study.law.solver import ROUNDING, minimise, objective
 
 DELTA = 1e-3
 """Of Huber's loss, on log losses."""
@@ -119,7 +119,7 @@ def fit(points: Points, delta: float = DELTA) -> Fit:
         )
     best = np.argsort(objective(starts, points.terms, observed, ones, delta))[:4]
     theta, value, steepest = minimise(starts[best], points.terms, observed, ones, delta, POLISH, steps=300)
-    chosen = value.argmin()
+    chosen = np.where(value <= value.min() * (1 + 10 * ROUNDING), steepest, np.inf).argmin()
     return Fit(points, theta[chosen], float(value[chosen]), float(steepest[chosen]))
 
 

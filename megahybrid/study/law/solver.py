@@ -6,10 +6,13 @@ import numpy as np
 
 from megahybrid.study.law.law import Array, log_loss, slopes
 
-LEAST_DAMPING, MOST_DAMPING = 1e-9, 1e12
+LEAST_DAMPING = 1e-9
 
 ROUNDING = 1e-14
 """Of an objective: near the optimum it hides what a step gains, and Newton's steps go on to lower the gradient."""
+
+IDLE = 12
+"""Steps that may follow one another without lowering an objective by more than that."""
 
 
 def objective(theta: Array, terms: Array, observed: Array, weights: Array, delta: float) -> Array:
@@ -41,24 +44,25 @@ def minimise(
     theta = theta.copy()
     observed, weights = (np.broadcast_to(each, (len(theta), terms.shape[1])) for each in (observed, weights))
     value = objective(theta, terms, observed, weights, delta)
-    damping, steepest = np.full(len(theta), 1e-3), np.full(len(theta), np.inf)
+    damping, idle = np.full(len(theta), 1e-3), np.zeros(len(theta), int)
     open_ = np.arange(len(theta))
     for _ in range(steps):
         here, seen, weight, damp = theta[open_], observed[open_], weights[open_], damping[open_]
         gradient, hessian, above = _derivatives(here, terms, seen, weight, delta)
-        steepest[open_] = np.abs(gradient).max(axis=-1)
         step = _step(gradient, hessian, above, damp)
         new = objective(here + step, terms, seen, weight, delta)
         lower = new <= value[open_] * (1 + ROUNDING)
         theta[open_[lower]] += step[lower]
         decrease = -(gradient * step).sum(axis=-1)
         ended = (damp < 1) & (np.abs(decrease) <= tolerance * value[open_] + 1e-30)
+        idle[open_] = np.where(new < value[open_] * (1 - ROUNDING), 0, idle[open_] + 1)
         value[open_[lower]] = new[lower]
         damping[open_] = np.where(lower, np.maximum(damp / 5, LEAST_DAMPING), damp * 7)
-        open_ = open_[~ended & (damping[open_] < MOST_DAMPING)]
+        open_ = open_[~ended & (idle[open_] < IDLE)]
         if not len(open_):
             break
-    return theta, value, steepest
+    gradient = _derivatives(theta, terms, observed, weights, delta)[0]
+    return theta, value, np.abs(gradient).max(axis=-1)
 
 
 def _derivatives(

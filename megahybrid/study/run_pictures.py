@@ -1,0 +1,105 @@
+"""Pictures of a study that need no fit: learning rates, branches, cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megahybrid.study import hours
+from megahybrid.study.curves import law_loss, lowest_point, tunings
+from megahybrid.study.drawing import budget_name, finish, panels, power
+from megahybrid.study.results import Results, Run
+from megahybrid.training.drawing import ACCENT, INK, short_number, tidy
+
+
+def learning_rate_figure(results: Results) -> Figure | None:
+    """Loss over the learning rate in tuning grids, a panel a kind and a parabola a grid, with its lowest point; None
+    where nothing was tried at three rates."""
+    groups = tunings(results.runs)
+    kinds = list(dict.fromkeys(group[0].kind for group in groups))
+    if not kinds:
+        return None
+    figure, grid = panels(kinds, sharey=False)
+    for axes, kind in zip(grid, kinds, strict=True):
+        chosen = [group for group in groups if group[0].kind == kind]
+        for group, color in zip(chosen, colormaps["viridis"](np.linspace(0, 0.85, len(chosen))), strict=True):
+            _tuning(axes, group, color)
+        axes.margins(y=0.15)
+        axes.legend(frameon=False, fontsize=8, loc="upper center")
+    finish(grid, "learning rate", power)
+    return figure
+
+
+def _tuning(axes: Axes, group: Sequence[Run], color: Any) -> None:
+    rates = [run.learning_rate for run in group]
+    curve, best = lowest_point(rates, [run.loss for run in group])
+    line = np.geomspace(rates[0], rates[-1], 60)
+    found = "lowest at the edge" if best is None else f"lowest at {power(best)}"
+    label = f"{group[0].size}, {budget_name(group[0].budget)}: {found}"
+    axes.plot(line, np.polyval(curve, np.log(line)), color=color, linewidth=1.5, label=label)
+    if best is not None:
+        axes.plot(best, np.polyval(curve, np.log(best)), "*", color=ACCENT, markersize=11, zorder=3)
+    axes.plot(rates, [run.loss for run in group], "o", color=color, markersize=5)
+
+
+def branches_figure(results: Results) -> Figure | None:
+    """Final loss over tokens of trunks (squares) and their branches, a panel a kind and a curve a trunk, with the law's
+    line; None where nothing branches."""
+    branched = {run.trunk for run in results.runs if run.role == "branch"}
+    kinds = [kind for kind in results.kinds if any(run.trunk in branched for run in results.of(kind))]
+    if not kinds:
+        return None
+    figure, grid = panels(kinds)
+    for axes, kind in zip(grid, kinds, strict=True):
+        trunks: dict[str, list[Run]] = {}
+        for run in results.of(kind):
+            if run.trunk in branched:
+                trunks.setdefault(run.trunk, []).append(run)
+        for runs, color in zip(trunks.values(), colormaps["viridis"](np.linspace(0, 0.85, len(trunks))), strict=True):
+            _branches(axes, runs, results.fit["kinds"][kind], color)
+        axes.legend(frameon=False, fontsize=8)
+    finish(grid, "tokens", short_number)
+    return figure
+
+
+def _branches(axes: Axes, runs: Sequence[Run], law: Mapping[str, Any], color: Any) -> None:
+    tokens = [run.tokens for run in runs]
+    line = np.geomspace(min(tokens), max(tokens), 60)
+    axes.plot(line, law_loss(law, runs[0].parameters, line), color=color, linestyle="--", linewidth=1)
+    for role, marker, size in (("branch", "o", 4.5), ("trunk", "s", 7)):
+        chosen = [run for run in runs if run.role == role]
+        label = f"{runs[0].size}, seed {runs[0].seed}" if role == "branch" else None
+        x, y = [run.tokens for run in chosen], [run.loss for run in chosen]
+        axes.plot(x, y, marker, color=color, markersize=size, label=label)
+
+
+def cost_figure(results: Results) -> Figure:
+    """GPU hours of each kind and size, as planned, and as used for runs that the law was fitted to, held-out ones and
+    others."""
+    order = list(dict.fromkeys(run.kind for run in results.runs))
+    by_size = sorted(results.runs, key=lambda run: (order.index(run.kind), run.parameters))
+    rows = list(dict.fromkeys((run.kind, run.size) for run in by_size))
+    figure = Figure(figsize=(8, 1.6 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    left, places = np.zeros(len(rows)), np.arange(len(rows))
+    planned = hours.planned(results)
+    if planned:
+        width = [planned.get(row, 0.0) for row in rows]
+        label = f"planned: {sum(width):.3g} h"
+        axes.barh(places - 0.19, width, 0.3, color="white", edgecolor="black", linewidth=0.9, label=label)
+    for (name, used), color in zip(hours.by_use(results.runs).items(), (INK, ACCENT, "#9a9a9a"), strict=True):
+        width = np.array([used.get(row, 0.0) for row in rows])
+        axes.barh(places + 0.16, width, 0.34, left=left, color=color, label=f"used, {name}: {width.sum():.3g} h")
+        left += width
+    axes.set_yticks(places, [f"{kind} {size}" for kind, size in rows], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.03 * axes.dataLim.x1)
+    axes.set_xlabel("GPU hours")
+    tidy(axes)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure

@@ -1,0 +1,130 @@
+"""The tables of a study's report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from megahybrid.study.answers import baseline_range, covered, error, in_hours, savings, why
+from megahybrid.study.drawing import power
+from megahybrid.study.results import Results
+from megahybrid.training.drawing import short_number
+
+_FIGURES = {"a_opt": ".3f", "E": ".3f", "A": ".4g", "B": ".4g", "alpha": ".3f", "beta": ".3f"}
+
+
+def tables(results: Results) -> Iterator[str]:
+    """Headings, tables and what has to be said of them, as far as there is something in them."""
+    for part in (_equal_loss, _frozen, _targets, _fits, _checks, _left_out):
+        yield from part(results)
+
+
+def _equal_loss(results: Results) -> Iterator[str]:
+    (low, high), rows = baseline_range(results), []
+    for flops in (low, high, max(run.flops for run in results.runs)):
+        for saving in savings(results, flops):
+            where = power(flops) + ("" if flops <= high else ", beyond the fitted runs")
+            rows.append([saving.kind, where, str(saving), str(in_hours(results, saving) or "not measured")])
+    if not rows:
+        return
+    base = results.kinds[0]
+    yield "## Cost of the same loss"
+    yield f"Times what {base} needs, with 95 % intervals; GPU hours as measured, whose ratio counts as exact."
+    yield _table(["kind", f"FLOPs of {base}", "times the FLOPs", "times the GPU hours"], rows)
+
+
+def _frozen(results: Results) -> Iterator[str]:
+    rows = []
+    for run in results.runs:
+        if run.cell not in results.frozen:
+            continue
+        frozen = results.frozen[run.cell]
+        row = [run.cell, power(run.flops), f"{frozen['loss']:.4f}", _interval(frozen["interval"], ".4f")]
+        if run.counts:
+            row += [f"{run.loss:.4f}", f"{100 * error(results, run):+.2f} %", _yes(covered(results, run))]
+        rows.append(row + [why(run), "", ""] * (not run.counts))
+    if rows:
+        yield "## Frozen predictions"
+        yield "Written before these runs started. The error is positive where the loss came higher than predicted."
+        yield _table(["run", "FLOPs", "predicted", "95 % interval", "actual", "error", "inside"], rows)
+
+
+def _targets(results: Results) -> Iterator[str]:
+    rows = []
+    for kind in results.kinds:
+        for each in results.fit["kinds"][kind]["predictions"]:
+            if not each["cell"]:
+                size = [short_number(each[name], 0) for name in ("parameters", "tokens")]
+                rows.append(
+                    [kind, *size, power(each["flops"]), f"{each['loss']:.4f}", _interval(each["interval"], ".4f")]
+                )
+    if rows:
+        yield "## Targets"
+        yield _table(["kind", "parameters", "tokens", "FLOPs", "loss", "95 % interval"], rows)
+
+
+def _fits(results: Results) -> Iterator[str]:
+    rows, fit = [], results.fit
+    for kind in results.kinds:
+        law = fit["kinds"][kind]
+        rows.append([kind, *_law(law)])
+        if law["without_embedding"]:
+            rows.append([f"{kind}, N without embeddings", *_law(law["without_embedding"])])
+    yield "## Fits"
+    yield (
+        "L = E + A/N^alpha + B/D^beta, with 95 % intervals. Compare a_opt and losses between studies: E, alpha and "
+        "beta move with noise and with what is counted as a parameter."
+    )
+    yield _table(["kind", "runs", *_FIGURES, "objective", "gradient", "condition"], rows)
+    if shared := fit["shared_exponents"]:
+        yield (
+            f"With exponents that all kinds share: alpha {shared['alpha']:.3f}, beta {shared['beta']:.3f}, objective "
+            f"{shared['objective']:.3g} instead of {shared['objective_of_own_exponents']:.3g} together."
+        )
+
+
+def _law(law: Mapping[str, Any]) -> list[str]:
+    values = [f"{law[name]:{how}} ({_interval(law['intervals'][name], how)})" for name, how in _FIGURES.items()]
+    return [str(law["runs"]), *values, *(power(law[name]) for name in ("objective", "gradient_norm", "condition"))]
+
+
+def _checks(results: Results) -> Iterator[str]:
+    """What other ways to fit say."""
+    deltas = list(next(iter(results.fit["kinds"].values()))["delta"])
+    rows = []
+    for kind in results.kinds:
+        law, other = results.fit["kinds"][kind], results.fit["approach2"][kind]
+        others = [f"{each['a_opt']:.3f}" if (each := law["delta"][delta]) else "none" for delta in deltas]
+        steps = results.fit["rollout"][kind]
+        last = f"{100 * steps[-1]['error']:+.2f} %, from {steps[-1]['fitted']} runs" if steps else "too few runs"
+        rows.append([kind, f"{law['a_opt']:.3f}", *others, f"{other['a_opt']:.3f}" if other else "too few sizes", last])
+    yield "## Cross-checks"
+    yield (
+        "a_opt with other widths of Huber's loss, and by approach 2; and how far the law from all smaller budgets "
+        "misses the largest that was fitted, on average."
+    )
+    yield _table(["kind", "a_opt", *(f"delta {each}" for each in deltas), "approach 2", "largest budget"], rows)
+
+
+def _left_out(results: Results) -> Iterator[str]:
+    rows = [
+        [run.cell, run.run, run.state, why(run), f"{run.loss:.4f}" if run.loss == run.loss else "", run.retry_of]
+        for run in results.runs
+        if not run.counts
+    ]
+    if rows:
+        yield "## Left out"
+        yield _table(["run", "folder", "state", "why", "loss", "retry of"], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def _interval(ends: Sequence[float], how: str) -> str:
+    return f"{ends[0]:{how}} to {ends[1]:{how}}"
+
+
+def _yes(true: bool) -> str:
+    return "yes" if true else "no"

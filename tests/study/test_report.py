@@ -1,0 +1,410 @@
+"""A report says what the figures say, and its pictures draw them."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from megahybrid.cli import main
+from megahybrid.config import Config
+from megahybrid.errors import UserError
+from megahybrid.study import hours, pictures, publish, report, run_pictures
+from megahybrid.study.answers import answers, in_hours, open_questions, savings
+from megahybrid.study.drawing import power, round_numbers
+from megahybrid.study.results import read_results
+from tests.study import made_up
+
+FILE = Path("studies/hybrids-1.yaml")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A study with its report."""
+    folder = made_up.write(tmp_path_factory.mktemp("studies") / "hybrids-1")
+    return folder, report.write(folder, FILE)
+
+
+def study(folder, rows=None, fit=lambda made: None, frozen=lambda made: None):
+    """Results of a study whose files are changed before they are read."""
+    made_up.write(folder, rows)
+    for name, change in (("fit.json", fit), ("prediction.json", frozen)):
+        made = json.loads((folder / name).read_text())
+        change(made)
+        (folder / name).write_text(json.dumps(made))
+    return read_results(folder)
+
+
+def lines(axes):
+    """What an axes' lines show, by colour and style, without those of one point."""
+    drawn = [(each.get_color(), each.get_linestyle(), *each.get_data()) for each in axes.lines]
+    return [(color, style, np.array(x), np.array(y)) for color, style, x, y in drawn if len(np.atleast_1d(x)) > 1]
+
+
+@pytest.mark.parametrize(
+    ("times", "interval", "said"),
+    [
+        (0.8, [0.7, 0.9], "**gdn needs 20 % less compute than transformer for the same loss: 0.8 (0.7 to 0.9) times**"),
+        (
+            1.25,
+            [1.1, 1.4],
+            "**gdn needs 25 % more compute than transformer for the same loss: 1.25 (1.1 to 1.4) times**",
+        ),
+        (0.98, [0.9, 1.1], "**gdn and transformer cannot be told apart: gdn needs 0.98 (0.9 to 1.1) times the compute"),
+    ],
+)
+def test_the_sentence_on_compute_follows_the_interval(times, interval, said, tmp_path):
+    def change(made):
+        for point in made["multipliers"]["transformer vs gdn"]:
+            point |= {"multiplier": times, "interval": interval}
+
+    results = study(tmp_path, fit=change)
+    assert answers(results)[0].startswith(said)
+    assert "at 1e16 FLOPs of transformer" in answers(results)[0]
+    open_question = f"Whether gdn or transformer needs less compute: the interval, {times} "
+    assert any(each.startswith(open_question) for each in open_questions(results)) == (interval[0] < 1 < interval[1])
+
+
+@pytest.mark.parametrize(("low", "overlap"), [(0.69, True), (0.71, False)])
+def test_kinds_whose_intervals_overlap_are_not_ordered(low, overlap, tmp_path):
+    def change(made):
+        for point, other in zip(*made["multipliers"].values(), strict=True):
+            point |= {"multiplier": 0.6, "interval": [0.5, 0.7]}
+            other |= {"multiplier": 0.75, "interval": [low, 0.8]}
+
+    said = " ".join(open_questions(study(tmp_path, fit=change)))
+    assert ("Whether gdn or lalte needs less compute" in said) == overlap
+
+
+@pytest.mark.parametrize(("factor", "place"), [(1.0019, "inside"), (1.0021, "outside"), (0.9979, "outside")])
+def test_a_forecast_is_judged_by_its_frozen_interval(factor, place, tmp_path):
+    """The fit's own prediction, which saw more, does not count."""
+    rows = made_up.runs(noise=0)
+    held = next(each for each in rows if each["held_out"] and each["kind"] == "gdn")
+    expected = held["loss"]
+    held["loss"] *= factor
+
+    def widen(made):
+        made["kinds"]["gdn"]["predictions"][0] |= {"interval": [0, 9], "covered": True}
+
+    results = study(tmp_path, rows, widen)
+    (said,) = [each for each in answers(results) if each.startswith("gdn, 8 times the FLOPs")]
+    assert f"{expected:.4f} ({0.998 * expected:.4f} to {1.002 * expected:.4f}) nats a token were predicted" in said
+    assert said.endswith(f"{held['loss']:.4f} came: {100 * (factor - 1):+.2f} %, {place} the interval.")
+    right = 3 - (place == "outside")
+    assert any(each.startswith(f"**{right} of 3 frozen predictions were right**") for each in answers(results))
+    distrust = "How far to trust the intervals of gdn"
+    assert any(each.startswith(distrust) for each in open_questions(results)) == (place == "outside")
+
+
+def test_what_is_not_known_yet_is_said(tmp_path):
+    rows = made_up.runs()
+    held = next(each for each in rows if each["held_out"] and each["kind"] == "gdn")
+    held |= {"state": "running", "loss": ""}
+    results = study(tmp_path, rows, frozen=lambda made: made.pop("lalte-320x10-8e16-s0"))
+    said = answers(results)
+    assert any(each.startswith("**1 of 1 frozen") for each in said)
+    assert any(each.startswith("gdn, 8 times") and each.endswith("the run is not done (running).") for each in said)
+    for kind, known in (("gdn", False), ("lalte", False), ("transformer", True)):
+        unknown = f"Whether the law of {kind} predicts: no held-out run with a frozen prediction is done."
+        assert (unknown in open_questions(results)) != known
+
+
+def test_runs_left_out_are_named_with_why(written):
+    folder, _ = written
+    text = (folder / "report.md").read_text()
+    count = len(made_up.runs())
+    assert f"{count} runs: 42 fitted, 3 held out and done, 15 of the tuning grid, " in text
+    assert "1 diverged (gdn-192x6-3e15-s1) and 1 missing (lalte-192x6-1e16-s1)." in text
+    table = text.split("## Left out")[1].split("##")[0]
+    assert sum(each["cell"] in table for each in made_up.runs()) == 17
+
+
+def test_warnings_and_the_same_runs_without_a_repeat(tmp_path):
+    warning = "Without 2 runs the exponent changes by 0.1."
+    rows = [each for each in made_up.runs() if each["seed"] == 0]
+    results = study(tmp_path, rows, lambda made: made["warnings"].append(warning))
+    assert f"The fit warns: {warning}" in answers(results)
+    assert "How much two seeds differ: no run was repeated." in open_questions(results)
+    assert not any("two seeds" in each for each in open_questions(study(tmp_path)))
+    assert any(
+        "1e16 FLOPs, where no run was fitted: held-out runs test it at 8e16" in each for each in open_questions(results)
+    )
+
+
+def test_the_same_inputs_give_the_same_report(written, tmp_path, monkeypatch):
+    folder, paths = written
+    text = (folder / "report.md").read_text()
+    assert report.text(read_results(folder), FILE, [each.stem for each in paths[1:]]) == text
+    assert "megahybrid study fit studies/hybrids-1.yaml" in text
+    monkeypatch.setattr(pictures, "PICTURES", {"branches.png": run_pictures.branches_figure})
+    made_up.write(tmp_path)
+    (tmp_path / "branches.png").write_bytes(b"of an earlier design")
+    assert report.write(tmp_path, FILE) == [tmp_path / "report.md"] and not (tmp_path / "branches.png").exists()
+
+
+def test_pictures_are_there_and_not_blank(written):
+    folder, paths = written
+    names = {"isoflop", "compute", "optimum", "multiplier", "prediction", "residuals", "learning_rate", "cost"}
+    assert {each.stem for each in paths[1:]} == names
+    for path in paths[1:]:
+        assert f"]({path.name})" in (folder / "report.md").read_text()
+        picture = matplotlib.image.imread(path)
+        assert min(picture.shape[:2]) > 400 and (picture[..., :3].min(axis=2) < 0.9).mean() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("runs.csv", None, "has no runs.csv: run `megahybrid study collect`"),
+        ("fit.json", None, "has no fit.json with a fitted kind: run `megahybrid study fit`"),
+        ("fit.json", '{"kinds": {"gdn', "has no fit.json with a fitted kind"),
+        ("fit.json", '{"kinds": {}}', "has no fit.json with a fitted kind"),
+        ("fit.json", '{"kinds": {"gdn": {"intervals": {}}}}', "has no intervals: run `megahybrid study fit`"),
+        ("runs.csv", ",".join(made_up.COLUMNS) + "\n", "No run of '.*hybrids-1' is done"),
+        ("runs.csv", "cell,run\na,b\n", "Line 2 of '.*runs.csv' has no kind"),
+        ("plan.csv", "cell\na\n", "Line 2 of '.*plan.csv' has no gpu_hours"),
+        ("plan.csv", "cell,gpu_hours\na,many\n", r"Line 2 of '.*plan.csv' has no gpu_hours \(many\)"),
+    ],
+)
+def test_what_cannot_be_reported_is_one_sentence_and_leaves_nothing(name, content, said, tmp_path):
+    folder = made_up.write(tmp_path / "hybrids-1")
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError, match=said):
+        report.write(folder, FILE)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_parabolas_and_the_law_run_through_noiseless_runs(tmp_path):
+    results = study(tmp_path, made_up.runs(noise=0))
+    for axes, kind in zip(pictures.isoflop_figure(results).axes, made_up.LAWS, strict=True):
+        assert axes.get_title() == kind
+        for budget, star in zip(
+            made_up.BUDGETS, [each for each in axes.lines if each.get_marker() == "*"], strict=True
+        ):
+            parameters, _, loss = made_up.optimum(kind, budget)
+            assert star.get_xdata()[0] == pytest.approx(parameters, rel=0.06)
+            assert star.get_ydata()[0] == pytest.approx(loss, rel=0.003)
+        dashed = [(x, y) for _, style, x, y in lines(axes) if style == "--" and x[0] < x[-1]]
+        assert len(dashed) == len(made_up.BUDGETS)  # held-out runs have one size
+        x, y = dashed[0]
+        assert y == pytest.approx(made_up.loss(kind, x, 1e15 / (6 * made_up.COUNTS[kind] * x)), rel=1e-9)
+        hollow = [each for each in axes.lines if str(each.get_markerfacecolor()) == "none"]
+        assert [each.get_xdata()[0] for each in hollow] == [run.parameters for run in results.of(kind) if run.held_out]
+
+
+def test_envelope_and_optimum_are_the_fits(written):
+    results = read_results(written[0])
+    (axes,) = pictures.compute_figure(results).axes
+    points = results.fit["kinds"]["gdn"]["optimum"]
+    solid, dashed = [(x, y) for color, _, x, y in lines(axes) if color == "#c8553d" and len(np.unique(x)) > 2][-2:]
+    points = [each for each in points if each["flops"] <= 7.5e17]  # that of the target is the farthest
+    joined = np.append(solid[0], dashed[0][1:]), np.append(solid[1], dashed[1][1:])
+    assert solid[0][-1] == dashed[0][0] == 1e16
+    assert np.array_equal(joined, [[each[name] for each in points] for name in ("flops", "loss")])
+    for axes, name in zip(pictures.optimum_figure(results).axes, ("parameters", "tokens"), strict=True):
+        drawn = [y for color, style, x, y in lines(axes) if color == "#c8553d" and style == "-"]
+        assert drawn[0].tolist() == [each[name] for each in points if each["flops"] <= 1.01e16]
+
+
+def test_residuals_are_the_noise(tmp_path):
+    results = study(tmp_path, made_up.runs(noise=0.002))
+    for axes, name in zip(pictures.residuals_figure(results).axes, ("parameters", "tokens"), strict=True):
+        drawn = sorted((*each.get_xdata(), *each.get_ydata()) for each in axes.lines if len(each.get_xdata()) == 1)
+        expected = sorted(
+            (getattr(run, name), 100 * (run.loss / made_up.loss(kind, run.parameters, run.tokens) - 1))
+            for kind in made_up.LAWS for run in results.of(kind)
+        )  # fmt: skip
+        assert np.allclose(drawn, expected, atol=1e-9) and len(drawn) == 45
+
+
+def test_predictions_stand_beside_what_came(written):
+    results = read_results(written[0])
+    left, right = pictures.prediction_figure(results).axes
+    held = [run for run in results.runs if run.held_out]
+    bars = [x for _, _, x, y in lines(right) if y[0] == y[1]]
+    assert np.allclose(bars, [[-0.2, 0.2]] * 3)
+    stars = [each.get_xdata()[0] for each in right.lines if each.get_marker() == "*"]
+    losses = [made_up.loss(run.kind, run.parameters, run.tokens) for run in held]
+    assert stars == pytest.approx([100 * (run.loss / each - 1) for run, each in zip(held, losses, strict=True)])
+    assert [each.get_text() for each in right.texts] == [f"{each:+.2f} %" for each in stars]
+    dots = [each for each in left.lines if each.get_linestyle() == "None" and len(each.get_xdata()) == 14]
+    for kind, each in zip(made_up.LAWS, dots, strict=True):
+        assert each.get_ydata().tolist() == [run.loss for run in results.of(kind) if run.fitted]
+
+
+def test_hours_multiply_by_what_a_flop_takes_where_each_kind_is_best(tmp_path):
+    """In the measured range an hour a FLOP is HOURS · (1 + 1e6 / parameters), at the sizes exactly."""
+    results = study(tmp_path, made_up.runs(noise=0))
+    saving = savings(results, 1e16)[1]
+    assert (saving.base, saving.kind) == ("transformer", "lalte")
+    assert saving.times == pytest.approx(made_up.multiplier("transformer", "lalte", 1e16), rel=1e-6)
+
+    def rate(kind, flops):
+        return made_up.HOURS[kind] * (1 + 1e6 / made_up.optimum(kind, flops)[0])
+
+    expected = saving.times * rate("lalte", 1e16 * saving.times) / rate("transformer", 1e16)
+    assert in_hours(results, saving).times == pytest.approx(expected, rel=0.01)
+    left, right = pictures.multiplier_figure(results).axes
+    for axes, each in ((left, saving), (right, in_hours(results, saving))):
+        drawn = {color: (x, y) for color, _, x, y in lines(axes) if len(x) > 2}
+        x, y = drawn["#3d8361"]
+        assert np.interp(np.log(1e16), np.log(x), y) == pytest.approx(each.times, rel=1e-6)
+    unmeasured = [row | {"gpu_hours": ""} for row in made_up.runs()]
+    results = study(tmp_path, unmeasured)
+    assert in_hours(results, savings(results, 1e16)[0]) is None
+    assert not any("GPU hours as measured" in each for each in answers(results))
+
+
+def test_a_kind_that_may_never_have_the_loss_is_said_to(tmp_path):
+    """fit.json gives multipliers where they are finite in every replicate."""
+
+    def change(made):
+        points = made["multipliers"]
+        points["transformer vs gdn"] = [each for each in points["transformer vs gdn"] if each["flops"] < 9e15]
+        points["transformer vs lalte"] = []
+
+    results = study(tmp_path, fit=change)
+    assert savings(results, 1e16) == [] and [each.kind for each in savings(results, 5e15)] == ["gdn"]
+    for kind in ("gdn", "lalte"):
+        said = f"What {kind} needs for the loss of transformer at 1e16 FLOPs: by its law it may never have it."
+        assert said in open_questions(results)
+    assert pictures.multiplier_figure(results) is not None
+    assert "| gdn | 1e15 | 0.675 " in report.text(results, FILE, [])
+
+
+def test_a_fit_of_other_runs_is_said_first(tmp_path):
+    results = study(tmp_path, fit=lambda made: made["kinds"]["gdn"].update(runs=13))
+    assert answers(results)[0] == "**The fit of gdn has 13 runs, runs.csv 14.** Some runs are fitted."
+
+
+def test_other_ways_to_fit_stand_beside_the_law(written):
+    text = (written[0] / "report.md").read_text()
+    assert "Approach 2 gives 0.550 for transformer and 0.550 for gdn. It is biased" in text
+    assert "at 1e17 FLOPs -2.9 % and -2.9 % off." in text
+    assert "| gdn | 0.541 | 0.531 | 0.541 | none | 0.550 | -0.12 %, from 10 runs |" in text
+    assert "| lalte | 0.541 | 0.531 | 0.541 | none | too few sizes | too few runs |" in text
+    assert "| gdn, N without embeddings | 14 | 0.561 (0.514 to 0.568) |" in text
+    assert "alpha 0.280, beta 0.330, objective 0.0004 instead of 0.00036" in text
+    assert "| transformer | 50M | 2B | 7.5e17 | 3.5152 | 3.4941 to 3.5363 |" in text
+
+
+def test_what_is_no_finite_number_does_not_stop_a_report(tmp_path):
+    def change(made):
+        law = made["kinds"]["gdn"]
+        law["a_opt"], law["intervals"]["a_opt"] = None, [None, None]
+        for each in law["optimum"]:
+            each |= {"parameters": None, "tokens": None, "loss": None, "interval": [None, None]}
+
+    results = study(tmp_path, fit=change)
+    assert "nan (nan to nan) of gdn" in " ".join(answers(results))
+    for make in (pictures.compute_figure, pictures.optimum_figure, pictures.multiplier_figure):
+        assert make(results) is not None
+    assert "| gdn | 14 | nan (nan to nan) |" in report.text(results, FILE, [])
+
+
+def test_learning_rates_have_their_lowest_point(written):
+    results = read_results(written[0])
+    for axes in run_pictures.learning_rate_figure(results).axes:
+        (star,) = [each for each in axes.lines if each.get_marker() == "*"]
+        assert star.get_xdata()[0] == pytest.approx(2e-3 * made_up.BEST_FACTOR, rel=1e-3)
+        assert [each.get_text() for each in axes.get_legend().texts] == ["128x4, 3e15 FLOPs: lowest at 1.8e-3"]
+
+
+def test_branches_lie_with_their_trunk_on_the_law(tmp_path):
+    results = study(tmp_path, made_up.branched() + made_up.branched("lalte")[-1:] + made_up.runs(noise=0))
+    (axes,) = run_pictures.branches_figure(results).axes
+    assert axes.get_title() == "gdn"
+    law, branches, trunk = axes.lines
+    family = made_up.branched()
+    for drawn, rows in ((branches, family[:2]), (trunk, family[2:])):
+        assert drawn.get_xdata().tolist() == [each["tokens"] for each in rows]
+        assert drawn.get_ydata() == pytest.approx([each["loss"] for each in rows])
+    assert law.get_ydata()[-1] == pytest.approx(family[-1]["loss"]) and law.get_xdata()[0] == pytest.approx(5e7)
+
+
+def test_costs_are_those_of_the_plan_and_of_the_runs(written):
+    results = read_results(written[0])
+    figure = run_pictures.cost_figure(results)
+    (axes,) = figure.axes
+    labels = [each.get_text() for each in axes.get_yticklabels()]
+    assert labels[:5] == [
+        "transformer 128x4",
+        "transformer 192x6",
+        "transformer 256x8",
+        "transformer 320x10",
+        "gdn 128x4",
+    ]
+    widths = np.array([[bar.get_width() for bar in each] for each in axes.containers])
+    rows = [each for each in made_up.runs() if (each["kind"], each["size"]) == ("gdn", "192x6")]
+    assert widths[0, 5] == pytest.approx(sum(each["flops"] / 3e18 * 22 for each in rows))
+    used = {state: sum(each["gpu_hours"] for each in rows if each["state"] == state) for state in ("done", "diverged")}
+    assert widths[1:, 5] == pytest.approx([used["done"], 0, used["diverged"]])
+    total = sum(sum(part.values()) for part in hours.by_use(results.runs).values())
+    assert widths[1:].sum() == pytest.approx(total)
+    assert f"GPU hours: {total:.3g} of {widths[0].sum():.3g} planned" in (written[0] / "report.md").read_text()
+
+
+def test_round_numbers():
+    assert round_numbers(0.9e6, 11e6) == [1e6, 2e6, 3e6, 5e6, 1e7]
+    assert round_numbers(8e14, 2e18) == [1e15, 1e16, 1e17, 1e18]
+    assert [power(each) for each in (3e18, 1.5e-3, 3.16e15)] == ["3e18", "1.5e-3", "3.2e15"]
+
+
+@pytest.fixture
+def study_file(tmp_path, monkeypatch):
+    """A study in a folder of its own, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pictures, "PICTURES", {"cost.png": run_pictures.cost_figure})
+    (tmp_path / "base.yaml").write_text(
+        "run: {dir: unused}\nmodel: {pattern: F, hidden_size: 32, vocab_size: 384}\ndata: {path: unused}\n"
+        "train: {seq_length: 32, micro_batch_size: 1, global_batch_size: 1, steps: 1}\ntracking: {wandb: offline}\n"
+    )
+    (tmp_path / "study.yaml").write_text(
+        "study: hybrids-1\nbase: base.yaml\nkinds: {gdn: G}\nsizes: [{width: 32, layers: 1}]\n"
+        "budgets: {flops: [1.0e15]}\n"
+    )
+    made_up.write(tmp_path / "studies" / "hybrids-1")
+    return tmp_path / "study.yaml"
+
+
+def test_the_verb_reports_and_tells_wandb_what_is_new(study_file, tmp_path, capsys):
+    folder = tmp_path / "studies" / "hybrids-1"
+    for _ in range(2):
+        assert main(["study", "report", str(study_file)]) == 0
+    assert capsys.readouterr().out.split() == ["studies/hybrids-1/report.md", "studies/hybrids-1/cost.png"] * 2
+    (run,) = (folder / "wandb").glob("offline-run-*-report-hybrids-1")
+    assert [each.name.partition("_")[0] for each in run.glob("files/media/images/*.png")] == ["cost"]
+    (table,) = run.glob("files/media/table/runs*.json")
+    made, runs = json.loads(table.read_text()), read_results(folder).runs
+    assert len(made["data"]) == len(runs)
+    row = dict(zip(made["columns"], made["data"][0], strict=True))
+    assert row["cell"] == runs[0].cell and row["loss"] == runs[0].loss and row["link"] == ""
+
+
+def test_runs_are_linked_where_there_is_a_server(written, monkeypatch):
+    folder, paths = written
+    run = SimpleNamespace(url="https://wandb.ai/we/us/runs/report", settings=SimpleNamespace(_offline=False))
+    wandb = SimpleNamespace(run=run, Table=lambda columns, data: data, Image=str)
+
+    def add(config, where, run_id, make):
+        assert (config.tracking.group, config.tracking.name) == ("hybrids-1", "hybrids-1 report")
+        assert (where, run_id) == (folder, "report-hybrids-1")
+        added.update(make(wandb))
+
+    added, results = {}, read_results(folder)
+    monkeypatch.setattr(publish, "add_to_summary", add)
+    publish.publish(results, folder, Config(), paths[1:])
+    assert [row[-1] for row in added["runs"]] == [f"https://wandb.ai/we/us/runs/{each.run}" for each in results.runs]
+    assert added["isoflop"] == str(folder / "isoflop.png") and len(added) == len(paths)
+
+
+def test_without_tracking_nothing_is_tracked(study_file, tmp_path):
+    (tmp_path / "base.yaml").write_text((tmp_path / "base.yaml").read_text().replace("offline", "disabled"))
+    assert main(["study", "report", str(study_file)]) == 0
+    assert not (tmp_path / "studies" / "hybrids-1" / "wandb").exists()
