@@ -18,6 +18,7 @@ from megahybrid.study.cells import Cell, batch_tokens, optimum
 from megahybrid.study.design import design
 from megahybrid.study.expected import Precision, expect
 from megahybrid.study.file import Study
+from megahybrid.study.identity import find_data
 
 STUDIES = Path("studies")
 """Where every study has a folder of its name."""
@@ -100,11 +101,11 @@ def check_limits(plan: Plan) -> None:
 
 def save(plan: Plan, file: Path) -> Path:
     """Write plan.csv, and a copy of the study's file, into the study's folder, which is returned."""
-    folder = STUDIES / plan.study.study
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(_fields(plan.rows[0])), lineterminator="\n")
+    folder, data = STUDIES / plan.study.study, find_data(plan.rows[0].cell.config) or ""
+    rows, text = [_fields(row) | {"data": data} for row in plan.rows], io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(map(_fields, plan.rows))
+    writer.writerows(rows)
     source = file.read_text(encoding="utf-8")
     write_text(folder / "plan.csv", text.getvalue())
     write_text(folder / "study.yaml", source)

@@ -127,7 +127,10 @@ def fit(rows):
         "shared_exponents": {"alpha": 0.28, "beta": 0.33, "objective": 4e-4, "objective_of_own_exponents": 3.6e-4},
         "approach2": {kind: {"a_opt": 0.55, "bias": {"flops": 1e17, "tokens": -0.029}} for kind in LAWS}
         | {"lalte": None},
-        "rollout": {kind: [{"flops": 1e16, "fitted": 10, "error": -0.0012}] for kind in LAWS} | {"lalte": []},
+        "rollout": {
+            kind: [{"flops": 1e16, "fitted": 10, "predicted": 4, "error": -0.0012, "covered": 3}] for kind in LAWS
+        }
+        | {"lalte": []},
         "warnings": [],
     }
 
@@ -181,8 +184,8 @@ def write(folder: Path, rows=None, **changes) -> Path:
     table(folder / "runs.csv", COLUMNS, rows)
     table(
         folder / "plan.csv",
-        ("cell", "gpu_hours"),
-        [{"cell": each["cell"], "gpu_hours": each["flops"] / 3e18 * 22} for each in rows],
+        ("cell", "gpu_hours", "data"),
+        [{"cell": each["cell"], "gpu_hours": each["flops"] / 3e18 * 22, "data": "c0ffee"} for each in rows],
     )
     made = fit(rows) | changes
     (folder / "fit.json").write_text(json.dumps(made))

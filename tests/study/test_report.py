@@ -14,6 +14,7 @@ from megahybrid.errors import UserError
 from megahybrid.study import hours, pictures, publish, report, run_pictures
 from megahybrid.study.answers import answers, in_hours, open_questions, savings
 from megahybrid.study.drawing import power, round_numbers
+from megahybrid.study.fit import fit
 from megahybrid.study.results import read_results
 from tests.study import made_up
 
@@ -27,12 +28,12 @@ def written(tmp_path_factory):
     return folder, report.write(folder, FILE)
 
 
-def study(folder, rows=None, fit=lambda made: None, frozen=lambda made: None):
+def study(folder, rows=None, change=lambda made: None, frozen=lambda made: None):
     """Results of a study whose files are changed before they are read."""
     made_up.write(folder, rows)
-    for name, change in (("fit.json", fit), ("prediction.json", frozen)):
+    for name, by in (("fit.json", change), ("prediction.json", frozen)):
         made = json.loads((folder / name).read_text())
-        change(made)
+        by(made)
         (folder / name).write_text(json.dumps(made))
     return read_results(folder)
 
@@ -46,13 +47,9 @@ def lines(axes):
 @pytest.mark.parametrize(
     ("times", "interval", "said"),
     [
-        (0.8, [0.7, 0.9], "**gdn needs 20 % less compute than transformer for the same loss: 0.8 (0.7 to 0.9) times**"),
-        (
-            1.25,
-            [1.1, 1.4],
-            "**gdn needs 25 % more compute than transformer for the same loss: 1.25 (1.1 to 1.4) times**",
-        ),
-        (0.98, [0.9, 1.1], "**gdn and transformer cannot be told apart: gdn needs 0.98 (0.9 to 1.1) times the compute"),
+        (0.8, [0.7, 0.9], "gdn needs 20 % less compute than transformer for the same loss"),
+        (1.25, [1.1, 1.4], "gdn needs 25 % more compute than transformer for the same loss"),
+        (0.98, [0.9, 1.1], "gdn and transformer cannot be told apart"),
     ],
 )
 def test_the_sentence_on_compute_follows_the_interval(times, interval, said, tmp_path):
@@ -60,9 +57,11 @@ def test_the_sentence_on_compute_follows_the_interval(times, interval, said, tmp
         for point in made["multipliers"]["transformer vs gdn"]:
             point |= {"multiplier": times, "interval": interval}
 
-    results = study(tmp_path, fit=change)
-    assert answers(results)[0].startswith(said)
-    assert "at 1e16 FLOPs of transformer" in answers(results)[0]
+    results = study(tmp_path, change=change)
+    figures = f"{times} times the FLOPs (95 % interval {interval[0]} to {interval[1]})"
+    assert answers(results)[0].startswith(
+        f"**{said}**: {figures}, at 1e16 FLOPs of transformer, where fitted runs end."
+    )
     open_question = f"Whether gdn or transformer needs less compute: the interval, {times} "
     assert any(each.startswith(open_question) for each in open_questions(results)) == (interval[0] < 1 < interval[1])
 
@@ -74,7 +73,7 @@ def test_kinds_whose_intervals_overlap_are_not_ordered(low, overlap, tmp_path):
             point |= {"multiplier": 0.6, "interval": [0.5, 0.7]}
             other |= {"multiplier": 0.75, "interval": [low, 0.8]}
 
-    said = " ".join(open_questions(study(tmp_path, fit=change)))
+    said = " ".join(open_questions(study(tmp_path, change=change)))
     assert ("Whether gdn or lalte needs less compute" in said) == overlap
 
 
@@ -122,6 +121,22 @@ def test_runs_left_out_are_named_with_why(written):
     assert sum(each["cell"] in table for each in made_up.runs()) == 17
 
 
+def test_a_second_try_is_not_merged_in_silence(tmp_path):
+    rows = made_up.runs()
+    first = rows[-2] | {
+        "cell": "gdn-192x6-3e15-s1-half",
+        "run": "anew",
+        "retry_of": rows[-2]["run"],
+        "learning_rate": 1e-3,
+    }
+    for changes, place in (
+        ({"state": "done", "loss": 5.6, "excluded": ""}, "in its place"),
+        ({"state": "running", "excluded": "running"}, "which is not done (running)"),
+    ):
+        said = f"gdn-192x6-3e15-s1-half is gdn-192x6-3e15-s1 again at a learning rate of 1e-3, {place}."
+        assert said in answers(study(tmp_path, [*rows, first | changes]))
+
+
 def test_warnings_and_the_same_runs_without_a_repeat(tmp_path):
     warning = "Without 2 runs the exponent changes by 0.1."
     rows = [each for each in made_up.runs() if each["seed"] == 0]
@@ -139,6 +154,7 @@ def test_the_same_inputs_give_the_same_report(written, tmp_path, monkeypatch):
     text = (folder / "report.md").read_text()
     assert report.text(read_results(folder), FILE, [each.stem for each in paths[1:]]) == text
     assert "megahybrid study fit studies/hybrids-1.yaml" in text
+    assert "Code of the runs: 0.1.0 0123456789ab. Data: c0ffee." in text
     monkeypatch.setattr(pictures, "PICTURES", {"branches.png": run_pictures.branches_figure})
     made_up.write(tmp_path)
     (tmp_path / "branches.png").write_bytes(b"of an earlier design")
@@ -166,7 +182,7 @@ def test_pictures_are_there_and_not_blank(written):
         ("runs.csv", ",".join(made_up.COLUMNS) + "\n", "No run of '.*hybrids-1' is done"),
         ("runs.csv", "cell,run\na,b\n", "Line 2 of '.*runs.csv' has no kind"),
         ("plan.csv", "cell\na\n", "Line 2 of '.*plan.csv' has no gpu_hours"),
-        ("plan.csv", "cell,gpu_hours\na,many\n", r"Line 2 of '.*plan.csv' has no gpu_hours \(many\)"),
+        ("plan.csv", "cell,gpu_hours,data\na,many,\n", r"Line 2 of '.*plan.csv' has no gpu_hours \(many\)"),
     ],
 )
 def test_what_cannot_be_reported_is_one_sentence_and_leaves_nothing(name, content, said, tmp_path):
@@ -269,7 +285,7 @@ def test_a_kind_that_may_never_have_the_loss_is_said_to(tmp_path):
         points["transformer vs gdn"] = [each for each in points["transformer vs gdn"] if each["flops"] < 9e15]
         points["transformer vs lalte"] = []
 
-    results = study(tmp_path, fit=change)
+    results = study(tmp_path, change=change)
     assert savings(results, 1e16) == [] and [each.kind for each in savings(results, 5e15)] == ["gdn"]
     for kind in ("gdn", "lalte"):
         said = f"What {kind} needs for the loss of transformer at 1e16 FLOPs: by its law it may never have it."
@@ -279,18 +295,19 @@ def test_a_kind_that_may_never_have_the_loss_is_said_to(tmp_path):
 
 
 def test_a_fit_of_other_runs_is_said_first(tmp_path):
-    results = study(tmp_path, fit=lambda made: made["kinds"]["gdn"].update(runs=13))
-    assert answers(results)[0] == "**The fit of gdn has 13 runs, runs.csv 14.** Some runs are fitted."
+    results = study(tmp_path, change=lambda made: made["kinds"]["gdn"].update(runs=13))
+    assert answers(results)[0] == "**The fit of gdn has 13 runs, runs.csv 14**: run `megahybrid study fit` again."
 
 
 def test_other_ways_to_fit_stand_beside_the_law(written):
     text = (written[0] / "report.md").read_text()
     assert "Approach 2 gives 0.550 for transformer and 0.550 for gdn. It is biased" in text
     assert "at 1e17 FLOPs -2.9 % and -2.9 % off." in text
-    assert "| gdn | 0.541 | 0.531 | 0.541 | none | 0.550 | -0.12 %, from 10 runs |" in text
+    assert "| gdn | 0.541 | 0.531 | 0.541 | none | 0.550 | -0.12 %, 3 of 4 inside, from 10 runs |" in text
     assert "| lalte | 0.541 | 0.531 | 0.541 | none | too few sizes | too few runs |" in text
     assert "| gdn, N without embeddings | 14 | 0.561 (0.514 to 0.568) |" in text
     assert "alpha 0.280, beta 0.330, objective 0.0004 instead of 0.00036" in text
+    assert "| 4.2888 | 4.2802 to 4.2973 | 0.2 % | 4.2834 | -0.12 % | yes |" in text
     assert "| transformer | 50M | 2B | 7.5e17 | 3.5152 | 3.4941 to 3.5363 |" in text
 
 
@@ -301,11 +318,24 @@ def test_what_is_no_finite_number_does_not_stop_a_report(tmp_path):
         for each in law["optimum"]:
             each |= {"parameters": None, "tokens": None, "loss": None, "interval": [None, None]}
 
-    results = study(tmp_path, fit=change)
+    results = study(tmp_path, change=change)
     assert "nan (nan to nan) of gdn" in " ".join(answers(results))
     for make in (pictures.compute_figure, pictures.optimum_figure, pictures.multiplier_figure):
         assert make(results) is not None
     assert "| gdn | 14 | nan (nan to nan) |" in report.text(results, FILE, [])
+
+
+def test_what_fit_writes_is_what_report_reads(tmp_path, monkeypatch):
+    """From runs with a known law: the multiplier is inside its interval, which leaves 1 out."""
+    monkeypatch.setattr(pictures, "PICTURES", {})
+    made_up.write(tmp_path)
+    fit(tmp_path, replicates=100)
+    results = read_results(tmp_path)
+    for saving in savings(results, 1e16):
+        assert saving.low < made_up.multiplier("transformer", saving.kind, 1e16) < saving.high < 1
+    text = report.text(results, FILE, [])
+    assert "gdn needs 33 % less compute than transformer" in text and "The fit of" not in text
+    assert text.count("N without embeddings") == 3 and "Approach 2 gives" in text
 
 
 def test_learning_rates_have_their_lowest_point(written):

@@ -17,7 +17,7 @@ from megahybrid.launch import slurm
 from tests.launch.conftest import ROOT, lab  # noqa: F401
 
 FAULTY = ROOT / "tests" / "study" / "faulty.py"
-SPOILED = "one-32x2-2e9-s0"
+SPOILED = "one-32x1-8e9-s0"  # a trunk
 STUDY = (
     "kinds: {one: '(G)*{layers}'}",
     "hold_out: null",
@@ -40,6 +40,7 @@ def faulty(tmp_path, monkeypatch):
     python.write_text(f'#!/bin/bash\nexec {sys.executable} {FAULTY} "$@"\n')
     python.chmod(0o755)
     monkeypatch.setenv("NAN_IN", SPOILED)
+    monkeypatch.setenv("FAULTY", str(python))
     monkeypatch.setattr("megahybrid.study.local.sys.executable", str(python))
 
 
@@ -51,18 +52,21 @@ def rows() -> list[dict]:
 
 
 def check(found: list[dict]) -> None:
-    """Each run was trained once, each step of it once, and the one that was spoiled is named."""
-    assert len(list(Path("studies/runs").iterdir())) == len(found) == 7
-    for row in found:
+    """Each run was trained once, each step of it once; the one that was spoiled is named, and its branches with it."""
+    runs = {path.name for path in Path("studies/runs").iterdir()}
+    assert len(found) == 9 and len(runs) == 7
+    for row in (row for row in found if row["run"] in runs):
         metrics = Path("studies/runs", row["run"], "metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line)["step"] for line in metrics]
         assert steps == list(range(steps[0], steps[-1] + 1))
         assert row["state"] != "done" or steps[-1] == int(row["steps"])
-    (spoiled,) = [row for row in found if row["state"] != "done"]
-    assert (spoiled["cell"], spoiled["state"], spoiled["loss"]) == (SPOILED, "diverged", "")
-    assert spoiled["excluded"] == "diverged: more than 20 steps in a row were left out"
-    (half,) = [row for row in found if row["retry_of"]]
-    assert half["retry_of"] == spoiled["run"] and float(half["loss"]) < 6
+    lost = {row["cell"]: row for row in found if row["state"] != "done"}
+    assert {row["state"] for row in lost.values()} == {"diverged"} and {row["loss"] for row in lost.values()} == {""}
+    assert lost.pop(SPOILED)["excluded"] == "diverged: more than 20 steps in a row were left out"
+    assert len(lost) == 2 and all(f"its trunk {SPOILED} has ended" in row["excluded"] for row in lost.values())
+    again = {row["cell"]: row for row in found if row["retry_of"]}
+    assert set(again) == {f"{name}-half" for name in (SPOILED, *lost)}
+    assert all(float(row["loss"]) < 6 for row in again.values())
 
 
 @pytest.fixture
