@@ -69,13 +69,17 @@ def _parser() -> argparse.ArgumentParser:
     recipes = {
         "prepare": (_prepare, "text → tokenizer → shards"),
         "train": (_train, "train, or go on from the newest checkpoint"),
-        "plan": (_plan, "parameters, FLOPs a token, tokens and memory a GPU; starts nothing"),
+        "plan": (_plan, "parameters, FLOPs a token, tokens, GPU hours and memory a GPU; starts nothing"),
     }
     for name, (run, text) in recipes.items():
         verb = verbs.add_parser(name, help=text, description=text)
         verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/quickstart.yaml")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
         verb.set_defaults(run=run)
+    verb = verbs.choices["plan"]
+    speed = verb.add_mutually_exclusive_group()
+    speed.add_argument("--like", type=Path, metavar="RUN", help="GPU hours at the MFU of this run, not a table's")
+    speed.add_argument("--probe", action="store_true", help="GPU hours from some steps on this machine's GPU")
     verb = verbs.add_parser("generate", help="text from a checkpoint, split over all processes")
     add_generate_arguments(verb)
     verb.set_defaults(run=generate)
@@ -172,8 +176,10 @@ def _train(parsed: argparse.Namespace) -> None:
 def _plan(parsed: argparse.Namespace) -> None:
     config = _config(parsed)
     from megahybrid.scaling.plan import describe
+    from megahybrid.training.measuring import measured, probe
 
-    print(describe(config))
+    estimate = measured(config, parsed.like) if parsed.like else probe(config) if parsed.probe else None
+    print(describe(config, estimate))
 
 
 def _harness(parsed: argparse.Namespace) -> None:
@@ -198,16 +204,15 @@ def _submit(parsed: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from megahybrid.launch.profile import load_profile
-    from megahybrid.launch.submit import Request, describe, submit
+    from megahybrid.launch.submit import Request, array, describe, submit
 
     if parsed.nodes < 1 or parsed.chain < 1 or (parsed.gpus_per_node or 1) < 1:
         raise UserError("--nodes, --gpus-per-node and --chain must be at least 1.")
     profile = load_profile(parsed.profile)
     changes = {"gpus_per_node": parsed.gpus_per_node, "time": parsed.time}
     profile = replace(profile, **{name: value for name, value in changes.items() if value is not None})
-    request = Request(
-        parsed.recipe, parsed.overrides, profile, parsed.nodes, parsed.chain, parsed.requeue, parsed.array
-    )
+    configs = [_config(parsed)] if parsed.array is None else array(parsed.recipe, parsed.overrides, parsed.array)
+    request = Request(configs, profile, parsed.recipe, parsed.overrides, parsed.nodes, parsed.chain, parsed.requeue)
     submission = submit(request, parsed.dry_run)
     print(submission.script if parsed.dry_run else describe(submission))
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-# Dense bf16 tensor core rate by part of the device's name, FLOP/s (data sheets).
-_PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
+PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
+"""Dense bf16 tensor core rate by part of the device's name, FLOP/s (data sheets)."""
 
 
 @functools.cache
@@ -20,7 +20,7 @@ def peak_flops() -> float | None:
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def free_memory(device: torch.device) -> float:

@@ -11,7 +11,7 @@ import step_parts
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megahybrid.config import Config, load_config
+from megahybrid.config import load_config
 from megahybrid.data.packing import Batch
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.stack import build_stages
@@ -22,7 +22,7 @@ from megahybrid.scaling.stages import stage_layers
 from megahybrid.training import zero
 from megahybrid.training.engine import Engine
 from megahybrid.training.speed import model_flops_utilization
-from megahybrid_kernels import Sequences
+from megahybrid.training.trial import random_batches
 
 # The first part whose words stand in a kernel's name.
 PARTS = {
@@ -138,23 +138,6 @@ def keep(engine: Engine, batch: Batch, share: float) -> None:
             low[n], high[n] = torch.where(many, low[n], biases[n]), torch.where(many, biases[n], high[n])
     for bias in biases.values():
         zero.write(engine.deepspeed, bias, zero.WEIGHTS, bias.float())
-
-
-def random_batches(config: Config) -> list[Batch]:
-    """This replica's micro-batches of a global batch that every layout shares; each sample is one document."""
-    count, length, micro = config.train.global_batch_size, config.train.seq_length, config.train.micro_batch_size
-    generator = torch.Generator().manual_seed(config.train.seed)
-    tokens = torch.randint(config.model.vocab_size, (count, length + 1), generator=generator)
-    replica, replicas = groups.data_parallel()
-    numbers = torch.arange(count)[replica::replicas]
-    return [_batch(tokens[own], own) for own in numbers.split(micro)]
-
-
-def _batch(tokens: torch.Tensor, samples: torch.Tensor) -> Batch:
-    count, length = tokens.shape[0], tokens.shape[1] - 1
-    inputs, labels = tokens[:, :-1].flatten(), tokens[:, 1:].flatten()
-    positions = torch.arange(length).repeat(count)
-    return Batch(inputs, labels, Sequences.of((length,) * count), samples.repeat_interleave(length), positions)
 
 
 def parts(engine: Engine, batches: list[Batch], step: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import sysconfig
 import typing
@@ -114,11 +115,9 @@ def merge(schema: type[T], trees: Sequence[DictConfig], overrides: Sequence[str]
             raise UserError(f"'{override}' is not an override; write key=value, such as train.steps=100.")
     try:
         layers = [*trees, OmegaConf.from_dotlist(list(overrides))]
-        merged = OmegaConf.structured(schema)
         for layer in layers:
             _require_sections(layer, schema, "")
-            merged = OmegaConf.merge(merged, layer)
-        return typing.cast(T, OmegaConf.to_object(merged))
+        return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(_defaults(schema), *layers)))
     except ConfigKeyError as error:
         raise UserError(_unknown_key(schema, str(error.full_key))) from error
     except MissingMandatoryValue as error:
@@ -130,6 +129,12 @@ def merge(schema: type[T], trees: Sequence[DictConfig], overrides: Sequence[str]
         raise UserError(f"{where}{_first_line(error)}; give a value of that type.") from error
     except yaml.YAMLError as error:
         raise UserError(f"An override is not valid YAML: {_first_line(error)}.") from error
+
+
+@functools.cache
+def _defaults(schema: type) -> DictConfig:
+    """Made once, and copied by whoever merges: it takes longer than all the rest."""
+    return OmegaConf.structured(schema)
 
 
 def _require_sections(tree: DictConfig, schema: type, prefix: str) -> None:

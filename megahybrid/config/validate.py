@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 from megahybrid.config.batch import micro_batches
+from megahybrid.config.branching import branch_point
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config, SourceConfig
 from megahybrid.config.task_sources import check_stages, named_task, task_sources, text_sources
@@ -127,6 +129,31 @@ def _training(config: Config) -> None:
         raise UserError(
             f"train.global_batch_size ({train.global_batch_size}) must be a multiple of "
             f"train.micro_batch_size ({train.micro_batch_size})."
+        )
+    last = max(config.checkpoint.milestones, default=0)
+    if last > train.steps:
+        raise UserError(
+            f"checkpoint.milestones has {last}, which a run of train.steps = {train.steps} does not reach; remove it."
+        )
+    _branch(config)
+
+
+def _branch(config: Config) -> None:
+    train, point = config.train, branch_point(config.train)
+    if point is None:
+        return
+    trunk, step = point
+    if train.init_from is not None:
+        raise UserError("train.init_from and train.branch_from are both set; a run begins with one of them.")
+    if step >= train.steps:
+        raise UserError(
+            f"train.branch_from begins at step {step} of train.steps = {train.steps}: there is nothing left to do; "
+            "give a larger train.steps, or an earlier step."
+        )
+    if trunk.resolve() == Path(config.run.dir).resolve():
+        raise UserError(
+            f"train.branch_from names run.dir '{config.run.dir}' itself; give a new one, or go back with "
+            f"train.resume_from={step}."
         )
 
 

@@ -26,6 +26,7 @@ def diagnose(config: Config | None = None, say: Callable[[str], None] = print) -
         ),
         "disk": machine.disk(config),
         "data": machine.data(config),
+        "start": machine.start(config),
     }
     wrong = []
     for title, findings in parts.items():

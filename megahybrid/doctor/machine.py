@@ -25,6 +25,8 @@ from megahybrid.data.shards import ShardReader
 from megahybrid.doctor.finding import Finding
 from megahybrid.errors import UserError
 from megahybrid.scaling.parameters import parameter_specs
+from megahybrid.training import checkpoint_folder
+from megahybrid.training.resume import Start
 from megahybrid_kernels.judging.measuring import device_name, milliseconds
 
 _WRITTEN = 2**28  # bytes
@@ -125,9 +127,23 @@ def disk(config: Config | None) -> Iterator[Finding]:
         return
     # Weights and two moments in fp32; one more than is kept, while it is being written.
     one = 12 * sum(math.prod(spec.shape) for spec in parameter_specs(config).values())
-    needed = one * (config.checkpoint.keep + 1)
-    text += f"; {config.checkpoint.keep} checkpoints of {one / 1e9:.1f} GB and one being written take"
+    kept = config.checkpoint.keep + checkpoint_folder.milestones(config.checkpoint, config.train.steps)
+    needed = one * (kept + 1)
+    text += f"; {kept} checkpoints of {one / 1e9:.1f} GB and one being written take"
     yield Finding(f"{text} {needed / 1e9:.1f} GB", needed <= free)
+
+
+def start(config: Config | None) -> Iterator[Finding]:
+    """The checkpoint with which a run that is started now goes on, or begins as a branch."""
+    if config is None:
+        return
+    try:
+        found = Start.of(config, config.train.resume_from)
+        found.check(config)
+        if found.checkpoint is not None:
+            yield Finding(f"{'a branch of' if found.branches else 'goes on from'} {found.checkpoint}")
+    except UserError as error:
+        yield Finding(str(error), False)
 
 
 def data(config: Config | None) -> Iterator[Finding]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megahybrid.config import Config, load_config
+from megahybrid.config import Config
 from megahybrid.config.validate import check_replicas
 from megahybrid.data.loader import TrainingData, ValidationData
 from megahybrid.errors import UserError
-from megahybrid.training import checkpoint_folder
-from megahybrid.training.resume import check_data, check_resume, initial_weights
-from megahybrid.training.run_directory import RunDirectory
+from megahybrid.training.checkpoint_folder import NoCheckpoint
+from megahybrid.training.resume import Start, check_data, initial_weights
 
 
 def check_start(config: Config, nodes: int, gpus_per_node: int) -> None:
@@ -22,15 +21,22 @@ def check_start(config: Config, nodes: int, gpus_per_node: int) -> None:
     check_replicas(config, replicas)
     _kernels(config)
     data = None if config.data.remote is not None else _data(config, replicas)
-    run, back_to = RunDirectory(config.run.dir), config.train.resume_from
-    if back_to is not None:
-        start = checkpoint_folder.find_step(run.checkpoints, back_to)
-    else:
-        start = checkpoint_folder.find(run.path)
-    if start is not None:
+    start = _start(config)
+    if start.checkpoint is not None:
         _going_on(config, start, data)
     elif (weights := initial_weights(config)) is not None:
         _starting_from(config, weights)
+
+
+def _start(config: Config) -> Start:
+    """Where the run goes on. A trunk that is not there by now may be trained by a job for which this one waits."""
+    back_to = config.train.resume_from
+    try:
+        return Start.of(config, back_to)
+    except NoCheckpoint:
+        if back_to is not None:
+            raise
+        return Start()
 
 
 def _replicas(config: Config, nodes: int, gpus_per_node: int) -> int:
@@ -59,20 +65,21 @@ def _data(config: Config, replicas: int) -> str:
         return training.opened.identity
 
 
-def _going_on(config: Config, start: Path, data: str | None) -> None:
+def _going_on(config: Config, start: Start, data: str | None) -> None:
     from megahybrid.training import checkpoint  # seconds of imports, which a new run does not need
 
-    check_resume(load_config(start / "config.yaml"), config, str(start))
-    facts = checkpoint.read_state(start)
+    start.check(config)
+    found = start.checkpoint
+    facts = checkpoint.read_state(found)
     position = facts["position"]
     if position["step"] >= config.train.steps:
         raise UserError(
-            f"'{start}' is at step {position['step']} of train.steps = {config.train.steps}: there is nothing left to "
+            f"'{found}' is at step {position['step']} of train.steps = {config.train.steps}: there is nothing left to "
             "do; give a larger train.steps, or another run.dir."
         )
     if data is not None:
-        check_data(position["data"], data, str(start), config.data.path)
-    if fault := checkpoint.lost_file(start, facts):
+        check_data(position["data"], data, str(found), config.data.path)
+    if fault := checkpoint.lost_file(found, facts):
         raise UserError(fault)
 
 

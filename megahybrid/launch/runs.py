@@ -19,6 +19,7 @@ from megahybrid.files import read_json
 from megahybrid.launch import slurm
 from megahybrid.training import attempts
 from megahybrid.training.metrics_file import lines_backwards
+from megahybrid.training.ownership import another
 from megahybrid.training.run_directory import RunDirectory, duration
 
 _STALLED_SECONDS = 90.0  # a heartbeat comes every 10 s
@@ -52,15 +53,15 @@ def find(folder: Path, say: Callable[[str], None] = print) -> list[Run]:
 
     Raises UserError where there is none.
     """
-    queue = _queue(say)
-    runs = [_read(path, queue) for path in _directories(folder)]
+    jobs = queued_jobs(say)
+    runs = [read(path, jobs) for path in _directories(folder)]
     if not runs:
         raise UserError(f"There is no run in '{folder}'; give a folder of run directories.")
     return runs
 
 
-def _queue(say: Callable[[str], None]) -> list[slurm.QueuedJob] | None:
-    """Slurm's jobs, None where it cannot be asked."""
+def queued_jobs(say: Callable[[str], None] = print) -> list[slurm.QueuedJob] | None:
+    """Slurm's jobs, None where it cannot be asked; `say` is told where it is here but gives no answer."""
     if shutil.which("squeue") is None:
         return None
     try:
@@ -70,16 +71,16 @@ def _queue(say: Callable[[str], None]) -> list[slurm.QueuedJob] | None:
         return None
 
 
-def show(runs: Sequence[Run], console: Console | None = None) -> None:
-    """Print a table, a row a run."""
+def show(runs: Sequence[Run], console: Console | None = None, names: Sequence[str] | None = None) -> None:
+    """Print a table, a row a run, by its path where it has no other name."""
     console = console or Console()
     table = Table(box=None, header_style="bold")
-    table.add_column("run", overflow="fold")
+    table.add_column("run", overflow="fold", no_wrap=names is not None)
     for name in ("state", "step", "tokens", "tokens/s", "MFU", "loss", "left", "job"):
         table.add_column(name, justify="left" if name in ("state", "job") else "right", no_wrap=name != "job")
     table.add_column("why", overflow="fold")
-    for run in runs:
-        table.add_row(*_row(run))
+    for run, name in zip(runs, names or [str(run.path) for run in runs], strict=True):
+        table.add_row(name, *_row(run))
     console.print(table)
 
 
@@ -90,7 +91,6 @@ def _row(run: Run) -> list[str]:
         left = duration((run.target - last["step"]) * a_step)
     of_tokens = last["tokens"] / last["step"] * run.target if last else 0
     return [
-        str(run.path),
         run.state,
         f"{run.step}/{run.target}" if run.target else "",
         f"{_short(last['tokens'])}/{_short(of_tokens)}" if last else "",
@@ -119,11 +119,12 @@ def _directories(folder: Path) -> Iterator[Path]:
         inner[:] = sorted(each for each in inner if each not in _INSIDE)
 
 
-def _read(path: Path, queue: Sequence[slurm.QueuedJob] | None) -> Run:
+def read(path: Path, queue: Sequence[slurm.QueuedJob] | None) -> Run:
+    """The run in a directory, which may not be there yet."""
     run = RunDirectory(path)
     status = read_json(run.status) or {}  # one run that cannot be read now does not hide the others
     submitted = [read_json(each) for each in sorted(path.glob("submit/*/job.json"))]
-    mine = [job for job in queue or () for facts in submitted if facts and _belongs(job, facts)]
+    mine = [job for job in queue or () for facts in submitted if facts and job.is_for(facts)]
     state, reason = _state(run, status, None if queue is None else mine)
     known = [number for facts in submitted if facts for number in facts["jobs"]]
     started = [attempt["job"] for attempt in attempts.read(run) if attempt["job"]]
@@ -131,11 +132,6 @@ def _read(path: Path, queue: Sequence[slurm.QueuedJob] | None) -> Run:
     return Run(
         path, state, reason, status.get("step", 0), status.get("target", 0), _last_metrics(run.metrics), jobs[-3:]
     )
-
-
-def _belongs(job: slurm.QueuedJob, facts: dict[str, Any]) -> bool:
-    element = None if job.array is None else job.array[1]
-    return job.comment == facts["submission"] and (element is None or element == facts.get("element"))
 
 
 def _state(run: RunDirectory, status: dict[str, Any], jobs: Sequence[slurm.QueuedJob] | None) -> tuple[str, str]:
@@ -155,7 +151,7 @@ def _state(run: RunDirectory, status: dict[str, Any], jobs: Sequence[slurm.Queue
         why = f"{waiting[0].reason}" + (f"; before: {reason}" if reason else "")
         return ("requeued" if status else "queued"), why
     if told == "running":
-        ended = bool(status.get("job")) or _silence(run, status) > _STALLED_SECONDS
+        ended = bool(status.get("job")) or another(run) is None
         return ("failed", "it ended without a word") if ended else ("running", "")
     if told is None:
         ended = next((job for job in jobs), None)
@@ -167,11 +163,13 @@ def _state_by_files(run: RunDirectory, status: dict[str, Any]) -> tuple[str, str
     """As `_state`, without a word from Slurm."""
     if not status:
         return "submitted", "the queue is not known"
-    if status["state"] != "running" or (silent := _silence(run, status)) <= _STALLED_SECONDS:
+    if status["state"] != "running":
         return status["state"], status["reason"]
-    if status.get("job"):
+    if not status.get("job") and another(run) is None:
+        return "failed", "it ended without a word"
+    if (silent := _silence(run, status)) > _STALLED_SECONDS:
         return "stalled", f"no heartbeat for {duration(silent)}; the queue is not known"
-    return "failed", "it ended without a word"
+    return "running", status["reason"]
 
 
 def _silence(run: RunDirectory, status: dict[str, Any]) -> float:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megahybrid.errors import UserError
 
@@ -22,7 +26,7 @@ class QueuedJob:
         state: Slurm's word, such as RUNNING.
         reason: why it waits.
         comment: the submission that it belongs to.
-        array: the job array and the element's number in it, or None.
+        array: the job array and its elements that this is, or None; those that wait are one job.
         restarts: how often it was put back into the queue.
     """
 
@@ -30,8 +34,13 @@ class QueuedJob:
     state: str
     reason: str
     comment: str
-    array: tuple[str, int] | None
+    array: tuple[str, Sequence[range]] | None
     restarts: int
+
+    def is_for(self, run: dict[str, Any]) -> bool:
+        """Whether it is of a run, of whose submission that is the record (submit.py)."""
+        ours = self.array is None or any(run.get("element", 0) in each for each in self.array[1])
+        return ours and self.comment == run["submission"]
 
 
 def sbatch(script: Path, *options: str) -> str:
@@ -69,9 +78,18 @@ def cancel(job: str) -> None:
     _call(["scancel", job])
 
 
-def _array(job: dict) -> tuple[str, int] | None:
+def _array(job: dict) -> tuple[str, Sequence[range]] | None:
     array, element = _number(job.get("array_job_id")), _number(job.get("array_task_id"))
-    return None if not array or element is None else (str(array), element)
+    if not array:
+        return None
+    return str(array), _elements(job.get("array_task_string", "")) if element is None else [range(element, element + 1)]
+
+
+def _elements(text: str) -> list[range]:
+    """Those of "2-5,7,9-15:2%4"; squeue ends a long one with "...", for whatever may follow."""
+    found = re.findall(r"(\d+)(?:-(\d+))?(?::(\d+))?", text.partition("%")[0])
+    ranges = [range(int(first), int(last or first) + 1, int(step or 1)) for first, last, step in found]
+    return [*ranges, range(ranges[-1].start, sys.maxsize)] if "..." in text else ranges
 
 
 def _number(value: object) -> int | None:

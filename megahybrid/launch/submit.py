@@ -24,24 +24,29 @@ from megahybrid.training.run_directory import RunDirectory
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """How a recipe is to be submitted.
+    """What is to be submitted, and how.
 
     Attributes:
-        recipe, overrides: as for `train`.
+        configs: the runs, several as a job array.
         profile: the cluster.
+        recipe, overrides: where they come from, which is noted.
         nodes: how many.
         chain: jobs that follow each other; 1 for one that requeues itself, or not.
         requeue: whether a job that has more to do puts itself back into the queue.
-        array: "key=value,value,…", one run for each value; None for one run.
+        folder: where the code and the job's output go; when left out the run directory, of an array the one above.
+        after: the job, of an array ARRAY_ELEMENT, that has to succeed before; it may write what train.branch_from
+            reads.
     """
 
-    recipe: str
-    overrides: Sequence[str]
+    configs: Sequence[Config]
     profile: Profile
+    recipe: str
+    overrides: Sequence[str] = ()
     nodes: int = 1
     chain: int = 1
     requeue: bool = True
-    array: str | None = None
+    folder: Path | None = None
+    after: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +60,14 @@ class Submission:
 
 def submit(request: Request, dry_run: bool = False) -> Submission:
     """Submit it, or with `dry_run` only check it. Raises UserError."""
-    if request.chain > 1 and request.array:
+    configs = request.configs
+    if request.chain > 1 and len(configs) > 1:
         raise UserError("--chain and --array do not go together; the runs of an array requeue themselves.")
-    configs = _configs(request)
     for config in configs:
         check_start(config, request.nodes, request.profile.gpus_per_node)
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     run_dirs = [Path(config.run.dir).resolve() for config in configs]
-    base = run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent
+    base = (request.folder or (run_dirs[0] if len(run_dirs) == 1 else run_dirs[0].parent)).resolve()
     name = re.sub(r"[^\w.=+-]", "_", base.name)
     job = Job(
         name=name,
@@ -82,25 +87,24 @@ def submit(request: Request, dry_run: bool = False) -> Submission:
     return Submission(script, job.output, _send(job, configs, script, request))
 
 
-def _configs(request: Request) -> list[Config]:
-    if request.array is None:
-        return [load_config(request.recipe, request.overrides)]
-    key, _, values = request.array.partition("=")
+def array(recipe: str, overrides: Sequence[str], text: str) -> list[Config]:
+    """The recipe with each value of "key=value,value,…", in run.dir/KEY=VALUE. Raises UserError."""
+    key, _, values = text.partition("=")
     if not values or "" in values.split(","):
-        raise UserError(f"--array is '{request.array}'; give it as key=value,value,…")
+        raise UserError(f"--array is '{text}'; give it as key=value,value,…")
     configs = []
     for value in values.split(","):
-        config = load_config(request.recipe, [*request.overrides, f"{key}={value}"])
+        config = load_config(recipe, [*overrides, f"{key}={value}"])
         config.run.dir = f"{config.run.dir.rstrip('/')}/{key.rsplit('.', 1)[-1]}={value}"
         configs.append(config)
     return configs
 
 
 def _refuse_a_second_job(run_dirs: Sequence[Path]) -> None:
-    active = {job.comment: job for job in slurm.jobs() if job.state in ("PENDING", "RUNNING", "COMPLETING")}
+    active = [job for job in slurm.jobs() if job.state in ("PENDING", "RUNNING", "COMPLETING")]
     for path in run_dirs:
-        for submitted in path.glob("submit/*/job.json"):
-            if job := active.get((read_json(submitted) or {}).get("submission", "")):
+        for facts in map(read_json, path.glob("submit/*/job.json")):
+            if job := next((job for job in active if facts and job.is_for(facts)), None):
                 raise UserError(
                     f"Job {job.id} trains {path} already ({job.state.lower()}); cancel it first (scancel {job.id}), or "
                     "give another run.dir."
@@ -115,13 +119,19 @@ def _send(job: Job, configs: Sequence[Config], script: str, request: Request) ->
         _write(job, folders, configs, script)
         _record(job, folders, numbers, request)
         for _ in range(request.chain):
-            after = ["--dependency=afterany:" + numbers[-1]] if numbers else []
-            numbers.append(slurm.sbatch(folders[0] / "job.sbatch", *after))
+            numbers.append(slurm.sbatch(folders[0] / "job.sbatch", *_dependency(request, numbers)))
             _record(job, folders, numbers, request)
     except BaseException:
         _take_back([job.code.parent, *folders], numbers)
         raise
     return numbers
+
+
+def _dependency(request: Request, numbers: Sequence[str]) -> list[str]:
+    """Options of sbatch: after the chain's job before, or after what the request waits for."""
+    if numbers:
+        return [f"--dependency=afterany:{numbers[-1]}"]
+    return [f"--dependency=afterok:{request.after}", "--kill-on-invalid-dep=yes"] if request.after else []
 
 
 def _write(job: Job, folders: Sequence[Path], configs: Sequence[Config], script: str) -> None:
@@ -135,9 +145,6 @@ def _write(job: Job, folders: Sequence[Path], configs: Sequence[Config], script:
 
 def _elsewhere(config: Config, run_dir: Path) -> Config:
     """The configuration with absolute paths: it is read from another folder."""
-    train, init_from = config.train, config.train.init_from
-    if init_from is not None:
-        train = dataclasses.replace(train, init_from=str(Path(init_from).resolve()))
     sources = {
         name: dataclasses.replace(
             source,
@@ -149,7 +156,7 @@ def _elsewhere(config: Config, run_dir: Path) -> Config:
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, dir=str(run_dir)),
-        train=train,
+        train=dataclasses.replace(config.train, **_absolute(vars(config.train), "init_from", "branch_from")),
         data=dataclasses.replace(
             config.data, **{**_absolute(vars(config.data), "path", "tokenizer"), "sources": sources}
         ),
@@ -168,6 +175,15 @@ def _record(job: Job, folders: Sequence[Path], numbers: Sequence[str], request: 
     for number, folder in enumerate(folders):
         element = {"element": number} if len(folders) > 1 else {}
         write_json(folder / "job.json", {**facts, **element, "overrides": list(request.overrides)})
+
+
+def job_of(run_dir: Path) -> str | None:
+    """The job that was submitted last for a run, of an array ARRAY_ELEMENT; None where none was."""
+    for path in sorted(run_dir.glob("submit/*/job.json"), reverse=True):
+        facts = read_json(path)
+        if facts and facts["jobs"]:
+            return facts["jobs"][-1] + (f"_{facts['element']}" if "element" in facts else "")
+    return None
 
 
 def _take_back(folders: Sequence[Path], numbers: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from megahybrid.config import Config
 from megahybrid.mixers import KINDS
 from megahybrid.model.settings import Settings
 from megahybrid.scaling.flops import flops_per_token
+from megahybrid.scaling.hours import Estimate, own_steps, tabled
 from megahybrid.scaling.memory import ZERO_STAGES, activations, gathered, peak_bytes, reduction, states
 from megahybrid.scaling.parameters import parameter_specs, parameters_by_rank
 from megahybrid.scaling.stages import layer_costs, stage_layers
@@ -28,16 +29,16 @@ def parameters_by_part(config: Config) -> Counter[str]:
     return parts
 
 
-def describe(config: Config) -> str:
+def describe(config: Config, estimate: Estimate | None = None) -> str:
     """Tables of the model's parameters and FLOPs by part, the run's steps and tokens, its pipeline's stages, and its
-    memory a GPU."""
+    memory a GPU; and the GPU hours, as estimated or else as tabled."""
     parameters = parameters_by_part(config)
     total = sum(parameters.values())
     rows = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in parameters.items()]
     sections = [
-        _table(("parameters", "number", "part"), [*rows, ("total", f"{total:,}", "")]),
+        table(("parameters", "number", "part"), [*rows, ("total", f"{total:,}", "")]),
         _flops(config),
-        _run(config),
+        f"{_run(config)}\n{estimate or tabled(config)}",
         *([_stages(config)] if config.parallel.pipeline > 1 else []),
         _memory(config),
     ]
@@ -49,15 +50,17 @@ def _flops(config: Config) -> str:
     rows = [(name, f"{count / 1e6:,.1f}", f"{count / flops.forward:.1%}") for name, count in flops.parts.items()]
     rows.append(("forward", f"{flops.forward / 1e6:,.1f}", ""))
     rows.append(("forward and backward", f"{flops.training / 1e6:,.1f}", ""))
-    return _table(("FLOPs a token", "millions", "part"), rows)
+    return table(("FLOPs a token", "millions", "part"), rows)
 
 
 def _run(config: Config) -> str:
     train = config.train
     step = train.global_batch_size * train.seq_length
-    tokens = train.steps * step
+    steps = own_steps(config)
+    tokens = steps * step
     flops = flops_per_token(config).training * tokens
-    return f"{train.steps:,} steps of {step:,} tokens: {tokens:,} tokens, {flops:.3g} FLOPs"
+    after = f" after the trunk's {train.steps - steps:,}" if steps < train.steps else ""
+    return f"{steps:,} steps of {step:,} tokens{after}: {tokens:,} tokens, {flops:.3g} FLOPs"
 
 
 def _stages(config: Config) -> str:
@@ -71,7 +74,7 @@ def _stages(config: Config) -> str:
         part = sum(sum(costs[chunk.start : chunk.stop]) for chunk in chunks) / sum(costs)
         rows.append((str(rank), layers, f"{part:.1%}", f"{parameters[rank]:,}", _gib(peak)))
     gpus = pipeline * config.parallel.tensor
-    return _table(("pipeline rank", "layers", "FLOPs", "parameters a GPU", f"GiB, {gpus} GPUs"), rows)
+    return table(("pipeline rank", "layers", "FLOPs", "parameters a GPU", f"GiB, {gpus} GPUs"), rows)
 
 
 def _memory(config: Config) -> str:
@@ -97,7 +100,7 @@ def _memory(config: Config) -> str:
     if parallel.pipeline > 1:
         rows.append(("pipeline rank that needs most", *(str(rank) for _, rank in fullest)))
     gpus = (str(size * parallel.tensor * parallel.pipeline) for size in REPLICAS)
-    return _table(("GiB a GPU, by number of GPUs", *gpus), rows)
+    return table(("GiB a GPU, by number of GPUs", *gpus), rows)
 
 
 def _other_recomputes(config: Config) -> list[Config]:
@@ -116,8 +119,8 @@ def _gib(count: float) -> str:
     return f"{count / _GIB:,.1f}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """First column to the left, numbers to the right."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Text in columns: the first to the left, numbers to the right."""
     columns = list(zip(head, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     return "\n".join(

@@ -14,7 +14,7 @@ from megahybrid.study.drawing import power
 from megahybrid.study.results import Results, Run
 
 _ROUNDING = 1 + 1e-9
-NAMED = 6  # runs that a sentence names; of more it gives the number, and the table has the names
+_NAMED = 6  # runs that a sentence names; of more it gives the number, and the table has the names
 
 
 class Saving(NamedTuple):
@@ -66,7 +66,7 @@ def in_hours(results: Results, saving: Saving) -> Saving | None:
 
 def answers(results: Results) -> list[str]:
     """What it says."""
-    parts = _other_runs, _savings, _forecasts, _sizes, _approach2, _runs, _warnings
+    parts = _other_runs, _savings, _forecasts, _sizes, _approach2, _runs, _retries, _warnings
     return [sentence for part in parts for sentence in part(results)]
 
 
@@ -74,25 +74,22 @@ def _other_runs(results: Results) -> Iterator[str]:
     for kind in results.kinds:
         fitted, now = results.fit["kinds"][kind]["runs"], sum(run.fitted for run in results.of(kind))
         if fitted != now:
-            yield f"**The fit of {kind} has {fitted} runs, runs.csv {now}.** {results.fit['rule']}"
+            yield f"**The fit of {kind} has {fitted} runs, runs.csv {now}**: run `megahybrid study fit` again."
 
 
 def _savings(results: Results) -> Iterator[str]:
-    flops = baseline_range(results)[1]
-    for saving in savings(results, flops):
-        time = in_hours(results, saving)
-        said = f"**{_compared(saving, 'compute')}**, at {power(flops)} FLOPs of {saving.base}, where fitted runs end."
-        yield said + (f" In GPU hours as measured: {time} times." if time else "")
-
-
-def _compared(saving: Saving, of: str) -> str:
-    base, kind = saving.base, saving.kind
-    if not saving.clear:
-        return (
-            f"{kind} and {base} cannot be told apart: {kind} needs {saving} times the {of} of {base} for the same loss"
+    for saving in savings(results, baseline_range(results)[1]):
+        base, kind, time = saving.base, saving.kind, in_hours(results, saving)
+        said = f"{kind} and {base} cannot be told apart"
+        if saving.clear:
+            difference = f"{100 * abs(1 - saving.times):.0f} % {'less' if saving.times < 1 else 'more'}"
+            said = f"{kind} needs {difference} compute than {base} for the same loss"
+        ends = f"95 % interval {saving.low:.3g} to {saving.high:.3g}"
+        place = f"at {power(saving.flops)} FLOPs of {base}, where fitted runs end"
+        yield (
+            f"**{said}**: {saving.times:.3g} times the FLOPs ({ends}), {place}."
+            + (f" In GPU hours as measured: {time} times." if time else "")
         )
-    percent = f"{100 * abs(1 - saving.times):.0f} % {'less' if saving.times < 1 else 'more'}"
-    return f"{kind} needs {percent} {of} than {base} for the same loss: {saving} times"
 
 
 def _forecasts(results: Results) -> Iterator[str]:
@@ -159,13 +156,22 @@ def _runs(results: Results) -> Iterator[str]:
     yield f"{len(results.runs)} runs: {listed(parts)}."
 
 
+def _retries(results: Results) -> Iterator[str]:
+    names = {run.run: run.cell for run in results.runs}
+    for run in results.runs:
+        if run.retry_of:
+            place = "in its place" if run.counts else f"which is not done ({why(run)})"
+            first = names.get(run.retry_of, run.retry_of)
+            yield f"{run.cell} is {first} again at a learning rate of {power(run.learning_rate)}, {place}."
+
+
 def why(run: Run) -> str:
     """Why the law was not fitted to a run."""
     return run.excluded or (run.state if run.state != "done" else "without a loss")
 
 
 def _names(cells: Sequence[str]) -> str:
-    return f" ({', '.join(cells)})" if len(cells) <= NAMED else ""
+    return f" ({', '.join(cells)})" if len(cells) <= _NAMED else ""
 
 
 def _warnings(results: Results) -> Iterator[str]:

@@ -86,9 +86,10 @@ class Family:
         self._recipes = {budget: self._recipe(group) for group in groups for budget in group}
 
     def grid(self) -> list[Cell]:
-        """The tuning grid, of separate runs at the middle budget."""
-        tune, budget = self.study.rules.tune, list(self.asked)[(len(self.asked) - 1) // 2]
-        return [self._cell(budget, 0, "tune", factor) for factor in (tune.factors if tune else ())]
+        """The tuning grid, of separate runs at the smallest budget, about what the rules say of it alone."""
+        tune, budget = self.study.rules.tune, min(self.asked)
+        alone = self._recipe([budget])
+        return [self._cell(budget, 0, "tune", factor, recipe=alone) for factor in (tune.factors if tune else ())]
 
     def cells(self, seed: int, factor: float, awaits: tuple[str, ...]) -> list[Cell]:
         """A run of every budget, trunk first; the one that is held out in the first repeat only."""
@@ -110,7 +111,7 @@ class Family:
         """What a trunk and its branches share: the rules' rate and batch at the geometric mean of their tokens, and
         the warm-up."""
         study, config, tokens = self.study, self.model.config, [self.asked[budget] for budget in group]
-        rate, batch = optimum(study, self.model, geometric_mean(tokens))
+        rate, batch = optimum(study, config, self.model.parameters_without_embedding, geometric_mean(tokens))
         try:
             samples = whole_batch(batch / config.train.seq_length, self.model.replicas, tokens, config.train.seq_length)
         except UserError as error:
@@ -138,10 +139,12 @@ class Family:
         milestones: Sequence[int] = (),
         trunk: Cell | None = None,
         step: int | None = None,
+        recipe: Config | None = None,
     ) -> Cell:
-        recipe, model = self._recipes[budget], self.model
+        recipe, model = recipe or self._recipes[budget], self.model
         name = self._name(budget, seed) + (f"-x{factor:g}" if role == "tune" else "")
-        steps, tokens = self._steps(budget), self._steps(budget) * batch_tokens(recipe)
+        steps = self._steps(budget, recipe)
+        tokens = steps * batch_tokens(recipe)
         rate = float(f"{recipe.optimizer.learning_rate * factor:.4g}")
         branch = f"{trunk.config.run.dir}@{step}" if trunk else None
         config = replace(
@@ -181,11 +184,12 @@ class Family:
     def _name(self, budget: float, seed: int) -> str:
         return f"{self.model.kind}-{self.model.size}-{budget_name(budget)}-s{seed}"
 
-    def _steps(self, budget: float) -> int:
-        return round(self.asked[budget] / batch_tokens(self._recipes[budget]))
+    def _steps(self, budget: float, recipe: Config) -> int:
+        return round(self.asked[budget] / batch_tokens(recipe))
 
     def _decay_start(self, budget: float) -> int:
-        return decay_start(self._recipes[budget].optimizer, self._steps(budget))
+        recipe = self._recipes[budget]
+        return decay_start(recipe.optimizer, self._steps(budget, recipe))
 
     def _check(self, name: str, config: Config) -> None:
         """Raises UserError, with the cell's name, for what cannot be trained."""
@@ -203,12 +207,12 @@ class Family:
             raise UserError(f"Cell {name}: {error}") from error
 
 
-def optimum(study: Study, model: Model, tokens: float) -> tuple[float, float]:
-    """What the study's rules say of a model that is trained on so many tokens: peak rate, and tokens of a batch."""
-    config = model.config
-    subject = Subject(model.parameters_without_embedding, config.optimizer.learning_rate, batch_tokens(config))
-    rules = LEARNING_RATES[study.rules.learning_rate], BATCHES[study.rules.batch]
-    return rules[0].value(subject, tokens), rules[1].value(subject, tokens)
+def optimum(study: Study, config: Config, parameters: int, tokens: float) -> tuple[float, float]:
+    """What the study's rules say of a model of so many parameters, without embeddings, that is trained on so many
+    tokens: peak rate, and tokens of a batch; where a rule is `fixed` the configuration's."""
+    subject = Subject(parameters, config.optimizer.learning_rate, batch_tokens(config))
+    rate, batch = LEARNING_RATES[study.rules.learning_rate], BATCHES[study.rules.batch]
+    return rate.value(subject, tokens), batch.value(subject, tokens)
 
 
 def batch_tokens(config: Config) -> int:
@@ -238,12 +242,14 @@ def whole_batch(wanted: float, replicas: int, tokens: Sequence[float], length: i
         tokens: of the runs that have this batch.
         length: tokens of a sample.
 
-    Raises UserError where there is none within a quarter of what is wanted.
+    Raises UserError where there is none within a quarter of what is wanted, nor the whole number beside it.
     """
     unit = 2 ** max(0, math.floor(math.log2(max(1.0, wanted) / 8)))
     while unit >= 1:
-        # At least one sample, however small the batch that is wanted.
-        near = range(max(1, math.ceil(wanted / 1.25 / unit)), max(1, math.floor(wanted * 1.25 / unit)) + 1)
+        few, many = wanted / unit / 1.25, wanted / unit * 1.25
+        near = range(
+            max(1, min(math.ceil(few), int(wanted / unit))), max(math.floor(many), math.ceil(wanted / unit)) + 1
+        )
         for units in sorted(near, key=lambda each: abs(math.log(each * unit / wanted))):
             batch = units * unit
             if batch % replicas == 0 and all(_missed(each, batch * length) <= TOLERANCE for each in tokens):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from megahybrid.errors import UserError
@@ -15,7 +16,23 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     text = "every run with its cost, and how well the study will predict; starts nothing"
     plan = verbs.add_parser("plan", help=text, description=text)
     plan.add_argument("file", metavar="FILE", help="a YAML file, such as recipes/studies/small.yaml")
+    plan.add_argument(
+        "--probe", action="store_true", help="GPU hours from some steps of every model on this machine's GPU"
+    )
     plan.set_defaults(run=_plan)
+    text = "begin what is missing, here or through Slurm; the same command goes on"
+    launch = verbs.add_parser("launch", help=text, description=text)
+    launch.add_argument("file", metavar="FILE", help="the study's YAML file")
+    launch.add_argument("--jobs", type=int, metavar="N", help="here, N runs side by side, whatever limits.profile says")
+    launch.add_argument("--wait", action="store_true", help="through Slurm, too, go on until all is done")
+    launch.set_defaults(run=_launch)
+    for name, run, text in (
+        ("status", _status, "how far every run is, and all of them together"),
+        ("collect", _collect, "what the runs came to, in runs.csv"),
+    ):
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.add_argument("file", metavar="FILE", help="the study's YAML file")
+        verb.set_defaults(run=run)
     _add_fit(verbs)
     text = "report.md and its pictures, from what collect and fit have written"
     report = verbs.add_parser("report", help=text, description=text)
@@ -39,9 +56,47 @@ def _plan(parsed: argparse.Namespace) -> None:
     from megahybrid.study.file import load_study
 
     study = load_study(parsed.file)
-    from megahybrid.study.plan import plan
+    from megahybrid.study.describe import describe
+    from megahybrid.study.plan import check_limits, make_plan, save
 
-    print(plan(study, parsed.file))
+    if parsed.probe:
+        from megahybrid.training.measuring import probe
+
+        plan = make_plan(study, probe)
+    else:
+        plan = make_plan(study)
+    print(describe(plan))
+    check_limits(plan)
+    print(f"\n{save(plan, Path(parsed.file))}")
+
+
+def _launch(parsed: argparse.Namespace) -> int:
+    from megahybrid.study.file import load_study
+
+    if parsed.jobs is not None and parsed.jobs < 1:
+        raise UserError("--jobs must be at least 1.")
+    study = load_study(parsed.file)
+    from megahybrid.study.launch import launch
+
+    return launch(study, parsed.file, parsed.jobs, parsed.wait, say=lambda text: print(text, flush=True))
+
+
+def _status(parsed: argparse.Namespace) -> None:
+    from megahybrid.study.file import load_study
+
+    study = load_study(parsed.file)
+    from megahybrid.study.status import show
+
+    show(study, say=lambda text: print(f"megahybrid: {text}", file=sys.stderr))
+
+
+def _collect(parsed: argparse.Namespace) -> None:
+    from megahybrid.study.file import load_study
+
+    study = load_study(parsed.file)
+    from megahybrid.study.collect import collect
+
+    print(collect(study, say=lambda text: print(text, flush=True)))
 
 
 def _fit(parsed: argparse.Namespace) -> None:

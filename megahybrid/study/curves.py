@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megahybrid.study.law.law import Law
 from megahybrid.study.results import Run
 
 EQUAL = 1.02  # FLOPs that differ by no more than this factor are the same
@@ -14,7 +15,7 @@ EQUAL = 1.02  # FLOPs that differ by no more than this factor are the same
 
 def law_loss(law: Mapping[str, Any], parameters: Any, tokens: Any) -> Any:
     """Nats a token of the parametric law of a kind in fit.json."""
-    return law["E"] + law["A"] / parameters ** law["alpha"] + law["B"] / tokens ** law["beta"]
+    return Law(*(law[name] for name in ("A", "B", "E", "alpha", "beta"))).loss(parameters, tokens)
 
 
 def parabola(runs: Sequence[Run]) -> tuple[np.ndarray | None, float | None]:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from megahybrid.errors import UserError
 from megahybrid.study.cells import Cell, Family
 from megahybrid.study.file import SizeConfig, Study
-from megahybrid.study.models import Model, make_models
+from megahybrid.study.models import Model, make_models, seconds_per_token
 
 
 def design(study: Study, tuned: Mapping[str, float] = MappingProxyType({}), needs_data: bool = True) -> list[Cell]:
@@ -79,7 +79,11 @@ def _family(study: Study, rung: _Rung, kind: str, needs_data: bool) -> Family:
     """A kind's runs at a size, with the tokens that each budget gives it: the first kind's, or as many as take what
     is matched."""
     model, first = rung.models[kind], next(iter(rung.models.values()))
-    share = first.flops_per_token / model.flops_per_token if study.match == "flops" else 1.0
+    share = {
+        "flops": lambda: first.flops_per_token / model.flops_per_token,
+        "gpu_hours": lambda: seconds_per_token(first) / seconds_per_token(model),
+        "parameters": lambda: 1.0,
+    }[study.match]()
     a_unit = 1 / first.flops_per_token if rung.in_flops else first.parameters
     asked = {budget: budget * a_unit * share for budget in rung.budgets}
     family = Family(study, model, asked, rung.held_out)

@@ -74,9 +74,9 @@ class TuneConfig:
     kind."""
 
     at: str = key("smallest", choices=("smallest",))
-    """The size that is tuned, at its middle budget."""
+    """The size that is tuned, at the smallest budget."""
     factors: list[float] = key([0.35, 0.5, 0.7, 1.0, 1.4])
-    """Factors on the rule's learning rate."""
+    """Factors on what the rule says of these runs."""
 
 
 @dataclass
@@ -156,7 +156,7 @@ class Study:
     overrides: dict[str, Any] = key({})
     """Keys of the recipe for all models."""
     budgets: BudgetsConfig = field(default_factory=BudgetsConfig)
-    match: str = key("flops", choices=("flops", "parameters"))
+    match: str = key("flops", choices=("flops", "gpu_hours", "parameters"))
     """What the kinds of a size have in common at a budget: flops, by the model's own count; gpu_hours that the first
     kind would take; or parameters, by the width of the SwiGLU, and with it tokens."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -206,6 +206,8 @@ def _check(study: Study) -> None:
     for name in (study.study, *study.kinds):
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"'{name}' is no name for a study or kind; use letters, digits, '-', '_' and '.'.")
+    if not Path(study.base).is_file():
+        raise UserError(f"base: there is no recipe '{study.base}'; give its path from the working directory.")
     for name in ("kinds", "sizes"):
         if not getattr(study, name):
             raise UserError(f"{name} is empty; give at least one.")

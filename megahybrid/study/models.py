@@ -13,6 +13,7 @@ from megahybrid.errors import UserError
 from megahybrid.key import derived
 from megahybrid.launch.profile import load_profile
 from megahybrid.scaling.flops import flops_per_token
+from megahybrid.scaling.hours import tabled
 from megahybrid.scaling.plan import parameters_by_part
 from megahybrid.study.file import KindConfig, SizeConfig, Study
 
@@ -55,6 +56,12 @@ class Model:
 def size_name(size: SizeConfig) -> str:
     """How a size is called."""
     return f"{size.width}x{size.layers}"
+
+
+def seconds_per_token(model: Model) -> float:
+    """On one GPU, at the base recipe's batch."""
+    train = model.config.train
+    return tabled(model.config).step_seconds / (train.global_batch_size * train.seq_length)
 
 
 def make_models(study: Study, size: SizeConfig) -> dict[str, Model]:

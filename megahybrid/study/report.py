@@ -87,7 +87,7 @@ def _made(results: Results, file: Path) -> Iterator[str]:
     totals = {name: sum(part.values()) for name, part in used.items()}
     plan = f" of {sum(planned.values()):.3g} planned" if planned else ""
     split = listed([f"{value:.3g} {name}" for name, value in totals.items()])
-    yield f"Code of the runs: {listed(versions) if versions else 'unknown'}."
+    yield f"Code of the runs: {listed(versions) if versions else 'unknown'}. Data: {results.data or 'unknown'}."
     yield f"GPU hours: {sum(totals.values()):.3g}{plan}, {split}."
 
 

@@ -58,6 +58,7 @@ class Planned:
 
     cell: str
     gpu_hours: float
+    data: str
 
 
 Row = TypeVar("Row", Run, Planned)
@@ -74,6 +75,7 @@ class Results:
         runs: of runs.csv.
         fit: fit.json.
         planned: by cell, the GPU hours that plan.csv expects; empty where there is no plan.
+        data: the identity of the data, where the plan knows it.
         frozen: by cell, what prediction.json says of held-out runs; empty where nothing was frozen.
     """
 
@@ -81,6 +83,7 @@ class Results:
     runs: Sequence[Run]
     fit: Mapping[str, Any]
     planned: Mapping[str, float]
+    data: str
     frozen: Mapping[str, Mapping[str, Any]]
 
     @property
@@ -117,12 +120,13 @@ def read_results(folder: Path) -> Results:
     if not isinstance(fit, dict) or not fit.get("kinds"):
         raise UserError(f"'{folder}' has no fit.json with a fitted kind: run `megahybrid study fit` first.")
     if not all(law["intervals"] for law in fit["kinds"].values()):
-        raise UserError(f"The fit in '{folder}' has no intervals: run `megahybrid study fit` with its replicates.")
-    if not any(run.fitted for run in runs):
-        raise UserError(f"No run of '{folder}' is done, so its fit is of other runs: run `megahybrid study fit` again.")
-    planned = {each.cell: each.gpu_hours for each in _read(folder / "plan.csv", Planned) or []}
+        raise UserError(f"The fit in '{folder}' has no intervals: run `megahybrid study fit` without --bootstrap 0.")
+    if {run.kind for run in runs if run.fitted} != set(fit["kinds"]):
+        raise UserError(f"runs.csv and fit.json in '{folder}' have other kinds: run `megahybrid study fit` again.")
+    plan = _read(folder / "plan.csv", Planned) or []
+    planned, data = {each.cell: each.gpu_hours for each in plan}, plan[0].data if plan else ""
     frozen = read_json(folder / "prediction.json") or {}
-    return Results(folder.resolve().name, runs, _with_nan(fit), planned, frozen)
+    return Results(folder.resolve().name, runs, _with_nan(fit), planned, data, _with_nan(frozen))
 
 
 def _with_nan(value: Any) -> Any:

@@ -1,9 +1,9 @@
 """Rules for the learning rate and the batch of a run, by name.
 
-N is the number of parameters without embeddings, D that of tokens. All are of dense transformers; that they hold for
-other mixers is a hope, which `rules.tune` checks. On Step Law's public grid the best loss is missed by 0.10 % on
-average and 0.31 % at most with step_law, 0.53 % and 1.1 % with olmo_core. A rate twice too high costs 1.1 %, half of it
-0.35 %.
+N is the number of parameters without embeddings, D that of tokens. All are of dense transformers, those of Step Law of
+60M to 1B parameters: that they hold for other mixers and sizes is a hope, which `rules.tune` checks. On Step Law's
+public grid the best loss is missed by 0.10 % on average and 0.31 % at most with step_law, 0.53 % and 1.1 % with
+olmo_core. A rate twice too high costs 1.1 %, half of it 0.35 %.
 """
 
 from __future__ import annotations

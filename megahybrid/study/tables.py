@@ -39,14 +39,16 @@ def _frozen(results: Results) -> Iterator[str]:
         if run.cell not in results.frozen:
             continue
         frozen = results.frozen[run.cell]
-        row = [run.cell, power(run.flops), f"{frozen['loss']:.4f}", _interval(frozen["interval"], ".4f")]
+        low, high = frozen["interval"]
+        wide = f"{50 * (high - low) / frozen['loss']:.2g} %"
+        row = [run.cell, power(run.flops), f"{frozen['loss']:.4f}", _interval((low, high), ".4f"), wide]
         if run.counts:
             row += [f"{run.loss:.4f}", f"{100 * error(results, run):+.2f} %", _yes(covered(results, run))]
         rows.append(row + [why(run), "", ""] * (not run.counts))
     if rows:
         yield "## Frozen predictions"
         yield "Written before these runs started. The error is positive where the loss came higher than predicted."
-        yield _table(["run", "FLOPs", "predicted", "95 % interval", "actual", "error", "inside"], rows)
+        yield _table(["run", "FLOPs", "predicted", "95 % interval", "±", "actual", "error", "inside"], rows)
 
 
 def _targets(results: Results) -> Iterator[str]:
@@ -96,14 +98,19 @@ def _checks(results: Results) -> Iterator[str]:
         law, other = results.fit["kinds"][kind], results.fit["approach2"][kind]
         others = [f"{each['a_opt']:.3f}" if (each := law["delta"][delta]) else "none" for delta in deltas]
         steps = results.fit["rollout"][kind]
-        last = f"{100 * steps[-1]['error']:+.2f} %, from {steps[-1]['fitted']} runs" if steps else "too few runs"
+        last = _step(steps[-1]) if steps else "too few runs"
         rows.append([kind, f"{law['a_opt']:.3f}", *others, f"{other['a_opt']:.3f}" if other else "too few sizes", last])
     yield "## Cross-checks"
     yield (
-        "a_opt with other widths of Huber's loss, and by approach 2; and how far the law from all smaller budgets "
-        "misses the largest that was fitted, on average."
+        "a_opt with other widths of Huber's loss, and by approach 2; and how much higher the largest fitted budget "
+        "came than a law says that is fitted to the smaller ones, on average."
     )
     yield _table(["kind", "a_opt", *(f"delta {each}" for each in deltas), "approach 2", "largest budget"], rows)
+
+
+def _step(step: Mapping[str, Any]) -> str:
+    inside = f"{step['covered']} of {step['predicted']} inside"
+    return f"{100 * step['error']:+.2f} %, {inside}, from {step['fitted']} runs"
 
 
 def _left_out(results: Results) -> Iterator[str]:

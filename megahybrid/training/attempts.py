@@ -26,7 +26,7 @@ def begin(run: RunDirectory, step: int, world: int, restarts: int) -> str | None
     if len(before := _starts_in_a_row(run, step)) > restarts:
         return _giving_up(run, before)
     nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
-    _append(run, {"nodes": nodes, "processes": world, "step": step})
+    _append(run, {"nodes": nodes, "processes": world, "step": step, "last_word": run.read_status().get("time")})
     return None
 
 
@@ -85,6 +85,16 @@ def has_gone_back(run: RunDirectory, step: int) -> bool:
         return bool(before)
     restarts, torchrun = (os.environ.get(f"TORCHELASTIC_{name}") for name in ("RESTART_COUNT", "RUN_ID"))
     return int(restarts or 0) > 0 and any(each["torchrun"] == torchrun for each in before)
+
+
+def lasted(run: RunDirectory) -> list[tuple[dict[str, Any], float]]:
+    """The starts of submitted jobs, each with the seconds that it lasted, to its last word in status.json."""
+    starts = [each for each in read(run) if "processes" in each]
+    last_words = [each["last_word"] for each in starts[1:]] + [run.read_status().get("time")]
+    return [
+        (start, max(0.0, (last_word or 0.0) - start["time"]))
+        for start, last_word in zip(starts, last_words, strict=False)
+    ]
 
 
 def _submission() -> str | None:

@@ -55,7 +55,7 @@ def file_name(kind: str, number: int) -> str:
     return f"{kind}-{number:05d}.safetensors"
 
 
-def load(path: Path, engine: Engine) -> Position:
+def load(path: Path, engine: Engine) -> None:
     """Put a checkpoint's weights, moments, regulators' states and guard into the engine. Called by every process.
 
     Raises UserError, on every process, if it is damaged, of another model, or without a regulator's state.
@@ -76,7 +76,11 @@ def load(path: Path, engine: Engine) -> Position:
             zero.write(engine.deepspeed, parameter, kind, value)
     for letter, regulator in engine.regulators.items():
         regulator.load_state(facts["regulators"][letter])
-    return Position(**facts["position"])
+
+
+def position(path: Path) -> Position:
+    """Where a checkpoint stands. Raises UserError as `read_state`."""
+    return Position(**read_state(path)["position"])
 
 
 def other_code(path: Path) -> str | None:

@@ -23,6 +23,10 @@ from megahybrid.files import sync_folder, write_text
 ABANDONED = "abandoned"
 
 
+class NoCheckpoint(UserError):
+    """A step is named of which there is no checkpoint."""
+
+
 def name(step: int) -> str:
     """The name of the checkpoint of a step."""
     return f"step_{step:08d}"
@@ -51,12 +55,13 @@ def find(path: Path) -> Path | None:
     return None
 
 
-def find_step(folder: Path, step: int) -> Path:
-    """The checkpoint of a step in a run's checkpoints folder. Raises UserError where there is none."""
+def find_step(folder: Path, step: int, key: str) -> Path:
+    """The checkpoint of a step in a run's checkpoints folder, which the value of `key` means. Raises NoCheckpoint
+    where there is none."""
     found = folder / name(step)
     if not (found / "checkpoint.json").is_file():
         steps = ", ".join(str(step_of(each)) for each in whole(folder)) or "none"
-        raise UserError(f"train.resume_from is {step}, but '{folder}' has no checkpoint of that step; it has {steps}.")
+        raise NoCheckpoint(f"{key} is {step}, but '{folder}' has no checkpoint of that step; it has {steps}.")
     return found
 
 
@@ -98,10 +103,20 @@ def make_current(folder: Path, checkpoint: str) -> None:
 
 def remove_old(folder: Path, config: CheckpointConfig) -> None:
     """Keep the newest checkpoints, the milestones, and what `latest` names."""
-    passing = [each for each in _named(folder) if not config.milestone_every or step_of(each) % config.milestone_every]
+    passing = [each for each in _named(folder) if not _stays(step_of(each), config)]
     for old in passing[: -config.keep]:
         if old.name != current(folder):
             _remove(old)
+
+
+def _stays(step: int, config: CheckpointConfig) -> bool:
+    return step in config.milestones or (config.milestone_every > 0 and step % config.milestone_every == 0)
+
+
+def milestones(config: CheckpointConfig, steps: int) -> int:
+    """How many checkpoints of a run of `steps` stay for ever."""
+    saved = {*range(config.every, steps + 1, config.every), *config.milestones, steps}
+    return sum(_stays(step, config) for step in saved)
 
 
 def later(folder: Path, step: int) -> list[Path]:

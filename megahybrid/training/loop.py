@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megahybrid.config import Config, load_config, save_config
+from megahybrid.config import Config, save_config
 from megahybrid.data.loader import TrainingData, validation_batches
 from megahybrid.errors import UserError
 from megahybrid.model.fallbacks import kernel_notes
@@ -33,7 +33,7 @@ from megahybrid.training.metrics_file import MetricsFile
 from megahybrid.training.ownership import Owner
 from megahybrid.training.probes import names
 from megahybrid.training.probes.suite import Probes
-from megahybrid.training.resume import check_data, check_resume, initial_weights
+from megahybrid.training.resume import Start, check_data, initial_weights
 from megahybrid.training.run_directory import RunDirectory, duration
 from megahybrid.training.saver import Saver
 from megahybrid.training.signals import StopRequest
@@ -68,19 +68,20 @@ def train(config: Config, report: Report = print, stop_request: StopRequest | No
             owner = resources.enter_context(Owner(run))
             if "MEGAHYBRID_SUBMISSION" not in os.environ:  # several starts by hand may share a job, and its number
                 groups.on_main(lambda: retry(lambda: failures.forget(run), f"Writing to {run.logs}"))
-            start, goes_back = groups.on_main(lambda: retry(lambda: _start(run, config), f"Reading {run.path}"))
+            start = groups.on_main(lambda: retry(lambda: _start(run, config), f"Reading {run.path}"))
             step = 0
-            if start is not None:
-                check_resume(retry(lambda: load_config(start / "config.yaml"), f"Reading {start}"), config, str(start))
-                step = checkpoint.read_facts(start)["position"]["step"]
+            if start.checkpoint is not None:
+                retry(lambda: start.check(config), f"Reading {start.checkpoint}")
+                step = checkpoint.read_state(start.checkpoint)["position"]["step"]
                 if step >= config.train.steps:
                     say(f"{run.path} has done its {config.train.steps} steps; a larger train.steps goes on from there.")
                     return
             _, world = groups.world()
-            if fault := groups.on_main(lambda: attempts.begin(run, step, world, watch.restarts)):
+            own = 0 if start.branches else step
+            if fault := groups.on_main(lambda: attempts.begin(run, own, world, watch.restarts)):
                 raise UserError(fault)
             stop_request = stop_request or resources.enter_context(StopRequest())
-            trainer = Trainer(config, run, owner, start, goes_back, say, stop_request, resources)
+            trainer = Trainer(config, run, owner, start, say, stop_request, resources)
             trainer.run_until_told()
         except BaseException as error:
             log.info("Ended by an error.", exc_info=True)
@@ -93,12 +94,10 @@ def train(config: Config, report: Report = print, stop_request: StopRequest | No
             raise cause from error
 
 
-def _start(run: RunDirectory, config: Config) -> tuple[Path | None, bool]:
-    """The checkpoint from which to go on, None for the beginning, and whether that is a step back."""
+def _start(run: RunDirectory, config: Config) -> Start:
+    """Where the run goes on: a step back is taken once a submission."""
     step = config.train.resume_from
-    if step is None or attempts.has_gone_back(run, step):
-        return checkpoint_folder.find(run.path), False
-    return checkpoint_folder.find_step(run.checkpoints, step), True
+    return Start.of(config, None if step is None or attempts.has_gone_back(run, step) else step)
 
 
 class Trainer:
@@ -109,8 +108,7 @@ class Trainer:
         config: Config,
         run: RunDirectory,
         owner: Owner,
-        start: Path | None,
-        goes_back: bool,
+        start: Start,
         say: Report,
         stop_request: StopRequest,
         resources: contextlib.ExitStack,
@@ -121,24 +119,18 @@ class Trainer:
         self.data = resources.enter_context(TrainingData(config, replica, replicas))
         self.validation = resources.enter_context(validation_batches(config, replica, replicas))
         self.probes = Probes(config, self.data.opened.vocabulary) if config.evaluate.every else None
+        self.position = self._check_data(start)
         resources.enter_context(rank_log(run.logs))
         self.watchdog = resources.enter_context(Watchdog(run, config.train.watch, groups.world()[0]))
         self_check()
-        self.engine = self._build(start)
-        data = self.data.opened.identity
-        self.position = Position(0, 0, data)
-        if start is not None:
-            began = time.perf_counter()
-            self.position = checkpoint.load(start, self.engine)
-            check_data(self.position.data, data, str(start), config.data.path)
-            self.data.seek(self.position.consumed)
-            self._tell(f"Going on from {start} (loaded in {time.perf_counter() - began:.1f} s).")
-            if groups.is_main() and (other := checkpoint.other_code(start)):
-                self._tell(other)
+        self.engine = self._build(start.checkpoint)
+        if start.checkpoint is not None:
+            self._load(start)
         owner.check()
-        groups.on_main(lambda: retry(lambda: self._go_on_from_here(goes_back), f"Writing to {run.path}"))
+        groups.on_main(lambda: retry(lambda: self._go_on_from_here(start), f"Writing to {run.path}"))
         self.metrics = MetricsFile(run.metrics, owner.check_here)
-        self.tracker = Tracker(config if groups.is_main() else None, self.position.tracking_id, self.position.step)
+        own_steps = 0 if start.branches else self.position.step
+        self.tracker = Tracker(config if groups.is_main() else None, self.position.tracking_id, own_steps)
         resources.callback(self.tracker.finish)
         self.saver = Saver(run.checkpoints, self.engine, self.data.opened.tokenizer_json, owner, self.metrics.write)
         if self.probes is not None:
@@ -146,6 +138,25 @@ class Trainer:
         self.flops_per_token = flops_per_token(config).training
         self.tokens_per_step = config.train.global_batch_size * config.train.seq_length
         self._status_written = 0.0
+
+    def _check_data(self, start: Start) -> Position:
+        """The position at which the run begins, or that of its checkpoint, which was trained on the same data."""
+        data = self.data.opened.identity
+        if start.checkpoint is None:
+            return Position(0, 0, data)
+        position = checkpoint.position(start.checkpoint)
+        check_data(position.data, data, str(start.checkpoint), self.config.data.path)
+        return replace(position, tracking_id=None) if start.branches else position
+
+    def _load(self, start: Start) -> None:
+        """All of a checkpoint's state, and the data from its position on."""
+        began = time.perf_counter()
+        checkpoint.load(start.checkpoint, self.engine)
+        self.data.seek(self.position.consumed)
+        how = "Branching off from" if start.branches else "Going on from"
+        self._tell(f"{how} {start.checkpoint} (loaded in {time.perf_counter() - began:.1f} s).")
+        if groups.is_main() and (other := checkpoint.other_code(start.checkpoint)):
+            self._tell(other)
 
     def _build(self, start: Path | None) -> Engine:
         weights = None
@@ -165,12 +176,12 @@ class Trainer:
             engine.initialize()
         return engine
 
-    def _go_on_from_here(self, goes_back: bool) -> None:
+    def _go_on_from_here(self, start: Start) -> None:
         """On the main process: the run's files become those of a run that stands at this step."""
         run, step = self.run, self.position.step
-        if step:
+        if step and not start.branches:
             checkpoint_folder.make_current(run.checkpoints, checkpoint_folder.name(step))
-        if goes_back:
+        if start.goes_back:
             tracking.begin_anew(run.path)
             attempts.note_rollback(run, step)
         later = checkpoint_folder.later(run.checkpoints, step)
@@ -179,12 +190,12 @@ class Trainer:
             checkpoint_folder.abandon(run.checkpoints, later, self.config.checkpoint.keep)
             names, place = ", ".join(each.name for each in later), checkpoint_folder.ABANDONED
             self._tell(f"What was trained after step {step} is left behind; {names} moved to {place}/.")
-        run.cut_metrics(step)
+        run.cut_metrics(0 if start.branches else step)
         save_config(self.config, run.config)
 
     def run_until_told(self) -> None:
         """The remaining steps, with validations and checkpoints on the way; ends early when asked to stop."""
-        train, every, probe_every = self.config.train, self.config.checkpoint.every, self.config.evaluate.every
+        train, save, probe_every = self.config.train, self.config.checkpoint, self.config.evaluate.every
         self.write_status("running")
         began, first = time.perf_counter(), self.position.step
         for step in range(first + 1, train.steps + 1):
@@ -197,7 +208,8 @@ class Trainer:
                 metrics |= self.probes.run(self.engine)
             if self.saver.pending and not result.saving:
                 self.saver.finish()
-            if last or result.stop or self.saver.failed or step % every == 0:
+            milestone = step in save.milestones
+            if last or result.stop or milestone or self.saver.failed or step % save.every == 0:
                 metrics["checkpoint_seconds"] = self.saver.start(self.position)
             self._record(metrics)
             told = {"validation_loss", names.SECONDS} & metrics.keys()
@@ -211,6 +223,8 @@ class Trainer:
                 self.write_status("stopped", reason)
                 self._tell(f"Stopped by {reason} after step {step}; {self._command_that_goes_on()} goes on.")
                 return
+            if milestone:  # a save that failed would be made up for with the state of another step
+                self.saver.insist(self.position)
             self.watchdog.beat(step)
         self.watchdog.beat(train.steps, "saving", long=True)
         self.saver.insist(self.position)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from megahybrid.config.branching import decay_start
 from megahybrid.config.schema import OptimizerConfig
 
 
@@ -34,8 +35,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> SkippableAdamW:
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """Learning rate of the 1-based optimizer step: linear warm-up to the peak, then `schedule` to the last step.
 
-    cosine falls to min_ratio of the peak; wsd (warm-up, stable, decay) rests and in the last decay_fraction of all
-    steps falls linearly to min_ratio; constant rests.
+    cosine falls to min_ratio of the peak; wsd (warm-up, stable, decay) rests until `decay_start` and then falls
+    linearly to min_ratio; constant rests.
     """
     if step < config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
@@ -45,6 +46,5 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
         progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
         shape = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     else:
-        decay = config.decay_fraction * steps
-        shape = min(1.0, max(0.0, (steps - step) / decay))
+        shape = min(1.0, max(0, steps - step) / (steps - decay_start(config, steps)))
     return config.learning_rate * (config.min_ratio + (1 - config.min_ratio) * shape)

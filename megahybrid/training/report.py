@@ -42,7 +42,8 @@ def held_out_tokens(run_dir: Path) -> np.ndarray:
 
 def mean_tokens_per_second(metrics: Metrics) -> float:
     """Trained tokens by the seconds that their steps took."""
-    tokens = np.diff([line["tokens"] for line in metrics], prepend=0)
+    before = metrics[0]["tokens"] * (1 - 1 / metrics[0]["step"])  # a trunk's, where the run is a branch
+    tokens = np.diff([line["tokens"] for line in metrics], prepend=before)
     return float(tokens.sum() / (tokens / [line["tokens_per_second"] for line in metrics]).sum())
 
 
@@ -60,6 +61,8 @@ def summarise(run_dir: Path) -> str:
     rows = _loss_rows(run_dir, metrics)
     last = metrics[-1]
     rows.append(("tokens trained", f"{last['tokens']:,} in {last['step']:,} steps"))
+    if (trunk := metrics[0]["step"] - 1) > 0:
+        rows.append(("of these by its trunk", f"{trunk * last['tokens'] // last['step']:,} in {trunk:,} steps"))
     rows.append(("mean speed", f"{mean_tokens_per_second(metrics):,.0f} tokens/s"))
     rows += _regulation_rows(run_dir, metrics)
     width = max(len(name) for name, _ in rows)

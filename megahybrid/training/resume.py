@@ -2,30 +2,71 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from megahybrid.config import Config
+from megahybrid.config import Config, load_config
+from megahybrid.config.branching import branch_point
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.task_sources import find_task, task_parameters, task_sources, task_stages
 from megahybrid.errors import UserError
 from megahybrid.key import derived, keys
 from megahybrid.tasks import TaskParameters
 from megahybrid.training import checkpoint_folder
+from megahybrid.training.checkpoint_folder import NoCheckpoint
+from megahybrid.training.run_directory import RunDirectory
 
 
-def check_resume(saved: Config, now: Config, checkpoint: str) -> None:
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint from which a run goes on.
+
+    Attributes:
+        checkpoint: None for a run's beginning with weights of its own, or of train.init_from.
+        goes_back: whether that is a step back, by train.resume_from.
+        branches: whether it is another run's, by train.branch_from, and this run begins.
+    """
+
+    checkpoint: Path | None = None
+    goes_back: bool = False
+    branches: bool = False
+
+    @classmethod
+    def of(cls, config: Config, back_to: int | None) -> Start:
+        """Where the run stands, or would after going back to a step. Raises NoCheckpoint for a step, or a trunk, that
+        is not there."""
+        run = RunDirectory(config.run.dir)
+        if back_to is not None:
+            return cls(checkpoint_folder.find_step(run.checkpoints, back_to, "train.resume_from"), goes_back=True)
+        if (found := checkpoint_folder.find(run.path)) is not None:
+            return cls(found)
+        if (point := branch_point(config.train)) is None:
+            return cls()
+        trunk, step = point
+        if not trunk.is_dir():
+            raise NoCheckpoint(f"train.branch_from: there is no run '{trunk}'; give the directory of a run.")
+        found = checkpoint_folder.find_step(RunDirectory(trunk).checkpoints, step, "The step of train.branch_from")
+        return cls(found, branches=True)
+
+    def check(self, config: Config) -> None:
+        """Raises UserError where a key differs from the checkpoint's that may not."""
+        if self.checkpoint is not None:
+            instead = "start with train.init_from" if self.branches else "train in another run.dir"
+            check_resume(load_config(self.checkpoint / "config.yaml"), config, str(self.checkpoint), instead)
+
+
+def check_resume(saved: Config, now: Config, checkpoint: str, instead: str = "train in another run.dir") -> None:
     """Raises UserError for the first key that means something else and may not: those without `may_change=True`
-    where they are defined, in config/schema.py or by a mixer or task."""
+    where they are defined, in config/schema.py or by a mixer or task. `instead` is what else can be done."""
     before, after = (meaning(config) for config in (saved, now))
     written = [{name: value for name, value, _ in keys(derived(config))} for config in (saved, now)]
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):
             raise UserError(
                 f"'{checkpoint}' was trained with {name} = {written[0].get(name)}, not {written[1].get(name)}; "
-                "set it back, or train in another run.dir."
+                f"set it back, or {instead}."
             )
 
 

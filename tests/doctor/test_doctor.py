@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megahybrid.cli import main
-from megahybrid.config import load_config
+from megahybrid.config import load_config, save_config
 from megahybrid.doctor import kernels, machine
 from megahybrid.doctor.diagnosis import diagnose
 from megahybrid.doctor.finding import Finding
@@ -146,9 +146,24 @@ def test_too_small_a_disk_is_wrong(recipe, monkeypatch):
     config = load_config(recipe)
     (finding,) = machine.disk(config)
     assert finding.right and "2 checkpoints of " in finding.text
+    config.checkpoint.milestones, config.checkpoint.milestone_every = [3, 10], 10
+    (finding,) = machine.disk(config)
+    assert "5 checkpoints of " in finding.text  # 2 and steps 3, 10, 20
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
     (finding,) = machine.disk(config)
     assert not finding.right
+
+
+def test_a_branch_needs_its_trunk(recipe, tmp_path):
+    config = load_config(recipe, [f"train.branch_from={tmp_path / 'trunk'}@5"])
+    (finding,) = machine.start(config)
+    assert not finding.right and "there is no run" in finding.text
+    folder = tmp_path / "trunk" / "checkpoints" / "step_00000005"
+    folder.mkdir(parents=True)
+    save_config(load_config(recipe), folder / "config.yaml")
+    (folder / "checkpoint.json").write_text("{}")
+    (finding,) = machine.start(config)
+    assert finding.right and finding.text == f"a branch of {folder}"
 
 
 def test_data_that_is_missing_or_damaged_is_wrong(recipe, prepared, tmp_path, capsys):

@@ -116,3 +116,13 @@ def test_init_from_another_model(checkpoint, recipe, tmp_path, capsys):
     said = refused(recipe, capsys, start, f"run.dir={tmp_path / 'new'}")
     assert "holds another model: embedding.weight should be [384, 32], it has none" in said
     assert taken(recipe, start)  # which goes on from its own checkpoint
+
+
+def test_a_trunk_may_come_but_has_to_fit(checkpoint, recipe, tmp_path, capsys):
+    branch = [f"train.branch_from={tmp_path / 'run'}@4", f"run.dir={tmp_path / 'branch'}"]
+    assert taken(recipe, *branch)
+    checkpoint(2)
+    assert taken(recipe, *branch)
+    checkpoint(4, "train.seed=1")
+    assert "step_00000004' was trained with train.seed = 1, not 42" in refused(recipe, capsys, *branch)
+    assert taken(recipe, *branch, "train.seed=1")

@@ -70,7 +70,7 @@ def test_a_run_of_an_array_puts_only_itself_back(submit, tmp_path):
     wait_for(tmp_path / "1-1.started")
     (tmp_path / "end").touch()
     assert wait(number, *ENDED) == "COMPLETED"
-    restarts = {job.array[1]: job.restarts for job in slurm.jobs() if job.array and job.array[0] == number}
+    restarts = {job.array[1][0].start: job.restarts for job in slurm.jobs() if job.array and job.array[0] == number}
     assert restarts == {0: 0, 1: 1} and not (tmp_path / "0-0.stopped").exists()
 
 

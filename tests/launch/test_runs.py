@@ -96,6 +96,28 @@ def test_a_status_that_cannot_be_read_now_does_not_hide_the_other_runs(queue, tm
 
 
 @pytest.mark.parametrize(
+    ("waiting", "states"),
+    [
+        ("1-2,5%2", "failed queued queued failed failed queued"),
+        ("1-5:2", "failed queued failed queued failed queued"),
+        ("1-2,4...", "failed queued queued failed queued queued"),  # squeue names no more of a long list
+    ],
+)
+def test_the_runs_of_an_array_that_wait_are_one_job(waiting, states, tmp_path, monkeypatch):
+    jobs = [{"job_id": 8, "array_task_id": 3, "job_state": "FAILED"}]
+    jobs += [{"job_id": 7, "array_task_id": None, "array_task_string": waiting, "job_state": "PENDING"}]
+    told = {"jobs": [job | {"array_job_id": 7, "comment": "one"} for job in jobs]}
+    (tmp_path / "squeue").write_text(f"#!/bin/bash\necho '{json.dumps(told)}'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for element in range(6):
+        facts = tmp_path / "runs" / str(element) / "submit" / "then" / "job.json"
+        facts.parent.mkdir(parents=True)
+        facts.write_text(json.dumps({"submission": "one", "jobs": ["7"], "element": element}))
+    assert [run.state for run in runs.find(tmp_path / "runs")] == states.split()
+
+
+@pytest.mark.parametrize(
     ("stub", "said"),
     [
         ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", "Unable to contact slurm"),

@@ -1,5 +1,6 @@
 """What is refused before anything is submitted, the script, and the verdict on a start; no Slurm needed."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from megahybrid.cli import main
+from megahybrid.config import load_config
 from megahybrid.config.schema import SourceConfig
 from megahybrid.errors import MachineFault, UserError
 from megahybrid.launch import verdict
 from megahybrid.launch.profile import FOLDER, load_profile
-from megahybrid.launch.submit import _elsewhere
+from megahybrid.launch.submit import Request, _elsewhere
+from megahybrid.launch.submit import submit as submit_runs
 from megahybrid.launch.task import places
 from megahybrid.training import attempts, failures
 from megahybrid.training.run_directory import RunDirectory
@@ -236,6 +239,27 @@ def test_a_chain_is_recorded_job_by_job(recipe, tmp_path, monkeypatch):
     assert json.loads(facts.read_text())["jobs"] == ["101", "102", "103"]
 
 
+def test_runs_of_different_recipes_are_one_array_after_another_job(recipe, tmp_path, monkeypatch):
+    stub_slurm(tmp_path, refused=9)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr("megahybrid.launch.pinned.pin", lambda folder: folder.mkdir(parents=True))
+    runs = [tmp_path / "run" / name for name in "ab"]
+    configs = [
+        load_config(recipe, [f"run.dir={run}", f"model.hidden_size={width}"])
+        for run, width in zip(runs, (32, 64), strict=True)
+    ]
+    profile = dataclasses.replace(load_profile("generic"), gpus_per_node=1)
+    submission = submit_runs(Request(configs, profile, "a study", folder=tmp_path / "study", after="7_2"))
+    assert submission.numbers == ["101"] and "#SBATCH --array=0-1" in submission.script
+    assert f"CODE={tmp_path}/study/submit/" in submission.script and "--job-name=study" in submission.script
+    (call,) = (tmp_path / "calls.txt").read_text().splitlines()
+    assert call.endswith("--dependency=afterok:7_2 --kill-on-invalid-dep=yes")
+    for number, run in enumerate(runs):
+        (facts,) = run.glob("submit/*/job.json")
+        assert json.loads(facts.read_text())["element"] == number
+        assert load_config(facts.parent / "config.yaml").model.hidden_size == configs[number].model.hidden_size
+
+
 def test_a_step_back_that_is_not_possible_is_refused(recipe, tmp_path, capsys):
     assert submit(recipe, "--dry-run", "train.resume_from=3") == 2
     assert "has no checkpoint of that step; it has none" in capsys.readouterr().err
@@ -276,7 +300,10 @@ def test_a_job_reads_the_same_files_from_another_folder(tmp_path, monkeypatch):
     task = SourceConfig(format="task", task="niah_single_2", weight=1, parameters=parameters, stages=stages)
     config = make_config(tmp_path, {"needles": task}, tokenizer="tokens")
     config.data.path = "texts"
-    data = _elsewhere(config, tmp_path / "run").data
+    config.train.branch_from = "trunk@6"
+    there = _elsewhere(config, tmp_path / "run")
+    data = there.data
+    assert (there.train.init_from, there.train.branch_from) == (None, str(tmp_path / "trunk@6"))
     assert (data.path, data.tokenizer) == (str(tmp_path / "texts"), str(tmp_path / "tokens"))
     assert data.sources["needles"].parameters == {"haystack": str(tmp_path / "a.txt"), "shift": True}
     assert data.sources["needles"].stages == [{"until": 5, "haystack": str(tmp_path / "b.txt")}, {"length": 64}]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megahybrid.study.results import read_results
+
 LAWS = {  # A, B, E, alpha, beta
     "transformer": (150.0, 900.0, 1.70, 0.28, 0.33),
     "gdn": (143.0, 880.0, 1.68, 0.28, 0.33),
@@ -127,7 +129,10 @@ def fit(rows):
         "shared_exponents": {"alpha": 0.28, "beta": 0.33, "objective": 4e-4, "objective_of_own_exponents": 3.6e-4},
         "approach2": {kind: {"a_opt": 0.55, "bias": {"flops": 1e17, "tokens": -0.029}} for kind in LAWS}
         | {"lalte": None},
-        "rollout": {kind: [{"flops": 1e16, "fitted": 10, "error": -0.0012}] for kind in LAWS} | {"lalte": []},
+        "rollout": {
+            kind: [{"flops": 1e16, "fitted": 10, "predicted": 4, "error": -0.0012, "covered": 3}] for kind in LAWS
+        }
+        | {"lalte": []},
         "warnings": [],
     }
 
@@ -174,17 +179,17 @@ def target(kind, parameters=50e6, tokens=2e9):
     return made | {"cell": None, "actual": None, "error": None, "covered": None}
 
 
-def write(folder: Path, rows=None, **changes) -> Path:
-    """runs.csv, plan.csv, prediction.json and fit.json of a study into a folder; `changes` to the fit."""
+def write(folder: Path, rows=None) -> Path:
+    """runs.csv, plan.csv, prediction.json and fit.json of a study into a folder."""
     rows = runs() if rows is None else rows
     folder.mkdir(parents=True, exist_ok=True)
     table(folder / "runs.csv", COLUMNS, rows)
     table(
         folder / "plan.csv",
-        ("cell", "gpu_hours"),
-        [{"cell": each["cell"], "gpu_hours": each["flops"] / 3e18 * 22} for each in rows],
+        ("cell", "gpu_hours", "data"),
+        [{"cell": each["cell"], "gpu_hours": each["flops"] / 3e18 * 22, "data": "c0ffee"} for each in rows],
     )
-    made = fit(rows) | changes
+    made = fit(rows)
     (folder / "fit.json").write_text(json.dumps(made))
     frozen = {each["cell"]: each for kind in LAWS for each in made["kinds"][kind]["predictions"] if each["cell"]}
     (folder / "prediction.json").write_text(json.dumps(frozen))
@@ -196,3 +201,13 @@ def table(path, columns, rows):
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def results(folder, rows=None, change=lambda made: None, frozen=lambda made: None):
+    """Results of a study whose fit.json and prediction.json are changed before they are read."""
+    write(folder, rows)
+    for name, by in (("fit.json", change), ("prediction.json", frozen)):
+        made = json.loads((folder / name).read_text())
+        by(made)
+        (folder / name).write_text(json.dumps(made))
+    return read_results(folder)

@@ -10,7 +10,7 @@ import megahybrid.training.loop as loop
 import megahybrid.training.saver as saver
 from megahybrid import retry
 from megahybrid.cli import main
-from megahybrid.training import checkpoint, checkpoint_folder
+from megahybrid.training import checkpoint, checkpoint_folder, resume
 from megahybrid.training.engine import Engine
 from megahybrid.training.metrics_file import MetricsFile
 from megahybrid.training.run_directory import RunDirectory
@@ -134,7 +134,7 @@ def test_a_start_reads_and_writes_again_what_was_refused(recipe, tmp_path, refus
     assert main(["train", str(recipe), *SHORT, "train.steps=4"]) == 0
     left = [
         refuse(checkpoint_folder, "find"),
-        refuse(loop, "load_config"),
+        refuse(resume, "load_config"),
         refuse(checkpoint, "facts_of"),
         refuse(checkpoint, "read_part"),
         refuse(checkpoint.Path, "read_text", 1, lambda path, *others: path.name == "checkpoint.json"),

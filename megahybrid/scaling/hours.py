@@ -1,0 +1,115 @@
+"""GPU hours of a recipe on one GPU: of its steps alone, without start, validations, probes and saves.
+
+Several GPUs take as many hours together, and what their layout costs (docs/performance/layouts.md).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import fmean
+
+from megahybrid.config.branching import branch_point
+from megahybrid.config.pattern import parse_pattern
+from megahybrid.config.schema import Config
+from megahybrid.devices import PEAKS
+from megahybrid.key import derived
+from megahybrid.model.settings import Settings
+from megahybrid.scaling.flops import flops_per_token, layer
+
+# MFU by width of models of these kinds: 24 layers, bf16, samples of 4,096 tokens, one H100 (docs/performance/
+# whole-step.md). Kinds that are not here, or other mixtures, take the mean.
+_MFU = {
+    "F": {1024: 0.376, 2048: 0.443},
+    "G": {1024: 0.386, 2048: 0.462},
+    "FG": {1024: 0.382, 2048: 0.447},
+    "GL": {1024: 0.378, 2048: 0.467},
+}
+_LEAST_MFU = 0.05
+
+# Where the host's launches bound a step, it takes `_STEP_SECONDS` and a layer's for every micro-batch. Both are solved
+# from two measured steps of laLTE on one H100: 69 ms of the quickstart (6 layers, 1 micro-batch) and 422 ms of
+# lalte-0.4b (24 layers, 4 micro-batches of one sample; docs/performance/cpu.md and whole-step.md). How that is divided
+# among kinds is as in a prefill that is bound so (docs/performance/generation.md: 83 ms laLTE, 48 ms Gated DeltaNet
+# and full attention, 31 ms transformer). Kinds that are not here take the mean. Hosts differ by more than a third.
+_STEP_SECONDS = 0.0455
+_LAYER_SECONDS = {"F": 1.5e-3, "S": 1.5e-3, "G": 3.1e-3, "L": 4.8e-3}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a recipe takes on one GPU.
+
+    Attributes:
+        gpu: the kind of GPU.
+        step_seconds: seconds a step.
+        steps: that the run trains itself, without its trunk's where it is a branch.
+        source: where that is from, as the end of a sentence.
+    """
+
+    gpu: str
+    step_seconds: float
+    steps: int
+    source: str
+
+    @property
+    def hours(self) -> float:
+        """GPU hours of all steps."""
+        return self.steps * self.step_seconds / 3600
+
+    def __str__(self) -> str:
+        return f"GPU hours on one {self.gpu}: {self.hours:,.3g}, {self.step_seconds:.3g} s a step (from {self.source})"
+
+
+def own_steps(config: Config) -> int:
+    """Steps that a run trains itself: all, or a branch's after its trunk's."""
+    point = branch_point(config.train)
+    return config.train.steps - (point[1] if point else 0)
+
+
+def by_utilisation(config: Config, mfu: float, source: str, gpu: str = "H100") -> Estimate:
+    """From a model FLOP utilisation, on a GPU that megahybrid/devices.py knows, `H100` say."""
+    train = config.train
+    flops = flops_per_token(config).training * train.global_batch_size * train.seq_length
+    return Estimate(gpu, flops / (PEAKS[gpu] * mfu), own_steps(config), f"{100 * mfu:.1f} % MFU, {source}")
+
+
+def tabled(config: Config, gpu: str = "H100") -> Estimate:
+    """From what was measured of other recipes, for one that nobody has run: the longer of the time that the FLOPs take
+    at the tabled MFU, and of the launches.
+
+    MFU is linear in the logarithm of the width, also below the table's, which is a guess, and not in another precision
+    or at other lengths, where long full attention is slower. Layers that recompute their activations take their
+    forward pass twice.
+    """
+    model = derived(config.model)
+    letters = parse_pattern(model.pattern).letters
+    rows = [row for kinds, row in _MFU.items() if set(kinds) == set(letters)] or list(_MFU.values())
+    mfu = _at_width(model.hidden_size, {width: fmean(row[width] for row in rows) for width in rows[0]})
+    mfu /= 1 + _recomputed(config) / 3
+    guessed = ", a guess at this width" if model.hidden_size < min(rows[0]) else ""
+    by_flops = by_utilisation(config, mfu, f"by docs/performance/whole-step.md{guessed}", gpu)
+    launches = _launch_seconds(config, letters)
+    if launches < by_flops.step_seconds:
+        return by_flops
+    return Estimate(gpu, launches, by_flops.steps, "the host's launches, roughly by a table; --probe measures")
+
+
+def _at_width(width: int, row: dict[int, float]) -> float:
+    (low, at_low), (high, at_high) = row.items()
+    slope = (at_high - at_low) / math.log(high / low)
+    return min(at_high, max(_LEAST_MFU, at_low + slope * math.log(width / low)))
+
+
+def _recomputed(config: Config) -> float:
+    """Part of the forward pass's FLOPs that is computed twice."""
+    settings, length = Settings.of(config), config.train.seq_length
+    again = [each for each in settings.pattern.letters if each in settings.recompute]
+    twice = sum(sum(layer(settings.model, letter, length).values()) for letter in again)
+    return twice / flops_per_token(config).forward
+
+
+def _launch_seconds(config: Config, letters: str) -> float:
+    mean = fmean(_LAYER_SECONDS.values())
+    a_micro_batch = sum(_LAYER_SECONDS.get(letter, mean) for letter in letters)
+    return _STEP_SECONDS + a_micro_batch * config.train.global_batch_size / config.train.micro_batch_size

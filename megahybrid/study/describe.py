@@ -1,0 +1,111 @@
+"""A plan as text, at most 120 columns wide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megahybrid.data.documents import TRAIN
+from megahybrid.data.prepared import find_prepared
+from megahybrid.scaling.plan import table
+from megahybrid.study.cells import batch_tokens
+from megahybrid.study.identity import find_data
+from megahybrid.study.plan import Plan, Row
+from megahybrid.study.rules import BATCHES, LEARNING_RATES
+
+
+def describe(plan: Plan) -> str:
+    """Tables of models, runs and expected intervals, and sentences on costs, rules and data."""
+    return "\n\n".join([_models(plan), _runs(plan), "\n".join(_sentences(plan)), _precision(plan)])
+
+
+def short(value: float) -> str:
+    """Three digits: 43.7M, 8.27G, 512."""
+    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= 0.9995 * limit:
+            return f"{float(f'{value / limit:.3g}'):g}{suffix}"
+    return f"{value:.3g}"
+
+
+def _models(plan: Plan) -> str:
+    rows = {}
+    for row in plan.rows:
+        cell = row.cell
+        rows.setdefault(
+            (cell.kind, cell.size),
+            (
+                *(cell.kind, cell.size, f"{cell.parameters:,}", f"{cell.parameters_without_embedding:,}"),
+                *(f"{cell.flops_per_token / 1e6:,.1f}", f"{row.memory / 2**30:,.1f}"),
+                *(str(cell.nodes), str(cell.gpus)),
+            ),
+        )
+    head = ("kind", "size", "parameters", "no embeddings", "MFLOPs a token", "GiB a GPU", "nodes", "GPUs")
+    return table(head, list(rows.values()))
+
+
+def _runs(plan: Plan) -> str:
+    head = ("run", "role", "tokens", "FLOPs", "realised", "rate", "/ rule", "batch", "/ rule", "steps", "GPU h")
+    return table(head, [_run(row) for row in plan.rows])
+
+
+def _run(row: Row) -> tuple[str, ...]:
+    cell = row.cell
+    return (
+        *(cell.name, "held out" if cell.held_out else cell.role, short(cell.tokens)),
+        *(f"{cell.asked:.3g}".replace("e+", "e"), f"{cell.flops / cell.asked - 1:+.2%}"),
+        *(f"{cell.config.optimizer.learning_rate:.3g}", f"{row.rate:.2f}"),
+        *(short(batch_tokens(cell.config)), f"{row.batch:.2f}"),
+        *(f"{cell.config.train.steps:,}", f"{row.estimate.hours:,.3g}"),
+    )
+
+
+def _sentences(plan: Plan) -> Iterator[str]:
+    study, rows, hours = plan.study, plan.rows, plan.gpu_hours
+    alone = sum(row.estimate.hours / row.part for row in rows)
+    tokens, flops = (sum(getattr(row.cell, name) * row.part for row in rows) for name in ("tokens", "flops"))
+    yield f"{len(rows)} runs: {short(tokens)} tokens, {flops:.3g} FLOPs, {hours:,.3g} GPU hours one after another"
+    if hours < alone:
+        yield f"  separate runs would take {alone:,.3g} GPU hours: branching off saves {1 - hours / alone:.0%}"
+    for gpu, source in sorted({(row.estimate.gpu, row.estimate.source.split(" MFU, ")[-1]) for row in rows}):
+        yield f"  GPU hours on one {gpu}: {source}"
+    rate, batch = study.rules.learning_rate, study.rules.batch
+    yield f"rate: {rate}, {LEARNING_RATES[rate].source}; batch: {batch}, {BATCHES[batch].source}"
+    yield "  at the geometric mean of the tokens of trunk and branches; / rule: by what the rule says of the run's own"
+    if study.rules.tune:
+        yield "tune: the factor of the best run multiplies all other rates of its kind, whose runs wait for it"
+    yield from _data(plan)
+
+
+def _data(plan: Plan) -> Iterator[str]:
+    """What is prepared, and whether it suffices."""
+    config = plan.rows[0].cell.config
+    identity = find_data(config)
+    if identity is None:
+        yield f"data: not prepared yet, run `megahybrid prepare {plan.study.base}`; identities are not known before"
+        return
+    yield f"data: {identity}"
+    prepared = find_prepared(Path(str(config.data.path)).expanduser()) if config.data.path else None
+    if prepared is not None:
+        longest, there = max(row.cell.tokens for row in plan.rows), prepared.samples(TRAIN) * prepared.seq_length
+        again = f": it reads them {longest / there:.2f} times" if longest > there else ""
+        yield f"  the longest run takes {short(longest)} of the {short(there)} tokens that are prepared{again}"
+
+
+def _precision(plan: Plan) -> str:
+    """95 % intervals, half as wide each, relative."""
+    study, kinds = plan.study, plan.precision
+    targets = [f"{short(each.parameters)}, {short(each.tokens)}" for each in study.targets]
+    names = [*targets, *(["held out"] if study.hold_out else [])]
+    rows = [_widths(kind, f"{each.condition:.0e}", each.a_opt, each.losses) for kind, each in kinds.items()]
+    first, *others = kinds
+    for kind in others:
+        a_opt = np.hypot(kinds[first].a_opt, kinds[kind].a_opt)
+        rows.append(_widths(f"{kind} - {first}", "", a_opt, np.hypot(kinds[first].losses, kinds[kind].losses)))
+    title = f"95 % intervals at {study.noise:.2%} noise: ±"
+    return table((title, "condition", "a_opt", *names), rows)
+
+
+def _widths(name: str, condition: str, a_opt: float, losses: Iterable[float]) -> tuple[str, ...]:
+    return name, condition, f"{a_opt:.3f}", *(f"{loss:.2%}" for loss in losses)

@@ -1,0 +1,251 @@
+"""`megahybrid study launch`: begins what is missing, here or through Slurm; the same command goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megahybrid.errors import UserError
+from megahybrid.launch import runs, slurm
+from megahybrid.launch.profile import load_profile
+from megahybrid.launch.submit import Request, job_of, submit
+from megahybrid.scaling.hours import tabled
+from megahybrid.study import prediction
+from megahybrid.study.cells import Cell
+from megahybrid.study.file import Study
+from megahybrid.study.local import Processes
+from megahybrid.study.outcomes import Outcome, Survey, has_branch_point, study_folder, trunk_of
+from megahybrid.study.status import Overall, StatusLine, hours_taken
+
+_SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_BETWEEN_LOOKS_AT_THE_QUEUE = 30.0
+
+
+def launch(study: Study, file: str, jobs: int | None, wait: bool, say: Callable[[str], None]) -> int:
+    """Begin what is missing and can begin; returns 1 where a run has failed, else 0. Raises UserError.
+
+    Args:
+        study, file: limits.profile says through which cluster; the study's file, which is noted.
+        jobs: so many at once as processes of this machine instead, until all is done; 1 where there is no profile.
+        wait: go on through Slurm, too, until all is done.
+        say: is told what happens.
+    """
+    folder = study_folder(study)
+    if _text(folder / "study.yaml") != _text(Path(file)):
+        raise UserError(f"'{file}' is not planned as it is now; run `megahybrid study plan {file}` first.")
+    with _alone(folder):
+        if jobs is None and study.limits.profile is not None:
+            launching = Launching(study, file, say, slurm.jobs)
+            launching.through_slurm(wait)
+        else:
+            queue = runs.queued_jobs(say)
+            launching = Launching(study, file, say, lambda: queue)
+            launching.here(jobs or 1)
+        return launching.conclude()
+
+
+def _text(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One launch of a study at a time."""
+    with open(folder / "launch.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"'{folder}' is being launched already; wait for it, or end it first.") from error
+        yield
+
+
+class Launching:
+    """One launch of a study, which begins a run once at most.
+
+    Attributes:
+        outcomes: as they were when they were last looked at.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        file: str,
+        say: Callable[[str], None],
+        queue: Callable[[], Sequence[slurm.QueuedJob] | None],
+    ):
+        self.study, self.file, self.folder = study, file, study_folder(study)
+        self._line, self._queue, self._survey = StatusLine(say), queue, Survey(study)
+        self._begun: set[str] = set()
+        self._said: set[str] = set()
+        self._look()
+        if fault := self._over_the_limit([each.cell for each in self.outcomes if not each.ended]):
+            raise UserError(f"Nothing begins: {fault}")
+
+    def here(self, jobs: int) -> None:
+        """Processes of this machine, `jobs` at once, until nothing more can begin."""
+        began, before = time.monotonic(), self._overall().done
+        with Processes(self.folder, jobs) as processes:
+            try:
+                while True:
+                    # Also those that another launch has left running.
+                    running = {each.run.path for each in self.outcomes if each.state == "running"} | processes.running
+                    for cell in self._affordable(self._ready())[: max(0, jobs - len(running))]:
+                        processes.start(cell.config, self.file)
+                        self._note(cell, "begins")
+                    if not running and not processes.running:
+                        return
+                    ended = processes.wait(_SECONDS_BETWEEN_LOOKS)
+                    self._look()
+                    self._tell_of(ended)
+                    overall = self._overall()
+                    self._line.show(f"{overall}; {overall.left(before, time.monotonic() - began)} left")
+            except KeyboardInterrupt:
+                self._line.say("The runs save and stop; interrupted once more, they are killed.")
+                raise
+
+    def through_slurm(self, wait: bool) -> None:
+        """Job arrays; with `wait` until nothing runs, waits or can begin any more."""
+        while True:
+            begun = len(self._begun)
+            self._submit(self._affordable(self._ready()))
+            self._submit(self._affordable(self._branches()))
+            going_on = len(self._begun) > begun or any(each.state in ("running", "waiting") for each in self.outcomes)
+            if not wait or not going_on:
+                return
+            time.sleep(_SECONDS_BETWEEN_LOOKS_AT_THE_QUEUE)
+            self._look()
+
+    def conclude(self) -> int:
+        """Say what has come of it; 1 where a run has failed, else 0."""
+        self._look()
+        failed = [each for each in self.outcomes if each.state == "failed"]
+        for each in failed:
+            self._line.say(f"{each.cell.name} has failed: {each.why.rstrip('.')}; see {each.run.path / 'logs'}.")
+        if failed and any(each.cell.held_out and not each.ended for each in self.outcomes):
+            self._line.say("What is held out waits: nothing is predicted from a part of the runs.")
+        self._line.say(str(self._overall()))
+        return 1 if failed else 0
+
+    def _look(self) -> None:
+        self.outcomes = self._survey.look(self._queue())
+
+    def _overall(self) -> Overall:
+        return Overall.of(self.outcomes, self.study.limits.gpu_hours)
+
+    def _note(self, cell: Cell, what: str) -> None:
+        self._begun.add(cell.identity)
+        self._line.say(f"{cell.name} {what} ({Path(cell.config.run.dir).name}).")
+
+    def _tell_of(self, ended: Sequence[Path]) -> None:
+        """Of each run whose process has ended what has become of it."""
+        for each in self.outcomes:
+            if each.run.path in ended:
+                loss = f", loss {each.loss:.4f}" if each.state == "done" else ""
+                why = f": {each.why}" if each.why else "" if loss else f"; see {each.run.path / 'logs'}"
+                self._line.say(f"{each.cell.name} is {each.state}{loss}{why}")
+
+    def _startable(self) -> list[Cell]:
+        """Each run once that nobody has begun and that knows its learning rate, the longest first, those that are held
+        out last, and once what is predicted of them is written down."""
+        found: dict[str, Outcome] = {}
+        for each in self.outcomes:
+            begun = each.state not in ("missing", "failed") or each.cell.identity in self._begun
+            if not begun and not each.cell.awaits and not (each.cell.held_out and not self._frozen()):
+                found.setdefault(each.cell.identity, each)
+        order = sorted(found.values(), key=lambda each: (each.cell.held_out, -each.flops))
+        return [each.cell for each in order]
+
+    def _ready(self) -> list[Cell]:
+        """Those that can begin now."""
+        return [cell for cell in self._startable() if cell.role != "branch" or has_branch_point(cell)]
+
+    def _branches(self) -> list[Cell]:
+        """Those that can begin after the job of their trunk, which is in the queue."""
+        queued = {each.cell.identity for each in self.outcomes if each.state in ("running", "waiting")} | self._begun
+        waiting = [cell for cell in self._startable() if cell.role == "branch" and cell.trunk in queued]
+        return [cell for cell in waiting if not has_branch_point(cell) and job_of(trunk_of(cell).path)]
+
+    def _frozen(self) -> bool:
+        """Whether what is held out may begin; writes prediction.json when all the other runs have ended."""
+        if prediction.is_frozen(self.folder, self.outcomes):
+            return True
+        if not all(each.ended for each in self.outcomes if not each.cell.held_out):
+            return False
+        try:
+            prediction.freeze(self.folder, self.outcomes)
+        except UserError as error:
+            self._say_once(f"What is held out waits: {error}")
+            return False
+        self._line.say(f"What is predicted of the runs that are held out stands in {self.folder / 'prediction.json'}.")
+        return True
+
+    def _affordable(self, cells: Sequence[Cell]) -> Sequence[Cell]:
+        """These, or none where they would take more than limits.gpu_hours allows."""
+        if cells and (fault := self._over_the_limit(cells)):
+            self._say_once(f"Nothing more begins: {fault}")
+            return []
+        return cells
+
+    def _over_the_limit(self, cells: Sequence[Cell]) -> str | None:
+        """A sentence where what has been taken, what runs or waits and these cells exceed limits.gpu_hours."""
+        limit = self.study.limits.gpu_hours
+        if limit is None:
+            return None
+        going_on = [each.cell for each in self.outcomes if each.state in ("running", "waiting")]
+        more = {cell.identity: tabled(cell.config).hours for cell in [*going_on, *cells]}
+        taken, sum_ = hours_taken(self.outcomes), sum(more.values())
+        if taken + sum_ <= limit:
+            return None
+        return (
+            f"the study has taken {taken:.3g} GPU hours and its runs would take {sum_:.3g} more, which is over "
+            f"limits.gpu_hours = {limit:g}; raise it, or make the study smaller."
+        )
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._line.say(text)
+
+    def _submit(self, cells: Sequence[Cell]) -> None:
+        """One job array for the runs of as many nodes and as long a time that wait for the same job, or for none."""
+        profile, classes = load_profile(self.study.limits.profile), defaultdict(list)
+        for cell in cells:
+            waits = cell.role == "branch" and not has_branch_point(cell)
+            after = job_of(trunk_of(cell).path) if waits else None
+            hours = tabled(cell.config).hours / cell.gpus
+            classes[cell.nodes, time_limit(hours, profile.time), after].append(cell)
+        for (nodes, limit, after), members in classes.items():
+            configs = [cell.config for cell in members]
+            request = Request(
+                configs, replace(profile, time=limit), self.file, nodes=nodes, folder=self.folder, after=after
+            )
+            (number,) = submit(request).numbers
+            for cell in members:
+                self._note(cell, f"is in the queue, job {number}" + (f" after {after}" if after else ""))
+
+
+def time_limit(hours: float, most: str) -> str:
+    """A job's limit: the first of 1, 2, 4, … hours that leaves half as much again as is expected, at most `most`, the
+    profile's, as sbatch takes it. A run that needs more requeues."""
+    whole = next((2**n for n in range(10) if 2**n >= 1.5 * hours), math.inf)
+    return f"{whole}:00:00" if whole < _hours(most) else most
+
+
+def _hours(limit: str) -> float:
+    """Of M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; infinity for anything else."""
+    days, dash, rest = limit.rpartition("-")
+    try:
+        numbers = [float(each) for each in rest.split(":")]
+        if dash:
+            hours, minutes, seconds = (*numbers, 0.0, 0.0)[:3]
+        else:
+            hours, minutes, seconds = numbers if len(numbers) == 3 else (0.0, *numbers, 0.0)[:3]
+        return 24 * float(days or 0) + hours + minutes / 60 + seconds / 3600
+    except ValueError:
+        return math.inf

@@ -1,0 +1,94 @@
+"""Runs as processes of this machine, several side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megahybrid import code_version
+from megahybrid.config import Config, save_config
+from megahybrid.files import write_json
+from megahybrid.launch import pinned
+from megahybrid.study.outcomes import SIDE_BY_SIDE
+from megahybrid.training.run_directory import RunDirectory
+
+
+class Processes:
+    """Runs that train at once, each a process with a copy of the code as it is now.
+
+    Left early, all are asked to stop, and are waited for until they have saved; asked once more, they are killed. They
+    have process groups of their own: a terminal's Ctrl-C reaches the launching process alone.
+    """
+
+    def __init__(self, folder: Path, jobs: int):
+        """`folder`: of the study, whose submit/ gets the code; `jobs`: how many will run side by side."""
+        self._jobs = jobs
+        self._submission = f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        self._code = folder.resolve() / "submit" / self._submission / "code"
+        self._processes: dict[Path, subprocess.Popen] = {}
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            for process in self._processes.values():
+                process.terminate()
+            for process in self._processes.values():
+                process.wait()
+        except BaseException:
+            for process in self._processes.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+    @property
+    def running(self) -> set[Path]:
+        """The run directories of those that have not ended."""
+        return set(self._processes)
+
+    def start(self, config: Config, study: str) -> None:
+        """Train a configuration of a study's file; what the process prints goes to its run's logs/rank_00000.out."""
+        if not self._code.exists():
+            pinned.pin(self._code)
+        run = RunDirectory(config.run.dir)
+        record = run.path / "submit" / self._submission
+        facts = {"submission": self._submission, "jobs": [], "code_version": code_version(), "recipe": study}
+        save_config(config, record / "config.yaml")
+        write_json(record / "job.json", {**facts, "overrides": [], SIDE_BY_SIDE: self._jobs})
+        run.logs.mkdir(exist_ok=True)
+        with open(run.logs / "rank_00000.out", "ab") as output:
+            self._processes[run.path] = subprocess.Popen(
+                [sys.executable, "-m", "megahybrid", "train", str(record / "config.yaml")],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=os.environ | self._environment(),
+                process_group=0,
+            )
+
+    def _environment(self) -> dict[str, str]:
+        cores = len(os.sched_getaffinity(0))
+        path = os.environ.get("PYTHONPATH")
+        return {
+            "MEGAHYBRID_SUBMISSION": self._submission,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // self._jobs))),
+            "PYTHONSAFEPATH": "1",
+            "PYTHONPATH": f"{self._code}:{path}" if path else str(self._code),
+        }
+
+    def wait(self, seconds: float) -> list[Path]:
+        """Wait so long, or until one has ended; the run directories of those that have."""
+        deadline = time.monotonic() + seconds
+        while not (ended := [path for path, process in self._processes.items() if process.poll() is not None]):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        for path in ended:
+            del self._processes[path]
+        return ended

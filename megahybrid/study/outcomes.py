@@ -1,0 +1,213 @@
+"""What has become of a study's cells: read from their run directories and from Slurm's queue, where it is here."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megahybrid.files import read_json
+from megahybrid.launch import runs, slurm
+from megahybrid.study.cells import Cell
+from megahybrid.study.design import design
+from megahybrid.study.file import Study
+from megahybrid.study.identity import find_data, identify
+from megahybrid.study.plan import STUDIES
+from megahybrid.training import attempts, checkpoint_folder, ownership
+from megahybrid.training.metrics_file import lines_after, lines_backwards
+from megahybrid.training.run_directory import RunDirectory
+
+SIDE_BY_SIDE = "side_by_side"
+"""In a run's job.json: how many runs its launch had at once on the same GPU."""
+_STATES = {"queued": "waiting", "requeued": "waiting", "submitted": "waiting", "stalled": "running"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A cell and its run.
+
+    Attributes:
+        cell: what was asked for.
+        run: what its directory says.
+        state: done, running, waiting (in Slurm's queue), missing, diverged or failed.
+        why: if there is a why.
+        loss: the final validation's, of a run that is done or has diverged at its end.
+    """
+
+    cell: Cell
+    run: runs.Run
+    state: str
+    why: str
+    loss: float | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come of it by itself or by launching it again."""
+        return self.state in ("done", "diverged")
+
+    @property
+    def flops(self) -> float:
+        """That its own run trains with: of a branch without its trunk's."""
+        return self.cell.flops * (1 - (self.cell.branch_step or 0) / self.cell.config.train.steps)
+
+    @property
+    def flops_done(self) -> float:
+        """So far, of `flops`."""
+        first, steps = self.cell.branch_step or 0, self.cell.config.train.steps
+        return self.flops * (self.run.last.get("step", first) - first) / (steps - first)
+
+
+class Survey:
+    """Looks at what has become of a study's cells, those included that try diverged ones again at half the rate."""
+
+    def __init__(self, study: Study):
+        self._study = study
+        self._tuned: dict[str, float] = {}
+        self._cells = design(study)
+
+    def look(self, queue: Sequence[slurm.QueuedJob] | None) -> list[Outcome]:
+        """Every cell's outcome now, the retries last; `queue` is None where Slurm cannot be asked."""
+        outcomes = _observe(self._cells, queue)
+        tuned = _best_factors(self._study, outcomes)
+        if tuned != self._tuned:
+            self._tuned, self._cells = tuned, design(self._study, tuned)
+            outcomes = _observe(self._cells, queue)
+        return outcomes
+
+
+def study_folder(study: Study) -> Path:
+    """Where a study's own files lie."""
+    return STUDIES / study.study
+
+
+def has_branch_point(cell: Cell) -> bool:
+    """Whether the checkpoint of its trunk from which a branch starts is there."""
+    step = checkpoint_folder.name(cell.branch_step)
+    return (trunk_of(cell).checkpoints / step / "checkpoint.json").is_file()
+
+
+def trunk_of(cell: Cell) -> RunDirectory:
+    """The run directory of its trunk, or its own."""
+    return RunDirectory(Path(cell.config.run.dir).with_name(cell.trunk))
+
+
+def gpu_hours(run: RunDirectory) -> float:
+    """Measured so far, of all starts: a process's hours, of several side by side on one GPU its part."""
+    records = (read_json(path) or {} for path in run.path.glob("submit/*/job.json"))
+    sharing = {each.get("submission"): each.get(SIDE_BY_SIDE, 1) for each in records}
+    seconds = (
+        lasted * start["processes"] / sharing.get(start["submission"], 1) for start, lasted in attempts.lasted(run)
+    )
+    return sum(seconds) / 3600
+
+
+def _best_factors(study: Study, outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """By kind, the factor on the learning rate with the smallest loss, of grids that have ended."""
+    best = {}
+    for kind in study.kinds:
+        grid = [each for each in outcomes if each.cell.kind == kind and each.cell.role == "tune"]
+        if grid and all(each.ended for each in grid):
+            losses = [each.loss if each.state == "done" else math.inf for each in grid]
+            best[kind] = min(zip(losses, study.rules.tune.factors, strict=True))[1]
+    return best
+
+
+def _observe(cells: Sequence[Cell], queue: Sequence[slurm.QueuedJob] | None) -> list[Outcome]:
+    outcomes = _with_lost_branches(_outcome(cell, queue) for cell in cells)
+    return _with_lost_branches([*outcomes, *(_outcome(cell, queue) for cell in _retries(outcomes))])
+
+
+def _with_lost_branches(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Branches that cannot begin, since their trunk has ended before, have come to the same end."""
+    outcomes = list(outcomes)
+    trunks = {each.cell.identity: each for each in outcomes}
+    for number, each in enumerate(outcomes):
+        trunk = trunks[each.cell.trunk]
+        begun = each.cell.role != "branch" or each.state not in ("missing", "failed")
+        if not begun and trunk.ended and not has_branch_point(each.cell):
+            state = "diverged" if trunk.state == "diverged" else "failed"
+            why = f"its trunk {trunk.cell.name} has ended without a checkpoint of step {each.cell.branch_step}"
+            outcomes[number] = replace(each, state=state, why=why)
+    return outcomes
+
+
+def _retries(outcomes: Sequence[Outcome]) -> list[Cell]:
+    """The cells that are tried once in the place of diverged ones: at half the rate, otherwise the same.
+
+    With a trunk the branches that it cannot start any more go over to the trunk that is tried instead. A tuning
+    grid's diverged runs have said what was asked.
+    """
+    again: dict[str, Cell] = {}
+    for each in sorted(outcomes, key=lambda each: each.cell.role == "branch"):
+        if each.state == "diverged" and each.cell.retry_of is None and each.cell.role != "tune":
+            again[each.cell.identity] = _at_half_the_rate(each.cell, again.get(each.cell.trunk))
+    return list(again.values())
+
+
+def _at_half_the_rate(cell: Cell, trunk: Cell | None) -> Cell:
+    """The cell's second try; of a branch that of its trunk's second try, where there is one."""
+    rate, train = cell.config.optimizer.learning_rate / 2, cell.config.train
+    if trunk is not None:
+        train = replace(train, branch_from=f"{trunk.config.run.dir}@{cell.branch_step}")
+    config = replace(cell.config, train=train, optimizer=replace(cell.config.optimizer, learning_rate=rate))
+    identity, name = identify(config, find_data(config)), f"{cell.name}-half"
+    config = replace(
+        config,
+        run=replace(config.run, dir=str(Path(config.run.dir).with_name(identity))),
+        tracking=replace(config.tracking, name=name),
+    )
+    above = identity if cell.role != "branch" else trunk.identity if trunk else cell.trunk
+    return replace(cell, name=name, config=config, identity=identity, trunk=above, retry_of=cell.identity)
+
+
+def _outcome(cell: Cell, queue: Sequence[slurm.QueuedJob] | None) -> Outcome:
+    run = runs.read(Path(cell.config.run.dir), queue)
+    if cell.awaits:  # which run it is, is not known yet
+        return Outcome(cell, replace(run, last={}, jobs=()), "missing", "waits for its learning rate to be tuned", None)
+    state, why = _state(run)
+    loss = run.last.get("validation_loss") if state == "done" else None
+    if state == "done" and loss is None:
+        state, why = "failed", f"{run.path / 'metrics.jsonl'} has no final validation loss"
+    elif state in ("done", "failed") and (fault := _divergence(cell, run, loss)):
+        state, why = "diverged", fault
+    return Outcome(cell, run, state, why, loss)
+
+
+def _state(run: runs.Run) -> tuple[str, str]:
+    files = RunDirectory(run.path)
+    if run.state != "done" and ownership.another(files):  # what status.json says may be of the start before
+        return "running", run.reason if run.state == "stalled" else ""
+    if not run.jobs and not files.status.exists():
+        return "missing", ""
+    if run.state == "stopped":
+        return "missing", f"{run.reason} stopped it at step {run.step} of {run.target}"
+    return _STATES.get(run.state, run.state), run.reason
+
+
+def _divergence(cell: Cell, run: runs.Run, loss: float | None) -> str | None:
+    """What shows that a run that has ended has diverged, None where nothing does."""
+    if loss is None:
+        most = cell.config.train.skip.most_in_a_row
+        return f"more than {most} steps in a row were left out" if _left_out(run.path, most) == most else None
+    if not math.isfinite(loss):
+        return f"its final loss is {loss}"
+    first = _first_loss(trunk_of(cell))
+    return f"its final loss, {loss:.4f}, is above its first, {first:.4f}" if loss > first else None
+
+
+def _first_loss(run: RunDirectory) -> float:
+    with contextlib.suppress(OSError):
+        return next(lines_after(run.metrics, 0), {}).get("loss", math.inf)
+    return math.inf
+
+
+def _left_out(run: Path, most: int) -> int:
+    """Steps left out in a row at its end, of which metrics.jsonl has no more than `most`: the next ends the run."""
+    try:
+        counts = [line["skipped"] for line in itertools.islice(lines_backwards(run / "metrics.jsonl"), most + 1)]
+    except OSError:
+        return 0
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] > pair[1], itertools.pairwise([*counts, 0])))

@@ -1,0 +1,93 @@
+"""`megahybrid study status`: how far a study is, a row a cell, and all of it by FLOPs."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from rich.console import Console
+
+from megahybrid.launch import runs
+from megahybrid.study.file import Study
+from megahybrid.study.outcomes import Outcome, Survey, gpu_hours
+from megahybrid.training.run_directory import RunDirectory, duration
+
+_STATES = ("done", "running", "waiting", "missing", "diverged", "failed")
+
+
+@dataclass(frozen=True)
+class Overall:
+    """A study as a whole.
+
+    Attributes:
+        flops, done: of all runs, and of these what has been trained.
+        states: how many cells are in which.
+        hours: GPU hours taken, of `limit`.
+    """
+
+    flops: float
+    done: float
+    states: Counter[str]
+    hours: float
+    limit: float | None
+
+    @classmethod
+    def of(cls, outcomes: Sequence[Outcome], limit: float | None) -> Overall:
+        """A run that several cells share counts once; what has diverged or failed is not waited for."""
+        each_run = {each.cell.identity: each for each in outcomes}.values()
+        return cls(
+            sum(each.flops for each in each_run if each.state not in ("diverged", "failed")),
+            sum(each.flops_done for each in each_run if each.state not in ("diverged", "failed")),
+            Counter(each.state for each in outcomes),
+            hours_taken(outcomes),
+            limit,
+        )
+
+    def __str__(self) -> str:
+        share = self.done / self.flops if self.flops else 1.0
+        states = ", ".join(f"{self.states[state]} {state}" for state in _STATES if self.states[state])
+        of_limit = f" of {self.limit:g}" if self.limit is not None else ""
+        hours = f"{self.hours:.3g}{of_limit} GPU hours"
+        return f"[{'#' * int(20 * share):<20}] {share:.1%} of {self.flops:.3g} FLOPs, {hours}: {states}"
+
+    def left(self, before: float, seconds: float) -> str:
+        """How long the rest takes, at the speed since `before` FLOPs were done so many seconds ago."""
+        speed = (self.done - before) / seconds if seconds > 0 else 0.0
+        return duration((self.flops - self.done) / speed if speed > 0 else math.inf)
+
+
+class StatusLine:
+    """One line on the terminal that is written anew, under what is said; silent where standard error is none."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say, self._shown = say, sys.stderr.isatty()
+
+    def show(self, text: str) -> None:
+        """Write it over the last one."""
+        if self._shown:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\033[K{text[:width]}", end="", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.show("")
+        self._say(text)
+
+
+def hours_taken(outcomes: Sequence[Outcome]) -> float:
+    """GPU hours measured so far, of every run once."""
+    directories = {each.run.path for each in outcomes if not each.cell.awaits}
+    return sum(gpu_hours(RunDirectory(path)) for path in directories)
+
+
+def show(study: Study, say: Callable[[str], None], console: Console | None = None) -> None:
+    """Print the table, and a line about all of it."""
+    outcomes = Survey(study).look(runs.queued_jobs(say))
+    rows = [replace(each.run, state=each.state, reason=each.why) for each in outcomes]
+    console = console or Console()
+    runs.show(rows, console, [each.cell.name for each in outcomes])
+    console.print(str(Overall.of(outcomes, study.limits.gpu_hours)), markup=False, highlight=False)

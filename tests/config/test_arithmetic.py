@@ -1,0 +1,52 @@
+"""Whole numbers that are computed from others, and nothing else that text may hold."""
+
+import pytest
+
+from megahybrid.config import load_config
+from megahybrid.config.arithmetic import fill, whole
+from megahybrid.errors import UserError
+from tests.config.test_load import QUICKSTART
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("7", 7), ("layers / 2", 6), ("(layers+4)*width/128", 64), ("width - 2*layers - 1", 487)]
+)
+def test_expressions_have_their_value(text, value):
+    assert whole(text, width=512, layers=12) == value
+
+
+def test_templates_are_filled():
+    assert fill("(GL)*{layers/2}F{1}", layers=6) == "(GL)*3F1"
+    assert fill("(GL)*3", layers=6) == "(GL)*3"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("layers/5", "is 2.4 at layers 12, no whole number of at least 1"),
+        ("layers-12", "is 0 at layers 12"),
+        ("1/(layers-12)", "divides by 0"),
+        ("", "cannot be computed; write layers, whole numbers"),
+        ("__import__('os')", "cannot be computed"),
+        ("layers.real", "cannot be computed"),
+        ("9**9**9", "cannot be computed"),
+        ("2.5*layers", "cannot be computed"),
+        ("'a'*3", "cannot be computed"),
+        ("True", "cannot be computed"),
+        ("depth", "cannot be computed"),
+        ("(" * 99, "cannot be computed"),
+        ("1+" * 60 + "1", "cannot be computed"),
+    ],
+)
+def test_anything_else_is_refused(text, said):
+    with pytest.raises(UserError) as caught:
+        whole(text, layers=12)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_recipes_compute_too():
+    config = load_config(QUICKSTART, ["model.attention.num_heads=${whole:${model.hidden_size}/64}"])
+    assert config.model.attention.num_heads == 2
+    with pytest.raises(UserError, match=r"model.attention.num_heads: .*is 1.28, no whole number"):
+        load_config(QUICKSTART, ["model.attention.num_heads=${whole:${model.hidden_size}/100}"])

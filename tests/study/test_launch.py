@@ -1,0 +1,263 @@
+"""Launching a study here and through Slurm: each run once, in an order that works, whatever ends on the way."""
+
+import fcntl
+import json
+import os
+import shutil
+import types
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megahybrid.cli import main
+from megahybrid.files import read_json
+from megahybrid.study import launch as launching
+from megahybrid.study.design import design
+from megahybrid.study.local import Processes
+from tests.study.running import calls, leave
+
+WHICH = shutil.which
+ONE_TRUNK = ("kinds: {one: '(G)*{layers}'}", "sizes: [{width: 32, layers: 1}]", "hold_out: null")
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch):
+    """Another test's lab is not asked, and nothing is waited for that takes seconds."""
+    monkeypatch.setattr("megahybrid.launch.runs.shutil.which", lambda name: None)
+    monkeypatch.setattr(launching, "_SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(launching, "_SECONDS_BETWEEN_LOOKS_AT_THE_QUEUE", 0.05)
+
+
+@pytest.fixture
+def fit(monkeypatch):
+    """A law that predicts 2.5 of every run that is held out."""
+
+    def fit(folder):
+        held_out = [line.split(",") for line in (folder / "runs.csv").read_text().splitlines() if ",1,," in line]
+        return {
+            "kinds": {
+                kind: {
+                    "predictions": [
+                        {"cell": row[0], "loss": 2.5, "interval": [2.4, 2.6]} for row in held_out if row[2] == kind
+                    ]
+                }
+                for kind in ("one", "two")
+            }
+        }
+
+    monkeypatch.setattr("megahybrid.study.prediction.fit", fit)
+
+
+def launch(*arguments: str) -> int:
+    return main(["study", "launch", "study.yaml", *arguments])
+
+
+def test_runs_side_by_side(make_study, trainer, fit, capsys):
+    cells = {cell.name: cell for cell in design(make_study())}
+    trainer(0.01)
+    assert launch("--jobs", "3") == 0
+    noted = calls()
+    begun = [each["name"] for each in noted if each["what"] == "begins"]
+    assert sorted(begun) == sorted(cells)  # each once
+    said = capsys.readouterr().out
+    at_once = [0]
+    for line in said.splitlines():
+        at_once.append(at_once[-1] + (" begins (" in line) - (" is done" in line))
+    assert max(at_once) == 3 and at_once[-1] == 0 and "100.0%" in said
+    # The longest of those that can begin are first, and those that are held out come last, after what was predicted.
+    order = [line.split()[0] for line in said.splitlines() if " begins (" in line]
+    assert order[:2] == ["one-32x1-8e9-s0", "two-32x1-8e9-s0"] and {cells[name].role for name in order[:3]} == {"trunk"}
+    assert order[-2:] == ["one-32x2-8e9-s0", "two-32x2-8e9-s0"]
+    assert {each["name"] for each in noted if each["frozen"]} == set(order[-2:])
+    held = json.loads(Path("studies/small/prediction.json").read_text())
+    assert set(held) == set(order[-2:]) and held["one-32x2-8e9-s0"]["loss"] == 2.5
+    # Launched again nothing begins, and what is frozen stays.
+    os.utime("studies/small/prediction.json", (1, 1))
+    assert launch("--jobs", "3") == 0 and calls() == noted
+    assert Path("studies/small/prediction.json").stat().st_mtime == 1
+
+
+def test_a_branch_begins_while_its_trunk_goes_on(make_study, trainer):
+    make_study(*ONE_TRUNK)
+    trainer(0.01, one_32x1_8e9_s0="waits")  # for a second run to begin
+    assert launch("--jobs", "2") == 0
+    assert [(each["name"], each["what"]) for each in calls()][:2] == [
+        ("one-32x1-8e9-s0", "begins"),
+        ("one-32x1-4e9-s0", "begins"),
+    ]
+
+
+def test_a_run_that_fails_stops_no_other_and_is_tried_by_the_next_launch(make_study, trainer, fit, capsys):
+    make_study("kinds: {one: '(G)*{layers}'}")
+    trainer(0.01, one_32x1_2e9_s0="fails", one_32x1_4e9_s0="dies")
+    assert launch("--jobs", "4") == 1
+    said = capsys.readouterr().out
+    assert "one-32x1-2e9-s0 has failed: ValueError: odd; see" in said and "What is held out waits" in said
+    ends = Counter(each["what"] for each in calls())
+    assert ends == {"begins": 5, "ends": 3}
+    trainer(0.01)
+    assert launch("--jobs", "4") == 0
+    again = [each["name"] for each in calls()[8:] if each["what"] == "begins"]
+    assert again[2:] == ["one-32x2-8e9-s0"] and set(again[:2]) == {"one-32x1-2e9-s0", "one-32x1-4e9-s0"}
+
+
+def test_an_interrupted_launch_has_its_runs_save_and_goes_on(make_study, trainer, fit, monkeypatch, capsys):
+    make_study(*ONE_TRUNK)
+    trainer(seconds=30)
+    real = Processes.wait
+
+    def interrupted(self, seconds):
+        if len(calls()) == 2:  # both have begun
+            raise KeyboardInterrupt
+        return real(self, seconds)
+
+    monkeypatch.setattr(Processes, "wait", interrupted)
+    assert launch("--jobs", "2") == 130
+    assert Counter(each["what"] for each in calls()) == {"begins": 2, "stopped": 2}
+    monkeypatch.setattr(Processes, "wait", real)
+    trainer(0.01)
+    assert launch("--jobs", "2") == 0
+    assert Counter(each["what"] for each in calls()) == {"begins": 5, "stopped": 2, "ends": 3}
+
+
+def test_a_diverged_run_is_tried_once_at_half_the_rate(make_study, trainer, fit):
+    study = make_study(*ONE_TRUNK)
+    trainer(0.01, one_32x1_2e9_s0="diverges")
+    assert launch("--jobs", "2") == 0
+    assert [each["name"] for each in calls() if each["what"] == "begins"][3:] == ["one-32x1-2e9-s0-half"]
+    rows = Path("studies/small/runs.csv")
+    assert main(["study", "collect", "study.yaml"]) == 0
+    assert [line.split(",")[0] for line in rows.read_text().splitlines()[1:]] == [
+        *(cell.name for cell in design(study)),
+        "one-32x1-2e9-s0-half",
+    ]
+
+
+def test_two_launches_at_once_are_refused(make_study, trainer, capsys):
+    make_study()
+    trainer()
+    with open("studies/small/launch.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert launch() == 2
+    assert "is being launched already" in capsys.readouterr().err and not calls()
+
+
+def test_what_is_not_planned_as_it_is_is_refused(make_study, trainer, capsys):
+    make_study()
+    trainer()
+    with open("study.yaml", "a") as file:
+        file.write("\nrepeats: {seeds: 2}")
+    assert launch() == 2
+    assert "run `megahybrid study plan study.yaml` first" in capsys.readouterr().err and not calls()
+
+
+def test_gpu_hours_are_limited(make_study, trainer, capsys, monkeypatch):
+    cells = design(make_study(*ONE_TRUNK, "limits: {gpu_hours: 1}"))
+    trainer(0.01)
+    monkeypatch.setattr(launching, "tabled", lambda config: types.SimpleNamespace(hours=0.4))
+    assert launch() == 2
+    assert "has taken 0 GPU hours and its runs would take 1.2 more" in capsys.readouterr().err and not calls()
+    leave(cells[0])
+    run = Path(cells[0].config.run.dir)
+    attempt = {"submission": "x", "job": None, "start": "a", "processes": 1, "step": 0, "last_word": None, "time": 0}
+    (run / "attempts.jsonl").write_text(json.dumps(attempt) + "\n")
+    (run / "status.json").write_text(json.dumps(read_json(run / "status.json") | {"time": 0.3 * 3600}))
+    assert launch() == 2
+    assert "has taken 0.3 GPU hours and its runs would take 0.8 more" in capsys.readouterr().err
+    make_study(*ONE_TRUNK, "limits: {gpu_hours: 1.2}")
+    assert launch() == 0 and len(calls()) == 4
+
+
+@pytest.mark.parametrize(
+    ("hours", "most", "limit"),
+    [
+        (0.1, "24:00:00", "1:00:00"),
+        (0.7, "24:00:00", "2:00:00"),
+        (5.0, "24:00:00", "8:00:00"),
+        (20.0, "24:00:00", "24:00:00"),
+        (20.0, "2-00:00:00", "32:00:00"),
+        (0.1, "30", "30"),
+        (0.1, "90", "1:00:00"),
+        (0.1, "UNLIMITED", "1:00:00"),
+        (float("inf"), "24:00:00", "24:00:00"),
+    ],
+)
+def test_a_job_has_a_limit_of_the_time_that_it_needs(hours, most, limit):
+    assert launching.time_limit(hours, most) == limit
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Slurm's commands: sbatch notes its options and gives the numbers 101, 102, …; squeue tells what queue.json has,
+    by default what was submitted as pending."""
+    bodies = {
+        "squeue": "cat queue.json",
+        "scancel": "true",
+        "sbatch": """
+[[ $1 == --test-only ]] && exit 0
+script="${@: -1}"
+echo "$(grep -oP '^#SBATCH --\\K(nodes|time|array)=.*' "$script" | paste -sd' ') ${*:2:$#-2}" >>sbatch.txt
+number=$((100 + $(wc -l <sbatch.txt)))
+comment=$(grep -o 'comment=.*' "$script" | cut -d= -f2)
+sed -i 's/]}$/, {"job_id": '$number', "job_state": "PENDING", "comment": "'$comment'"}]}/; s/\\[, /[/' queue.json
+echo $number""",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in bodies.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "queue.json").write_text('{"jobs": []}\n')
+    (tmp_path / "cluster.yaml").write_text("gpus_per_node: 1\ntime: '12:00:00'\n")
+    monkeypatch.setattr("megahybrid.launch.runs.shutil.which", WHICH)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr("megahybrid.launch.pinned.pin", lambda folder: folder.mkdir(parents=True))
+    return lambda: (tmp_path / "sbatch.txt").read_text().splitlines()
+
+
+def test_slurm_gets_an_array_a_class_and_branches_after_their_trunk(make_study, slurm, fit, monkeypatch):
+    cells = design(make_study("limits: {profile: cluster.yaml}"))
+    hours = {"(G)*1": 0.1, "(G)*2": 3.0}
+    monkeypatch.setattr(launching, "tabled", lambda config: types.SimpleNamespace(hours=hours[config.model.pattern]))
+    assert launch() == 0
+    trunks, branches = slurm()[:2], slurm()[2:]
+    # Those of an hour, and those of eight; the four branches each wait for the element that is their trunk.
+    assert sorted(trunks) == ["nodes=1 time=1:00:00 array=0-1 ", "nodes=1 time=8:00:00 array=0-1 "]
+    one, eight = (101 + trunks.index(f"nodes=1 time={limit}:00:00 array=0-1 ") for limit in (1, 8))
+    after = " --dependency=afterok:{} --kill-on-invalid-dep=yes"
+    assert sorted(branches) == sorted(
+        [f"nodes=1 time=1:00:00 array=0-1{after.format(f'{one}_{element}')}" for element in (0, 1)]
+        + [f"nodes=1 time=8:00:00{after.format(f'{eight}_{element}')}" for element in (0, 1)]
+    )
+    # What waits is left alone; what has left the queue without a word is submitted again.
+    assert launch() == 0 and len(slurm()) == 6
+    Path("queue.json").write_text('{"jobs": []}\n')
+    for cell in cells:
+        if cell.size == "32x2" and not cell.held_out:
+            leave(cell)
+    assert launch() == 0
+    assert sorted(line.split("=")[2][:4] for line in slurm()[6:]) == ["1:00", "1:00", "1:00"]
+    # All but the held-out runs have ended: they are predicted, and go on from trunks that are there.
+    monkeypatch.setattr("megahybrid.launch.submit.check_start", lambda *_: None)  # the checkpoints are made up
+    Path("queue.json").write_text('{"jobs": []}\n')
+    for cell in cells:
+        if not cell.held_out:
+            leave(cell)
+    assert launch() == 0
+    assert slurm()[9:] == ["nodes=1 time=8:00:00 array=0-1 "] and Path("studies/small/prediction.json").exists()
+
+
+def test_a_launch_that_waits_submits_what_the_last_runs_allow(make_study, slurm, monkeypatch):
+    cells = design(make_study(*ONE_TRUNK, "limits: {profile: cluster.yaml}"))
+    for cell in cells:  # the trunk failed before
+        if cell.role == "trunk":
+            leave(cell, "failed", reason="ValueError: odd")
+
+    def pass_time(seconds):
+        for cell in cells:
+            leave(cell)
+        Path("queue.json").write_text('{"jobs": []}\n')
+
+    monkeypatch.setattr(launching, "time", types.SimpleNamespace(sleep=pass_time))
+    assert launch("--wait") == 0
+    assert [line.split()[-1] for line in slurm()] == ["time=1:00:00", "--kill-on-invalid-dep=yes"]

@@ -1,0 +1,188 @@
+"""What a study's runs came to, by their files: states, second tries, the tuned rate, runs.csv and the table."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megahybrid.cli import main
+from megahybrid.files import write_json
+from megahybrid.scaling.flops import flops_per_token
+from megahybrid.study import status
+from megahybrid.study.design import design
+from megahybrid.study.outcomes import SIDE_BY_SIDE, Survey
+from megahybrid.training.metrics_file import lines_backwards
+from tests.study.running import leave
+
+NAN = math.nan
+TWO_SIZES = "kinds: {one: '(G)*{layers}'}"
+SEPARATE = ("kinds: {one: G}", "sizes: [{width: 32, layers: 1}]", "schedule: {kind: cosine, warmup_tokens: 640}")
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch):
+    monkeypatch.setattr("megahybrid.launch.runs.shutil.which", lambda name: None)
+
+
+def outcomes(study) -> dict:
+    return {each.cell.name: each for each in Survey(study).look(None)}
+
+
+def collected() -> list[dict]:
+    assert main(["study", "collect", "study.yaml"]) == 0
+    with open("studies/small/runs.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("losses", "state", "how", "why"),
+    [
+        ((6.0, 5.0, 3.0), "done", "done", ""),
+        ((6.0, 5.0, NAN), "done", "diverged", "its final loss is nan"),
+        ((6.0, 5.0, 6.1), "done", "diverged", "its final loss, 6.1000, is above its first, 6.0000"),
+        ((6.0, *[NAN] * 20), "failed", "diverged", "more than 20 steps in a row were left out"),
+        ((NAN,) * 20, "failed", "diverged", "more than 20 steps in a row were left out"),
+        ((*[NAN] * 19, 6.0, NAN), "failed", "failed", "odd"),
+        ((6.0, 5.0), "stopped", "missing", "odd stopped it at step 2 of 189"),
+        ((6.0, 5.0), "running", "failed", "it ended without a word"),
+    ],
+)
+def test_how_a_run_has_ended(losses, state, how, why, make_study):
+    study = make_study(*SEPARATE, "hold_out: null")
+    (cell,) = [cell for cell in design(study) if cell.name == "one-32x1-4e9-s0"]
+    leave(cell, state, losses, "" if state in ("done", "running") else "odd")
+    found = outcomes(study)
+    assert (found[cell.name].state, found[cell.name].why) == (how, why)
+    assert found["one-32x1-2e9-s0"].state == "missing"
+    # What has diverged is tried once more, as a run of its own.
+    assert list(found)[3:] == (["one-32x1-4e9-s0-half"] if how == "diverged" else [])
+    if how == "diverged":
+        again = found["one-32x1-4e9-s0-half"].cell
+        assert again.retry_of == cell.identity != again.identity == again.trunk == Path(again.config.run.dir).name
+        assert again.config.optimizer.learning_rate == cell.config.optimizer.learning_rate / 2
+        leave(again, losses=(6.0, NAN))
+        assert len(outcomes(study)) == 4  # once
+
+
+def test_what_begins_from_a_trunk_that_has_diverged_goes_over_to_its_second_try(make_study):
+    study = make_study(TWO_SIZES, "hold_out: null")
+    trunk, early, late = [cell for cell in design(study) if cell.size == "32x1"]
+    assert (trunk.role, early.role, late.role) == ("trunk", "branch", "branch")
+    leave(trunk, "failed", (*[6.0] * early.branch_step, *[NAN] * 20))  # past the milestone of one of the two
+    found = outcomes(study)
+    assert [found[cell.name].state for cell in (trunk, early, late)] == ["diverged", "missing", "diverged"]
+    again = found[f"{trunk.name}-half"].cell, found[f"{late.name}-half"].cell
+    assert again[1].config.train.branch_from == f"{again[0].config.run.dir}@{late.branch_step}"
+    assert again[1].trunk == again[0].identity and again[1].retry_of == late.identity
+    assert again[1].config.optimizer.learning_rate == again[0].config.optimizer.learning_rate
+    assert f"{early.name}-half" not in found
+    # A branch that diverges by itself keeps its trunk.
+    leave(trunk)
+    leave(late, losses=(6.0, NAN))
+    found = outcomes(study)
+    assert found[f"{late.name}-half"].cell.trunk == trunk.identity and f"{trunk.name}-half" not in found
+
+
+def test_a_trunk_that_has_no_checkpoint_for_a_branch_is_named(make_study):
+    study = make_study(TWO_SIZES, "hold_out: null")
+    trunk, early, _ = [cell for cell in design(study) if cell.size == "32x1"]
+    leave(trunk)
+    step = Path(trunk.config.run.dir, "checkpoints", f"step_{early.branch_step:08d}")
+    (step / "checkpoint.json").unlink()
+    lost = outcomes(study)[early.name]
+    assert (lost.state, lost.why) == (
+        "failed",
+        f"its trunk {trunk.name} has ended without a checkpoint of step {early.branch_step}",
+    )
+
+
+def test_rates_are_those_of_the_grid_once_it_has_ended(make_study):
+    rules = "rules: {learning_rate: fixed, batch: fixed, tune: {factors: [0.5, 1, 2]}}"
+    study = make_study(*SEPARATE, rules, "hold_out: null")
+    found = outcomes(study)
+    grid = [each.cell for each in found.values() if each.cell.role == "tune"]
+    waits = "waits for its learning rate to be tuned"
+    assert {each.why for each in found.values() if each.cell.role != "tune"} == {waits}
+    leave(grid[0], losses=(6.0, 2.0))
+    leave(grid[1], losses=(6.0, 3.0))
+    assert {each.why for each in outcomes(study).values() if each.cell.role != "tune"} == {waits}
+    leave(grid[2], losses=(6.0, NAN))
+    found = outcomes(study)
+    rates = {each.cell.role: each.cell.config.optimizer.learning_rate for each in found.values()}
+    assert rates["single"] == 0.5 * 0.005 and len(found) == 6  # the one that diverged has said what was asked
+    same = grid[0].name.removesuffix("-x0.5")
+    assert found[same].state == "done" and found[same].cell.identity == grid[0].identity
+    rows = {row["cell"]: row for row in collected()}
+    assert rows[grid[0].name]["excluded"] == "a run of the tuning grid" and rows[same]["excluded"] == ""
+
+
+def test_runs_csv(make_study):
+    study = make_study(TWO_SIZES)
+    cells = {cell.name: cell for cell in design(study)}
+    branch, trunk = cells["one-32x1-2e9-s0"], cells["one-32x1-8e9-s0"]
+    leave(trunk, losses=(6.0, 3.25))
+    leave(branch, losses=(5.0, 4.5))
+    leave(cells["one-32x2-2e9-s0"], losses=(6.0, NAN))
+    run = Path(trunk.config.run.dir)
+    write_json(run / "submit" / "a" / "job.json", {"submission": "a", "jobs": [], SIDE_BY_SIDE: 4})
+    write_json(run / "submit" / "b" / "job.json", {"submission": "b", "jobs": ["7"]})
+    facts = {"job": None, "start": "", "step": 0}
+    starts = [  # 400 s of a quarter of a GPU, 100 s of two; one whose processes never met
+        facts | {"submission": "a", "processes": 1, "time": 1000.0, "last_word": None},
+        facts | {"submission": "b", "step": None, "time": 1500.0},
+        facts | {"submission": "b", "processes": 2, "time": 2000.0, "last_word": 1400.0},
+    ]
+    (run / "attempts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    (run / "status.json").write_text((run / "status.json").read_text().replace('"time": ', '"time": 2100.0, "was": '))
+    rows = {row["cell"]: row for row in collected()}
+    assert list(rows) == [*cells, "one-32x2-2e9-s0-half"]
+    row = rows[trunk.name]
+    assert list(row)[:23] == [
+        *("cell", "run", "kind", "size", "budget", "seed", "role", "trunk", "held_out", "retry_of", "parameters"),
+        *("parameters_without_embedding", "tokens", "flops", "flops_per_token", "learning_rate", "batch_tokens"),
+        *("steps", "gpu_hours", "loss", "state", "excluded", "code_version"),
+    ]
+    assert float(row["gpu_hours"]) == pytest.approx((400 / 4 + 2 * 100) / 3600, rel=1e-5)
+    told = ("run", "trunk", "held_out", "loss", "state", "excluded", "code_version", "batch_tokens", "learning_rate")
+    assert [row[name] for name in told] == [trunk.identity] * 2 + [
+        "0",
+        "3.25",
+        "done",
+        "",
+        "0.1.0 made up",
+        "128",
+        "0.005",
+    ]
+    parts = [float(value) for name, value in row.items() if name.startswith("flops: ")]
+    tokens = trunk.config.train.steps * 128
+    assert float(row["tokens"]) == tokens and float(row["flops"]) == tokens * flops_per_token(trunk.config).training
+    assert sum(parts) == pytest.approx(float(row["flops"]), rel=1e-12) and min(parts) > 0
+    assert rows[branch.name]["trunk"] == trunk.identity and float(rows[branch.name]["loss"]) == 4.5
+    assert rows["one-32x2-8e9-s0"]["held_out"] == "1" and rows["one-32x2-8e9-s0"]["excluded"] == "missing"
+    nan, half = rows["one-32x2-2e9-s0"], rows["one-32x2-2e9-s0-half"]
+    assert (nan["state"], nan["loss"], nan["excluded"]) == ("diverged", "", "diverged: its final loss is nan")
+    assert half["retry_of"] == nan["run"] and half["state"] == "missing"
+    before = Path("studies/small/runs.csv").read_bytes()
+    assert collected() and Path("studies/small/runs.csv").read_bytes() == before
+
+
+def test_the_table_says_how_far_all_of_it_is(make_study):
+    study = make_study(TWO_SIZES, "hold_out: null", "limits: {gpu_hours: 12}")
+    cells = design(study)
+    trunk, branch = (cells[number] for number in (0, 1))
+    leave(trunk)
+    leave(branch, "stopped", tuple([6.0] * 10), "SIGTERM")
+    console = Console(width=200, record=True, quiet=False)
+    status.show(study, print, console)
+    told = console.export_text().splitlines()
+    row = next(line for line in told if line.split()[:1] == [branch.name])
+    assert f"{branch.branch_step + 10}/{branch.config.train.steps}" in row and "SIGTERM stopped it" in row
+    # All FLOPs are those of every run's own tokens: a branch is a trunk's with another end.
+    own = [cell.flops * (1 - (cell.branch_step or 0) / cell.config.train.steps) for cell in cells]
+    share = (own[0] + branch.flops * 10 / branch.config.train.steps) / sum(own)
+    assert f"{share:.1%} of {sum(own):.3g} FLOPs, 0 of 12 GPU hours: 1 done, 5 missing" in told[-1]
+    assert told[-1].count("#") == int(20 * share)
+    assert next(lines_backwards(Path(trunk.config.run.dir, "metrics.jsonl")))["step"] == trunk.config.train.steps

@@ -1,0 +1,139 @@
+"""What `study plan` says of runs, costs and predictions."""
+
+import csv
+import itertools
+from pathlib import Path
+
+import pytest
+
+from megahybrid import cli
+from megahybrid.scaling.flops import flops_per_token
+from megahybrid.scaling.hours import Estimate, own_steps, tabled
+from megahybrid.scaling.memory import peak_bytes
+from megahybrid.study.describe import describe
+from megahybrid.study.design import design
+from megahybrid.study.file import load_study
+from megahybrid.study.plan import make_plan
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+STUDY = f"""
+study: trial
+base: {RECIPES / "quickstart.yaml"}
+kinds: {{transformer: "(F)*{{layers}}", gdn: "(G)*{{layers}}"}}
+sizes: [{{width: 64, layers: 2}}, {{width: 96, layers: 2}}, {{width: 128, layers: 2}}]
+budgets: {{flops: [2.0e12, 4.0e12, 8.0e12]}}
+schedule: {{warmup_tokens: 2.0e4}}
+hold_out: largest
+targets: [{{parameters: 1.0e7, tokens: 2.0e8}}]
+"""
+
+
+@pytest.fixture
+def planned(tmp_path, monkeypatch, capsys):
+    """Exit code, what is printed, and the study's folder, of a file with some more lines."""
+    monkeypatch.chdir(tmp_path)
+
+    def plan(*lines: str):
+        kept = [line for line in STUDY.splitlines() if not any(line.startswith(each.split(":")[0]) for each in lines)]
+        Path("study.yaml").write_text("\n".join([*kept, *lines]))
+        code = cli.main(["study", "plan", "study.yaml"])
+        return code, capsys.readouterr(), Path("studies/trial")
+
+    return plan
+
+
+def test_a_plan_is_a_row_a_run_and_what_they_cost(planned):
+    code, printed, folder = planned()
+    assert code == 0
+    assert (folder / "study.yaml").read_text() == Path("study.yaml").read_text()
+    cells = design(load_study("study.yaml"), needs_data=False)
+    with open(folder / "plan.csv") as file:
+        rows = {row["cell"]: row for row in csv.DictReader(file)}
+    assert list(rows) == [cell.name for cell in cells]
+    for cell in cells:
+        row, train = rows[cell.name], cell.config.train
+        assert float(row["flops_asked"]) == pytest.approx(cell.budget)
+        assert float(row["difference"]) == pytest.approx(cell.flops / cell.budget - 1, abs=1e-9)
+        assert float(row["memory_gib"]) == pytest.approx(peak_bytes(cell.config, 1)[0] / 2**30)
+        own = train.steps - (cell.branch_step or 0)
+        assert float(row["gpu_hours"]) == pytest.approx(own * tabled(cell.config).step_seconds / 3600)
+        assert int(row["batch_tokens"]) * int(row["steps"]) == int(row["tokens"]) == cell.tokens
+        rate = 1.79 * cell.parameters_without_embedding**-0.713 * cell.tokens**0.307
+        assert float(row["learning_rate_by_optimum"]) == pytest.approx(cell.config.optimizer.learning_rate / rate)
+        assert float(row["batch_by_optimum"]) == pytest.approx(float(row["batch_tokens"]) / (0.58 * cell.tokens**0.571))
+        (line,) = (line for line in printed.out.splitlines() if line.startswith(f"{cell.name} "))
+        assert line.split()[-1] == f"{float(row['gpu_hours']):,.3g}"
+    trained = sum(
+        (cell.config.train.steps - (cell.branch_step or 0)) * cell.config.train.global_batch_size * 512
+        for cell in cells
+    )
+    hours = [sum(float(row[name]) for row in rows.values()) for name in ("gpu_hours", "gpu_hours_from_scratch")]
+    assert f"18 runs: {trained / 1e6:.3g}M tokens, " in printed.out
+    assert f"separate runs would take {hours[1]:,.3g} GPU hours: branching off saves {1 - hours[0] / hours[1]:.0%}" in (
+        printed.out
+    )
+    assert max(map(len, printed.out.splitlines())) <= 120
+    assert "data: not prepared yet" in printed.out
+
+
+def test_a_plan_says_how_well_kinds_will_be_predicted_and_told_apart(planned):
+    lines = planned()[1].out.splitlines()
+    widths = {
+        name: [float(word.rstrip("%")) for word in line.split()[-2:]]
+        for name, line in itertools.product(("transformer", "gdn", "gdn - transformer"), lines)
+        if line.startswith(f"{name}  ") and "%" in line and "x" not in line.split()[1]
+    }
+    for alone, other, both in zip(*(widths[name] for name in ("transformer", "gdn", "gdn - transformer")), strict=True):
+        assert both == pytest.approx((alone**2 + other**2) ** 0.5, abs=0.02)
+    assert widths["transformer"][0] > widths["transformer"][1] > 100 * 1.96 * 0.003, "what is held out is nearer"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("limits: {gpu_hours: 0.01}", "GPU hours, more than limits.gpu_hours (0.01)"),
+        (
+            "budgets: {tokens_per_parameter: [1]}\nrepeats: {seeds: 3, at: all}\nhold_out: null",
+            "transformer: all its runs have about 1 tokens a parameter, one ratio only",
+        ),
+        (
+            "sizes: [{width: 64, layers: 2}]\nbudgets: {flops: [1e12, 2e12, 3e12, 4e12, 5e12, 6e12, 7e12, 8e12]}",
+            "transformer: all its runs have one size",
+        ),
+        ("budgets: {flops: [2.0e12, 8.0e12]}", "transformer has 5 runs to fit the law to, which needs 7"),
+    ],
+)
+def test_a_study_that_tells_nothing_or_costs_too_much_is_refused(planned, line, said):
+    code, printed, folder = planned(*line.splitlines())
+    assert code == 2
+    assert said in printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert not folder.exists()
+
+
+def test_every_model_is_timed_once_for_each_batch(planned):
+    planned()
+    asked = []
+
+    def estimate(config):
+        asked.append((config.model.pattern, config.model.hidden_size, config.train.global_batch_size))
+        return Estimate("H100", 36.0, own_steps(config), "a test")
+
+    plan = make_plan(load_study("study.yaml"), estimate)
+    assert len(set(asked)) == len(asked) == 6
+    for row in plan.rows:
+        assert row.estimate.hours == pytest.approx(0.01 * (row.cell.config.train.steps - (row.cell.branch_step or 0)))
+    assert "GPU hours on one H100: a test" in describe(plan)
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_realise_their_budgets(path, monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    cells = design(load_study(path), needs_data=False)
+    for cell in cells:
+        assert cell.flops == pytest.approx(cell.asked, rel=0.01)
+        assert cell.flops == flops_per_token(cell.config).training * cell.tokens
+    for kind in {cell.kind for cell in cells}:
+        held, fitted = ([cell for cell in cells if cell.kind == kind and cell.held_out is out] for out in (True, False))
+        assert len(held) == 1
+        assert held[0].flops >= 0.99 * max(cell.flops for cell in fitted)
