@@ -15,7 +15,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verbs = verb.add_subparsers(required=True, metavar="VERB")
     text = "every run with its cost, and how well the study will predict; starts nothing"
     plan = verbs.add_parser("plan", help=text, description=text)
-    plan.add_argument("file", metavar="FILE", help="a YAML file, such as recipes/studies/small.yaml")
+    plan.add_argument("file", metavar="FILE", help="a YAML file, such as recipes/studies/tiny.yaml")
     plan.add_argument(
         "--probe", action="store_true", help="GPU hours from some steps of every model on this machine's GPU"
     )
