@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -102,10 +103,9 @@ def _precision(plan: Plan) -> str:
     targets = [f"{short(each.parameters)}, {short(each.tokens)}" for each in study.targets]
     names = [*targets, *(["held out"] if study.hold_out else [])]
     rows = [_widths(kind, f"{each.condition:.0e}", each.a_opt, each.losses) for kind, each in kinds.items()]
-    first, *others = kinds
-    for kind in others:
-        a_opt = np.hypot(kinds[first].a_opt, kinds[kind].a_opt)
-        rows.append(_widths(f"{kind} - {first}", "", a_opt, np.hypot(kinds[first].losses, kinds[kind].losses)))
+    for (first, one), (second, other) in combinations(kinds.items(), 2):
+        a_opt, losses = np.hypot(one.a_opt, other.a_opt), np.hypot(one.losses, other.losses)
+        rows.append(_widths(f"{second} - {first}", "", a_opt, losses))
     title = f"95 % intervals at {study.noise:.2%} noise: ±"
     return table((title, "condition", "a_opt", *names), rows)
 
