@@ -130,6 +130,12 @@ class Sequences:
             self._behind[rows] = Sequences(self.cu_seqlens + more, tuple(rows + length for length in self.lengths))
         return self._behind[rows]
 
+    def document(self, length: int) -> Sequences:
+        """One of so many tokens, alone: made once, for all layers that read these sequences."""
+        if length not in self._documents:
+            self._documents[length] = Sequences.of((length,), self.cu_seqlens.device)
+        return self._documents[length]
+
     def rows_behind(self, rows: int) -> Tensor:
         """int64 `[tokens]`: where the tokens stand in `behind(rows)`."""
         return torch.arange(self.tokens, device=self.cu_seqlens.device) + (self.index + 1) * rows
@@ -154,4 +160,8 @@ class Sequences:
 
     @cached_property
     def _behind(self) -> dict[int, Sequences]:
+        return {}
+
+    @cached_property
+    def _documents(self) -> dict[int, Sequences]:
         return {}

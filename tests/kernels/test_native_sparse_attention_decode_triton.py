@@ -8,12 +8,14 @@ from cases import interpreted
 from oracles_lte import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, cut, documents
 
 from megahybrid_kernels import NSACache, Sequences, native_sparse_attention_with_cache
-from megahybrid_kernels.native_sparse_attention import reference, triton_decode
+from megahybrid_kernels import sequences as packed_rows
+from megahybrid_kernels.native_sparse_attention import reference, triton_decode, triton_prefill
 from megahybrid_kernels.native_sparse_attention.pooling import pool
 
 op = import_module("megahybrid_kernels.native_sparse_attention")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS = 2
+Tiles = packed_rows.Tiles
 
 
 def inputs(tokens, groups, dim, dtype=torch.float32):
@@ -130,6 +132,20 @@ def test_pieces_equal_one_pass(selected_by, monkeypatch):
         whole = lengths[n] // 16
         means = pool(k[rows][: whole * 16].unflatten(0, (whole, 16)))
         assert torch.equal(cache.pooled_k[n, :, :whole].transpose(0, 1).cpu(), means)
+
+
+def test_layers_share_the_tiles_of_a_piece(monkeypatch):
+    """Once for each length, not for each of three layers and sequences, which would be nine times."""
+    made = []
+    monkeypatch.setattr(packed_rows, "Tiles", lambda *each: made.append(each[0]) or Tiles(*each))
+    lengths = (20, 20, 33)
+    q, k, v, gates = (each.to(DEVICE) for each in inputs(6, 2, 16))
+    cache = NSACache.empty(3, HEADS, 16, 16, dtype=q.dtype, device=DEVICE).with_room(40)
+    cache = NSACache(lengths, cache.room)
+    sequences = Sequences.of((2, 2, 2), DEVICE, torch.tensor(lengths, device=DEVICE))
+    for _ in range(3):
+        triton_prefill.native_sparse_attention_piece(q, k, v, gates, cache, sequences, 16, 4, 9)
+    assert made == [16, 16]
 
 
 def random_cache(lengths, capacity):

@@ -38,7 +38,7 @@ def native_sparse_attention_piece(
     q, queries = dense_rows(q), None if queries is None else dense_rows(queries)
     gates, parts = gates.contiguous(), []
     for n, (start, end) in enumerate(zip(cache.lengths, new.lengths, strict=True)):
-        document, rows = Sequences.of((end,), q.device), (start, end)
+        document, rows = sequences.document(end), (start, end)
         pairs = zip(new.room.rows, new.room.spans, strict=True)
         keys, values, *means = (x[n, :, : end // span].transpose(0, 1) for x, span in pairs)
         means = [x.contiguous() for x in means]
