@@ -24,21 +24,34 @@ from megahybrid.training.engine import Engine
 from megahybrid.training.speed import model_flops_utilization
 from megahybrid_kernels import Sequences
 
-# The first part whose words stand in a kernel's name.
-PARTS = {
-    "NSA": ("compress", "score_kernel", "top_kernel", "union_kernel", "attend_kernel", "pool_", "selected_", "pair_"),
-    "LTE or NSA": ("query_gradient", "key_gradient"),
-    "LTE": ("far_gradient", "forward_kernel", "sum_chunks", "_visibility", "outrank"),
-    "delta rule": ("scan_kernel", "prepare_kernel", "gradient_kernel", "join_kernel"),
-    "router": ("_layer", "backward_input", "backward_weight", "backward_projection"),
+# Of our kernels by the op that their names begin with, of others by the first whose words stand in the name.
+OPS = {
+    "native_sparse_attention": "NSA",
+    "lte_attention": "LTE",
+    "exit_positions": "LTE",
+    "gated_delta_rule": "delta rule",
+    "retention_router": "router",
+    "attention": "attention",
+    "causal_conv1d": "conv, norm, rotary, SwiGLU",
+    "norm": "conv, norm, rotary, SwiGLU",
+    "rotary": "conv, norm, rotary, SwiGLU",
+    "swiglu": "conv, norm, rotary, SwiGLU",
+    "shares": "conv, norm, rotary, SwiGLU",
+    "linear_cross_entropy": "loss",
+}
+OTHERS = {
     "attention": ("flash", "fmha", "cudnn"),
     "matmul": ("gemm", "nvjet", "cutlass", "wgmma", "splitK"),
-    "conv, norm, rotary, SwiGLU": ("conv1d", "norm_", "rotary", "swiglu", "sum_shares"),
-    "loss": ("cross_entropy",),
     "optimizer": ("multi_tensor", "adam"),
     "copies": ("Memcpy", "Memset", "copy"),
     "elementwise": ("elementwise", "reduce", "index"),
 }
+
+
+def part_of(kernel: str) -> str:
+    """The part of a step that a kernel of this name belongs to."""
+    ours = [part for op, part in OPS.items() if kernel.startswith(f"{op}_")]
+    return (ours + [part for part, words in OTHERS.items() if any(word in kernel for word in words)] + ["other"])[0]
 
 
 def ready() -> None:
@@ -166,7 +179,7 @@ def parts(engine: Engine, batches: list[Batch], step: int) -> dict[str, float]:
     rest: dict[str, float] = {}
     for event in record.key_averages():
         ms = event.self_device_time_total / 1e3
-        part = next((part for part, words in PARTS.items() if any(word in event.key for word in words)), "other")
+        part = part_of(event.key)
         found[part] = found.get(part, 0) + ms
         if part == "other" and ms:
             rest[event.key[:40]] = ms

@@ -10,15 +10,15 @@ import triton
 
 
 class Kernel:
-    """A Triton kernel; `kernel[programs](...)` launches so many programs of it.
+    """A Triton kernel; `kernel[programs](...)` launches so many programs of it. Profiles show its `name`.
 
     They are numbered in one dimension, which holds 2^31 - 1 of them where CUDA's other two end at 65,535: kernels find
     head, chunk or document in the number themselves. They run on the device of the first argument, a tensor, whichever
     is current, also in a backward pass.
     """
 
-    def __init__(self, jit: triton.JITFunction):
-        self.jit = jit
+    def __init__(self, jit: triton.JITFunction, name: str):
+        self.jit, self.name = jit, name
 
     def __getitem__(self, programs: int) -> Callable[..., object]:
         launch = self.jit[(programs,)]
@@ -34,7 +34,12 @@ class Kernel:
 
 
 def kernel(function: Callable | None = None, **options) -> Kernel | Callable[[Callable], Kernel]:
-    """Decorator for kernels that are launched; what they call is `triton.jit`'s. options: those of `triton.jit`."""
+    """Decorator for kernels that are launched; what they call is `triton.jit`'s. options: those of `triton.jit`.
+
+    Their names begin with their op's, since two ops may have a `prepare_kernel`.
+    """
     if function is None:
         return partial(kernel, **options)
-    return Kernel(triton.jit(function, **options))
+    op = function.__module__.removeprefix("megahybrid_kernels.").partition(".")[0]
+    name = f"{op}_{function.__name__.lstrip('_')}"
+    return Kernel(triton.jit(function, repr=lambda _: name, **options), name)
