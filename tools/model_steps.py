@@ -142,6 +142,8 @@ def keep(engine: Engine, batch: Batch, share: float) -> None:
     keys = dropout_keys(0, 0, batch.samples, batch.sample_positions, len(engine.settings.pattern.letters))
     context = Context(batch.sequences, keys)
     biases = {n: engine.model.layers[str(n)].mixer.router.projection_bias for n in engine.settings.pattern.layers("L")}
+    if not biases:
+        return
     low, high = ({n: torch.full_like(bias, end) for n, bias in biases.items()} for end in (-16.0, 16.0))
     for _ in range(12):
         for n, bias in biases.items():
