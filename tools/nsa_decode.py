@@ -47,7 +47,7 @@ def steps(sizes: Sizes, context: int, batch: int, changes: str) -> Iterator[dict
 
 
 def filled(sizes: Sizes, context: int, batch: int) -> NSACache:
-    """Of random tokens, a few blocks of which every query of a direction selects; the op makes the means."""
+    """Of random tokens whose keys are alike within a block; the op makes the means."""
     like = {"dtype": sizes.dtype, "device": DEVICE}
     cache = NSACache.empty(batch, sizes.heads, sizes.head_dim, sizes.block, **like).with_room(context + 2 * sizes.block)
     k, v = (torch.randn(batch * context, sizes.heads, sizes.head_dim, **like) for _ in range(2))

@@ -41,7 +41,7 @@ class Sizes:
 
 
 PUBLISHED = Sizes()
-TINY = Sizes(query_heads=4, heads=2, head_dim=16, block=16, blocks=4, window=20, judged=12, dtype=torch.float16)
+TINY = Sizes(query_heads=4, heads=2, head_dim=16, block=16, blocks=4, window=20, judged=8, dtype=torch.float16)
 
 # How keys and queries are made, and what that models.
 KEYS = {
