@@ -20,6 +20,16 @@ def _check_tokens(tokens: int) -> None:
         raise ValueError(f"at most {MOST_TOKENS} tokens can be packed together, not {tokens}")
 
 
+def numbered(counts: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of groups of `counts` things, int32, laid end to end, `total` in all: each thing's group (int64), its number
+    within it, and how many things are before each group (int32)."""
+    ends = counts.cumsum(0, dtype=torch.int32)
+    before = ends - counts
+    thing = torch.arange(total, dtype=torch.int32, device=counts.device)
+    group = torch.searchsorted(ends, thing, right=True)
+    return group, thing - before[group], before
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Sequences cut into tiles of `size` tokens, each from its own first token on; its last tile may hold fewer.
@@ -144,14 +154,9 @@ class Sequences:
         """The sequences in tiles of `size` tokens, made once."""
         if size not in self._tiles:
             borders = self.cu_seqlens.to(torch.int32)
-            counts = (borders.diff() + size - 1) // size
-            ends = counts.cumsum(0, dtype=torch.int32)
-            before = ends - counts
             total = sum(cdiv(length, size) for length in self.lengths)
-            number = torch.arange(total, dtype=torch.int32, device=borders.device)
-            sequence = torch.searchsorted(ends, number, right=True)
-            firsts = borders[sequence] + (number - before[sequence]) * size
-            self._tiles[size] = Tiles(size, firsts, before[self.index])
+            sequence, number, before = numbered((borders.diff() + size - 1) // size, total)
+            self._tiles[size] = Tiles(size, borders[sequence] + number * size, before[self.index])
         return self._tiles[size]
 
     @cached_property

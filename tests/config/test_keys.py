@@ -130,7 +130,7 @@ def test_no_number_takes_what_is_not_finite(value):
         ("data.sources.python.weight=-1", "data.sources.python.weight is -1.0; it must be at least 0."),
         ("data.sources.python.format=csv", "data.sources.python.format is 'csv'; choose one of text, jsonl"),
         ("model.nsa.block_size=48", "model.nsa.block_size is 48; choose one of 16, 32, 64."),
-        ("model.nsa.num_blocks=3", "it must be at least 4."),
+        ("model.nsa.num_blocks=2", "it must be at least 3 and at most 64."),
         ("model.nsa.window_size=0", "it must be greater than 0."),
         ("model.nsa.num_kv_heads=3 model.pattern=N", "model.nsa.num_heads (32) must be a multiple of"),
         ("model.nsa.head_dim=63 model.pattern=N", "model.nsa.head_dim must be even"),

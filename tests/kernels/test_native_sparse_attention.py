@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from oracles_lte import (
@@ -5,10 +7,11 @@ from oracles_lte import (
     FLOAT32_TOLERANCE,
     FLOAT64_TOLERANCE,
     assert_same_gradients,
+    cut,
     documents,
     leaf,
 )
-from oracles_nsa import flipped, oracle_attention, oracle_selection
+from oracles_nsa import flipped, near_selection, oracle_attention, oracle_selection
 
 from megahybrid_kernels import (
     NSACache,
@@ -17,6 +20,7 @@ from megahybrid_kernels import (
     native_sparse_attention_with_cache,
     select_blocks,
 )
+from megahybrid_kernels.native_sparse_attention.limits import MOST_BLOCKS
 
 TOLERANCES = {torch.float32: FLOAT32_TOLERANCE, torch.bfloat16: BFLOAT16_TOLERANCE}
 
@@ -28,7 +32,10 @@ def inputs(lengths, query_heads=6, heads=2, head_dim=8, dtype=torch.float64):
         "v": (heads, head_dim),
         "gates": (query_heads, 3),
     }
-    return {name: leaf(sum(lengths), *shape, seed=i, dtype=dtype) for i, (name, shape) in enumerate(shapes.items())}
+    pairs = {name: leaf(sum(lengths), *shape, seed=i, dtype=dtype) for i, (name, shape) in enumerate(shapes.items())}
+    for gates in pairs["gates"]:
+        gates.data.abs_()
+    return pairs
 
 
 def first(pairs):
@@ -118,6 +125,7 @@ def test_what_comes_later_changes_no_bit(dtype):
     # The border of a block, of a block of queries, of the documents.
     for row in (3, 4, 74, 75, 99, 149, 150, 209):
         changed = [torch.cat([x[:row], 30 * torch.randn_like(x[row:])]) for x in tensors]
+        changed[3].abs_()
         other, others = native_sparse_attention(*changed, Sequences.of(lengths), *sizes)
         assert torch.equal(other[:row], o[:row]) and torch.equal(others[:row], selection[:row])
         assert not torch.equal(other[row:], o[row:])
@@ -200,8 +208,7 @@ def test_rows_alone_choose_as_among_all():
 def test_a_given_selection_is_used():
     lengths, sizes = (60,), (4, 4, 5)
     pairs = inputs(lengths)
-    selection = torch.stack([torch.tensor([t // 8, t // 4, -1, -1]) for t in range(60)])[:, None].expand(-1, 2, -1)
-    selection = selection.to(torch.int32)
+    selection = near_selection(60, 2, 4, 7, 3)
     o, same = native_sparse_attention(*(p[0] for p in pairs.values()), Sequences.of(lengths), *sizes, selection)
     assert same is selection
     expected = oracle_attention(*(p[1] for p in pairs.values()), selection, lengths, 4, 5)
@@ -218,9 +225,11 @@ def test_a_given_selection_is_used():
         ({"q": torch.zeros(4, 2, 8)}, "rows 0 to 5"),
         ({"block_size": 0}, "block_size"),
         ({"num_blocks": 2}, "forced"),
+        ({"num_blocks": MOST_BLOCKS + 1}, "to 64"),
         ({"window_size": 0}, "window_size"),
         ({"selection": torch.zeros(5, 2, 3)}, "int32"),
         ({"selection": torch.zeros(5, 2, 4, dtype=torch.int32)}, "int32"),
+        ({"gates": torch.full((5, 2, 3), -1e-9)}, "negative"),
     ],
 )
 def test_refuses_what_does_not_fit(changed, match):
@@ -230,20 +239,48 @@ def test_refuses_what_does_not_fit(changed, match):
         native_sparse_attention(**fitting | changed)
 
 
+@pytest.mark.parametrize(
+    "listed", [[0, 2, -1], [1, 2, -1], [0, 1, 2], [-1, 1, 2], [1, -1, 2], [2, 1, -1], [1, 1, 2], [1, 2, 3], [0, 1, -1]]
+)
+def test_a_selection_has_its_form_and_near_blocks(listed):
+    """Of the last token, whose block is the third."""
+    selection = near_selection(9, 2, 4, 2)
+    selection[-1, 1] = torch.tensor(listed)
+    allowed = listed in ([1, 2, -1], [0, 1, 2])
+    with nullcontext() if allowed else pytest.raises(ValueError, match="ascending"):
+        tensors = (torch.zeros(9, 2, n) for n in (8, 8, 8, 3))
+        native_sparse_attention(*tensors, Sequences.of([9]), 4, 3, 2, selection)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_nothing_waits_for_the_gpu():
-    lengths, sizes = (131, 1, 290), (16, 4, 40)
+    """In training, selecting for some rows alone, a first piece, a later one and a step."""
+    lengths, sizes = (131, 33, 290), (16, 4, 40)
     sequences = Sequences.of(lengths, "cuda")
     q, k, v, gates = (x.cuda().requires_grad_() for x in first(inputs(lengths, head_dim=16, dtype=torch.float32)))
-    cache = NSACache.empty(3, 2, 16, 16, dtype=q.dtype, device="cuda")
+    pieces = [
+        (Sequences.of(each.lengths, "cuda", each.starts.cuda() if n else None), rows.cuda())
+        for n, (each, rows) in enumerate(cut([(100, 20, 200), (30, 12, 89), (1, 1, 1)]))
+    ]
+    caches = [NSACache.empty(3, 2, 16, 16, dtype=q.dtype, device="cuda") for _ in range(2)]
+    outputs = []
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        o, selection = native_sparse_attention(q, k, v, gates.sigmoid(), sequences, *sizes)
-        native_sparse_attention(q, k, v, gates.sigmoid(), sequences, *sizes, selection)[0].sum().backward()
+        o, selection = native_sparse_attention(q, k, v, gates, sequences, *sizes)
+        native_sparse_attention(q, k, v, gates, sequences, *sizes, selection)[0].sum().backward()
+        some = select_blocks(q[90:400], k, sequences, *sizes[:2], (90, 400))
         with torch.no_grad():
-            cached, _ = native_sparse_attention_with_cache(q, k, v, gates.sigmoid(), cache, sequences, *sizes)
+            for scored, cache in zip((None, q), caches, strict=True):
+                for each, rows in pieces:
+                    x, queries = (y[rows] for y in (q, k, v, gates)), None if scored is None else scored[rows]
+                    part, cache = native_sparse_attention_with_cache(
+                        *x, cache, each, *sizes, in_place=True, queries=queries
+                    )
+                    outputs.append((part, rows))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(cached, o, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
+    assert torch.equal(some, selection[90:400])
+    for part, rows in outputs:
+        torch.testing.assert_close(part, o[rows], rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import interpreted
 from oracles_lte import FLOAT32_TOLERANCE, documents, leaf
+from oracles_nsa import joint_blocks
 
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.native_sparse_attention import triton_backward, triton_pairs
@@ -33,6 +34,9 @@ def cut(monkeypatch, items, tuning):
 @pytest.fixture(autouse=True)
 def small_tiles_and_items(monkeypatch):
     cut(monkeypatch, ITEMS, lambda *_: SMALL)
+    if DEVICE == "cpu":
+        # Sorting takes most of the time on Triton's interpreter.
+        monkeypatch.setattr(triton_backward, "union", joint_blocks)
 
 
 def inputs(lengths, query_heads, heads, head_dim, dtype=torch.float32):
@@ -165,6 +169,18 @@ def test_a_block_that_all_choose_and_one_that_nobody_does(hot, avoid):
     lengths = (84, 20)
     pairs = inputs(lengths, 2, 1, 16)
     check(pairs, random_selection(lengths, 1, 16, 3 + (hot is not None), hot, avoid), lengths, 16, 20)
+
+
+def test_items_have_room_for_the_pairs_of_whatever_selection(monkeypatch):
+    """Whatever a list lacks, no program may read another's sums."""
+    monkeypatch.setattr(triton_pairs, "ITEM", 3)
+    lengths, num_blocks = (100, 16, 33, 1), 4
+    for selection in (
+        random_selection(lengths, 2, 16, num_blocks),
+        torch.arange(num_blocks, dtype=torch.int32).repeat(sum(lengths), 2, 1),  # all far in a long document
+    ):
+        pairs = triton_pairs.far_pairs(selection.to(DEVICE), Sequences.of(lengths, DEVICE), 16)
+        assert (pairs.item_first[:, -1] <= pairs.item_block.shape[1]).all()
 
 
 def test_lengths_around_borders_of_blocks():

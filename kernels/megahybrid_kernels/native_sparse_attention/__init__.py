@@ -8,7 +8,7 @@ from torch import Tensor
 from megahybrid_kernels.backend import check_devices, takes_triton, unsupported_head_dims
 from megahybrid_kernels.native_sparse_attention import reference
 from megahybrid_kernels.native_sparse_attention.cache import NSACache
-from megahybrid_kernels.native_sparse_attention.limits import BLOCK_SIZES, FORCED_BLOCKS
+from megahybrid_kernels.native_sparse_attention.limits import BLOCK_SIZES, FORCED_BLOCKS, MOST_BLOCKS
 from megahybrid_kernels.sequences import Sequences
 
 __all__ = ["NSACache", "native_sparse_attention", "native_sparse_attention_with_cache", "select_blocks", "unsupported"]
@@ -38,24 +38,25 @@ def native_sparse_attention(
     Args:
         q: `[tokens, query_heads, head_dim]`, rotated.
         k, v: `[tokens, kv_heads, head_dim]`, k rotated; query head n uses KV head `n // (query_heads // kv_heads)`.
-        gates: `[tokens, query_heads, 3]`, factors of the compressed, the selected and the window branch; none may be
-            negative.
+        gates: `[tokens, query_heads, 3]`, factors of the compressed, the selected and the window branch, none negative.
         sequences: borders of the packed documents; blocks begin where a document does.
         block_size: tokens of a block.
-        num_blocks: blocks that a query selects, the forced ones included.
+        num_blocks: blocks that a query selects, the forced ones included, at most `limits.MOST_BLOCKS`.
         window_size: keys that a query's window holds.
-        selection: what `select_blocks` returned, in place of choosing here. Another must be of the same form and hold
-            the blocks that a query always takes: the kernels' gradients rely on both.
+        selection: what `select_blocks` returned, in place of choosing here. Another must be of the same form, and hold
+            each query's own block and the one before.
 
     Returns:
         `[tokens, query_heads, head_dim]` in q's dtype, and the selection. Logits are scaled by `head_dim ** -0.5`.
         Gradients reach q, k, v and gates; the selection is constant.
 
     Raises:
-        ValueError: shapes or devices do not fit, `block_size` or `window_size` is below 1, or `num_blocks` below 3.
+        ValueError: shapes or devices do not fit, `block_size` or `window_size` is below 1, or `num_blocks` is none that
+            a query can select. On a CPU also: a gate is negative, or a selection is not such; on a GPU, where looking
+            would wait for it, their gradients are NaN.
     """
     _check(q, k, sequences, block_size, num_blocks, (0, sequences.tokens))
-    _check_values(q, k, v, gates, window_size)
+    _check_shapes(q, k, v, gates, window_size)
     if selection is not None and (selection.dtype, selection.shape) != (torch.int32, (*k.shape[:2], num_blocks)):
         expected = f"int32 {[*k.shape[:2], num_blocks]}"
         raise ValueError(f"a selection is {expected}, not {selection.dtype} {list(selection.shape)}")
@@ -64,6 +65,8 @@ def native_sparse_attention(
         from megahybrid_kernels.native_sparse_attention import triton as backend
     else:
         backend = reference
+        if gates.device.type == "cpu":
+            _check_values(gates, selection, sequences, block_size)
     return backend.native_sparse_attention(q, k, v, gates, sequences, block_size, num_blocks, window_size, selection)
 
 
@@ -136,7 +139,7 @@ def native_sparse_attention_with_cache(
     """
     for each in (q,) if queries is None else (q, queries):
         _check(each, k, sequences, block_size, num_blocks, (0, sequences.tokens))
-    _check_values(q, k, v, gates, window_size)
+    _check_shapes(q, k, v, gates, window_size)
     if (cache.count, cache.block_size) != (sequences.count, block_size):
         raise ValueError(
             f"the cache holds {cache.count} sequences in blocks of {cache.block_size}, but {sequences.count} in blocks "
@@ -176,16 +179,32 @@ def _check(q: Tensor, k: Tensor, sequences: Sequences, block_size: int, num_bloc
         raise ValueError(f"k has {k.shape[0]} tokens, but the sequences have {sequences.tokens}")
     if not 0 <= rows[0] < rows[1] <= sequences.tokens or q.shape[0] != rows[1] - rows[0]:
         raise ValueError(f"q has {q.shape[0]} tokens, but should have rows {rows[0]} to {rows[1]} of {k.shape[0]}")
-    if block_size < 1 or num_blocks < FORCED_BLOCKS:
+    if block_size < 1 or not FORCED_BLOCKS <= num_blocks <= MOST_BLOCKS:
         raise ValueError(
-            f"block_size {block_size} must be at least 1, and num_blocks {num_blocks} the {FORCED_BLOCKS} forced blocks"
+            f"block_size {block_size} must be at least 1, and num_blocks {num_blocks} from the {FORCED_BLOCKS} forced "
+            f"blocks to {MOST_BLOCKS}"
         )
     check_devices(q, k, sequences.cu_seqlens)
 
 
-def _check_values(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, window_size: int) -> None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, window_size: int) -> None:
     if v.shape != k.shape or gates.shape != (*q.shape[:2], 3):
         shapes = ", ".join(str(list(x.shape)) for x in (q, k, v, gates))
         raise ValueError(f"q, k, v and gates do not fit together: {shapes}")
     if window_size < 1:
         raise ValueError(f"window_size counts the query itself and must be at least 1, but is {window_size}")
+
+
+def _check_values(gates: Tensor, selection: Tensor | None, sequences: Sequences, block_size: int) -> None:
+    if (gates < 0).any():
+        raise ValueError("gates weigh the branches: none may be negative")
+    if selection is None:
+        return
+    current, blank = (sequences.offsets // block_size)[:, None, None], torch.iinfo(selection.dtype).max
+    numbers = torch.where(selection < 0, blank, selection)
+    ascending = (numbers.diff(dim=2) > 0) | (numbers[..., 1:] == blank)
+    own, before = selection.amax(2, keepdim=True) == current, (selection == (current - 1).clamp(min=0)).any(2)
+    if not (ascending.all() and own.all() and before.all()):
+        raise ValueError(
+            "a selection has ascending numbers of blocks and then -1, and each query's own block and the one before"
+        )

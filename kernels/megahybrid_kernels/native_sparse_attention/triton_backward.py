@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megahybrid_kernels.integers import cdiv
+from megahybrid_kernels.heads import row_strides
+from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.native_sparse_attention import triton_pairs
 from megahybrid_kernels.native_sparse_attention.triton_key_gradient import (
     compressed_gradient_kernel,
@@ -19,7 +20,7 @@ from megahybrid_kernels.native_sparse_attention.triton_key_gradient import (
     selected_gradient_kernel,
 )
 from megahybrid_kernels.native_sparse_attention.triton_pairs import PooledItems, far_pairs, pooled_items
-from megahybrid_kernels.native_sparse_attention.triton_plan import Saved, Shape, row_strides
+from megahybrid_kernels.native_sparse_attention.triton_plan import Saved, Shape
 from megahybrid_kernels.native_sparse_attention.triton_query_gradient import prepare_kernel, query_gradient_kernel
 from megahybrid_kernels.native_sparse_attention.triton_union import union
 from megahybrid_kernels.sequences import Sequences
@@ -82,9 +83,9 @@ class _Backward:
         """Tokens of a step over query rows."""
         return max(1, launch.size // self.shape.heads)
 
-    def partial_sums(self, items: int, rows: int) -> tuple[Tensor, Tensor]:
+    def partial_sums(self, *rows: int) -> tuple[Tensor, Tensor]:
         """For dk and dv."""
-        size = (self.shape.kv_heads, items, rows, self.shape.head_dim)
+        size = (*rows, self.shape.head_dim)
         return tuple(torch.empty(size, dtype=torch.float32, device=self.do.device) for _ in range(2))
 
     def constants(self) -> dict[str, object]:
@@ -101,8 +102,9 @@ class _Backward:
         constants = shape.constants(self.do.dtype)
         prepare_kernel[cdiv(rows, size)](
             self.do, saved.o_compressed, saved.o_selected, saved.o_window, saved.lse_compressed, saved.lse_selected,
-            saved.lse_window, saved.gates, dgates, *statistics, rows,
-            HEAD_DIM=shape.head_dim, WIDTH=constants["WIDTH"], ROWS=size,
+            saved.lse_window, saved.gates, saved.selection, self.sequences.begins, dgates, *statistics, rows,
+            shape.kv_heads, HEAD_DIM=shape.head_dim, WIDTH=constants["WIDTH"], GROUPS=shape.groups,
+            BLOCK=shape.block_size, NUM_BLOCKS=shape.num_blocks, SLOTS=next_power_of_2(shape.num_blocks), ROWS=size,
         )  # fmt: skip
         return dgates, statistics
 
@@ -128,7 +130,9 @@ class _Backward:
         blocks = self.sequences.tiles(shape.block_size)
         pairs = far_pairs(saved.selection, self.sequences, shape.block_size)
         items = pairs.item_block.shape[1]
-        sums = self.partial_sums(items, shape.block_size)
+        sums = self.partial_sums(shape.kv_heads, items, shape.block_size)
+        if items == 0:
+            return pairs.item_first, sums
         selected_gradient_kernel[items * (shape.block_size // self.keys) * shape.kv_heads](
             q, k, v, self.do, *sums, statistics, *pairs, blocks.firsts, *row_strides(k, v), blocks.count, items,
             pairs.tokens.shape[1], shape.log2_scale, **self.constants(), ITEM=triton_pairs.ITEM, KEYS=self.keys,
@@ -140,12 +144,13 @@ class _Backward:
         """The items, and their partial sums."""
         saved, shape, launch = self.saved, self.shape, self.tune.compressed
         pooled = pooled_items(self.sequences, shape.block_size)
-        items = pooled.item_tile.shape[0]
-        sums = self.partial_sums(items, triton_pairs.POOLED)
+        items, sums = pooled.item_tile.shape[0], self.partial_sums(pooled.rows, shape.kv_heads)
+        if items == 0:
+            return pooled, sums
         compressed_gradient_kernel[items * (triton_pairs.POOLED // self.tune.keys) * shape.kv_heads](
             saved.q, saved.pooled_k, saved.pooled_v, self.do, *sums, statistics, self.sequences.begins,
             self.sequences.ends, self.sequences.tiles(shape.block_size).before, pooled.firsts, pooled.item_tile,
-            pooled.item_begin, items, shape.log2_scale, **self.constants(), **_parts(),
+            pooled.item_begin, pooled.item_row, items, shape.log2_scale, **self.constants(), **_parts(),
             KEYS=self.tune.keys, QUERIES=self.queries(launch), **launch.options(),
         )  # fmt: skip
         return pooled, sums
@@ -160,10 +165,10 @@ class _Backward:
         blocks = self.sequences.tiles(shape.block_size)
         key_gradient_kernel[blocks.count * (shape.block_size // self.keys) * shape.kv_heads](
             q, k, v, self.do, dk, dv, *selected_sums, *pooled_sums, selected, window, self.sequences.begins,
-            self.sequences.ends, blocks.firsts, item_first, pooled.before, pooled.item_first, *row_strides(k, v),
-            blocks.count, selected_sums[0].shape[1], pooled_sums[0].shape[1], self.window, shape.log2_scale,
-            shape.softmax_scale, **self.constants(), **_parts(), KEYS=self.keys, POOLED_KEYS=self.tune.keys,
-            QUERIES=self.queries(launch), **launch.options(),
+            self.sequences.ends, blocks.firsts, item_first, pooled.before, pooled.row_first, *row_strides(k, v),
+            blocks.count, selected_sums[0].shape[1], self.window, shape.log2_scale, shape.softmax_scale,
+            **self.constants(), **_parts(), KEYS=self.keys, POOLED_KEYS=self.tune.keys, QUERIES=self.queries(launch),
+            **launch.options(),
         )  # fmt: skip
         return dk, dv
 
@@ -178,7 +183,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv and dgates, contiguous, in the dtypes of what they are gradients of.
 
-    Gates are not negative, and each row of the selection holds the blocks that `select_blocks` never leaves out.
+    They are NaN where a gate is negative, or a row of the selection lacks its token's own block or the one before.
 
     Args:
         do: as q, contiguous.

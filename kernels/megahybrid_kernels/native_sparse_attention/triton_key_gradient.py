@@ -17,7 +17,7 @@ import triton.language as tl
 
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.native_sparse_attention.triton_query_gradient import load_statistics
-from megahybrid_kernels.rows import load_all_rows, load_rows
+from megahybrid_kernels.rows import load_all_rows, load_rows, store_rows
 from megahybrid_kernels.softmax_gradients import key_step
 
 
@@ -149,15 +149,15 @@ def part_tokens(length, PART: tl.constexpr, MOST_PARTS: tl.constexpr):
 @kernel
 def compressed_gradient_kernel(
     q, pooled_k, pooled_v, do, dk_partial, dv_partial, statistics, begins, ends, blocks_before, tile_firsts,
-    item_tile, item_begin, items, scale,
+    item_tile, item_begin, item_row, items, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
     POOLED: tl.constexpr, PART: tl.constexpr, MOST_PARTS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What KEYS of POOLED neighbouring means get from a part of their document's tokens: one item of `PooledItems`.
 
-    pooled_k, pooled_v: `[blocks, kv_heads, HEAD_DIM]`; dk_partial, dv_partial: fp32 `[kv_heads, items, POOLED, …]`.
-    Rows of means that do not exist, and items before the first token that sees their means, are left as they are.
+    pooled_k, pooled_v: `[blocks, kv_heads, HEAD_DIM]`; dk_partial, dv_partial: fp32 `[rows, kv_heads, HEAD_DIM]`.
+    Items before the first token that sees their means are left as they are.
     """
     PARTS: tl.constexpr = POOLED // KEYS
     program = tl.program_id(0) // PARTS
@@ -200,19 +200,23 @@ def compressed_gradient_kernel(
                 dk, dv, k_tile, v_tile, i * query_heads, places, exists & (token < i1),
                 token[None, :] >= lower[:, None], q, do, statistics, scale, HEAD_DIM, WIDTH, True, False, PRECISION,
             )  # fmt: skip
-        rows = (head * items + item) * POOLED + tl.program_id(0) % PARTS * KEYS + tl.arange(0, KEYS)
-        _store_partial(dk_partial, rows, dk, HEAD_DIM, WIDTH)
-        _store_partial(dv_partial, rows, dv, HEAD_DIM, WIDTH)
+        # By what is loaded here, so that the loops hold none of it.
+        first_row = tl.load(item_row + item)
+        slot = tl.program_id(0) % PARTS * KEYS + tl.arange(0, KEYS)
+        exist = slot < tl.load(item_row + item + 1) - first_row
+        rows = (first_row + slot) * heads + head
+        store_rows(dk_partial, dk, rows, exist, HEAD_DIM, 0, HEAD_DIM, WIDTH)
+        store_rows(dv_partial, dv, rows, exist, HEAD_DIM, 0, HEAD_DIM, WIDTH)
 
 
 @triton.jit
 def _pooled_gradient(
-    partial, head, items, first_item, first_part, parts, slot,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, POOLED: tl.constexpr, MOST_PARTS: tl.constexpr,
+    partial, first_row, row_stride, first_part, parts,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, MOST_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """`[WIDTH]`: one mean's rows of partial sums, added up."""
+    """`[WIDTH]`: one mean's rows of partial sums, of each part one, added up."""
     part, column = tl.arange(0, MOST_PARTS), tl.arange(0, WIDTH)
-    rows = (head * items + first_item + part) * POOLED + slot
+    rows = first_row + part * row_stride
     mask = ((part >= first_part) & (part < parts))[:, None] & (column < HEAD_DIM)[None, :]
     return tl.sum(tl.load(partial + rows[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0), 0)
 
@@ -220,8 +224,8 @@ def _pooled_gradient(
 @kernel
 def key_gradient_kernel(
     q, k, v, do, dk, dv, selected_dk, selected_dv, pooled_dk, pooled_dv, selected_statistics, window_statistics,
-    begins, ends, block_firsts, pair_item_first, pooled_tiles_before, pooled_item_first,
-    k_stride, k_head_stride, v_stride, v_head_stride, blocks, pair_items, pooled_items, window, scale, softmax_scale,
+    begins, ends, block_firsts, pair_item_first, pooled_tiles_before, pooled_row_first,
+    k_stride, k_head_stride, v_stride, v_head_stride, blocks, pair_items, window, scale, softmax_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
     POOLED: tl.constexpr, PART: tl.constexpr, MOST_PARTS: tl.constexpr, KEYS: tl.constexpr, POOLED_KEYS: tl.constexpr,
     QUERIES: tl.constexpr, PRECISION: tl.constexpr,
@@ -280,21 +284,19 @@ def key_gradient_kernel(
             sums = rows[:, None] * HEAD_DIM + column[None, :]
             dk_acc += tl.load(selected_dk + sums, mask=mask, other=0)
             dv_acc += tl.load(selected_dv + sums, mask=mask, other=0)
-        n = (row0 - begin) // BLOCK
-        if n < (end - begin) // BLOCK:
+        n, complete = (row0 - begin) // BLOCK, (end - begin) // BLOCK
+        if n < complete:
             size = part_tokens(end - begin, PART, MOST_PARTS)
-            tile = tl.load(pooled_tiles_before + row0) + n // POOLED
-            first_pooled_item = tl.load(pooled_item_first + tile)
+            first_row = tl.load(pooled_row_first + tl.load(pooled_tiles_before + row0) + n // POOLED) + n % POOLED
+            means = tl.minimum(complete - n // POOLED * POOLED, POOLED)
             # The parts from the first token on that sees one of the means that were summed together.
-            first_part = ((n // POOLED_KEYS * POOLED_KEYS + 1) * BLOCK - 1) // size
-            parts, slot = tl.cdiv(end - begin, size), n % POOLED
+            first_part, parts = ((n // POOLED_KEYS * POOLED_KEYS + 1) * BLOCK - 1) // size, tl.cdiv(end - begin, size)
+            first_row, row_stride = first_row * heads + head, means * heads
             dk_pooled = _pooled_gradient(
-                pooled_dk, head, pooled_items, first_pooled_item, first_part, parts, slot,
-                HEAD_DIM, WIDTH, POOLED, MOST_PARTS,
+                pooled_dk, first_row, row_stride, first_part, parts, HEAD_DIM, WIDTH, MOST_PARTS
             )  # fmt: skip
             dv_pooled = _pooled_gradient(
-                pooled_dv, head, pooled_items, first_pooled_item, first_part, parts, slot,
-                HEAD_DIM, WIDTH, POOLED, MOST_PARTS,
+                pooled_dv, first_row, row_stride, first_part, parts, HEAD_DIM, WIDTH, MOST_PARTS
             )  # fmt: skip
             dk_acc += dk_pooled[None, :] / BLOCK
             dv_acc += dv_pooled[None, :] / BLOCK

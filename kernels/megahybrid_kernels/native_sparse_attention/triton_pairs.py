@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.launch import kernel
-from megahybrid_kernels.sequences import Sequences
+from megahybrid_kernels.sequences import Sequences, numbered
 
 # Tokens of an item of far pairs.
 ITEM = 1024
@@ -42,20 +42,24 @@ class Pairs(NamedTuple):
 
 
 class PooledItems(NamedTuple):
-    """Pairs of a tile, POOLED neighbouring means of one document, and a part of the document's tokens.
+    """Pairs of a tile, at most POOLED neighbouring means of one document, and a part of the document's tokens.
 
     Attributes:
+        rows: of partial sums, one of each mean and part; a tile's are those of its first part, of its second, ...
+        row_first: int64 `[tiles + 1]`, rows before each tile's.
         firsts: int32 `[tiles]`, the first token of each tile's first block.
         before: int32 `[tokens]`, tiles of the documents before each token's.
-        item_first: int32 `[tiles]`, items before each tile.
-        item_tile, item_begin: int32 `[items]`, each item's tile and the first token of its part.
+        item_tile: int64 `[items]`; item_begin: int32 `[items]`, each item's tile and the first token of its part.
+        item_row: int64 `[items + 1]`, rows before each item's.
     """
 
+    rows: int
+    row_first: Tensor
     firsts: Tensor
     before: Tensor
-    item_first: Tensor
     item_tile: Tensor
     item_begin: Tensor
+    item_row: Tensor
 
 
 @kernel
@@ -73,7 +77,8 @@ def pair_keys_kernel(
     row = token.to(tl.int64)
     places = ((row * heads + head) * NUM_BLOCKS)[:, None] + slot[None, :]
     n = tl.load(selection + places, mask=mask, other=-1)
-    far = (n >= 0) & (n < ((token - begin) // BLOCK - 1)[:, None])
+    # The last two slots are of near blocks, or of none: of whatever selection, no more pairs are far than have a place.
+    far = (slot < NUM_BLOCKS - 2)[None, :] & (n >= 0) & (n < ((token - begin) // BLOCK - 1)[:, None])
     key = tl.where(far, before[:, None] + n, blocks)
     places = ((head.to(tl.int64) * tokens + row) * NUM_BLOCKS)[:, None] + slot[None, :]
     tl.store(keys + places, key.to(keys.dtype.element_ty), mask=mask)
@@ -93,10 +98,19 @@ def far_pairs(selection: Tensor, sequences: Sequences, block_size: int) -> Pairs
     first = torch.searchsorted(keys, borders)
     ends = ((first.diff(dim=1) + ITEM - 1) // ITEM).cumsum(1, dtype=torch.int32)
     item_first = F.pad(ends, (1, 0))
-    # Two of a token's blocks are near it; each block's last item may be short.
-    items = torch.arange(blocks.count + tokens * (num_blocks - 2) // ITEM, dtype=torch.int32, device=keys.device)
+    items = torch.arange(_far_items(sequences, block_size, num_blocks), dtype=torch.int32, device=keys.device)
     item_block = torch.searchsorted(ends, items.expand(heads, -1).contiguous(), right=True, out_int32=True)
     return Pairs((places // num_blocks).to(torch.int32), first, item_first, item_block)
+
+
+def _far_items(sequences: Sequences, block_size: int, num_blocks: int) -> int:
+    """Items at most: a document's last two blocks have no far pairs, each other's last item may be short, and two of a
+    token's blocks are near it."""
+    items = pairs = 0
+    for length, n in Counter(sequences.lengths).items():
+        items += n * max(0, cdiv(length, block_size) - 2)
+        pairs += n * max(0, length - 2 * block_size) * (num_blocks - 2)
+    return items + pairs // ITEM
 
 
 def _part(length):
@@ -105,17 +119,26 @@ def _part(length):
 
 
 def pooled_items(sequences: Sequences, block_size: int) -> PooledItems:
-    """The items of all documents."""
-    span = POOLED * block_size
-    tiles = sequences.tiles(span)
-    begins = sequences.begins[tiles.firsts]
-    lengths = sequences.ends[tiles.firsts] - begins
-    ends = ((lengths + _part(lengths) - 1) // _part(lengths)).cumsum(0, dtype=torch.int32)
-    first = F.pad(ends[:-1], (1, 0))
-    total = sum(
-        n * cdiv(length, span) * cdiv(length, _part(length)) for length, n in Counter(sequences.lengths).items()
+    """The items of all documents; those that have no complete block have none."""
+    borders = sequences.cu_seqlens.to(torch.int32)
+    means = borders.diff() // block_size
+    tiles = items = rows = 0
+    for length, n in Counter(sequences.lengths).items():
+        parts, each = cdiv(length, _part(length)), cdiv(length // block_size, POOLED)
+        tiles, items, rows = tiles + n * each, items + n * each * parts, rows + n * (length // block_size) * parts
+    document, tile, before = numbered((means + POOLED - 1) // POOLED, tiles)
+    begins, ends = borders[document], borders[document + 1]
+    part = _part(ends - begins)
+    parts = (ends - begins + part - 1) // part
+    each = (means[document] - tile * POOLED).clamp(max=POOLED)
+    row_first = F.pad((parts * each).cumsum(0), (1, 0))
+    item_tile, item, _ = numbered(parts, items)
+    return PooledItems(
+        rows=rows,
+        row_first=row_first,
+        firsts=begins + tile * POOLED * block_size,
+        before=before[sequences.index],
+        item_tile=item_tile,
+        item_begin=begins[item_tile] + item * part[item_tile],
+        item_row=F.pad(each[item_tile].cumsum(0), (1, 0)),
     )
-    items = torch.arange(total, dtype=torch.int32, device=ends.device)
-    tile = torch.searchsorted(ends, items, right=True, out_int32=True)
-    begin = begins[tile] + (items - first[tile]) * _part(lengths[tile])
-    return PooledItems(tiles.firsts, tiles.before, first, tile, begin)

@@ -19,41 +19,60 @@ from megahybrid_kernels.softmax_gradients import query_step
 
 
 @triton.jit
+def _has_near_blocks(
+    selection, begins, row, inside, heads, GROUPS: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Whether each row's list holds its token's own block and the one before, which the kernels take for granted."""
+    pair, slot = row // GROUPS, tl.arange(0, SLOTS)
+    mask = inside[:, None] & (slot < NUM_BLOCKS)[None, :]
+    n = tl.load(selection + (pair * NUM_BLOCKS)[:, None] + slot[None, :], mask=mask, other=-1)
+    token = pair // heads
+    current = (token - tl.load(begins + token, mask=inside, other=0)) // BLOCK
+    near = (n >= tl.maximum(current - 1, 0)[:, None]).to(tl.int32)
+    return tl.sum(near, 1) == tl.minimum(current, 1) + 1
+
+
+@triton.jit
 def _prepare_branch(
-    do, o, lse, gates, dgates, statistics, row, inside, BRANCH: tl.constexpr,
+    do, o, lse, gates, dgates, statistics, row, inside, known, BRANCH: tl.constexpr,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     o_tile = load_rows(o, row, inside, HEAD_DIM, 0, HEAD_DIM, WIDTH)
     dgate = tl.sum(do * o_tile.to(tl.float32), 1)
     gate = tl.load(gates + row * 3 + BRANCH, mask=inside, other=1).to(tl.float32)
     total = tl.load(lse + row, mask=inside, other=0) - tl.log2(gate)
+    total = tl.where(known, total, float("nan"))
     tl.store(dgates + row * 3 + BRANCH, dgate.to(dgates.dtype.element_ty), mask=inside)
     tl.store(statistics + row[:, None] * 2 + tl.arange(0, 2)[None, :], tl.join(total, dgate), mask=inside[:, None])
 
 
 @kernel
 def prepare_kernel(
-    do, o_compressed, o_selected, o_window, lse_compressed, lse_selected, lse_window, gates, dgates,
-    statistics_compressed, statistics_selected, statistics_window, rows,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    do, o_compressed, o_selected, o_window, lse_compressed, lse_selected, lse_window, gates, selection, begins, dgates,
+    statistics_compressed, statistics_selected, statistics_window, rows, heads,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dgates, and of each branch fp32 `[rows, 2]` for the kernels after it: log-denominator with its gate, and delta.
 
-    All contiguous; rows are pairs of a token and a query head. A gate of 0 makes a log-denominator inf.
+    All contiguous; rows are pairs of a token and a query head. A gate of 0 makes a log-denominator inf; a negative one,
+    or a selection without near blocks, NaN, and so all gradients that it enters.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     do_tile = load_rows(do, row, inside, HEAD_DIM, 0, HEAD_DIM, WIDTH).to(tl.float32)
     _prepare_branch(
-        do_tile, o_compressed, lse_compressed, gates, dgates, statistics_compressed, row, inside, 0,
+        do_tile, o_compressed, lse_compressed, gates, dgates, statistics_compressed, row, inside, inside, 0,
+        HEAD_DIM, WIDTH,
+    )  # fmt: skip
+    known = _has_near_blocks(selection, begins, row, inside, heads, GROUPS, BLOCK, NUM_BLOCKS, SLOTS)
+    _prepare_branch(
+        do_tile, o_selected, lse_selected, gates, dgates, statistics_selected, row, inside, known, 1,
         HEAD_DIM, WIDTH,
     )  # fmt: skip
     _prepare_branch(
-        do_tile, o_selected, lse_selected, gates, dgates, statistics_selected, row, inside, 1,
-        HEAD_DIM, WIDTH,
-    )  # fmt: skip
-    _prepare_branch(
-        do_tile, o_window, lse_window, gates, dgates, statistics_window, row, inside, 2, HEAD_DIM, WIDTH
+        do_tile, o_window, lse_window, gates, dgates, statistics_window, row, inside, inside, 2, HEAD_DIM, WIDTH
     )  # fmt: skip
 
 

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 BRANCHES = 3
 """Compressed, selected and window, each with a gate of its own."""
-FORCED = 3
-"""Blocks that every query selects: the document's first, its own and the one before."""
 
 
 @dataclass
 class NSAConfig:
-    """Native sparse attention (N): to every block's mean, to all of a few blocks, and to a window."""
+    """Native sparse attention (N): to every block's mean, to all of a few blocks, and to a window.
+
+    Ranges are those of `megahybrid_kernels.native_sparse_attention.limits`, which is not read here: it needs torch.
+    """
 
     num_heads: int = key(32)
     """Query heads."""
@@ -33,7 +34,7 @@ class NSAConfig:
     """Channels of a head."""
     block_size: int = key(64, choices=(16, 32, 64))
     """Tokens of a block, which is pooled to one key and value, and selected as a whole."""
-    num_blocks: int = key(16, at_least=FORCED + 1)
+    num_blocks: int = key(16, at_least=3, at_most=64)
     """Blocks that a query selects; the document's first, its own and the one before are always among them."""
     window_size: int = key(512)
     """Keys that a query sees in its window, itself included."""
@@ -86,16 +87,15 @@ class NSAKind(AttentionKind):
         Backward, when the o of all is gone: gradients of q and o, w Q more, of k and v, 2 w K, and of gates, 3 w a
         query head; six scalars a query head, 24; selections by block, 8 a KV head and block; and sums of k's and v's
         gradients in fp32, 8 K a row: for each block and every ITEM selections of others, and for means by part of a
-        document.
+        document. Of shorter documents in the batch these sums are fewer.
         """
-        from megahybrid_kernels.native_sparse_attention.triton_pairs import ITEM, PART, PARTS, POOLED
+        from megahybrid_kernels.native_sparse_attention.triton_pairs import ITEM, PART, PARTS
 
         nsa, width = model.nsa, batch.width
         (queries, keys), heads = widths(nsa, batch), nsa.num_heads / batch.ranks
         selected = 4 * nsa.num_blocks * keys / nsa.head_dim
         saved = width * (5 * queries + 2 * keys * (1 + 1 / nsa.block_size)) + BRANCHES * (width + 4) * heads + selected
-        tiles, parts = -(-batch.length // (POOLED * nsa.block_size)), min(PARTS, -(-batch.length // PART))
-        sums = 1 + nsa.block_size * (nsa.num_blocks - 2) / ITEM + POOLED * tiles * parts / batch.length
+        sums = 1 + nsa.block_size * (nsa.num_blocks - 2) / ITEM + min(PARTS, -(-batch.length // PART)) / nsa.block_size
         backward = width * (queries + 2 * keys) + BRANCHES * (width + 8) * heads + 2 * selected + 8 * keys * sums
         return Activations(saved, backward, selected)
 

@@ -7,11 +7,13 @@ from oracles_nsa import oracle_attention, oracle_selection
 
 import megahybrid.mixers.nsa.module as nsa
 from megahybrid.config.schema import ParallelConfig
-from megahybrid.key import derived
+from megahybrid.key import derived, keys
 from megahybrid.mixers import KINDS
+from megahybrid.mixers.nsa import NSAConfig
 from megahybrid.model.context import Context, Watch
 from megahybrid.parallel import groups
 from megahybrid_kernels import Sequences
+from megahybrid_kernels.native_sparse_attention import limits
 from tests.model import tiny
 from tests.model.test_gradients import assert_gradients_match, autograd_gradients
 
@@ -49,6 +51,12 @@ def by_hand(mixer, x):
 def layer_and_input():
     torch.manual_seed(0)
     return tiny.model("N").layers["0"].mixer, torch.randn(sum(LENGTHS), 1, 16, dtype=torch.float64)
+
+
+def test_the_keys_take_what_the_op_takes():
+    rules = {name: each for name, _, each in keys(NSAConfig())}
+    assert rules["block_size"].choices == limits.BLOCK_SIZES
+    assert (rules["num_blocks"].at_least, rules["num_blocks"].at_most) == (limits.FORCED_BLOCKS, limits.MOST_BLOCKS)
 
 
 def test_a_layer_is_what_its_weights_say():
