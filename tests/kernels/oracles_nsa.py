@@ -9,6 +9,10 @@ import torch
 from oracles_lte import documents
 from torch import Tensor
 
+from megahybrid_kernels import Sequences
+from megahybrid_kernels.native_sparse_attention.triton_plan import tiles_of
+from megahybrid_kernels.native_sparse_attention.triton_union import Union
+
 
 def block_means(x: Tensor, block_size: int) -> Tensor:
     """x [n, H, D] of one document -> [blocks, H, D] of its complete blocks, rounded as x is."""
@@ -76,6 +80,26 @@ def near_selection(tokens: int, heads: int, block_size: int, *others: int) -> Te
         chosen = [current - n for n in (*others, 1, 0) if n <= current]
         lists.append(chosen + [-1] * (len(others) + 2 - len(chosen)))
     return torch.tensor(lists, dtype=torch.int32)[:, None].repeat(1, heads, 1)
+
+
+def joint_blocks(selection: Tensor, sequences: Sequences, size: int, rows: tuple[int, int] | None = None) -> Union:
+    """Of the tiles that hold `rows`, all without, as `triton_union.union` gives it; selection is that of these rows."""
+    begin, end = rows or (0, sequences.tokens)
+    tiles, first, count = tiles_of(sequences, size, (begin, end))
+    lists, (_, heads, num_blocks) = selection.tolist(), selection.shape
+    blocks, members = selection.new_full((2, count, heads, size * num_blocks), -1)
+    counts = selection.new_zeros(count, heads)
+    for tile, i0 in enumerate(tiles.firsts[first : first + count].tolist()):
+        tokens = range(max(i0, begin), min(i0 + size, end, int(sequences.ends[i0])))
+        for h in range(heads):
+            listed: dict[int, int] = {}
+            for token in tokens:
+                for n in lists[token - begin][h]:
+                    listed[n] = listed.get(n, 0) | 1 << token - i0
+            found = sorted(item for item in listed.items() if item[0] >= 0)
+            blocks[tile, h, : len(found)], members[tile, h, : len(found)] = selection.new_tensor(found).reshape(-1, 2).T
+            counts[tile, h] = len(found)
+    return Union(blocks, members, counts)
 
 
 def flipped(

@@ -8,6 +8,7 @@ step. Bytes are those of the cached keys and values, `2 * kv_heads * head_dim` n
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -67,13 +68,10 @@ def _attend_split(
     tl.store(statistics + (query * 2 + 1) * splits + split, total, mask=row < GROUPS)
 
 
-@kernel
-def _join_and_append(
-    o, q, new_k, new_v, k, v, positions, parts, statistics, query_heads, capacity, splits, scale,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A query head's output from its splits and its own token, always added in the same order."""
-    head, sequence = tl.program_id(0) % query_heads, tl.program_id(0) // query_heads
+@triton.jit
+def new_token(q, new_k, new_v, scale, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """Of the query head that the program owns: its number, that of its KV head, columns and which are real, the new
+    token's key and value, and the query's logit of that key."""
     query = tl.program_id(0).to(tl.int64)
     pair = query // GROUPS  # query heads are a multiple of GROUPS a sequence
     column = tl.arange(0, WIDTH)
@@ -82,6 +80,17 @@ def _join_and_append(
     v_row = tl.load(new_v + pair * HEAD_DIM + column, mask=real, other=0)
     q_row = tl.load(q + query * HEAD_DIM + column, mask=real, other=0)
     own = tl.sum(q_row.to(tl.float32) * k_row.to(tl.float32), 0) * scale
+    return query, pair, column, real, k_row, v_row, own
+
+
+@kernel
+def _join_and_append(
+    o, q, new_k, new_v, k, v, positions, parts, statistics, query_heads, capacity, splits, scale,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A query head's output from its splits and its own token, always added in the same order."""
+    head, sequence = tl.program_id(0) % query_heads, tl.program_id(0) // query_heads
+    query, pair, column, real, k_row, v_row, own = new_token(q, new_k, new_v, scale, HEAD_DIM, WIDTH, GROUPS)
 
     statistics += query * 2 * splits
     each = tl.arange(0, SPLITS)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.exit_positions.triton import exit_positions
-from megahybrid_kernels.integers import cdiv, tile_width
+from megahybrid_kernels.heads import Heads, row_strides
+from megahybrid_kernels.integers import cdiv
 from megahybrid_kernels.lte_attention.triton_backward import (
     far_gradient_kernel,
     key_gradient_kernel,
@@ -23,7 +24,6 @@ from megahybrid_kernels.lte_attention.triton_backward import (
 )
 from megahybrid_kernels.lte_attention.triton_columns import Columns, Partition, far_columns, partition
 from megahybrid_kernels.lte_attention.triton_forward import forward_kernel
-from megahybrid_kernels.online_softmax import dot_precision, log2_scale
 from megahybrid_kernels.sequences import Sequences
 from megahybrid_kernels.tuning import Launch
 
@@ -71,13 +71,9 @@ def _pack(groups: int, rows: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _Shape(Heads):
     """What every launch needs to know of q, k and v."""
 
-    tokens: int
-    kv_heads: int
-    groups: int
-    head_dim: int
     pack: int
     tune: Tuning
 
@@ -92,23 +88,8 @@ class _Shape:
         """Tokens of a query tile."""
         return self.tune.rows // self.pack
 
-    @property
-    def softmax_scale(self) -> float:
-        return self.head_dim**-0.5
-
-    @property
-    def log2_scale(self) -> float:
-        return log2_scale(self.head_dim)
-
     def constants(self, dtype: torch.dtype) -> dict[str, object]:
-        """constexpr arguments that all kernels share."""
-        width = tile_width(self.head_dim)
-        sizes = {"HEAD_DIM": self.head_dim, "WIDTH": width, "PACK": self.pack, "GROUPS": self.groups // self.pack}
-        return sizes | {"PRECISION": dot_precision(dtype)}
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for x in tensors for stride in x.stride()[:2]]
+        return super().constants(dtype) | {"PACK": self.pack, "GROUPS": self.groups // self.pack}
 
 
 def _forward(
@@ -119,7 +100,7 @@ def _forward(
     launch = shape.tune.forward
     forward_kernel[part.tiles * shape.kv_heads * (shape.groups // shape.pack)](
         q, k, v, o, log_total, columns.until, part.begins, part.ends, columns.tile_lists, columns.tile_first,
-        columns.tile_full, columns.tile_count, *_strides(q, k, v), shape.tokens, part.window, shape.log2_scale,
+        columns.tile_full, columns.tile_count, *row_strides(q, k, v), shape.tokens, part.window, shape.log2_scale,
         **shape.constants(q.dtype), QUERIES=part.queries, KEYS=part.keys, STEP=launch.size,
         **launch.options(),
     )  # fmt: skip
@@ -132,7 +113,7 @@ def _query_gradient(shape: _Shape, saved: tuple[Tensor, ...], do: Tensor, column
     launch = shape.tune.dq
     query_gradient_kernel[part.tiles * shape.kv_heads * (shape.groups // shape.pack)](
         q, k, v, o, do, dq, log_total, delta, columns.until, part.begins, part.ends, columns.tile_lists,
-        columns.tile_first, columns.tile_full, columns.tile_count, *_strides(q, k, v), shape.tokens, part.window,
+        columns.tile_first, columns.tile_full, columns.tile_count, *row_strides(q, k, v), shape.tokens, part.window,
         shape.log2_scale, shape.softmax_scale, **shape.constants(q.dtype), QUERIES=part.queries, KEYS=part.keys,
         STEP=launch.size, **launch.options(),
     )  # fmt: skip
@@ -148,7 +129,7 @@ def _far_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Colu
     chunks, capacity = columns.lists.shape[1:]
     far_gradient_kernel[cdiv(capacity, shape.tune.columns) * chunks * shape.kv_heads](
         q, k, v, do, dk, dv, log_total, delta, columns.until, columns.partial, columns.lists, columns.list_counts,
-        *_strides(q, k, v), shape.tokens, part.window, shape.log2_scale, part.chunk, chunks, capacity,
+        *row_strides(q, k, v), shape.tokens, part.window, shape.log2_scale, part.chunk, chunks, capacity,
         columns.list_counts.stride(0), columns.partial_rows,
         **constants, PART_QUERIES=part.queries, PART_KEYS=part.keys, QUERIES=max(1, launch.size // shape.pack),
         COLUMNS=shape.tune.columns, **launch.options(),
@@ -170,7 +151,7 @@ def _key_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Colu
     launch = shape.tune.near
     key_gradient_kernel[cdiv(shape.tokens, part.keys) * shape.kv_heads](
         q, k, v, do, dk, dv, dscore, far_dk, far_dv, log_total, delta, columns.until, columns.rank, columns.partial,
-        part.begins, part.ends, *_strides(q, k, v), shape.tokens, part.window, shape.log2_scale, shape.softmax_scale,
+        part.begins, part.ends, *row_strides(q, k, v), shape.tokens, part.window, shape.log2_scale, shape.softmax_scale,
         columns.partial_rows, **shape.constants(q.dtype), PART_QUERIES=part.queries, KEYS=part.keys,
         QUERIES=max(1, launch.size // shape.pack), **launch.options(),
     )  # fmt: skip

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.heads import row_strides
 from megahybrid_kernels.launch import kernel
-from megahybrid_kernels.native_sparse_attention.triton_plan import Shape, row_strides, tiles_of
+from megahybrid_kernels.native_sparse_attention.triton_plan import Shape, tiles_of
 from megahybrid_kernels.native_sparse_attention.triton_score import load_queries, query_rows
 from megahybrid_kernels.native_sparse_attention.triton_union import Union
 from megahybrid_kernels.online_softmax import softmax_step, softmax_step_of_rows

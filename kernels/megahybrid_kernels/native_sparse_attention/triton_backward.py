@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megahybrid_kernels.heads import row_strides
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.native_sparse_attention import triton_pairs
 from megahybrid_kernels.native_sparse_attention.triton_key_gradient import (
@@ -19,7 +20,7 @@ from megahybrid_kernels.native_sparse_attention.triton_key_gradient import (
     selected_gradient_kernel,
 )
 from megahybrid_kernels.native_sparse_attention.triton_pairs import PooledItems, far_pairs, pooled_items
-from megahybrid_kernels.native_sparse_attention.triton_plan import Saved, Shape, row_strides
+from megahybrid_kernels.native_sparse_attention.triton_plan import Saved, Shape
 from megahybrid_kernels.native_sparse_attention.triton_query_gradient import prepare_kernel, query_gradient_kernel
 from megahybrid_kernels.native_sparse_attention.triton_union import union
 from megahybrid_kernels.sequences import Sequences

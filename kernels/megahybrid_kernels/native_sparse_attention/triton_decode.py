@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.attention.triton_decode import new_token
 from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.native_sparse_attention.cache import NSACache
@@ -259,14 +260,7 @@ def _join_and_append(
 ):  # fmt: skip
     """A query head's output from its parts and its own token, always added in the same order."""
     head, sequence = tl.program_id(0) % query_heads, tl.program_id(0) // query_heads
-    query = tl.program_id(0).to(tl.int64)
-    pair = query // GROUPS  # query heads are a multiple of GROUPS a sequence
-    column = tl.arange(0, WIDTH)
-    real = column < HEAD_DIM
-    k_row = tl.load(new_k + pair * HEAD_DIM + column, mask=real, other=0)
-    v_row = tl.load(new_v + pair * HEAD_DIM + column, mask=real, other=0)
-    q_row = tl.load(q + query * HEAD_DIM + column, mask=real, other=0)
-    own = tl.sum(q_row.to(tl.float32) * k_row.to(tl.float32), 0) * scale
+    query, pair, column, real, k_row, v_row, own = new_token(q, new_k, new_v, scale, HEAD_DIM, WIDTH, GROUPS)
     own_v = v_row.to(tl.float32)
 
     parts += (pair * splits * GROUPS + query % GROUPS) * HEAD_DIM

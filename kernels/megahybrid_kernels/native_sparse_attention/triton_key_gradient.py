@@ -200,8 +200,11 @@ def compressed_gradient_kernel(
                 dk, dv, k_tile, v_tile, i * query_heads, places, exists & (token < i1),
                 token[None, :] >= lower[:, None], q, do, statistics, scale, HEAD_DIM, WIDTH, True, False, PRECISION,
             )  # fmt: skip
-        rows = tl.load(item_row + item) + tl.program_id(0) % PARTS * KEYS + tl.arange(0, KEYS)
-        rows, exist = rows * heads + head, n < complete
+        # By what is loaded here, so that the loops hold none of it.
+        first_row = tl.load(item_row + item)
+        slot = tl.program_id(0) % PARTS * KEYS + tl.arange(0, KEYS)
+        exist = slot < tl.load(item_row + item + 1) - first_row
+        rows = (first_row + slot) * heads + head
         store_rows(dk_partial, dk, rows, exist, HEAD_DIM, 0, HEAD_DIM, WIDTH)
         store_rows(dv_partial, dv, rows, exist, HEAD_DIM, 0, HEAD_DIM, WIDTH)
 

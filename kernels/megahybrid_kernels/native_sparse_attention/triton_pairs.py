@@ -50,7 +50,7 @@ class PooledItems(NamedTuple):
         firsts: int32 `[tiles]`, the first token of each tile's first block.
         before: int32 `[tokens]`, tiles of the documents before each token's.
         item_tile: int64 `[items]`; item_begin: int32 `[items]`, each item's tile and the first token of its part.
-        item_row: int64 `[items]`, rows before each item's.
+        item_row: int64 `[items + 1]`, rows before each item's.
     """
 
     rows: int
@@ -140,5 +140,5 @@ def pooled_items(sequences: Sequences, block_size: int) -> PooledItems:
         before=before[sequences.index],
         item_tile=item_tile,
         item_begin=begins[item_tile] + item * part[item_tile],
-        item_row=row_first[item_tile] + item * each[item_tile],
+        item_row=F.pad(each[item_tile].cumsum(0), (1, 0)),
     )

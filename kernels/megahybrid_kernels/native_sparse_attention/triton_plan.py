@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
-from megahybrid_kernels.online_softmax import dot_precision, log2_scale
+from megahybrid_kernels.heads import Heads
+from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.sequences import Sequences, Tiles
 from megahybrid_kernels.tuning import Launch
 
@@ -93,18 +93,9 @@ def tuning(head_dim: int, dtype: torch.dtype) -> Tuning:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What every launch needs to know of a call.
+class Shape(Heads):
+    """What every launch needs to know of a call."""
 
-    Attributes:
-        tokens: of all documents.
-        groups: query heads of a KV head.
-    """
-
-    tokens: int
-    kv_heads: int
-    groups: int
-    head_dim: int
     block_size: int
     num_blocks: int
     tune: Tuning
@@ -116,10 +107,6 @@ class Shape:
         return cls(k.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[2], block_size, num_blocks, tune)
 
     @property
-    def query_heads(self) -> int:
-        return self.kv_heads * self.groups
-
-    @property
     def heads(self) -> int:
         """Rows of a token in a tile: `groups`, padded."""
         return next_power_of_2(self.groups)
@@ -128,28 +115,8 @@ class Shape:
         """Tokens of a tile of about so many rows; at least the 16 rows that a product takes."""
         return min(MOST_TOKENS, max(rows, 16) // self.heads) or 1
 
-    @property
-    def softmax_scale(self) -> float:
-        return self.head_dim**-0.5
-
-    @property
-    def log2_scale(self) -> float:
-        return log2_scale(self.head_dim)
-
     def constants(self, dtype: torch.dtype) -> dict[str, object]:
-        """constexpr arguments that the kernels with products share."""
-        return {
-            "HEAD_DIM": self.head_dim,
-            "WIDTH": tile_width(self.head_dim),
-            "GROUPS": self.groups,
-            "HEADS": self.heads,
-            "PRECISION": dot_precision(dtype),
-        }
-
-
-def row_strides(*tensors: Tensor) -> list[int]:
-    """Of tokens and heads of each."""
-    return [stride for x in tensors for stride in x.stride()[:2]]
+        return super().constants(dtype) | {"GROUPS": self.groups, "HEADS": self.heads}
 
 
 def tiles_of(sequences: Sequences, size: int, rows: tuple[int, int]) -> tuple[Tiles, int, int]:

@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megahybrid_kernels.heads import row_strides
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.native_sparse_attention.limits import FORCED_BLOCKS
-from megahybrid_kernels.native_sparse_attention.triton_plan import Shape, row_strides, tiles_of
+from megahybrid_kernels.native_sparse_attention.triton_plan import Shape, tiles_of
 from megahybrid_kernels.online_softmax import softmax_step
 from megahybrid_kernels.rows import load_all_rows, load_rows, packed_rows, store_rows
 from megahybrid_kernels.sequences import Sequences
