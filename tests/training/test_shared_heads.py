@@ -67,7 +67,7 @@ def test_steps_are_one_processs(kv_heads, parallel, workers):
 
 @pytest.mark.slow
 def test_a_stage_may_have_nothing_to_share(workers):
-    """Its ranks then take no part in making groups of those that do."""
+    """Its ranks then sum nothing while others do."""
     ((expected, theirs, _),) = run(workers, 1, "steps", 2, "fp32", {})
     ranks = run(workers, 8, "steps", 2, "fp32", {"tensor": 4, "pipeline": 2})
     assert not any(SHARED.search(name) for name in ranks[0][1]["weights"])

@@ -120,14 +120,19 @@ def _all_blocks(current: Tensor, heads: int, num_blocks: int) -> Tensor:
     return torch.where(block <= current[:, None], block, -1)[:, None].repeat(1, heads, 1)
 
 
+@torch.no_grad()
 def _score(q: Tensor, means: Tensor, positions: Tensor, block_size: int) -> Tensor:
     """`[queries, kv_heads, blocks]` of one document's complete blocks; those that a query does not see have any.
 
     Not by a product of matrices, whose rounding depends on where a row stands: blocks with equal means have equal
     scores, and a query has the same ones in whatever part of the tokens it comes.
     """
-    q, means = q.unflatten(1, (means.shape[1], -1)).permute(3, 1, 2, 0), means.permute(2, 1, 0)
-    logits = sum(x[..., None] * y[:, None, None] for x, y in zip(q, means, strict=True)) * len(q) ** -0.5
+    q, means = q.unflatten(1, (means.shape[1], -1)).permute(3, 1, 2, 0), means.permute(2, 1, 0).contiguous()
+    logits = q.new_zeros(*q.shape[1:], means.shape[2])
+    terms = torch.empty_like(logits)  # new ones for every channel would take most of the time
+    for x, y in zip(q, means, strict=True):
+        logits += torch.mul(x[..., None], y[:, None, None], out=terms)
+    logits *= len(q) ** -0.5
     complete = (positions + 1) // block_size
     logits = logits.masked_fill(torch.arange(means.shape[2], device=q.device) >= complete[:, None], -torch.inf)
     return fixed_sum(torch.exp(logits - logits.logsumexp(-1, keepdim=True))).transpose(0, 1)
