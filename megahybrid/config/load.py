@@ -138,16 +138,26 @@ def _defaults(schema: type) -> DictConfig:
 
 
 def _require_sections(tree: DictConfig, schema: type, prefix: str) -> None:
-    """Refuse a plain value where the schema has a section; OmegaConf's own message does not name the key."""
+    """Refuse a plain value where the schema has a section, named entries or a list, and one of these where it has
+    another; OmegaConf's own message does not name the key."""
     hints = typing.get_type_hints(schema)
     for key in tree:
-        section = hints.get(str(key))
-        if section is None or not dataclasses.is_dataclass(section):
+        hint, node, name = hints.get(str(key)), tree._get_node(key), f"{prefix}{key}"
+        if type(None) in typing.get_args(hint):
+            if node._is_none():
+                continue
+            hint = typing.get_args(hint)[0]
+        if dataclasses.is_dataclass(hint):
+            if not OmegaConf.is_dict(node):
+                example = dataclasses.fields(hint)[0].name
+                raise UserError(f"{name} is a section, not a value; set its keys, such as {name}.{example}.")
+            _require_sections(node, hint, f"{name}.")
+        elif node._is_interpolation():
             continue
-        if not OmegaConf.is_dict(tree._get_node(key)):
-            example = dataclasses.fields(section)[0].name
-            raise UserError(f"{prefix}{key} is a section, not a value; set its keys, such as {prefix}{key}.{example}.")
-        _require_sections(tree[key], section, f"{prefix}{key}.")
+        elif typing.get_origin(hint) is dict and not OmegaConf.is_dict(node):
+            raise UserError(f"{name} holds named entries; write {{NAME: …}}.")
+        elif typing.get_origin(hint) in (list, tuple) and not OmegaConf.is_list(node):
+            raise UserError(f"{name} is a list; write [ … ].")
 
 
 def _first_line(error: Exception) -> str:

@@ -88,8 +88,10 @@ class Family:
     def grid(self) -> list[Cell]:
         """The tuning grid, of separate runs at the smallest budget, about what the rules say of it alone."""
         tune, budget = self.study.rules.tune, min(self.asked)
+        if tune is None:
+            return []
         alone = self._recipe([budget])
-        return [self._cell(budget, 0, "tune", factor, recipe=alone) for factor in (tune.factors if tune else ())]
+        return [self._cell(budget, 0, "tune", factor, recipe=alone) for factor in tune.factors]
 
     def cells(self, seed: int, factor: float, awaits: tuple[str, ...]) -> list[Cell]:
         """A run of every budget, trunk first; the one that is held out in the first repeat only."""

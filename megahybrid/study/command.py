@@ -15,7 +15,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verbs = verb.add_subparsers(required=True, metavar="VERB")
     text = "every run with its cost, and how well the study will predict; starts nothing"
     plan = verbs.add_parser("plan", help=text, description=text)
-    plan.add_argument("file", metavar="FILE", help="a YAML file, such as recipes/studies/small.yaml")
+    plan.add_argument("file", metavar="FILE", help="a YAML file, such as recipes/studies/tiny.yaml")
     plan.add_argument(
         "--probe", action="store_true", help="GPU hours from some steps of every model on this machine's GPU"
     )
@@ -102,8 +102,8 @@ def _collect(parsed: argparse.Namespace) -> None:
 def _fit(parsed: argparse.Namespace) -> None:
     if not (parsed.bootstrap == 0 or parsed.bootstrap >= 100):
         raise UserError(f"--bootstrap is {parsed.bootstrap}; give 0 for no intervals, or at least 100.")
-    if parsed.file and (parsed.columns or parsed.drop_largest_losses):
-        raise UserError("--columns and --drop-largest-losses go with --runs; a study has its own columns and rules.")
+    if parsed.file and (parsed.columns or parsed.drop_largest_losses or not parsed.bootstrap):
+        raise UserError("--columns, --drop-largest-losses and --bootstrap 0 go with --runs, not with a study.")
     from megahybrid.study import fit, fit_text, table
 
     if parsed.file:

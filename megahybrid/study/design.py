@@ -63,8 +63,8 @@ def _rungs(study: Study) -> list[_Rung]:
     sizes, held, budgets = [make_models(study, size) for size in study.sizes], study.hold_out, study.budgets
     costs = [next(iter(models.values())).flops_per_token for models in sizes]
     rungs = []
-    for models, cost in zip(sizes, costs, strict=True):
-        smallest, largest = cost == min(costs), cost == max(costs)
+    for number, models in enumerate(sizes):
+        smallest, largest = number == costs.index(min(costs)), number == costs.index(max(costs))
         repeats = study.repeats.seeds if smallest or study.repeats.at == "all" else 1
         out = budgets.values[-1] if largest and held and held.at else None
         rungs.append(_Rung(models, budgets.values, bool(budgets.flops), out, smallest, repeats))

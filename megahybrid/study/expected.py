@@ -66,15 +66,15 @@ def expect(study: Study, cells: Sequence[Cell]) -> dict[str, Precision]:
         held = [(cell.parameters, cell.tokens) for cell in own if cell.held_out]
         targets = [*((each.parameters, each.tokens) for each in study.targets), *held]
         parameters, tokens = ([getattr(cell, name) for cell in fitted] for name in ("parameters", "tokens"))
-        if len(fitted) < LEAST_RUNS:
-            raise UserError(
-                f"{kind} has {len(fitted)} runs to fit the law to, which needs {LEAST_RUNS}; add sizes or budgets."
-            )
         each = precision(parameters, tokens, targets, study.noise)
         if each.condition > CONDITION_LIMIT:
             raise UserError(
                 f"{kind}: {_what_is_alike(parameters, tokens)} (condition number {each.condition:.0e}, above "
                 f"{CONDITION_LIMIT:.0e})."
+            )
+        if len(fitted) < LEAST_RUNS:
+            raise UserError(
+                f"{kind} has {len(fitted)} runs to fit the law to, which needs {LEAST_RUNS}; add sizes or budgets."
             )
         own_noise = np.repeat([0, _NORMAL * study.noise], [len(study.targets), len(held)])
         found[kind] = replace(each, losses=np.hypot(each.losses, own_noise))

@@ -175,7 +175,7 @@ def load_study(path: str | Path) -> Study:
     """Read a study file. Raises UserError for a missing or malformed file, an unknown key, a missing or impossible
     value."""
     if not Path(path).is_file():
-        raise UserError(f"There is no study '{path}'; give the path of a YAML file such as recipes/studies/small.yaml.")
+        raise UserError(f"There is no study '{path}'; give the path of a YAML file such as recipes/studies/tiny.yaml.")
     tree = read_tree(Path(path))
     _spell_out(tree)
     study = merge(Study, [tree], [], str(path))
@@ -187,8 +187,9 @@ def _spell_out(tree: DictConfig) -> None:
     """Short forms in their long form."""
     kinds = tree._get_node("kinds")
     if isinstance(kinds, DictConfig):
-        for name in [name for name, value in kinds.items_ex(resolve=False) if isinstance(value, str)]:
-            kinds[name] = {"pattern": kinds[name]}
+        for name, value in list(kinds.items_ex(resolve=False)):
+            if isinstance(value, str):
+                kinds[name] = {"pattern": value}
     if isinstance(tree.get("hold_out"), str):
         tree.hold_out = {"at": tree.hold_out}
 
@@ -206,6 +207,8 @@ def _check(study: Study) -> None:
     for name in (study.study, *study.kinds):
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"'{name}' is no name for a study or kind; use letters, digits, '-', '_' and '.'.")
+    if study.study == "runs":
+        raise UserError("study is 'runs', the folder of all studies' runs; give another name.")
     if not Path(study.base).is_file():
         raise UserError(f"base: there is no recipe '{study.base}'; give its path from the working directory.")
     for name in ("kinds", "sizes"):

@@ -7,7 +7,7 @@ import fcntl
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,8 +83,9 @@ class Launching:
         self._line, self._queue, self._survey = StatusLine(say), queue, Survey(study)
         self._begun: set[str] = set()
         self._said: set[str] = set()
+        self._unpredictable = False
         self._look()
-        if fault := self._over_the_limit([each.cell for each in self.outcomes if not each.ended]):
+        if fault := self._over_the_limit({each.cell.identity for each in self.outcomes if not each.ended}):
             raise UserError(f"Nothing begins: {fault}")
 
     def here(self, jobs: int) -> None:
@@ -119,7 +120,10 @@ class Launching:
             if not wait or not going_on:
                 return
             time.sleep(_SECONDS_BETWEEN_LOOKS_AT_THE_QUEUE)
-            self._look()
+            try:
+                self._look()
+            except UserError as error:  # squeue may answer next time
+                self._say_once(str(error))
 
     def conclude(self) -> int:
         """Say what has come of it; 1 where a run has failed, else 0."""
@@ -129,6 +133,8 @@ class Launching:
             self._line.say(f"{each.cell.name} has failed: {each.why.rstrip('.')}; see {each.run.path / 'logs'}.")
         if failed and any(each.cell.held_out and not each.ended for each in self.outcomes):
             self._line.say("What is held out waits: nothing is predicted from a part of the runs.")
+        elif not all(each.ended for each in self.outcomes):
+            self._line.say("The same command goes on with what waits for these.")
         self._line.say(str(self._overall()))
         return 1 if failed else 0
 
@@ -175,35 +181,40 @@ class Launching:
         """Whether what is held out may begin; writes prediction.json when all the other runs have ended."""
         if prediction.is_frozen(self.folder, self.outcomes):
             return True
-        if not all(each.ended for each in self.outcomes if not each.cell.held_out):
+        if self._unpredictable or not all(each.ended for each in self.outcomes if not each.cell.held_out):
             return False
         try:
             prediction.freeze(self.folder, self.outcomes)
         except UserError as error:
-            self._say_once(f"What is held out waits: {error}")
+            self._unpredictable = True
+            self._line.say(f"What is held out waits: {error}")
             return False
         self._line.say(f"What is predicted of the runs that are held out stands in {self.folder / 'prediction.json'}.")
         return True
 
     def _affordable(self, cells: Sequence[Cell]) -> Sequence[Cell]:
         """These, or none where they would take more than limits.gpu_hours allows."""
-        if cells and (fault := self._over_the_limit(cells)):
+        if fault := self._over_the_limit({cell.identity for cell in cells}):
             self._say_once(f"Nothing more begins: {fault}")
             return []
         return cells
 
-    def _over_the_limit(self, cells: Sequence[Cell]) -> str | None:
-        """A sentence where what has been taken, what runs or waits and these cells exceed limits.gpu_hours."""
+    def _over_the_limit(self, wanted: Set[str]) -> str | None:
+        """A sentence where what has been taken and the rest of these runs, and of those in progress, exceed
+        limits.gpu_hours."""
         limit = self.study.limits.gpu_hours
-        if limit is None:
+        if limit is None or not wanted:
             return None
-        going_on = [each.cell for each in self.outcomes if each.state in ("running", "waiting")]
-        more = {cell.identity: tabled(cell.config).hours for cell in [*going_on, *cells]}
-        taken, sum_ = hours_taken(self.outcomes), sum(more.values())
-        if taken + sum_ <= limit:
+        rest = {
+            each.cell.identity: tabled(each.cell.config).hours * (1 - each.flops_done / each.flops)
+            for each in self.outcomes
+            if each.cell.identity in wanted or each.state in ("running", "waiting")
+        }
+        taken, more = hours_taken(self.outcomes), sum(rest.values())
+        if taken + more <= limit:
             return None
         return (
-            f"the study has taken {taken:.3g} GPU hours and its runs would take {sum_:.3g} more, which is over "
+            f"the study has taken {taken:.3g} GPU hours and its runs would take {more:.3g} more, which is over "
             f"limits.gpu_hours = {limit:g}; raise it, or make the study smaller."
         )
 

@@ -116,21 +116,24 @@ def _best_factors(study: Study, outcomes: Sequence[Outcome]) -> dict[str, float]
 
 
 def _observe(cells: Sequence[Cell], queue: Sequence[slurm.QueuedJob] | None) -> list[Outcome]:
-    outcomes = _with_lost_branches(_outcome(cell, queue) for cell in cells)
-    return _with_lost_branches([*outcomes, *(_outcome(cell, queue) for cell in _retries(outcomes))])
+    outcomes = _with_trunks(_outcome(cell, queue) for cell in cells)
+    return _with_trunks([*outcomes, *(_outcome(cell, queue) for cell in _retries(outcomes))])
 
 
-def _with_lost_branches(outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """Branches that cannot begin, since their trunk has ended before, have come to the same end."""
+def _with_trunks(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Branches that have not begun wait for their trunk, or, where it has ended before, have come to the same end."""
     outcomes = list(outcomes)
     trunks = {each.cell.identity: each for each in outcomes}
     for number, each in enumerate(outcomes):
-        trunk = trunks[each.cell.trunk]
-        begun = each.cell.role != "branch" or each.state not in ("missing", "failed")
-        if not begun and trunk.ended and not has_branch_point(each.cell):
+        begun = each.cell.role != "branch" or each.cell.awaits or each.state not in ("missing", "failed")
+        if begun or has_branch_point(each.cell):
+            continue
+        trunk, state = trunks[each.cell.trunk], each.state
+        why = each.why or f"waits for step {each.cell.branch_step} of {trunk.cell.name}"
+        if trunk.ended:
             state = "diverged" if trunk.state == "diverged" else "failed"
             why = f"its trunk {trunk.cell.name} has ended without a checkpoint of step {each.cell.branch_step}"
-            outcomes[number] = replace(each, state=state, why=why)
+        outcomes[number] = replace(each, state=state, why=why)
     return outcomes
 
 

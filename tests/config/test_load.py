@@ -39,6 +39,8 @@ def test_overrides_win_and_the_saved_config_loads_as_the_same(tmp_path):
         ("run=3", "run is a section"),
         ("model.lte=null", "model.lte is a section"),
         ("model.hidden_size=null", "model.hidden_size"),
+        ("data.sources=[a]", "data.sources holds named entries"),
+        ("optimizer.betas={a: 1}", "optimizer.betas is a list"),
         ("data.path=${nothing}", "nothing"),
     ],
 )

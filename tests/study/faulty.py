@@ -23,6 +23,7 @@ def install() -> None:
 
 if __name__ == "__main__":
     del sys.argv[:2]
+    sys.executable = os.environ.get("FAULTY", sys.executable)  # of what it starts, too
     if not sys.argv[0].endswith(".verdict"):
         install()
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -41,13 +41,13 @@ def test_approach_2_is_right_where_losses_are_parabolas():
 def test_rollout_predicts_the_next_budget_from_smaller_ones():
     parameters, tokens = tables.isoflop((1e17, 1e18, 1e19, 1e20))
     losses = tables.LAW.loss(parameters, tokens)
-    losses[-1] *= 1.01
+    losses[-2:] *= 0.99, 1.01
     flops = 6 * parameters * tokens
     steps = list(rollout(Points(parameters, tokens, losses), flops, np.arange(28), 200, np.random.default_rng(0)))
     assert [step.fitted for step in steps] == [7, 14, 21]
     assert steps[1].errors == pytest.approx(np.zeros(7), abs=1e-6)
-    assert steps[2].errors == pytest.approx([0] * 6 + [0.01], abs=1e-6)
-    assert not steps[2].covered[-1]
+    assert steps[2].errors == pytest.approx([0] * 5 + [-0.01, 0.01], abs=1e-6)
+    assert not steps[2].covered[-2:].any()
 
 
 def test_rollout_covers_where_there_is_noise():
@@ -92,6 +92,19 @@ def test_losses_without_the_laws_form_are_found(seeds, changed):
         assert all(0.002 < each.size < 0.2 for each in found)
         if changed is repeated_data:
             assert all("tokens" in each.along for each in found if each.test == "bend")
+
+
+@pytest.mark.parametrize("along", ["parameters", "parameters and tokens", "tokens"])
+def test_a_bend_is_told_by_what_it_goes_with(along):
+    """A table without repeats or other kinds, whose noise is not known."""
+    rng = np.random.default_rng(4)
+    runs = tables.points(tables.LAW, *tables.isoflop((1e16, 1e17, 1e18, 1e19), 10, spread=20), noise=0.001, rng=rng)
+    assert list(misfits([fit(runs)], noise=1.0)) == []
+    n, d = np.log(runs.parameters), np.log(runs.tokens)
+    n, d = n - n.mean(), d - d.mean()
+    shape = {"parameters": n * n, "parameters and tokens": n * d, "tokens": d * d}[along]
+    (found,) = misfits([fit(dataclasses.replace(runs, losses=runs.losses * np.exp(0.002 * shape)))], noise=1.0)
+    assert (found.test, found.along) == ("bend", along) and found.chance < 1e-3
 
 
 def test_seeds_tell_a_misfit_that_is_no_bend():

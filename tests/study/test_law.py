@@ -9,7 +9,7 @@ import pytest
 from megahybrid.errors import UserError
 from megahybrid.study.law.fit import Points, fit
 from megahybrid.study.law.law import Centre, Law, condition, jacobian
-from megahybrid.study.law.solver import minimise, objective
+from megahybrid.study.law.solver import _derivatives, minimise, objective
 from tests.study import tables
 
 NUMBERS = ("A", "B", "E", "alpha", "beta")
@@ -66,6 +66,19 @@ def test_minimise_weighs_runs_and_takes_each_fit_on_its_own():
     assert value[0] == pytest.approx(repeated.objective, rel=1e-9)
     assert Law.of(theta[1], runs.centre).beta == pytest.approx(fit(runs, 1e-2).law.beta, rel=1e-7)
     assert objective(start, runs.terms, np.log(runs.losses), both, 1e-2) == pytest.approx(value, rel=1)
+
+
+def test_newtons_steps_have_the_derivatives_of_differences():
+    runs = tables.points(tables.LAW, *tables.ladder(), noise=0.004)
+    observed, weights = np.log(runs.losses)[None], np.random.default_rng(1).integers(1, 4, (1, len(runs))).astype(float)
+    theta, step = tables.LAW.theta(runs.centre)[None] + 1e-3, 1e-7
+    gradient, hessian, _ = _derivatives(theta, runs.terms, observed, weights, 5e-3)
+    for column in range(5):
+        ends = [theta + sign * step * np.eye(5)[column] for sign in (1, -1)]
+        values = [objective(end, runs.terms, observed, weights, 5e-3)[0] for end in ends]
+        assert gradient[0, column] == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-5)
+        slopes = [_derivatives(end, runs.terms, observed, weights, 5e-3)[0][0] for end in ends]
+        assert hessian[0, column] == pytest.approx((slopes[0] - slopes[1]) / (2 * step), rel=1e-5)
 
 
 def test_one_outlier_hardly_moves_the_fit():
