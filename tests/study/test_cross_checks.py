@@ -94,6 +94,19 @@ def test_losses_without_the_laws_form_are_found(seeds, changed):
             assert all("tokens" in each.along for each in found if each.test == "bend")
 
 
+@pytest.mark.parametrize("along", ["parameters", "parameters and tokens", "tokens"])
+def test_a_bend_is_told_by_what_it_goes_with(along):
+    """A table without repeats or other kinds, whose noise is not known."""
+    rng = np.random.default_rng(4)
+    runs = tables.points(tables.LAW, *tables.isoflop((1e16, 1e17, 1e18, 1e19), 10, spread=20), noise=0.001, rng=rng)
+    assert list(misfits([fit(runs)], noise=1.0)) == []
+    n, d = np.log(runs.parameters), np.log(runs.tokens)
+    n, d = n - n.mean(), d - d.mean()
+    shape = {"parameters": n * n, "parameters and tokens": n * d, "tokens": d * d}[along]
+    (found,) = misfits([fit(dataclasses.replace(runs, losses=runs.losses * np.exp(0.002 * shape)))], noise=1.0)
+    assert (found.test, found.along) == ("bend", along) and found.chance < 1e-3
+
+
 def test_seeds_tell_a_misfit_that_is_no_bend():
     """One cell of the middle, with three seeds each, is off."""
 
