@@ -20,7 +20,7 @@ from megahybrid.study import prediction
 from megahybrid.study.cells import Cell
 from megahybrid.study.file import Study
 from megahybrid.study.local import Processes
-from megahybrid.study.outcomes import Survey, has_branch_point, study_folder, trunk_of
+from megahybrid.study.outcomes import Outcome, Survey, has_branch_point, study_folder, trunk_of
 from megahybrid.study.status import Overall, StatusLine, hours_taken
 
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -129,15 +129,20 @@ class Launching:
     def conclude(self) -> int:
         """Say what has come of it; 1 where a run has failed, else 0."""
         self._look()
-        failed = [each for each in self.outcomes if each.state == "failed"]
+        failed = [each for each in self.outcomes if each.state == "failed" or self._has_died(each)]
         for each in failed:
-            self._line.say(f"{each.cell.name} has failed: {each.why.rstrip('.')}; see {each.run.path / 'logs'}.")
+            why = each.why.rstrip(".") or "it ended without a word"
+            self._line.say(f"{each.cell.name} has failed: {why}; see {each.run.path / 'logs'}.")
         if failed and any(each.cell.held_out and not each.ended for each in self.outcomes):
             self._line.say("What is held out waits: nothing is predicted from a part of the runs.")
         elif not all(each.ended for each in self.outcomes):
             self._line.say("The same command goes on with what waits for these.")
         self._line.say(str(self._overall()))
         return 1 if failed else 0
+
+    def _has_died(self, outcome: Outcome) -> bool:
+        """Whether nothing has come of a run that was begun."""
+        return outcome.state == "missing" and not outcome.why and outcome.cell.identity in self._begun
 
     def _look(self) -> None:
         self.outcomes = self._survey.look(self._queue())

@@ -96,6 +96,7 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_by_the_next_launch(make_st
     assert launch("--jobs", "4") == 1
     said = capsys.readouterr().out
     assert "one-32x1-2e9-s0 has failed: ValueError: odd; see" in said and "What is held out waits" in said
+    assert "one-32x1-4e9-s0 has failed: it ended without a word; see" in said
     ends = Counter(each["what"] for each in calls())
     assert ends == {"begins": 5, "ends": 3}
     trainer(0.01)
