@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,9 @@ def _sentences(plan: Plan) -> Iterator[str]:
     yield "  at the geometric mean of the tokens of trunk and branches; / rule: by what the rule says of the run's own"
     if study.rules.tune:
         yield "tune: the factor of the best run multiplies all other rates of its kind, whose runs wait for it"
+    if study.hold_out:
+        held, fitted = (max(row.cell.flops for row in rows if row.cell.held_out is out) for out in (True, False))
+        yield f"held out: {held / fitted:.1f} times the FLOPs of the largest run that is fitted"
     yield from _data(plan)
 
 
@@ -99,10 +103,9 @@ def _precision(plan: Plan) -> str:
     targets = [f"{short(each.parameters)}, {short(each.tokens)}" for each in study.targets]
     names = [*targets, *(["held out"] if study.hold_out else [])]
     rows = [_widths(kind, f"{each.condition:.0e}", each.a_opt, each.losses) for kind, each in kinds.items()]
-    first, *others = kinds
-    for kind in others:
-        a_opt = np.hypot(kinds[first].a_opt, kinds[kind].a_opt)
-        rows.append(_widths(f"{kind} - {first}", "", a_opt, np.hypot(kinds[first].losses, kinds[kind].losses)))
+    for (first, one), (second, other) in combinations(kinds.items(), 2):
+        a_opt, losses = np.hypot(one.a_opt, other.a_opt), np.hypot(one.losses, other.losses)
+        rows.append(_widths(f"{second} - {first}", "", a_opt, losses))
     title = f"95 % intervals at {study.noise:.2%} noise: ±"
     return table((title, "condition", "a_opt", *names), rows)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from megahybrid.config import Config, load_config
 from megahybrid.config.arithmetic import fill
+from megahybrid.config.pattern import parse_pattern
 from megahybrid.errors import UserError
 from megahybrid.key import derived
 from megahybrid.launch.profile import load_profile
@@ -119,7 +120,7 @@ def _model(study: Study, kind: str, size: SizeConfig, config: Config) -> Model:
 def _with_parameters(study: Study, size: SizeConfig, model: Model, parameters: int) -> Model:
     """The model with as many parameters as another one, within 1 %, by the width of its SwiGLU in steps of 8."""
     settings = derived(model.config.model)
-    column = 3 * settings.hidden_size * size.layers
+    column = 3 * settings.hidden_size * len(parse_pattern(settings.pattern).letters)
     width = settings.intermediate_size + 8 * round((parameters - model.parameters) / (8 * column))
     changed = replace(model.config, model=replace(model.config.model, intermediate_size=max(8, width)))
     model = _model(study, model.kind, size, changed)

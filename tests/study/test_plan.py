@@ -74,6 +74,7 @@ def test_a_plan_is_a_row_a_run_and_what_they_cost(planned):
     )
     assert max(len(line.replace(str(RECIPES), "recipes")) for line in printed.out.splitlines()) <= 120
     assert "data: not prepared yet" in printed.out
+    assert "held out: 1.0 times the FLOPs of the largest run that is fitted" in printed.out
 
 
 def test_a_plan_says_how_well_kinds_will_be_predicted_and_told_apart(planned):
