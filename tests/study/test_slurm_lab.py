@@ -56,7 +56,7 @@ def rows() -> list[dict]:
 
 def check(found: list[dict]) -> None:
     """Each run was trained once, each step of it once; the one that was spoiled is named, and its branches with it."""
-    runs = {path.name for path in Path("studies/runs").iterdir()}
+    runs = {path.parent.name for path in Path("studies/runs").glob("*/metrics.jsonl")}
     assert len(found) == 9 and len(runs) == 7
     for row in (row for row in found if row["run"] in runs):
         metrics = Path("studies/runs", row["run"], "metrics.jsonl").read_text().splitlines()
