@@ -58,6 +58,9 @@ class Kind(ABC):
             `megahybrid.key.key`. Kinds may share one.
         parts: submodules of its module whose parameters a plan counts apart.
         policies: by what else than LEARNED its module can keep tokens in evaluation (`Mixer.swap`).
+        utilisation, host_seconds: of layers of this kind in training on an H100, for the plan of a recipe that nobody
+            has run (`megahybrid.scaling.hours`): MFU at widths of 1,024 and 2,048, and what the host takes to launch a
+            layer's forward and backward pass. Both are guesses where nothing else is said.
     """
 
     letter: str
@@ -65,6 +68,8 @@ class Kind(ABC):
     sections: ClassVar[Mapping[str, type]] = {}
     parts: tuple[str, ...] = ()
     policies: tuple[str, ...] = ()
+    utilisation: tuple[float, float] = (0.38, 0.455)
+    host_seconds: float = 3.1e-3
 
     def check(self, model: ModelConfig) -> None:  # noqa: B027
         """Raise UserError for sizes that do not go together; ranges of single keys stand at their fields."""

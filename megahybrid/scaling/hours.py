@@ -14,26 +14,17 @@ from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config
 from megahybrid.devices import PEAKS
 from megahybrid.key import derived
+from megahybrid.mixers import KINDS
 from megahybrid.model.settings import Settings
 from megahybrid.scaling.flops import flops_per_token, layer
 
-# MFU by width of models of these kinds: 24 layers, bf16, samples of 4,096 tokens, one H100 (docs/performance/
-# whole-step.md). Kinds that are not here, or other mixtures, take the mean.
-_MFU = {
-    "F": {1024: 0.376, 2048: 0.443},
-    "G": {1024: 0.386, 2048: 0.462},
-    "FG": {1024: 0.382, 2048: 0.447},
-    "GL": {1024: 0.378, 2048: 0.467},
-}
+# What kinds say of their utilisation and their launches is from docs/performance: whole-step.md for models of 24 layers
+# in bf16 with samples of 4,096 tokens. Launches: both numbers of a step of 69 ms (the quickstart, 6 layers, 1
+# micro-batch) and one of 422 ms (24 layers, 4 micro-batches of a sample), divided among kinds as a prefill is that is
+# bound so (generation.md). Hosts differ by more than a third.
+_WIDTHS = 1024, 2048
 _LEAST_MFU = 0.05
-
-# Where the host's launches bound a step, it takes `_STEP_SECONDS` and a layer's for every micro-batch. Both are solved
-# from two measured steps of laLTE on one H100: 69 ms of the quickstart (6 layers, 1 micro-batch) and 422 ms of
-# lalte-0.4b (24 layers, 4 micro-batches of one sample; docs/performance/cpu.md and whole-step.md). How that is divided
-# among kinds is as in a prefill that is bound so (docs/performance/generation.md: 83 ms laLTE, 48 ms Gated DeltaNet
-# and full attention, 31 ms transformer). Kinds that are not here take the mean. Hosts differ by more than a third.
 _STEP_SECONDS = 0.0455
-_LAYER_SECONDS = {"F": 1.5e-3, "S": 1.5e-3, "G": 3.1e-3, "L": 4.8e-3}
 
 
 @dataclass(frozen=True)
@@ -84,10 +75,9 @@ def tabled(config: Config, gpu: str = "H100") -> Estimate:
     """
     model = derived(config.model)
     letters = parse_pattern(model.pattern).letters
-    rows = [row for kinds, row in _MFU.items() if set(kinds) == set(letters)] or list(_MFU.values())
-    mfu = _at_width(model.hidden_size, {width: fmean(row[width] for row in rows) for width in rows[0]})
+    mfu = _at_width(model.hidden_size, *map(fmean, zip(*(KINDS[each].utilisation for each in letters), strict=True)))
     mfu /= 1 + _recomputed(config) / 3
-    guessed = ", a guess at this width" if model.hidden_size < min(rows[0]) else ""
+    guessed = ", a guess at this width" if model.hidden_size < _WIDTHS[0] else ""
     by_flops = by_utilisation(config, mfu, f"by docs/performance/whole-step.md{guessed}", gpu)
     launches = _launch_seconds(config, letters)
     if launches < by_flops.step_seconds:
@@ -95,8 +85,8 @@ def tabled(config: Config, gpu: str = "H100") -> Estimate:
     return Estimate(gpu, launches, by_flops.steps, "the host's launches, roughly by a table; --probe measures")
 
 
-def _at_width(width: int, row: dict[int, float]) -> float:
-    (low, at_low), (high, at_high) = row.items()
+def _at_width(width: int, at_low: float, at_high: float) -> float:
+    low, high = _WIDTHS
     slope = (at_high - at_low) / math.log(high / low)
     return min(at_high, max(_LEAST_MFU, at_low + slope * math.log(width / low)))
 
@@ -110,6 +100,5 @@ def _recomputed(config: Config) -> float:
 
 
 def _launch_seconds(config: Config, letters: str) -> float:
-    mean = fmean(_LAYER_SECONDS.values())
-    a_micro_batch = sum(_LAYER_SECONDS.get(letter, mean) for letter in letters)
+    a_micro_batch = sum(KINDS[letter].host_seconds for letter in letters)
     return _STEP_SECONDS + a_micro_batch * config.train.global_batch_size / config.train.micro_batch_size

@@ -23,7 +23,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     text = "begin what is missing, here or through Slurm; the same command goes on"
     launch = verbs.add_parser("launch", help=text, description=text)
     launch.add_argument("file", metavar="FILE", help="the study's YAML file")
-    launch.add_argument("--jobs", type=int, metavar="N", help="here, N runs side by side, whatever limits.profile says")
+    launch.add_argument(
+        "--jobs", type=int, metavar="RUNS", help="here, so many side by side, whatever limits.profile says"
+    )
     launch.add_argument("--wait", action="store_true", help="through Slurm, too, go on until all is done")
     launch.set_defaults(run=_launch)
     for name, run, text in (
@@ -47,8 +49,10 @@ def _add_fit(verbs: argparse._SubParsersAction) -> None:
     which.add_argument("file", nargs="?", metavar="FILE", help="the study's file; writes its fit.json")
     which.add_argument("--runs", type=Path, metavar="CSV", help="a table instead; writes CSV's name with .fit.json")
     fit.add_argument("--columns", metavar="NAME=COLUMN,…", help='such as "parameters=Model Size,flops=FLOP,loss=loss"')
-    fit.add_argument("--drop-largest-losses", type=int, default=0, metavar="N", help="runs to leave out (default 0)")
-    fit.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="replicates for intervals (default 1000)")
+    fit.add_argument(
+        "--drop-largest-losses", type=int, default=0, metavar="RUNS", help="how many to leave out (default 0)"
+    )
+    fit.add_argument("--bootstrap", type=int, default=1000, metavar="REPLICATES", help="for intervals (default 1000)")
     fit.set_defaults(run=_fit)
 
 

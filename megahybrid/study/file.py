@@ -23,7 +23,7 @@ class KindConfig:
     pattern: str = key()
     """model.pattern, in which {…} is computed from `layers` and `width`, as in (GL)*{layers/2}."""
     overrides: dict[str, Any] = key({})
-    """Keys of the recipe for all its models, such as {model.gdn.num_heads: "{width/64}"}, on top of a size's."""
+    """Keys of the recipe for all its models, such as {model.attention.num_heads: "{width/64}"}, on top of a size's."""
 
 
 @dataclass

@@ -75,6 +75,8 @@ class LTEKind(AttentionKind):
 
     letter = "L"
     title = "LTE"
+    utilisation = 0.370, 0.472
+    host_seconds = 4.8e-3
     sections: ClassVar = {**AttentionKind.sections, "lte": LTEConfig}
     parts = ("router",)
     policies = ("recency", "random", "key_norm", "attention_mass", "oracle")

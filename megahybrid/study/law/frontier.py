@@ -47,7 +47,7 @@ class Frontier:
             return np.where(falls, law.beta / (law.alpha + law.beta * power), np.nan)
 
     def parameters(self, flops: ArrayLike) -> Array:
-        """N where the loss is least: alpha A / N^alpha = beta · power · B / D^beta, with D = flops / cost(N)."""
+        """N where the loss is least: alpha A / N^alpha = beta · power · B / D^beta, with D = flops / cost of N."""
         law, (factor, power) = self.law, self.cost
         with np.errstate(all="ignore"):
             logarithm = np.log(law.alpha * law.A / (law.beta * power * law.B)) - law.beta * np.log(factor)
