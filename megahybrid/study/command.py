@@ -102,8 +102,8 @@ def _collect(parsed: argparse.Namespace) -> None:
 def _fit(parsed: argparse.Namespace) -> None:
     if not (parsed.bootstrap == 0 or parsed.bootstrap >= 100):
         raise UserError(f"--bootstrap is {parsed.bootstrap}; give 0 for no intervals, or at least 100.")
-    if parsed.file and (parsed.columns or parsed.drop_largest_losses):
-        raise UserError("--columns and --drop-largest-losses go with --runs; a study has its own columns and rules.")
+    if parsed.file and (parsed.columns or parsed.drop_largest_losses or not parsed.bootstrap):
+        raise UserError("--columns, --drop-largest-losses and --bootstrap 0 go with --runs, not with a study.")
     from megahybrid.study import fit, fit_text, table
 
     if parsed.file:

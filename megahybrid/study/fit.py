@@ -312,7 +312,7 @@ def _rollout(kind: _Kind, replicates: int) -> Iterator[dict[str, Any]]:
 
 def _rule(table: Table) -> str:
     fitted = int(table.fitted.sum())
-    why = np.where(table.excluded != "", table.excluded, np.where(table.state != "done", table.state, "held out"))
+    why = np.where(table.state != "done", table.state, np.where(table.excluded != "", table.excluded, "held out"))
     reasons = Counter(str(each) for each in why[~table.fitted])
     left = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     return f"{fitted} of {len(table.loss)} runs are fitted; left out: {left or 'none'}."
@@ -321,8 +321,8 @@ def _rule(table: Table) -> str:
 def _warnings(table: Table, kinds: Sequence[_Kind], noise: float) -> Iterator[str]:
     lacking = [str(each) for each in table.cell[(table.state != "done") & ~table.held_out]]
     if lacking:
-        few = ", ".join(lacking[:5]) + (", …" if len(lacking) > 5 else "")
-        yield f"{len(lacking)} runs have no loss and are missing from the fit: {few}."
+        few = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more runs" if len(lacking) > 5 else "")
+        yield f"The fit lacks {few}, which {'has' if len(lacking) == 1 else 'have'} no loss."
     for kind in kinds:
         if kind.fit.condition > BARELY:
             number = f"condition number {kind.fit.condition:.1e}"
@@ -340,8 +340,8 @@ def _warnings(table: Table, kinds: Sequence[_Kind], noise: float) -> Iterator[st
     for each in misfits([kind.fit for kind in kinds], noise):
         how = {
             "repeats": "miss the law by more than seeds differ",
-            "others": "miss the law by more than those of the other kinds do",
-            "noise": f"miss the law by more than the noise of {100 * noise:.2g} % that is expected",
+            "others": "miss the law by far more than those of the other kinds do",
+            "noise": f"miss the law by far more than the noise of {100 * noise:.2g} % that is expected",
             "bend": f"bend away from the law's form with {each.along}",
         }[each.test]
         size = f"{100 * each.size:.2g} % (root mean square), p = {each.chance:.1g}"

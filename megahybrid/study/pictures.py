@@ -79,8 +79,10 @@ def _isoflop(axes: Axes, runs: Sequence[Run], law: Mapping[str, Any], color: Any
     line = np.geomspace(sizes[0], sizes[-1], 60)
     tokens = np.exp(np.interp(np.log(line), np.log(sizes), np.log([runs[each].tokens for each in first])))
     axes.plot(line, law_loss(law, line, tokens), color=color, linestyle="--", linewidth=1)
-    curve, lowest = parabola(runs)
+    fitted = [run for run in runs if run.fitted]
+    curve, lowest = parabola(fitted)
     if curve is not None:
+        line = np.geomspace(fitted[0].parameters, fitted[-1].parameters, 60)
         axes.plot(line, np.polyval(curve, np.log(line)), color=color, linewidth=1.5)
     if lowest is not None:
         axes.plot(lowest, np.polyval(curve, np.log(lowest)), "*", color=color, markersize=12, markeredgecolor="white")
@@ -109,17 +111,16 @@ def compute_figure(results: Results) -> Figure:
 
 
 def _along(axes: Axes, results: Results, kind: str, name: str, style: Mapping[str, Any]) -> None:
-    """A line of what is best at some FLOPs, dashed beyond the fitted runs, with a band where there are intervals."""
+    """A line of what is best at some FLOPs, dashed beyond the fitted runs; of the loss with its band."""
     optimum = [each for each in results.fit["kinds"][kind]["optimum"] if each["flops"] <= results.horizon]
     x, y = (np.array([each[key] for each in optimum]) for key in ("flops", name))
     inside = x <= EQUAL * max(run.flops for run in results.of(kind) if run.fitted)
     beyond = ~inside | np.append(~inside[1:], True)
     axes.plot(x[inside], y[inside], color=style["color"], linewidth=1.8)
     axes.plot(x[beyond], y[beyond], color=style["color"], linewidth=1.5, linestyle="--")
-    if name == "loss" and all(each.get("interval") for each in optimum):
-        axes.fill_between(
-            x, *np.array([each["interval"] for each in optimum]).T, color=style["color"], alpha=0.15, lw=0
-        )
+    if name == "loss":
+        band = np.array([each["interval"] for each in optimum]).T
+        axes.fill_between(x, *band, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def optimum_figure(results: Results) -> Figure:
@@ -151,16 +152,17 @@ def multiplier_figure(results: Results) -> Figure | None:
     """What each kind needs for the baseline's loss, as a multiple of what the baseline needs: of FLOPs, and of GPU
     hours as measured; grey where no run was fitted."""
     pairs = {
-        tuple(pair.split(" vs ")): [each for each in points if each["flops"] <= results.horizon]
+        tuple(pair.split(" vs ")): near
         for pair, points in results.fit["multipliers"].items()
-        if points
+        if (near := [each for each in points if each["flops"] <= results.horizon])
     }
     if not pairs:
         return None
     figure = Figure(figsize=(10, 4.8), layout="constrained")
     columns = figure.subplots(1, 2, sharey=True)
     middles = []
-    for (base, kind), points in pairs.items():
+    base = results.kinds[0]
+    for (_, kind), points in pairs.items():
         x, middle = (np.array([each[name] for each in points]) for name in ("flops", "multiplier"))
         low, high = np.array([each["interval"] for each in points]).T
         ratio = np.array([hours.ratio(results, base, kind, *each) for each in zip(x, middle, strict=True)])

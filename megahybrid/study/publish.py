@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from megahybrid.config import Config
-from megahybrid.study.answers import why
-from megahybrid.study.results import Results
+from megahybrid.study.results import Results, Run
 from megahybrid.training.tracking import add_to_summary
 
-COLUMNS = (
-    "cell",
-    "kind",
-    "size",
-    "budget",
-    "parameters",
-    "tokens",
-    "flops",
-    "learning_rate",
-    "gpu_hours",
-    "loss",
-    "state",
-)
+COLUMNS = [field.name for field in fields(Run)]
 
 
 def publish(results: Results, folder: Path, base: Config, pictures: Sequence[Path]) -> None:
@@ -42,11 +29,8 @@ def publish(results: Results, folder: Path, base: Config, pictures: Sequence[Pat
 def summary(wandb: Any, results: Results, pictures: Sequence[Path]) -> dict[str, Any]:
     """By name, what the run's summary gets: `runs` and the pictures."""
     beside = "" if wandb.run.settings._offline else wandb.run.url.rpartition("/")[0]
-    rows = [
-        [*(getattr(run, name) for name in COLUMNS), "" if run.counts else why(run), beside and f"{beside}/{run.run}"]
-        for run in results.runs
-    ]
+    rows = [[*(getattr(run, name) for name in COLUMNS), beside and f"{beside}/{run.run}"] for run in results.runs]
     return {
-        "runs": wandb.Table(columns=[*COLUMNS, "left out", "link"], data=rows),
+        "runs": wandb.Table(columns=[*COLUMNS, "link"], data=rows),
         **{path.stem: wandb.Image(str(path)) for path in pictures},
     }

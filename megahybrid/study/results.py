@@ -121,12 +121,12 @@ def read_results(folder: Path) -> Results:
         raise UserError(f"'{folder}' has no fit.json with a fitted kind: run `megahybrid study fit` first.")
     if not all(law["intervals"] for law in fit["kinds"].values()):
         raise UserError(f"The fit in '{folder}' has no intervals: run `megahybrid study fit` without --bootstrap 0.")
-    if not any(run.fitted for run in runs):
-        raise UserError(f"No run of '{folder}' is done, so its fit is of other runs: run `megahybrid study fit` again.")
+    if {run.kind for run in runs if run.fitted} != set(fit["kinds"]):
+        raise UserError(f"runs.csv and fit.json in '{folder}' have other kinds: run `megahybrid study fit` again.")
     plan = _read(folder / "plan.csv", Planned) or []
     planned, data = {each.cell: each.gpu_hours for each in plan}, plan[0].data if plan else ""
     frozen = read_json(folder / "prediction.json") or {}
-    return Results(folder.resolve().name, runs, _with_nan(fit), planned, data, frozen)
+    return Results(folder.resolve().name, runs, _with_nan(fit), planned, data, _with_nan(frozen))
 
 
 def _with_nan(value: Any) -> Any:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megahybrid.study.results import read_results
+
 LAWS = {  # A, B, E, alpha, beta
     "transformer": (150.0, 900.0, 1.70, 0.28, 0.33),
     "gdn": (143.0, 880.0, 1.68, 0.28, 0.33),
@@ -177,8 +179,8 @@ def target(kind, parameters=50e6, tokens=2e9):
     return made | {"cell": None, "actual": None, "error": None, "covered": None}
 
 
-def write(folder: Path, rows=None, **changes) -> Path:
-    """runs.csv, plan.csv, prediction.json and fit.json of a study into a folder; `changes` to the fit."""
+def write(folder: Path, rows=None) -> Path:
+    """runs.csv, plan.csv, prediction.json and fit.json of a study into a folder."""
     rows = runs() if rows is None else rows
     folder.mkdir(parents=True, exist_ok=True)
     table(folder / "runs.csv", COLUMNS, rows)
@@ -187,7 +189,7 @@ def write(folder: Path, rows=None, **changes) -> Path:
         ("cell", "gpu_hours", "data"),
         [{"cell": each["cell"], "gpu_hours": each["flops"] / 3e18 * 22, "data": "c0ffee"} for each in rows],
     )
-    made = fit(rows) | changes
+    made = fit(rows)
     (folder / "fit.json").write_text(json.dumps(made))
     frozen = {each["cell"]: each for kind in LAWS for each in made["kinds"][kind]["predictions"] if each["cell"]}
     (folder / "prediction.json").write_text(json.dumps(frozen))
@@ -199,3 +201,13 @@ def table(path, columns, rows):
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def results(folder, rows=None, change=lambda made: None, frozen=lambda made: None):
+    """Results of a study whose fit.json and prediction.json are changed before they are read."""
+    write(folder, rows)
+    for name, by in (("fit.json", change), ("prediction.json", frozen)):
+        made = json.loads((folder / name).read_text())
+        by(made)
+        (folder / name).write_text(json.dumps(made))
+    return read_results(folder)

@@ -12,7 +12,7 @@ import pytest
 
 from megahybrid.cli import main
 from megahybrid.errors import UserError
-from megahybrid.study.fit import fit, fit_table
+from megahybrid.study.fit import _finite, fit, fit_table
 from megahybrid.study.fit_text import describe
 from megahybrid.study.law.frontier import Frontier, TokenCost, multiplier
 from megahybrid.study.table import read_table
@@ -59,6 +59,11 @@ def test_fit_json_is_what_is_returned_and_is_strict_json(fitted):
     text = (folder / "fit.json").read_text()
     assert json.loads(text) == found and "NaN" not in text and "Infinity" not in text
     assert list(folder.glob(".*")) == []
+
+
+def test_what_is_not_finite_becomes_null():
+    made = _finite({"a": [np.float64("inf"), np.array(1.5)], "b": (float("nan"), np.int64(2), "text", None, True)})
+    assert made == {"a": [None, 1.5], "b": [None, 2, "text", None, True]}
 
 
 def test_the_laws_and_their_intervals(fitted):
@@ -113,7 +118,7 @@ def test_multipliers_of_pairs(fitted):
 def test_cross_checks_and_what_was_left_out(fitted):
     found = fitted[1]
     assert found["rule"] == "36 of 39 runs are fitted; left out: 2 held out, 1 missing."
-    assert found["warnings"] == ["1 runs have no loss and are missing from the fit: gone."]
+    assert found["warnings"] == ["The fit lacks gone, which has no loss."]
     shared = found["shared_exponents"]
     assert shared["objective"] >= shared["objective_of_own_exponents"] and set(shared["kinds"]) == {"base", "other"}
     assert shared["alpha"] == pytest.approx(tables.LAW.alpha, abs=0.04)
@@ -125,7 +130,13 @@ def test_cross_checks_and_what_was_left_out(fitted):
         assert step["fitted"] == 12 and step["predicted"] == 6 and abs(step["error"]) < 0.01
         assert step["covered"] >= 5
     text = describe(found)
-    for part in ("biased even without noise", "Warning: 1 runs", "base vs other", "base-held-out: loss", ", inside)"):
+    for part in (
+        "biased even without noise",
+        "Warning: The fit lacks gone",
+        "base vs other",
+        "base-held-out: loss",
+        ", inside)",
+    ):
         assert part in text
     assert max(map(len, text.splitlines())) < 160
 

@@ -5,15 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.image
-import numpy as np
 import pytest
 
 from megahybrid.cli import main
 from megahybrid.config import Config
 from megahybrid.errors import UserError
-from megahybrid.study import hours, pictures, publish, report, run_pictures
-from megahybrid.study.answers import answers, in_hours, open_questions, savings
-from megahybrid.study.drawing import power, round_numbers
+from megahybrid.study import pictures, publish, report, run_pictures
+from megahybrid.study.answers import answers, open_questions, savings
 from megahybrid.study.fit import fit
 from megahybrid.study.results import read_results
 from tests.study import made_up
@@ -26,22 +24,6 @@ def written(tmp_path_factory):
     """A study with its report."""
     folder = made_up.write(tmp_path_factory.mktemp("studies") / "hybrids-1")
     return folder, report.write(folder, FILE)
-
-
-def study(folder, rows=None, change=lambda made: None, frozen=lambda made: None):
-    """Results of a study whose files are changed before they are read."""
-    made_up.write(folder, rows)
-    for name, by in (("fit.json", change), ("prediction.json", frozen)):
-        made = json.loads((folder / name).read_text())
-        by(made)
-        (folder / name).write_text(json.dumps(made))
-    return read_results(folder)
-
-
-def lines(axes):
-    """What an axes' lines show, by colour and style, without those of one point."""
-    drawn = [(each.get_color(), each.get_linestyle(), *each.get_data()) for each in axes.lines]
-    return [(color, style, np.array(x), np.array(y)) for color, style, x, y in drawn if len(np.atleast_1d(x)) > 1]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +39,7 @@ def test_the_sentence_on_compute_follows_the_interval(times, interval, said, tmp
         for point in made["multipliers"]["transformer vs gdn"]:
             point |= {"multiplier": times, "interval": interval}
 
-    results = study(tmp_path, change=change)
+    results = made_up.results(tmp_path, change=change)
     figures = f"{times} times the FLOPs (95 % interval {interval[0]} to {interval[1]})"
     assert answers(results)[0].startswith(
         f"**{said}**: {figures}, at 1e16 FLOPs of transformer, where fitted runs end."
@@ -73,7 +55,7 @@ def test_kinds_whose_intervals_overlap_are_not_ordered(low, overlap, tmp_path):
             point |= {"multiplier": 0.6, "interval": [0.5, 0.7]}
             other |= {"multiplier": 0.75, "interval": [low, 0.8]}
 
-    said = " ".join(open_questions(study(tmp_path, change=change)))
+    said = " ".join(open_questions(made_up.results(tmp_path, change=change)))
     assert ("Whether gdn or lalte needs less compute" in said) == overlap
 
 
@@ -88,7 +70,7 @@ def test_a_forecast_is_judged_by_its_frozen_interval(factor, place, tmp_path):
     def widen(made):
         made["kinds"]["gdn"]["predictions"][0] |= {"interval": [0, 9], "covered": True}
 
-    results = study(tmp_path, rows, widen)
+    results = made_up.results(tmp_path, rows, widen)
     (said,) = [each for each in answers(results) if each.startswith("gdn, 8 times the FLOPs")]
     assert f"{expected:.4f} ({0.998 * expected:.4f} to {1.002 * expected:.4f}) nats a token were predicted" in said
     assert said.endswith(f"{held['loss']:.4f} came: {100 * (factor - 1):+.2f} %, {place} the interval.")
@@ -102,7 +84,7 @@ def test_what_is_not_known_yet_is_said(tmp_path):
     rows = made_up.runs()
     held = next(each for each in rows if each["held_out"] and each["kind"] == "gdn")
     held |= {"state": "running", "loss": ""}
-    results = study(tmp_path, rows, frozen=lambda made: made.pop("lalte-320x10-8e16-s0"))
+    results = made_up.results(tmp_path, rows, frozen=lambda made: made.pop("lalte-320x10-8e16-s0"))
     said = answers(results)
     assert any(each.startswith("**1 of 1 frozen") for each in said)
     assert any(each.startswith("gdn, 8 times") and each.endswith("the run is not done (running).") for each in said)
@@ -134,16 +116,16 @@ def test_a_second_try_is_not_merged_in_silence(tmp_path):
         ({"state": "running", "excluded": "running"}, "which is not done (running)"),
     ):
         said = f"gdn-192x6-3e15-s1-half is gdn-192x6-3e15-s1 again at a learning rate of 1e-3, {place}."
-        assert said in answers(study(tmp_path, [*rows, first | changes]))
+        assert said in answers(made_up.results(tmp_path, [*rows, first | changes]))
 
 
 def test_warnings_and_the_same_runs_without_a_repeat(tmp_path):
     warning = "Without 2 runs the exponent changes by 0.1."
     rows = [each for each in made_up.runs() if each["seed"] == 0]
-    results = study(tmp_path, rows, lambda made: made["warnings"].append(warning))
+    results = made_up.results(tmp_path, rows, lambda made: made["warnings"].append(warning))
     assert f"The fit warns: {warning}" in answers(results)
     assert "How much two seeds differ: no run was repeated." in open_questions(results)
-    assert not any("two seeds" in each for each in open_questions(study(tmp_path)))
+    assert not any("two seeds" in each for each in open_questions(made_up.results(tmp_path)))
     assert any(
         "1e16 FLOPs, where no run was fitted: held-out runs test it at 8e16" in each for each in open_questions(results)
     )
@@ -179,7 +161,7 @@ def test_pictures_are_there_and_not_blank(written):
         ("fit.json", '{"kinds": {"gdn', "has no fit.json with a fitted kind"),
         ("fit.json", '{"kinds": {}}', "has no fit.json with a fitted kind"),
         ("fit.json", '{"kinds": {"gdn": {"intervals": {}}}}', "has no intervals: run `megahybrid study fit`"),
-        ("runs.csv", ",".join(made_up.COLUMNS) + "\n", "No run of '.*hybrids-1' is done"),
+        ("runs.csv", ",".join(made_up.COLUMNS) + "\n", "runs.csv and fit.json in '.*hybrids-1' have other kinds"),
         ("runs.csv", "cell,run\na,b\n", "Line 2 of '.*runs.csv' has no kind"),
         ("plan.csv", "cell\na\n", "Line 2 of '.*plan.csv' has no gpu_hours"),
         ("plan.csv", "cell,gpu_hours,data\na,many,\n", r"Line 2 of '.*plan.csv' has no gpu_hours \(many\)"),
@@ -196,87 +178,6 @@ def test_what_cannot_be_reported_is_one_sentence_and_leaves_nothing(name, conten
     assert sorted(folder.iterdir()) == before
 
 
-def test_parabolas_and_the_law_run_through_noiseless_runs(tmp_path):
-    results = study(tmp_path, made_up.runs(noise=0))
-    for axes, kind in zip(pictures.isoflop_figure(results).axes, made_up.LAWS, strict=True):
-        assert axes.get_title() == kind
-        for budget, star in zip(
-            made_up.BUDGETS, [each for each in axes.lines if each.get_marker() == "*"], strict=True
-        ):
-            parameters, _, loss = made_up.optimum(kind, budget)
-            assert star.get_xdata()[0] == pytest.approx(parameters, rel=0.06)
-            assert star.get_ydata()[0] == pytest.approx(loss, rel=0.003)
-        dashed = [(x, y) for _, style, x, y in lines(axes) if style == "--" and x[0] < x[-1]]
-        assert len(dashed) == len(made_up.BUDGETS)  # held-out runs have one size
-        x, y = dashed[0]
-        assert y == pytest.approx(made_up.loss(kind, x, 1e15 / (6 * made_up.COUNTS[kind] * x)), rel=1e-9)
-        hollow = [each for each in axes.lines if str(each.get_markerfacecolor()) == "none"]
-        assert [each.get_xdata()[0] for each in hollow] == [run.parameters for run in results.of(kind) if run.held_out]
-
-
-def test_envelope_and_optimum_are_the_fits(written):
-    results = read_results(written[0])
-    (axes,) = pictures.compute_figure(results).axes
-    points = results.fit["kinds"]["gdn"]["optimum"]
-    solid, dashed = [(x, y) for color, _, x, y in lines(axes) if color == "#c8553d" and len(np.unique(x)) > 2][-2:]
-    points = [each for each in points if each["flops"] <= 7.5e17]  # that of the target is the farthest
-    joined = np.append(solid[0], dashed[0][1:]), np.append(solid[1], dashed[1][1:])
-    assert solid[0][-1] == dashed[0][0] == 1e16
-    assert np.array_equal(joined, [[each[name] for each in points] for name in ("flops", "loss")])
-    for axes, name in zip(pictures.optimum_figure(results).axes, ("parameters", "tokens"), strict=True):
-        drawn = [y for color, style, x, y in lines(axes) if color == "#c8553d" and style == "-"]
-        assert drawn[0].tolist() == [each[name] for each in points if each["flops"] <= 1.01e16]
-
-
-def test_residuals_are_the_noise(tmp_path):
-    results = study(tmp_path, made_up.runs(noise=0.002))
-    for axes, name in zip(pictures.residuals_figure(results).axes, ("parameters", "tokens"), strict=True):
-        drawn = sorted((*each.get_xdata(), *each.get_ydata()) for each in axes.lines if len(each.get_xdata()) == 1)
-        expected = sorted(
-            (getattr(run, name), 100 * (run.loss / made_up.loss(kind, run.parameters, run.tokens) - 1))
-            for kind in made_up.LAWS for run in results.of(kind)
-        )  # fmt: skip
-        assert np.allclose(drawn, expected, atol=1e-9) and len(drawn) == 45
-
-
-def test_predictions_stand_beside_what_came(written):
-    results = read_results(written[0])
-    left, right = pictures.prediction_figure(results).axes
-    held = [run for run in results.runs if run.held_out]
-    bars = [x for _, _, x, y in lines(right) if y[0] == y[1]]
-    assert np.allclose(bars, [[-0.2, 0.2]] * 3)
-    stars = [each.get_xdata()[0] for each in right.lines if each.get_marker() == "*"]
-    losses = [made_up.loss(run.kind, run.parameters, run.tokens) for run in held]
-    assert stars == pytest.approx([100 * (run.loss / each - 1) for run, each in zip(held, losses, strict=True)])
-    assert [each.get_text() for each in right.texts] == [f"{each:+.2f} %" for each in stars]
-    dots = [each for each in left.lines if each.get_linestyle() == "None" and len(each.get_xdata()) == 14]
-    for kind, each in zip(made_up.LAWS, dots, strict=True):
-        assert each.get_ydata().tolist() == [run.loss for run in results.of(kind) if run.fitted]
-
-
-def test_hours_multiply_by_what_a_flop_takes_where_each_kind_is_best(tmp_path):
-    """In the measured range an hour a FLOP is HOURS · (1 + 1e6 / parameters), at the sizes exactly."""
-    results = study(tmp_path, made_up.runs(noise=0))
-    saving = savings(results, 1e16)[1]
-    assert (saving.base, saving.kind) == ("transformer", "lalte")
-    assert saving.times == pytest.approx(made_up.multiplier("transformer", "lalte", 1e16), rel=1e-6)
-
-    def rate(kind, flops):
-        return made_up.HOURS[kind] * (1 + 1e6 / made_up.optimum(kind, flops)[0])
-
-    expected = saving.times * rate("lalte", 1e16 * saving.times) / rate("transformer", 1e16)
-    assert in_hours(results, saving).times == pytest.approx(expected, rel=0.01)
-    left, right = pictures.multiplier_figure(results).axes
-    for axes, each in ((left, saving), (right, in_hours(results, saving))):
-        drawn = {color: (x, y) for color, _, x, y in lines(axes) if len(x) > 2}
-        x, y = drawn["#3d8361"]
-        assert np.interp(np.log(1e16), np.log(x), y) == pytest.approx(each.times, rel=1e-6)
-    unmeasured = [row | {"gpu_hours": ""} for row in made_up.runs()]
-    results = study(tmp_path, unmeasured)
-    assert in_hours(results, savings(results, 1e16)[0]) is None
-    assert not any("GPU hours as measured" in each for each in answers(results))
-
-
 def test_a_kind_that_may_never_have_the_loss_is_said_to(tmp_path):
     """fit.json gives multipliers where they are finite in every replicate."""
 
@@ -285,7 +186,7 @@ def test_a_kind_that_may_never_have_the_loss_is_said_to(tmp_path):
         points["transformer vs gdn"] = [each for each in points["transformer vs gdn"] if each["flops"] < 9e15]
         points["transformer vs lalte"] = []
 
-    results = study(tmp_path, change=change)
+    results = made_up.results(tmp_path, change=change)
     assert savings(results, 1e16) == [] and [each.kind for each in savings(results, 5e15)] == ["gdn"]
     for kind in ("gdn", "lalte"):
         said = f"What {kind} needs for the loss of transformer at 1e16 FLOPs: by its law it may never have it."
@@ -295,7 +196,7 @@ def test_a_kind_that_may_never_have_the_loss_is_said_to(tmp_path):
 
 
 def test_a_fit_of_other_runs_is_said_first(tmp_path):
-    results = study(tmp_path, change=lambda made: made["kinds"]["gdn"].update(runs=13))
+    results = made_up.results(tmp_path, change=lambda made: made["kinds"]["gdn"].update(runs=13))
     assert answers(results)[0] == "**The fit of gdn has 13 runs, runs.csv 14**: run `megahybrid study fit` again."
 
 
@@ -318,7 +219,7 @@ def test_what_is_no_finite_number_does_not_stop_a_report(tmp_path):
         for each in law["optimum"]:
             each |= {"parameters": None, "tokens": None, "loss": None, "interval": [None, None]}
 
-    results = study(tmp_path, change=change)
+    results = made_up.results(tmp_path, change=change)
     assert "nan (nan to nan) of gdn" in " ".join(answers(results))
     for make in (pictures.compute_figure, pictures.optimum_figure, pictures.multiplier_figure):
         assert make(results) is not None
@@ -336,54 +237,6 @@ def test_what_fit_writes_is_what_report_reads(tmp_path, monkeypatch):
     text = report.text(results, FILE, [])
     assert "gdn needs 33 % less compute than transformer" in text and "The fit of" not in text
     assert text.count("N without embeddings") == 3 and "Approach 2 gives" in text
-
-
-def test_learning_rates_have_their_lowest_point(written):
-    results = read_results(written[0])
-    for axes in run_pictures.learning_rate_figure(results).axes:
-        (star,) = [each for each in axes.lines if each.get_marker() == "*"]
-        assert star.get_xdata()[0] == pytest.approx(2e-3 * made_up.BEST_FACTOR, rel=1e-3)
-        assert [each.get_text() for each in axes.get_legend().texts] == ["128x4, 3e15 FLOPs: lowest at 1.8e-3"]
-
-
-def test_branches_lie_with_their_trunk_on_the_law(tmp_path):
-    results = study(tmp_path, made_up.branched() + made_up.branched("lalte")[-1:] + made_up.runs(noise=0))
-    (axes,) = run_pictures.branches_figure(results).axes
-    assert axes.get_title() == "gdn"
-    law, branches, trunk = axes.lines
-    family = made_up.branched()
-    for drawn, rows in ((branches, family[:2]), (trunk, family[2:])):
-        assert drawn.get_xdata().tolist() == [each["tokens"] for each in rows]
-        assert drawn.get_ydata() == pytest.approx([each["loss"] for each in rows])
-    assert law.get_ydata()[-1] == pytest.approx(family[-1]["loss"]) and law.get_xdata()[0] == pytest.approx(5e7)
-
-
-def test_costs_are_those_of_the_plan_and_of_the_runs(written):
-    results = read_results(written[0])
-    figure = run_pictures.cost_figure(results)
-    (axes,) = figure.axes
-    labels = [each.get_text() for each in axes.get_yticklabels()]
-    assert labels[:5] == [
-        "transformer 128x4",
-        "transformer 192x6",
-        "transformer 256x8",
-        "transformer 320x10",
-        "gdn 128x4",
-    ]
-    widths = np.array([[bar.get_width() for bar in each] for each in axes.containers])
-    rows = [each for each in made_up.runs() if (each["kind"], each["size"]) == ("gdn", "192x6")]
-    assert widths[0, 5] == pytest.approx(sum(each["flops"] / 3e18 * 22 for each in rows))
-    used = {state: sum(each["gpu_hours"] for each in rows if each["state"] == state) for state in ("done", "diverged")}
-    assert widths[1:, 5] == pytest.approx([used["done"], 0, used["diverged"]])
-    total = sum(sum(part.values()) for part in hours.by_use(results.runs).values())
-    assert widths[1:].sum() == pytest.approx(total)
-    assert f"GPU hours: {total:.3g} of {widths[0].sum():.3g} planned" in (written[0] / "report.md").read_text()
-
-
-def test_round_numbers():
-    assert round_numbers(0.9e6, 11e6) == [1e6, 2e6, 3e6, 5e6, 1e7]
-    assert round_numbers(8e14, 2e18) == [1e15, 1e16, 1e17, 1e18]
-    assert [power(each) for each in (3e18, 1.5e-3, 3.16e15)] == ["3e18", "1.5e-3", "3.2e15"]
 
 
 @pytest.fixture
