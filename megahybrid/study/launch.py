@@ -81,6 +81,7 @@ class Launching:
     ):
         self.study, self.file, self.folder = study, file, study_folder(study)
         self._line, self._queue, self._survey = StatusLine(say), queue, Survey(study)
+        self._hours: dict[str, float] = {}
         self._begun: set[str] = set()
         self._said: set[str] = set()
         self._unpredictable = False
@@ -128,15 +129,20 @@ class Launching:
     def conclude(self) -> int:
         """Say what has come of it; 1 where a run has failed, else 0."""
         self._look()
-        failed = [each for each in self.outcomes if each.state == "failed"]
+        failed = [each for each in self.outcomes if each.state == "failed" or self._has_died(each)]
         for each in failed:
-            self._line.say(f"{each.cell.name} has failed: {each.why.rstrip('.')}; see {each.run.path / 'logs'}.")
+            why = each.why.rstrip(".") or "it ended without a word"
+            self._line.say(f"{each.cell.name} has failed: {why}; see {each.run.path / 'logs'}.")
         if failed and any(each.cell.held_out and not each.ended for each in self.outcomes):
             self._line.say("What is held out waits: nothing is predicted from a part of the runs.")
         elif not all(each.ended for each in self.outcomes):
             self._line.say("The same command goes on with what waits for these.")
         self._line.say(str(self._overall()))
         return 1 if failed else 0
+
+    def _has_died(self, outcome: Outcome) -> bool:
+        """Whether nothing has come of a run that was begun."""
+        return outcome.state == "missing" and not outcome.why and outcome.cell.identity in self._begun
 
     def _look(self) -> None:
         self.outcomes = self._survey.look(self._queue())
@@ -159,13 +165,12 @@ class Launching:
     def _startable(self) -> list[Cell]:
         """Each run once that nobody has begun and that knows its learning rate, the longest first, those that are held
         out last, and once what is predicted of them is written down."""
-        found: dict[str, Outcome] = {}
+        found: dict[str, Cell] = {}
         for each in self.outcomes:
             begun = each.state not in ("missing", "failed") or each.cell.identity in self._begun
             if not begun and not each.cell.awaits and not (each.cell.held_out and not self._frozen()):
-                found.setdefault(each.cell.identity, each)
-        order = sorted(found.values(), key=lambda each: (each.cell.held_out, -each.flops))
-        return [each.cell for each in order]
+                found.setdefault(each.cell.identity, each.cell)
+        return sorted(found.values(), key=lambda cell: (cell.held_out, -self._expected(cell) / cell.gpus))
 
     def _ready(self) -> list[Cell]:
         """Those that can begin now."""
@@ -206,7 +211,7 @@ class Launching:
         if limit is None or not wanted:
             return None
         rest = {
-            each.cell.identity: tabled(each.cell.config).hours * (1 - each.flops_done / each.flops)
+            each.cell.identity: self._expected(each.cell) * (1 - each.flops_done / each.flops)
             for each in self.outcomes
             if each.cell.identity in wanted or each.state in ("running", "waiting")
         }
@@ -217,6 +222,12 @@ class Launching:
             f"the study has taken {taken:.3g} GPU hours and its runs would take {more:.3g} more, which is over "
             f"limits.gpu_hours = {limit:g}; raise it, or make the study smaller."
         )
+
+    def _expected(self, cell: Cell) -> float:
+        """GPU hours of a run."""
+        if cell.identity not in self._hours:
+            self._hours[cell.identity] = tabled(cell.config).hours
+        return self._hours[cell.identity]
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -229,8 +240,8 @@ class Launching:
         for cell in cells:
             waits = cell.role == "branch" and not has_branch_point(cell)
             after = job_of(trunk_of(cell).path) if waits else None
-            hours = tabled(cell.config).hours / cell.gpus
-            classes[cell.nodes, time_limit(hours, profile.time), after].append(cell)
+            limit = time_limit(self._expected(cell) / cell.gpus, profile.time)
+            classes[cell.nodes, limit, after].append(cell)
         for (nodes, limit, after), members in classes.items():
             configs = [cell.config for cell in members]
             request = Request(

@@ -128,8 +128,8 @@ def _with_trunks(outcomes: Iterable[Outcome]) -> list[Outcome]:
         begun = each.cell.role != "branch" or each.cell.awaits or each.state not in ("missing", "failed")
         if begun or has_branch_point(each.cell):
             continue
-        trunk, state = trunks[each.cell.trunk], each.state
-        why = each.why or f"waits for step {each.cell.branch_step} of {trunk.cell.name}"
+        trunk, state = trunks[each.cell.trunk], "missing"  # also where its job ended with its trunk's
+        why = f"waits for step {each.cell.branch_step} of {trunk.cell.name}"
         if trunk.ended:
             state = "diverged" if trunk.state == "diverged" else "failed"
             why = f"its trunk {trunk.cell.name} has ended without a checkpoint of step {each.cell.branch_step}"

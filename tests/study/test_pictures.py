@@ -40,6 +40,19 @@ def test_parabolas_and_the_law_run_through_noiseless_runs(tmp_path):
         assert [each.get_xdata()[0] for each in hollow] == [run.parameters for run in results.of(kind) if run.held_out]
 
 
+def test_what_is_held_out_bends_no_parabola(tmp_path):
+    rows = made_up.runs(noise=0)
+    for each in rows:
+        if (each["kind"], each["size"], each["budget"]) == ("gdn", "320x10", 1e16):
+            each |= {"held_out": 1, "loss": 2 * each["loss"]}
+    axes = pictures.isoflop_figure(made_up.results(tmp_path, rows)).axes[1]
+    stars = [each.get_xdata()[0] for each in axes.lines if each.get_marker() == "*"]
+    # Of the three sizes that are left the largest is below the best.
+    assert axes.get_title() == "gdn" and stars == pytest.approx(
+        [made_up.optimum("gdn", each)[0] for each in (1e15, 3e15)], rel=0.06
+    )
+
+
 def test_envelope_and_optimum_are_the_fits(results):
     (axes,) = pictures.compute_figure(results).axes
     points = results.fit["kinds"]["gdn"]["optimum"]
@@ -95,6 +108,11 @@ def test_hours_multiply_by_what_a_flop_takes_where_each_kind_is_best(tmp_path):
         drawn = {color: (x, y) for color, _, x, y in lines(axes) if len(x) > 2}
         x, y = drawn["#3d8361"]
         assert np.interp(np.log(1e16), np.log(x), y) == pytest.approx(each.times, rel=1e-6)
+    branches = [
+        each | {"gpu_hours": 1e-9} for each in made_up.branched("lalte", tokens=(1e8,) * 5)[:4]
+    ]  # their hours are a part's
+    more = made_up.results(tmp_path, [*made_up.runs(noise=0), *branches])
+    assert in_hours(more, saving).times == in_hours(results, saving).times
     unmeasured = [row | {"gpu_hours": ""} for row in made_up.runs()]
     results = made_up.results(tmp_path, unmeasured)
     assert in_hours(results, savings(results, 1e16)[0]) is None
