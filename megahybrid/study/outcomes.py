@@ -145,7 +145,7 @@ def _retries(outcomes: Sequence[Outcome]) -> list[Cell]:
     """
     again: dict[str, Cell] = {}
     for each in sorted(outcomes, key=lambda each: each.cell.role == "branch"):
-        if each.state == "diverged" and each.cell.retry_of is None and each.cell.role != "tune":
+        if each.state == "diverged" and each.cell.role != "tune":
             again[each.cell.identity] = _at_half_the_rate(each.cell, again.get(each.cell.trunk))
     return list(again.values())
 
