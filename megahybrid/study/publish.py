@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megahybrid.config import Config
+from megahybrid.study.cells import RUNS
 from megahybrid.study.results import Results, Run
+from megahybrid.training import checkpoint, checkpoint_folder
 from megahybrid.training.tracking import add_to_summary
 
 COLUMNS = [field.name for field in fields(Run)]
@@ -28,9 +30,15 @@ def publish(results: Results, folder: Path, base: Config, pictures: Sequence[Pat
 
 def summary(wandb: Any, results: Results, pictures: Sequence[Path]) -> dict[str, Any]:
     """By name, what the run's summary gets: `runs` and the pictures."""
-    beside = "" if wandb.run.settings._offline else wandb.run.url.rpartition("/")[0]
-    rows = [[*(getattr(run, name) for name in COLUMNS), beside and f"{beside}/{run.run}"] for run in results.runs]
+    rows = [[*(getattr(run, name) for name in COLUMNS), _page(wandb.run, RUNS / run.run)] for run in results.runs]
     return {
         "runs": wandb.Table(columns=[*COLUMNS, "link"], data=rows),
         **{path.stem: wandb.Image(str(path)) for path in pictures},
     }
+
+
+def _page(report: Any, run: Path) -> str:
+    """The page of a run in W&B beside that of the report; empty where one of them has none."""
+    newest = None if report.settings._offline else checkpoint_folder.find(run)
+    known = checkpoint.position(newest).tracking_id if newest else None
+    return f"{report.url.rpartition('/')[0]}/{known}" if known else ""

@@ -14,6 +14,7 @@ from megahybrid.study import pictures, publish, report, run_pictures
 from megahybrid.study.answers import answers, open_questions, savings
 from megahybrid.study.fit import fit
 from megahybrid.study.results import read_results
+from megahybrid.training import checkpoint_folder
 from tests.study import made_up
 
 FILE = Path("studies/hybrids-1.yaml")
@@ -286,8 +287,15 @@ def test_the_verb_reports_and_tells_wandb_what_is_new(study_file, tmp_path, caps
     assert row["cell"] == runs[0].cell and row["loss"] == runs[0].loss and row["link"] == ""
 
 
-def test_runs_are_linked_where_there_is_a_server(written, monkeypatch):
+def test_runs_are_linked_where_there_is_a_server(written, monkeypatch, tmp_path):
     folder, paths = written
+    monkeypatch.setattr(publish, "RUNS", tmp_path / "shared")
+    tracked = read_results(folder).runs[1].run
+    step = tmp_path / "shared" / tracked / "checkpoints" / checkpoint_folder.name(7)
+    step.mkdir(parents=True)
+    facts = {"position": {"step": 7, "consumed": 56, "data": "x", "tracking_id": "abc123"}, "regulators": {}}
+    (step / "checkpoint.json").write_text(json.dumps(facts))
+    (step.parent / "latest").write_text(step.name)
     run = SimpleNamespace(url="https://wandb.ai/we/us/runs/report", settings=SimpleNamespace(_offline=False))
     wandb = SimpleNamespace(run=run, Table=lambda columns, data: data, Image=str)
 
@@ -299,7 +307,8 @@ def test_runs_are_linked_where_there_is_a_server(written, monkeypatch):
     added, results = {}, read_results(folder)
     monkeypatch.setattr(publish, "add_to_summary", add)
     publish.publish(results, folder, Config(), paths[1:])
-    assert [row[-1] for row in added["runs"]] == [f"https://wandb.ai/we/us/runs/{each.run}" for each in results.runs]
+    pages = ["https://wandb.ai/we/us/runs/abc123" if each.run == tracked else "" for each in results.runs]
+    assert [row[-1] for row in added["runs"]] == pages and any(pages)
     assert added["isoflop"] == str(folder / "isoflop.png") and len(added) == len(paths)
 
 
