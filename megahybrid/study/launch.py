@@ -131,6 +131,10 @@ class Launching:
         failed = [each for each in self.outcomes if each.state == "failed"]
         for each in failed:
             self._line.say(f"{each.cell.name} has failed: {each.why.rstrip('.')}; see {each.run.path / 'logs'}.")
+        if late := prediction.too_late(self.folder, self.outcomes):
+            self._line.say(
+                f"Nothing is predicted of {', '.join(late)}: begun before, so that no prediction would test it."
+            )
         if failed and any(each.cell.held_out and not each.ended for each in self.outcomes):
             self._line.say("What is held out waits: nothing is predicted from a part of the runs.")
         elif not all(each.ended for each in self.outcomes):

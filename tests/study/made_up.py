@@ -191,7 +191,9 @@ def write(folder: Path, rows=None) -> Path:
     )
     made = fit(rows)
     (folder / "fit.json").write_text(json.dumps(made))
-    frozen = {each["cell"]: each for kind in LAWS for each in made["kinds"][kind]["predictions"] if each["cell"]}
+    frozen = {
+        identity(each["cell"]): each for kind in LAWS for each in made["kinds"][kind]["predictions"] if each["cell"]
+    }
     (folder / "prediction.json").write_text(json.dumps(frozen))
     return folder
 

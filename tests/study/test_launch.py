@@ -1,6 +1,7 @@
 """Launching a study here and through Slurm: each run once, in an order that works, whatever ends on the way."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -13,8 +14,10 @@ import pytest
 from megahybrid.cli import main
 from megahybrid.files import read_json
 from megahybrid.study import launch as launching
+from megahybrid.study import prediction
 from megahybrid.study.design import design
 from megahybrid.study.local import Processes
+from megahybrid.study.outcomes import Survey
 from tests.study.running import calls, leave
 
 WHICH = shutil.which
@@ -71,16 +74,50 @@ def test_runs_side_by_side(make_study, trainer, fit, capsys):
     assert order[-2:] == ["one-32x2-8e9-s0", "two-32x2-8e9-s0"]
     assert {each["name"] for each in noted if each["frozen"]} == set(order[-2:])
     held = json.loads(Path("studies/small/prediction.json").read_text())
-    assert set(held) == set(order[-2:]) and held["one-32x2-8e9-s0"]["loss"] == 2.5
-    assert {each["state"] for each in held.values()} == {"missing"}
+    assert {made["cell"]: identity for identity, made in held.items()} == {
+        name: cells[name].identity for name in order[-2:]
+    }
+    table = Path(
+        "studies/small/predicted-from-" + (made := held[cells[order[-1]].identity])["table_sha256"][:16] + ".csv"
+    )
+    assert made["loss"] == 2.5 and made["table"] == table.name
+    assert hashlib.sha256(table.read_bytes()).hexdigest() == made["table_sha256"]
     # Launched again nothing begins, and what is frozen stays.
     os.utime("studies/small/prediction.json", (1, 1))
     assert launch("--jobs", "3") == 0 and calls() == noted
     assert Path("studies/small/prediction.json").stat().st_mtime == 1
     # Nor is it made anew where it cannot be read now.
     Path("studies/small/prediction.json").write_text("{")
-    shutil.rmtree(Path("studies/runs", held[order[-1]]["run"]))
+    shutil.rmtree(Path("studies/runs", cells[order[-1]].identity))
     assert launch() == 2 and "what was predicted is not predicted anew" in capsys.readouterr().err and calls() == noted
+
+
+def test_a_prediction_is_of_one_very_run_and_never_of_one_that_has_begun(make_study, trainer, fit, capsys):
+    def survey(rate):
+        overrides = f"overrides: {{train.global_batch_size: 2, optimizer.learning_rate: {rate}}}"
+        study = make_study("kinds: {one: '(G)*{layers}'}", overrides)
+        for cell in design(study):
+            if not cell.held_out:
+                leave(cell)
+        return Survey(study).look(None)
+
+    folder, file, held = Path("studies/small"), Path("studies/small/prediction.json"), []
+    for rate in (0.004, 0.005):
+        outcomes = survey(rate)
+        held += [each.cell for each in outcomes if each.cell.held_out]
+        assert not prediction.is_frozen(folder, outcomes)
+        before = read_json(file) or {}
+        prediction.freeze(folder, outcomes)
+        assert prediction.is_frozen(folder, outcomes) and read_json(file).items() >= before.items()
+    assert list(read_json(file)) == [cell.identity for cell in held] and held[0].name == held[1].name
+    # Another study has trained it, or prediction.json is gone: what is known already is no forecast.
+    leave(held[1])
+    file.unlink()
+    outcomes = survey(0.005)
+    assert prediction.is_frozen(folder, outcomes) and prediction.too_late(folder, outcomes) == [held[1].name]
+    trainer()
+    assert launch() == 0 and not calls() and not file.exists()
+    assert f"Nothing is predicted of {held[1].name}: begun before" in capsys.readouterr().out
 
 
 def test_a_branch_begins_while_its_trunk_goes_on(make_study, trainer):

@@ -80,11 +80,18 @@ def test_a_forecast_is_judged_by_its_frozen_interval(factor, place, tmp_path):
     assert any(each.startswith(distrust) for each in open_questions(results)) == (place == "outside")
 
 
+def test_a_prediction_is_not_held_against_another_run_of_its_name(tmp_path):
+    rows = made_up.runs()
+    held = next(each for each in rows if each["held_out"] and each["kind"] == "gdn")
+    held["run"] = held["trunk"] = made_up.identity("the same at another rate")
+    assert any(each.startswith("**2 of 2 frozen") for each in answers(made_up.results(tmp_path, rows)))
+
+
 def test_what_is_not_known_yet_is_said(tmp_path):
     rows = made_up.runs()
     held = next(each for each in rows if each["held_out"] and each["kind"] == "gdn")
     held |= {"state": "running", "loss": ""}
-    results = made_up.results(tmp_path, rows, frozen=lambda made: made.pop("lalte-320x10-8e16-s0"))
+    results = made_up.results(tmp_path, rows, frozen=lambda made: made.pop(made_up.identity("lalte-320x10-8e16-s0")))
     said = answers(results)
     assert any(each.startswith("**1 of 1 frozen") for each in said)
     assert any(each.startswith("gdn, 8 times") and each.endswith("the run is not done (running).") for each in said)
