@@ -18,6 +18,7 @@ from megahybrid.launch.submit import Request, job_of, submit
 from megahybrid.scaling.hours import tabled
 from megahybrid.study import prediction
 from megahybrid.study.cells import Cell
+from megahybrid.study.expected import expect
 from megahybrid.study.file import Study
 from megahybrid.study.local import Processes
 from megahybrid.study.outcomes import Outcome, Survey, has_branch_point, study_folder, trunk_of
@@ -28,7 +29,8 @@ _SECONDS_BETWEEN_LOOKS_AT_THE_QUEUE = 30.0
 
 
 def launch(study: Study, file: str, jobs: int | None, wait: bool, say: Callable[[str], None]) -> int:
-    """Begin what is missing and can begin; returns 1 where a run has failed, else 0. Raises UserError.
+    """Begin what is missing and can begin; returns 1 where a run has failed, else 0. Raises UserError, also for a
+    design that cannot tell the law's terms apart.
 
     Args:
         study, file: limits.profile says through which cluster; the study's file, which is noted.
@@ -85,6 +87,7 @@ class Launching:
         self._said: set[str] = set()
         self._unpredictable = False
         self._look()
+        expect(study, [each.cell for each in self.outcomes if not each.cell.retry_of])
         if fault := self._over_the_limit({each.cell.identity for each in self.outcomes if not each.ended}):
             raise UserError(f"Nothing begins: {fault}")
 

@@ -16,6 +16,7 @@ from megahybrid.files import read_json
 from megahybrid.study import launch as launching
 from megahybrid.study import prediction
 from megahybrid.study.design import design
+from megahybrid.study.expected import expect
 from megahybrid.study.local import Processes
 from megahybrid.study.outcomes import Survey
 from tests.study.running import calls, leave
@@ -25,8 +26,9 @@ ONE_TRUNK = ("kinds: {one: '(G)*{layers}'}", "sizes: [{width: 32, layers: 1}]", 
 
 
 @pytest.fixture(autouse=True)
-def no_slurm(monkeypatch):
-    """Another test's lab is not asked, and nothing is waited for that takes seconds."""
+def small(monkeypatch):
+    """Another test's lab is not asked, nothing is waited for that takes seconds, and studies may be too small."""
+    monkeypatch.setattr(launching, "expect", lambda study, cells: None)
     monkeypatch.setattr("megahybrid.launch.runs.shutil.which", lambda name: None)
     monkeypatch.setattr(launching, "_SECONDS_BETWEEN_LOOKS", 0.05)
     monkeypatch.setattr(launching, "_SECONDS_BETWEEN_LOOKS_AT_THE_QUEUE", 0.05)
@@ -189,6 +191,15 @@ def test_what_is_not_planned_as_it_is_is_refused(make_study, trainer, capsys):
         file.write("\nrepeats: {seeds: 2}")
     assert launch() == 2
     assert "run `megahybrid study plan study.yaml` first" in capsys.readouterr().err and not calls()
+
+
+def test_what_cannot_tell_the_laws_terms_apart_is_refused(make_study, trainer, capsys, monkeypatch):
+    """Also where the base recipe has changed since it was planned."""
+    make_study(*ONE_TRUNK)
+    trainer()
+    monkeypatch.setattr(launching, "expect", expect)
+    assert launch() == 2
+    assert "all its runs have one size, which says nothing of others" in capsys.readouterr().err and not calls()
 
 
 def test_gpu_hours_are_limited(make_study, trainer, capsys, monkeypatch):

@@ -20,6 +20,7 @@ FAULTY = ROOT / "tests" / "study" / "faulty.py"
 SPOILED = "one-32x1-8e9-s0"  # a trunk
 STUDY = (
     "kinds: {one: '(G)*{layers}'}",
+    "sizes: [{width: 32, layers: 1}, {width: 32, layers: 2}, {width: 32, layers: 3}]",
     "hold_out: null",
     "overrides: {train.global_batch_size: 2, checkpoint.every: 20}",
 )
@@ -54,7 +55,7 @@ def rows() -> list[dict]:
 def check(found: list[dict]) -> None:
     """Each run was trained once, each step of it once; the one that was spoiled is named, and its branches with it."""
     runs = {path.name for path in Path("studies/runs").iterdir()}
-    assert len(found) == 9 and len(runs) == 7
+    assert len(found) == 12 and len(runs) == 10
     for row in (row for row in found if row["run"] in runs):
         metrics = Path("studies/runs", row["run"], "metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line)["step"] for line in metrics]
