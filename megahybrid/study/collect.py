@@ -13,7 +13,8 @@ from megahybrid.files import read_json, write_text
 from megahybrid.launch import runs
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.study.file import Study
-from megahybrid.study.outcomes import Outcome, Survey, gpu_hours, study_folder
+from megahybrid.study.measured import gpu_hours
+from megahybrid.study.outcomes import Outcome, Survey, study_folder
 from megahybrid.training import checkpoint_folder
 from megahybrid.training.run_directory import RunDirectory
 
@@ -31,7 +32,8 @@ def collect(study: Study, say: Callable[[str], None]) -> Path:
 
 def write_runs(folder: Path, outcomes: Sequence[Outcome]) -> str:
     """Write a study's runs.csv; returns its text."""
-    rows = [_row(each) for each in outcomes]
+    hours = gpu_hours()
+    rows = [_row(each, hours.get(each.cell.identity, 0.0)) for each in outcomes]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval=0, lineterminator="\n")
@@ -41,7 +43,7 @@ def write_runs(folder: Path, outcomes: Sequence[Outcome]) -> str:
     return text.getvalue()
 
 
-def _row(outcome: Outcome) -> dict[str, Any]:
+def _row(outcome: Outcome, hours: float) -> dict[str, Any]:
     """A row; FLOPs by part are of the whole run, a branch's with its trunk's, as `tokens` and `flops` are."""
     cell, config = outcome.cell, outcome.cell.config
     directory = RunDirectory(outcome.run.path)
@@ -65,7 +67,7 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         "learning_rate": config.optimizer.learning_rate,
         "batch_tokens": config.train.global_batch_size * config.train.seq_length,
         "steps": config.train.steps,
-        "gpu_hours": "" if cell.awaits else f"{gpu_hours(directory):.6g}",
+        "gpu_hours": "" if cell.awaits else f"{hours:.6g}",
         "loss": outcome.loss if outcome.state == "done" else "",
         "state": outcome.state,
         "excluded": _why_excluded(outcome),

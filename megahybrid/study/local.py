@@ -14,7 +14,6 @@ from megahybrid import code_version
 from megahybrid.config import Config, save_config
 from megahybrid.files import write_json
 from megahybrid.launch import pinned
-from megahybrid.study.outcomes import SIDE_BY_SIDE
 from megahybrid.training.run_directory import RunDirectory
 
 
@@ -60,7 +59,7 @@ class Processes:
         record = run.path / "submit" / self._submission
         facts = {"submission": self._submission, "jobs": [], "code_version": code_version(), "recipe": study}
         save_config(config, record / "config.yaml")
-        write_json(record / "job.json", {**facts, "overrides": [], SIDE_BY_SIDE: self._jobs})
+        write_json(record / "job.json", {**facts, "overrides": []})
         run.logs.mkdir(exist_ok=True)
         with open(run.logs / "rank_00000.out", "ab") as output:
             self._processes[run.path] = subprocess.Popen(

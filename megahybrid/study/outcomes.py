@@ -9,19 +9,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megahybrid.files import read_json
 from megahybrid.launch import runs, slurm
 from megahybrid.study.cells import Cell
 from megahybrid.study.design import design
 from megahybrid.study.file import Study
 from megahybrid.study.identity import find_data, identify
 from megahybrid.study.plan import STUDIES
-from megahybrid.training import attempts, checkpoint_folder, ownership
+from megahybrid.training import checkpoint_folder, ownership
 from megahybrid.training.metrics_file import lines_after, lines_backwards
 from megahybrid.training.run_directory import RunDirectory
 
-SIDE_BY_SIDE = "side_by_side"
-"""In a run's job.json: how many runs its launch had at once on the same GPU."""
 _STATES = {"queued": "waiting", "requeued": "waiting", "submitted": "waiting", "stalled": "running"}
 
 
@@ -92,16 +89,6 @@ def has_branch_point(cell: Cell) -> bool:
 def trunk_of(cell: Cell) -> RunDirectory:
     """The run directory of its trunk, or its own."""
     return RunDirectory(Path(cell.config.run.dir).with_name(cell.trunk))
-
-
-def gpu_hours(run: RunDirectory) -> float:
-    """Measured so far, of all starts: a process's hours, of several side by side on one GPU its part."""
-    records = (read_json(path) or {} for path in run.path.glob("submit/*/job.json"))
-    sharing = {each.get("submission"): each.get(SIDE_BY_SIDE, 1) for each in records}
-    seconds = (
-        lasted * start["processes"] / sharing.get(start["submission"], 1) for start, lasted in attempts.lasted(run)
-    )
-    return sum(seconds) / 3600
 
 
 def _best_factors(study: Study, outcomes: Sequence[Outcome]) -> dict[str, float]:

@@ -210,7 +210,7 @@ def test_gpu_hours_are_limited(make_study, trainer, capsys, monkeypatch):
     assert "has taken 0 GPU hours and its runs would take 1.2 more" in capsys.readouterr().err and not calls()
     leave(cells[0])
     run = Path(cells[0].config.run.dir)
-    attempt = {"submission": "x", "job": None, "start": "a", "processes": 1, "step": 0, "last_word": None, "time": 0}
+    attempt = {"nodes": "here", "job": None, "start": "a", "processes": 1, "step": 0, "last_word": None, "time": 0}
     (run / "attempts.jsonl").write_text(json.dumps(attempt) + "\n")
     (run / "status.json").write_text(json.dumps(read_json(run / "status.json") | {"time": 0.3 * 3600}))
     assert launch() == 2

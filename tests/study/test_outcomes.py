@@ -9,11 +9,10 @@ import pytest
 from rich.console import Console
 
 from megahybrid.cli import main
-from megahybrid.files import write_json
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.study import status
 from megahybrid.study.design import design
-from megahybrid.study.outcomes import SIDE_BY_SIDE, Survey
+from megahybrid.study.outcomes import Survey
 from megahybrid.training.metrics_file import lines_backwards
 from tests.study.running import leave
 
@@ -29,6 +28,14 @@ def no_slurm(monkeypatch):
 
 def outcomes(study) -> dict:
     return {each.cell.name: each for each in Survey(study).look(None)}
+
+
+def trained(cell, until: float, *starts: dict) -> None:
+    """Its starts, the last of which lasted to that time."""
+    run = Path(cell.config.run.dir)
+    (run / "attempts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps(status | {"time": until}))
 
 
 def collected() -> list[dict]:
@@ -126,17 +133,16 @@ def test_runs_csv(make_study):
     leave(trunk, losses=(6.0, 3.25))
     leave(branch, losses=(5.0, 4.5))
     leave(cells["one-32x2-2e9-s0"], losses=(6.0, NAN))
-    run = Path(trunk.config.run.dir)
-    write_json(run / "submit" / "a" / "job.json", {"submission": "a", "jobs": [], SIDE_BY_SIDE: 4})
-    write_json(run / "submit" / "b" / "job.json", {"submission": "b", "jobs": ["7"]})
-    facts = {"job": None, "start": "", "step": 0}
-    starts = [  # 400 s of a quarter of a GPU, 100 s of two; one whose processes never met
-        facts | {"submission": "a", "processes": 1, "time": 1000.0, "last_word": None},
-        facts | {"submission": "b", "step": None, "time": 1500.0},
-        facts | {"submission": "b", "processes": 2, "time": 2000.0, "last_word": 1400.0},
+    facts = {"job": None, "start": "", "step": 0, "nodes": "here", "last_word": None}
+    job = facts | {"job": "7", "nodes": "there"}
+    starts = [  # 400 s of one GPU; one whose processes never met; 100 s of two
+        facts | {"processes": 1, "time": 1000.0},
+        {"job": "7", "start": "", "step": None, "time": 1500.0},
+        job | {"processes": 2, "time": 2000.0, "last_word": 1400.0},
     ]
-    (run / "attempts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
-    (run / "status.json").write_text((run / "status.json").read_text().replace('"time": ', '"time": 2100.0, "was": '))
+    trained(trunk, 2100.0, *starts)
+    trained(branch, 1600.0, facts | {"processes": 1, "time": 1200.0})  # which shared 200 s of the 400
+    trained(cells["one-32x2-2e9-s0"], 1300.0, job | {"job": "8", "processes": 1, "time": 1200.0})
     rows = {row["cell"]: row for row in collected()}
     assert list(rows) == [*cells, "one-32x2-2e9-s0-half"]
     row = rows[trunk.name]
@@ -145,7 +151,9 @@ def test_runs_csv(make_study):
         *("parameters_without_embedding", "tokens", "flops", "flops_per_token", "learning_rate", "batch_tokens"),
         *("steps", "gpu_hours", "loss", "state", "excluded", "code_version"),
     ]
-    assert float(row["gpu_hours"]) == pytest.approx((400 / 4 + 2 * 100) / 3600, rel=1e-5)
+    assert float(row["gpu_hours"]) == pytest.approx((200 + 200 / 2 + 2 * 100) / 3600, rel=1e-5)
+    assert float(rows[branch.name]["gpu_hours"]) == pytest.approx((200 / 2 + 200) / 3600, rel=1e-5)
+    assert float(rows["one-32x2-2e9-s0"]["gpu_hours"]) == pytest.approx(100 / 3600, rel=1e-5)
     told = ("run", "trunk", "held_out", "loss", "state", "excluded", "code_version", "batch_tokens", "learning_rate")
     assert [row[name] for name in told] == [trunk.identity] * 2 + [
         "0",
