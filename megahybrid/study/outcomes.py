@@ -138,19 +138,30 @@ def _retries(outcomes: Sequence[Outcome]) -> list[Cell]:
 
 
 def _at_half_the_rate(cell: Cell, trunk: Cell | None) -> Cell:
-    """The cell's second try; of a branch that of its trunk's second try, where there is one."""
-    rate, train = cell.config.optimizer.learning_rate / 2, cell.config.train
-    if trunk is not None:
-        train = replace(train, branch_from=f"{trunk.config.run.dir}@{cell.branch_step}")
-    config = replace(cell.config, train=train, optimizer=replace(cell.config.optimizer, learning_rate=rate))
+    """The cell's second try; of a branch that of its trunk's second try, or, where the trunk is sound, a run from
+    scratch: a branch at another rate than its trunk's would be no run of that length at any rate."""
+    config, step = cell.config, cell.branch_step if trunk else None
+    config = replace(
+        config,
+        train=replace(config.train, branch_from=f"{trunk.config.run.dir}@{step}" if trunk else None),
+        optimizer=replace(config.optimizer, learning_rate=config.optimizer.learning_rate / 2),
+    )
     identity, name = identify(config, find_data(config)), f"{cell.name}-half"
     config = replace(
         config,
         run=replace(config.run, dir=str(Path(config.run.dir).with_name(identity))),
         tracking=replace(config.tracking, name=name),
     )
-    above = identity if cell.role != "branch" else trunk.identity if trunk else cell.trunk
-    return replace(cell, name=name, config=config, identity=identity, trunk=above, retry_of=cell.identity)
+    return replace(
+        cell,
+        name=name,
+        config=config,
+        identity=identity,
+        role="single" if cell.role == "branch" and trunk is None else cell.role,
+        trunk=trunk.identity if trunk else identity,
+        branch_step=step,
+        retry_of=cell.identity,
+    )
 
 
 def _outcome(cell: Cell, queue: Sequence[slurm.QueuedJob] | None) -> Outcome:

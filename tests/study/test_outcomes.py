@@ -86,11 +86,14 @@ def test_what_begins_from_a_trunk_that_has_diverged_goes_over_to_its_second_try(
     assert again[1].trunk == again[0].identity and again[1].retry_of == late.identity
     assert again[1].config.optimizer.learning_rate == again[0].config.optimizer.learning_rate
     assert f"{early.name}-half" not in found
-    # A branch that diverges by itself keeps its trunk.
+    # One that diverges by itself is tried from scratch: its trunk has another rate.
     leave(trunk)
     leave(late, losses=(6.0, NAN))
     found = outcomes(study)
-    assert found[f"{late.name}-half"].cell.trunk == trunk.identity and f"{trunk.name}-half" not in found
+    half = found[f"{late.name}-half"]
+    assert half.cell.trunk == half.cell.identity and f"{trunk.name}-half" not in found
+    assert (half.cell.role, half.cell.branch_step, half.cell.config.train.branch_from) == ("single", None, None)
+    assert (half.state, half.why, half.flops) == ("missing", "", late.flops)
 
 
 def test_a_trunk_that_has_no_checkpoint_for_a_branch_is_named(make_study):
