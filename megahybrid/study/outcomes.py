@@ -81,7 +81,9 @@ def study_folder(study: Study) -> Path:
 
 
 def has_branch_point(cell: Cell) -> bool:
-    """Whether the checkpoint of its trunk from which a branch starts is there."""
+    """Whether the checkpoint of its trunk from which a branch starts is there, if it needs one."""
+    if cell.branch_step is None:
+        return True
     step = checkpoint_folder.name(cell.branch_step)
     return (trunk_of(cell).checkpoints / step / "checkpoint.json").is_file()
 
@@ -108,20 +110,32 @@ def _observe(cells: Sequence[Cell], queue: Sequence[slurm.QueuedJob] | None) -> 
 
 
 def _with_trunks(outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """Branches that have not begun wait for their trunk, or, where it has ended before, have come to the same end."""
+    """Branches that have not begun wait for their trunk; where it has diverged before, so have they, and where it is
+    done without their checkpoint, they begin earlier."""
     outcomes = list(outcomes)
     trunks = {each.cell.identity: each for each in outcomes}
     for number, each in enumerate(outcomes):
-        begun = each.cell.role != "branch" or each.cell.awaits or each.state not in ("missing", "failed")
-        if begun or has_branch_point(each.cell):
+        if each.cell.role != "branch" or each.cell.awaits or has_branch_point(each.cell):
             continue
-        trunk, state = trunks[each.cell.trunk], each.state
-        why = each.why or f"waits for step {each.cell.branch_step} of {trunk.cell.name}"
-        if trunk.ended:
-            state = "diverged" if trunk.state == "diverged" else "failed"
-            why = f"its trunk {trunk.cell.name} has ended without a checkpoint of step {each.cell.branch_step}"
-        outcomes[number] = replace(each, state=state, why=why)
+        trunk, step = trunks[each.cell.trunk], each.cell.branch_step
+        waits, ended = each.state in ("missing", "failed"), f"its trunk {trunk.cell.name} has ended without step {step}"
+        if trunk.ended and trunk.state != "diverged":
+            outcomes[number] = replace(each, cell=_from_earlier(each.cell), why=each.why or (ended if waits else ""))
+        elif trunk.ended and waits:
+            outcomes[number] = replace(each, state="diverged", why=ended)
+        elif waits:
+            outcomes[number] = replace(each, why=each.why or f"waits for step {step} of {trunk.cell.name}")
     return outcomes
+
+
+def _from_earlier(branch: Cell) -> Cell:
+    """A branch that begins with the newest checkpoint that its trunk still has from before its own, or from scratch: a
+    longer way to the same run bit for bit, whose identity and trunk stay what they are."""
+    trunk = trunk_of(branch)
+    steps = [checkpoint_folder.step_of(each) for each in checkpoint_folder.whole(trunk.checkpoints)]
+    step = max((each for each in steps if each < branch.branch_step), default=None)
+    train = replace(branch.config.train, branch_from=f"{trunk.path}@{step}" if step else None)
+    return replace(branch, config=replace(branch.config, train=train), branch_step=step)
 
 
 def _retries(outcomes: Sequence[Outcome]) -> list[Cell]:

@@ -12,7 +12,7 @@ from megahybrid.cli import main
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.study import status
 from megahybrid.study.design import design
-from megahybrid.study.outcomes import Survey
+from megahybrid.study.outcomes import Survey, has_branch_point
 from megahybrid.training.metrics_file import lines_backwards
 from tests.study.running import leave
 
@@ -96,17 +96,27 @@ def test_what_begins_from_a_trunk_that_has_diverged_goes_over_to_its_second_try(
     assert (half.state, half.why, half.flops) == ("missing", "", late.flops)
 
 
-def test_a_trunk_that_has_no_checkpoint_for_a_branch_is_named(make_study):
+def test_a_branch_of_a_trunk_that_has_passed_its_step_begins_earlier(make_study):
+    """As when a budget is added afterwards: the same run in the same place, by a longer way."""
     study = make_study(TWO_SIZES, "hold_out: null")
-    trunk, early, _ = [cell for cell in design(study) if cell.size == "32x1"]
+    trunk, early, late = [cell for cell in design(study) if cell.size == "32x1"]
     leave(trunk)
-    step = Path(trunk.config.run.dir, "checkpoints", f"step_{early.branch_step:08d}")
-    (step / "checkpoint.json").unlink()
-    lost = outcomes(study)[early.name]
-    assert (lost.state, lost.why) == (
-        "failed",
-        f"its trunk {trunk.name} has ended without a checkpoint of step {early.branch_step}",
-    )
+    checkpoints = Path(trunk.config.run.dir, "checkpoints")
+    for gone, start in ((late, early.branch_step), (early, None)):
+        (checkpoints / f"step_{gone.branch_step:08d}" / "checkpoint.json").unlink()
+        found = outcomes(study)[gone.name]
+        assert (found.state, found.why) == (
+            "missing",
+            f"its trunk {trunk.name} has ended without step {gone.branch_step}",
+        )
+        cell, steps = found.cell, gone.config.train.steps
+        point = start and f"{trunk.config.run.dir}@{start}"
+        assert (cell.branch_step, cell.config.train.branch_from) == (start, point)
+        assert (cell.identity, cell.trunk, cell.config.run.dir) == (gone.identity, trunk.identity, gone.config.run.dir)
+        assert found.flops == pytest.approx(gone.flops * (1 - (start or 0) / steps)) and has_branch_point(cell)
+    leave(outcomes(study)[early.name].cell, "stopped", (6.0, 6.0), "SIGTERM")
+    found = outcomes(study)[early.name]
+    assert found.flops_done == pytest.approx(found.cell.flops * 2 / early.config.train.steps)
 
 
 def test_rates_are_those_of_the_grid_once_it_has_ended(make_study):
