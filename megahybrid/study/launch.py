@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
+from megahybrid.config import Config, load_config
 from megahybrid.errors import UserError
 from megahybrid.launch import runs, slurm
 from megahybrid.launch.profile import load_profile
@@ -23,6 +24,7 @@ from megahybrid.study.file import Study
 from megahybrid.study.local import Processes
 from megahybrid.study.outcomes import Outcome, Survey, has_branch_point, study_folder, trunk_of
 from megahybrid.study.status import Overall, StatusLine, hours_taken
+from megahybrid.training.run_directory import RunDirectory
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_BETWEEN_LOOKS_AT_THE_QUEUE = 30.0
@@ -100,7 +102,7 @@ class Launching:
                     # Also those that another launch has left running.
                     running = {each.run.path for each in self.outcomes if each.state == "running"} | processes.running
                     for cell in self._affordable(self._ready())[: max(0, jobs - len(running))]:
-                        processes.start(cell.config, self.file)
+                        processes.start(with_all_milestones(cell.config), self.file)
                         self._note(cell, "begins")
                     if not running and not processes.running:
                         return
@@ -239,13 +241,21 @@ class Launching:
             hours = tabled(cell.config).hours / cell.gpus
             classes[cell.nodes, time_limit(hours, profile.time), after].append(cell)
         for (nodes, limit, after), members in classes.items():
-            configs = [cell.config for cell in members]
+            configs = [with_all_milestones(cell.config) for cell in members]
             request = Request(
                 configs, replace(profile, time=limit), self.file, nodes=nodes, folder=self.folder, after=after
             )
             (number,) = submit(request).numbers
             for cell in members:
                 self._note(cell, f"is in the queue, job {number}" + (f" after {after}" if after else ""))
+
+
+def with_all_milestones(config: Config) -> Config:
+    """Those included for which another study has begun the same run: its branches may be still to come."""
+    before = RunDirectory(config.run.dir).config
+    theirs = load_config(before).checkpoint.milestones if before.is_file() else []
+    milestones = sorted({*config.checkpoint.milestones, *theirs})
+    return replace(config, checkpoint=replace(config.checkpoint, milestones=milestones))
 
 
 def time_limit(hours: float, most: str) -> str:

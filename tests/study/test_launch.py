@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megahybrid.cli import main
+from megahybrid.config import load_config, save_config
 from megahybrid.files import read_json
 from megahybrid.study import launch as launching
 from megahybrid.study import prediction
@@ -191,6 +192,18 @@ def test_what_is_not_planned_as_it_is_is_refused(make_study, trainer, capsys):
         file.write("\nrepeats: {seeds: 2}")
     assert launch() == 2
     assert "run `megahybrid study plan study.yaml` first" in capsys.readouterr().err and not calls()
+
+
+def test_what_another_study_wants_of_a_run_stays(make_study, trainer):
+    trunk = design(make_study(*ONE_TRUNK, "budgets: {flops: [1.0e9, 8.0e9]}"))[0]
+    leave(trunk, "stopped", tuple([6.0] * 10), "SIGTERM")
+    save_config(trunk.config, Path(trunk.config.run.dir, "config.yaml"))
+    ours = design(make_study(*ONE_TRUNK))[0]
+    trainer(0.01)
+    assert ours.identity == trunk.identity and launch("--jobs", "2") == 0
+    (given,) = Path(trunk.config.run.dir).glob("submit/*/config.yaml")
+    theirs = set(trunk.config.checkpoint.milestones)
+    assert theirs and set(load_config(given).checkpoint.milestones) == theirs | set(ours.config.checkpoint.milestones)
 
 
 def test_what_cannot_tell_the_laws_terms_apart_is_refused(make_study, trainer, capsys, monkeypatch):
