@@ -133,7 +133,7 @@ class Launching:
     def conclude(self) -> int:
         """Say what has come of it; 1 where a run has failed, else 0."""
         self._look()
-        failed = [each for each in self.outcomes if each.state == "failed"]
+        failed = [each for each in self.outcomes if each.state == "failed" and not each.given_up]
         for each in failed:
             self._line.say(f"{each.cell.name} has failed: {each.why.rstrip('.')}; see {each.run.path / 'logs'}.")
         if late := prediction.too_late(self.folder, self.outcomes):
@@ -141,7 +141,10 @@ class Launching:
                 f"Nothing is predicted of {', '.join(late)}: begun before, so that no prediction would test it."
             )
         if failed and any(each.cell.held_out and not each.ended for each in self.outcomes):
-            self._line.say("What is held out waits: nothing is predicted from a part of the runs.")
+            self._line.say(
+                "What is held out waits: nothing is predicted from a part of the runs. Name those under give_up in "
+                "the study's file that have failed for good."
+            )
         elif not all(each.ended for each in self.outcomes):
             self._line.say("The same command goes on with what waits for these.")
         self._line.say(str(self._overall()))
@@ -170,7 +173,7 @@ class Launching:
         out last, and once what is predicted of them is written down."""
         found: dict[str, Outcome] = {}
         for each in self.outcomes:
-            begun = each.state not in ("missing", "failed") or each.cell.identity in self._begun
+            begun = each.ended or each.state in ("running", "waiting") or each.cell.identity in self._begun
             if not begun and not each.cell.awaits and not (each.cell.held_out and not self._frozen()):
                 found.setdefault(each.cell.identity, each)
         order = sorted(found.values(), key=lambda each: (each.cell.held_out, -each.flops))

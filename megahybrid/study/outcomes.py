@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megahybrid.launch import runs, slurm
-from megahybrid.study.cells import Cell
+from megahybrid.study.cells import RETRY, Cell
 from megahybrid.study.design import design
 from megahybrid.study.file import Study
 from megahybrid.study.identity import find_data, identify
@@ -32,6 +32,7 @@ class Outcome:
         state: done, running, waiting (in Slurm's queue), missing, diverged or failed.
         why: if there is a why.
         loss: the final validation's, of a run that is done or has diverged at its end.
+        given_up: whether it has failed for good.
     """
 
     cell: Cell
@@ -39,11 +40,12 @@ class Outcome:
     state: str
     why: str
     loss: float | None
+    given_up: bool = False
 
     @property
     def ended(self) -> bool:
         """Whether nothing more will come of it by itself or by launching it again."""
-        return self.state in ("done", "diverged")
+        return self.state in ("done", "diverged") or self.given_up
 
     @property
     def flops(self) -> float:
@@ -67,12 +69,22 @@ class Survey:
 
     def look(self, queue: Sequence[slurm.QueuedJob] | None) -> list[Outcome]:
         """Every cell's outcome now, the retries last; `queue` is None where Slurm cannot be asked."""
-        outcomes = _observe(self._cells, queue)
+        outcomes = self._observe(queue)
         tuned = _best_factors(self._study, outcomes)
         if tuned != self._tuned:
             self._tuned, self._cells = tuned, design(self._study, tuned)
-            outcomes = _observe(self._cells, queue)
+            outcomes = self._observe(queue)
         return outcomes
+
+    def _observe(self, queue: Sequence[slurm.QueuedJob] | None) -> list[Outcome]:
+        outcomes = _with_trunks(self._outcome(cell, queue) for cell in self._cells)
+        return _with_trunks([*outcomes, *(self._outcome(cell, queue) for cell in _retries(outcomes))])
+
+    def _outcome(self, cell: Cell, queue: Sequence[slurm.QueuedJob] | None) -> Outcome:
+        found = _outcome(cell, queue)
+        if cell.name not in self._study.give_up or found.state not in ("missing", "failed"):
+            return found
+        return replace(found, state="failed", why=f"given up{found.why and f': {found.why}'}", given_up=True)
 
 
 def study_folder(study: Study) -> Path:
@@ -102,11 +114,6 @@ def _best_factors(study: Study, outcomes: Sequence[Outcome]) -> dict[str, float]
             losses = [each.loss if each.state == "done" else math.inf for each in grid]
             best[kind] = min(zip(losses, study.rules.tune.factors, strict=True))[1]
     return best
-
-
-def _observe(cells: Sequence[Cell], queue: Sequence[slurm.QueuedJob] | None) -> list[Outcome]:
-    outcomes = _with_trunks(_outcome(cell, queue) for cell in cells)
-    return _with_trunks([*outcomes, *(_outcome(cell, queue) for cell in _retries(outcomes))])
 
 
 def _with_trunks(outcomes: Iterable[Outcome]) -> list[Outcome]:
@@ -160,7 +167,7 @@ def _at_half_the_rate(cell: Cell, trunk: Cell | None) -> Cell:
         train=replace(config.train, branch_from=f"{trunk.config.run.dir}@{step}" if trunk else None),
         optimizer=replace(config.optimizer, learning_rate=config.optimizer.learning_rate / 2),
     )
-    identity, name = identify(config, find_data(config)), f"{cell.name}-half"
+    identity, name = identify(config, find_data(config)), cell.name + RETRY
     config = replace(
         config,
         run=replace(config.run, dir=str(Path(config.run.dir).with_name(identity))),

@@ -36,7 +36,7 @@ def too_late(folder: Path, outcomes: Sequence[Outcome]) -> list[str]:
 def freeze(folder: Path, outcomes: Sequence[Outcome]) -> None:
     """Fit the law to the runs that are not held out, all of which have ended, and write down what it predicts of the
     held-out ones that have not begun and of which nothing stands yet, by identity. The table that it is fitted to is
-    kept beside it.
+    kept beside it, and the runs are named that it lacks.
 
     Raises UserError where it cannot be fitted, or predicts nothing for one of those that are held out.
     """
@@ -54,9 +54,11 @@ def freeze(folder: Path, outcomes: Sequence[Outcome]) -> None:
     digest = hashlib.sha256(runs.encode()).hexdigest()
     table = f"predicted-from-{digest[:16]}.csv"
     write_text(folder / table, runs)
+    fitted_to = (each for each in outcomes if not each.cell.held_out)
     facts = {
         "frozen": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "code_version": code_version(),
+        "without": [each.cell.name for each in fitted_to if each.state != "done" and each.cell.role != "tune"],
         "table": table,
         "table_sha256": digest,
     }

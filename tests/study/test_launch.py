@@ -144,6 +144,27 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_by_the_next_launch(make_st
     assert again[2:] == ["one-32x2-8e9-s0"] and set(again[:2]) == {"one-32x1-2e9-s0", "one-32x1-4e9-s0"}
 
 
+def test_what_has_failed_for_good_is_given_up_and_named(make_study, trainer, fit, capsys):
+    one = "kinds: {one: '(G)*{layers}'}"
+    for cell in design(make_study(one)):
+        if cell.name == "one-32x1-8e9-s0":
+            leave(cell, "failed", reason="ValueError: odd")
+        elif cell.size == "32x2" and not cell.held_out:
+            leave(cell)
+    make_study(one, "give_up: [one-32x1-8e9-s0]")
+    trainer(0.01)
+    assert launch("--jobs", "2") == 0
+    begun = [each["name"] for each in calls() if each["what"] == "begins"]
+    # Its branches are trained without it, and what is held out is predicted.
+    assert sorted(begun[:2]) == ["one-32x1-2e9-s0", "one-32x1-4e9-s0"] and begun[2:] == ["one-32x2-8e9-s0"]
+    (made,) = read_json(Path("studies/small/prediction.json")).values()
+    assert made["without"] == ["one-32x1-8e9-s0"]
+    assert ",failed,failed: given up: ValueError: odd," in Path("studies/small/runs.csv").read_text()
+    assert "has failed" not in capsys.readouterr().out
+    make_study(one, "give_up: [one-32x1-7e9-s0]")
+    assert launch() == 2 and "give_up has one-32x1-7e9-s0, which is no cell" in capsys.readouterr().err
+
+
 def test_an_interrupted_launch_has_its_runs_save_and_goes_on(make_study, trainer, fit, monkeypatch, capsys):
     make_study(*ONE_TRUNK)
     trainer(seconds=30)
@@ -228,7 +249,12 @@ def test_gpu_hours_are_limited(make_study, trainer, capsys, monkeypatch):
     (run / "status.json").write_text(json.dumps(read_json(run / "status.json") | {"time": 0.3 * 3600}))
     assert launch() == 2
     assert "has taken 0.3 GPU hours and its runs would take 0.8 more" in capsys.readouterr().err
-    make_study(*ONE_TRUNK, "limits: {gpu_hours: 1.2}")
+    leave(cells[1], "stopped", (6.0,) * 10, "SIGTERM")  # of which the rest alone is still to come
+    rest = 0.4 * (1 - 10 / (cells[1].config.train.steps - cells[1].branch_step)) + 0.4
+    make_study(*ONE_TRUNK, f"limits: {{gpu_hours: {0.299 + rest}}}")
+    assert launch() == 2
+    assert f"and its runs would take {rest:.3g} more" in capsys.readouterr().err
+    make_study(*ONE_TRUNK, f"limits: {{gpu_hours: {0.301 + rest}}}")
     assert launch() == 0 and len(calls()) == 4
 
 
