@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import math
 import time
 from collections import defaultdict
@@ -12,11 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from megahybrid.config import Config, load_config
+from megahybrid.devices import gpu_memory
 from megahybrid.errors import UserError
 from megahybrid.launch import runs, slurm
 from megahybrid.launch.profile import load_profile
 from megahybrid.launch.submit import Request, job_of, submit
 from megahybrid.scaling.hours import tabled
+from megahybrid.scaling.memory import peak_bytes
 from megahybrid.study import prediction
 from megahybrid.study.cells import Cell
 from megahybrid.study.expected import expect
@@ -26,6 +29,7 @@ from megahybrid.study.outcomes import Outcome, Survey, has_branch_point, study_f
 from megahybrid.study.status import Overall, StatusLine, hours_taken
 from megahybrid.training.run_directory import RunDirectory
 
+_BYTES_A_PROCESS = 0.5 * 2**30  # that CUDA takes beside what is allocated
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_BETWEEN_LOOKS_AT_THE_QUEUE = 30.0
 
@@ -94,7 +98,9 @@ class Launching:
             raise UserError(f"Nothing begins: {fault}")
 
     def here(self, jobs: int) -> None:
-        """Processes of this machine, `jobs` at once, until nothing more can begin."""
+        """Processes of this machine, `jobs` at once, until nothing more can begin. Raises UserError where they would
+        not fit into its GPU."""
+        self._check_memory(jobs)
         began, before = time.monotonic(), self._overall().done
         with Processes(self.folder, jobs) as processes:
             try:
@@ -114,6 +120,21 @@ class Launching:
             except KeyboardInterrupt:
                 self._line.say("The runs save and stop; interrupted once more, they are killed.")
                 raise
+
+    def _check_memory(self, jobs: int) -> None:
+        needs: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+        for cell in (each.cell for each in self.outcomes if not each.ended):
+            step = needs[cell.kind, cell.size, cell.config.train.global_batch_size]
+            step.append(step[0] if step else max(peak_bytes(cell.config, 1)) + _BYTES_A_PROCESS)
+        largest = sorted((memory for step in needs.values() for memory in step), reverse=True)
+        at_once, room = list(itertools.accumulate(largest[:jobs])), gpu_memory()
+        if at_once and at_once[-1] > room:
+            fitting = sum(memory <= room for memory in at_once)
+            less = f"give --jobs {fitting}" if fitting else "give the larger ones to another machine"
+            raise UserError(
+                f"The {len(at_once)} largest runs take {at_once[-1] / 2**30:.1f} GiB side by side, and this GPU has "
+                f"{room / 2**30:.1f}; {less}."
+            )
 
     def through_slurm(self, wait: bool) -> None:
         """Job arrays; with `wait` until nothing runs, waits or can begin any more."""

@@ -89,5 +89,11 @@ class Processes:
                 break
             time.sleep(0.05)
         for path in ended:
-            del self._processes[path]
+            self._note_early_end(RunDirectory(path), self._processes.pop(path).returncode)
         return ended
+
+    def _note_early_end(self, run: RunDirectory, status: int) -> None:
+        """Of a process that failed before it could say anything."""
+        began = (run.path / "submit" / self._submission / "job.json").stat().st_mtime
+        if status and not (run.status.exists() and run.status.stat().st_mtime > began):
+            run.end_status("failed", f"it ended before training began (exit status {status})")

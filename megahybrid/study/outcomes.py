@@ -189,7 +189,7 @@ def _outcome(cell: Cell, queue: Sequence[slurm.QueuedJob] | None) -> Outcome:
     run = runs.read(Path(cell.config.run.dir), queue)
     if cell.awaits:  # which run it is, is not known yet
         return Outcome(cell, replace(run, last={}, jobs=()), "missing", "waits for its learning rate to be tuned", None)
-    state, why = _state(run)
+    state, why = _state(run, queue is None)
     loss = run.last.get("validation_loss") if state == "done" else None
     if state == "done" and loss is None:
         state, why = "failed", f"{run.path / 'metrics.jsonl'} has no final validation loss"
@@ -198,7 +198,8 @@ def _outcome(cell: Cell, queue: Sequence[slurm.QueuedJob] | None) -> Outcome:
     return Outcome(cell, run, state, why, loss)
 
 
-def _state(run: runs.Run) -> tuple[str, str]:
+def _state(run: runs.Run, by_files: bool) -> tuple[str, str]:
+    """`by_files`: whether Slurm cannot be asked."""
     files = RunDirectory(run.path)
     if run.state != "done" and ownership.another(files):  # what status.json says may be of the start before
         return "running", run.reason if run.state == "stalled" else ""
@@ -206,6 +207,8 @@ def _state(run: runs.Run) -> tuple[str, str]:
         return "missing", ""
     if run.state == "stopped":
         return "missing", f"{run.reason} stopped it at step {run.step} of {run.target}"
+    if run.state == "stalled" and by_files:  # nobody owns it any more: a start takes it over
+        return "missing", run.reason
     return _STATES.get(run.state, run.state), run.reason
 
 

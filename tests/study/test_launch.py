@@ -14,6 +14,7 @@ import pytest
 from megahybrid.cli import main
 from megahybrid.config import load_config, save_config
 from megahybrid.files import read_json
+from megahybrid.scaling.memory import peak_bytes
 from megahybrid.study import launch as launching
 from megahybrid.study import prediction
 from megahybrid.study.design import design
@@ -136,6 +137,7 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_by_the_next_launch(make_st
     assert launch("--jobs", "4") == 1
     said = capsys.readouterr().out
     assert "one-32x1-2e9-s0 has failed: ValueError: odd; see" in said and "What is held out waits" in said
+    assert "one-32x1-4e9-s0 has failed: it ended before training began (exit status -9); see" in said
     ends = Counter(each["what"] for each in calls())
     assert ends == {"begins": 5, "ends": 3}
     trainer(0.01)
@@ -213,6 +215,18 @@ def test_what_is_not_planned_as_it_is_is_refused(make_study, trainer, capsys):
         file.write("\nrepeats: {seeds: 2}")
     assert launch() == 2
     assert "run `megahybrid study plan study.yaml` first" in capsys.readouterr().err and not calls()
+
+
+def test_what_does_not_fit_into_the_gpu_side_by_side_is_refused(make_study, trainer, capsys, monkeypatch):
+    cells = design(make_study(*ONE_TRUNK))
+    trainer(0.01)
+    largest = max(peak_bytes(cell.config, 1)[0] for cell in cells) + 2**29
+    monkeypatch.setattr(launching, "gpu_memory", lambda: 2.01 * largest)
+    assert launch("--jobs", "3") == 2 and not calls()
+    assert (
+        "The 3 largest runs take 1.5 GiB side by side, and this GPU has 1.0; give --jobs 2" in capsys.readouterr().err
+    )
+    assert launch("--jobs", "2") == 0
 
 
 def test_what_another_study_wants_of_a_run_stays(make_study, trainer):

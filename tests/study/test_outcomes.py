@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,17 @@ def test_how_a_run_has_ended(losses, state, how, why, make_study):
         assert again.config.optimizer.learning_rate == cell.config.optimizer.learning_rate / 2
         leave(again, losses=(6.0, NAN))
         assert len(outcomes(study)) == 4  # once
+
+
+def test_a_run_of_a_job_that_is_silent_is_begun_again_where_no_queue_says_more(make_study):
+    study = make_study(*SEPARATE, "hold_out: null")
+    cell = design(study)[0]
+    leave(cell, "running", (6.0, 5.0))
+    status = Path(cell.config.run.dir, "status.json")
+    for silent, state in ((30, "running"), (600, "missing")):
+        status.write_text(json.dumps(json.loads(status.read_text()) | {"job": "7", "time": time.time() - silent}))
+        assert outcomes(study)[cell.name].state == state
+    assert outcomes(study)[cell.name].why == "no heartbeat for 10:00; the queue is not known"
 
 
 def test_what_begins_from_a_trunk_that_has_diverged_goes_over_to_its_second_try(make_study):
