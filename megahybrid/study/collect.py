@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from megahybrid.scaling.flops import flops_per_token
 from megahybrid.study.file import Study
 from megahybrid.study.measured import gpu_hours
 from megahybrid.study.outcomes import Outcome, Survey, study_folder
-from megahybrid.training import checkpoint_folder
+from megahybrid.training import attempts, checkpoint_folder
 from megahybrid.training.run_directory import RunDirectory
 
 
@@ -72,6 +73,7 @@ def _row(outcome: Outcome, hours: float) -> dict[str, Any]:
         "state": outcome.state,
         "excluded": _why_excluded(outcome),
         "code_version": _code_version(directory) if outcome.run.last else "",
+        "began": "" if cell.awaits else _began(directory),
         **{f"flops: {name}": 3 * count * cell.tokens for name, count in parts.items()},
     }
 
@@ -81,6 +83,12 @@ def _why_excluded(outcome: Outcome) -> str:
     if outcome.state == "done":
         return "a run of the tuning grid" if outcome.cell.role == "tune" else ""
     return f"{outcome.state}: {outcome.why}" if outcome.why else outcome.state
+
+
+def _began(run: RunDirectory) -> str:
+    """When it was started first, as prediction.json has it when it was written."""
+    first = next((each["time"] for each in attempts.read(run) if each.get("step") is not None), None)
+    return "" if first is None else datetime.fromtimestamp(first, UTC).isoformat(timespec="seconds")
 
 
 def _code_version(run: RunDirectory) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def freeze(folder: Path, outcomes: Sequence[Outcome]) -> None:
     write_text(folder / table, runs)
     fitted_to = (each for each in outcomes if not each.cell.held_out)
     facts = {
-        "frozen": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "frozen": datetime.now(UTC).isoformat(timespec="seconds"),
         "code_version": code_version(),
         "without": [each.cell.name for each in fitted_to if each.state != "done" and each.cell.role != "tune"],
         "table": table,

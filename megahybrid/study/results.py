@@ -40,6 +40,7 @@ class Run:
     state: str
     excluded: str
     code_version: str
+    began: str
 
     @property
     def counts(self) -> bool:
@@ -76,7 +77,8 @@ class Results:
         fit: fit.json.
         planned: by cell, the GPU hours that plan.csv expects; empty where there is no plan.
         data: the identity of the data, where the plan knows it.
-        frozen: by cell, what prediction.json says of this very held-out run; empty where nothing was frozen.
+        frozen: by cell, what prediction.json said of this very held-out run before it began; empty where nothing
+            was frozen.
     """
 
     study: str
@@ -126,7 +128,11 @@ def read_results(folder: Path) -> Results:
     plan = _read(folder / "plan.csv", Planned) or []
     planned, data = {each.cell: each.gpu_hours for each in plan}, plan[0].data if plan else ""
     made = read_json(folder / "prediction.json") or {}  # by identity: a cell may have become another run since
-    frozen = {run.cell: made[run.run] for run in runs if run.held_out and run.run in made}
+    frozen = {
+        run.cell: said
+        for run in runs
+        if run.held_out and (said := made.get(run.run)) and (not run.began or said["frozen"] <= run.began)
+    }
     return Results(folder.resolve().name, runs, _with_nan(fit), planned, data, _with_nan(frozen))
 
 

@@ -80,10 +80,13 @@ def test_a_forecast_is_judged_by_its_frozen_interval(factor, place, tmp_path):
     assert any(each.startswith(distrust) for each in open_questions(results)) == (place == "outside")
 
 
-def test_a_prediction_is_not_held_against_another_run_of_its_name(tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [{"run": made_up.identity("the same at another rate")}, {"began": "2026-01-02T02:59:59+00:00"}],
+)
+def test_only_what_was_said_of_this_very_run_before_it_began_is_a_prediction(changes, tmp_path):
     rows = made_up.runs()
-    held = next(each for each in rows if each["held_out"] and each["kind"] == "gdn")
-    held["run"] = held["trunk"] = made_up.identity("the same at another rate")
+    next(each for each in rows if each["held_out"] and each["kind"] == "gdn").update(changes)
     assert any(each.startswith("**2 of 2 frozen") for each in answers(made_up.results(tmp_path, rows)))
 
 
