@@ -94,7 +94,7 @@ def _savings(results: Results) -> Iterator[str]:
 
 def _forecasts(results: Results) -> Iterator[str]:
     frozen = [run for run in results.runs if run.cell in results.frozen]
-    came = [run for run in frozen if run.counts]
+    came = [run for run in frozen if run.counts and predicted_before(results, run)]
     if came:
         right = sum(covered(results, run) for run in came)
         yield f"**{right} of {len(came)} frozen predictions were right**: the loss came inside the 95 % interval."
@@ -108,7 +108,13 @@ def _forecasts(results: Results) -> Iterator[str]:
             yield f"{said}; the run is not done ({why(run)})."
             continue
         place = "inside the interval" if covered(results, run) else "outside the interval"
-        yield f"{said}, {run.loss:.4f} came: {100 * error(results, run):+.2f} %, {place}."
+        late = "" if predicted_before(results, run) else " The run had begun when that was written."
+        yield f"{said}, {run.loss:.4f} came: {100 * error(results, run):+.2f} %, {place}.{late}"
+
+
+def predicted_before(results: Results, run: Run) -> bool:
+    """Whether a held-out run, which another study may have trained, had not begun when its prediction was written."""
+    return not run.began or results.frozen[run.cell]["frozen"] <= run.began
 
 
 def error(results: Results, run: Run) -> float:
@@ -212,11 +218,12 @@ def _same_exponents(results: Results) -> Iterator[str]:
 
 def _extrapolation(results: Results) -> Iterator[str]:
     frozen = [run for run in results.runs if run.cell in results.frozen and run.counts]
+    frozen = [run for run in frozen if predicted_before(results, run)]
     checked = f"held-out runs test it at {listed(_once(power(run.flops) for run in frozen))} only" if frozen else ""
     yield f"What holds beyond {power(results.end)} FLOPs, where no run was fitted: {checked or 'no run has tested it'}."
     for kind in results.kinds:
         if not any(run.kind == kind for run in frozen):
-            yield f"Whether the law of {kind} predicts: no held-out run with a frozen prediction is done."
+            yield f"Whether the law of {kind} predicts: no held-out run that was predicted before it began is done."
         elif not all(covered(results, run) for run in frozen if run.kind == kind):
             yield f"How far to trust the intervals of {kind} beyond its fitted runs: its own held-out run fell outside."
 

@@ -349,8 +349,8 @@ def _warnings(table: Table, kinds: Sequence[_Kind], noise: float) -> Iterator[st
     for each in misfits([kind.fit for kind in kinds], noise):
         how = {
             "repeats": "miss the law by more than seeds differ",
-            "others": "miss the law by more than those of the other kinds do",
-            "noise": f"miss the law by more than the noise of {100 * noise:.2g} % that is expected",
+            "others": "miss the law by far more than those of the other kinds do",
+            "noise": f"miss the law by far more than the noise of {100 * noise:.2g} % that is expected",
             "bend": f"bend away from the law's form with {each.along}",
         }[each.test]
         size = f"{100 * each.size:.2g} % (root mean square), p = {each.chance:.1g}"

@@ -25,7 +25,7 @@ from megahybrid.study.cells import Cell
 from megahybrid.study.expected import expect
 from megahybrid.study.file import Study
 from megahybrid.study.local import Processes
-from megahybrid.study.outcomes import Outcome, Survey, has_branch_point, study_folder, trunk_of
+from megahybrid.study.outcomes import Survey, has_branch_point, study_folder, trunk_of
 from megahybrid.study.status import Overall, StatusLine, hours_taken
 from megahybrid.training.run_directory import RunDirectory
 
@@ -89,6 +89,7 @@ class Launching:
     ):
         self.study, self.file, self.folder = study, file, study_folder(study)
         self._line, self._queue, self._survey = StatusLine(say), queue, Survey(study)
+        self._hours: dict[tuple[str, int | None], float] = {}
         self._begun: set[str] = set()
         self._said: set[str] = set()
         self._unpredictable = False
@@ -156,7 +157,8 @@ class Launching:
         self._look()
         failed = [each for each in self.outcomes if each.state == "failed" and not each.given_up]
         for each in failed:
-            self._line.say(f"{each.cell.name} has failed: {each.why.rstrip('.')}; see {each.run.path / 'logs'}.")
+            why = each.why.rstrip(".") or "it ended without a word"
+            self._line.say(f"{each.cell.name} has failed: {why}; see {each.run.path / 'logs'}.")
         if late := prediction.too_late(self.folder, self.outcomes):
             self._line.say(
                 f"Nothing is predicted of {', '.join(late)}: begun before, so that no prediction would test it."
@@ -192,13 +194,12 @@ class Launching:
     def _startable(self) -> list[Cell]:
         """Each run once that nobody has begun and that knows its learning rate, the longest first, those that are held
         out last, and once what is predicted of them is written down."""
-        found: dict[str, Outcome] = {}
+        found: dict[str, Cell] = {}
         for each in self.outcomes:
             begun = each.ended or each.state in ("running", "waiting") or each.cell.identity in self._begun
             if not begun and not each.cell.awaits and not (each.cell.held_out and not self._frozen()):
-                found.setdefault(each.cell.identity, each)
-        order = sorted(found.values(), key=lambda each: (each.cell.held_out, -each.flops))
-        return [each.cell for each in order]
+                found.setdefault(each.cell.identity, each.cell)
+        return sorted(found.values(), key=lambda cell: (cell.held_out, -self._expected(cell) / cell.gpus))
 
     def _ready(self) -> list[Cell]:
         """Those that can begin now."""
@@ -239,7 +240,7 @@ class Launching:
         if limit is None or not wanted:
             return None
         rest = {
-            each.cell.identity: tabled(each.cell.config).hours * (1 - each.flops_done / each.flops)
+            each.cell.identity: self._expected(each.cell) * (1 - each.flops_done / each.flops)
             for each in self.outcomes
             if each.cell.identity in wanted or each.state in ("running", "waiting")
         }
@@ -250,6 +251,13 @@ class Launching:
             f"the study has taken {taken:.3g} GPU hours and its runs would take {more:.3g} more, which is over "
             f"limits.gpu_hours = {limit:g}; raise it, or make the study smaller."
         )
+
+    def _expected(self, cell: Cell) -> float:
+        """GPU hours of a run."""
+        run = cell.identity, cell.branch_step  # a branch may have to begin earlier
+        if run not in self._hours:
+            self._hours[run] = tabled(cell.config).hours
+        return self._hours[run]
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -262,8 +270,8 @@ class Launching:
         for cell in cells:
             waits = cell.role == "branch" and not has_branch_point(cell)
             after = job_of(trunk_of(cell).path) if waits else None
-            hours = tabled(cell.config).hours / cell.gpus
-            classes[cell.nodes, time_limit(hours, profile.time), after].append(cell)
+            limit = time_limit(self._expected(cell) / cell.gpus, profile.time)
+            classes[cell.nodes, limit, after].append(cell)
         for (nodes, limit, after), members in classes.items():
             configs = [with_all_milestones(cell.config) for cell in members]
             request = Request(

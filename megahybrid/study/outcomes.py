@@ -125,13 +125,15 @@ def _with_trunks(outcomes: Iterable[Outcome]) -> list[Outcome]:
         if each.cell.role != "branch" or each.cell.awaits or has_branch_point(each.cell):
             continue
         trunk, step = trunks[each.cell.trunk], each.cell.branch_step
-        waits, ended = each.state in ("missing", "failed"), f"its trunk {trunk.cell.name} has ended without step {step}"
+        ended = f"its trunk {trunk.cell.name} has ended without step {step}"
+        waits = each.state in ("missing", "failed") and not each.given_up
         if trunk.ended and trunk.state != "diverged":
             outcomes[number] = replace(each, cell=_from_earlier(each.cell), why=each.why or (ended if waits else ""))
-        elif trunk.ended and waits:
-            outcomes[number] = replace(each, state="diverged", why=ended)
-        elif waits:
-            outcomes[number] = replace(each, why=each.why or f"waits for step {step} of {trunk.cell.name}")
+        elif waits:  # also where its job ended with its trunk's
+            state, why = (
+                ("diverged", ended) if trunk.ended else ("missing", f"waits for step {step} of {trunk.cell.name}")
+            )
+            outcomes[number] = replace(each, state=state, why=why)
     return outcomes
 
 
@@ -153,7 +155,7 @@ def _retries(outcomes: Sequence[Outcome]) -> list[Cell]:
     """
     again: dict[str, Cell] = {}
     for each in sorted(outcomes, key=lambda each: each.cell.role == "branch"):
-        if each.state == "diverged" and each.cell.retry_of is None and each.cell.role != "tune":
+        if each.state == "diverged" and each.cell.role != "tune":
             again[each.cell.identity] = _at_half_the_rate(each.cell, again.get(each.cell.trunk))
     return list(again.values())
 

@@ -77,8 +77,7 @@ class Results:
         fit: fit.json.
         planned: by cell, the GPU hours that plan.csv expects; empty where there is no plan.
         data: the identity of the data, where the plan knows it.
-        frozen: by cell, what prediction.json said of this very held-out run before it began; empty where nothing
-            was frozen.
+        frozen: by cell, what prediction.json says of these very held-out runs; empty where nothing was frozen.
     """
 
     study: str
@@ -128,11 +127,7 @@ def read_results(folder: Path) -> Results:
     plan = _read(folder / "plan.csv", Planned) or []
     planned, data = {each.cell: each.gpu_hours for each in plan}, plan[0].data if plan else ""
     made = read_json(folder / "prediction.json") or {}  # by identity: a cell may have become another run since
-    frozen = {
-        run.cell: said
-        for run in runs
-        if run.held_out and (said := made.get(run.run)) and (not run.began or said["frozen"] <= run.began)
-    }
+    frozen = {run.cell: made[run.run] for run in runs if run.held_out and run.run in made}
     return Results(folder.resolve().name, runs, _with_nan(fit), planned, data, _with_nan(frozen))
 
 

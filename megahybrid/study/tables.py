@@ -41,14 +41,27 @@ def _frozen(results: Results) -> Iterator[str]:
         frozen = results.frozen[run.cell]
         low, high = frozen["interval"]
         wide = f"{50 * (high - low) / frozen['loss']:.2g} %"
-        row = [run.cell, power(run.flops), f"{frozen['loss']:.4f}", _interval((low, high), ".4f"), wide]
+        row = [run.cell, power(run.flops), frozen["frozen"], run.began]
+        row += [f"{frozen['loss']:.4f}", _interval((low, high), ".4f"), wide]
         if run.counts:
             row += [f"{run.loss:.4f}", f"{100 * error(results, run):+.2f} %", _yes(covered(results, run))]
         rows.append(row + [why(run), "", ""] * (not run.counts))
     if rows:
         yield "## Frozen predictions"
-        yield "Written before these runs started. The error is positive where the loss came higher than predicted."
-        yield _table(["run", "FLOPs", "predicted", "95 % interval", "±", "actual", "error", "inside"], rows)
+        yield "The error is positive where the loss came higher than predicted."
+        head = [
+            "run",
+            "FLOPs",
+            "written",
+            "the run began",
+            "predicted",
+            "95 % interval",
+            "±",
+            "actual",
+            "error",
+            "inside",
+        ]
+        yield _table(head, rows)
 
 
 def _targets(results: Results) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """From the plan to the report, over runs whose losses are made up from a law."""
 
 import csv
+import functools
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from megahybrid.cli import main
 from megahybrid.study import pictures, prediction
+from megahybrid.study.fit import fit
 from megahybrid.study.law.law import Law
 from megahybrid.study.outcomes import Survey
 from tests.study.running import leave
@@ -24,6 +26,7 @@ def test_verbs_read_what_the_one_before_wrote(make_study, monkeypatch, capsys):
     """Run again, each of them changes nothing."""
     monkeypatch.setattr("megahybrid.launch.runs.shutil.which", lambda name: None)
     monkeypatch.setattr(pictures, "PICTURES", {})
+    monkeypatch.setattr(prediction, "fit", functools.partial(fit, replicates=100))
     study, folder = make_study(*STUDY), Path("studies/small")
     assert main(["study", "plan", "study.yaml"]) == 0
     for held_out in (False, True):

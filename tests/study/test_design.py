@@ -85,6 +85,14 @@ def test_every_kind_has_every_size_at_every_budget_and_the_smallest_again(cells)
     assert [cell.name for cell in cells if cell.held_out] == ["transformer-96x4-8e12-s0", "lalte-96x4-8e12-s0"]
 
 
+def test_what_is_held_out_is_not_repeated(cells_of):
+    cells = cells_of(**ONE, hold_out="largest", repeats={"seeds": 2, "at": "all"})
+    assert [(cell.seed, cell.budget) for cell in cells if cell.held_out] == [(0, 8e12)]
+    assert sorted((cell.role, cell.budget) for cell in cells if cell.seed == 1) == [("branch", 2e12), ("trunk", 4e12)]
+    rates = {(cell.config.optimizer.learning_rate, cell.config.train.global_batch_size) for cell in cells}
+    assert len(rates) == 1, "a repeat differs in its seed alone"
+
+
 def test_templates_are_filled(cells):
     for cell in cells:
         model, (width, layers) = cell.config.model, map(int, cell.size.split("x"))

@@ -108,7 +108,9 @@ def test_hours_multiply_by_what_a_flop_takes_where_each_kind_is_best(tmp_path):
         drawn = {color: (x, y) for color, _, x, y in lines(axes) if len(x) > 2}
         x, y = drawn["#3d8361"]
         assert np.interp(np.log(1e16), np.log(x), y) == pytest.approx(each.times, rel=1e-6)
-    branches = [each | {"gpu_hours": 1e-9} for each in made_up.branched("lalte")[:2]]  # their hours are a part's
+    branches = [
+        each | {"gpu_hours": 1e-9} for each in made_up.branched("lalte", tokens=(1e8,) * 5)[:4]
+    ]  # their hours are a part's
     more = made_up.results(tmp_path, [*made_up.runs(noise=0), *branches])
     assert in_hours(more, saving).times == in_hours(results, saving).times
     unmeasured = [row | {"gpu_hours": ""} for row in made_up.runs()]

@@ -80,16 +80,6 @@ def test_a_forecast_is_judged_by_its_frozen_interval(factor, place, tmp_path):
     assert any(each.startswith(distrust) for each in open_questions(results)) == (place == "outside")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"run": made_up.identity("the same at another rate")}, {"began": "2026-01-02T02:59:59+00:00"}],
-)
-def test_only_what_was_said_of_this_very_run_before_it_began_is_a_prediction(changes, tmp_path):
-    rows = made_up.runs()
-    next(each for each in rows if each["held_out"] and each["kind"] == "gdn").update(changes)
-    assert any(each.startswith("**2 of 2 frozen") for each in answers(made_up.results(tmp_path, rows)))
-
-
 def test_what_is_not_known_yet_is_said(tmp_path):
     rows = made_up.runs()
     held = next(each for each in rows if each["held_out"] and each["kind"] == "gdn")
@@ -99,8 +89,23 @@ def test_what_is_not_known_yet_is_said(tmp_path):
     assert any(each.startswith("**1 of 1 frozen") for each in said)
     assert any(each.startswith("gdn, 8 times") and each.endswith("the run is not done (running).") for each in said)
     for kind, known in (("gdn", False), ("lalte", False), ("transformer", True)):
-        unknown = f"Whether the law of {kind} predicts: no held-out run with a frozen prediction is done."
+        unknown = f"Whether the law of {kind} predicts: no held-out run that was predicted before it began is done."
         assert (unknown in open_questions(results)) != known
+
+
+def test_what_was_predicted_of_another_run_or_too_late_is_no_prediction(tmp_path):
+    def change(made):
+        made[made_up.identity("gdn-320x10-8e16-s0")]["frozen"] = "2026-01-02T03:04:06+00:00"
+        made["another"] = made.pop(made_up.identity("lalte-320x10-8e16-s0"))
+
+    results = made_up.results(tmp_path, frozen=change)
+    said = answers(results)
+    assert any(each.startswith("**1 of 1 frozen") for each in said)
+    assert any(each.startswith("gdn, 8 times") and "The run had begun when that was written." in each for each in said)
+    assert not any(each.startswith("lalte, 8 times") for each in said)
+    for kind in ("gdn", "lalte"):
+        unknown = f"Whether the law of {kind} predicts: no held-out run that was predicted before it began is done."
+        assert unknown in open_questions(results)
 
 
 def test_runs_left_out_are_named_with_why(written):
@@ -218,6 +223,7 @@ def test_other_ways_to_fit_stand_beside_the_law(written):
     assert "| lalte | 0.541 | 0.531 | 0.541 | none | too few sizes | too few runs |" in text
     assert "| gdn, N without embeddings | 14 | 0.561 (0.514 to 0.568) |" in text
     assert "alpha 0.280, beta 0.330, objective 0.0004 instead of 0.00036" in text
+    assert "| 8e16 | 2026-01-02T03:00:00+00:00 | 2026-01-02T03:04:05+00:00 | 4.2888 |" in text
     assert "| 4.2888 | 4.2802 to 4.2973 | 0.2 % | 4.2834 | -0.12 % | yes |" in text
     assert "| transformer | 50M | 2B | 7.5e17 | 3.5152 | 3.4941 to 3.5363 |" in text
 

@@ -25,7 +25,6 @@ INFLUENCE = 1.0
 UNLIKELY = 0.002
 """Of the largest losses, by what the other runs say of the noise."""
 
-
 KNOWN = 10**9
 """Degrees of freedom of a variance that is not estimated."""
 
@@ -66,12 +65,13 @@ def misfits(fits: Sequence[Fit], noise: float = NOISE) -> Iterator[Misfit]:
     """Four F tests of each kind, by least squares about the fit, at a level that all tests share.
 
     - repeats: what the law leaves against what runs that differ in their seed alone do, where there are any;
-    - others: what the law leaves against what it leaves of the other kinds, where there are any;
-    - noise: what the law leaves against `noise`, of which it may be twice as much;
+    - others: what the law leaves against what it leaves of the other kinds, where there are any; runs of a trunk share
+      noise and tell less of it than they seem to, so it may be twice as much;
+    - noise: what the law leaves against `noise`, of which it may be twice as much, too;
     - bend: whether squares of log N and log D, or their product, explain residuals; this sees a law that bends where
       nothing was repeated.
 
-    True noise is taken to be alike in all kinds.
+    For the bend, noise is taken to be alike in all kinds.
     """
     rests = [_rests(each) for each in fits]
     seeds, seeds_freedom = sum(each.seeds for each in rests), sum(each.seeds_freedom for each in rests)
@@ -80,7 +80,7 @@ def misfits(fits: Sequence[Fit], noise: float = NOISE) -> Iterator[Misfit]:
     found = []
     for kind, each in enumerate(rests):
         others = (
-            sum(other.law for other in rests) - each.law,
+            TOLERATED**2 * (sum(other.law for other in rests) - each.law),
             sum(other.law_freedom for other in rests) - each.law_freedom,
         )
         tests = (
