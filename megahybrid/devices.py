@@ -34,3 +34,8 @@ def free_memory(device: torch.device) -> float:
     except OSError:
         found = None
     return int(found[1]) * 1024 / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if found else math.inf
+
+
+def gpu_memory() -> float:
+    """Bytes of this process's GPU; infinite without one."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf

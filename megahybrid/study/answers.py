@@ -108,13 +108,13 @@ def _forecasts(results: Results) -> Iterator[str]:
             yield f"{said}; the run is not done ({why(run)})."
             continue
         place = "inside the interval" if covered(results, run) else "outside the interval"
-        late = "" if predicted_before(results, run) else f" The run was {prediction['state']} when that was written."
+        late = "" if predicted_before(results, run) else " The run had begun when that was written."
         yield f"{said}, {run.loss:.4f} came: {100 * error(results, run):+.2f} %, {place}.{late}"
 
 
 def predicted_before(results: Results, run: Run) -> bool:
     """Whether a held-out run, which another study may have trained, had not begun when its prediction was written."""
-    return results.frozen[run.cell]["state"] in ("missing", "waiting")
+    return not run.began or results.frozen[run.cell]["frozen"] <= run.began
 
 
 def error(results: Results, run: Run) -> float:

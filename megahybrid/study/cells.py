@@ -18,6 +18,8 @@ from megahybrid.study.rules import BATCHES, LEARNING_RATES, Subject
 
 RUNS = Path("studies/runs")
 """Where the runs of all studies lie, each in a folder named by its identity."""
+RETRY = "-half"
+"""Ends the name of a cell that is tried again, at half the rate."""
 TOLERANCE = 0.01
 """Most that realised FLOPs differ from those asked for, relative."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from megahybrid.files import read_json, write_text
 from megahybrid.launch import runs
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.study.file import Study
-from megahybrid.study.outcomes import Outcome, Survey, gpu_hours, study_folder
-from megahybrid.training import checkpoint_folder
+from megahybrid.study.measured import gpu_hours
+from megahybrid.study.outcomes import Outcome, Survey, study_folder
+from megahybrid.training import attempts, checkpoint_folder
 from megahybrid.training.run_directory import RunDirectory
 
 
@@ -31,7 +33,8 @@ def collect(study: Study, say: Callable[[str], None]) -> Path:
 
 def write_runs(folder: Path, outcomes: Sequence[Outcome]) -> str:
     """Write a study's runs.csv; returns its text."""
-    rows = [_row(each) for each in outcomes]
+    hours = gpu_hours()
+    rows = [_row(each, hours.get(each.cell.identity, 0.0)) for each in outcomes]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval=0, lineterminator="\n")
@@ -41,7 +44,7 @@ def write_runs(folder: Path, outcomes: Sequence[Outcome]) -> str:
     return text.getvalue()
 
 
-def _row(outcome: Outcome) -> dict[str, Any]:
+def _row(outcome: Outcome, hours: float) -> dict[str, Any]:
     """A row; FLOPs by part are of the whole run, a branch's with its trunk's, as `tokens` and `flops` are."""
     cell, config = outcome.cell, outcome.cell.config
     directory = RunDirectory(outcome.run.path)
@@ -65,11 +68,12 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         "learning_rate": config.optimizer.learning_rate,
         "batch_tokens": config.train.global_batch_size * config.train.seq_length,
         "steps": config.train.steps,
-        "gpu_hours": "" if cell.awaits else f"{gpu_hours(directory):.6g}",
+        "gpu_hours": "" if cell.awaits else f"{hours:.6g}",
         "loss": outcome.loss if outcome.state == "done" else "",
         "state": outcome.state,
         "excluded": _why_excluded(outcome),
         "code_version": _code_version(directory) if outcome.run.last else "",
+        "began": "" if cell.awaits else _began(directory),
         **{f"flops: {name}": 3 * count * cell.tokens for name, count in parts.items()},
     }
 
@@ -79,6 +83,12 @@ def _why_excluded(outcome: Outcome) -> str:
     if outcome.state == "done":
         return "a run of the tuning grid" if outcome.cell.role == "tune" else ""
     return f"{outcome.state}: {outcome.why}" if outcome.why else outcome.state
+
+
+def _began(run: RunDirectory) -> str:
+    """When it was started first, as prediction.json has it when it was written."""
+    first = next((each["time"] for each in attempts.read(run) if each.get("step") is not None), None)
+    return "" if first is None else datetime.fromtimestamp(first, UTC).isoformat(timespec="seconds")
 
 
 def _code_version(run: RunDirectory) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from megahybrid.errors import UserError
-from megahybrid.study.cells import Cell, Family
+from megahybrid.study.cells import RETRY, Cell, Family
 from megahybrid.study.file import SizeConfig, Study
 from megahybrid.study.models import Model, make_models, seconds_per_token
 
@@ -20,7 +20,8 @@ def design(study: Study, tuned: Mapping[str, float] = MappingProxyType({}), need
         tuned: the best factor on the learning rate of every kind whose grid is done.
         needs_data: whether data that are not prepared are a fault; without them no identity means anything.
 
-    Raises UserError, with the cell's name, for what cannot be trained, and for two cells that are the same run.
+    Raises UserError, with the cell's name, for what cannot be trained, for two cells that are the same run,
+    and where one is given up that there is not.
     """
     cells: list[Cell] = []
     rungs = _rungs(study)
@@ -34,6 +35,9 @@ def design(study: Study, tuned: Mapping[str, float] = MappingProxyType({}), need
             for seed in range(rung.repeats):
                 cells += family.cells(seed, tuned.get(kind, 1.0), awaits)
     _refuse_doubles(cells)
+    names = {cell.name + retry for cell in cells for retry in ("", RETRY)}
+    if unknown := [name for name in study.give_up if name not in names]:
+        raise UserError(f"give_up has {unknown[0]}, which is no cell of the study; `megahybrid study status` has all.")
     return cells
 
 

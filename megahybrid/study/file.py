@@ -169,6 +169,8 @@ class Study:
     noise: float = key(0.003, below=1)
     """Standard deviation of a run's loss, relative, that `plan` reckons with."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    give_up: list[str] = key([])
+    """Cells that have failed for good: they are not begun again, and what is held out does not wait for them."""
 
 
 def load_study(path: str | Path) -> Study:

@@ -315,11 +315,20 @@ def _rule(table: Table) -> str:
     why = np.where(table.state != "done", table.state, np.where(table.excluded != "", table.excluded, "held out"))
     reasons = Counter(str(each) for each in why[~table.fitted])
     left = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-    return f"{fitted} of {len(table.loss)} runs are fitted; left out: {left or 'none'}."
+    second = "".join(f" {cell} is {first} again at half the rate." for first, cell in _second_tries(table).items())
+    return f"{fitted} of {len(table.loss)} runs are fitted; left out: {left or 'none'}.{second}"
+
+
+def _second_tries(table: Table) -> dict[str, str]:
+    """By the names of runs that diverged, those of the runs that are fitted in their place."""
+    names, again = dict(zip(table.run, table.cell, strict=True)), table.fitted & (table.retry_of != "")
+    pairs = zip(table.retry_of[again], table.cell[again], strict=True)
+    return {str(names.get(first, first)): str(cell) for first, cell in pairs}
 
 
 def _warnings(table: Table, kinds: Sequence[_Kind], noise: float) -> Iterator[str]:
-    lacking = [str(each) for each in table.cell[(table.state != "done") & ~table.held_out]]
+    second = _second_tries(table)
+    lacking = [str(each) for each in table.cell[(table.state != "done") & ~table.held_out] if each not in second]
     if lacking:
         few = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more runs" if len(lacking) > 5 else "")
         yield f"The fit lacks {few}, which {'has' if len(lacking) == 1 else 'have'} no loss."

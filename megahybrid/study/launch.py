@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import math
 import time
 from collections import defaultdict
@@ -11,24 +12,31 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
+from megahybrid.config import Config, load_config
+from megahybrid.devices import gpu_memory
 from megahybrid.errors import UserError
 from megahybrid.launch import runs, slurm
 from megahybrid.launch.profile import load_profile
 from megahybrid.launch.submit import Request, job_of, submit
 from megahybrid.scaling.hours import tabled
+from megahybrid.scaling.memory import peak_bytes
 from megahybrid.study import prediction
 from megahybrid.study.cells import Cell
+from megahybrid.study.expected import expect
 from megahybrid.study.file import Study
 from megahybrid.study.local import Processes
-from megahybrid.study.outcomes import Outcome, Survey, has_branch_point, study_folder, trunk_of
+from megahybrid.study.outcomes import Survey, has_branch_point, study_folder, trunk_of
 from megahybrid.study.status import Overall, StatusLine, hours_taken
+from megahybrid.training.run_directory import RunDirectory
 
+_BYTES_A_PROCESS = 0.5 * 2**30  # that CUDA takes beside what is allocated
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_BETWEEN_LOOKS_AT_THE_QUEUE = 30.0
 
 
 def launch(study: Study, file: str, jobs: int | None, wait: bool, say: Callable[[str], None]) -> int:
-    """Begin what is missing and can begin; returns 1 where a run has failed, else 0. Raises UserError.
+    """Begin what is missing and can begin; returns 1 where a run has failed, else 0. Raises UserError, also for a
+    design that cannot tell the law's terms apart.
 
     Args:
         study, file: limits.profile says through which cluster; the study's file, which is noted.
@@ -81,16 +89,19 @@ class Launching:
     ):
         self.study, self.file, self.folder = study, file, study_folder(study)
         self._line, self._queue, self._survey = StatusLine(say), queue, Survey(study)
-        self._hours: dict[str, float] = {}
+        self._hours: dict[tuple[str, int | None], float] = {}
         self._begun: set[str] = set()
         self._said: set[str] = set()
         self._unpredictable = False
         self._look()
+        expect(study, [each.cell for each in self.outcomes if not each.cell.retry_of])
         if fault := self._over_the_limit({each.cell.identity for each in self.outcomes if not each.ended}):
             raise UserError(f"Nothing begins: {fault}")
 
     def here(self, jobs: int) -> None:
-        """Processes of this machine, `jobs` at once, until nothing more can begin."""
+        """Processes of this machine, `jobs` at once, until nothing more can begin. Raises UserError where they would
+        not fit into its GPU."""
+        self._check_memory(jobs)
         began, before = time.monotonic(), self._overall().done
         with Processes(self.folder, jobs) as processes:
             try:
@@ -98,7 +109,7 @@ class Launching:
                     # Also those that another launch has left running.
                     running = {each.run.path for each in self.outcomes if each.state == "running"} | processes.running
                     for cell in self._affordable(self._ready())[: max(0, jobs - len(running))]:
-                        processes.start(cell.config, self.file)
+                        processes.start(with_all_milestones(cell.config), self.file)
                         self._note(cell, "begins")
                     if not running and not processes.running:
                         return
@@ -110,6 +121,21 @@ class Launching:
             except KeyboardInterrupt:
                 self._line.say("The runs save and stop; interrupted once more, they are killed.")
                 raise
+
+    def _check_memory(self, jobs: int) -> None:
+        needs: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+        for cell in (each.cell for each in self.outcomes if not each.ended):
+            step = needs[cell.kind, cell.size, cell.config.train.global_batch_size]
+            step.append(step[0] if step else max(peak_bytes(cell.config, 1)) + _BYTES_A_PROCESS)
+        largest = sorted((memory for step in needs.values() for memory in step), reverse=True)
+        at_once, room = list(itertools.accumulate(largest[:jobs])), gpu_memory()
+        if at_once and at_once[-1] > room:
+            fitting = sum(memory <= room for memory in at_once)
+            less = f"give --jobs {fitting}" if fitting else "give the larger ones to another machine"
+            raise UserError(
+                f"The {len(at_once)} largest runs take {at_once[-1] / 2**30:.1f} GiB side by side, and this GPU has "
+                f"{room / 2**30:.1f}; {less}."
+            )
 
     def through_slurm(self, wait: bool) -> None:
         """Job arrays; with `wait` until nothing runs, waits or can begin any more."""
@@ -129,20 +155,23 @@ class Launching:
     def conclude(self) -> int:
         """Say what has come of it; 1 where a run has failed, else 0."""
         self._look()
-        failed = [each for each in self.outcomes if each.state == "failed" or self._has_died(each)]
+        failed = [each for each in self.outcomes if each.state == "failed" and not each.given_up]
         for each in failed:
             why = each.why.rstrip(".") or "it ended without a word"
             self._line.say(f"{each.cell.name} has failed: {why}; see {each.run.path / 'logs'}.")
+        if late := prediction.too_late(self.folder, self.outcomes):
+            self._line.say(
+                f"Nothing is predicted of {', '.join(late)}: begun before, so that no prediction would test it."
+            )
         if failed and any(each.cell.held_out and not each.ended for each in self.outcomes):
-            self._line.say("What is held out waits: nothing is predicted from a part of the runs.")
+            self._line.say(
+                "What is held out waits: nothing is predicted from a part of the runs. Name those under give_up in "
+                "the study's file that have failed for good."
+            )
         elif not all(each.ended for each in self.outcomes):
             self._line.say("The same command goes on with what waits for these.")
         self._line.say(str(self._overall()))
         return 1 if failed else 0
-
-    def _has_died(self, outcome: Outcome) -> bool:
-        """Whether nothing has come of a run that was begun."""
-        return outcome.state == "missing" and not outcome.why and outcome.cell.identity in self._begun
 
     def _look(self) -> None:
         self.outcomes = self._survey.look(self._queue())
@@ -167,7 +196,7 @@ class Launching:
         out last, and once what is predicted of them is written down."""
         found: dict[str, Cell] = {}
         for each in self.outcomes:
-            begun = each.state not in ("missing", "failed") or each.cell.identity in self._begun
+            begun = each.ended or each.state in ("running", "waiting") or each.cell.identity in self._begun
             if not begun and not each.cell.awaits and not (each.cell.held_out and not self._frozen()):
                 found.setdefault(each.cell.identity, each.cell)
         return sorted(found.values(), key=lambda cell: (cell.held_out, -self._expected(cell) / cell.gpus))
@@ -225,9 +254,10 @@ class Launching:
 
     def _expected(self, cell: Cell) -> float:
         """GPU hours of a run."""
-        if cell.identity not in self._hours:
-            self._hours[cell.identity] = tabled(cell.config).hours
-        return self._hours[cell.identity]
+        run = cell.identity, cell.branch_step  # a branch may have to begin earlier
+        if run not in self._hours:
+            self._hours[run] = tabled(cell.config).hours
+        return self._hours[run]
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -243,13 +273,21 @@ class Launching:
             limit = time_limit(self._expected(cell) / cell.gpus, profile.time)
             classes[cell.nodes, limit, after].append(cell)
         for (nodes, limit, after), members in classes.items():
-            configs = [cell.config for cell in members]
+            configs = [with_all_milestones(cell.config) for cell in members]
             request = Request(
                 configs, replace(profile, time=limit), self.file, nodes=nodes, folder=self.folder, after=after
             )
             (number,) = submit(request).numbers
             for cell in members:
                 self._note(cell, f"is in the queue, job {number}" + (f" after {after}" if after else ""))
+
+
+def with_all_milestones(config: Config) -> Config:
+    """Those included for which another study has begun the same run: its branches may be still to come."""
+    before = RunDirectory(config.run.dir).config
+    theirs = load_config(before).checkpoint.milestones if before.is_file() else []
+    milestones = sorted({*config.checkpoint.milestones, *theirs})
+    return replace(config, checkpoint=replace(config.checkpoint, milestones=milestones))
 
 
 def time_limit(hours: float, most: str) -> str:

@@ -14,7 +14,6 @@ from megahybrid import code_version
 from megahybrid.config import Config, save_config
 from megahybrid.files import write_json
 from megahybrid.launch import pinned
-from megahybrid.study.outcomes import SIDE_BY_SIDE
 from megahybrid.training.run_directory import RunDirectory
 
 
@@ -60,7 +59,7 @@ class Processes:
         record = run.path / "submit" / self._submission
         facts = {"submission": self._submission, "jobs": [], "code_version": code_version(), "recipe": study}
         save_config(config, record / "config.yaml")
-        write_json(record / "job.json", {**facts, "overrides": [], SIDE_BY_SIDE: self._jobs})
+        write_json(record / "job.json", {**facts, "overrides": []})
         run.logs.mkdir(exist_ok=True)
         with open(run.logs / "rank_00000.out", "ab") as output:
             self._processes[run.path] = subprocess.Popen(
@@ -90,5 +89,11 @@ class Processes:
                 break
             time.sleep(0.05)
         for path in ended:
-            del self._processes[path]
+            self._note_early_end(RunDirectory(path), self._processes.pop(path).returncode)
         return ended
+
+    def _note_early_end(self, run: RunDirectory, status: int) -> None:
+        """Of a process that failed before it could say anything."""
+        began = (run.path / "submit" / self._submission / "job.json").stat().st_mtime
+        if status and not (run.status.exists() and run.status.stat().st_mtime > began):
+            run.end_status("failed", f"it ended before training began (exit status {status})")

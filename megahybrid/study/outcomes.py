@@ -9,19 +9,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megahybrid.files import read_json
 from megahybrid.launch import runs, slurm
-from megahybrid.study.cells import Cell
+from megahybrid.study.cells import RETRY, Cell
 from megahybrid.study.design import design
 from megahybrid.study.file import Study
 from megahybrid.study.identity import find_data, identify
 from megahybrid.study.plan import STUDIES
-from megahybrid.training import attempts, checkpoint_folder, ownership
+from megahybrid.training import checkpoint_folder, ownership
 from megahybrid.training.metrics_file import lines_after, lines_backwards
 from megahybrid.training.run_directory import RunDirectory
 
-SIDE_BY_SIDE = "side_by_side"
-"""In a run's job.json: how many runs its launch had at once on the same GPU."""
 _STATES = {"queued": "waiting", "requeued": "waiting", "submitted": "waiting", "stalled": "running"}
 
 
@@ -35,6 +32,7 @@ class Outcome:
         state: done, running, waiting (in Slurm's queue), missing, diverged or failed.
         why: if there is a why.
         loss: the final validation's, of a run that is done or has diverged at its end.
+        given_up: whether it has failed for good.
     """
 
     cell: Cell
@@ -42,11 +40,12 @@ class Outcome:
     state: str
     why: str
     loss: float | None
+    given_up: bool = False
 
     @property
     def ended(self) -> bool:
         """Whether nothing more will come of it by itself or by launching it again."""
-        return self.state in ("done", "diverged")
+        return self.state in ("done", "diverged") or self.given_up
 
     @property
     def flops(self) -> float:
@@ -70,12 +69,22 @@ class Survey:
 
     def look(self, queue: Sequence[slurm.QueuedJob] | None) -> list[Outcome]:
         """Every cell's outcome now, the retries last; `queue` is None where Slurm cannot be asked."""
-        outcomes = _observe(self._cells, queue)
+        outcomes = self._observe(queue)
         tuned = _best_factors(self._study, outcomes)
         if tuned != self._tuned:
             self._tuned, self._cells = tuned, design(self._study, tuned)
-            outcomes = _observe(self._cells, queue)
+            outcomes = self._observe(queue)
         return outcomes
+
+    def _observe(self, queue: Sequence[slurm.QueuedJob] | None) -> list[Outcome]:
+        outcomes = _with_trunks(self._outcome(cell, queue) for cell in self._cells)
+        return _with_trunks([*outcomes, *(self._outcome(cell, queue) for cell in _retries(outcomes))])
+
+    def _outcome(self, cell: Cell, queue: Sequence[slurm.QueuedJob] | None) -> Outcome:
+        found = _outcome(cell, queue)
+        if cell.name not in self._study.give_up or found.state not in ("missing", "failed"):
+            return found
+        return replace(found, state="failed", why=f"given up{found.why and f': {found.why}'}", given_up=True)
 
 
 def study_folder(study: Study) -> Path:
@@ -84,7 +93,9 @@ def study_folder(study: Study) -> Path:
 
 
 def has_branch_point(cell: Cell) -> bool:
-    """Whether the checkpoint of its trunk from which a branch starts is there."""
+    """Whether the checkpoint of its trunk from which a branch starts is there, if it needs one."""
+    if cell.branch_step is None:
+        return True
     step = checkpoint_folder.name(cell.branch_step)
     return (trunk_of(cell).checkpoints / step / "checkpoint.json").is_file()
 
@@ -92,16 +103,6 @@ def has_branch_point(cell: Cell) -> bool:
 def trunk_of(cell: Cell) -> RunDirectory:
     """The run directory of its trunk, or its own."""
     return RunDirectory(Path(cell.config.run.dir).with_name(cell.trunk))
-
-
-def gpu_hours(run: RunDirectory) -> float:
-    """Measured so far, of all starts: a process's hours, of several side by side on one GPU its part."""
-    records = (read_json(path) or {} for path in run.path.glob("submit/*/job.json"))
-    sharing = {each.get("submission"): each.get(SIDE_BY_SIDE, 1) for each in records}
-    seconds = (
-        lasted * start["processes"] / sharing.get(start["submission"], 1) for start, lasted in attempts.lasted(run)
-    )
-    return sum(seconds) / 3600
 
 
 def _best_factors(study: Study, outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -115,26 +116,35 @@ def _best_factors(study: Study, outcomes: Sequence[Outcome]) -> dict[str, float]
     return best
 
 
-def _observe(cells: Sequence[Cell], queue: Sequence[slurm.QueuedJob] | None) -> list[Outcome]:
-    outcomes = _with_trunks(_outcome(cell, queue) for cell in cells)
-    return _with_trunks([*outcomes, *(_outcome(cell, queue) for cell in _retries(outcomes))])
-
-
 def _with_trunks(outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """Branches that have not begun wait for their trunk, or, where it has ended before, have come to the same end."""
+    """Branches that have not begun wait for their trunk; where it has diverged before, so have they, and where it is
+    done without their checkpoint, they begin earlier."""
     outcomes = list(outcomes)
     trunks = {each.cell.identity: each for each in outcomes}
     for number, each in enumerate(outcomes):
-        begun = each.cell.role != "branch" or each.cell.awaits or each.state not in ("missing", "failed")
-        if begun or has_branch_point(each.cell):
+        if each.cell.role != "branch" or each.cell.awaits or has_branch_point(each.cell):
             continue
-        trunk, state = trunks[each.cell.trunk], "missing"  # also where its job ended with its trunk's
-        why = f"waits for step {each.cell.branch_step} of {trunk.cell.name}"
-        if trunk.ended:
-            state = "diverged" if trunk.state == "diverged" else "failed"
-            why = f"its trunk {trunk.cell.name} has ended without a checkpoint of step {each.cell.branch_step}"
-        outcomes[number] = replace(each, state=state, why=why)
+        trunk, step = trunks[each.cell.trunk], each.cell.branch_step
+        ended = f"its trunk {trunk.cell.name} has ended without step {step}"
+        waits = each.state in ("missing", "failed") and not each.given_up
+        if trunk.ended and trunk.state != "diverged":
+            outcomes[number] = replace(each, cell=_from_earlier(each.cell), why=each.why or (ended if waits else ""))
+        elif waits:  # also where its job ended with its trunk's
+            state, why = (
+                ("diverged", ended) if trunk.ended else ("missing", f"waits for step {step} of {trunk.cell.name}")
+            )
+            outcomes[number] = replace(each, state=state, why=why)
     return outcomes
+
+
+def _from_earlier(branch: Cell) -> Cell:
+    """A branch that begins with the newest checkpoint that its trunk still has from before its own, or from scratch: a
+    longer way to the same run bit for bit, whose identity and trunk stay what they are."""
+    trunk = trunk_of(branch)
+    steps = [checkpoint_folder.step_of(each) for each in checkpoint_folder.whole(trunk.checkpoints)]
+    step = max((each for each in steps if each < branch.branch_step), default=None)
+    train = replace(branch.config.train, branch_from=f"{trunk.path}@{step}" if step else None)
+    return replace(branch, config=replace(branch.config, train=train), branch_step=step)
 
 
 def _retries(outcomes: Sequence[Outcome]) -> list[Cell]:
@@ -151,26 +161,37 @@ def _retries(outcomes: Sequence[Outcome]) -> list[Cell]:
 
 
 def _at_half_the_rate(cell: Cell, trunk: Cell | None) -> Cell:
-    """The cell's second try; of a branch that of its trunk's second try, where there is one."""
-    rate, train = cell.config.optimizer.learning_rate / 2, cell.config.train
-    if trunk is not None:
-        train = replace(train, branch_from=f"{trunk.config.run.dir}@{cell.branch_step}")
-    config = replace(cell.config, train=train, optimizer=replace(cell.config.optimizer, learning_rate=rate))
-    identity, name = identify(config, find_data(config)), f"{cell.name}-half"
+    """The cell's second try; of a branch that of its trunk's second try, or, where the trunk is sound, a run from
+    scratch: a branch at another rate than its trunk's would be no run of that length at any rate."""
+    config, step = cell.config, cell.branch_step if trunk else None
+    config = replace(
+        config,
+        train=replace(config.train, branch_from=f"{trunk.config.run.dir}@{step}" if trunk else None),
+        optimizer=replace(config.optimizer, learning_rate=config.optimizer.learning_rate / 2),
+    )
+    identity, name = identify(config, find_data(config)), cell.name + RETRY
     config = replace(
         config,
         run=replace(config.run, dir=str(Path(config.run.dir).with_name(identity))),
         tracking=replace(config.tracking, name=name),
     )
-    above = identity if cell.role != "branch" else trunk.identity if trunk else cell.trunk
-    return replace(cell, name=name, config=config, identity=identity, trunk=above, retry_of=cell.identity)
+    return replace(
+        cell,
+        name=name,
+        config=config,
+        identity=identity,
+        role="single" if cell.role == "branch" and trunk is None else cell.role,
+        trunk=trunk.identity if trunk else identity,
+        branch_step=step,
+        retry_of=cell.identity,
+    )
 
 
 def _outcome(cell: Cell, queue: Sequence[slurm.QueuedJob] | None) -> Outcome:
     run = runs.read(Path(cell.config.run.dir), queue)
     if cell.awaits:  # which run it is, is not known yet
         return Outcome(cell, replace(run, last={}, jobs=()), "missing", "waits for its learning rate to be tuned", None)
-    state, why = _state(run)
+    state, why = _state(run, queue is None)
     loss = run.last.get("validation_loss") if state == "done" else None
     if state == "done" and loss is None:
         state, why = "failed", f"{run.path / 'metrics.jsonl'} has no final validation loss"
@@ -179,7 +200,8 @@ def _outcome(cell: Cell, queue: Sequence[slurm.QueuedJob] | None) -> Outcome:
     return Outcome(cell, run, state, why, loss)
 
 
-def _state(run: runs.Run) -> tuple[str, str]:
+def _state(run: runs.Run, by_files: bool) -> tuple[str, str]:
+    """`by_files`: whether Slurm cannot be asked."""
     files = RunDirectory(run.path)
     if run.state != "done" and ownership.another(files):  # what status.json says may be of the start before
         return "running", run.reason if run.state == "stalled" else ""
@@ -187,6 +209,8 @@ def _state(run: runs.Run) -> tuple[str, str]:
         return "missing", ""
     if run.state == "stopped":
         return "missing", f"{run.reason} stopped it at step {run.step} of {run.target}"
+    if run.state == "stalled" and by_files:  # nobody owns it any more: a start takes it over
+        return "missing", run.reason
     return _STATES.get(run.state, run.state), run.reason
 
 

@@ -2,56 +2,85 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from megahybrid import code_version
 from megahybrid.errors import UserError
-from megahybrid.files import read_json, write_json
+from megahybrid.files import read_json, write_json, write_text
 from megahybrid.study.collect import write_runs
 from megahybrid.study.fit import fit
 from megahybrid.study.outcomes import Outcome
+from megahybrid.training import attempts
+from megahybrid.training.run_directory import RunDirectory
+
+_SAYS = "parameters", "tokens", "flops", "loss", "interval"
+"""What of a prediction of fit.json is kept; the rest is about a loss that nobody knows yet."""
 
 
 def is_frozen(folder: Path, outcomes: Sequence[Outcome]) -> bool:
-    """Whether a prediction stands of every run that is held out. Raises UserError where that cannot be told."""
-    return not _unpredicted(_frozen(folder), outcomes)
+    """Whether nothing is left to predict: of every run that is held out a prediction stands, or it is too late for
+    one. Raises UserError where that cannot be told."""
+    return not _to_predict(_frozen(folder), outcomes)
+
+
+def too_late(folder: Path, outcomes: Sequence[Outcome]) -> list[str]:
+    """The held-out cells whose runs, another study's too, had begun before anything was predicted of them."""
+    frozen = _frozen(folder)
+    return [each.cell.name for each in _unpredicted(frozen, outcomes) if _has_begun(each)]
 
 
 def freeze(folder: Path, outcomes: Sequence[Outcome]) -> None:
-    """Fit the law to the runs that are not held out, all of which have ended, and write down what it predicts of those
-    of which nothing stands yet: by cell, as fit.json has it, and which run that is and what its state was.
+    """Fit the law to the runs that are not held out, all of which have ended, and write down what it predicts of the
+    held-out ones that have not begun and of which nothing stands yet, by identity. The table that it is fitted to is
+    kept beside it, and the runs are named that it lacks.
 
     Raises UserError where it cannot be fitted, or predicts nothing for one of those that are held out.
     """
     before = _frozen(folder)
-    held_out = _unpredicted(before, outcomes)
+    held_out = _to_predict(before, outcomes)
     runs = write_runs(folder, outcomes)
     fitted = fit(folder)
     predictions = {
-        each["cell"]: {"kind": kind, **each} for kind, law in fitted["kinds"].items() for each in law["predictions"]
+        each["cell"]: {"kind": kind, **{name: value for name, value in each.items() if name in _SAYS}}
+        for kind, law in fitted["kinds"].items()
+        for each in law["predictions"]
     }
     if missing := [each.cell.name for each in held_out if each.cell.name not in predictions]:
         raise UserError(f"The fit says nothing of {', '.join(missing)}; see {folder / 'fit.json'}.")
+    digest = hashlib.sha256(runs.encode()).hexdigest()
+    table = f"predicted-from-{digest[:16]}.csv"
+    write_text(folder / table, runs)
+    fitted_to = (each for each in outcomes if not each.cell.held_out)
     facts = {
-        "frozen": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "frozen": datetime.now(UTC).isoformat(timespec="seconds"),
         "code_version": code_version(),
-        "runs_sha256": hashlib.sha256(runs.encode()).hexdigest(),
+        "without": [each.cell.name for each in fitted_to if each.state != "done" and each.cell.role != "tune"],
+        "table": table,
+        "table_sha256": digest,
     }
-    made = {
-        each.cell.name: predictions[each.cell.name] | facts | {"run": each.cell.identity, "state": each.state}
-        for each in held_out
-    }
+    made = {each.cell.identity: {"cell": each.cell.name} | predictions[each.cell.name] | facts for each in held_out}
     write_json(folder / "prediction.json", before | made)
 
 
-def _unpredicted(frozen: Mapping[str, Mapping[str, Any]], outcomes: Sequence[Outcome]) -> list[Outcome]:
+def _to_predict(frozen: Mapping[str, Any], outcomes: Sequence[Outcome]) -> list[Outcome]:
+    return [each for each in _unpredicted(frozen, outcomes) if not _has_begun(each)]
+
+
+def _unpredicted(frozen: Mapping[str, Any], outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Those that are held out and of whose very run nothing stands there."""
-    held_out = [each for each in outcomes if each.cell.held_out]
-    return [each for each in held_out if frozen.get(each.cell.name, {}).get("run") != each.cell.identity]
+    return [each for each in outcomes if each.cell.held_out and each.cell.identity not in frozen]
+
+
+def _has_begun(outcome: Outcome) -> bool:
+    """Whether anything of its run may have been seen, in whichever study."""
+    if outcome.cell.awaits:  # which run it is, is not known yet
+        return False
+    run = RunDirectory(outcome.run.path)
+    return run.metrics.exists() or any(each.get("step") is not None for each in attempts.read(run))
 
 
 def _frozen(folder: Path) -> dict[str, dict[str, Any]]:

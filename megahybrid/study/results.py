@@ -40,6 +40,7 @@ class Run:
     state: str
     excluded: str
     code_version: str
+    began: str
 
     @property
     def counts(self) -> bool:
@@ -125,8 +126,8 @@ def read_results(folder: Path) -> Results:
         raise UserError(f"runs.csv and fit.json in '{folder}' have other kinds: run `megahybrid study fit` again.")
     plan = _read(folder / "plan.csv", Planned) or []
     planned, data = {each.cell: each.gpu_hours for each in plan}, plan[0].data if plan else ""
-    predictions, names = read_json(folder / "prediction.json") or {}, {run.cell: run.run for run in runs}
-    frozen = {cell: each for cell, each in predictions.items() if each["run"] == names.get(cell)}
+    made = read_json(folder / "prediction.json") or {}  # by identity: a cell may have become another run since
+    frozen = {run.cell: made[run.run] for run in runs if run.held_out and run.run in made}
     return Results(folder.resolve().name, runs, _with_nan(fit), planned, data, _with_nan(frozen))
 
 

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from megahybrid.launch import runs
 from megahybrid.study.file import Study
-from megahybrid.study.outcomes import Outcome, Survey, gpu_hours
-from megahybrid.training.run_directory import RunDirectory, duration
+from megahybrid.study.measured import gpu_hours
+from megahybrid.study.outcomes import Outcome, Survey
+from megahybrid.training.run_directory import duration
 
 _STATES = ("done", "running", "waiting", "missing", "diverged", "failed")
 
@@ -80,8 +81,8 @@ class StatusLine:
 
 def hours_taken(outcomes: Sequence[Outcome]) -> float:
     """GPU hours measured so far, of every run once."""
-    directories = {each.run.path for each in outcomes if not each.cell.awaits}
-    return sum(gpu_hours(RunDirectory(path)) for path in directories)
+    measured = gpu_hours()
+    return sum(measured.get(run, 0.0) for run in {each.cell.identity for each in outcomes if not each.cell.awaits})
 
 
 def show(study: Study, say: Callable[[str], None], console: Console | None = None) -> None:

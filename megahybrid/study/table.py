@@ -16,7 +16,7 @@ from megahybrid.errors import UserError
 from megahybrid.study.law.law import Array
 
 Texts = NDArray[np.str_]
-_TEXTS = ("cell", "kind", "trunk", "held_out", "state", "excluded")
+_TEXTS = ("cell", "run", "kind", "trunk", "held_out", "retry_of", "state", "excluded")
 _NUMBERS = ("parameters", "parameters_without_embedding", "tokens", "flops", "loss")
 COLUMNS = _TEXTS + _NUMBERS
 """That are read; `parameters`, `loss` and one of `tokens` and `flops` must be there."""
@@ -28,9 +28,11 @@ class Table:
 
     Attributes:
         cell: names; empty where the table has none.
+        run: identities; likewise.
         kind: "all" where the table has none.
         trunk: what runs share noise by; a run's own where the table has none.
         held_out: whether no fit may see it.
+        retry_of: the identity of the run in whose place it was trained, or empty.
         state: "done" where the table has none.
         excluded: why no fit may see it, or empty.
         parameters, tokens, flops: where one of the last two is missing, flops = 6 · parameters · tokens.
@@ -39,9 +41,11 @@ class Table:
     """
 
     cell: Texts
+    run: Texts
     kind: Texts
     trunk: Texts
     held_out: NDArray[np.bool_]
+    retry_of: Texts
     state: Texts
     excluded: Texts
     parameters: Array
@@ -96,9 +100,11 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, drop_larges
     own = np.array([f"line {line}" for line in range(2, len(rows) + 2)])
     table = Table(
         texts.get("cell", empty),
+        texts.get("run", empty),
         texts.get("kind", np.full(len(rows), "all")),
         np.where(trunk == "", own, trunk),
         _flags(path, names, texts.get("held_out", np.full(len(rows), "0"))),
+        texts.get("retry_of", empty),
         state,
         texts.get("excluded", empty).astype(object),
         **{name: numbers.get(name) for name in _NUMBERS},

@@ -41,7 +41,7 @@ def _frozen(results: Results) -> Iterator[str]:
         frozen = results.frozen[run.cell]
         low, high = frozen["interval"]
         wide = f"{50 * (high - low) / frozen['loss']:.2g} %"
-        row = [run.cell, power(run.flops), frozen["frozen"], frozen["state"]]
+        row = [run.cell, power(run.flops), frozen["frozen"], run.began]
         row += [f"{frozen['loss']:.4f}", _interval((low, high), ".4f"), wide]
         if run.counts:
             row += [f"{run.loss:.4f}", f"{100 * error(results, run):+.2f} %", _yes(covered(results, run))]
@@ -53,7 +53,7 @@ def _frozen(results: Results) -> Iterator[str]:
             "run",
             "FLOPs",
             "written",
-            "the run was",
+            "the run began",
             "predicted",
             "95 % interval",
             "±",

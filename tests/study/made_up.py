@@ -19,10 +19,10 @@ HOURS = {"transformer": 7e-18, "gdn": 7e-18, "lalte": 9e-18}  # a FLOP, of large
 SIZES = {"128x4": 1.0e6, "192x6": 2.6e6, "256x8": 5.5e6, "320x10": 10.0e6}
 BUDGETS = (1e15, 3e15, 1e16)
 BEST_FACTOR = 0.9  # on the learning rate
-FROZEN = {"frozen": "2026-01-02T03:04:05+00:00", "state": "missing"}
+FROZEN = "2026-01-02T03:00:00+00:00"
 SPREAD = 0.002  # half of an interval of a loss, relative
 COLUMNS = """cell run kind size budget seed role trunk held_out retry_of parameters parameters_without_embedding tokens
-flops flops_per_token learning_rate batch_tokens steps gpu_hours loss state excluded code_version""".split()  # noqa: SIM905
+flops flops_per_token learning_rate batch_tokens steps gpu_hours loss state excluded code_version began""".split()  # noqa: SIM905
 
 
 def loss(kind, parameters, tokens):
@@ -66,6 +66,7 @@ def row(kind, size, budget, seed=0, noise=0.0, **changes):
         "state": "done",
         "excluded": "",
         "code_version": "0.1.0 0123456789ab",
+        "began": "2026-01-02T03:04:05+00:00",
         **changes,
     }
 
@@ -192,8 +193,12 @@ def write(folder: Path, rows=None) -> Path:
     )
     made = fit(rows)
     (folder / "fit.json").write_text(json.dumps(made))
-    frozen = {each["cell"]: each for kind in LAWS for each in made["kinds"][kind]["predictions"] if each["cell"]}
-    frozen = {cell: each | FROZEN | {"run": identity(cell)} for cell, each in frozen.items()}
+    frozen = {
+        identity(each["cell"]): each | {"frozen": FROZEN}
+        for kind in LAWS
+        for each in made["kinds"][kind]["predictions"]
+        if each["cell"]
+    }
     (folder / "prediction.json").write_text(json.dumps(frozen))
     return folder
 

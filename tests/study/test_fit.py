@@ -141,6 +141,17 @@ def test_cross_checks_and_what_was_left_out(fitted):
     assert max(map(len, text.splitlines())) < 160
 
 
+def test_a_second_try_is_named_and_its_first_is_not_called_missing(tmp_path):
+    rows = [row | {"run": row["cell"], "retry_of": ""} for row in tables.rows("gdn", tables.LAW, *tables.ladder())]
+    for place in (3, 5):
+        rows[place] |= {"state": "diverged", "excluded": "diverged: its final loss is nan"}
+    rows.append(rows[3] | {"cell": "again", "run": "again", "retry_of": "gdn-3", "state": "done", "excluded": ""})
+    table = read_table(tables.write(tmp_path / "runs.csv", rows))
+    found = fit_table(table, replicates=0)
+    assert found["rule"] == ("11 of 13 runs are fitted; left out: 2 diverged. again is gdn-3 again at half the rate.")
+    assert found["warnings"][0] == "The fit lacks gdn-5, which has no loss."
+
+
 def test_held_out_runs_change_nothing_and_are_predicted_before_they_are_done(fitted, tmp_path):
     """The prediction is frozen before the run starts."""
     rows = two_kinds()

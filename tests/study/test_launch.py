@@ -1,6 +1,7 @@
 """Launching a study here and through Slurm: each run once, in an order that works, whatever ends on the way."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -11,10 +12,15 @@ from pathlib import Path
 import pytest
 
 from megahybrid.cli import main
+from megahybrid.config import load_config, save_config
 from megahybrid.files import read_json
+from megahybrid.scaling.memory import peak_bytes
 from megahybrid.study import launch as launching
+from megahybrid.study import prediction
 from megahybrid.study.design import design
+from megahybrid.study.expected import expect
 from megahybrid.study.local import Processes
+from megahybrid.study.outcomes import Survey
 from tests.study.running import calls, leave
 
 WHICH = shutil.which
@@ -22,8 +28,9 @@ ONE_TRUNK = ("kinds: {one: '(G)*{layers}'}", "sizes: [{width: 32, layers: 1}]", 
 
 
 @pytest.fixture(autouse=True)
-def no_slurm(monkeypatch):
-    """Another test's lab is not asked, and nothing is waited for that takes seconds."""
+def small(monkeypatch):
+    """Another test's lab is not asked, nothing is waited for that takes seconds, and studies may be too small."""
+    monkeypatch.setattr(launching, "expect", lambda study, cells: None)
     monkeypatch.setattr("megahybrid.launch.runs.shutil.which", lambda name: None)
     monkeypatch.setattr(launching, "_SECONDS_BETWEEN_LOOKS", 0.05)
     monkeypatch.setattr(launching, "_SECONDS_BETWEEN_LOOKS_AT_THE_QUEUE", 0.05)
@@ -71,16 +78,50 @@ def test_runs_side_by_side(make_study, trainer, fit, capsys):
     assert order[-2:] == ["one-32x2-8e9-s0", "two-32x2-8e9-s0"]
     assert {each["name"] for each in noted if each["frozen"]} == set(order[-2:])
     held = json.loads(Path("studies/small/prediction.json").read_text())
-    assert set(held) == set(order[-2:]) and held["one-32x2-8e9-s0"]["loss"] == 2.5
-    assert {each["state"] for each in held.values()} == {"missing"}
+    assert {made["cell"]: identity for identity, made in held.items()} == {
+        name: cells[name].identity for name in order[-2:]
+    }
+    table = Path(
+        "studies/small/predicted-from-" + (made := held[cells[order[-1]].identity])["table_sha256"][:16] + ".csv"
+    )
+    assert made["loss"] == 2.5 and made["table"] == table.name
+    assert hashlib.sha256(table.read_bytes()).hexdigest() == made["table_sha256"]
     # Launched again nothing begins, and what is frozen stays.
     os.utime("studies/small/prediction.json", (1, 1))
     assert launch("--jobs", "3") == 0 and calls() == noted
     assert Path("studies/small/prediction.json").stat().st_mtime == 1
     # Nor is it made anew where it cannot be read now.
     Path("studies/small/prediction.json").write_text("{")
-    shutil.rmtree(Path("studies/runs", held[order[-1]]["run"]))
+    shutil.rmtree(Path("studies/runs", cells[order[-1]].identity))
     assert launch() == 2 and "what was predicted is not predicted anew" in capsys.readouterr().err and calls() == noted
+
+
+def test_a_prediction_is_of_one_very_run_and_never_of_one_that_has_begun(make_study, trainer, fit, capsys):
+    def survey(rate):
+        overrides = f"overrides: {{train.global_batch_size: 2, optimizer.learning_rate: {rate}}}"
+        study = make_study("kinds: {one: '(G)*{layers}'}", overrides)
+        for cell in design(study):
+            if not cell.held_out:
+                leave(cell)
+        return Survey(study).look(None)
+
+    folder, file, held = Path("studies/small"), Path("studies/small/prediction.json"), []
+    for rate in (0.004, 0.005):
+        outcomes = survey(rate)
+        held += [each.cell for each in outcomes if each.cell.held_out]
+        assert not prediction.is_frozen(folder, outcomes)
+        before = read_json(file) or {}
+        prediction.freeze(folder, outcomes)
+        assert prediction.is_frozen(folder, outcomes) and read_json(file).items() >= before.items()
+    assert list(read_json(file)) == [cell.identity for cell in held] and held[0].name == held[1].name
+    # Another study has trained it, or prediction.json is gone: what is known already is no forecast.
+    leave(held[1])
+    file.unlink()
+    outcomes = survey(0.005)
+    assert prediction.is_frozen(folder, outcomes) and prediction.too_late(folder, outcomes) == [held[1].name]
+    trainer()
+    assert launch() == 0 and not calls() and not file.exists()
+    assert f"Nothing is predicted of {held[1].name}: begun before" in capsys.readouterr().out
 
 
 def test_a_branch_begins_while_its_trunk_goes_on(make_study, trainer):
@@ -96,13 +137,34 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_by_the_next_launch(make_st
     assert launch("--jobs", "4") == 1
     said = capsys.readouterr().out
     assert "one-32x1-2e9-s0 has failed: ValueError: odd; see" in said and "What is held out waits" in said
-    assert "one-32x1-4e9-s0 has failed: it ended without a word; see" in said
+    assert "one-32x1-4e9-s0 has failed: it ended before training began (exit status -9); see" in said
     ends = Counter(each["what"] for each in calls())
     assert ends == {"begins": 5, "ends": 3}
     trainer(0.01)
     assert launch("--jobs", "4") == 0
     again = [each["name"] for each in calls()[8:] if each["what"] == "begins"]
     assert again[2:] == ["one-32x2-8e9-s0"] and set(again[:2]) == {"one-32x1-2e9-s0", "one-32x1-4e9-s0"}
+
+
+def test_what_has_failed_for_good_is_given_up_and_named(make_study, trainer, fit, capsys):
+    one = "kinds: {one: '(G)*{layers}'}"
+    for cell in design(make_study(one)):
+        if cell.name == "one-32x1-8e9-s0":
+            leave(cell, "failed", reason="ValueError: odd")
+        elif cell.size == "32x2" and not cell.held_out:
+            leave(cell)
+    make_study(one, "give_up: [one-32x1-8e9-s0]")
+    trainer(0.01)
+    assert launch("--jobs", "2") == 0
+    begun = [each["name"] for each in calls() if each["what"] == "begins"]
+    # Its branches are trained without it, and what is held out is predicted.
+    assert sorted(begun[:2]) == ["one-32x1-2e9-s0", "one-32x1-4e9-s0"] and begun[2:] == ["one-32x2-8e9-s0"]
+    (made,) = read_json(Path("studies/small/prediction.json")).values()
+    assert made["without"] == ["one-32x1-8e9-s0"]
+    assert ",failed,failed: given up: ValueError: odd," in Path("studies/small/runs.csv").read_text()
+    assert "has failed" not in capsys.readouterr().out
+    make_study(one, "give_up: [one-32x1-7e9-s0]")
+    assert launch() == 2 and "give_up has one-32x1-7e9-s0, which is no cell" in capsys.readouterr().err
 
 
 def test_an_interrupted_launch_has_its_runs_save_and_goes_on(make_study, trainer, fit, monkeypatch, capsys):
@@ -155,6 +217,39 @@ def test_what_is_not_planned_as_it_is_is_refused(make_study, trainer, capsys):
     assert "run `megahybrid study plan study.yaml` first" in capsys.readouterr().err and not calls()
 
 
+def test_what_does_not_fit_into_the_gpu_side_by_side_is_refused(make_study, trainer, capsys, monkeypatch):
+    cells = design(make_study(*ONE_TRUNK))
+    trainer(0.01)
+    largest = max(peak_bytes(cell.config, 1)[0] for cell in cells) + 2**29
+    monkeypatch.setattr(launching, "gpu_memory", lambda: 2.01 * largest)
+    assert launch("--jobs", "3") == 2 and not calls()
+    assert (
+        "The 3 largest runs take 1.5 GiB side by side, and this GPU has 1.0; give --jobs 2" in capsys.readouterr().err
+    )
+    assert launch("--jobs", "2") == 0
+
+
+def test_what_another_study_wants_of_a_run_stays(make_study, trainer):
+    trunk = design(make_study(*ONE_TRUNK, "budgets: {flops: [1.0e9, 8.0e9]}"))[0]
+    leave(trunk, "stopped", tuple([6.0] * 10), "SIGTERM")
+    save_config(trunk.config, Path(trunk.config.run.dir, "config.yaml"))
+    ours = design(make_study(*ONE_TRUNK))[0]
+    trainer(0.01)
+    assert ours.identity == trunk.identity and launch("--jobs", "2") == 0
+    (given,) = Path(trunk.config.run.dir).glob("submit/*/config.yaml")
+    theirs = set(trunk.config.checkpoint.milestones)
+    assert theirs and set(load_config(given).checkpoint.milestones) == theirs | set(ours.config.checkpoint.milestones)
+
+
+def test_what_cannot_tell_the_laws_terms_apart_is_refused(make_study, trainer, capsys, monkeypatch):
+    """Also where the base recipe has changed since it was planned."""
+    make_study(*ONE_TRUNK)
+    trainer()
+    monkeypatch.setattr(launching, "expect", expect)
+    assert launch() == 2
+    assert "all its runs have one size, which says nothing of others" in capsys.readouterr().err and not calls()
+
+
 def test_gpu_hours_are_limited(make_study, trainer, capsys, monkeypatch):
     cells = design(make_study(*ONE_TRUNK, "limits: {gpu_hours: 1}"))
     trainer(0.01)
@@ -163,12 +258,17 @@ def test_gpu_hours_are_limited(make_study, trainer, capsys, monkeypatch):
     assert "has taken 0 GPU hours and its runs would take 1.2 more" in capsys.readouterr().err and not calls()
     leave(cells[0])
     run = Path(cells[0].config.run.dir)
-    attempt = {"submission": "x", "job": None, "start": "a", "processes": 1, "step": 0, "last_word": None, "time": 0}
+    attempt = {"nodes": "here", "job": None, "start": "a", "processes": 1, "step": 0, "last_word": None, "time": 0}
     (run / "attempts.jsonl").write_text(json.dumps(attempt) + "\n")
     (run / "status.json").write_text(json.dumps(read_json(run / "status.json") | {"time": 0.3 * 3600}))
     assert launch() == 2
     assert "has taken 0.3 GPU hours and its runs would take 0.8 more" in capsys.readouterr().err
-    make_study(*ONE_TRUNK, "limits: {gpu_hours: 1.2}")
+    leave(cells[1], "stopped", (6.0,) * 10, "SIGTERM")  # of which the rest alone is still to come
+    rest = 0.4 * (1 - 10 / (cells[1].config.train.steps - cells[1].branch_step)) + 0.4
+    make_study(*ONE_TRUNK, f"limits: {{gpu_hours: {0.299 + rest}}}")
+    assert launch() == 2
+    assert f"and its runs would take {rest:.3g} more" in capsys.readouterr().err
+    make_study(*ONE_TRUNK, f"limits: {{gpu_hours: {0.301 + rest}}}")
     assert launch() == 0 and len(calls()) == 4
 
 

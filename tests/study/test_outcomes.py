@@ -3,17 +3,18 @@
 import csv
 import json
 import math
+import re
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from megahybrid.cli import main
-from megahybrid.files import write_json
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.study import status
 from megahybrid.study.design import design
-from megahybrid.study.outcomes import SIDE_BY_SIDE, Survey
+from megahybrid.study.outcomes import Survey, has_branch_point
 from megahybrid.training.metrics_file import lines_backwards
 from tests.study.running import leave
 
@@ -29,6 +30,14 @@ def no_slurm(monkeypatch):
 
 def outcomes(study) -> dict:
     return {each.cell.name: each for each in Survey(study).look(None)}
+
+
+def trained(cell, until: float, *starts: dict) -> None:
+    """Its starts, the last of which lasted to that time."""
+    run = Path(cell.config.run.dir)
+    (run / "attempts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps(status | {"time": until}))
 
 
 def collected() -> list[dict]:
@@ -67,6 +76,17 @@ def test_how_a_run_has_ended(losses, state, how, why, make_study):
         assert len(outcomes(study)) == 4  # once
 
 
+def test_a_run_of_a_job_that_is_silent_is_begun_again_where_no_queue_says_more(make_study):
+    study = make_study(*SEPARATE, "hold_out: null")
+    cell = design(study)[0]
+    leave(cell, "running", (6.0, 5.0))
+    status = Path(cell.config.run.dir, "status.json")
+    for silent, state in ((30, "running"), (600, "missing")):
+        status.write_text(json.dumps(json.loads(status.read_text()) | {"job": "7", "time": time.time() - silent}))
+        assert outcomes(study)[cell.name].state == state
+    assert re.fullmatch("no heartbeat for 10:..; the queue is not known", outcomes(study)[cell.name].why)
+
+
 def test_what_begins_from_a_trunk_that_has_diverged_goes_over_to_its_second_try(make_study):
     study = make_study(TWO_SIZES, "hold_out: null")
     trunk, early, late = [cell for cell in design(study) if cell.size == "32x1"]
@@ -79,24 +99,37 @@ def test_what_begins_from_a_trunk_that_has_diverged_goes_over_to_its_second_try(
     assert again[1].trunk == again[0].identity and again[1].retry_of == late.identity
     assert again[1].config.optimizer.learning_rate == again[0].config.optimizer.learning_rate
     assert f"{early.name}-half" not in found
-    # A branch that diverges by itself keeps its trunk.
+    # One that diverges by itself is tried from scratch: its trunk has another rate.
     leave(trunk)
     leave(late, losses=(6.0, NAN))
     found = outcomes(study)
-    assert found[f"{late.name}-half"].cell.trunk == trunk.identity and f"{trunk.name}-half" not in found
+    half = found[f"{late.name}-half"]
+    assert half.cell.trunk == half.cell.identity and f"{trunk.name}-half" not in found
+    assert (half.cell.role, half.cell.branch_step, half.cell.config.train.branch_from) == ("single", None, None)
+    assert (half.state, half.why, half.flops) == ("missing", "", late.flops)
 
 
-def test_a_trunk_that_has_no_checkpoint_for_a_branch_is_named(make_study):
+def test_a_branch_of_a_trunk_that_has_passed_its_step_begins_earlier(make_study):
+    """As when a budget is added afterwards: the same run in the same place, by a longer way."""
     study = make_study(TWO_SIZES, "hold_out: null")
-    trunk, early, _ = [cell for cell in design(study) if cell.size == "32x1"]
+    trunk, early, late = [cell for cell in design(study) if cell.size == "32x1"]
     leave(trunk)
-    step = Path(trunk.config.run.dir, "checkpoints", f"step_{early.branch_step:08d}")
-    (step / "checkpoint.json").unlink()
-    lost = outcomes(study)[early.name]
-    assert (lost.state, lost.why) == (
-        "failed",
-        f"its trunk {trunk.name} has ended without a checkpoint of step {early.branch_step}",
-    )
+    checkpoints = Path(trunk.config.run.dir, "checkpoints")
+    for gone, start in ((late, early.branch_step), (early, None)):
+        (checkpoints / f"step_{gone.branch_step:08d}" / "checkpoint.json").unlink()
+        found = outcomes(study)[gone.name]
+        assert (found.state, found.why) == (
+            "missing",
+            f"its trunk {trunk.name} has ended without step {gone.branch_step}",
+        )
+        cell, steps = found.cell, gone.config.train.steps
+        point = start and f"{trunk.config.run.dir}@{start}"
+        assert (cell.branch_step, cell.config.train.branch_from) == (start, point)
+        assert (cell.identity, cell.trunk, cell.config.run.dir) == (gone.identity, trunk.identity, gone.config.run.dir)
+        assert found.flops == pytest.approx(gone.flops * (1 - (start or 0) / steps)) and has_branch_point(cell)
+    leave(outcomes(study)[early.name].cell, "stopped", (6.0, 6.0), "SIGTERM")
+    found = outcomes(study)[early.name]
+    assert found.flops_done == pytest.approx(found.cell.flops * 2 / early.config.train.steps)
 
 
 def test_rates_are_those_of_the_grid_once_it_has_ended(make_study):
@@ -126,17 +159,16 @@ def test_runs_csv(make_study):
     leave(trunk, losses=(6.0, 3.25))
     leave(branch, losses=(5.0, 4.5))
     leave(cells["one-32x2-2e9-s0"], losses=(6.0, NAN))
-    run = Path(trunk.config.run.dir)
-    write_json(run / "submit" / "a" / "job.json", {"submission": "a", "jobs": [], SIDE_BY_SIDE: 4})
-    write_json(run / "submit" / "b" / "job.json", {"submission": "b", "jobs": ["7"]})
-    facts = {"job": None, "start": "", "step": 0}
-    starts = [  # 400 s of a quarter of a GPU, 100 s of two; one whose processes never met
-        facts | {"submission": "a", "processes": 1, "time": 1000.0, "last_word": None},
-        facts | {"submission": "b", "step": None, "time": 1500.0},
-        facts | {"submission": "b", "processes": 2, "time": 2000.0, "last_word": 1400.0},
+    facts = {"job": None, "start": "", "step": 0, "nodes": "here", "last_word": None}
+    job = facts | {"job": "7", "nodes": "there"}
+    starts = [  # 400 s of one GPU; one whose processes never met; 100 s of two
+        facts | {"processes": 1, "time": 1000.0},
+        {"job": "7", "start": "", "step": None, "time": 1500.0},
+        job | {"processes": 2, "time": 2000.0, "last_word": 1400.0},
     ]
-    (run / "attempts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
-    (run / "status.json").write_text((run / "status.json").read_text().replace('"time": ', '"time": 2100.0, "was": '))
+    trained(trunk, 2100.0, *starts)
+    trained(branch, 1600.0, facts | {"processes": 1, "time": 1200.0})  # which shared 200 s of the 400
+    trained(cells["one-32x2-2e9-s0"], 1300.0, job | {"job": "8", "processes": 1, "time": 1200.0})
     rows = {row["cell"]: row for row in collected()}
     assert list(rows) == [*cells, "one-32x2-2e9-s0-half"]
     row = rows[trunk.name]
@@ -145,7 +177,10 @@ def test_runs_csv(make_study):
         *("parameters_without_embedding", "tokens", "flops", "flops_per_token", "learning_rate", "batch_tokens"),
         *("steps", "gpu_hours", "loss", "state", "excluded", "code_version"),
     ]
-    assert float(row["gpu_hours"]) == pytest.approx((400 / 4 + 2 * 100) / 3600, rel=1e-5)
+    assert float(row["gpu_hours"]) == pytest.approx((200 + 200 / 2 + 2 * 100) / 3600, rel=1e-5)
+    assert float(rows[branch.name]["gpu_hours"]) == pytest.approx((200 / 2 + 200) / 3600, rel=1e-5)
+    assert (row["began"], rows["one-32x2-4e9-s0"]["began"]) == ("1970-01-01T00:16:40+00:00", "")
+    assert float(rows["one-32x2-2e9-s0"]["gpu_hours"]) == pytest.approx(100 / 3600, rel=1e-5)
     told = ("run", "trunk", "held_out", "loss", "state", "excluded", "code_version", "batch_tokens", "learning_rate")
     assert [row[name] for name in told] == [trunk.identity] * 2 + [
         "0",

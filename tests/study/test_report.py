@@ -85,7 +85,7 @@ def test_what_is_not_known_yet_is_said(tmp_path):
     rows = made_up.runs()
     held = next(each for each in rows if each["held_out"] and each["kind"] == "gdn")
     held |= {"state": "running", "loss": ""}
-    results = made_up.results(tmp_path, rows, frozen=lambda made: made.pop("lalte-320x10-8e16-s0"))
+    results = made_up.results(tmp_path, rows, frozen=lambda made: made.pop(made_up.identity("lalte-320x10-8e16-s0")))
     said = answers(results)
     assert any(each.startswith("**1 of 1 frozen") for each in said)
     assert any(each.startswith("gdn, 8 times") and each.endswith("the run is not done (running).") for each in said)
@@ -96,13 +96,13 @@ def test_what_is_not_known_yet_is_said(tmp_path):
 
 def test_what_was_predicted_of_another_run_or_too_late_is_no_prediction(tmp_path):
     def change(made):
-        made["gdn-320x10-8e16-s0"]["state"] = "done"
-        made["lalte-320x10-8e16-s0"]["run"] = "another"
+        made[made_up.identity("gdn-320x10-8e16-s0")]["frozen"] = "2026-01-02T03:04:06+00:00"
+        made["another"] = made.pop(made_up.identity("lalte-320x10-8e16-s0"))
 
     results = made_up.results(tmp_path, frozen=change)
     said = answers(results)
     assert any(each.startswith("**1 of 1 frozen") for each in said)
-    assert any(each.startswith("gdn, 8 times") and "The run was done when that was written." in each for each in said)
+    assert any(each.startswith("gdn, 8 times") and "The run had begun when that was written." in each for each in said)
     assert not any(each.startswith("lalte, 8 times") for each in said)
     for kind in ("gdn", "lalte"):
         unknown = f"Whether the law of {kind} predicts: no held-out run that was predicted before it began is done."
@@ -224,7 +224,7 @@ def test_other_ways_to_fit_stand_beside_the_law(written):
     assert "| lalte | 0.541 | 0.531 | 0.541 | none | too few sizes | too few runs |" in text
     assert "| gdn, N without embeddings | 14 | 0.561 (0.514 to 0.568) |" in text
     assert "alpha 0.280, beta 0.330, objective 0.0004 instead of 0.00036" in text
-    assert "| 8e16 | 2026-01-02T03:04:05+00:00 | missing | 4.2888 |" in text
+    assert "| 8e16 | 2026-01-02T03:00:00+00:00 | 2026-01-02T03:04:05+00:00 | 4.2888 |" in text
     assert "| 4.2888 | 4.2802 to 4.2973 | 0.2 % | 4.2834 | -0.12 % | yes |" in text
     assert "| transformer | 50M | 2B | 7.5e17 | 3.5152 | 3.4941 to 3.5363 |" in text
 

@@ -23,6 +23,7 @@ FAULTY = ROOT / "tests" / "study" / "faulty.py"
 SPOILED = "one-32x1-8e9-s0"  # a trunk
 STUDY = (
     "kinds: {one: '(G)*{layers}'}",
+    "sizes: [{width: 32, layers: 1}, {width: 32, layers: 2}, {width: 32, layers: 3}]",
     "hold_out: null",
     "overrides: {train.global_batch_size: 2, checkpoint.every: 20}",
 )
@@ -49,7 +50,7 @@ def faulty(tmp_path, monkeypatch):
 
 def rows() -> list[dict]:
     """runs.csv without what depends on time, and on what is committed meanwhile."""
-    changing = "gpu_hours", "code_version"
+    changing = "gpu_hours", "began", "code_version"
     assert main(["study", "collect", "study.yaml"]) == 0
     with open("studies/small/runs.csv", newline="") as file:
         return [{name: value for name, value in row.items() if name not in changing} for row in csv.DictReader(file)]
@@ -58,7 +59,7 @@ def rows() -> list[dict]:
 def check(found: list[dict]) -> None:
     """Each run was trained once, each step of it once; the one that was spoiled is named, and its branches with it."""
     runs = {path.parent.name for path in Path("studies/runs").glob("*/metrics.jsonl")}
-    assert len(found) == 9 and len(runs) == 7
+    assert len(found) == 12 and len(runs) == 10
     for row in (row for row in found if row["run"] in runs):
         metrics = Path("studies/runs", row["run"], "metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line)["step"] for line in metrics]
