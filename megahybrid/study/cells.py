@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from megahybrid.config import Config
 from megahybrid.config.branching import decay_start
 from megahybrid.config.validate import check_replicas, validate
 from megahybrid.errors import UserError
-from megahybrid.study.file import Study
+from megahybrid.study.file import STUDIES, Study
 from megahybrid.study.identity import find_data, identify
 from megahybrid.study.models import Model
 from megahybrid.study.rules import BATCHES, LEARNING_RATES, Subject
 
-RUNS = Path("studies/runs")
+RUNS = STUDIES / "runs"
 """Where the runs of all studies lie, each in a folder named by its identity."""
 RETRY = "-half"
 """Ends the name of a cell that is tried again, at half the rate."""

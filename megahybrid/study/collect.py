@@ -15,7 +15,7 @@ from megahybrid.launch import runs
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.study.file import Study
 from megahybrid.study.measured import gpu_hours
-from megahybrid.study.outcomes import Outcome, Survey, study_folder
+from megahybrid.study.outcomes import Outcome, Survey
 from megahybrid.training import attempts, checkpoint_folder
 from megahybrid.training.run_directory import RunDirectory
 
@@ -23,7 +23,7 @@ from megahybrid.training.run_directory import RunDirectory
 def collect(study: Study, say: Callable[[str], None]) -> Path:
     """Write runs.csv; the same bytes where nothing has changed. `say` is told which cells have no loss."""
     outcomes = Survey(study).look(runs.queued_jobs(say))
-    folder = study_folder(study)
+    folder = study.folder
     write_runs(folder, outcomes)
     for each in outcomes:
         if each.state != "done":

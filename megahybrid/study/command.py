@@ -111,10 +111,9 @@ def _fit(parsed: argparse.Namespace) -> None:
     from megahybrid.study import fit, fit_text, table
 
     if parsed.file:
-        from megahybrid.study.cells import RUNS
         from megahybrid.study.file import load_study
 
-        folder = RUNS.parent / load_study(parsed.file).study
+        folder = load_study(parsed.file).folder
         found, path = fit.fit(folder, parsed.bootstrap), folder / "fit.json"
     else:
         columns = table.parse_columns(parsed.columns) if parsed.columns else None
@@ -131,8 +130,7 @@ def _report(parsed: argparse.Namespace) -> None:
 
     study = load_study(parsed.file)
     base = load_config(study.base)
-    from megahybrid.study.cells import RUNS
     from megahybrid.study.report import report
 
-    for path in report(RUNS.parent / study.study, Path(parsed.file), base):
+    for path in report(study.folder, Path(parsed.file), base):
         print(path)

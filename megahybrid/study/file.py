@@ -15,6 +15,9 @@ from megahybrid.errors import UserError
 from megahybrid.key import key, keys
 from megahybrid.study.rules import BATCHES, LEARNING_RATES
 
+STUDIES = Path("studies")
+"""Where every study has a folder of its name."""
+
 
 @dataclass
 class KindConfig:
@@ -171,6 +174,11 @@ class Study:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     give_up: list[str] = key([])
     """Cells that have failed for good: they are not begun again, and what is held out does not wait for them."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its own files lie; its runs are in one that all studies share."""
+        return STUDIES / self.study
 
 
 def load_study(path: str | Path) -> Study:

@@ -25,7 +25,7 @@ from megahybrid.study.cells import Cell
 from megahybrid.study.expected import expect
 from megahybrid.study.file import Study
 from megahybrid.study.local import Processes
-from megahybrid.study.outcomes import Survey, has_branch_point, study_folder, trunk_of
+from megahybrid.study.outcomes import Survey, has_branch_point, trunk_of
 from megahybrid.study.status import Overall, StatusLine, hours_taken
 from megahybrid.training.run_directory import RunDirectory
 
@@ -44,7 +44,7 @@ def launch(study: Study, file: str, jobs: int | None, wait: bool, say: Callable[
         wait: go on through Slurm, too, until all is done.
         say: is told what happens.
     """
-    folder = study_folder(study)
+    folder = study.folder
     if _text(folder / "study.yaml") != _text(Path(file)):
         raise UserError(f"'{file}' is not planned as it is now; run `megahybrid study plan {file}` first.")
     with _alone(folder):
@@ -87,7 +87,7 @@ class Launching:
         say: Callable[[str], None],
         queue: Callable[[], Sequence[slurm.QueuedJob] | None],
     ):
-        self.study, self.file, self.folder = study, file, study_folder(study)
+        self.study, self.file, self.folder = study, file, study.folder
         self._line, self._queue, self._survey = StatusLine(say), queue, Survey(study)
         self._hours: dict[tuple[str, int | None], float] = {}
         self._begun: set[str] = set()

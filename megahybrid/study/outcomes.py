@@ -14,7 +14,6 @@ from megahybrid.study.cells import RETRY, Cell
 from megahybrid.study.design import design
 from megahybrid.study.file import Study
 from megahybrid.study.identity import find_data, identify
-from megahybrid.study.plan import STUDIES
 from megahybrid.training import checkpoint_folder, ownership
 from megahybrid.training.metrics_file import lines_after, lines_backwards
 from megahybrid.training.run_directory import RunDirectory
@@ -85,11 +84,6 @@ class Survey:
         if cell.name not in self._study.give_up or found.state not in ("missing", "failed"):
             return found
         return replace(found, state="failed", why=f"given up{found.why and f': {found.why}'}", given_up=True)
-
-
-def study_folder(study: Study) -> Path:
-    """Where a study's own files lie."""
-    return STUDIES / study.study
 
 
 def has_branch_point(cell: Cell) -> bool:

@@ -20,9 +20,6 @@ from megahybrid.study.expected import Precision, expect
 from megahybrid.study.file import Study
 from megahybrid.study.identity import find_data
 
-STUDIES = Path("studies")
-"""Where every study has a folder of its name."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -101,7 +98,7 @@ def check_limits(plan: Plan) -> None:
 
 def save(plan: Plan, file: Path) -> Path:
     """Write plan.csv, and a copy of the study's file, into the study's folder, which is returned."""
-    folder, data = STUDIES / plan.study.study, find_data(plan.rows[0].cell.config) or ""
+    folder, data = plan.study.folder, find_data(plan.rows[0].cell.config) or ""
     rows, text = [_fields(row) | {"data": data} for row in plan.rows], io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -1,25 +1,15 @@
-import importlib.machinery
-import importlib.util
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megahybrid_kernels import Sequences
-
-TOOLS = Path(__file__).parents[2] / "tools"
+from tests.tools.scripts import loaded
 
 
 @pytest.fixture(scope="module")
 def bench():
-    sys.path.insert(0, str(TOOLS))
-    loader = importlib.machinery.SourceFileLoader("bench", str(TOOLS / "bench"))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("bench", loader))
-    loader.exec_module(module)
-    yield module
-    sys.path.remove(str(TOOLS))
+    yield from loaded("bench")
 
 
 def right(x):

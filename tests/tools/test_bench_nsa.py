@@ -1,31 +1,22 @@
 """What tools/bench_nsa prints is judged, and what it is asked to try exists."""
 
 import importlib
-import importlib.machinery
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megahybrid_kernels.native_sparse_attention import reference
-
-TOOLS = Path(__file__).parents[2] / "tools"
+from tests.tools.scripts import TOOLS, loaded
 
 
 @pytest.fixture(scope="module")
 def bench():
-    sys.path.insert(0, str(TOOLS))
-    loader = importlib.machinery.SourceFileLoader("bench_nsa", str(TOOLS / "bench_nsa"))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("bench_nsa", loader))
-    loader.exec_module(module)
-    yield module
-    sys.path.remove(str(TOOLS))
+    yield from loaded("bench_nsa")
 
 
 def another(selection):

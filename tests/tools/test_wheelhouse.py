@@ -1,22 +1,16 @@
 import hashlib
-import importlib.machinery
-import importlib.util
 import json
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools" / "wheelhouse"
+from tests.tools.scripts import TOOLS, loaded
 
 
 @pytest.fixture(scope="module")
 def wheelhouse():
-    loader = importlib.machinery.SourceFileLoader("wheelhouse", str(TOOL))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("wheelhouse", loader))
-    loader.exec_module(module)
-    return module
+    yield from loaded("wheelhouse")
 
 
 @pytest.fixture
@@ -55,7 +49,7 @@ def test_install_puts_the_packages_there_and_tries_them(wheelhouse, folder, tmp_
     monkeypatch.setattr(wheelhouse, "IMPORTS", ("omegaconf",))
     assert wheelhouse.main(["install", str(folder), "--target", str(tmp_path / "site")]) == 0
     assert (tmp_path / "site" / "omegaconf.py").read_text() == "value = 1\n"
-    assert f"export PYTHONPATH={TOOL.parents[1]}:" in capsys.readouterr().out
+    assert f"export PYTHONPATH={TOOLS.parent}:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
