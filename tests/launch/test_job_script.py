@@ -50,7 +50,8 @@ def warn(number: str) -> None:
 def test_a_warning_reaches_the_training_where_setup_has_used_srun(submit, tmp_path):
     (tmp_path / "monitor.sh").write_text(MONITOR.format(tmp_path))
     step = "srun --overlap --ntasks=1"
-    number = submit(profile=f"setup: ['{step} true', '{step} bash {tmp_path}/monitor.sh &']\n")
+    begun = f"until [[ -e {tmp_path}/monitor.started ]]; do sleep 0.1; done"  # or the training may be the step before
+    number = submit(profile=f"setup: ['{step} true', '{step} bash {tmp_path}/monitor.sh &', '{begun}']\n")
     for name in ("0-0", "monitor"):
         wait_for(tmp_path / f"{name}.started")
     warn(number)
