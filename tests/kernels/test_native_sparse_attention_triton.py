@@ -209,12 +209,17 @@ def test_equal_keys_and_extreme_logits(scale, block_size):
     q, k = q * scale, k * scale
     o, selection, saved = attend((q, k, v, gates), lengths, block_size, 4, 20)
     assert all(torch.isfinite(x).all() for x in (o, saved.o_selected, saved.lse_selected, saved.lse_window))
-    # Where fp32 knows no difference the first are taken.
+    # Where fp32 knows no difference the first are taken. A logit of 30,000 has steps of 2e-3 there, so that of two
+    # blocks with one head's whole weight each either may be.
     scores = [
         (current, torch.tensor(heads[0]).float().tolist())
         for current, heads in oracle_scores(q, k, lengths, block_size, range(tokens))
     ]
-    assert selection[:, 0].tolist() == [chosen_blocks(each, current, 4) for current, each in scores]
+    close = [scale > 0 and current == 4 and min(each[1:3]) > 0.99 * max(each[1:3]) > 0 for current, each in scores]
+    assert sum(close) <= 6
+    chosen = [chosen_blocks(each, current, 4) for current, each in scores]
+    told_apart = ~torch.tensor(close)
+    assert torch.equal(selection[told_apart, 0], torch.tensor(chosen, dtype=torch.int32)[told_apart])
     exact = [x.double() for x in (q, k, v, gates)]
     expected = oracle_attention(*exact, selection, lengths, block_size, 20)
     # Logits of 30,000 have steps of 2e-3 in fp32.
