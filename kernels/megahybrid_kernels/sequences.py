@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv
+
+Made = TypeVar("Made")
 
 # Twice as many, a window beyond the last row included, still have numbers of 32 bits.
 MOST_TOKENS = 2**30
@@ -132,19 +135,20 @@ class Sequences:
         """int64 `[tokens]`: how many tokens of the same sequence follow each token here."""
         return self.ends - 1 - torch.arange(self.tokens, device=self.cu_seqlens.device)
 
+    def once(self, make: Callable[..., Made], *arguments: object) -> Made:
+        """`make(self, *arguments)`, made once for all layers that read these sequences."""
+        key = make, *arguments
+        if key not in self._made:
+            self._made[key] = make(self, *arguments)
+        return self._made[key]
+
     def behind(self, rows: int) -> Sequences:
         """The same sequences with `rows` more rows before each one's own, all counted from 0; made once."""
-        if rows not in self._behind:
-            _check_tokens(self.tokens + self.count * rows)
-            more = torch.arange(self.count + 1, dtype=torch.int32, device=self.cu_seqlens.device) * rows
-            self._behind[rows] = Sequences(self.cu_seqlens + more, tuple(rows + length for length in self.lengths))
-        return self._behind[rows]
+        return self.once(_behind, rows)
 
     def document(self, length: int) -> Sequences:
-        """One of so many tokens, alone: made once, for all layers that read these sequences."""
-        if length not in self._documents:
-            self._documents[length] = Sequences.of((length,), self.cu_seqlens.device)
-        return self._documents[length]
+        """One of so many tokens, alone, made once."""
+        return self.once(_document, length)
 
     def rows_behind(self, rows: int) -> Tensor:
         """int64 `[tokens]`: where the tokens stand in `behind(rows)`."""
@@ -152,21 +156,25 @@ class Sequences:
 
     def tiles(self, size: int) -> Tiles:
         """The sequences in tiles of `size` tokens, made once."""
-        if size not in self._tiles:
-            borders = self.cu_seqlens.to(torch.int32)
-            total = sum(cdiv(length, size) for length in self.lengths)
-            sequence, number, before = numbered((borders.diff() + size - 1) // size, total)
-            self._tiles[size] = Tiles(size, borders[sequence] + number * size, before[self.index])
-        return self._tiles[size]
+        return self.once(_tiles, size)
 
     @cached_property
-    def _tiles(self) -> dict[int, Tiles]:
+    def _made(self) -> dict[tuple, object]:
         return {}
 
-    @cached_property
-    def _behind(self) -> dict[int, Sequences]:
-        return {}
 
-    @cached_property
-    def _documents(self) -> dict[int, Sequences]:
-        return {}
+def _behind(sequences: Sequences, rows: int) -> Sequences:
+    _check_tokens(sequences.tokens + sequences.count * rows)
+    more = torch.arange(sequences.count + 1, dtype=torch.int32, device=sequences.cu_seqlens.device) * rows
+    return Sequences(sequences.cu_seqlens + more, tuple(rows + length for length in sequences.lengths))
+
+
+def _document(sequences: Sequences, length: int) -> Sequences:
+    return Sequences.of((length,), sequences.cu_seqlens.device)
+
+
+def _tiles(sequences: Sequences, size: int) -> Tiles:
+    borders = sequences.cu_seqlens.to(torch.int32)
+    total = sum(cdiv(length, size) for length in sequences.lengths)
+    sequence, number, before = numbered((borders.diff() + size - 1) // size, total)
+    return Tiles(size, borders[sequence] + number * size, before[sequences.index])

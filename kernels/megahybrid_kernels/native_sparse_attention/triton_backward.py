@@ -143,7 +143,7 @@ class _Backward:
     def compressed_gradient(self, statistics: Tensor) -> tuple[PooledItems, tuple[Tensor, Tensor]]:
         """The items, and their partial sums."""
         saved, shape, launch = self.saved, self.shape, self.tune.compressed
-        pooled = pooled_items(self.sequences, shape.block_size)
+        pooled = self.sequences.once(pooled_items, shape.block_size)
         items, sums = pooled.item_tile.shape[0], self.partial_sums(pooled.rows, shape.kv_heads)
         if items == 0:
             return pooled, sums

@@ -94,13 +94,26 @@ def far_pairs(selection: Tensor, sequences: Sequences, block_size: int) -> Pairs
         NUM_BLOCKS=num_blocks, SLOTS=next_power_of_2(num_blocks), BLOCK=block_size, TOKENS=64,
     )  # fmt: skip
     keys, places = keys.sort(dim=1, stable=True)
-    borders = torch.arange(blocks.count + 1, dtype=dtype, device=keys.device).expand(heads, -1).contiguous()
+    borders, items = sequences.once(_borders_and_items, block_size, num_blocks, heads, dtype)
     first = torch.searchsorted(keys, borders)
     ends = ((first.diff(dim=1) + ITEM - 1) // ITEM).cumsum(1, dtype=torch.int32)
     item_first = F.pad(ends, (1, 0))
-    items = torch.arange(_far_items(sequences, block_size, num_blocks), dtype=torch.int32, device=keys.device)
-    item_block = torch.searchsorted(ends, items.expand(heads, -1).contiguous(), right=True, out_int32=True)
+    item_block = torch.searchsorted(ends, items, right=True, out_int32=True)
     return Pairs((places // num_blocks).to(torch.int32), first, item_first, item_block)
+
+
+def _borders_and_items(
+    sequences: Sequences, block_size: int, num_blocks: int, heads: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """For each head the numbers of all blocks and the one after them, of that dtype, and of all items, int32."""
+    counts = (
+        (sequences.tiles(block_size).count + 1, dtype),
+        (_far_items(sequences, block_size, num_blocks), torch.int32),
+    )
+    return [
+        torch.arange(n, dtype=kind, device=sequences.cu_seqlens.device).expand(heads, -1).contiguous()
+        for n, kind in counts
+    ]
 
 
 def _far_items(sequences: Sequences, block_size: int, num_blocks: int) -> int:
