@@ -77,8 +77,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.path, reverse=True)
     if config.getoption("--gpu"):
         items[:] = [item for item in items if "gpu" in item.keywords]
-    if config.getoption("--slow"):
-        return
     for item in items:
-        if "slow" in item.keywords:
+        if "slow" not in item.keywords:
+            continue
+        if item.path.name == "test_slurm_lab.py":
+            item.add_marker("alone")
+        if not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="runs only with --slow"))

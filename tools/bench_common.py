@@ -66,7 +66,7 @@ def errors(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], *tolerances
 
 
 def once(call: Callable[[], object]) -> float:
-    """Milliseconds of a call without a GPU: no figure, but a sign that it works."""
+    """Milliseconds of one call on the host's clock; without a GPU no figure, but a sign that it works."""
     began = time.perf_counter()
     call()
     return round(1e3 * (time.perf_counter() - began), 4)
@@ -81,6 +81,8 @@ def median(call: Callable[[], object]) -> float:
 
 def queued_median(call: Callable[[], object]) -> float:
     """Milliseconds of the GPU alone: each call waits behind a sleep in which the host launches all of it."""
+    if DEVICE == "cpu":
+        return once(call)
     times, cache = [], torch.empty(2**26, device="cuda")  # larger than any L2 cache
     for number in range(24):
         torch.cuda._sleep(40_000_000)  # cycles: some 20 ms
@@ -92,6 +94,16 @@ def queued_median(call: Callable[[], object]) -> float:
         torch.cuda.synchronize()
         if number > 3:
             times.append(start.elapsed_time(end))
+    return round(statistics.median(times), 4)
+
+
+def host_median(call: Callable[[], object]) -> float:
+    """Milliseconds that the host takes to launch a call, the GPU idle before it."""
+    times = []
+    for _ in range(24 if DEVICE == "cuda" else 1):
+        times.append(once(call))
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
     return round(statistics.median(times), 4)
 
 

@@ -39,7 +39,7 @@ def submit(lab, recipe, tmp_path, capsys):
     return submit
 
 
-def wait(number: str, *states: str, seconds: float = 150) -> str:
+def wait(number: str, *states: str, seconds: float = 300) -> str:
     """Wait until a job is in one of the states."""
     deadline, state = time.monotonic() + seconds, ""
     while time.monotonic() < deadline:
@@ -104,7 +104,7 @@ def test_a_rank_that_raises_ends_the_job_with_its_cause_on_top(submit, tmp_path)
 @pytest.mark.slow
 def test_the_time_limit_saves_requeues_and_goes_on(submit, reference, tmp_path):
     (number,) = submit("--nodes", "2", "checkpoint.every=100", pause=5, minutes=2)
-    assert wait(number, "COMPLETED", seconds=400), output(tmp_path / "run")
+    assert wait(number, "COMPLETED", seconds=700), output(tmp_path / "run")
     starts = attempts(tmp_path / "run")
     assert len(starts) > 1 and {start["job"] for start in starts} == {number} and starts[1]["step"] > 0
     assert "Stopped by SIGUSR1" in output(tmp_path / "run")
