@@ -38,7 +38,7 @@ def check(device: torch.device, config: Config | None = None, chosen: list[Case]
                 parts.append(_speed(timed[op], device))
             except torch.OutOfMemoryError:
                 parts.append("not timed: out of memory")
-        yield Finding(f"{op:30}{' · '.join(parts)}", right)
+        yield Finding(f"{op:31} {' · '.join(parts)}", right)
 
 
 def _said(by_dtype: list[tuple[Verdict, ...]]) -> list[str]:
