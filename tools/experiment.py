@@ -14,6 +14,7 @@ The file says all of it before anything runs:
     more_seeds: {lalte: [4, 5]}                   # of single arms
     samples: 64                                   # what `eval` asks
     lengths: [1, 4, 16]                           # of it, in training's
+    ask: [--task, niah_single_2]                  # and more that `eval` is told
     policies: {lalte: [random, oracle]}           # swapped in at training's length
     given: [{quantity: beyond@1, arm: full, at_least: 0.99}]             # or else nothing can be concluded
     passes: [{quantity: beyond@1, arm: lalte, above: gdn, by: 0.2}]      # in every pair of seeds
@@ -108,13 +109,14 @@ class Experiment:
     passes: list[Check]
     given: list[Check] = field(default_factory=list)
     common: list[str] = field(default_factory=list)
-    settings: dict[str, list[str]] = field(default_factory=lambda: {"all": []})
+    settings: dict[str, list[str]] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
     choose: str | None = None
     choose_seed: int = 0
     more_seeds: dict[str, list[int]] = field(default_factory=dict)
     samples: int = 64
     lengths: list[int] = field(default_factory=lambda: [1])
+    ask: list[str] = field(default_factory=list)
     policies: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -174,6 +176,7 @@ def read(path: Path) -> Experiment:
         raise UserError(f"There is no experiment '{path}'; see docs/evidence.md for those that there are.") from error
     except OmegaConfBaseException as error:
         raise UserError(f"'{path}': {str(error).splitlines()[0]}.") from error
+    experiment.settings = experiment.settings or {"all": []}
     for check in (*experiment.given, *experiment.passes):
         _check(check, experiment, path)
     if len(experiment.rates) > 1 and experiment.choose is None:

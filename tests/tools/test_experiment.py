@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megahybrid.config import load_config
 from megahybrid.errors import UserError
+from tests.tools.scripts import loaded
 from tools.experiment import Check, Run, measure, read, verdict
 from tools.experiment_table import load, merge
 
@@ -135,11 +137,26 @@ def test_every_experiment_can_begin(path):
         load_config(ROOT / file.recipe, file.overrides(Run(setting, arm, file.seeds[0], None)))
 
 
+def test_text_is_prepared_before_anything_trains(experiment, monkeypatch):
+    """With what the setting changes; of tasks alone there is nothing to prepare."""
+    began = []
+    for program in loaded("evidence"):
+        monkeypatch.setattr(
+            program.subprocess, "run", lambda words, **_: began.append(words[3:]) or SimpleNamespace(returncode=1)
+        )
+        file = experiment(FILE.replace("recall.yaml", "recall/text.yaml") + "settings: {s: [data.path=nowhere]}\n")
+        with pytest.raises(UserError, match="could not be prepared"):
+            program.Work(file, Path("runs"), Path("E.csv")).do(file.cells([]), None, 1, None)
+        program.Work(experiment(FILE), Path("runs"), Path("E.csv"))._prepare([])
+    assert began == [["prepare", str(ROOT / "recipes/recall/text.yaml"), "data.path=nowhere"]]
+
+
 @pytest.mark.slow
 def test_from_training_to_the_verdict(experiment, tmp_path):
     """On a CPU, with hardly any steps: nothing is learnt, and what is given does not hold. Again, nothing is done."""
     brief = (
-        "common: [train.steps=2, train.global_batch_size=2, train.micro_batch_size=2, evaluate.every=0]\nsamples: 1\n"
+        "common: [train.steps=2, train.global_batch_size=2, train.micro_batch_size=2, evaluate.every=0]\n"
+        "samples: 1\nask: [--task, recall]\n"
     )
     file = experiment(FILE.replace("at_most: 0.5", "at_least: 0.5") + brief + "policies: {a: [oracle]}\n")
     command = [sys.executable, ROOT / "tools/evidence", "E", "--folder", tmp_path, "--runs", tmp_path / "runs"]
