@@ -183,6 +183,17 @@ def test_items_have_room_for_the_pairs_of_whatever_selection(monkeypatch):
         assert (pairs.item_first[:, -1] <= pairs.item_block.shape[1]).all()
 
 
+def test_layers_share_what_follows_from_sequences_alone():
+    lengths = (84, 33)
+    shared = Sequences.of(lengths, DEVICE)
+    assert shared.once(triton_pairs.pooled_items, 16) is shared.once(triton_pairs.pooled_items, 16)
+    for num_blocks, seed in ((4, 1), (4, 2), (3, 3)):
+        selection = random_selection(lengths, 2, 16, num_blocks, seed=seed).to(DEVICE)
+        found = triton_pairs.far_pairs(selection, shared, 16)
+        for a, b in zip(found, triton_pairs.far_pairs(selection, Sequences.of(lengths, DEVICE), 16), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_lengths_around_borders_of_blocks():
     lengths = (*range(1, 5), 15, 16, 17, 31, 32, 33, 47, 48, 49)
     check(inputs(lengths, 1, 1, 16), random_selection(lengths, 1, 16, 3), lengths, 16, 16)
