@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,15 @@ import numpy as np
 from megahybrid.errors import UserError
 from megahybrid.files import write_json
 from megahybrid.study.law import approach2
-from megahybrid.study.law.bootstrap import REPLICATES, Replicates, bootstrap, interval
+from megahybrid.study.law.bootstrap import (
+    ENOUGH_TRUNKS,
+    REPLICATES,
+    Noise,
+    Replicates,
+    bootstrap,
+    interval,
+    posterior,
+)
 from megahybrid.study.law.fit import EXPONENTS, LEAST_RUNS, Fit, Points
 from megahybrid.study.law.fit import fit as fit_law
 from megahybrid.study.law.form import NOISE, influence, misfits
@@ -54,7 +62,7 @@ class _Kind:
     flops: Array
     trunks: Array
     cost: TokenCost
-    replicates: Replicates | None
+    replicates: Replicates | None = None
 
     @property
     def frontier(self) -> Frontier:
@@ -101,7 +109,7 @@ def fit_table(
     Raises UserError where no law can be fitted.
     """
     kinds = list(dict.fromkeys(table.kind.tolist()))
-    fitted = [_fit_kind(table, kind, table.parameters, replicates, seed) for seed, kind in enumerate(kinds)]
+    fitted = _with_replicates([_fit_kind(table, kind, table.parameters) for kind in kinds], replicates)
     compute = _compute(table)
     found = {}
     for kind in fitted:
@@ -125,7 +133,7 @@ def fit_table(
     )
 
 
-def _fit_kind(table: Table, name: str, parameters: Array, replicates: int, seed: int = 0) -> _Kind:
+def _fit_kind(table: Table, name: str, parameters: Array) -> _Kind:
     here = table.kind == name
     chosen = here & table.fitted
     runs = int(chosen.sum())
@@ -147,10 +155,21 @@ def _fit_kind(table: Table, name: str, parameters: Array, replicates: int, seed:
             f"The runs of {name} cannot tell the law's terms apart (condition number {fitted.condition:.1e}, above "
             f"{CONDITION_LIMIT:.0e}); add sizes, and runs with fewer and with more tokens a parameter."
         )
-    trunks = table.trunk[chosen]
-    laws = bootstrap(fitted, trunks, replicates, np.random.default_rng(seed)) if replicates else None
+    trunks = np.unique(table.trunk[chosen], return_inverse=True)[1]
     cost = TokenCost.of(parameters[here], table.flops[here] / table.tokens[here])
-    return _Kind(name, fitted, table.flops[chosen], trunks, cost, laws)
+    return _Kind(name, fitted, table.flops[chosen], trunks, cost)
+
+
+def _with_replicates(kinds: Sequence[_Kind], replicates: int) -> list[_Kind]:
+    """The same with a bootstrap; what trunks share of the noise is learnt from all kinds together."""
+    if not replicates:
+        return list(kinds)
+    few = (kind for kind in kinds if kind.trunks.max() + 1 < ENOUGH_TRUNKS)
+    shared = posterior(Noise(kind.fit.jacobian, kind.trunks).likelihood(kind.fit.residuals) for kind in few)
+    return [
+        replace(kind, replicates=bootstrap(kind.fit, kind.trunks, replicates, np.random.default_rng(seed), shared))
+        for seed, kind in enumerate(kinds)
+    ]
 
 
 def _compute(table: Table) -> Array:
@@ -234,9 +253,10 @@ def _without_embedding(table: Table, name: str, replicates: int, compute: Array)
     if table.parameters_without_embedding is None:
         return None
     try:
-        kind = _fit_kind(table, name, table.parameters_without_embedding, replicates)
+        fitted = _fit_kind(table, name, table.parameters_without_embedding)
     except UserError:
         return None
+    (kind,) = _with_replicates([fitted], replicates)
     made = _predictions(kind, table, table.parameters_without_embedding, ())
     return _described(kind, compute) | {"predictions": list(made)}
 

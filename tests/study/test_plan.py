@@ -101,7 +101,7 @@ def test_a_plan_says_how_well_kinds_will_be_predicted_and_told_apart(planned):
             "sizes: [{width: 64, layers: 2}]\nbudgets: {flops: [1e12, 2e12, 3e12, 4e12, 5e12, 6e12, 7e12, 8e12]}",
             "transformer: all its runs have one size",
         ),
-        ("budgets: {flops: [2.0e12, 8.0e12]}", "transformer has 5 runs to fit the law to, which needs 7"),
+        ("budgets: {flops: [2.0e12, 8.0e12]}", "transformer: it has 5 runs to fit the law to, which needs 7"),
     ],
 )
 def test_a_study_that_tells_nothing_or_costs_too_much_is_refused(planned, line, said):
