@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megahybrid.data.documents import TRAIN
+from megahybrid.data.lengths import sequence_lengths
 from megahybrid.data.prepared import find_prepared
 from megahybrid.scaling.plan import table
 from megahybrid.study.cells import batch_tokens
@@ -85,6 +86,12 @@ def _sentences(plan: Plan) -> Iterator[str]:
 def _data(plan: Plan) -> Iterator[str]:
     """What is prepared, and whether it suffices."""
     config = plan.rows[0].cell.config
+    lengths, length = sequence_lengths(config), config.train.seq_length
+    counted = "are counted as one document each, since no data are at hand here"
+    if lengths is not None:
+        mean = sum(each * part for each, part in lengths.items())
+        counted = f"see as much as in sequences of {mean:,.0f} on average, and are counted at the lengths of the data"
+    yield f"FLOPs: samples of {length:,} tokens {counted}"
     identity = find_data(config)
     if identity is None:
         yield f"data: not prepared yet, run `megahybrid prepare {plan.study.base}`; identities are not known before"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megahybrid import cli
+from megahybrid.data.lengths import sequence_lengths
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.hours import Estimate, own_steps, tabled
 from megahybrid.scaling.memory import peak_bytes
@@ -112,6 +113,28 @@ def test_a_study_that_tells_nothing_or_costs_too_much_is_refused(planned, line, 
     assert not folder.exists()
 
 
+def test_flops_are_counted_at_the_lengths_of_the_data(planned, monkeypatch):
+    """Of two samples one is one document, the other eight: full attention costs less, and a recurrence as much."""
+    lengths = {512: 0.5, 64: 0.5}
+    before = planned()[1].out
+    alone = {cell.name: cell for cell in design(load_study("study.yaml"), needs_data=False)}
+    assert "FLOPs: samples of 512 tokens are counted as one document each, since no data are at hand here" in before
+    for where in ("models", "describe"):
+        monkeypatch.setattr(f"megahybrid.study.{where}.sequence_lengths", lambda config: lengths)
+    assert "samples of 512 tokens see as much as in sequences of 288 on average" in planned()[1].out
+    for cell in design(load_study("study.yaml"), needs_data=False):
+        model, train = cell.config.model, cell.config.train
+        heads = model.attention.num_heads * model.attention.head_dim
+        shorter = 512 / 2 - (512 + 64) / 4  # keys that a query sees on average
+        saved = 3 * model.pattern.count("F") * 2 * 4 * heads * shorter
+        was = alone[cell.name].flops_per_token
+        assert cell.flops_per_token == pytest.approx(was - saved, rel=1e-9)
+        assert (cell.tokens > 1.01 * alone[cell.name].tokens) == (cell.kind == "transformer")
+        assert train.steps * train.global_batch_size * 512 * cell.flops_per_token == pytest.approx(
+            cell.budget, rel=0.01
+        )
+
+
 def test_every_model_is_timed_once_for_each_batch(planned):
     planned()
     asked = []
@@ -133,7 +156,7 @@ def test_the_recipes_realise_their_budgets(path, monkeypatch):
     cells = design(load_study(path), needs_data=False)
     for cell in cells:
         assert cell.flops == pytest.approx(cell.asked, rel=0.01)
-        assert cell.flops == flops_per_token(cell.config).training * cell.tokens
+        assert cell.flops == flops_per_token(cell.config, sequence_lengths(cell.config)).training * cell.tokens
     for kind in {cell.kind for cell in cells}:
         held, fitted = ([cell for cell in cells if cell.kind == kind and cell.held_out is out] for out in (True, False))
         assert len(held) == 1
