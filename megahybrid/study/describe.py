@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -12,10 +12,13 @@ from megahybrid.data.documents import TRAIN
 from megahybrid.data.lengths import sequence_lengths
 from megahybrid.data.prepared import find_prepared
 from megahybrid.scaling.plan import table
-from megahybrid.study.cells import batch_tokens
+from megahybrid.study.cells import Cell, batch_tokens
 from megahybrid.study.identity import find_data
 from megahybrid.study.plan import Plan, Row
 from megahybrid.study.rules import BATCHES, LEARNING_RATES
+
+FAR = 4
+"""Times the FLOPs of the largest fitted run, from which on a held-out one tests the law."""
 
 
 def describe(plan: Plan) -> str:
@@ -77,10 +80,29 @@ def _sentences(plan: Plan) -> Iterator[str]:
     yield "  at the geometric mean of the tokens of trunk and branches; / rule: by what the rule says of the run's own"
     if study.rules.tune:
         yield "tune: the factor of the best run multiplies all other rates of its kind, whose runs wait for it"
+    yield from _far(plan)
     if study.hold_out:
-        held, fitted = (max(row.cell.flops for row in rows if row.cell.held_out is out) for out in (True, False))
-        yield f"held out: {held / fitted:.1f} times the FLOPs of the largest run that is fitted"
+        times = min(_times_beyond([row.cell for row in rows if row.cell.kind == kind]) for kind in study.kinds)
+        near = f": too near to test the law; hold out one of {FAR} times" if round(times, 1) < FAR else ""
+        yield f"held out: {times:.1f} times the FLOPs of the largest run that is fitted{near}"
     yield from _data(plan)
+
+
+def _far(plan: Plan) -> Iterator[str]:
+    """Models that are far from those that a rule comes from."""
+    sizes = {row.cell.parameters_without_embedding for row in plan.rows}
+    for name in dict.fromkeys([plan.study.rules.learning_rate, plan.study.rules.batch]):
+        rule = LEARNING_RATES[name]
+        if far := sorted(filter(rule.is_far, sizes)):
+            here = " to ".join(dict.fromkeys([short(far[0]), short(far[-1])]))
+            low, high = map(short, rule.sizes)
+            yield f"  {name} is of models of {low} to {high} parameters without embeddings: a guess for {here}"
+
+
+def _times_beyond(cells: Sequence[Cell]) -> float:
+    """FLOPs of a kind's held-out run by those of the largest that is fitted."""
+    held, fitted = (max(cell.flops for cell in cells if cell.held_out is out) for out in (True, False))
+    return held / fitted
 
 
 def _data(plan: Plan) -> Iterator[str]:
