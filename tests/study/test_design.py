@@ -221,6 +221,7 @@ def test_identities_are_of_what_decides_the_result(cells_of):
         changed("train", seed=1),
         changed("train", steps=5),
         changed("train", dtype="bf16"),
+        changed("parallel", gradient_reduction="bf16"),
         changed("train", global_batch_size=8),
         changed("train", validation_samples=3),
         changed("train", branch_from="studies/runs/a@3"),
