@@ -17,6 +17,7 @@ from rich.table import Table
 from megahybrid.errors import UserError
 from megahybrid.files import read_json
 from megahybrid.launch import slurm
+from megahybrid.readable import short
 from megahybrid.training import attempts
 from megahybrid.training.metrics_file import lines_backwards
 from megahybrid.training.ownership import another
@@ -93,7 +94,7 @@ def _row(run: Run) -> list[str]:
     return [
         run.state,
         f"{run.step}/{run.target}" if run.target else "",
-        f"{_short(last['tokens'])}/{_short(of_tokens)}" if last else "",
+        f"{short(last['tokens'])}/{short(of_tokens)}" if last else "",
         f"{last['tokens_per_second']:,.0f}" if last else "",
         f"{100 * last['mfu']:.1f} %" if "mfu" in last else "",
         f"{last['loss']:.4f}" if last else "",
@@ -101,13 +102,6 @@ def _row(run: Run) -> list[str]:
         ", ".join(run.jobs),
         run.reason,
     ]
-
-
-def _short(tokens: float) -> str:
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if tokens >= limit:
-            return f"{tokens / limit:.3g}{suffix}"
-    return f"{tokens:.0f}"
 
 
 def _directories(folder: Path) -> Iterator[Path]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from megahybrid.data.documents import TRAIN
 from megahybrid.data.prepared import find_prepared
+from megahybrid.readable import short
 from megahybrid.scaling.plan import table
 from megahybrid.study.cells import batch_tokens
 from megahybrid.study.identity import find_data
@@ -20,14 +21,6 @@ from megahybrid.study.rules import BATCHES, LEARNING_RATES
 def describe(plan: Plan) -> str:
     """Tables of models, runs and expected intervals, and sentences on costs, rules and data."""
     return "\n\n".join([_models(plan), _runs(plan), "\n".join(_sentences(plan)), _precision(plan)])
-
-
-def short(value: float) -> str:
-    """Three digits: 43.7M, 8.27G, 512."""
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= 0.9995 * limit:
-            return f"{float(f'{value / limit:.3g}'):g}{suffix}"
-    return f"{value:.3g}"
 
 
 def _models(plan: Plan) -> str:

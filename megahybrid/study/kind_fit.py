@@ -1,0 +1,96 @@
+"""The law of one kind of model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megahybrid.errors import UserError
+from megahybrid.study.law.bootstrap import Replicates, bootstrap, interval
+from megahybrid.study.law.fit import LEAST_RUNS, Fit, Points, fit
+from megahybrid.study.law.frontier import Frontier, TokenCost
+from megahybrid.study.law.law import CONDITION_LIMIT, Array
+from megahybrid.study.table import Run
+
+LEAST_RATIO = 1.1
+"""Between the most and the fewest tokens a parameter of a kind's runs."""
+
+
+@dataclass(frozen=True)
+class KindFit:
+    """What a kind's runs say, with one way of counting parameters.
+
+    Attributes:
+        name: the kind's.
+        count: the column of parameters.
+        fit: of its law.
+        flops, trunks: of the runs that it was fitted to, [runs].
+        cost: of a token.
+        replicates: of the bootstrap; None without one.
+    """
+
+    name: str
+    count: str
+    fit: Fit
+    flops: Array
+    trunks: Array
+    cost: TokenCost
+    replicates: Replicates | None
+
+    @property
+    def frontier(self) -> Frontier:
+        """Where compute is spent best."""
+        return Frontier(self.fit.law, self.cost)
+
+    @property
+    def frontiers(self) -> Frontier:
+        """Of the replicates."""
+        return Frontier(self.replicates.law, self.cost)
+
+    def interval(self, values: Callable[[], Array]) -> list[float] | None:
+        """Of what `values` gives for each replicate; None without any."""
+        return interval(values()) if self.replicates else None
+
+
+def fit_kind(runs: Sequence[Run], name: str, replicates: int, count: str = "parameters", seed: int = 0) -> KindFit:
+    """Fit the law to the runs of a kind that are fitted. Raises UserError where they cannot tell its terms apart.
+
+    Args:
+        runs: of all kinds.
+        name: the kind's.
+        replicates: of the bootstrap, which `seed` draws; 0 for none.
+        count: the column of parameters.
+    """
+    own = [run for run in runs if run.kind == name]
+    chosen = [run for run in own if run.fitted]
+    if len(chosen) < LEAST_RUNS:
+        raise UserError(
+            f"{name} has {len(chosen)} runs to fit, and the law needs {LEAST_RUNS} at least; finish or add some."
+        )
+    points = Points(*(column(chosen, each) for each in (count, "tokens", "loss")))
+    ratios = points.tokens / points.parameters
+    if ratios.max() < LEAST_RATIO * ratios.min():
+        raise UserError(
+            f"All runs of {name} have about {ratios.mean():.3g} tokens a parameter, which cannot tell the law's terms "
+            "apart; add runs with fewer and with more."
+        )
+    try:
+        fitted = fit(points)
+    except UserError as error:
+        raise UserError(f"{name} cannot be fitted: {error}") from None
+    if not fitted.condition <= CONDITION_LIMIT:
+        raise UserError(
+            f"The runs of {name} cannot tell the law's terms apart (condition number {fitted.condition:.1e}, above "
+            f"{CONDITION_LIMIT:.0e}); add sizes, and runs with fewer and with more tokens a parameter."
+        )
+    trunks = np.array([run.trunk for run in chosen])
+    laws = bootstrap(fitted, trunks, replicates, np.random.default_rng(seed)) if replicates else None
+    cost = TokenCost.of(column(own, count), column(own, "flops") / column(own, "tokens"))
+    return KindFit(name, count, fitted, column(chosen, "flops"), trunks, cost, laws)
+
+
+def column(runs: Sequence[Run], name: str) -> Array:
+    """A number of all runs: [runs]."""
+    return np.array([getattr(run, name) for run in runs], dtype=float)
