@@ -69,9 +69,9 @@ def _sentences(plan: Plan) -> Iterator[str]:
     yield "  at the geometric mean of the tokens of trunk and branches; / rule: by what the rule says of the run's own"
     if study.rules.tune:
         yield "tune: the factor of the best run multiplies all other rates of its kind, whose runs wait for it"
-    if study.hold_out:
-        held, fitted = (max(row.cell.flops for row in rows if row.cell.held_out is out) for out in (True, False))
-        yield f"held out: {held / fitted:.1f} times the FLOPs of the largest run that is fitted"
+    if held := [row.cell.flops for row in rows if row.cell.held_out]:
+        fitted = max(row.cell.flops for row in rows if not row.cell.held_out)
+        yield f"held out: {max(held) / fitted:.1f} times the FLOPs of the largest run that is fitted"
     yield from _data(plan)
 
 

@@ -286,6 +286,15 @@ def test_a_batch_is_round_and_realises_its_tokens(replicas):
         ({"hold_out": "smallest"}, "hold_out.at is smallest; choose one of largest"),
         ({"hold_out": {"width": 64}}, "hold_out is either largest, or a size and a budget"),
         ({"overrides": {"train.steps": 5}}, "overrides has train.steps, which the study sets itself"),
+        ({"overrides": {"train.resume_from": 5}}, "overrides has train.resume_from, which the study sets itself"),
+        (
+            {"overrides": {"optimizer.learning_rate": 1e-3}},
+            "learning_rate, which rules.learning_rate sets",
+        ),
+        (
+            {"overrides": {"train.global_batch_size": 8}},
+            "batch_size, which rules.batch sets",
+        ),
         ({"overrides": {"model.gdn.heads": 5}}, "lalte-64x2: Unknown configuration key 'model.gdn.heads'"),
         (
             {"overrides": {"model.attention.head_dim": 30}},
