@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from megahybrid.data.documents import TRAIN
+from megahybrid.data.lengths import sequence_lengths
 from megahybrid.data.prepared import find_prepared
 from megahybrid.readable import short
 from megahybrid.scaling.plan import table
@@ -78,6 +79,12 @@ def _sentences(plan: Plan) -> Iterator[str]:
 def _data(plan: Plan) -> Iterator[str]:
     """What is prepared, and whether it suffices."""
     config = plan.rows[0].cell.config
+    lengths, length = sequence_lengths(config), config.train.seq_length
+    counted = "are counted as one document each, since no data are at hand here"
+    if lengths is not None:
+        mean = sum(each * part for each, part in lengths.items())
+        counted = f"see as much as in sequences of {mean:,.0f} on average, and are counted at the lengths of the data"
+    yield f"FLOPs: samples of {length:,} tokens {counted}"
     identity = find_data(config)
     if identity is None:
         yield f"data: not prepared yet, run `megahybrid prepare {plan.study.base}`; identities are not known before"
@@ -94,13 +101,14 @@ def _precision(plan: Plan) -> str:
     """95 % intervals, half as wide each, relative."""
     study, kinds = plan.study, plan.precision
     targets = [f"{short(each.parameters)}, {short(each.tokens)}" for each in study.targets]
-    names = [*targets, *(["held out"] if study.hold_out else [])]
+    names = [*targets, "held out"][: max(len(each.losses) for each in kinds.values())]  # but what is given up
     rows = [_widths(kind, f"{each.condition:.0e}", each.a_opt, each.losses) for kind, each in kinds.items()]
-    for (first, one), (second, other) in combinations(kinds.items(), 2):
-        a_opt, losses = np.hypot(one.a_opt, other.a_opt), np.hypot(one.losses, other.losses)
-        rows.append(_widths(f"{second} - {first}", "", a_opt, losses))
+    for (first, one), (second, other) in itertools.combinations(kinds.items(), 2):
+        losses = itertools.starmap(np.hypot, zip(one.losses, other.losses, strict=False))
+        rows.append(_widths(f"{second} - {first}", "", np.hypot(one.a_opt, other.a_opt), losses))
     title = f"95 % intervals at {study.noise:.2%} noise: ±"
-    return table((title, "condition", "a_opt", *names), rows)
+    head = (title, "condition", "a_opt", *names)
+    return table(head, [(*row, *[""] * (len(head) - len(row))) for row in rows])
 
 
 def _widths(name: str, condition: str, a_opt: float, losses: Iterable[float]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from megahybrid.errors import UserError
 from megahybrid.files import write_json
 from megahybrid.study.file import Study, TargetConfig
 from megahybrid.study.fit_warnings import rule, warnings
-from megahybrid.study.kind_fit import KindFit, column, fit_kind
+from megahybrid.study.kind_fit import KindFit, column, fit_kind, with_replicates
 from megahybrid.study.law import approach2
 from megahybrid.study.law.bootstrap import REPLICATES, interval
 from megahybrid.study.law.fit import Points
@@ -63,7 +63,7 @@ def fit_runs(
     Raises UserError where no law can be fitted.
     """
     kinds = list(dict.fromkeys(run.kind for run in runs))
-    fitted = [fit_kind(runs, kind, replicates, seed=seed) for seed, kind in enumerate(kinds)]
+    fitted = with_replicates([fit_kind(runs, kind) for kind in kinds], replicates)
     compute = _compute(runs)
     found = {}
     for kind in fitted:
@@ -173,9 +173,10 @@ def _without_embedding(runs: Sequence[Run], name: str, replicates: int, compute:
     if any(math.isnan(run.parameters_without_embedding) for run in runs):
         return None
     try:
-        kind = fit_kind(runs, name, replicates, "parameters_without_embedding")
+        fitted = fit_kind(runs, name, "parameters_without_embedding")
     except UserError:
         return None
+    (kind,) = with_replicates([fitted], replicates)
     return _described(kind, compute) | {"predictions": list(_held_out(kind, runs))}
 
 

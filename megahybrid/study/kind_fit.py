@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megahybrid.errors import UserError
-from megahybrid.study.law.bootstrap import Replicates, bootstrap, interval
+from megahybrid.study.law.bootstrap import ENOUGH_TRUNKS, Noise, Replicates, bootstrap, interval, posterior
 from megahybrid.study.law.fit import LEAST_RUNS, Fit, Points, fit
 from megahybrid.study.law.frontier import Frontier, TokenCost
 from megahybrid.study.law.law import CONDITION_LIMIT, Array
@@ -37,7 +37,7 @@ class KindFit:
     flops: Array
     trunks: Array
     cost: TokenCost
-    replicates: Replicates | None
+    replicates: Replicates | None = None
 
     @property
     def frontier(self) -> Frontier:
@@ -54,13 +54,12 @@ class KindFit:
         return interval(values()) if self.replicates else None
 
 
-def fit_kind(runs: Sequence[Run], name: str, replicates: int, count: str = "parameters", seed: int = 0) -> KindFit:
+def fit_kind(runs: Sequence[Run], name: str, count: str = "parameters") -> KindFit:
     """Fit the law to the runs of a kind that are fitted. Raises UserError where they cannot tell its terms apart.
 
     Args:
         runs: of all kinds.
         name: the kind's.
-        replicates: of the bootstrap, which `seed` draws; 0 for none.
         count: the column of parameters.
     """
     own = [run for run in runs if run.kind == name]
@@ -85,10 +84,21 @@ def fit_kind(runs: Sequence[Run], name: str, replicates: int, count: str = "para
             f"The runs of {name} cannot tell the law's terms apart (condition number {fitted.condition:.1e}, above "
             f"{CONDITION_LIMIT:.0e}); add sizes, and runs with fewer and with more tokens a parameter."
         )
-    trunks = np.array([run.trunk for run in chosen])
-    laws = bootstrap(fitted, trunks, replicates, np.random.default_rng(seed)) if replicates else None
+    trunks = np.unique([run.trunk for run in chosen], return_inverse=True)[1]
     cost = TokenCost.of(column(own, count), column(own, "flops") / column(own, "tokens"))
-    return KindFit(name, count, fitted, column(chosen, "flops"), trunks, cost, laws)
+    return KindFit(name, count, fitted, column(chosen, "flops"), trunks, cost)
+
+
+def with_replicates(kinds: Sequence[KindFit], replicates: int) -> list[KindFit]:
+    """The same with a bootstrap; what trunks share of the noise is learnt from all kinds together."""
+    if not replicates:
+        return list(kinds)
+    few = (kind for kind in kinds if kind.trunks.max() + 1 < ENOUGH_TRUNKS)
+    shared = posterior(Noise(kind.fit.jacobian, kind.trunks).likelihood(kind.fit.residuals) for kind in few)
+    return [
+        replace(kind, replicates=bootstrap(kind.fit, kind.trunks, replicates, np.random.default_rng(seed), shared))
+        for seed, kind in enumerate(kinds)
+    ]
 
 
 def column(runs: Sequence[Run], name: str) -> Array:

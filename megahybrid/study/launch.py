@@ -18,13 +18,13 @@ from megahybrid.errors import UserError
 from megahybrid.launch import runs, slurm
 from megahybrid.launch.profile import load_profile
 from megahybrid.launch.submit import Request, job_of, submit
-from megahybrid.scaling.hours import tabled
 from megahybrid.scaling.memory import peak_bytes
 from megahybrid.study import prediction
 from megahybrid.study.cells import Cell
 from megahybrid.study.expected import expect
 from megahybrid.study.file import Study
 from megahybrid.study.local import Processes
+from megahybrid.study.models import tabled_estimate
 from megahybrid.study.outcomes import Survey, has_branch_point, trunk_of
 from megahybrid.study.status import Overall, StatusLine, hours_taken
 from megahybrid.training.run_directory import RunDirectory
@@ -256,7 +256,7 @@ class Launching:
         """GPU hours of a run."""
         run = cell.identity, cell.branch_step  # a branch may have to begin earlier
         if run not in self._hours:
-            self._hours[run] = tabled(cell.config).hours
+            self._hours[run] = tabled_estimate(cell.config).hours
         return self._hours[run]
 
     def _say_once(self, text: str) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 from megahybrid.config import Config, load_config
 from megahybrid.config.arithmetic import fill
 from megahybrid.config.pattern import parse_pattern
+from megahybrid.data.lengths import sequence_lengths
 from megahybrid.errors import UserError
 from megahybrid.key import derived
 from megahybrid.launch.profile import load_profile
-from megahybrid.scaling.flops import flops_per_token
-from megahybrid.scaling.hours import tabled
+from megahybrid.scaling.flops import Flops, flops_per_token
+from megahybrid.scaling.hours import Estimate, tabled
 from megahybrid.scaling.plan import parameters_by_part
 from megahybrid.study.file import KindConfig, SizeConfig, Study
 
@@ -65,7 +66,17 @@ def size_name(size: SizeConfig) -> str:
 def seconds_per_token(model: Model) -> float:
     """On one GPU, at the base recipe's batch."""
     train = model.config.train
-    return tabled(model.config).step_seconds / (train.global_batch_size * train.seq_length)
+    return tabled_estimate(model.config).step_seconds / (train.global_batch_size * train.seq_length)
+
+
+def count_flops(config: Config) -> Flops:
+    """Of a token of a recipe's own data, or, where these are not at hand, of samples that are one document each."""
+    return flops_per_token(config, sequence_lengths(config))
+
+
+def tabled_estimate(config: Config) -> Estimate:
+    """Of a recipe's GPU hours, from these FLOPs and a table."""
+    return tabled(config, lengths=sequence_lengths(config))
 
 
 def make_models(study: Study, size: SizeConfig) -> dict[str, Model]:
@@ -118,7 +129,7 @@ def _model(study: Study, kind: str, size: SizeConfig, config: Config) -> Model:
         gpus=gpus,
         parameters=sum(parts.values()),
         parameters_without_embedding=sum(parts.values()) - parts["embedding"] - parts["output layer"],
-        flops_per_token=flops_per_token(config).training,
+        flops_per_token=count_flops(config).training,
     )
 
 

@@ -254,7 +254,7 @@ def test_what_cannot_tell_the_laws_terms_apart_is_refused(make_study, trainer, c
 def test_gpu_hours_are_limited(make_study, trainer, capsys, monkeypatch):
     cells = design(make_study(*ONE_TRUNK, "limits: {gpu_hours: 1}"))
     trainer(0.01)
-    monkeypatch.setattr(launching, "tabled", lambda config: types.SimpleNamespace(hours=0.4))
+    monkeypatch.setattr(launching, "tabled_estimate", lambda config: types.SimpleNamespace(hours=0.4))
     assert launch() == 2
     assert "has taken 0 GPU hours and its runs would take 1.2 more" in capsys.readouterr().err and not calls()
     leave(cells[0])
@@ -322,7 +322,9 @@ echo $number""",
 def test_slurm_gets_an_array_a_class_and_branches_after_their_trunk(make_study, slurm, fit, monkeypatch):
     cells = design(make_study("limits: {profile: cluster.yaml}"))
     hours = {"(G)*1": 0.1, "(G)*2": 3.0}
-    monkeypatch.setattr(launching, "tabled", lambda config: types.SimpleNamespace(hours=hours[config.model.pattern]))
+    monkeypatch.setattr(
+        launching, "tabled_estimate", lambda config: types.SimpleNamespace(hours=hours[config.model.pattern])
+    )
     assert launch() == 0
     trunks, branches = slurm()[:2], slurm()[2:]
     # Those of an hour, and those of eight; the four branches each wait for the element that is their trunk.

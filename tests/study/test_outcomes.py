@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from megahybrid.cli import main
+from megahybrid.data.lengths import sequence_lengths
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.study import status
 from megahybrid.study.design import design
@@ -193,7 +194,8 @@ def test_runs_csv(make_study):
     ]
     parts = [float(value) for name, value in row.items() if name.startswith("flops: ")]
     tokens = trunk.config.train.steps * 128
-    assert float(row["tokens"]) == tokens and float(row["flops"]) == tokens * flops_per_token(trunk.config).training
+    flops = flops_per_token(trunk.config, sequence_lengths(trunk.config))
+    assert float(row["tokens"]) == tokens and float(row["flops"]) == pytest.approx(tokens * flops.training)
     assert sum(parts) == pytest.approx(float(row["flops"]), rel=1e-12) and min(parts) > 0
     assert rows[branch.name]["trunk"] == trunk.identity and float(rows[branch.name]["loss"]) == 4.5
     held_out = rows["one-32x2-8e9-s0"]
@@ -217,7 +219,7 @@ def test_the_table_says_how_far_all_of_it_is(make_study):
     row = next(line for line in told if line.split()[:1] == [branch.name])
     assert row.split()[1:] == ["missing", f"{branch.branch_step + 10}/{branch.config.train.steps}", "6.0000"]
     assert any(line.startswith(f"{branch.name}: SIGTERM stopped it") for line in told)
-    total = " ".join(told[-2:])
+    total = " ".join(line.strip() for line in told[-2:])
     assert total.startswith("[")
     # All FLOPs are those of every run's own tokens: a branch is a trunk's with another end.
     own = [cell.flops * (1 - (cell.branch_step or 0) / cell.config.train.steps) for cell in cells]
