@@ -18,6 +18,9 @@ from megahybrid.study.identity import find_data
 from megahybrid.study.plan import Plan, Row
 from megahybrid.study.rules import BATCHES, LEARNING_RATES
 
+FAR = 4
+"""Times the FLOPs of the largest fitted run, from which on a held-out one tests the law."""
+
 
 def describe(plan: Plan) -> str:
     """Tables of models, runs and expected intervals, and sentences on costs, rules and data."""
@@ -70,10 +73,30 @@ def _sentences(plan: Plan) -> Iterator[str]:
     yield "  at the geometric mean of the tokens of trunk and branches; / rule: by what the rule says of the run's own"
     if study.rules.tune:
         yield "tune: the factor of the best run multiplies all other rates of its kind, whose runs wait for it"
-    if held := [row.cell.flops for row in rows if row.cell.held_out]:
-        fitted = max(row.cell.flops for row in rows if not row.cell.held_out)
-        yield f"held out: {max(held) / fitted:.1f} times the FLOPs of the largest run that is fitted"
+    yield from _far(plan)
+    if (times := _times_beyond(plan)) is not None:
+        near = f": too near to test the law; hold out one of {FAR} times" if round(times, 1) < FAR else ""
+        yield f"held out: {times:.1f} times the FLOPs of the largest run that is fitted{near}"
     yield from _data(plan)
+
+
+def _far(plan: Plan) -> Iterator[str]:
+    """Models that are far from those that a rule comes from."""
+    sizes = {row.cell.parameters_without_embedding for row in plan.rows}
+    for name in dict.fromkeys([plan.study.rules.learning_rate, plan.study.rules.batch]):
+        rule = LEARNING_RATES[name]
+        if far := sorted(filter(rule.is_far, sizes)):
+            here = " to ".join(dict.fromkeys([short(far[0]), short(far[-1])]))
+            low, high = map(short, rule.sizes)
+            yield f"  {name} is of models of {low} to {high} parameters without embeddings: a guess for {here}"
+
+
+def _times_beyond(plan: Plan) -> float | None:
+    """FLOPs of the held-out runs by those of the largest that is fitted, of the kind of which it is least; None where
+    nothing is held out."""
+    cells = [row.cell for row in plan.rows]
+    largest = {(cell.kind, cell.held_out): cell.flops for cell in sorted(cells, key=lambda cell: cell.flops)}
+    return min((largest[kind, True] / largest[kind, False] for kind, held in largest if held), default=None)
 
 
 def _data(plan: Plan) -> Iterator[str]:

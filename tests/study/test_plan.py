@@ -11,7 +11,7 @@ from megahybrid.data.lengths import sequence_lengths
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.hours import Estimate, own_steps, tabled
 from megahybrid.scaling.memory import peak_bytes
-from megahybrid.study.describe import describe
+from megahybrid.study.describe import describe, short
 from megahybrid.study.design import design
 from megahybrid.study.file import load_study
 from megahybrid.study.plan import make_plan
@@ -75,7 +75,19 @@ def test_a_plan_is_a_row_a_run_and_what_they_cost(planned):
     )
     assert max(len(line.replace(str(RECIPES), "recipes")) for line in printed.out.splitlines()) <= 120
     assert "data: not prepared yet" in printed.out
-    assert "held out: 1.0 times the FLOPs of the largest run that is fitted" in printed.out
+    near = "the FLOPs of the largest run that is fitted: too near to test the law; hold out one of 4 times\n"
+    assert f"held out: 1.0 times {near}" in printed.out
+    sizes = [cell.parameters_without_embedding for cell in cells]
+    far = "  step_law is of models of 60M to 1B parameters without embeddings: a guess for"
+    assert f"{far} {short(min(sizes))} to {short(max(sizes))}\n" in printed.out
+
+
+def test_a_plan_says_nothing_of_what_is_near_a_rules_models_and_far_from_the_fitted_runs(planned):
+    said = planned(
+        "hold_out: {width: 128, layers: 2, flops: 3.2e13}", "rules: {learning_rate: fixed, batch: olmo_core}"
+    )[1].out
+    assert "held out: 4.0 times the FLOPs of the largest run that is fitted\n" in said
+    assert "fixed is" not in said and "olmo_core is of models of 5M to 901M parameters" in said
 
 
 def test_a_plan_says_how_well_kinds_will_be_predicted_and_told_apart(planned):

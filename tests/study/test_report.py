@@ -148,6 +148,15 @@ def test_warnings_and_the_same_runs_without_a_repeat(tmp_path):
     )
 
 
+def test_a_held_out_run_of_no_more_flops_tests_nothing_beyond(tmp_path):
+    rows = made_up.runs()
+    for each in rows:
+        if each["held_out"]:
+            each |= {name: each[name] * 1.05e16 / 8e16 for name in ("flops", "tokens")}
+    said = open_questions(made_up.results(tmp_path, rows))
+    assert any(each.endswith("where no run was fitted: no run has tested it.") for each in said)
+
+
 def test_the_same_inputs_give_the_same_report(written, tmp_path, monkeypatch):
     folder, paths = written
     text = (folder / "report.md").read_text()
