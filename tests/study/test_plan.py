@@ -137,6 +137,12 @@ def test_what_is_given_up_is_planned_no_more(planned):
     assert code == 2 and "gdn: it has 6 runs to fit the law to, which needs 7" in printed.err
 
 
+def test_a_study_may_predict_nothing(planned):
+    code, printed, _ = planned("hold_out: null", "targets: []")
+    (line,) = [line for line in printed.out.splitlines() if line.startswith("gdn - transformer")]
+    assert code == 0 and len(line.split()) == 4, "a_opt alone"
+
+
 def test_flops_are_counted_at_the_lengths_of_the_data(planned, monkeypatch):
     """Of two samples one is one document, the other eight: full attention costs less, and a recurrence as much."""
     lengths = {512: 0.5, 64: 0.5}
