@@ -24,7 +24,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     launch = verbs.add_parser("launch", help=text, description=text)
     launch.add_argument("file", metavar="FILE", help="the study's YAML file")
     launch.add_argument(
-        "--jobs", type=int, metavar="RUNS", help="here, so many side by side, whatever limits.profile says"
+        "--jobs", type=int, metavar="RUNS", help="here, so many at once over its GPUs, whatever limits.profile says"
     )
     launch.add_argument("--wait", action="store_true", help="through Slurm, too, go on until all is done")
     launch.set_defaults(run=_launch)

@@ -13,6 +13,7 @@ import pytest
 
 from megahybrid.cli import main
 from megahybrid.config import load_config, save_config
+from megahybrid.devices import visible_gpus
 from megahybrid.files import read_json
 from megahybrid.scaling.memory import peak_bytes
 from megahybrid.study import launch as launching
@@ -225,9 +226,40 @@ def test_what_does_not_fit_into_the_gpu_side_by_side_is_refused(make_study, trai
     monkeypatch.setattr(launching, "gpu_memory", lambda: 2.01 * largest)
     assert launch("--jobs", "3") == 2 and not calls()
     assert (
-        "The 3 largest runs take 1.5 GiB side by side, and this GPU has 1.0; give --jobs 2" in capsys.readouterr().err
+        "The 3 largest runs take 1.5 GiB side by side, and a GPU here has 1.0; give --jobs 2" in capsys.readouterr().err
     )
-    assert launch("--jobs", "2") == 0
+    # Of two GPUs each has two of four.
+    monkeypatch.setattr(launching, "visible_gpus", lambda: ["0", "1"])
+    assert launch("--jobs", "5") == 2 and "give --jobs 4" in capsys.readouterr().err and not calls()
+    assert launch("--jobs", "4") == 0
+
+
+def test_runs_are_spread_over_the_gpus(make_study, trainer, monkeypatch, tmp_path):
+    """Two of them, one of which has a run that another launch has left."""
+    monkeypatch.setattr("megahybrid.study.local.visible_gpus", lambda: ["3", "GPU-b"])
+    cells = design(make_study("hold_out: null"))
+    trainer(0.6)
+    with Processes(Path("studies/small"), 4) as processes:
+        left = tmp_path / "left"
+        left.mkdir()
+        (left / "attempts.jsonl").write_text('{"gpus": "3"}\n')
+        for cell in [cell for cell in cells if cell.role == "trunk"][:3]:
+            processes.start(cell.config, "study.yaml", {left} | processes.running)
+        while processes.running:
+            processes.wait(1)
+        processes.start(cells[1].config, "study.yaml", {left})  # those that have ended count no more
+        processes.wait(10)
+    begun = [each["gpu"] for each in calls() if each["what"] == "begins"]
+    assert (Counter(begun[:3]), begun[3]) == ({"GPU-b": 2, "3": 1}, "GPU-b")
+
+
+def test_gpus_are_named_as_they_are_visible(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for named, found in ((None, ["0", "1"]), ("5,GPU-b", ["5", "GPU-b"]), ("7,6,-1,3", ["7", "6"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named) if named else monkeypatch.delenv(
+            "CUDA_VISIBLE_DEVICES", False
+        )
+        assert visible_gpus() == found
 
 
 def test_what_another_study_wants_of_a_run_stays(make_study, trainer):

@@ -160,7 +160,7 @@ def test_runs_csv(make_study):
     leave(trunk, losses=(6.0, 3.25))
     leave(branch, losses=(5.0, 4.5))
     leave(cells["one-32x2-2e9-s0"], losses=(6.0, NAN))
-    facts = {"job": None, "start": "", "step": 0, "nodes": "here", "last_word": None}
+    facts = {"job": None, "start": "", "step": 0, "nodes": "here", "gpus": "0", "last_word": None}
     job = facts | {"job": "7", "nodes": "there"}
     starts = [  # 400 s of one GPU; one whose processes never met; 100 s of two
         facts | {"processes": 1, "time": 1000.0},
@@ -169,7 +169,7 @@ def test_runs_csv(make_study):
     ]
     trained(trunk, 2100.0, *starts)
     trained(branch, 1600.0, facts | {"processes": 1, "time": 1200.0})  # which shared 200 s of the 400
-    trained(cells["one-32x2-2e9-s0"], 1300.0, job | {"job": "8", "processes": 1, "time": 1200.0})
+    trained(cells["one-32x2-2e9-s0"], 1300.0, facts | {"gpus": "1", "processes": 1, "time": 1200.0})
     rows = {row["cell"]: row for row in collected()}
     assert list(rows) == [*cells, "one-32x2-2e9-s0-half"]
     row = rows[trunk.name]
