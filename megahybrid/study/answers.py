@@ -12,7 +12,8 @@ import numpy as np
 from megahybrid.study import hours
 from megahybrid.study.drawing import power
 from megahybrid.study.law.approach2 import SAME_COMPUTE
-from megahybrid.study.results import Results, Run
+from megahybrid.study.results import Results
+from megahybrid.study.table import Run
 
 _ROUNDING = 1 + 1e-9
 _NAMED = 6  # runs that a sentence names; of more it gives the number, and the table has the names
@@ -161,7 +162,7 @@ def _runs(results: Results) -> Iterator[str]:
     reasons: dict[str, list[str]] = {}
     for run in results.runs:
         if not run.counts:
-            tuning = "of the tuning grid" if run.role == "tune" else f"({run.excluded or 'without a loss'})"
+            tuning = "of the tuning grid" if run.role == "tune" else f"({run.excluded})"
             reasons.setdefault(tuning if run.state == "done" else run.state, []).append(run.cell)
     parts = [f"{fitted} fitted", f"{held} held out and done"]
     parts += [f"{len(cells)} {reason}{_names(cells)}" for reason, cells in reasons.items()]
@@ -179,7 +180,7 @@ def _retries(results: Results) -> Iterator[str]:
 
 def why(run: Run) -> str:
     """Why the law was not fitted to a run."""
-    return run.excluded or (run.state if run.state != "done" else "without a loss")
+    return run.excluded or run.state
 
 
 def _names(cells: Sequence[str]) -> str:

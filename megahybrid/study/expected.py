@@ -100,11 +100,11 @@ def _moves(runs: Runs, slopes: Array, targets: Sequence[tuple[float, float]]) ->
 
 
 def expect(study: Study, cells: Sequence[Cell]) -> dict[str, Precision]:
-    """The precision of every kind at the study's targets and then at what it holds out. Raises UserError for a design
-    that cannot tell the law's terms apart."""
+    """The precision of every kind at the study's targets and then at what it holds out, without what is given up.
+    Raises UserError for a design that cannot tell the law's terms apart."""
     kinds, targets = [], []
     for kind in study.kinds:
-        own = [cell for cell in cells if cell.kind == kind and cell.role != "tune"]
+        own = [cell for cell in cells if cell.kind == kind and cell.role != "tune" and cell.name not in study.give_up]
         kinds.append(_runs(kind, [cell for cell in own if not cell.held_out]))
         held = [(cell.parameters, cell.tokens) for cell in own if cell.held_out]
         targets.append([*((each.parameters, each.tokens) for each in study.targets), *held])

@@ -219,7 +219,7 @@ class Launching:
         if self._unpredictable or not all(each.ended for each in self.outcomes if not each.cell.held_out):
             return False
         try:
-            prediction.freeze(self.folder, self.outcomes)
+            prediction.freeze(self.study, self.outcomes)
         except UserError as error:
             self._unpredictable = True
             self._line.say(f"What is held out waits: {error}")

@@ -20,10 +20,13 @@ from megahybrid.scaling.plan import parameters_by_part
 from megahybrid.study.file import KindConfig, SizeConfig, Study
 
 _OWN = (
-    *("run.dir", "train.steps", "train.branch_from", "checkpoint.milestones"),
+    *("run.dir", "train.steps", "train.branch_from", "train.resume_from", "checkpoint.milestones"),
     *("optimizer.schedule", "optimizer.warmup_steps", "optimizer.decay_fraction"),
+    *("tracking.name", "tracking.group"),
 )
 """Keys that the study sets itself."""
+_BY_RULE = {"optimizer.learning_rate": "learning_rate", "train.global_batch_size": "batch"}
+"""Keys that a rule sets, unless it is `fixed`."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ def _overrides(study: Study, kind: KindConfig, size: SizeConfig) -> list[str]:
         for key, value in layer.items():
             if key in _OWN:
                 raise UserError(f"overrides has {key}, which the study sets itself; remove it.")
+            if (rule := _BY_RULE.get(key)) and getattr(study.rules, rule) != "fixed":
+                raise UserError(f"overrides has {key}, which rules.{rule} sets; remove it, or make the rule fixed.")
             overrides[key] = fill(value, **names) if isinstance(value, str) else json.dumps(value)
     return [f"{key}={value}" for key, value in overrides.items()]
 

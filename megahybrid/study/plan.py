@@ -60,11 +60,12 @@ class Plan:
 
 
 def make_plan(study: Study, estimate: Callable[[Config], Estimate] = tabled_estimate) -> Plan:
-    """The plan of a study, with GPU hours from a table, or as something else estimates those of a recipe.
+    """The plan of a study, without the runs that are given up, with GPU hours from a table, or as something else
+    estimates those of a recipe.
 
     Raises UserError for what cannot be trained, and for a design that cannot tell the law's terms apart.
     """
-    cells = design(study, needs_data=False)
+    cells = [cell for cell in design(study, needs_data=False) if cell.name not in study.give_up]
     precision = expect(study, cells)
     known: dict[tuple[str, str, int], tuple[float, Estimate]] = {}
     rows = []

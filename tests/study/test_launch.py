@@ -20,6 +20,7 @@ from megahybrid.study import launch as launching
 from megahybrid.study import prediction
 from megahybrid.study.design import design
 from megahybrid.study.expected import expect
+from megahybrid.study.file import load_study
 from megahybrid.study.local import Processes
 from megahybrid.study.outcomes import Survey
 from tests.study.running import calls, leave
@@ -41,8 +42,8 @@ def small(monkeypatch):
 def fit(monkeypatch):
     """A law that predicts 2.5 of every run that is held out."""
 
-    def fit(folder):
-        held_out = [line.split(",") for line in (folder / "runs.csv").read_text().splitlines() if ",1,," in line]
+    def fit(study):
+        held_out = [line.split(",") for line in (study.folder / "runs.csv").read_text().splitlines() if ",1,," in line]
         return {
             "kinds": {
                 kind: {
@@ -112,7 +113,7 @@ def test_a_prediction_is_of_one_very_run_and_never_of_one_that_has_begun(make_st
         held += [each.cell for each in outcomes if each.cell.held_out]
         assert not prediction.is_frozen(folder, outcomes)
         before = read_json(file) or {}
-        prediction.freeze(folder, outcomes)
+        prediction.freeze(load_study("study.yaml"), outcomes)
         assert prediction.is_frozen(folder, outcomes) and read_json(file).items() >= before.items()
     assert list(read_json(file)) == [cell.identity for cell in held] and held[0].name == held[1].name
     # Another study has trained it, or prediction.json is gone: what is known already is no forecast.

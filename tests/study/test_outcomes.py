@@ -213,14 +213,17 @@ def test_the_table_says_how_far_all_of_it_is(make_study):
     trunk, branch = (cells[number] for number in (0, 1))
     leave(trunk)
     leave(branch, "stopped", tuple([6.0] * 10), "SIGTERM")
-    console = Console(width=200, record=True, quiet=False)
+    console = Console(width=80, record=True, quiet=False)
     status.show(study, print, console)
     told = console.export_text().splitlines()
     row = next(line for line in told if line.split()[:1] == [branch.name])
-    assert f"{branch.branch_step + 10}/{branch.config.train.steps}" in row and "SIGTERM stopped it" in row
+    assert row.split()[1:] == ["missing", f"{branch.branch_step + 10}/{branch.config.train.steps}", "6.0000"]
+    assert any(line.startswith(f"{branch.name}: SIGTERM stopped it") for line in told)
+    total = " ".join(line.strip() for line in told[-2:])
+    assert total.startswith("[")
     # All FLOPs are those of every run's own tokens: a branch is a trunk's with another end.
     own = [cell.flops * (1 - (cell.branch_step or 0) / cell.config.train.steps) for cell in cells]
     share = (own[0] + branch.flops * 10 / branch.config.train.steps) / sum(own)
-    assert f"{share:.1%} of {sum(own):.3g} FLOPs, 0 of 12 GPU hours: 1 done, 5 missing" in told[-1]
-    assert told[-1].count("#") == int(20 * share)
+    assert f"{share:.1%} of {sum(own):.3g} FLOPs, 0 of 12 GPU hours: 1 done, 5 missing" in total
+    assert total.count("#") == int(20 * share)
     assert next(lines_backwards(Path(trunk.config.run.dir, "metrics.jsonl")))["step"] == trunk.config.train.steps

@@ -125,6 +125,24 @@ def test_a_study_that_tells_nothing_or_costs_too_much_is_refused(planned, line, 
     assert not folder.exists()
 
 
+def test_what_is_given_up_is_planned_no_more(planned):
+    """Nor is it counted among what tells the law's terms apart, or what is predicted."""
+    before = planned()[1].out
+    code, printed, folder = planned("give_up: [gdn-64x2-2e12-s0, transformer-128x2-8e12-s0, gdn-128x2-8e12-s0]")
+    assert code == 0 and "18 runs: " in before and "15 runs: " in printed.out
+    assert "held out: " in before and "held out: " not in printed.out
+    with open(folder / "plan.csv") as file:
+        assert "gdn-64x2-2e12-s0" not in {row["cell"] for row in csv.DictReader(file)}
+    code, printed, _ = planned("give_up: [gdn-64x2-2e12-s0, gdn-64x2-4e12-s0]")
+    assert code == 2 and "gdn: it has 6 runs to fit the law to, which needs 7" in printed.err
+
+
+def test_a_study_may_predict_nothing(planned):
+    code, printed, _ = planned("hold_out: null", "targets: []")
+    (line,) = [line for line in printed.out.splitlines() if line.startswith("gdn - transformer")]
+    assert code == 0 and len(line.split()) == 4, "a_opt alone"
+
+
 def test_flops_are_counted_at_the_lengths_of_the_data(planned, monkeypatch):
     """Of two samples one is one document, the other eight: full attention costs less, and a recurrence as much."""
     lengths = {512: 0.5, 64: 0.5}
