@@ -97,14 +97,17 @@ def test_ratios_count_as_they_are_asked_for(tokens_per_parameter, refused):
     """Whole steps alone make them differ by a percent."""
     parameters, asked = ratios(*tokens_per_parameter, *tokens_per_parameter)
     realised = asked * (1 + 0.01 * np.random.default_rng(0).uniform(-1, 1, len(asked)))
+    alike = {"kind": "a", "role": "single", "held_out": False}
     cells = [
         SimpleNamespace(
-            kind="a", role="single", held_out=False, trunk=str(number), parameters=size, tokens=tokens,
-            asked=wanted * size, flops_per_token=size,
+            name=str(number), trunk=str(number), parameters=size, tokens=tokens, asked=wanted * size, **alike
         )
         for number, (size, tokens, wanted) in enumerate(zip(parameters, realised, asked, strict=True))
-    ]  # fmt: skip
-    study = SimpleNamespace(kinds=["a"], targets=[SimpleNamespace(parameters=7e9, tokens=1.4e12)], noise=NOISE)
+    ]
+    for cell in cells:
+        cell.flops_per_token = cell.parameters
+    target = SimpleNamespace(parameters=7e9, tokens=1.4e12)
+    study = SimpleNamespace(kinds=["a"], targets=[target], noise=NOISE, give_up=[])
     if refused:
         with pytest.raises(UserError, match=r"a: all its runs have about 2[04] tokens a parameter, one"):
             expect(study, cells)
