@@ -36,6 +36,14 @@ def free_memory(device: torch.device) -> float:
     return int(found[1]) * 1024 / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if found else math.inf
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it for a process that is to use it alone;
+    empty without any."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return [str(number) for number in range(count)] if named is None else named.split(",")[:count]
+
+
 def gpu_memory() -> float:
     """Bytes of this process's GPU; infinite without one."""
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf

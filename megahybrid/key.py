@@ -77,15 +77,30 @@ def key(
 
 def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Key]]:
     """Every key of a configuration, or of a section of one: its dotted name, its value and its rules."""
+    for name, holder, field in _walk(section, prefix):
+        yield name, getattr(holder, field.name), field.metadata[_METADATA]
+
+
+def unusual(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Key]]:
+    """Of `keys` those whose value is not the one that holds where they are left out."""
+    for name, holder, field in _walk(section, prefix):
+        value, rules = getattr(holder, field.name), field.metadata[_METADATA]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value != default and not (rules.otherwise is not None and value == rules.otherwise(holder)):
+            yield name, value, rules
+
+
+def _walk(section: Any, prefix: str) -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """Every key's dotted name, the section that holds it, and its field there."""
     for field in dataclasses.fields(section):
         name, value = prefix + field.name, getattr(section, field.name)
         if dataclasses.is_dataclass(value):
-            yield from keys(value, f"{name}.")
+            yield from _walk(value, f"{name}.")
         elif _METADATA in field.metadata:
-            yield name, value, field.metadata[_METADATA]
+            yield name, section, field
         else:
             for inner, each in value.items():
-                yield from keys(each, f"{name}.{inner}.")
+                yield from _walk(each, f"{name}.{inner}.")
 
 
 def derived(section: Any) -> Any:

@@ -49,7 +49,7 @@ class TrainingData:
         self.opened = open_data(config)
         """What the sources are."""
         self._rows = TaskRows(config, self.opened.vocabulary)
-        weights = _weights(config, self.opened.prepared)
+        weights = text_weights(config, self.opened.prepared)
         self._reader = ShardReader(self.opened.prepared, open_store(config), TRAIN, weights, train.seq_length)
         samples = self._reader.shard_samples
         sources = [OrderedSource(name, samples[name], weight) for name, weight in weights.items()]
@@ -167,7 +167,7 @@ class ValidationData:
         opened = open_data(self._config)
         prepared = opened.prepared
         held = prepared.sources_of(VALIDATION) if prepared else {}
-        sources = [name for name in _weights(self._config, prepared) if name in held]
+        sources = [name for name in text_weights(self._config, prepared) if name in held]
         length = self._config.train.seq_length
         self._reader = ShardReader(prepared, open_store(self._config), VALIDATION, sources, length)
         sizes = [int(samples.sum()) for samples in self._reader.shard_samples.values()]
@@ -203,7 +203,7 @@ def validation_batches(config: Config, dp_rank: int, dp_size: int) -> Validation
     return ValidationData(config, dp_rank, dp_size)
 
 
-def _weights(config: Config, prepared: Prepared | None) -> dict[str, float]:
+def text_weights(config: Config, prepared: Prepared | None) -> dict[str, float]:
     """The sources of text in use, sorted by name, with their weights: those of the recipe, or their sizes.
 
     Raises UserError for a source with a weight and without samples, and if no source, nor a task, is left.

@@ -50,17 +50,14 @@ def pack(
     """Lay samples (`tokens` `[L + 1]`, `borders`, of a task's also `weights` `[L]`) end to end.
 
     Args:
-        samples: all of one length. The borders of those with weights hold without document masking, too.
+        samples: all of one length.
         indices: theirs in the split.
         document_masking: whether documents in a sample do not see each other.
         weighted: whether the batch has weights.
     """
     rows = torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64))
     length = rows.shape[1] - 1
-    lengths: list[int] = []
-    for sample in samples:
-        borders = sample["borders"].tolist() if document_masking or "weights" in sample else [0]
-        lengths += (end - begin for begin, end in pairwise([*borders, length]))
+    lengths = [each for sample in samples for each in lengths_of(sample, length, document_masking)]
     weights = np.stack([sample.get("weights", np.ones(length, np.float32)) for sample in samples]) if weighted else None
     return Batch(
         tokens=rows[:, :-1].reshape(-1),
@@ -70,6 +67,13 @@ def pack(
         sample_positions=torch.arange(length).repeat(len(samples)),
         weights=None if weights is None else torch.from_numpy(weights).reshape(-1),
     )
+
+
+def lengths_of(sample: Mapping[str, NDArray], length: int, document_masking: bool) -> list[int]:
+    """Of the sequences of a sample of `length` tokens. The borders of those with weights hold without document masking,
+    too."""
+    borders = sample["borders"].tolist() if document_masking or "weights" in sample else [0]
+    return [end - begin for begin, end in pairwise([*borders, length])]
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from rich.table import Table
 from megahybrid.errors import UserError
 from megahybrid.files import read_json
 from megahybrid.launch import slurm
+from megahybrid.readable import short
 from megahybrid.training import attempts
 from megahybrid.training.metrics_file import lines_backwards
 from megahybrid.training.ownership import another
@@ -71,43 +72,42 @@ def queued_jobs(say: Callable[[str], None] = print) -> list[slurm.QueuedJob] | N
         return None
 
 
-def show(runs: Sequence[Run], console: Console | None = None, names: Sequence[str] | None = None) -> None:
-    """Print a table, a row a run, by its path where it has no other name."""
+def show(runs: Sequence[Run], console: Console | None = None) -> None:
+    """Print a table, a row a run."""
     console = console or Console()
     table = Table(box=None, header_style="bold")
-    table.add_column("run", overflow="fold", no_wrap=names is not None)
+    table.add_column("run", overflow="fold")
     for name in ("state", "step", "tokens", "tokens/s", "MFU", "loss", "left", "job"):
         table.add_column(name, justify="left" if name in ("state", "job") else "right", no_wrap=name != "job")
     table.add_column("why", overflow="fold")
-    for run, name in zip(runs, names or [str(run.path) for run in runs], strict=True):
-        table.add_row(name, *_row(run))
+    for run in runs:
+        table.add_row(str(run.path), *_row(run))
     console.print(table)
 
 
+def left(run: Run) -> str:
+    """How long a run that trains will still take; "" of another."""
+    last = run.last
+    if run.state != "running" or not last:
+        return ""
+    a_step = last["tokens"] / last["step"] / last["tokens_per_second"]
+    return duration((run.target - last["step"]) * a_step)
+
+
 def _row(run: Run) -> list[str]:
-    last, left = run.last, ""
-    if run.state == "running" and last:
-        a_step = last["tokens"] / last["step"] / last["tokens_per_second"]
-        left = duration((run.target - last["step"]) * a_step)
+    last = run.last
     of_tokens = last["tokens"] / last["step"] * run.target if last else 0
     return [
         run.state,
         f"{run.step}/{run.target}" if run.target else "",
-        f"{_short(last['tokens'])}/{_short(of_tokens)}" if last else "",
+        f"{short(last['tokens'])}/{short(of_tokens)}" if last else "",
         f"{last['tokens_per_second']:,.0f}" if last else "",
         f"{100 * last['mfu']:.1f} %" if "mfu" in last else "",
         f"{last['loss']:.4f}" if last else "",
-        left,
+        left(run),
         ", ".join(run.jobs),
         run.reason,
     ]
-
-
-def _short(tokens: float) -> str:
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if tokens >= limit:
-            return f"{tokens / limit:.3g}{suffix}"
-    return f"{tokens:.0f}"
 
 
 def _directories(folder: Path) -> Iterator[Path]:

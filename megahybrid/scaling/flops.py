@@ -8,6 +8,7 @@ halves of tiles, recomputation) is not counted either, so that a faster kernel s
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megahybrid.config.pattern import parse_pattern
@@ -19,7 +20,7 @@ from megahybrid.mixers.counting import linear
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs a token, averaged over the positions of a document of train.seq_length tokens.
+    """FLOPs a token, averaged over the positions of documents.
 
     Attributes:
         parts: of the forward pass, by part of the model over all its layers.
@@ -38,12 +39,19 @@ class Flops:
         return 3 * self.forward
 
 
-def flops_per_token(config: Config) -> Flops:
-    """FLOPs a token of the model that the configuration describes."""
+def flops_per_token(config: Config, lengths: Mapping[int, float] | None = None) -> Flops:
+    """FLOPs a token of the model that the configuration describes.
+
+    Args:
+        config: of the model, and train.seq_length.
+        lengths: which part of the tokens is in documents of which length, as `megahybrid.data.lengths` finds them; all
+            in such of train.seq_length when left out.
+    """
     model = derived(config.model)
     parts: Counter[str] = Counter()
-    for letter in parse_pattern(model.pattern).letters:
-        parts.update(layer(model, letter, config.train.seq_length))
+    for letter, layers in Counter(parse_pattern(model.pattern).letters).items():
+        for length, part in (lengths or {config.train.seq_length: 1}).items():
+            parts.update({name: layers * part * flops for name, flops in layer(model, letter, length).items()})
     parts["output layer"] = linear(model.hidden_size, model.vocab_size)
     return Flops(dict(parts))
 

@@ -6,6 +6,7 @@ Several GPUs take as many hours together, and what their layout costs (docs/perf
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -58,16 +59,19 @@ def own_steps(config: Config) -> int:
     return config.train.steps - (point[1] if point else 0)
 
 
-def by_utilisation(config: Config, mfu: float, source: str, gpu: str = "H100") -> Estimate:
-    """From a model FLOP utilisation, on a GPU that megahybrid/devices.py knows, `H100` say."""
+def by_utilisation(
+    config: Config, mfu: float, source: str, gpu: str = "H100", lengths: Mapping[int, float] | None = None
+) -> Estimate:
+    """From a model FLOP utilisation, on a GPU that megahybrid/devices.py knows, `H100` say; `lengths` as in
+    `flops_per_token`."""
     train = config.train
-    flops = flops_per_token(config).training * train.global_batch_size * train.seq_length
+    flops = flops_per_token(config, lengths).training * train.global_batch_size * train.seq_length
     return Estimate(gpu, flops / (PEAKS[gpu] * mfu), own_steps(config), f"{100 * mfu:.1f} % MFU, {source}")
 
 
-def tabled(config: Config, gpu: str = "H100") -> Estimate:
-    """From what was measured of other recipes, for one that nobody has run: the longer of the time that the FLOPs take
-    at the tabled MFU, and of the launches.
+def tabled(config: Config, gpu: str = "H100", lengths: Mapping[int, float] | None = None) -> Estimate:
+    """From what was measured of other recipes, for one that nobody has run: the longer of the time that the FLOPs, of
+    documents of these `lengths`, take at the tabled MFU, and of the launches.
 
     MFU is linear in the logarithm of the width, also below the table's, which is a guess, and not in another precision
     or at other lengths, where long full attention is slower. Layers that recompute their activations take their
@@ -78,7 +82,7 @@ def tabled(config: Config, gpu: str = "H100") -> Estimate:
     mfu = _at_width(model.hidden_size, *map(fmean, zip(*(KINDS[each].utilisation for each in letters), strict=True)))
     mfu /= 1 + _recomputed(config) / 3
     guessed = ", a guess at this width" if model.hidden_size < _WIDTHS[0] else ""
-    by_flops = by_utilisation(config, mfu, f"by docs/performance/whole-step.md{guessed}", gpu)
+    by_flops = by_utilisation(config, mfu, f"by docs/performance/whole-step.md{guessed}", gpu, lengths)
     launches = _launch_seconds(config, letters)
     if launches < by_flops.step_seconds:
         return by_flops

@@ -11,7 +11,9 @@ import numpy as np
 
 from megahybrid.study import hours
 from megahybrid.study.drawing import power
-from megahybrid.study.results import Results, Run
+from megahybrid.study.law.approach2 import SAME_COMPUTE
+from megahybrid.study.results import Results
+from megahybrid.study.table import Run
 
 _ROUNDING = 1 + 1e-9
 _NAMED = 6  # runs that a sentence names; of more it gives the number, and the table has the names
@@ -101,7 +103,7 @@ def _forecasts(results: Results) -> Iterator[str]:
     for run in frozen:
         prediction = results.frozen[run.cell]
         low, high = prediction["interval"]
-        ratio = run.flops / max(each.flops for each in results.of(run.kind) if each.fitted)
+        ratio = _beyond(results, run)
         said = f"{run.kind}, {ratio:.3g} times the FLOPs of its largest fitted run: {prediction['loss']:.4f} "
         said += f"({low:.4f} to {high:.4f}) nats a token were predicted"
         if not run.counts:
@@ -110,6 +112,11 @@ def _forecasts(results: Results) -> Iterator[str]:
         place = "inside the interval" if covered(results, run) else "outside the interval"
         late = "" if predicted_before(results, run) else " The run had begun when that was written."
         yield f"{said}, {run.loss:.4f} came: {100 * error(results, run):+.2f} %, {place}.{late}"
+
+
+def _beyond(results: Results, run: Run) -> float:
+    """FLOPs of a held-out run by those of its kind's largest fitted one."""
+    return run.flops / max(each.flops for each in results.of(run.kind) if each.fitted)
 
 
 def predicted_before(results: Results, run: Run) -> bool:
@@ -155,7 +162,7 @@ def _runs(results: Results) -> Iterator[str]:
     reasons: dict[str, list[str]] = {}
     for run in results.runs:
         if not run.counts:
-            tuning = "of the tuning grid" if run.role == "tune" else f"({run.excluded or 'without a loss'})"
+            tuning = "of the tuning grid" if run.role == "tune" else f"({run.excluded})"
             reasons.setdefault(tuning if run.state == "done" else run.state, []).append(run.cell)
     parts = [f"{fitted} fitted", f"{held} held out and done"]
     parts += [f"{len(cells)} {reason}{_names(cells)}" for reason, cells in reasons.items()]
@@ -173,7 +180,7 @@ def _retries(results: Results) -> Iterator[str]:
 
 def why(run: Run) -> str:
     """Why the law was not fitted to a run."""
-    return run.excluded or (run.state if run.state != "done" else "without a loss")
+    return run.excluded or run.state
 
 
 def _names(cells: Sequence[str]) -> str:
@@ -219,7 +226,8 @@ def _same_exponents(results: Results) -> Iterator[str]:
 def _extrapolation(results: Results) -> Iterator[str]:
     frozen = [run for run in results.runs if run.cell in results.frozen and run.counts]
     frozen = [run for run in frozen if predicted_before(results, run)]
-    checked = f"held-out runs test it at {listed(_once(power(run.flops) for run in frozen))} only" if frozen else ""
+    beyond = _once(power(run.flops) for run in frozen if _beyond(results, run) > SAME_COMPUTE)
+    checked = f"held-out runs test it at {listed(beyond)} only" if beyond else ""
     yield f"What holds beyond {power(results.end)} FLOPs, where no run was fitted: {checked or 'no run has tested it'}."
     for kind in results.kinds:
         if not any(run.kind == kind for run in frozen):

@@ -12,9 +12,9 @@ from typing import Any
 from megahybrid.errors import UserError
 from megahybrid.files import read_json, write_text
 from megahybrid.launch import runs
-from megahybrid.scaling.flops import flops_per_token
 from megahybrid.study.file import Study
 from megahybrid.study.measured import gpu_hours
+from megahybrid.study.models import count_flops
 from megahybrid.study.outcomes import Outcome, Survey
 from megahybrid.training import attempts, checkpoint_folder
 from megahybrid.training.run_directory import RunDirectory
@@ -48,7 +48,7 @@ def _row(outcome: Outcome, hours: float) -> dict[str, Any]:
     """A row; FLOPs by part are of the whole run, a branch's with its trunk's, as `tokens` and `flops` are."""
     cell, config = outcome.cell, outcome.cell.config
     directory = RunDirectory(outcome.run.path)
-    parts = flops_per_token(config).parts
+    parts = count_flops(config).parts
     return {
         "cell": cell.name,
         "run": "" if cell.awaits else cell.identity,

@@ -24,7 +24,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     launch = verbs.add_parser("launch", help=text, description=text)
     launch.add_argument("file", metavar="FILE", help="the study's YAML file")
     launch.add_argument(
-        "--jobs", type=int, metavar="RUNS", help="here, so many side by side, whatever limits.profile says"
+        "--jobs", type=int, metavar="RUNS", help="here, so many at once over its GPUs, whatever limits.profile says"
     )
     launch.add_argument("--wait", action="store_true", help="through Slurm, too, go on until all is done")
     launch.set_defaults(run=_launch)
@@ -113,12 +113,12 @@ def _fit(parsed: argparse.Namespace) -> None:
     if parsed.file:
         from megahybrid.study.file import load_study
 
-        folder = load_study(parsed.file).folder
-        found, path = fit.fit(folder, parsed.bootstrap), folder / "fit.json"
+        study = load_study(parsed.file)
+        found, path = fit.fit(study, parsed.bootstrap), study.folder / "fit.json"
     else:
         columns = table.parse_columns(parsed.columns) if parsed.columns else None
-        runs = table.read_table(parsed.runs, columns, parsed.drop_largest_losses)
-        found, path = fit.fit_table(runs, (), parsed.bootstrap), parsed.runs.with_suffix(".fit.json")
+        runs = table.read_runs(parsed.runs, columns, parsed.drop_largest_losses)
+        found, path = fit.fit_runs(runs, (), parsed.bootstrap), parsed.runs.with_suffix(".fit.json")
         write_json(path, found)
     print(fit_text.describe(found))
     print(f"\n{path}")

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from megahybrid.data.documents import TRAIN
+from megahybrid.data.lengths import sequence_lengths
 from megahybrid.data.prepared import find_prepared
+from megahybrid.readable import short
 from megahybrid.scaling.plan import table
 from megahybrid.study.cells import batch_tokens
 from megahybrid.study.identity import find_data
 from megahybrid.study.plan import Plan, Row
 from megahybrid.study.rules import BATCHES, LEARNING_RATES
 
+FAR = 4
+"""Times the FLOPs of the largest fitted run, from which on a held-out one tests the law."""
+
 
 def describe(plan: Plan) -> str:
     """Tables of models, runs and expected intervals, and sentences on costs, rules and data."""
     return "\n\n".join([_models(plan), _runs(plan), "\n".join(_sentences(plan)), _precision(plan)])
-
-
-def short(value: float) -> str:
-    """Three digits: 43.7M, 8.27G, 512."""
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= 0.9995 * limit:
-            return f"{float(f'{value / limit:.3g}'):g}{suffix}"
-    return f"{value:.3g}"
 
 
 def _models(plan: Plan) -> str:
@@ -76,15 +73,41 @@ def _sentences(plan: Plan) -> Iterator[str]:
     yield "  at the geometric mean of the tokens of trunk and branches; / rule: by what the rule says of the run's own"
     if study.rules.tune:
         yield "tune: the factor of the best run multiplies all other rates of its kind, whose runs wait for it"
-    if study.hold_out:
-        held, fitted = (max(row.cell.flops for row in rows if row.cell.held_out is out) for out in (True, False))
-        yield f"held out: {held / fitted:.1f} times the FLOPs of the largest run that is fitted"
+    yield from _far(plan)
+    if (times := _times_beyond(plan)) is not None:
+        near = f": too near to test the law; hold out one of {FAR} times" if round(times, 1) < FAR else ""
+        yield f"held out: {times:.1f} times the FLOPs of the largest run that is fitted{near}"
     yield from _data(plan)
+
+
+def _far(plan: Plan) -> Iterator[str]:
+    """Models that are far from those that a rule comes from."""
+    sizes = {row.cell.parameters_without_embedding for row in plan.rows}
+    for name in dict.fromkeys([plan.study.rules.learning_rate, plan.study.rules.batch]):
+        rule = LEARNING_RATES[name]
+        if far := sorted(filter(rule.is_far, sizes)):
+            here = " to ".join(dict.fromkeys([short(far[0]), short(far[-1])]))
+            low, high = map(short, rule.sizes)
+            yield f"  {name} is of models of {low} to {high} parameters without embeddings: a guess for {here}"
+
+
+def _times_beyond(plan: Plan) -> float | None:
+    """FLOPs of the held-out runs by those of the largest that is fitted, of the kind of which it is least; None where
+    nothing is held out."""
+    cells = [row.cell for row in plan.rows]
+    largest = {(cell.kind, cell.held_out): cell.flops for cell in sorted(cells, key=lambda cell: cell.flops)}
+    return min((largest[kind, True] / largest[kind, False] for kind, held in largest if held), default=None)
 
 
 def _data(plan: Plan) -> Iterator[str]:
     """What is prepared, and whether it suffices."""
     config = plan.rows[0].cell.config
+    lengths, length = sequence_lengths(config), config.train.seq_length
+    counted = "are counted as one document each, since no data are at hand here"
+    if lengths is not None:
+        mean = sum(each * part for each, part in lengths.items())
+        counted = f"see as much as in sequences of {mean:,.0f} on average, and are counted at the lengths of the data"
+    yield f"FLOPs: samples of {length:,} tokens {counted}"
     identity = find_data(config)
     if identity is None:
         yield f"data: not prepared yet, run `megahybrid prepare {plan.study.base}`; identities are not known before"
@@ -101,13 +124,14 @@ def _precision(plan: Plan) -> str:
     """95 % intervals, half as wide each, relative."""
     study, kinds = plan.study, plan.precision
     targets = [f"{short(each.parameters)}, {short(each.tokens)}" for each in study.targets]
-    names = [*targets, *(["held out"] if study.hold_out else [])]
+    names = [*targets, "held out"][: max(len(each.losses) for each in kinds.values())]  # but what is given up
     rows = [_widths(kind, f"{each.condition:.0e}", each.a_opt, each.losses) for kind, each in kinds.items()]
-    for (first, one), (second, other) in combinations(kinds.items(), 2):
-        a_opt, losses = np.hypot(one.a_opt, other.a_opt), np.hypot(one.losses, other.losses)
-        rows.append(_widths(f"{second} - {first}", "", a_opt, losses))
+    for (first, one), (second, other) in itertools.combinations(kinds.items(), 2):
+        losses = itertools.starmap(np.hypot, zip(one.losses, other.losses, strict=False))
+        rows.append(_widths(f"{second} - {first}", "", np.hypot(one.a_opt, other.a_opt), losses))
     title = f"95 % intervals at {study.noise:.2%} noise: ±"
-    return table((title, "condition", "a_opt", *names), rows)
+    head = (title, "condition", "a_opt", *names)
+    return table(head, [(*row, *[""] * (len(head) - len(row))) for row in rows])
 
 
 def _widths(name: str, condition: str, a_opt: float, losses: Iterable[float]) -> tuple[str, ...]:

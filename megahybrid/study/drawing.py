@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from megahybrid.study.cells import budget_name
 from megahybrid.study.results import Results
 from megahybrid.training.drawing import ACCENT, INK, tidy
 
@@ -109,6 +110,6 @@ def power(value: float, _: int = 0) -> str:
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
-def budget_name(budget: float) -> str:
+def budget_label(budget: float) -> str:
     """What every run of a budget has the same of."""
-    return f"{power(budget)} FLOPs" if budget > 1e9 else f"{budget:.3g} tokens a parameter"
+    return f"{budget_name(budget)} {'FLOPs' if budget > 1e9 else 'tokens a parameter'}"

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megahybrid.errors import UserError
 from megahybrid.files import write_json
+from megahybrid.study.file import Study, TargetConfig
+from megahybrid.study.fit_warnings import rule, warnings
+from megahybrid.study.kind_fit import KindFit, column, fit_kind, with_replicates
 from megahybrid.study.law import approach2
-from megahybrid.study.law.bootstrap import REPLICATES, Replicates, bootstrap, interval
-from megahybrid.study.law.fit import EXPONENTS, LEAST_RUNS, Fit, Points
+from megahybrid.study.law.bootstrap import REPLICATES, interval
+from megahybrid.study.law.fit import Points
 from megahybrid.study.law.fit import fit as fit_law
-from megahybrid.study.law.form import NOISE, influence, misfits
+from megahybrid.study.law.form import NOISE
 from megahybrid.study.law.frontier import Frontier, TokenCost, multiplier
-from megahybrid.study.law.law import CONDITION_LIMIT, Array, Law
+from megahybrid.study.law.law import Array, Law
 from megahybrid.study.law.rollout import rollout
-from megahybrid.study.table import Table, read_table
+from megahybrid.study.table import Run, read_runs
 
 DELTAS = {"1e-4": 1e-4, "1e-2": 1e-2, "inf": math.inf}
 """Of Huber's loss, that the law is fitted with besides."""
-
-LEAST_RATIO = 1.1
-"""Between the most and the fewest tokens a parameter of a kind's runs."""
-
-BARELY = 1e7
-"""A condition number from which on a fit is warned of."""
 
 BEYOND = 1e3
 """How far past the largest run, in compute, the best sizes are given,"""
@@ -41,77 +35,45 @@ A_DECADE = 4
 ROLLOUT_REPLICATES = 200
 """Of each step, at most."""
 
-Target = tuple[float, float]
-"""Parameters and tokens."""
 
-
-@dataclass(frozen=True)
-class _Kind:
-    """The law of one kind of model, with one way of counting its parameters."""
-
-    name: str
-    fit: Fit
-    flops: Array
-    trunks: Array
-    cost: TokenCost
-    replicates: Replicates | None
-
-    @property
-    def frontier(self) -> Frontier:
-        return Frontier(self.fit.law, self.cost)
-
-    @property
-    def frontiers(self) -> Frontier:
-        """Of the replicates."""
-        return Frontier(self.replicates.law, self.cost)
-
-    def interval(self, values: Any) -> list[float] | None:
-        """Of what `values`, called with nothing, gives for each replicate."""
-        return interval(values()) if self.replicates else None
-
-
-def fit(folder: Path, replicates: int = REPLICATES) -> dict[str, Any]:
+def fit(study: Study, replicates: int = REPLICATES) -> dict[str, Any]:
     """Fit the law to a study's runs.csv and write its fit.json, which is returned.
 
     Raises UserError, and writes nothing, where there is no table or no law can be fitted to it.
     """
-    from megahybrid.study.file import load_study
-
-    if not (folder / "runs.csv").is_file():
-        raise UserError(f"'{folder}' has no runs.csv: run `megahybrid study collect` first.")
-    file = folder / "study.yaml"
-    study = load_study(file) if file.is_file() else None
-    targets = [(each.parameters, each.tokens) for each in study.targets] if study else []
-    found = fit_table(read_table(folder / "runs.csv"), targets, replicates, study.noise if study else NOISE)
-    write_json(folder / "fit.json", found)
+    table = study.folder / "runs.csv"
+    if not table.is_file():
+        raise UserError(f"'{study.folder}' has no runs.csv: run `megahybrid study collect` first.")
+    found = fit_runs(read_runs(table), study.targets, replicates, study.noise)
+    write_json(study.folder / "fit.json", found)
     return found
 
 
-def fit_table(
-    table: Table, targets: Sequence[Target] = (), replicates: int = REPLICATES, noise: float = NOISE
+def fit_runs(
+    runs: Sequence[Run], targets: Sequence[TargetConfig] = (), replicates: int = REPLICATES, noise: float = NOISE
 ) -> dict[str, Any]:
     """What fit.json holds; docs/scaling.md says what each part is.
 
     Args:
-        table: the runs.
+        runs: of all kinds; the first one's is what others are compared with.
         targets: models whose loss every kind's law predicts.
         replicates: of the bootstrap; 0 for no intervals.
         noise: standard deviation that a run's loss is expected to have, relative.
 
     Raises UserError where no law can be fitted.
     """
-    kinds = list(dict.fromkeys(table.kind.tolist()))
-    fitted = [_fit_kind(table, kind, table.parameters, replicates, seed) for seed, kind in enumerate(kinds)]
-    compute = _compute(table)
+    kinds = list(dict.fromkeys(run.kind for run in runs))
+    fitted = with_replicates([fit_kind(runs, kind) for kind in kinds], replicates)
+    compute = _compute(runs)
     found = {}
     for kind in fitted:
         found[kind.name] = _described(kind, compute) | {
-            "predictions": list(_predictions(kind, table, table.parameters, targets)),
-            "without_embedding": _without_embedding(table, kind.name, replicates, compute),
+            "predictions": [*_held_out(kind, runs), *_targets(kind, targets)],
+            "without_embedding": _without_embedding(runs, kind.name, replicates, compute),
         }
     return _finite(
         {
-            "rule": _rule(table),
+            "rule": rule(runs),
             "kinds": found,
             "multipliers": {
                 f"{fitted[0].name} vs {other.name}": list(_multipliers(fitted[0], other, compute))
@@ -120,47 +82,19 @@ def fit_table(
             "shared_exponents": _shared_exponents(fitted),
             "approach2": {kind.name: _approach2(kind) for kind in fitted},
             "rollout": {kind.name: list(_rollout(kind, replicates)) for kind in fitted},
-            "warnings": list(_warnings(table, fitted, noise)),
+            "warnings": list(warnings(runs, fitted, noise)),
         }
     )
 
 
-def _fit_kind(table: Table, name: str, parameters: Array, replicates: int, seed: int = 0) -> _Kind:
-    here = table.kind == name
-    chosen = here & table.fitted
-    runs = int(chosen.sum())
-    if runs < LEAST_RUNS:
-        raise UserError(f"{name} has {runs} runs to fit, and the law needs {LEAST_RUNS} at least; finish or add some.")
-    points = Points(parameters[chosen], table.tokens[chosen], table.loss[chosen])
-    ratios = points.tokens / points.parameters
-    if ratios.max() < LEAST_RATIO * ratios.min():
-        raise UserError(
-            f"All runs of {name} have about {ratios.mean():.3g} tokens a parameter, which cannot tell the law's terms "
-            "apart; add runs with fewer and with more."
-        )
-    try:
-        fitted = fit_law(points)
-    except UserError as error:
-        raise UserError(f"{name} cannot be fitted: {error}") from None
-    if not fitted.condition <= CONDITION_LIMIT:
-        raise UserError(
-            f"The runs of {name} cannot tell the law's terms apart (condition number {fitted.condition:.1e}, above "
-            f"{CONDITION_LIMIT:.0e}); add sizes, and runs with fewer and with more tokens a parameter."
-        )
-    trunks = table.trunk[chosen]
-    laws = bootstrap(fitted, trunks, replicates, np.random.default_rng(seed)) if replicates else None
-    cost = TokenCost.of(parameters[here], table.flops[here] / table.tokens[here])
-    return _Kind(name, fitted, table.flops[chosen], trunks, cost, laws)
-
-
-def _compute(table: Table) -> Array:
+def _compute(runs: Sequence[Run]) -> Array:
     """FLOPs at which the best sizes are given: from the smallest run, through the largest, and beyond."""
-    flops = table.flops[table.fitted]
+    flops = column([run for run in runs if run.fitted], "flops")
     decades = math.log10(flops.max() * BEYOND / flops.min())
     return np.geomspace(flops.min(), flops.max() * BEYOND, math.ceil(A_DECADE * decades) + 1)
 
 
-def _described(kind: _Kind, compute: Array) -> dict[str, Any]:
+def _described(kind: KindFit, compute: Array) -> dict[str, Any]:
     fitted = kind.fit
     return {
         **_numbers(fitted.law, kind.cost),
@@ -181,7 +115,7 @@ def _numbers(law: Law, cost: TokenCost) -> dict[str, Any]:
     }
 
 
-def _with_delta(kind: _Kind, delta: float) -> dict[str, Any] | None:
+def _with_delta(kind: KindFit, delta: float) -> dict[str, Any] | None:
     try:
         fitted = fit_law(kind.fit.points, delta)
     except UserError:
@@ -189,13 +123,13 @@ def _with_delta(kind: _Kind, delta: float) -> dict[str, Any] | None:
     return _numbers(fitted.law, kind.cost) | {"objective": fitted.objective}
 
 
-def _intervals(kind: _Kind) -> dict[str, list[float]]:
+def _intervals(kind: KindFit) -> dict[str, list[float]]:
     if not kind.replicates:
         return {}
     return {name: interval(values) for name, values in _numbers(kind.replicates.law, kind.cost).items()}
 
 
-def _optimum(kind: _Kind, compute: Array) -> Iterator[dict[str, Any]]:
+def _optimum(kind: KindFit, compute: Array) -> Iterator[dict[str, Any]]:
     for flops in compute:
         yield {
             "flops": flops,
@@ -204,22 +138,27 @@ def _optimum(kind: _Kind, compute: Array) -> Iterator[dict[str, Any]]:
         }
 
 
-def _predictions(kind: _Kind, table: Table, parameters: Array, targets: Sequence[Target]) -> Iterator[dict[str, Any]]:
-    """Of runs that were held out, and of targets; an interval is that of one run, with its noise."""
-    for place in np.flatnonzero((table.kind == kind.name) & table.held_out):
-        made = _predicted(kind, parameters[place], table.tokens[place], table.flops[place])
-        actual = table.loss[place] if table.done[place] else None
-        covered = (
-            None if actual is None or not kind.replicates else made["interval"][0] <= actual <= made["interval"][1]
-        )
-        error = None if actual is None else actual / made["loss"] - 1
-        yield made | {"cell": table.cell[place] or None, "actual": actual, "error": error, "covered": covered}
-    for size, tokens in targets:
-        made = _predicted(kind, size, tokens, kind.cost(size) * tokens)
+def _held_out(kind: KindFit, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """Predictions of runs that were held out; an interval is that of one run, with its noise."""
+    for run in runs:
+        if run.kind != kind.name or not run.held_out:
+            continue
+        made = _predicted(kind, getattr(run, kind.count), run.tokens, run.flops) | {"cell": run.cell or None}
+        if not run.counts:
+            yield made | {"actual": None, "error": None, "covered": None}
+            continue
+        covered = made["interval"] and made["interval"][0] <= run.loss <= made["interval"][1]
+        yield made | {"actual": run.loss, "error": run.loss / made["loss"] - 1, "covered": covered}
+
+
+def _targets(kind: KindFit, targets: Sequence[TargetConfig]) -> Iterator[dict[str, Any]]:
+    """Likewise of models that nobody trains."""
+    for each in targets:
+        made = _predicted(kind, each.parameters, each.tokens, kind.cost(each.parameters) * each.tokens)
         yield made | {"cell": None, "actual": None, "error": None, "covered": None}
 
 
-def _predicted(kind: _Kind, parameters: float, tokens: float, flops: float) -> dict[str, Any]:
+def _predicted(kind: KindFit, parameters: float, tokens: float, flops: float) -> dict[str, Any]:
     return {
         "parameters": parameters,
         "tokens": tokens,
@@ -229,19 +168,19 @@ def _predicted(kind: _Kind, parameters: float, tokens: float, flops: float) -> d
     }
 
 
-def _without_embedding(table: Table, name: str, replicates: int, compute: Array) -> dict[str, Any] | None:
+def _without_embedding(runs: Sequence[Run], name: str, replicates: int, compute: Array) -> dict[str, Any] | None:
     """The same fit with parameters counted without embeddings; None where that is not known, or cannot be fitted."""
-    if table.parameters_without_embedding is None:
+    if any(math.isnan(run.parameters_without_embedding) for run in runs):
         return None
     try:
-        kind = _fit_kind(table, name, table.parameters_without_embedding, replicates)
+        fitted = fit_kind(runs, name, "parameters_without_embedding")
     except UserError:
         return None
-    made = _predictions(kind, table, table.parameters_without_embedding, ())
-    return _described(kind, compute) | {"predictions": list(made)}
+    (kind,) = with_replicates([fitted], replicates)
+    return _described(kind, compute) | {"predictions": list(_held_out(kind, runs))}
 
 
-def _multipliers(base: _Kind, other: _Kind, compute: Array) -> Iterator[dict[str, Any]]:
+def _multipliers(base: KindFit, other: KindFit, compute: Array) -> Iterator[dict[str, Any]]:
     """Where they are finite: at much compute a kind may never reach the other's loss."""
     for flops in compute:
         times = float(multiplier(base.frontier, other.frontier, flops))
@@ -250,7 +189,7 @@ def _multipliers(base: _Kind, other: _Kind, compute: Array) -> Iterator[dict[str
             yield {"flops": flops, "multiplier": times, "interval": ends}
 
 
-def _shared_exponents(kinds: Sequence[_Kind]) -> dict[str, Any] | None:
+def _shared_exponents(kinds: Sequence[KindFit]) -> dict[str, Any] | None:
     """A fit in which kinds differ in A, B and E alone; None for one kind, or where none can be fitted."""
     if len(kinds) < 2:
         return None
@@ -277,7 +216,7 @@ def _shared_exponents(kinds: Sequence[_Kind]) -> dict[str, Any] | None:
     }
 
 
-def _approach2(kind: _Kind) -> dict[str, Any] | None:
+def _approach2(kind: KindFit) -> dict[str, Any] | None:
     """The cross-check, with its own error on the fitted law at ten times the largest compute; None where budgets have
     too few sizes."""
     points = kind.fit.points
@@ -297,7 +236,7 @@ def _approach2(kind: _Kind) -> dict[str, Any] | None:
     }
 
 
-def _rollout(kind: _Kind, replicates: int) -> Iterator[dict[str, Any]]:
+def _rollout(kind: KindFit, replicates: int) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(0)
     for step in rollout(kind.fit.points, kind.flops, kind.trunks, min(replicates, ROLLOUT_REPLICATES), rng):
         yield {
@@ -308,53 +247,6 @@ def _rollout(kind: _Kind, replicates: int) -> Iterator[dict[str, Any]]:
             "largest": step.errors[np.abs(step.errors).argmax()],
             "covered": None if step.covered is None else int(step.covered.sum()),
         }
-
-
-def _rule(table: Table) -> str:
-    fitted = int(table.fitted.sum())
-    why = np.where(table.state != "done", table.state, np.where(table.excluded != "", table.excluded, "held out"))
-    reasons = Counter(str(each) for each in why[~table.fitted])
-    left = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-    second = "".join(f" {cell} is {first} again at half the rate." for first, cell in _second_tries(table).items())
-    return f"{fitted} of {len(table.loss)} runs are fitted; left out: {left or 'none'}.{second}"
-
-
-def _second_tries(table: Table) -> dict[str, str]:
-    """By the names of runs that diverged, those of the runs that are fitted in their place."""
-    names, again = dict(zip(table.run, table.cell, strict=True)), table.fitted & (table.retry_of != "")
-    pairs = zip(table.retry_of[again], table.cell[again], strict=True)
-    return {str(names.get(first, first)): str(cell) for first, cell in pairs}
-
-
-def _warnings(table: Table, kinds: Sequence[_Kind], noise: float) -> Iterator[str]:
-    second = _second_tries(table)
-    lacking = [str(each) for each in table.cell[(table.state != "done") & ~table.held_out] if each not in second]
-    if lacking:
-        few = ", ".join(lacking[:5]) + (f" and {len(lacking) - 5} more runs" if len(lacking) > 5 else "")
-        yield f"The fit lacks {few}, which {'has' if len(lacking) == 1 else 'have'} no loss."
-    for kind in kinds:
-        if kind.fit.condition > BARELY:
-            number = f"condition number {kind.fit.condition:.1e}"
-            yield f"The runs of {kind.name} barely tell the law's terms apart ({number})."
-        for name, value in (("alpha", kind.fit.law.alpha), ("beta", kind.fit.law.beta)):
-            if not EXPONENTS[0] < value < EXPONENTS[-1]:
-                yield f"{name} of {kind.name} is {value:.2f}, and language models have 0.2 to 0.8: look at its runs."
-        if moved := influence(kind.fit):
-            yield (
-                f"The fit of {kind.name} hangs on its {moved.runs} largest losses: without them {moved.name} is "
-                f"{moved.without:.3f}, not {moved.within:.3f}; look at these runs."
-            )
-        if kind.replicates and (lost := np.isnan(kind.frontiers.a_opt).mean()) > 0.01:
-            yield f"In {100 * lost:.0f} % of the replicates of {kind.name} loss does not fall with size or with tokens."
-    for each in misfits([kind.fit for kind in kinds], noise):
-        how = {
-            "repeats": "miss the law by more than seeds differ",
-            "others": "miss the law by far more than those of the other kinds do",
-            "noise": f"miss the law by far more than the noise of {100 * noise:.2g} % that is expected",
-            "bend": f"bend away from the law's form with {each.along}",
-        }[each.test]
-        size = f"{100 * each.size:.2g} % (root mean square), p = {each.chance:.1g}"
-        yield f"The losses of {kinds[each.kind].name} {how}: {size}; intervals beyond its runs are too narrow."
 
 
 def _finite(value: Any) -> Any:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megahybrid.study.results import Results, Run
+from megahybrid.study.results import Results
+from megahybrid.study.table import Run
 
 Hours = dict[tuple[str, str], float]
 

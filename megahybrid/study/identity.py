@@ -10,11 +10,14 @@ from megahybrid.config import Config
 from megahybrid.config.branching import branch_point
 from megahybrid.config.task_sources import text_sources
 from megahybrid.data.prepared import data_identity, find_prepared, open_prepared
-from megahybrid.key import derived, keys
-from megahybrid.training.resume import meaning
+from megahybrid.key import unusual
+from megahybrid.training import checkpoint
+from megahybrid.training.resume import initial_weights, meaning
+from megahybrid.training.zero import WEIGHTS
 
 _NO_RESULT = (
-    *("run.", "tracking.", "parallel.", "checkpoint.", "evaluate."),
+    *("run.", "tracking.", "checkpoint.", "evaluate."),
+    *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.sequence", "parallel.zero_stage"),
     *("train.micro_batch_size", "train.recompute", "train.watch.", "train.log_every", "train.validate_every"),
     *("train.resume_from", "train.branch_from"),
     # Of the data their own identity says all.
@@ -24,14 +27,19 @@ _NO_RESULT = (
 
 
 def identify(config: Config, data: str | None) -> str:
-    """16 hex digits: equal for configurations that train the same model to the same loss, whatever the layout.
+    """16 hex digits: equal for configurations that train the same model to the same loss, whatever the layout. Keys
+    whose value is their default do not count: a key that the schema gets later changes no run's identity.
 
     Args:
         config: a run's; of a branch with train.branch_from, whose run directory is named by its trunk's identity.
         data: the data's identity.
+
+    Raises UserError where there is no checkpoint of train.init_from.
     """
-    facts = {name: value for name, value, _ in keys(derived(config)) if not name.startswith(_NO_RESULT)}
-    facts |= meaning(config)
+    facts = {name: value for name, value, _ in unusual(config) if not name.startswith(_NO_RESULT)} | meaning(config)
+    if (initial := initial_weights(config)) is not None:  # the weights, wherever they lie
+        files = checkpoint.read_facts(initial)["files"]
+        facts["train.init_from"] = {name: each for name, each in files.items() if name.startswith(f"{WEIGHTS}-")}
     point = branch_point(config.train)
     facts["branch"] = point and (point[0].name, point[1])
     text = json.dumps([data, facts], sort_keys=True, default=str)

@@ -13,18 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from megahybrid.config import Config, load_config
-from megahybrid.devices import gpu_memory
+from megahybrid.devices import gpu_memory, visible_gpus
 from megahybrid.errors import UserError
 from megahybrid.launch import runs, slurm
 from megahybrid.launch.profile import load_profile
 from megahybrid.launch.submit import Request, job_of, submit
-from megahybrid.scaling.hours import tabled
 from megahybrid.scaling.memory import peak_bytes
 from megahybrid.study import prediction
 from megahybrid.study.cells import Cell
 from megahybrid.study.expected import expect
 from megahybrid.study.file import Study
 from megahybrid.study.local import Processes
+from megahybrid.study.models import tabled_estimate
 from megahybrid.study.outcomes import Survey, has_branch_point, trunk_of
 from megahybrid.study.status import Overall, StatusLine, hours_taken
 from megahybrid.training.run_directory import RunDirectory
@@ -99,8 +99,8 @@ class Launching:
             raise UserError(f"Nothing begins: {fault}")
 
     def here(self, jobs: int) -> None:
-        """Processes of this machine, `jobs` at once, until nothing more can begin. Raises UserError where they would
-        not fit into its GPU."""
+        """Processes of this machine, `jobs` at once over its GPUs, until nothing more can begin. Raises UserError where
+        they would not fit into these."""
         self._check_memory(jobs)
         began, before = time.monotonic(), self._overall().done
         with Processes(self.folder, jobs) as processes:
@@ -109,7 +109,7 @@ class Launching:
                     # Also those that another launch has left running.
                     running = {each.run.path for each in self.outcomes if each.state == "running"} | processes.running
                     for cell in self._affordable(self._ready())[: max(0, jobs - len(running))]:
-                        processes.start(with_all_milestones(cell.config), self.file)
+                        processes.start(with_all_milestones(cell.config), self.file, running)
                         self._note(cell, "begins")
                     if not running and not processes.running:
                         return
@@ -128,12 +128,13 @@ class Launching:
             step = needs[cell.kind, cell.size, cell.config.train.global_batch_size]
             step.append(step[0] if step else max(peak_bytes(cell.config, 1)) + _BYTES_A_PROCESS)
         largest = sorted((memory for step in needs.values() for memory in step), reverse=True)
-        at_once, room = list(itertools.accumulate(largest[:jobs])), gpu_memory()
+        gpus, room = max(1, len(visible_gpus())), gpu_memory()
+        at_once = list(itertools.accumulate(largest[: math.ceil(jobs / gpus)]))
         if at_once and at_once[-1] > room:
             fitting = sum(memory <= room for memory in at_once)
-            less = f"give --jobs {fitting}" if fitting else "give the larger ones to another machine"
+            less = f"give --jobs {fitting * gpus}" if fitting else "give the larger ones to another machine"
             raise UserError(
-                f"The {len(at_once)} largest runs take {at_once[-1] / 2**30:.1f} GiB side by side, and this GPU has "
+                f"The {len(at_once)} largest runs take {at_once[-1] / 2**30:.1f} GiB side by side, and a GPU here has "
                 f"{room / 2**30:.1f}; {less}."
             )
 
@@ -218,7 +219,7 @@ class Launching:
         if self._unpredictable or not all(each.ended for each in self.outcomes if not each.cell.held_out):
             return False
         try:
-            prediction.freeze(self.folder, self.outcomes)
+            prediction.freeze(self.study, self.outcomes)
         except UserError as error:
             self._unpredictable = True
             self._line.say(f"What is held out waits: {error}")
@@ -256,7 +257,7 @@ class Launching:
         """GPU hours of a run."""
         run = cell.identity, cell.branch_step  # a branch may have to begin earlier
         if run not in self._hours:
-            self._hours[run] = tabled(cell.config).hours
+            self._hours[run] = tabled_estimate(cell.config).hours
         return self._hours[run]
 
     def _say_once(self, text: str) -> None:

@@ -25,11 +25,11 @@ class _Start(NamedTuple):
 
 def gpu_hours() -> dict[str, float]:
     """By identity, of all starts of all studies' runs so far: each process's hours, of runs that train at once on the
-    same GPU, those of one machine or of one job, their parts of the time that they share."""
-    places: dict[tuple[str | None, str | None], list[_Start]] = defaultdict(list)
+    same GPUs of one machine, or in one job, their parts of the time that they share."""
+    places: dict[tuple[str | None, ...], list[_Start]] = defaultdict(list)
     for file in RUNS.glob("*/attempts.jsonl"):
         for start, lasted in attempts.lasted(RunDirectory(file.parent)):
-            begin, place = start["time"], (start["job"], start["nodes"])
+            begin, place = start["time"], (start["job"], start["nodes"], start.get("gpus"))
             places[place].append(_Start(file.parent.name, begin, begin + lasted, start["processes"]))
     hours: dict[str, float] = defaultdict(float)
     for start, part in itertools.chain.from_iterable(_parts(starts) for starts in places.values()):

@@ -10,19 +10,23 @@ from typing import Any
 from megahybrid.config import Config, load_config
 from megahybrid.config.arithmetic import fill
 from megahybrid.config.pattern import parse_pattern
+from megahybrid.data.lengths import sequence_lengths
 from megahybrid.errors import UserError
 from megahybrid.key import derived
 from megahybrid.launch.profile import load_profile
-from megahybrid.scaling.flops import flops_per_token
-from megahybrid.scaling.hours import tabled
+from megahybrid.scaling.flops import Flops, flops_per_token
+from megahybrid.scaling.hours import Estimate, tabled
 from megahybrid.scaling.plan import parameters_by_part
 from megahybrid.study.file import KindConfig, SizeConfig, Study
 
 _OWN = (
-    *("run.dir", "train.steps", "train.branch_from", "checkpoint.milestones"),
+    *("run.dir", "train.steps", "train.branch_from", "train.resume_from", "checkpoint.milestones"),
     *("optimizer.schedule", "optimizer.warmup_steps", "optimizer.decay_fraction"),
+    *("tracking.name", "tracking.group"),
 )
 """Keys that the study sets itself."""
+_BY_RULE = {"optimizer.learning_rate": "learning_rate", "train.global_batch_size": "batch"}
+"""Keys that a rule sets, unless it is `fixed`."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,17 @@ def size_name(size: SizeConfig) -> str:
 def seconds_per_token(model: Model) -> float:
     """On one GPU, at the base recipe's batch."""
     train = model.config.train
-    return tabled(model.config).step_seconds / (train.global_batch_size * train.seq_length)
+    return tabled_estimate(model.config).step_seconds / (train.global_batch_size * train.seq_length)
+
+
+def count_flops(config: Config) -> Flops:
+    """Of a token of a recipe's own data, or, where these are not at hand, of samples that are one document each."""
+    return flops_per_token(config, sequence_lengths(config))
+
+
+def tabled_estimate(config: Config) -> Estimate:
+    """Of a recipe's GPU hours, from these FLOPs and a table."""
+    return tabled(config, lengths=sequence_lengths(config))
 
 
 def make_models(study: Study, size: SizeConfig) -> dict[str, Model]:
@@ -91,6 +105,8 @@ def _overrides(study: Study, kind: KindConfig, size: SizeConfig) -> list[str]:
         for key, value in layer.items():
             if key in _OWN:
                 raise UserError(f"overrides has {key}, which the study sets itself; remove it.")
+            if (rule := _BY_RULE.get(key)) and getattr(study.rules, rule) != "fixed":
+                raise UserError(f"overrides has {key}, which rules.{rule} sets; remove it, or make the rule fixed.")
             overrides[key] = fill(value, **names) if isinstance(value, str) else json.dumps(value)
     return [f"{key}={value}" for key, value in overrides.items()]
 
@@ -113,7 +129,7 @@ def _model(study: Study, kind: str, size: SizeConfig, config: Config) -> Model:
         gpus=gpus,
         parameters=sum(parts.values()),
         parameters_without_embedding=sum(parts.values()) - parts["embedding"] - parts["output layer"],
-        flops_per_token=flops_per_token(config).training,
+        flops_per_token=count_flops(config).training,
     )
 
 

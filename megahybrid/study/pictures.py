@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from megahybrid.study import hours
-from megahybrid.study.curves import EQUAL, law_loss, parabola
+from megahybrid.study.curves import parabola
 from megahybrid.study.drawing import (
     BEYOND,
     LOSS,
     STAR,
-    budget_name,
+    budget_label,
     dots,
     finish,
     kinds_legend,
@@ -29,8 +29,11 @@ from megahybrid.study.drawing import (
     star,
     styles,
 )
-from megahybrid.study.results import Results, Run
+from megahybrid.study.law.approach2 import SAME_COMPUTE
+from megahybrid.study.law.law import Law
+from megahybrid.study.results import Results
 from megahybrid.study.run_pictures import branches_figure, cost_figure, learning_rate_figure
+from megahybrid.study.table import Run
 from megahybrid.training.drawing import GRID, short_number, tidy
 
 _WIDEST = 5  # of bands, what is drawn: so many times the largest and the smallest line
@@ -60,9 +63,9 @@ def isoflop_figure(results: Results) -> Figure:
         for budget in budgets:
             chosen = [run for run in results.of(kind) if run.budget == budget]
             if chosen:
-                _isoflop(axes, chosen, results.fit["kinds"][kind], colors[budget])
+                _isoflop(axes, chosen, results.law(kind), colors[budget])
     finish(grid, "parameters", short_number)
-    handles = [Line2D([], [], color=colors[budget], marker="o", label=budget_name(budget)) for budget in budgets]
+    handles = [Line2D([], [], color=colors[budget], marker="o", label=budget_label(budget)) for budget in budgets]
     handles.append(Line2D([], [], color="grey", linestyle="--", linewidth=1, label="the law"))
     handles.append(Line2D([], [], color="grey", marker="o", linestyle="", markerfacecolor="none", label="held out"))
     if any(line.get_marker() == "*" for axes in grid for line in axes.lines):
@@ -71,21 +74,21 @@ def isoflop_figure(results: Results) -> Figure:
     return figure
 
 
-def _isoflop(axes: Axes, runs: Sequence[Run], law: Mapping[str, Any], color: Any) -> None:
+def _isoflop(axes: Axes, runs: Sequence[Run], law: Law, color: Any) -> None:
     for run in runs:
         face = "none" if run.held_out else color
         axes.plot(run.parameters, run.loss, "o", color=color, markerfacecolor=face, markersize=4.5)
     sizes, first = np.unique([run.parameters for run in runs], return_index=True)
     line = np.geomspace(sizes[0], sizes[-1], 60)
     tokens = np.exp(np.interp(np.log(line), np.log(sizes), np.log([runs[each].tokens for each in first])))
-    axes.plot(line, law_loss(law, line, tokens), color=color, linestyle="--", linewidth=1)
+    axes.plot(line, law.loss(line, tokens), color=color, linestyle="--", linewidth=1)
     fitted = [run for run in runs if run.fitted]
-    curve, lowest = parabola(fitted)
+    curve = parabola(fitted) if fitted else None
     if curve is not None:
         line = np.geomspace(fitted[0].parameters, fitted[-1].parameters, 60)
-        axes.plot(line, np.polyval(curve, np.log(line)), color=color, linewidth=1.5)
-    if lowest is not None:
-        axes.plot(lowest, np.polyval(curve, np.log(lowest)), "*", color=color, markersize=12, markeredgecolor="white")
+        axes.plot(line, curve(line), color=color, linewidth=1.5)
+        if curve.lowest is not None:
+            axes.plot(curve.lowest, curve(curve.lowest), "*", color=color, markersize=12, markeredgecolor="white")
 
 
 def compute_figure(results: Results) -> Figure:
@@ -114,7 +117,7 @@ def _along(axes: Axes, results: Results, kind: str, name: str, style: Mapping[st
     """A line of what is best at some FLOPs, dashed beyond the fitted runs; of the loss with its band."""
     optimum = [each for each in results.fit["kinds"][kind]["optimum"] if each["flops"] <= results.horizon]
     x, y = (np.array([each[key] for each in optimum]) for key in ("flops", name))
-    inside = x <= EQUAL * max(run.flops for run in results.of(kind) if run.fitted)
+    inside = x <= SAME_COMPUTE * max(run.flops for run in results.of(kind) if run.fitted)
     beyond = ~inside | np.append(~inside[1:], True)
     axes.plot(x[inside], y[inside], color=style["color"], linewidth=1.8)
     axes.plot(x[beyond], y[beyond], color=style["color"], linewidth=1.5, linestyle="--")
@@ -133,12 +136,12 @@ def optimum_figure(results: Results) -> Figure:
         runs = [run for run in results.of(kind) if run.fitted]
         for budget in sorted({run.budget for run in runs}):
             chosen = [run for run in runs if run.budget == budget]
-            best = parabola(chosen)[1]
-            if best is not None:
+            curve = parabola(chosen)
+            if curve is not None and curve.lowest is not None:
                 flops = np.mean([run.flops for run in chosen])
                 counts = [(run.parameters, run.flops_per_token) for run in chosen]
-                dots(left, flops, best, style)
-                dots(right, flops, flops / np.interp(best, *zip(*counts, strict=True)), style)
+                dots(left, flops, curve.lowest, style)
+                dots(right, flops, flops / np.interp(curve.lowest, *zip(*counts, strict=True)), style)
     for axes, name in ((left, "best number of parameters"), (right, "best number of tokens")):
         log_axis(axes, "x", "FLOPs", power)
         log_axis(axes, "y", name, short_number)
@@ -150,7 +153,7 @@ def optimum_figure(results: Results) -> Figure:
 
 def multiplier_figure(results: Results) -> Figure | None:
     """What each kind needs for the baseline's loss, as a multiple of what the baseline needs: of FLOPs, and of GPU
-    hours as measured; grey where no run was fitted."""
+    hours where they were measured; grey where no run was fitted."""
     pairs = {
         tuple(pair.split(" vs ")): near
         for pair, points in results.fit["multipliers"].items()
@@ -158,20 +161,21 @@ def multiplier_figure(results: Results) -> Figure | None:
     }
     if not pairs:
         return None
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
-    columns = figure.subplots(1, 2, sharey=True)
-    middles = []
     base = results.kinds[0]
+    names = ["of FLOPs"] + ["of GPU hours"] * np.isfinite(hours.ratio(results, base, base, results.end, 1))
+    figure = Figure(figsize=(5 * len(names), 4.8), layout="constrained")
+    columns = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    middles = []
     for (_, kind), points in pairs.items():
         x, middle = (np.array([each[name] for each in points]) for name in ("flops", "multiplier"))
         low, high = np.array([each["interval"] for each in points]).T
         ratio = np.array([hours.ratio(results, base, kind, *each) for each in zip(x, middle, strict=True)])
         color = styles(results)[kind]["color"]
-        for axes, scale in zip(columns, (1.0, ratio), strict=True):
+        for axes, scale in zip(columns, (1.0, ratio), strict=False):
             axes.plot(x, middle * scale, color=color, linewidth=1.8)
             axes.fill_between(x, low * scale, high * scale, color=color, alpha=0.15, linewidth=0)
             middles.append(middle * scale)
-    for axes, name in zip(columns, ("of FLOPs", "of GPU hours"), strict=True):
+    for axes, name in zip(columns, names, strict=True):
         axes.axhline(1, color=styles(results)[base]["color"], linewidth=1.2)
         axes.set_title(name, fontsize=10)
         log_axis(axes, "x", f"FLOPs of {base}", power)
@@ -194,8 +198,8 @@ def prediction_figure(results: Results) -> Figure:
     figure = Figure(figsize=(10.5, 4.8) if held else (5.8, 5), layout="constrained")
     left, *right = figure.subplots(1, 1 + bool(held), squeeze=False)[0]
     for kind, style in styles(results).items():
-        law, runs = results.fit["kinds"][kind], [run for run in results.of(kind) if run.fitted]
-        dots(left, [law_loss(law, run.parameters, run.tokens) for run in runs], [run.loss for run in runs], style)
+        law, runs = results.law(kind), [run for run in results.of(kind) if run.fitted]
+        dots(left, [law.loss(run.parameters, run.tokens) for run in runs], [run.loss for run in runs], style)
     for run in held:
         if run.counts:
             frozen, style = results.frozen[run.cell], styles(results)[run.kind]
@@ -235,9 +239,8 @@ def residuals_figure(results: Results) -> Figure:
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2, sharey=True), ("parameters", "tokens"), strict=True):
         for kind, style in styles(results).items():
-            law = results.fit["kinds"][kind]
             for run in results.of(kind):
-                value = 100 * (run.loss / law_loss(law, run.parameters, run.tokens) - 1)
+                value = 100 * (run.loss / results.law(kind).loss(run.parameters, run.tokens) - 1)
                 (dots if run.fitted else star)(axes, getattr(run, name), value, style)
         axes.axhline(0, color="grey", linewidth=0.8)
         log_axis(axes, "x", name, short_number)

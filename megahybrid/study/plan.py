@@ -12,13 +12,14 @@ from typing import Any
 from megahybrid.config import Config
 from megahybrid.errors import UserError
 from megahybrid.files import write_text
-from megahybrid.scaling.hours import Estimate, own_steps, tabled
+from megahybrid.scaling.hours import Estimate, own_steps
 from megahybrid.scaling.memory import peak_bytes
 from megahybrid.study.cells import Cell, batch_tokens, optimum
 from megahybrid.study.design import design
 from megahybrid.study.expected import Precision, expect
 from megahybrid.study.file import Study
 from megahybrid.study.identity import find_data
+from megahybrid.study.models import tabled_estimate
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,13 @@ class Plan:
         return sum(row.estimate.hours for row in self.rows)
 
 
-def make_plan(study: Study, estimate: Callable[[Config], Estimate] = tabled) -> Plan:
-    """The plan of a study, with GPU hours from a table, or as something else estimates those of a recipe.
+def make_plan(study: Study, estimate: Callable[[Config], Estimate] = tabled_estimate) -> Plan:
+    """The plan of a study, without the runs that are given up, with GPU hours from a table, or as something else
+    estimates those of a recipe.
 
     Raises UserError for what cannot be trained, and for a design that cannot tell the law's terms apart.
     """
-    cells = design(study, needs_data=False)
+    cells = [cell for cell in design(study, needs_data=False) if cell.name not in study.give_up]
     precision = expect(study, cells)
     known: dict[tuple[str, str, int], tuple[float, Estimate]] = {}
     rows = []

@@ -12,6 +12,7 @@ from megahybrid import code_version
 from megahybrid.errors import UserError
 from megahybrid.files import read_json, write_json, write_text
 from megahybrid.study.collect import write_runs
+from megahybrid.study.file import Study
 from megahybrid.study.fit import fit
 from megahybrid.study.outcomes import Outcome
 from megahybrid.training import attempts
@@ -33,17 +34,18 @@ def too_late(folder: Path, outcomes: Sequence[Outcome]) -> list[str]:
     return [each.cell.name for each in _unpredicted(frozen, outcomes) if _has_begun(each)]
 
 
-def freeze(folder: Path, outcomes: Sequence[Outcome]) -> None:
+def freeze(study: Study, outcomes: Sequence[Outcome]) -> None:
     """Fit the law to the runs that are not held out, all of which have ended, and write down what it predicts of the
     held-out ones that have not begun and of which nothing stands yet, by identity. The table that it is fitted to is
     kept beside it, and the runs are named that it lacks.
 
     Raises UserError where it cannot be fitted, or predicts nothing for one of those that are held out.
     """
+    folder = study.folder
     before = _frozen(folder)
     held_out = _to_predict(before, outcomes)
     runs = write_runs(folder, outcomes)
-    fitted = fit(folder)
+    fitted = fit(study)
     predictions = {
         each["cell"]: {"kind": kind, **{name: value for name, value in each.items() if name in _SAYS}}
         for kind, law in fitted["kinds"].items()

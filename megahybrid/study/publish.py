@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megahybrid.config import Config
 from megahybrid.study.cells import RUNS
-from megahybrid.study.results import Results, Run
+from megahybrid.study.results import Results
+from megahybrid.study.table import COLUMNS
 from megahybrid.training import checkpoint, checkpoint_folder
 from megahybrid.training.tracking import add_to_summary
-
-COLUMNS = [field.name for field in fields(Run)]
 
 
 def publish(results: Results, folder: Path, base: Config, pictures: Sequence[Path]) -> None:

@@ -2,67 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megahybrid.errors import UserError
 from megahybrid.files import read_json
-
-
-@dataclass(frozen=True)
-class Run:
-    """A row of runs.csv, as `collect` writes it, without the columns that no report needs; nan where a number is not
-    known."""
-
-    cell: str
-    run: str
-    kind: str
-    size: str
-    budget: float
-    seed: str
-    role: str
-    trunk: str
-    held_out: bool
-    retry_of: str
-    parameters: float
-    tokens: float
-    flops: float
-    flops_per_token: float
-    learning_rate: float
-    batch_tokens: float
-    gpu_hours: float
-    loss: float
-    state: str
-    excluded: str
-    code_version: str
-    began: str
-
-    @property
-    def counts(self) -> bool:
-        """Whether its loss is one that the law should give."""
-        return self.state == "done" and not self.excluded and math.isfinite(self.loss)
-
-    @property
-    def fitted(self) -> bool:
-        """Whether the law was fitted to it."""
-        return self.counts and not self.held_out
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A row of plan.csv, likewise."""
-
-    cell: str
-    gpu_hours: float
-    data: str
-
-
-Row = TypeVar("Row", Run, Planned)
+from megahybrid.study.law.law import Law
+from megahybrid.study.table import Run, read_number, read_rows, read_runs
 
 _NUMBERS = "A", "B", "E", "alpha", "beta", "a_opt", "parameters", "tokens", "loss"
 
@@ -103,6 +52,10 @@ class Results:
         targets = [each["flops"] for law in self.fit["kinds"].values() for each in law["predictions"]]
         return max(10 * self.end, *[run.flops for run in self.runs], *targets)
 
+    def law(self, kind: str) -> Law:
+        """The one that was fitted to a kind."""
+        return Law(*(self.fit["kinds"][kind][name] for name in ("A", "B", "E", "alpha", "beta")))
+
     def of(self, kind: str) -> list[Run]:
         """The kind's runs whose losses count, by parameters and tokens."""
         chosen = [run for run in self.runs if run.kind == kind and run.counts]
@@ -114,9 +67,9 @@ def read_results(folder: Path) -> Results:
 
     Raises UserError where runs.csv or fit.json is missing, or a file is not what its verb writes.
     """
-    runs = _read(folder / "runs.csv", Run)
-    if runs is None:
+    if not (folder / "runs.csv").is_file():
         raise UserError(f"'{folder}' has no runs.csv: run `megahybrid study collect` first.")
+    runs = read_runs(folder / "runs.csv")
     fit = read_json(folder / "fit.json")
     if not isinstance(fit, dict) or not fit.get("kinds"):
         raise UserError(f"'{folder}' has no fit.json with a fitted kind: run `megahybrid study fit` first.")
@@ -124,49 +77,29 @@ def read_results(folder: Path) -> Results:
         raise UserError(f"The fit in '{folder}' has no intervals: run `megahybrid study fit` without --bootstrap 0.")
     if {run.kind for run in runs if run.fitted} != set(fit["kinds"]):
         raise UserError(f"runs.csv and fit.json in '{folder}' have other kinds: run `megahybrid study fit` again.")
-    plan = _read(folder / "plan.csv", Planned) or []
-    planned, data = {each.cell: each.gpu_hours for each in plan}, plan[0].data if plan else ""
+    planned, data = _read_plan(folder / "plan.csv")
     made = read_json(folder / "prediction.json") or {}  # by identity: a cell may have become another run since
     frozen = {run.cell: made[run.run] for run in runs if run.held_out and run.run in made}
     return Results(folder.resolve().name, runs, _with_nan(fit), planned, data, _with_nan(frozen))
 
 
+def _read_plan(path: Path) -> tuple[dict[str, float], str]:
+    """GPU hours by cell, and the data's identity."""
+    rows = read_rows(path) if path.is_file() else []
+    if missing := [name for name in ("cell", "gpu_hours", "data") if rows and name not in rows[0]]:
+        raise UserError(f"'{path}' has no column {missing[0]}: run `megahybrid study plan` again.")
+    hours = {row["cell"]: read_number(path, number, row, "gpu_hours") for number, row in enumerate(rows, start=1)}
+    return hours, rows[0]["data"] if rows else ""
+
+
 def _with_nan(value: Any) -> Any:
-    """JSON has no nan: fit.json says null where an end of an interval, or a best size, is not a finite number."""
+    """JSON has neither nan nor infinity: fit.json says null where a best size, say, is no finite number, and where an
+    interval is open to that side."""
     if isinstance(value, list):
-        return [math.nan if each is None else _with_nan(each) for each in value]
+        ends = (-math.inf, *[math.inf] * (len(value) - 1))[: len(value)]
+        return [end if each is None else _with_nan(each) for each, end in zip(value, ends, strict=True)]
     if isinstance(value, dict):
         return {
             name: math.nan if each is None and name in _NUMBERS else _with_nan(each) for name, each in value.items()
         }
     return value
-
-
-def _read(path: Path, row: type[Row]) -> list[Row] | None:
-    """A table's rows, of which other columns are left out; None where there is no table."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            lines = list(csv.DictReader(file))
-    except FileNotFoundError:
-        return None
-    return [_row(path, number, line, row) for number, line in enumerate(lines, start=2)]
-
-
-def _row(path: Path, number: int, line: Mapping[str, str], row: type[Row]) -> Row:
-    values = {}
-    for field in dataclasses.fields(row):
-        text = line.get(field.name)
-        try:
-            values[field.name] = _value(field.type, text)
-        except (AttributeError, TypeError, ValueError):
-            raise UserError(
-                f"Line {number} of '{path}' has no {field.name}{f' ({text})' if text else ''}: let the verb that wrote "
-                "it write it again."
-            ) from None
-    return row(**values)
-
-
-def _value(kind: str, text: str) -> Any:
-    if kind == "bool":
-        return bool(int(text))
-    return (float(text) if text.strip() else math.nan) if kind == "float" else text.strip()

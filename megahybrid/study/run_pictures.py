@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megahybrid.study import hours
-from megahybrid.study.curves import law_loss, lowest_point, tunings
-from megahybrid.study.drawing import budget_name, finish, panels, power
-from megahybrid.study.results import Results, Run
+from megahybrid.study.curves import tunings
+from megahybrid.study.drawing import budget_label, finish, panels, power
+from megahybrid.study.law.approach2 import Parabola
+from megahybrid.study.law.law import Law
+from megahybrid.study.results import Results
+from megahybrid.study.table import Run
 from megahybrid.training.drawing import ACCENT, INK, short_number, tidy
 
 
@@ -37,13 +40,13 @@ def learning_rate_figure(results: Results) -> Figure | None:
 
 def _tuning(axes: Axes, group: Sequence[Run], color: Any) -> None:
     rates = [run.learning_rate for run in group]
-    curve, best = lowest_point(rates, [run.loss for run in group])
+    curve = Parabola.through(rates, [run.loss for run in group])
     line = np.geomspace(rates[0], rates[-1], 60)
-    found = "lowest at the edge" if best is None else f"lowest at {power(best)}"
-    label = f"{group[0].size}, {budget_name(group[0].budget)}: {found}"
-    axes.plot(line, np.polyval(curve, np.log(line)), color=color, linewidth=1.5, label=label)
-    if best is not None:
-        axes.plot(best, np.polyval(curve, np.log(best)), "*", color=ACCENT, markersize=11, zorder=3)
+    found = "lowest at the edge" if curve.lowest is None else f"lowest at {power(curve.lowest)}"
+    label = f"{group[0].size}, {budget_label(group[0].budget)}: {found}"
+    axes.plot(line, curve(line), color=color, linewidth=1.5, label=label)
+    if curve.lowest is not None:
+        axes.plot(curve.lowest, curve(curve.lowest), "*", color=ACCENT, markersize=11, zorder=3)
     axes.plot(rates, [run.loss for run in group], "o", color=color, markersize=5)
 
 
@@ -61,16 +64,16 @@ def branches_figure(results: Results) -> Figure | None:
             if run.trunk in branched:
                 trunks.setdefault(run.trunk, []).append(run)
         for runs, color in zip(trunks.values(), colormaps["viridis"](np.linspace(0, 0.85, len(trunks))), strict=True):
-            _branches(axes, runs, results.fit["kinds"][kind], color)
+            _branches(axes, runs, results.law(kind), color)
         axes.legend(frameon=False, fontsize=8)
     finish(grid, "tokens", short_number)
     return figure
 
 
-def _branches(axes: Axes, runs: Sequence[Run], law: Mapping[str, Any], color: Any) -> None:
+def _branches(axes: Axes, runs: Sequence[Run], law: Law, color: Any) -> None:
     tokens = [run.tokens for run in runs]
     line = np.geomspace(min(tokens), max(tokens), 60)
-    axes.plot(line, law_loss(law, runs[0].parameters, line), color=color, linestyle="--", linewidth=1)
+    axes.plot(line, law.loss(runs[0].parameters, line), color=color, linestyle="--", linewidth=1)
     for role, marker, size in (("branch", "o", 4.5), ("trunk", "s", 7)):
         chosen = [run for run in runs if run.role == role]
         label = f"{runs[0].size}, seed {runs[0].seed}" if role == "branch" else None
@@ -78,21 +81,23 @@ def _branches(axes: Axes, runs: Sequence[Run], law: Mapping[str, Any], color: An
         axes.plot(x, y, marker, color=color, markersize=size, label=label)
 
 
-def cost_figure(results: Results) -> Figure:
+def cost_figure(results: Results) -> Figure | None:
     """GPU hours of each kind and size, as planned, and as used for runs that the law was fitted to, held-out ones and
-    others."""
+    others; None where neither is known."""
+    planned, by_use = hours.planned(results), hours.by_use(results.runs)
+    if not any(sum(each.values()) for each in (planned, *by_use.values())):
+        return None
     order = list(dict.fromkeys(run.kind for run in results.runs))
     by_size = sorted(results.runs, key=lambda run: (order.index(run.kind), run.parameters))
     rows = list(dict.fromkeys((run.kind, run.size) for run in by_size))
     figure = Figure(figsize=(8, 1.6 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
     left, places = np.zeros(len(rows)), np.arange(len(rows))
-    planned = hours.planned(results)
     if planned:
         width = [planned.get(row, 0.0) for row in rows]
         label = f"planned: {sum(width):.3g} h"
         axes.barh(places - 0.19, width, 0.3, color="white", edgecolor="black", linewidth=0.9, label=label)
-    for (name, used), color in zip(hours.by_use(results.runs).items(), (INK, ACCENT, "#9a9a9a"), strict=True):
+    for (name, used), color in zip(by_use.items(), (INK, ACCENT, "#9a9a9a"), strict=True):
         width = np.array([used.get(row, 0.0) for row in rows])
         axes.barh(places + 0.16, width, 0.34, left=left, color=color, label=f"used, {name}: {width.sum():.3g} h")
         left += width

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from rich.console import Console
+from rich.table import Table
 
 from megahybrid.launch import runs
 from megahybrid.study.file import Study
@@ -86,9 +87,22 @@ def hours_taken(outcomes: Sequence[Outcome]) -> float:
 
 
 def show(study: Study, say: Callable[[str], None], console: Console | None = None) -> None:
-    """Print the table, and a line about all of it."""
+    """Print the table, why runs are in their state, and a line about all of it."""
     outcomes = Survey(study).look(runs.queued_jobs(say))
-    rows = [replace(each.run, state=each.state, reason=each.why) for each in outcomes]
     console = console or Console()
-    runs.show(rows, console, [each.cell.name for each in outcomes])
+    table = Table(box=None, header_style="bold")
+    table.add_column("run", overflow="fold")
+    for name in ("state", "step", "loss", "left", "job"):
+        table.add_column(name, justify="left" if name in ("state", "job") else "right", no_wrap=name != "job")
+    for each in outcomes:
+        table.add_row(each.cell.name, *_row(replace(each.run, state=each.state)))
+    console.print(table)
+    for each in outcomes:
+        if each.why:
+            console.print(f"{each.cell.name}: {each.why}", markup=False, highlight=False)
     console.print(str(Overall.of(outcomes, study.limits.gpu_hours)), markup=False, highlight=False)
+
+
+def _row(run: runs.Run) -> list[str]:
+    loss = f"{run.last['loss']:.4f}" if run.last else ""
+    return [run.state, f"{run.step}/{run.target}" if run.target else "", loss, runs.left(run), ", ".join(run.jobs)]

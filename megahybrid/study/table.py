@@ -3,66 +3,77 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from megahybrid.errors import UserError
-from megahybrid.study.law.law import Array
 
-Texts = NDArray[np.str_]
-_TEXTS = ("cell", "run", "kind", "trunk", "held_out", "retry_of", "state", "excluded")
-_NUMBERS = ("parameters", "parameters_without_embedding", "tokens", "flops", "loss")
-COLUMNS = _TEXTS + _NUMBERS
-"""That are read; `parameters`, `loss` and one of `tokens` and `flops` must be there."""
+Row = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Table:
-    """Columns of a table of runs, each [runs].
+class Run:
+    """A row, by the columns that `collect` writes, without those that nobody reads; where there is no column a number
+    is nan.
 
     Attributes:
-        cell: names; empty where the table has none.
-        run: identities; likewise.
+        cell: its name.
+        run: its identity.
         kind: "all" where the table has none.
-        trunk: what runs share noise by; a run's own where the table has none.
+        trunk: what runs share noise by; where the table has none, of each run another.
         held_out: whether no fit may see it.
         retry_of: the identity of the run in whose place it was trained, or empty.
         state: "done" where the table has none.
         excluded: why no fit may see it, or empty.
         parameters, tokens, flops: where one of the last two is missing, flops = 6 · parameters · tokens.
-        parameters_without_embedding: None where the table has none.
-        loss: nats a token; nan for runs that are not done.
+        loss: nats a token; nan of a run that is not done.
     """
 
-    cell: Texts
-    run: Texts
-    kind: Texts
-    trunk: Texts
-    held_out: NDArray[np.bool_]
-    retry_of: Texts
-    state: Texts
-    excluded: Texts
-    parameters: Array
-    parameters_without_embedding: Array | None
-    tokens: Array
-    flops: Array
-    loss: Array
+    cell: str = ""
+    run: str = ""
+    kind: str = "all"
+    size: str = ""
+    budget: float = math.nan
+    seed: str = ""
+    role: str = ""
+    trunk: str = ""
+    held_out: bool = False
+    retry_of: str = ""
+    parameters: float = math.nan
+    parameters_without_embedding: float = math.nan
+    tokens: float = math.nan
+    flops: float = math.nan
+    flops_per_token: float = math.nan
+    learning_rate: float = math.nan
+    batch_tokens: float = math.nan
+    gpu_hours: float = math.nan
+    loss: float = math.nan
+    state: str = "done"
+    excluded: str = ""
+    code_version: str = ""
+    began: str = ""
 
     @property
-    def done(self) -> NDArray[np.bool_]:
-        """Whose losses count."""
-        return (self.state == "done") & (self.excluded == "")
+    def counts(self) -> bool:
+        """Whether its loss is one that the law should give."""
+        return self.state == "done" and not self.excluded
 
     @property
-    def fitted(self) -> NDArray[np.bool_]:
-        """What a law is fitted to."""
-        return self.done & ~self.held_out
+    def fitted(self) -> bool:
+        """Whether the law is fitted to it."""
+        return self.counts and not self.held_out
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Run))
+"""That are read; `parameters`, `loss` and one of `tokens` and `flops` must be there."""
+
+_POSITIVE = "parameters", "parameters_without_embedding", "tokens", "flops", "loss"
+"""Numbers that a fit is made of."""
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -76,8 +87,8 @@ def parse_columns(text: str) -> dict[str, str]:
     return names
 
 
-def read_table(path: Path, columns: Mapping[str, str] | None = None, drop_largest_losses: int = 0) -> Table:
-    """Read a table.
+def read_runs(path: Path, columns: Mapping[str, str] | None = None, drop_largest_losses: int = 0) -> list[Run]:
+    """Read a table of runs.
 
     Args:
         path: a CSV file with a line of names.
@@ -87,34 +98,16 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, drop_larges
     Raises UserError for a file that cannot be read, a missing column, a number that is none, or is not finite and
     above 0, a run that is there twice, and more runs to drop than there are.
     """
-    rows = _rows(path)
+    rows = read_rows(path)
     names = dict(columns) if columns else {name: name for name in COLUMNS if name in rows[0]}
     _check_names(path, names, rows[0])
-    texts = {name: np.array([(row[names[name]] or "").strip() for row in rows]) for name in _TEXTS if name in names}
-    empty = np.full(len(rows), "", dtype=object)
-    state = texts.get("state", np.full(len(rows), "done"))
-    numbers = {name: _numbers(path, names[name], rows, name, state) for name in _NUMBERS if name in names}
-    numbers.setdefault("tokens", numbers.get("flops", np.nan) / (6 * numbers["parameters"]))
-    numbers.setdefault("flops", 6 * numbers["parameters"] * numbers["tokens"])
-    trunk = texts.get("trunk", empty)
-    own = np.array([f"line {line}" for line in range(2, len(rows) + 2)])
-    table = Table(
-        texts.get("cell", empty),
-        texts.get("run", empty),
-        texts.get("kind", np.full(len(rows), "all")),
-        np.where(trunk == "", own, trunk),
-        _flags(path, names, texts.get("held_out", np.full(len(rows), "0"))),
-        texts.get("retry_of", empty),
-        state,
-        texts.get("excluded", empty).astype(object),
-        **{name: numbers.get(name) for name in _NUMBERS},
-    )
-    _refuse_twice(path, table)
-    _drop_largest(table, drop_largest_losses)
-    return table
+    runs = [_run(path, number, row, names) for number, row in enumerate(rows, start=1)]
+    _refuse_twice(path, runs)
+    return _without_largest(runs, drop_largest_losses)
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[Row]:
+    """A CSV file's rows by the names of its columns, at least one. Raises UserError."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -132,7 +125,16 @@ def _rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _check_names(path: Path, names: Mapping[str, str], row: Mapping[str, str]) -> None:
+def read_number(path: Path, number: int, row: Row, column: str) -> float:
+    """Of a run, counted from 1; nan where there stands nothing. Raises UserError for anything else."""
+    text = row[column].strip()
+    try:
+        return float(text) if text else math.nan
+    except ValueError:
+        raise UserError(f"Run {number} of '{path}' has {column} = '{text}'; it must be a number: mend it.") from None
+
+
+def _check_names(path: Path, names: Mapping[str, str], row: Row) -> None:
     for theirs in names.values():
         if theirs not in row:
             raise UserError(f"'{path}' has no column '{theirs}'; it has {', '.join(row)}.")
@@ -146,52 +148,51 @@ def _check_names(path: Path, names: Mapping[str, str], row: Mapping[str, str]) -
         )
 
 
-def _numbers(path: Path, column: str, rows: list[dict[str, str]], name: str, state: Texts) -> Array:
-    """A column of positive numbers; a run that is not done needs no loss."""
-    found = np.empty(len(rows))
-    for place, row in enumerate(rows):
-        text = row[column].strip()
-        if name == "loss" and state[place] != "done":
-            found[place] = np.nan
+def _run(path: Path, number: int, row: Row, names: Mapping[str, str]) -> Run:
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Run):
+        if field.name not in names:
             continue
-        try:
-            found[place] = float(text)
-        except ValueError:
-            found[place] = np.nan
-        if not (math.isfinite(found[place]) and found[place] > 0):
+        column = names[field.name]
+        if field.type == "float":
+            values[field.name] = read_number(path, number, row, column)
+        elif field.type == "str":
+            values[field.name] = row[column].strip()
+        elif row[column].strip() in ("0", "1"):
+            values[field.name] = row[column].strip() == "1"
+        else:
+            raise UserError(f"Run {number} of '{path}' has {column} = '{row[column]}'; it must be 0 or 1.")
+    run = Run(**values)
+    for name in _POSITIVE:
+        needed = name in names and (name != "loss" or run.state == "done")
+        if needed and not (math.isfinite(value := getattr(run, name)) and value > 0):
+            column = names[name]
             raise UserError(
-                f"Run {place + 1} of '{path}' has {column} = '{text}'; it must be a finite number above 0: correct it, "
-                "or leave the run out."
+                f"Run {number} of '{path}' has {column} = '{row[column].strip()}'; it must be a finite number above 0: "
+                "correct it, or leave the run out."
             )
-    return found
+    if "tokens" not in names:
+        run = replace(run, tokens=run.flops / (6 * run.parameters))
+    if "flops" not in names:
+        run = replace(run, flops=6 * run.parameters * run.tokens)
+    return replace(run, trunk=run.trunk or f"line {number + 1}", loss=run.loss if run.state == "done" else math.nan)
 
 
-def _flags(path: Path, names: Mapping[str, str], values: Texts) -> NDArray[np.bool_]:
-    for place, value in enumerate(values):
-        if value not in ("0", "1"):
-            raise UserError(f"Run {place + 1} of '{path}' has {names['held_out']} = '{value}'; it must be 0 or 1.")
-    return values == "1"
-
-
-def _refuse_twice(path: Path, table: Table) -> None:
+def _refuse_twice(path: Path, runs: Sequence[Run]) -> None:
     """A name, or a run to the last digit, that is there twice."""
     seen: dict[tuple, int] = {}
-    for place in range(len(table.loss)):
-        run = (table.kind[place], table.parameters[place], table.tokens[place], table.loss[place])
-        keys = [("run", *run)] if table.done[place] else []
-        if table.cell[place]:
-            keys.append(("cell", table.cell[place]))
-        for key in keys:
+    for number, run in enumerate(runs, start=1):
+        keys = [("run", run.run, run.kind, run.parameters, run.tokens, run.loss)] if run.counts else []
+        for key in [*keys, ("cell", run.cell)] if run.cell else keys:
             if key in seen:
-                raise UserError(
-                    f"Runs {seen[key] + 1} and {place + 1} of '{path}' are the same {key[0]}; remove one of them."
-                )
-            seen[key] = place
+                raise UserError(f"Runs {seen[key]} and {number} of '{path}' are the same {key[0]}; remove one of them.")
+            seen[key] = number
 
 
-def _drop_largest(table: Table, count: int) -> None:
-    fitted = np.flatnonzero(table.fitted)
-    if not 0 <= count < len(fitted):
+def _without_largest(runs: Sequence[Run], count: int) -> list[Run]:
+    fitted = sorted((run.loss, number) for number, run in enumerate(runs) if run.fitted)
+    if count and not 0 <= count < len(fitted):
         raise UserError(f"--drop-largest-losses is {count}; it must be at least 0 and below the {len(fitted)} runs.")
-    largest = fitted[np.argsort(table.loss[fitted], kind="stable")[len(fitted) - count :]]
-    table.excluded[largest] = f"among the {count} largest losses"
+    out = {number for _, number in fitted[len(fitted) - count :]}
+    why = f"among the {count} largest losses"
+    return [replace(run, excluded=why) if number in out else run for number, run in enumerate(runs)]

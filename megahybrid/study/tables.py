@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megahybrid.readable import short
 from megahybrid.study.answers import baseline_range, covered, error, in_hours, savings, why
 from megahybrid.study.drawing import power
 from megahybrid.study.results import Results
-from megahybrid.training.drawing import short_number
 
 _FIGURES = {"a_opt": ".3f", "E": ".3f", "A": ".4g", "B": ".4g", "alpha": ".3f", "beta": ".3f"}
 
@@ -69,7 +69,7 @@ def _targets(results: Results) -> Iterator[str]:
     for kind in results.kinds:
         for each in results.fit["kinds"][kind]["predictions"]:
             if not each["cell"]:
-                size = [short_number(each[name], 0) for name in ("parameters", "tokens")]
+                size = [short(each[name]) for name in ("parameters", "tokens")]
                 rows.append(
                     [kind, *size, power(each["flops"]), f"{each['loss']:.4f}", _interval(each["interval"], ".4f")]
                 )

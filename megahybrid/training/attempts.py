@@ -26,7 +26,8 @@ def begin(run: RunDirectory, step: int, world: int, restarts: int) -> str | None
     if len(before := _starts_in_a_row(run, step)) > restarts:
         return _giving_up(run, before)
     nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
-    _append(run, {"nodes": nodes, "processes": world, "step": step, "last_word": run.read_status().get("time")})
+    place = {"nodes": nodes, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "processes": world}
+    _append(run, {**place, "step": step, "last_word": run.read_status().get("time")})
     return None
 
 

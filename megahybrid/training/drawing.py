@@ -5,6 +5,8 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from megahybrid.readable import short
+
 INK, ACCENT, GRID = "#1f3a5f", "#c8553d", "#d9d9d9"
 
 
@@ -23,8 +25,5 @@ def over_tokens(axes: Axes) -> None:
 
 
 def short_number(value: float, _: int) -> str:
-    """1.5M for 1,500,000."""
-    for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= limit:
-            return f"{value / limit:g}{suffix}"
-    return f"{value:g}"
+    """A tick's text: 1.5M for 1,500,000."""
+    return short(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ from megahybrid.config.branching import branch_point
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.task_sources import find_task, task_parameters, task_sources, task_stages
 from megahybrid.errors import UserError
-from megahybrid.key import derived, keys
-from megahybrid.tasks import TaskParameters
+from megahybrid.key import derived, keys, unusual
 from megahybrid.training import checkpoint_folder
 from megahybrid.training.checkpoint_folder import NoCheckpoint
 from megahybrid.training.run_directory import RunDirectory
@@ -73,26 +72,24 @@ def check_resume(saved: Config, now: Config, checkpoint: str, instead: str = "tr
 def meaning(config: Config) -> dict[str, Any]:
     """What the keys that may not change mean, by name: equal where configurations differ in their spelling only.
 
-    Values that were left out are those derived for them, a source's weight is its part of all weights, a task's
-    parameters are those that are not their defaults, and `|` in the pattern is no part of the model.
+    Keys are left out whose value is the one that holds without them, a source's weight is its part of all weights, and
+    `|` in the pattern is no part of the model.
     """
-    found = {name: value for name, value, rules in keys(derived(config)) if not rules.may_change}
+    found = _fixed(config)
     found["model.pattern"] = parse_pattern(config.model.pattern).letters
     weights = {name: Fraction(source.weight) for name, source in config.data.sources.items() if source.weight}
     for name, weight in weights.items():
         found[f"data.sources.{name}.weight"] = weight / sum(weights.values())
     for name, source in task_sources(config).items():
         where, task = f"data.sources.{name}", find_task(str(source.task), f"data.sources.{name}.task")
-        found[f"{where}.parameters"] = _unusual(task_parameters(task, source.parameters, f"{where}.parameters"))
-        found[f"{where}.stages"] = [(stage.until, _unusual(stage.parameters)) for stage in task_stages(name, source)]
+        found[f"{where}.parameters"] = _fixed(task_parameters(task, source.parameters, f"{where}.parameters"))
+        found[f"{where}.stages"] = [(stage.until, _fixed(stage.parameters)) for stage in task_stages(name, source)]
     return found
 
 
-def _unusual(parameters: TaskParameters) -> dict[str, Any]:
-    """Those that may not change and are not what they are when left out."""
-    defaults = {field.name: field.default for field in fields(parameters)}
-    fixed = {name: value for name, value, rules in keys(parameters) if not rules.may_change}
-    return {name: value for name, value in fixed.items() if value != defaults[name]}
+def _fixed(section: Any) -> dict[str, Any]:
+    """Its keys that may not change, by name, without those whose value is the one that holds without them."""
+    return {name: value for name, value, rules in unusual(section) if not rules.may_change}
 
 
 def check_data(trained_on: str, found: str, checkpoint: str, path: str | None) -> None:

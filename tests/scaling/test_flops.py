@@ -127,3 +127,16 @@ def test_training_is_three_times_the_forward_pass():
     parts = flops.flops_per_token(config).parts
     assert products == 3 * 64 * sum(count for name, count in parts.items() if name != "full attention: attention")
     assert flops.flops_per_token(config).training == pytest.approx(3 * sum(parts.values()))
+
+
+@pytest.mark.parametrize("pattern", ["F", "L", "GLSFN"])
+def test_documents_of_several_lengths_count_by_their_tokens(pattern):
+    """Each alone, summed token by token."""
+    config, lengths = tiny.config(pattern), [64, 13, 13, 38]
+    alone = [flops.layer(derived(config.model), letter, length) for length in lengths for letter in pattern]
+    expected = sum(
+        sum(each.values()) * length for each, length in zip(alone, [n for n in lengths for _ in pattern], strict=True)
+    )
+    found = flops.flops_per_token(config, {64: 64 / 128, 13: 26 / 128, 38: 38 / 128})
+    assert found.forward - found.parts["output layer"] == pytest.approx(expected / 128)
+    assert found.parts.keys() == flops.flops_per_token(config).parts.keys()

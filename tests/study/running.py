@@ -57,6 +57,7 @@ fault = json.load(open("faults.json")).get(name)
 
 def note(what):
     facts = dict(name=name, what=what, time=time.time(), frozen=os.path.exists("studies/small/prediction.json"))
+    facts["gpu"] = os.environ.get("CUDA_VISIBLE_DEVICES")
     with open("calls.jsonl", "a") as calls:
         calls.write(json.dumps(facts) + "\\n")
 

@@ -35,7 +35,7 @@ def test_verbs_read_what_the_one_before_wrote(make_study, monkeypatch, capsys):
             noise = 1 + 0.0005 * (-1) ** number
             leave(cell, losses=(20.0, float(noise * LAWS[cell.kind].loss(cell.parameters, cell.tokens))))
         if not held_out:
-            prediction.freeze(folder, Survey(study).look(None))
+            prediction.freeze(study, Survey(study).look(None))
     for _ in range(2):
         before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
         for verb in (["collect"], ["fit", "--bootstrap", "100"], ["report"]):

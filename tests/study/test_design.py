@@ -221,6 +221,7 @@ def test_identities_are_of_what_decides_the_result(cells_of):
         changed("train", seed=1),
         changed("train", steps=5),
         changed("train", dtype="bf16"),
+        changed("parallel", gradient_reduction="bf16"),
         changed("train", global_batch_size=8),
         changed("train", validation_samples=3),
         changed("train", branch_from="studies/runs/a@3"),
@@ -285,6 +286,15 @@ def test_a_batch_is_round_and_realises_its_tokens(replicas):
         ({"hold_out": "smallest"}, "hold_out.at is smallest; choose one of largest"),
         ({"hold_out": {"width": 64}}, "hold_out is either largest, or a size and a budget"),
         ({"overrides": {"train.steps": 5}}, "overrides has train.steps, which the study sets itself"),
+        ({"overrides": {"train.resume_from": 5}}, "overrides has train.resume_from, which the study sets itself"),
+        (
+            {"overrides": {"optimizer.learning_rate": 1e-3}},
+            "learning_rate, which rules.learning_rate sets",
+        ),
+        (
+            {"overrides": {"train.global_batch_size": 8}},
+            "batch_size, which rules.batch sets",
+        ),
         ({"overrides": {"model.gdn.heads": 5}}, "lalte-64x2: Unknown configuration key 'model.gdn.heads'"),
         (
             {"overrides": {"model.attention.head_dim": 30}},

@@ -1,69 +1,115 @@
 """What a study is expected to know, against figures worked out apart from this code."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from megahybrid.study.expected import PRIOR, precision
-from megahybrid.study.law.law import CONDITION_LIMIT
+from megahybrid.errors import UserError
+from megahybrid.study.expected import PRIOR, Runs, expect, precisions
+from megahybrid.study.law.bootstrap import SHARED, SHARED_PRIOR, bootstrap, interval
+from megahybrid.study.law.fit import Points, fit
+from megahybrid.study.law.law import Law
+from tests.study import tables
 
 SIZES = np.geomspace(60e6, 600e6, 5)
 TARGET = (7e9, 200 * 7e9)
+NOISE = 0.003
+ONE = Law(A=0, B=0, E=1, alpha=1, beta=1)
 
 
 def ratios(*tokens_per_parameter: float):
-    parameters = np.repeat(SIZES, len(tokens_per_parameter))
-    return parameters, parameters * np.tile(tokens_per_parameter, len(SIZES))
+    return tables.ladder(SIZES, np.array(tokens_per_parameter))
 
 
 def iso_flops(*budgets: float):
     """Five sizes about the best of each budget, from a quarter of it to four times as large."""
-    power = PRIOR.beta / (PRIOR.alpha + PRIOR.beta)
-    best = (PRIOR.alpha * PRIOR.A / PRIOR.beta / PRIOR.B) ** (1 / (PRIOR.alpha + PRIOR.beta))
-    parameters = [best * (flops / 6) ** power * np.geomspace(1 / 4, 4, 5) for flops in budgets]
-    return np.concatenate(parameters), np.concatenate(
-        [flops / 6 / each for flops, each in zip(budgets, parameters, strict=True)]
-    )
+    return tables.isoflop(budgets, 5, 4.0, PRIOR)
+
+
+def log_losses(theta, parameters, tokens):
+    a, b, e, alpha, beta = theta
+    return np.log(np.exp(a - alpha * np.log(parameters)) + np.exp(b - beta * np.log(tokens)) + np.exp(e))
+
+
+def moves(parameters, tokens):
+    """By how much a_opt and the law's loss at TARGET move with the log loss of each run: by finite differences, in
+    plain A, B, E and exponents."""
+    theta = np.array([np.log(PRIOR.A), np.log(PRIOR.B), np.log(PRIOR.E), PRIOR.alpha, PRIOR.beta])
+    steps = 1e-6 * np.eye(5)
+
+    def slopes(function):
+        return np.stack([(function(theta + step) - function(theta - step)) / 2e-6 for step in steps], axis=-1)
+
+    inverse = np.linalg.pinv(slopes(lambda each: log_losses(each, parameters, tokens)), rcond=1e-12)
+    return [slopes(figure) @ inverse for figure in (lambda x: x[4] / (x[3] + x[4]), lambda x: log_losses(x, *TARGET))]
 
 
 @pytest.mark.parametrize(
-    ("runs", "a_opt", "loss"),
-    [(ratios(10, 20, 40, 80), 0.06, 0.021), (iso_flops(3e18, 1e19, 3e19), 0.03, 0.026)],
+    ("runs", "a_opt", "loss", "student"),
+    # Of Student's t, 15 and 10 degrees of freedom, by 1.96, times the mean of s by sigma.
+    [
+        (ratios(10, 20, 40, 80), 0.06, 0.021, 2.131 * 0.983 / 1.96),
+        (iso_flops(3e18, 1e19, 3e19), 0.03, 0.026, 2.228 * 0.975 / 1.96),
+    ],
     ids=["four ratios", "three isoFLOP budgets"],
 )
-def test_designs_are_as_good_as_they_are_known_to_be(runs, a_opt, loss):
-    found = precision(*runs, [TARGET], 0.003)
-    assert found.a_opt == pytest.approx(a_opt, abs=0.005)
-    assert found.losses[0] == pytest.approx(loss, abs=0.001)
+def test_independent_runs_know_as_much_as_normal_theory_and_students_t_say(runs, a_opt, loss, student):
+    known = 1.96 * NOISE * np.linalg.norm(moves(*runs), axis=1)
+    assert known[0] == pytest.approx(a_opt, abs=0.005) and known[1] == pytest.approx(loss, abs=0.001)
+    known[1] = np.hypot(known[1], 1.96 * NOISE)
+    (found,) = precisions([Runs(*runs, np.arange(len(runs[0])))], [[TARGET]], NOISE)
+    assert (found.a_opt, found.losses[0]) == pytest.approx(student * known, rel=0.05)
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_one_ratio_tells_nothing_however_often_it_is_repeated(seeds):
-    found = precision(*ratios(*[20] * seeds), [TARGET], 0.003)
-    assert found.condition > 1e16 > CONDITION_LIMIT
-    assert found.a_opt == np.inf
-
-
-def test_the_interval_is_that_of_fits_to_noisy_losses():
-    """Least squares by many small Gauss-Newton steps, in plain A, B, E and exponents."""
+@pytest.mark.parametrize(("shared", "least", "most"), [(0.0, 0.97, 1), (0.5, 0.95, 1), (0.9, 0.93, 0.995)])
+@pytest.mark.parametrize("kinds", [1, 3])
+def test_of_branches_as_many_errors_are_as_small_as_expected(shared, least, most, kinds):
+    """Whatever part of the noise they share, which nobody knows before."""
+    runs, trunks = ratios(10, 20, 40, 80), np.repeat(np.arange(5), 4)
     rng = np.random.default_rng(0)
-    parameters, tokens = ratios(10, 20, 40, 80)
-    truth = np.array([np.log(PRIOR.A), np.log(PRIOR.B), np.log(PRIOR.E), PRIOR.alpha, PRIOR.beta])
+    noise = np.array([tables.noisy(ONE, *runs, NOISE, rng, trunks, shared) for _ in range(4000)])
+    found = precisions([Runs(*runs, trunks)] * kinds, [[TARGET]] * kinds, NOISE)[0]
+    errors = np.log(noise) @ np.transpose(moves(*runs))
+    errors[:, 1] -= NOISE * rng.standard_normal(4000)
+    for figure, half in zip(errors.T, (found.a_opt, found.losses[0]), strict=True):
+        assert least <= (np.abs(figure) <= half).mean() <= most
 
-    def losses(theta, n, d):
-        a, b, e, alpha, beta = theta[..., None] if theta.ndim == 1 else theta.T[..., None]
-        return np.log(np.exp(a) * n**-alpha + np.exp(b) * d**-beta + np.exp(e))
 
-    observed = losses(truth, parameters, tokens) + 1e-5 * rng.standard_normal((2000, len(tokens)))
-    step = 1e-6
-    slopes = np.stack(
-        [
-            (losses(truth + step * unit, parameters, tokens) - losses(truth - step * unit, parameters, tokens))
-            / (2 * step)
-            for unit in np.eye(5)
-        ],
-        axis=-1,
-    )
-    slopes = slopes.reshape(len(tokens), 5)
-    fitted = truth + (observed - losses(truth, parameters, tokens)) @ np.linalg.pinv(slopes).T
-    spread = losses(fitted, *TARGET).std() * 1.96
-    assert precision(parameters, tokens, [TARGET], 1e-5).losses[0] == pytest.approx(spread, rel=0.06)
+def test_branches_know_as_much_as_fits_to_made_up_studies():
+    """Whose noise trunks share by parts that are as likely as SHARED_PRIOR says."""
+    parameters, tokens, trunks = *tables.ladder(), np.repeat(np.arange(4), 3)
+    target, rng, widths = (3e7, 6e8), np.random.default_rng(0), []
+    for shared in rng.choice(SHARED, 80, p=SHARED_PRIOR):
+        losses = tables.noisy(PRIOR, parameters, tokens, 1e-4, rng, trunks, shared)
+        laws = bootstrap(fit(Points(parameters, tokens, losses)), trunks, 100, rng)
+        widths.append(np.ptp(interval(laws.loss_of_a_run(*target))) / 2 / PRIOR.loss(*target))
+    (found,) = precisions([Runs(parameters, tokens, trunks)], [[target]], 1e-4)
+    assert found.losses[0] == pytest.approx(np.mean(widths), rel=0.15)
+    (alone,) = precisions([Runs(parameters, tokens, np.arange(12))], [[target]], 1e-4)
+    assert found.losses[0] > 1.5 * alone.losses[0]
+    third = precisions([Runs(parameters, tokens, trunks)] * 3, [[target]] * 3, 1e-4)[2]
+    assert found.losses[0] > 1.2 * third.losses[0], "three kinds tell more of what trunks share"
+
+
+@pytest.mark.parametrize(("tokens_per_parameter", "refused"), [([20], True), ([20, 28], True), ([10, 20, 40], False)])
+def test_ratios_count_as_they_are_asked_for(tokens_per_parameter, refused):
+    """Whole steps alone make them differ by a percent."""
+    parameters, asked = ratios(*tokens_per_parameter, *tokens_per_parameter)
+    realised = asked * (1 + 0.01 * np.random.default_rng(0).uniform(-1, 1, len(asked)))
+    alike = {"kind": "a", "role": "single", "held_out": False}
+    cells = [
+        SimpleNamespace(
+            name=str(number), trunk=str(number), parameters=size, tokens=tokens, asked=wanted * size, **alike
+        )
+        for number, (size, tokens, wanted) in enumerate(zip(parameters, realised, asked, strict=True))
+    ]
+    for cell in cells:
+        cell.flops_per_token = cell.parameters
+    target = SimpleNamespace(parameters=7e9, tokens=1.4e12)
+    study = SimpleNamespace(kinds=["a"], targets=[target], noise=NOISE, give_up=[])
+    if refused:
+        with pytest.raises(UserError, match=r"a: all its runs have about 2[04] tokens a parameter, one"):
+            expect(study, cells)
+    else:
+        assert 0.01 < expect(study, cells)["a"].losses[0] < 0.05

@@ -13,12 +13,14 @@ import pytest
 
 from megahybrid.cli import main
 from megahybrid.config import load_config, save_config
+from megahybrid.devices import visible_gpus
 from megahybrid.files import read_json
 from megahybrid.scaling.memory import peak_bytes
 from megahybrid.study import launch as launching
 from megahybrid.study import prediction
 from megahybrid.study.design import design
 from megahybrid.study.expected import expect
+from megahybrid.study.file import load_study
 from megahybrid.study.local import Processes
 from megahybrid.study.outcomes import Survey
 from tests.study.running import calls, leave
@@ -40,8 +42,8 @@ def small(monkeypatch):
 def fit(monkeypatch):
     """A law that predicts 2.5 of every run that is held out."""
 
-    def fit(folder):
-        held_out = [line.split(",") for line in (folder / "runs.csv").read_text().splitlines() if ",1,," in line]
+    def fit(study):
+        held_out = [line.split(",") for line in (study.folder / "runs.csv").read_text().splitlines() if ",1,," in line]
         return {
             "kinds": {
                 kind: {
@@ -111,7 +113,7 @@ def test_a_prediction_is_of_one_very_run_and_never_of_one_that_has_begun(make_st
         held += [each.cell for each in outcomes if each.cell.held_out]
         assert not prediction.is_frozen(folder, outcomes)
         before = read_json(file) or {}
-        prediction.freeze(folder, outcomes)
+        prediction.freeze(load_study("study.yaml"), outcomes)
         assert prediction.is_frozen(folder, outcomes) and read_json(file).items() >= before.items()
     assert list(read_json(file)) == [cell.identity for cell in held] and held[0].name == held[1].name
     # Another study has trained it, or prediction.json is gone: what is known already is no forecast.
@@ -224,9 +226,40 @@ def test_what_does_not_fit_into_the_gpu_side_by_side_is_refused(make_study, trai
     monkeypatch.setattr(launching, "gpu_memory", lambda: 2.01 * largest)
     assert launch("--jobs", "3") == 2 and not calls()
     assert (
-        "The 3 largest runs take 1.5 GiB side by side, and this GPU has 1.0; give --jobs 2" in capsys.readouterr().err
+        "The 3 largest runs take 1.5 GiB side by side, and a GPU here has 1.0; give --jobs 2" in capsys.readouterr().err
     )
-    assert launch("--jobs", "2") == 0
+    # Of two GPUs each has two of four.
+    monkeypatch.setattr(launching, "visible_gpus", lambda: ["0", "1"])
+    assert launch("--jobs", "5") == 2 and "give --jobs 4" in capsys.readouterr().err and not calls()
+    assert launch("--jobs", "4") == 0
+
+
+def test_runs_are_spread_over_the_gpus(make_study, trainer, monkeypatch, tmp_path):
+    """Two of them, one of which has a run that another launch has left."""
+    monkeypatch.setattr("megahybrid.study.local.visible_gpus", lambda: ["3", "GPU-b"])
+    cells = design(make_study("hold_out: null"))
+    trainer(0.6)
+    with Processes(Path("studies/small"), 4) as processes:
+        left = tmp_path / "left"
+        left.mkdir()
+        (left / "attempts.jsonl").write_text('{"gpus": "3"}\n')
+        for cell in [cell for cell in cells if cell.role == "trunk"][:3]:
+            processes.start(cell.config, "study.yaml", {left} | processes.running)
+        while processes.running:
+            processes.wait(1)
+        processes.start(cells[1].config, "study.yaml", {left})  # those that have ended count no more
+        processes.wait(10)
+    begun = [each["gpu"] for each in calls() if each["what"] == "begins"]
+    assert (Counter(begun[:3]), begun[3]) == ({"GPU-b": 2, "3": 1}, "GPU-b")
+
+
+def test_gpus_are_named_as_they_are_visible(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for named, found in ((None, ["0", "1"]), ("5,GPU-b", ["5", "GPU-b"]), ("7,6,-1,3", ["7", "6"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named) if named else monkeypatch.delenv(
+            "CUDA_VISIBLE_DEVICES", False
+        )
+        assert visible_gpus() == found
 
 
 def test_what_another_study_wants_of_a_run_stays(make_study, trainer):
@@ -253,7 +286,7 @@ def test_what_cannot_tell_the_laws_terms_apart_is_refused(make_study, trainer, c
 def test_gpu_hours_are_limited(make_study, trainer, capsys, monkeypatch):
     cells = design(make_study(*ONE_TRUNK, "limits: {gpu_hours: 1}"))
     trainer(0.01)
-    monkeypatch.setattr(launching, "tabled", lambda config: types.SimpleNamespace(hours=0.4))
+    monkeypatch.setattr(launching, "tabled_estimate", lambda config: types.SimpleNamespace(hours=0.4))
     assert launch() == 2
     assert "has taken 0 GPU hours and its runs would take 1.2 more" in capsys.readouterr().err and not calls()
     leave(cells[0])
@@ -321,7 +354,9 @@ echo $number""",
 def test_slurm_gets_an_array_a_class_and_branches_after_their_trunk(make_study, slurm, fit, monkeypatch):
     cells = design(make_study("limits: {profile: cluster.yaml}"))
     hours = {"(G)*1": 0.1, "(G)*2": 3.0}
-    monkeypatch.setattr(launching, "tabled", lambda config: types.SimpleNamespace(hours=hours[config.model.pattern]))
+    monkeypatch.setattr(
+        launching, "tabled_estimate", lambda config: types.SimpleNamespace(hours=hours[config.model.pattern])
+    )
     assert launch() == 0
     trunks, branches = slurm()[:2], slurm()[2:]
     # Those of an hour, and those of eight; the four branches each wait for the element that is their trunk.

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from megahybrid.cli import main
+from megahybrid.data.lengths import sequence_lengths
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.study import status
 from megahybrid.study.design import design
@@ -159,7 +160,7 @@ def test_runs_csv(make_study):
     leave(trunk, losses=(6.0, 3.25))
     leave(branch, losses=(5.0, 4.5))
     leave(cells["one-32x2-2e9-s0"], losses=(6.0, NAN))
-    facts = {"job": None, "start": "", "step": 0, "nodes": "here", "last_word": None}
+    facts = {"job": None, "start": "", "step": 0, "nodes": "here", "gpus": "0", "last_word": None}
     job = facts | {"job": "7", "nodes": "there"}
     starts = [  # 400 s of one GPU; one whose processes never met; 100 s of two
         facts | {"processes": 1, "time": 1000.0},
@@ -168,7 +169,7 @@ def test_runs_csv(make_study):
     ]
     trained(trunk, 2100.0, *starts)
     trained(branch, 1600.0, facts | {"processes": 1, "time": 1200.0})  # which shared 200 s of the 400
-    trained(cells["one-32x2-2e9-s0"], 1300.0, job | {"job": "8", "processes": 1, "time": 1200.0})
+    trained(cells["one-32x2-2e9-s0"], 1300.0, facts | {"gpus": "1", "processes": 1, "time": 1200.0})
     rows = {row["cell"]: row for row in collected()}
     assert list(rows) == [*cells, "one-32x2-2e9-s0-half"]
     row = rows[trunk.name]
@@ -193,7 +194,8 @@ def test_runs_csv(make_study):
     ]
     parts = [float(value) for name, value in row.items() if name.startswith("flops: ")]
     tokens = trunk.config.train.steps * 128
-    assert float(row["tokens"]) == tokens and float(row["flops"]) == tokens * flops_per_token(trunk.config).training
+    flops = flops_per_token(trunk.config, sequence_lengths(trunk.config))
+    assert float(row["tokens"]) == tokens and float(row["flops"]) == pytest.approx(tokens * flops.training)
     assert sum(parts) == pytest.approx(float(row["flops"]), rel=1e-12) and min(parts) > 0
     assert rows[branch.name]["trunk"] == trunk.identity and float(rows[branch.name]["loss"]) == 4.5
     held_out = rows["one-32x2-8e9-s0"]
@@ -211,14 +213,17 @@ def test_the_table_says_how_far_all_of_it_is(make_study):
     trunk, branch = (cells[number] for number in (0, 1))
     leave(trunk)
     leave(branch, "stopped", tuple([6.0] * 10), "SIGTERM")
-    console = Console(width=200, record=True, quiet=False)
+    console = Console(width=80, record=True, quiet=False)
     status.show(study, print, console)
     told = console.export_text().splitlines()
     row = next(line for line in told if line.split()[:1] == [branch.name])
-    assert f"{branch.branch_step + 10}/{branch.config.train.steps}" in row and "SIGTERM stopped it" in row
+    assert row.split()[1:] == ["missing", f"{branch.branch_step + 10}/{branch.config.train.steps}", "6.0000"]
+    assert any(line.startswith(f"{branch.name}: SIGTERM stopped it") for line in told)
+    total = " ".join(line.strip() for line in told[-2:])
+    assert total.startswith("[")
     # All FLOPs are those of every run's own tokens: a branch is a trunk's with another end.
     own = [cell.flops * (1 - (cell.branch_step or 0) / cell.config.train.steps) for cell in cells]
     share = (own[0] + branch.flops * 10 / branch.config.train.steps) / sum(own)
-    assert f"{share:.1%} of {sum(own):.3g} FLOPs, 0 of 12 GPU hours: 1 done, 5 missing" in told[-1]
-    assert told[-1].count("#") == int(20 * share)
+    assert f"{share:.1%} of {sum(own):.3g} FLOPs, 0 of 12 GPU hours: 1 done, 5 missing" in total
+    assert total.count("#") == int(20 * share)
     assert next(lines_backwards(Path(trunk.config.run.dir, "metrics.jsonl")))["step"] == trunk.config.train.steps

@@ -109,7 +109,7 @@ def test_hours_multiply_by_what_a_flop_takes_where_each_kind_is_best(tmp_path):
         x, y = drawn["#3d8361"]
         assert np.interp(np.log(1e16), np.log(x), y) == pytest.approx(each.times, rel=1e-6)
     branches = [
-        each | {"gpu_hours": 1e-9} for each in made_up.branched("lalte", tokens=(1e8,) * 5)[:4]
+        each | {"gpu_hours": 1e-9} for each in made_up.branched("lalte", tokens=(1e8, 1.1e8, 1.2e8, 1.3e8, 1.4e8))[:4]
     ]  # their hours are a part's
     more = made_up.results(tmp_path, [*made_up.runs(noise=0), *branches])
     assert in_hours(more, saving).times == in_hours(results, saving).times

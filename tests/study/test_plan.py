@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from megahybrid import cli
+from megahybrid.data.lengths import sequence_lengths
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.hours import Estimate, own_steps, tabled
 from megahybrid.scaling.memory import peak_bytes
-from megahybrid.study.describe import describe
+from megahybrid.study.describe import describe, short
 from megahybrid.study.design import design
 from megahybrid.study.file import load_study
 from megahybrid.study.plan import make_plan
@@ -74,7 +75,19 @@ def test_a_plan_is_a_row_a_run_and_what_they_cost(planned):
     )
     assert max(len(line.replace(str(RECIPES), "recipes")) for line in printed.out.splitlines()) <= 120
     assert "data: not prepared yet" in printed.out
-    assert "held out: 1.0 times the FLOPs of the largest run that is fitted" in printed.out
+    near = "the FLOPs of the largest run that is fitted: too near to test the law; hold out one of 4 times\n"
+    assert f"held out: 1.0 times {near}" in printed.out
+    sizes = [cell.parameters_without_embedding for cell in cells]
+    far = "  step_law is of models of 60M to 1B parameters without embeddings: a guess for"
+    assert f"{far} {short(min(sizes))} to {short(max(sizes))}\n" in printed.out
+
+
+def test_a_plan_says_nothing_of_what_is_near_a_rules_models_and_far_from_the_fitted_runs(planned):
+    said = planned(
+        "hold_out: {width: 128, layers: 2, flops: 3.2e13}", "rules: {learning_rate: fixed, batch: olmo_core}"
+    )[1].out
+    assert "held out: 4.0 times the FLOPs of the largest run that is fitted\n" in said
+    assert "fixed is" not in said and "olmo_core is of models of 5M to 901M parameters" in said
 
 
 def test_a_plan_says_how_well_kinds_will_be_predicted_and_told_apart(planned):
@@ -101,7 +114,7 @@ def test_a_plan_says_how_well_kinds_will_be_predicted_and_told_apart(planned):
             "sizes: [{width: 64, layers: 2}]\nbudgets: {flops: [1e12, 2e12, 3e12, 4e12, 5e12, 6e12, 7e12, 8e12]}",
             "transformer: all its runs have one size",
         ),
-        ("budgets: {flops: [2.0e12, 8.0e12]}", "transformer has 5 runs to fit the law to, which needs 7"),
+        ("budgets: {flops: [2.0e12, 8.0e12]}", "transformer: it has 5 runs to fit the law to, which needs 7"),
     ],
 )
 def test_a_study_that_tells_nothing_or_costs_too_much_is_refused(planned, line, said):
@@ -110,6 +123,46 @@ def test_a_study_that_tells_nothing_or_costs_too_much_is_refused(planned, line, 
     assert said in printed.err
     assert len(printed.err.splitlines()) == 1
     assert not folder.exists()
+
+
+def test_what_is_given_up_is_planned_no_more(planned):
+    """Nor is it counted among what tells the law's terms apart, or what is predicted."""
+    before = planned()[1].out
+    code, printed, folder = planned("give_up: [gdn-64x2-2e12-s0, transformer-128x2-8e12-s0, gdn-128x2-8e12-s0]")
+    assert code == 0 and "18 runs: " in before and "15 runs: " in printed.out
+    assert "held out: " in before and "held out: " not in printed.out
+    with open(folder / "plan.csv") as file:
+        assert "gdn-64x2-2e12-s0" not in {row["cell"] for row in csv.DictReader(file)}
+    code, printed, _ = planned("give_up: [gdn-64x2-2e12-s0, gdn-64x2-4e12-s0]")
+    assert code == 2 and "gdn: it has 6 runs to fit the law to, which needs 7" in printed.err
+
+
+def test_a_study_may_predict_nothing(planned):
+    code, printed, _ = planned("hold_out: null", "targets: []")
+    (line,) = [line for line in printed.out.splitlines() if line.startswith("gdn - transformer")]
+    assert code == 0 and len(line.split()) == 4, "a_opt alone"
+
+
+def test_flops_are_counted_at_the_lengths_of_the_data(planned, monkeypatch):
+    """Of two samples one is one document, the other eight: full attention costs less, and a recurrence as much."""
+    lengths = {512: 0.5, 64: 0.5}
+    before = planned()[1].out
+    alone = {cell.name: cell for cell in design(load_study("study.yaml"), needs_data=False)}
+    assert "FLOPs: samples of 512 tokens are counted as one document each, since no data are at hand here" in before
+    for where in ("models", "describe"):
+        monkeypatch.setattr(f"megahybrid.study.{where}.sequence_lengths", lambda config: lengths)
+    assert "samples of 512 tokens see as much as in sequences of 288 on average" in planned()[1].out
+    for cell in design(load_study("study.yaml"), needs_data=False):
+        model, train = cell.config.model, cell.config.train
+        heads = model.attention.num_heads * model.attention.head_dim
+        shorter = 512 / 2 - (512 + 64) / 4  # keys that a query sees on average
+        saved = 3 * model.pattern.count("F") * 2 * 4 * heads * shorter
+        was = alone[cell.name].flops_per_token
+        assert cell.flops_per_token == pytest.approx(was - saved, rel=1e-9)
+        assert (cell.tokens > 1.01 * alone[cell.name].tokens) == (cell.kind == "transformer")
+        assert train.steps * train.global_batch_size * 512 * cell.flops_per_token == pytest.approx(
+            cell.budget, rel=0.01
+        )
 
 
 def test_every_model_is_timed_once_for_each_batch(planned):
@@ -133,7 +186,7 @@ def test_the_recipes_realise_their_budgets(path, monkeypatch):
     cells = design(load_study(path), needs_data=False)
     for cell in cells:
         assert cell.flops == pytest.approx(cell.asked, rel=0.01)
-        assert cell.flops == flops_per_token(cell.config).training * cell.tokens
+        assert cell.flops == flops_per_token(cell.config, sequence_lengths(cell.config)).training * cell.tokens
     for kind in {cell.kind for cell in cells}:
         held, fitted = ([cell for cell in cells if cell.kind == kind and cell.held_out is out] for out in (True, False))
         assert len(held) == 1

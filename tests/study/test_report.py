@@ -12,6 +12,7 @@ from megahybrid.config import Config
 from megahybrid.errors import UserError
 from megahybrid.study import pictures, publish, report, run_pictures
 from megahybrid.study.answers import answers, open_questions, savings
+from megahybrid.study.file import Study
 from megahybrid.study.fit import fit
 from megahybrid.study.results import read_results
 from megahybrid.training import checkpoint_folder
@@ -147,6 +148,15 @@ def test_warnings_and_the_same_runs_without_a_repeat(tmp_path):
     )
 
 
+def test_a_held_out_run_of_no_more_flops_tests_nothing_beyond(tmp_path):
+    rows = made_up.runs()
+    for each in rows:
+        if each["held_out"]:
+            each |= {name: each[name] * 1.05e16 / 8e16 for name in ("flops", "tokens")}
+    said = open_questions(made_up.results(tmp_path, rows))
+    assert any(each.endswith("where no run was fitted: no run has tested it.") for each in said)
+
+
 def test_the_same_inputs_give_the_same_report(written, tmp_path, monkeypatch):
     folder, paths = written
     text = (folder / "report.md").read_text()
@@ -177,10 +187,11 @@ def test_pictures_are_there_and_not_blank(written):
         ("fit.json", '{"kinds": {"gdn', "has no fit.json with a fitted kind"),
         ("fit.json", '{"kinds": {}}', "has no fit.json with a fitted kind"),
         ("fit.json", '{"kinds": {"gdn": {"intervals": {}}}}', "has no intervals: run `megahybrid study fit`"),
-        ("runs.csv", ",".join(made_up.COLUMNS) + "\n", "runs.csv and fit.json in '.*hybrids-1' have other kinds"),
-        ("runs.csv", "cell,run\na,b\n", "Line 2 of '.*runs.csv' has no kind"),
-        ("plan.csv", "cell\na\n", "Line 2 of '.*plan.csv' has no gpu_hours"),
-        ("plan.csv", "cell,gpu_hours,data\na,many,\n", r"Line 2 of '.*plan.csv' has no gpu_hours \(many\)"),
+        ("runs.csv", ",".join(made_up.COLUMNS) + "\n", "'.*runs.csv' has no runs"),
+        ("runs.csv", "parameters,tokens,loss\n1e6,1e8,3\n", "runs.csv and fit.json in '.*hybrids-1' have other kinds"),
+        ("runs.csv", "cell,run\na,b\n", "'.*runs.csv' has no column for parameters"),
+        ("plan.csv", "cell\na\n", "'.*plan.csv' has no column gpu_hours"),
+        ("plan.csv", "cell,gpu_hours,data\na,many,\n", "Run 1 of '.*plan.csv' has gpu_hours = 'many'"),
     ],
 )
 def test_what_cannot_be_reported_is_one_sentence_and_leaves_nothing(name, content, said, tmp_path):
@@ -237,17 +248,36 @@ def test_what_is_no_finite_number_does_not_stop_a_report(tmp_path):
             each |= {"parameters": None, "tokens": None, "loss": None, "interval": [None, None]}
 
     results = made_up.results(tmp_path, change=change)
-    assert "nan (nan to nan) of gdn" in " ".join(answers(results))
+    assert "nan (-inf to inf) of gdn" in " ".join(answers(results))
     for make in (pictures.compute_figure, pictures.optimum_figure, pictures.multiplier_figure):
         assert make(results) is not None
-    assert "| gdn | 14 | nan (nan to nan) |" in report.text(results, FILE, [])
+    assert "| gdn | 14 | nan (-inf to inf) |" in report.text(results, FILE, [])
+
+
+def test_an_interval_that_is_open_to_one_side_judges_by_the_other(tmp_path):
+    """fit.json and prediction.json say null for infinity."""
+    name = made_up.identity("gdn-320x10-8e16-s0")
+    for interval, place in (([None, 9.0], "inside"), ([1.0, None], "inside"), ([9.0, None], "outside")):
+        results = made_up.results(tmp_path, frozen=lambda made, ends=interval: made[name].update(interval=ends))
+        (said,) = [each for each in answers(results) if each.startswith("gdn, 8 times")]
+        assert said.endswith(f"{place} the interval.") and "inf" in report.text(results, FILE, [])
+        assert pictures.compute_figure(results) and pictures.prediction_figure(results)
+
+
+def test_a_study_whose_hours_nobody_measured_is_reported(tmp_path):
+    made_up.write(tmp_path, [row | {"gpu_hours": ""} for row in made_up.runs()])
+    (tmp_path / "plan.csv").unlink()
+    drawn = report.write(tmp_path, FILE)
+    assert tmp_path / "multiplier.png" in drawn and tmp_path / "cost.png" not in drawn
+    assert "| not measured |" in (tmp_path / "report.md").read_text()
 
 
 def test_what_fit_writes_is_what_report_reads(tmp_path, monkeypatch):
     """From runs with a known law: the multiplier is inside its interval, which leaves 1 out."""
     monkeypatch.setattr(pictures, "PICTURES", {})
     made_up.write(tmp_path)
-    fit(tmp_path, replicates=100)
+    monkeypatch.setattr(Study, "folder", tmp_path)
+    fit(Study(), replicates=100)
     results = read_results(tmp_path)
     for saving in savings(results, 1e16):
         assert saving.low < made_up.multiplier("transformer", saving.kind, 1e16) < saving.high < 1

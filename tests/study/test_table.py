@@ -1,10 +1,9 @@
 """Tables of runs, and what is refused of them."""
 
-import numpy as np
 import pytest
 
 from megahybrid.errors import UserError
-from megahybrid.study.table import parse_columns, read_table
+from megahybrid.study.table import parse_columns, read_runs
 from tests.study import tables
 
 
@@ -19,23 +18,23 @@ def made(changes=(), **columns):
 def test_runs_csv_is_read_as_it_is_written(tmp_path):
     changes = [(0, "held_out", 1), (1, "state", "diverged"), (1, "loss", ""), (2, "excluded", "by hand")]
     rows = made([*changes, (3, "trunk", "t"), (4, "trunk", "t")])
-    table = read_table(tables.write(tmp_path / "runs.csv", rows))
-    assert table.parameters.tolist() == [row["parameters"] for row in rows]
-    assert table.loss[3:].tolist() == [row["loss"] for row in rows[3:]]
-    assert np.flatnonzero(~table.fitted).tolist() == [0, 1, 2]
-    assert table.done.tolist() == [True, False, False] + [True] * 9
-    assert table.trunk[3] == table.trunk[4] and len(set(table.trunk.tolist())) == 11
+    runs = read_runs(tables.write(tmp_path / "runs.csv", rows))
+    assert [run.parameters for run in runs] == [row["parameters"] for row in rows]
+    assert [run.loss for run in runs[3:]] == [row["loss"] for row in rows[3:]]
+    assert [number for number, run in enumerate(runs) if not run.fitted] == [0, 1, 2]
+    assert [run.counts for run in runs] == [True, False, False] + [True] * 9
+    assert runs[3].trunk == runs[4].trunk and len({run.trunk for run in runs}) == 11
 
 
 def test_columns_of_others_and_tokens_from_flops(tmp_path):
     path = tmp_path / "their runs.csv"
     path.write_text("\ufeffModel Size,state,Training FLOP,loss\n1e6,odd,6e14,3.5\n2e6,odder,12e14,3.2\n", "utf-8")
     columns = parse_columns("parameters=Model Size, flops=Training FLOP,loss=loss")
-    table = read_table(path, columns, drop_largest_losses=1)
-    assert table.tokens.tolist() == [1e8, 1e8] and set(table.kind) == {"all"}
-    assert table.fitted.tolist() == [False, True] and "largest" in table.excluded[0]
+    runs = read_runs(path, columns, drop_largest_losses=1)
+    assert [(run.tokens, run.kind) for run in runs] == [(1e8, "all")] * 2
+    assert [run.fitted for run in runs] == [False, True] and "largest" in runs[0].excluded
     path.write_text("parameters,tokens,loss\n1e6,1e8,3.5\n")
-    assert read_table(path).flops.tolist() == [6e14]
+    assert read_runs(path)[0].flops == 6e14
 
 
 @pytest.mark.parametrize(
@@ -53,7 +52,7 @@ def test_columns_of_others_and_tokens_from_flops(tmp_path):
 )
 def test_bad_values_are_refused_in_a_sentence(tmp_path, changes, said):
     with pytest.raises(UserError, match=said) as refused:
-        read_table(tables.write(tmp_path / "runs.csv", made(changes)))
+        read_runs(tables.write(tmp_path / "runs.csv", made(changes)))
     assert "\n" not in str(refused.value)
 
 
@@ -80,14 +79,14 @@ def test_bad_tables_are_refused_in_a_sentence(tmp_path, text, columns, said):
     path = tmp_path / "runs.csv"
     path.write_text(text)
     with pytest.raises(UserError, match=said):
-        read_table(path, columns)
+        read_runs(path, columns)
 
 
 def test_files_that_are_no_tables_are_refused(tmp_path):
     (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00\x81")
     for path in (tmp_path, tmp_path / "missing.csv", tmp_path / "bytes.csv"):
         with pytest.raises(UserError, match="cannot be read"):
-            read_table(path)
+            read_runs(path)
 
 
 @pytest.mark.parametrize("text", ["loss", "Loss=loss", "loss=", "loss=a,loss=b", ""])
@@ -99,4 +98,4 @@ def test_bad_names_of_columns_are_refused(text):
 @pytest.mark.parametrize("count", [-1, 12, 100])
 def test_more_runs_to_drop_than_there_are(tmp_path, count):
     with pytest.raises(UserError, match="--drop-largest-losses"):
-        read_table(tables.write(tmp_path / "runs.csv", made()), None, count)
+        read_runs(tables.write(tmp_path / "runs.csv", made()), None, count)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from megahybrid.study.law.frontier import Frontier
 from megahybrid.study.law.law import Array
@@ -15,6 +16,32 @@ SAME_COMPUTE = 1.1
 
 LEAST_SIZES = 4
 """Of a budget, for a parabola and something to spare."""
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """Of something over the logarithm of x.
+
+    Attributes:
+        coefficients: over log(x / centre), highest power first.
+        lowest: the x of its lowest point, where that is between the smallest and the largest x; else None.
+    """
+
+    coefficients: Array
+    centre: float
+    lowest: float | None
+
+    @classmethod
+    def through(cls, x: ArrayLike, y: ArrayLike) -> Parabola:
+        """By least squares, of three different x at least."""
+        centre = float(np.exp(np.log(x).mean()))
+        bend, slope, level = np.polyfit(np.log(np.divide(x, centre)), y, 2)
+        lowest = float(centre * np.exp(-slope / (2 * bend))) if bend > 0 else 0.0
+        return cls(np.array([bend, slope, level]), centre, lowest if min(x) < lowest < max(x) else None)
+
+    def __call__(self, x: ArrayLike) -> Array:
+        """Its values."""
+        return np.polyval(self.coefficients, np.log(np.divide(x, self.centre)))
 
 
 @dataclass(frozen=True)
@@ -52,13 +79,11 @@ def lowest(parameters: Array, flops: Array, losses: Array) -> Lowest | None:
     fewer than two have."""
     found = []
     for chosen in budgets(flops):
-        sizes = np.log(parameters[chosen])
-        if len(np.unique(np.round(sizes, 3))) < LEAST_SIZES:
+        if len(np.unique(np.round(np.log(parameters[chosen]), 3))) < LEAST_SIZES:
             continue
-        bend, slope, _ = np.polyfit(sizes - sizes.mean(), losses[chosen], 2)
-        vertex = sizes.mean() - slope / (2 * bend) if bend > 0 else np.inf
-        if sizes.min() < vertex < sizes.max():
-            found.append((np.log(flops[chosen]).mean(), vertex))
+        best = Parabola.through(parameters[chosen], losses[chosen]).lowest
+        if best is not None:
+            found.append((np.log(flops[chosen]).mean(), np.log(best)))
     if len(found) < 2:
         return None
     log_flops, log_parameters = np.array(found).T

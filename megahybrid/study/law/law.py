@@ -72,7 +72,7 @@ def terms(log_parameters: Array, log_tokens: Array, kind: NDArray[np.int_]) -> A
         log_parameters, log_tokens: [runs], from the centre.
         kind: [runs], 0, 1, ….
     """
-    kinds = int(kind.max()) + 1
+    kinds = int(kind.max(initial=0)) + 1
     found = np.zeros((3, len(kind), 3 * kinds + 2))
     for term in range(3):
         found[term, np.arange(len(kind)), term * kinds + kind] = 1
