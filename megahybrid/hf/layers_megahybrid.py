@@ -1,5 +1,7 @@
 """What all MegaHybrid language models are built from: a mixer's rules, norm and SwiGLU."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,6 +14,8 @@ class Mixer(nn.Module):
     `[B, T]`. A state is a dictionary of tensors `[B, ...]`, `empty_state(x)` the one before the first token. Sequences
     may be padded on the left: padding has position -1, and leaves every state as it was.
 
+    In training a state may have `loss` `[B]` beside: what the layer adds to the loss, summed over the new tokens.
+
     It is made from the model's configuration; its parameters have the names and shapes that they have in training.
     `reset_parameters()`, of it or of a module inside it, gives new values to those that are no linear layer's.
     """
@@ -22,6 +26,24 @@ class Mixer(nn.Module):
 def at_least_fp32(x):
     """`x` in float32, or as it is when it already is float32 or float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def as_computed(x):
+    """`x` in the type that linear layers have under autocast, or as it is without."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def in_own_precision(function):
+    """A function of tensors that keeps the types of what it is given under autocast."""
+
+    @functools.wraps(function)
+    def precise(first, *others, **options):
+        device = next(x for x in (first, *others) if isinstance(x, torch.Tensor)).device.type
+        with torch.autocast(device, enabled=False):
+            return function(first, *others, **options)
+
+    return precise
 
 
 class RMSNorm(nn.Module):

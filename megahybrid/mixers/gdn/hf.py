@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, linear, scaled_to_unit
+from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, in_own_precision, linear, scaled_to_unit
 
 try:
     from megahybrid_kernels import Sequences
@@ -74,6 +74,7 @@ class GatedDeltaNet(Mixer):
         return self.o_proj(o.to(x.dtype).flatten(-2)), after
 
 
+@in_own_precision
 def short_convolution(x, weight, past):
     """Causal depthwise convolution, then SiLU: x `[B, T, C]`, weight `[C, taps]`, past `[B, taps - 1, C]` → (y, the
     next past)."""
@@ -98,6 +99,7 @@ def gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
     return chunked_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state)
 
 
+@in_own_precision
 def chunked_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
     """`gated_delta_rule` chunk by chunk (section 3.3).
 
