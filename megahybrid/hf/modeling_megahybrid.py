@@ -11,6 +11,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
+from megahybrid.hf.inference_megahybrid import Inference, applies, modules_below
 from megahybrid.hf.layers_megahybrid import RMSNorm, SwiGLU, linear
 from megahybrid.hf.mixer_classes import MIXERS
 
@@ -22,11 +23,12 @@ class MegahybridCache:
         states: one dictionary a layer, None before the first token.
         lengths: int64 `[B]`, tokens of each sequence so far, padding not counted; None before the first token.
         seen: tokens so far, padding counted.
+        inference: what else there is where the states are those of the layers' packed form; None where they are not.
     """
 
     def __init__(self, layers):
         self.states = [None] * layers
-        self.lengths = None
+        self.lengths = self.inference = None
         self.seen = 0
 
     def get_seq_length(self, layer_idx=0):
@@ -35,6 +37,9 @@ class MegahybridCache:
 
     def reorder_cache(self, beam_idx):
         """Replace every sequence by the sequence `beam_idx[n]`; beam search asks for it."""
+        if self.inference is not None:
+            self.inference.select(self, beam_idx.tolist())
+            return
         self.lengths = self.lengths[beam_idx.to(self.lengths.device)]
         self.states = [{name: x[beam_idx.to(x.device)] for name, x in state.items()} for state in self.states]
 
@@ -47,11 +52,14 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, positions, state):
+    def forward(self, x, places, state):
+        """`[B, T, hidden]` with positions, or `[tokens, hidden]` with sequences, see Mixer."""
         inputs = self.mixer_norm(x)
-        y, state = self.mixer(inputs, positions, self.mixer.empty_state(inputs) if state is None else state)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state
+        if state is None and isinstance(places, torch.Tensor):
+            state = self.mixer.empty_state(inputs)
+        y, state = self.mixer(inputs, places, state)
+        normalised, x = self.mlp_norm.of_sum(x, y)
+        return x + self.mlp(normalised), state
 
 
 class MegahybridPreTrainedModel(PreTrainedModel):
@@ -83,6 +91,7 @@ class MegahybridModel(MegahybridPreTrainedModel):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, letter) for letter in config.layers)
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.made_of = list(map(type, modules_below(self)))
         self.post_init()
 
     def get_input_embeddings(self):
@@ -106,6 +115,14 @@ class MegahybridModel(MegahybridPreTrainedModel):
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         cache = MegahybridCache(len(self.layers)) if past_key_values is None else past_key_values
+        if cache.lengths is None:
+            cache.lengths = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            cache.inference = Inference() if applies(self, x) else None
+        if cache.inference is not None:
+            x, hidden_states = cache.inference.forward(self, x, attention_mask, cache, use_cache, output_hidden_states)
+            return BaseModelOutputWithPast(
+                last_hidden_state=x, past_key_values=cache if use_cache else None, hidden_states=hidden_states
+            )
         positions = self._positions(x, attention_mask, cache)
         hidden_states = [x]
         for number, block in enumerate(self.layers):
@@ -126,8 +143,6 @@ class MegahybridModel(MegahybridPreTrainedModel):
     @staticmethod
     def _positions(x, attention_mask, cache):
         """int64 `[B, T]`: each token's place in its sequence, -1 for padding."""
-        if cache.lengths is None:
-            cache.lengths = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         if attention_mask is None:
             return cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)
         real = attention_mask[:, -x.shape[1] :].to(x.device).bool()
