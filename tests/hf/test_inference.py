@@ -61,7 +61,7 @@ def test_left_padding(pattern, recorded):
     rows, mask = padded(lengths)
     whole = exported(rows, attention_mask=mask, use_cache=False).logits
     pieces = in_pieces(exported, rows, [20, 40, 10, 29, 1, 1, 1, 1, 1], mask)
-    assert len(recorded) == 3  # all rows have begun after 99 tokens, and the first step runs as it is
+    assert len(recorded) == 4  # all rows have begun after 99 tokens, and the first step runs as it is
     steps = in_pieces(exported, rows, [20] + [1] * 84, mask)
     for number, length in enumerate(lengths):
         expected = expected_logits(model, rows[number, -length:])
