@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from megahybrid.hf.layers_megahybrid import kernels, takes_kernels
+from megahybrid.hf.layers_megahybrid import kernels, real_tokens, takes_kernels
 
 logger = logging.get_logger(__name__)
 
@@ -36,13 +36,13 @@ class Packing:
         lengths: int64 `[B]`, tokens of each sequence so far, these included.
     """
 
-    def __init__(self, shape, attention_mask, cache, begun):
+    def __init__(self, x, attention_mask, cache, begun):
         """`begun`: whether all sequences have tokens already, so that no padding follows, which is on the left."""
-        (count, length), device = shape, cache.lengths.device
+        (count, length), device = x.shape[:2], x.device
         self.shape, self.counts, added, self._places = (count, length), [length] * count, length, None
         # At every step a look at the mask would wait for the GPU.
         if attention_mask is not None and not (length == 1 and begun):
-            real = attention_mask[:, -length:].to(device).bool()
+            real = real_tokens(x, attention_mask)
             added = real.sum(1)
             self.counts = added.tolist()
             if min(self.counts) < length:
@@ -107,7 +107,7 @@ class Inference:
         if step and not output_hidden_states and (y := self._replayed(model, x[:, 0], cache)) is not None:
             return y[:, None], None
         self.graph, self.steps = None, self.steps + 1 if step else 0
-        packing = Packing((count, length), attention_mask, cache, begun)
+        packing = Packing(x, attention_mask, cache, begun)
         if use_cache and cache.seen == 0:
             cache.states, self.counts = initial_states(model, x), [0] * count
         states = cache.states if packing.all_rows or not use_cache else selected(cache.states, packing.rows)
@@ -160,7 +160,7 @@ def through_layers(model, x, sequences, states, output_hidden_states=False):
     for number, block in enumerate(model.layers):
         if output_hidden_states:
             seen.append(x)
-        x, states[number] = block(x, sequences, states[number])
+        x, states[number], _ = block(x, sequences, states[number])
     x = model.final_norm(x)
     return x, (*seen, x) if output_hidden_states else None
 

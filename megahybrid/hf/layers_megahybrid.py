@@ -1,5 +1,6 @@
 """What all MegaHybrid language models are built from: a mixer's rules, norm and SwiGLU."""
 
+import functools
 import os
 
 import torch
@@ -26,6 +27,8 @@ class Mixer(nn.Module):
     `[B, T]`. A state is a dictionary of tensors `[B, ...]`, `empty_state(x)` the one before the first token. Sequences
     may be padded on the left: padding has position -1, and leaves every state as it was.
 
+    In training a state may have `loss` `[B]` beside: what the layer adds to the loss, summed over the new tokens.
+
     It is made from the model's configuration; its parameters have the names and shapes that they have in training.
     `reset_parameters()`, of it or of a module inside it, gives new values to those that are no linear layer's.
 
@@ -40,9 +43,37 @@ class Mixer(nn.Module):
     keep_in_fp32 = ()  # names of parameters that would lose too much in bf16
 
 
+def real_tokens(x, attention_mask):
+    """bool `[B, T]`: what is no padding."""
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask has {attention_mask.dim()} dimensions: give one of 2, 0 for padding; documents in one row "
+            "are told apart by position_ids."
+        )
+    return attention_mask[:, -x.shape[1] :].to(x.device).bool()
+
+
 def at_least_fp32(x):
     """`x` in float32, or as it is when it already is float32 or float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def as_computed(x):
+    """`x` in the type that linear layers have under autocast, or as it is without."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def in_own_precision(function):
+    """A function of tensors that keeps the types of what it is given under autocast."""
+
+    @functools.wraps(function)
+    def precise(first, *others, **options):
+        device = next(x for x in (first, *others) if isinstance(x, torch.Tensor)).device.type
+        with torch.autocast(device, enabled=False):
+            return function(first, *others, **options)
+
+    return precise
 
 
 class RMSNorm(nn.Module):

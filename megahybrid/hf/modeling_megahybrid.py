@@ -5,15 +5,27 @@ piece that continues from the empty state. So prefill in pieces, decode and a fo
 computation.
 """
 
+import dataclasses
+
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
 from megahybrid.hf.inference_megahybrid import Inference, applies, modules_below
-from megahybrid.hf.layers_megahybrid import RMSNorm, SwiGLU, linear
+from megahybrid.hf.layers_megahybrid import RMSNorm, SwiGLU, as_computed, linear, real_tokens
 from megahybrid.hf.mixer_classes import MIXERS
+from megahybrid.hf.packing_megahybrid import Documents, beginnings
+
+# Of packed collators and of transformers, beside what forward takes: these follow from it.
+_FOLLOWING = {"cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position"}
+
+
+# transformers 4 calls the cache past_key_values, the newest 5 cache, and gives outputs both names.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class MegahybridCache:
@@ -26,10 +38,26 @@ class MegahybridCache:
         inference: what else there is where the states are those of the layers' packed form; None where they are not.
     """
 
+    # What transformers asks of a cache.
+    is_compileable = False
+    is_croppable = False
+    is_linear = (False,)
+
     def __init__(self, layers):
         self.states = [None] * layers
+        self.reset()
+
+    def reset(self):
+        """Forget all tokens."""
+        self.states = [None] * len(self.states)
         self.lengths = self.inference = None
         self.seen = 0
+
+    def crop(self, *_):
+        raise NotImplementedError(
+            "The last tokens cannot be taken back from a MegahybridCache, whose states hold sums of all: keep a "
+            "copy.deepcopy of it, or read the text anew."
+        )
 
     def get_seq_length(self, layer_idx=0):
         """Tokens so far, padding counted."""
@@ -44,7 +72,7 @@ class MegahybridCache:
         self.states = [{name: x[beam_idx.to(x.device)] for name, x in state.items()} for state in self.states]
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     def __init__(self, config, letter):
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -52,20 +80,24 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, places, state):
-        """`[B, T, hidden]` with positions, or `[tokens, hidden]` with sequences, see Mixer."""
-        inputs = self.mixer_norm(x)
+    def forward(self, x, places, state=None, documents=None):
+        """`[B, T, hidden]` with positions, or `[tokens, hidden]` with sequences (see Mixer) → (the same, the mixer's
+        next state, and what it adds to the loss, if it does)."""
+        inputs = as_computed(self.mixer_norm(x))
+        if documents is not None:
+            inputs = documents.unpacked(inputs)
         if state is None and isinstance(places, torch.Tensor):
             state = self.mixer.empty_state(inputs)
         y, state = self.mixer(inputs, places, state)
-        normalised, x = self.mlp_norm.of_sum(x, y)
-        return x + self.mlp(normalised), state
+        normalised, x = self.mlp_norm.of_sum(x, y if documents is None else documents.packed(y, x))
+        return x + self.mlp(normalised), state, None if state is None else state.pop("loss", None)
 
 
 class MegahybridPreTrainedModel(PreTrainedModel):
     config_class = MegahybridConfig
     base_model_prefix = "model"
     _no_split_modules = ("Block",)
+    supports_gradient_checkpointing = True
     _is_stateful = True  # a token cannot be taken back
 
     def __init__(self, config):
@@ -100,6 +132,7 @@ class MegahybridModel(MegahybridPreTrainedModel):
     def set_input_embeddings(self, value):
         self.embedding = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -108,36 +141,57 @@ class MegahybridModel(MegahybridPreTrainedModel):
         inputs_embeds=None,
         use_cache=None,
         output_hidden_states=None,
+        position_ids=None,
+        cu_seq_lens_q=None,
+        seq_idx=None,
+        cache=None,
         **kwargs,
     ):
         """input_ids int64 `[B, T]` or inputs_embeds `[B, T, hidden]`; attention_mask `[B, T]`, or as long as all tokens
-        so far, 0 for padding on the left. Continues from `past_key_values` and updates it."""
+        so far, 0 for padding on the left. Continues from `past_key_values`, or `cache` by its newer name, and updates
+        it; when training none is made unless asked for.
+
+        A row may hold several documents, which do not see each other: one begins where `position_ids` do not go on by
+        one, `seq_idx` changes, or `cu_seq_lens_q` says so. What else position_ids say follows from the mask."""
+        _refuse(kwargs)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = MegahybridCache(len(self.layers)) if past_key_values is None else past_key_values
+        cache = past_key_values if cache is None else cache
+        documents = self._documents(x, attention_mask, beginnings(x.shape[:2], position_ids, cu_seq_lens_q, seq_idx))
+        if documents is not None:
+            if use_cache or cache is not None:
+                raise ValueError(
+                    "Rows of several documents have no cache: give use_cache=False and no past_key_values."
+                )
+            use_cache = False
+        elif use_cache is None:
+            use_cache = self.config.use_cache and (cache is not None or not self.training)
+        cache = MegahybridCache(len(self.layers)) if cache is None else cache
         if cache.lengths is None:
             cache.lengths = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-            cache.inference = Inference() if applies(self, x) else None
+            cache.inference = Inference() if documents is None and applies(self, x) else None
         if cache.inference is not None:
             x, hidden_states = cache.inference.forward(self, x, attention_mask, cache, use_cache, output_hidden_states)
-            return BaseModelOutputWithPast(
+            return MegahybridOutput(
                 last_hidden_state=x, past_key_values=cache if use_cache else None, hidden_states=hidden_states
             )
-        positions = self._positions(x, attention_mask, cache)
-        hidden_states = [x]
+        positions = self._positions(x, attention_mask, cache) if documents is None else documents.positions
+        hidden_states, losses = [x], []
         for number, block in enumerate(self.layers):
-            x, state = block(x, positions, cache.states[number])
+            x, state, loss = block(x, positions, cache.states[number], documents)
             if use_cache:
                 cache.states[number] = state
+            if loss is not None:
+                losses.append(loss.sum())
             hidden_states.append(x)
         if use_cache:
             cache.lengths = torch.maximum(cache.lengths, positions.max(1).values + 1)
             cache.seen += x.shape[1]
         x = self.final_norm(x)
-        return BaseModelOutputWithPast(
+        return MegahybridOutput(
             last_hidden_state=x,
             past_key_values=cache if use_cache else None,
             hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
+            aux_loss=sum(losses) / len(losses) if losses else None,
         )
 
     @staticmethod
@@ -145,8 +199,29 @@ class MegahybridModel(MegahybridPreTrainedModel):
         """int64 `[B, T]`: each token's place in its sequence, -1 for padding."""
         if attention_mask is None:
             return cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)
-        real = attention_mask[:, -x.shape[1] :].to(x.device).bool()
+        real = real_tokens(x, attention_mask)
         return (cache.lengths[:, None] + real.long().cumsum(1) - 1).masked_fill(~real, -1)
+
+    @staticmethod
+    def _documents(x, attention_mask, begins):
+        """The documents of rows of which some hold several, else None."""
+        if begins is None:
+            return None
+        real = torch.ones_like(begins) if attention_mask is None else real_tokens(x, attention_mask)
+        return Documents.of(begins.to(x.device), real.to(x.device))
+
+
+def _refuse(arguments):
+    unknown = [name for name, value in arguments.items() if not (value is None or value is False)]
+    if unknown := sorted(set(unknown) - _FOLLOWING):
+        raise ValueError(f"MegaHybrid models do not know {', '.join(unknown)}: leave it out.")
+
+
+@dataclasses.dataclass
+class MegahybridOutput(BaseModelOutputWithPast):
+    """aux_loss: what layers add to the loss, summed over tokens, the mean over those layers that do."""
+
+    aux_loss: torch.Tensor | None = None
 
 
 class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
@@ -171,18 +246,38 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.lm_head = value
 
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, use_cache=True, **kwargs
-    ):
-        if use_cache and past_key_values is None:
-            past_key_values = MegahybridCache(self.config.num_hidden_layers)
-        inputs = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache}
-        if past_key_values is None:
-            return {**inputs, "input_ids": input_ids}
-        if inputs_embeds is not None and past_key_values.seen == 0:
-            return {**inputs, "inputs_embeds": inputs_embeds}
-        return {**inputs, "input_ids": input_ids[:, past_key_values.seen :]}
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache is not False and model_kwargs.get(_CACHE) is None:
+            model_kwargs[_CACHE] = MegahybridCache(self.config.num_hidden_layers)
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        use_cache=True,
+        logits_to_keep=0,
+        cache=None,
+        **kwargs,
+    ):
+        """The tokens that the cache has not seen; of several documents in a row `generate` knows nothing."""
+        cache = past_key_values if cache is None else cache
+        inputs = {
+            "attention_mask": attention_mask,
+            "past_key_values": cache,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+        }
+        seen = 0 if cache is None else cache.seen
+        if inputs_embeds is not None and seen == 0:
+            return {**inputs, "inputs_embeds": inputs_embeds}
+        # The mask covers all tokens so far, input_ids only what was not given as embeddings or in an earlier piece.
+        total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+        return {**inputs, "input_ids": input_ids[:, -(total - seen) :]}
+
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -193,16 +288,39 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
         use_cache=None,
         output_hidden_states=None,
         logits_to_keep=0,
+        position_ids=None,
+        num_items_in_batch=None,
+        shift_labels=None,
         **kwargs,
     ):
-        """As `MegahybridModel`; logits `[B, T, vocabulary]`, of the last `logits_to_keep` tokens where that is not 0,
-        and the mean loss where labels `[B, T]` are given (-100 is left out)."""
+        """As `MegahybridModel`; logits `[B, T, vocabulary]`, of the last `logits_to_keep` tokens where that is not 0.
+
+        The loss, where labels `[B, T]` are given (-100 is left out) or `shift_labels`, each its own token's: the mean,
+        or the sum over `num_items_in_batch`, the labels of a batch of which this is a part. To it is added
+        `config.router_aux_loss_coef` times what layers add, over the same number of tokens.
+        """
         out = self.model(
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            position_ids=position_ids,
+            return_dict=True,
+            **kwargs,
         )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, rows])
-        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        loss = None
+        if labels is not None or shift_labels is not None:
+            counted = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **counted)
+            if out.aux_loss is not None and self.config.router_aux_loss_coef:
+                count = num_items_in_batch
+                if count is None:
+                    count = ((labels[:, 1:] if shift_labels is None else shift_labels) != -100).sum()
+                loss = loss + self.config.router_aux_loss_coef * (out.aux_loss / count).to(loss)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )

@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, kernels, linear, scaled_to_unit, takes_kernels
+from megahybrid.hf.layers_megahybrid import (
+    Mixer,
+    at_least_fp32,
+    in_own_precision,
+    kernels,
+    linear,
+    scaled_to_unit,
+    takes_kernels,
+)
 
 CHUNK = 64
 
@@ -95,6 +103,7 @@ class GatedDeltaNet(Mixer):
         return self.o_proj(o.flatten(-2)), None if state is None else after
 
 
+@in_own_precision
 def short_convolution(x, weight, past):
     """Causal depthwise convolution, then SiLU: x `[B, T, C]`, weight `[C, taps]`, past `[B, taps - 1, C]` → (y, the
     next past)."""
@@ -119,6 +128,7 @@ def gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
     return chunked_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state)
 
 
+@in_own_precision
 def chunked_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
     """`gated_delta_rule` chunk by chunk (section 3.3).
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megahybrid.hf.layers_megahybrid import at_least_fp32, kernels
+from megahybrid.hf.layers_megahybrid import at_least_fp32, in_own_precision, kernels
 from megahybrid.mixers.attention.hf import QUERY_BLOCK, Attention, appended, attend, in_window, newest
 
 
@@ -61,14 +61,19 @@ class LTEAttention(Attention):
         if not isinstance(positions, torch.Tensor):
             return self.packed(x, positions, state)
         q, k, v = self.project(x)
-        scores, after = self.router(k, v, positions, state)
+        margin = self.router.margin
+        # Scores come `margin` tokens late, and before their tokens leave the window; for a gradient also those of the
+        # last tokens, as if nothing followed.
+        ahead = margin if torch.is_grad_enabled() else 0
+        scores, after = self.router(k, v, positions, state, ahead)
+        if self.training:
+            after["loss"] = self.excess(scores[:, :, : k.shape[2]], positions)
         q, k = self.rotate(q, positions), self.rotate(k, positions)
         columns = appended(state, k, v, positions)
-        columns["score"] = torch.cat([state["score"], torch.zeros_like(scores)], 2)
-        # Scores come `margin` tokens late, and before their tokens leave the window.
-        columns["score"] = columns["score"].slice_scatter(
-            scores, 2, self.columns - self.router.margin, columns["score"].shape[2] - self.router.margin
-        )
+        known = torch.cat([state["score"][:, :, : self.columns - margin], scores], 2)
+        columns["score"] = F.pad(known, (0, margin - ahead))
+        if scores.requires_grad:
+            columns["v"] = StraightThrough.apply(columns["v"], columns["score"])
         buffer = {name: state[f"buffer_{name}"] for name in ("k", "v", "score", "positions")}
         outputs = []
         for first in range(0, q.shape[2], QUERY_BLOCK):
@@ -78,6 +83,12 @@ class LTEAttention(Attention):
         after.update(newest(columns, self.columns))
         after.update({f"buffer_{name}": x for name, x in buffer.items()})
         return self.output(torch.cat(outputs, 2)), after
+
+    def excess(self, scores, positions):
+        """`[B]`: the sum over tokens of the positive part of their scores, the mean of all heads; of those tokens whose
+        right context is whole."""
+        cut = positions < self.router.margin
+        return scores.masked_fill(cut[:, None], 0).relu().sum(2).mean(1)
 
     def block(self, q, columns, buffer, first):
         """Queries `[B, heads, n, D]` from column `first` of the new ones on: (output, the buffer after them).
@@ -121,6 +132,22 @@ class LTEAttention(Attention):
         arrival = torch.arange(-self.buffer, count, device=score.device)
         arrived = arrival <= torch.arange(count, device=score.device)[:, None]
         return candidate[..., None, :] & arrived & (outranking < self.buffer)
+
+
+class StraightThrough(torch.autograd.Function):
+    """v `[B, H, n, D]` as it is. What it leaves out of sight has no gradient; instead the score `[B, H, n]` gets that
+    of a gate on v, which is 1 (equation 6)."""
+
+    @staticmethod
+    def forward(ctx, v, score):
+        ctx.save_for_backward(v)
+        ctx.dtype = score.dtype
+        return v.view_as(v)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (v,) = ctx.saved_tensors
+        return grad, (at_least_fp32(grad) * at_least_fp32(v)).sum(-1).to(ctx.dtype)
 
 
 class Router(nn.Module):
@@ -177,17 +204,24 @@ class Router(nn.Module):
         weights, biases = ([getattr(self, f"conv{n}_{name}") for n in range(3)] for name in ("weight", "bias"))
         return kernels.RouterParameters(tuple(weights), tuple(biases), self.projection, self.projection_bias)
 
-    def forward(self, k, v, positions, state):
-        """k, v `[B, H, T, D]`, k not rotated → scores in (-1/2, 1/2) `[B, H, T]` of the tokens `margin` earlier."""
+    @in_own_precision
+    def forward(self, k, v, positions, state, ahead=0):
+        """k, v `[B, H, T, D]`, k not rotated → scores in (-1/2, 1/2) `[B, H, T + ahead]` of tokens `margin` earlier;
+        of the last `ahead` as if no token followed the new ones."""
         if not isinstance(positions, torch.Tensor):
             return self.packed(k, v, positions, state)
         after = {}
         x = at_least_fp32(torch.cat([k, v], -1)).transpose(1, 2).flatten(-2)
+        count, x = x.shape[1], F.pad(x, (0, 0, 0, ahead))
+        # Places go on behind the last token: what looks ahead of it is still about those before.
+        row, end = torch.arange(count + ahead, device=x.device), positions.amax(1, keepdim=True)
+        first = (positions - row[:count]).where(positions >= 0, -(2**62)).amax(1, keepdim=True)
+        positions = first + row
         for number in range(3):
             # Where there is no token of the sequence, the next layer must find zeros, as its padding would be.
-            x = x.masked_fill((positions < 0)[..., None], 0)
+            x = x.masked_fill(((positions < 0) | (positions > end))[..., None], 0)
             rows = torch.cat([state[f"rows{number}"], x], 1)
-            after[f"rows{number}"] = rows[:, rows.shape[1] - self.reach :]
+            after[f"rows{number}"] = rows[:, count : count + self.reach]
             weight, bias = (getattr(self, f"conv{number}_{name}").to(x.dtype) for name in ("weight", "bias"))
             x = F.silu(F.conv1d(rows.mT, weight, bias, dilation=self.dilation, groups=self.heads)).mT
             positions = positions - self.reach // 2

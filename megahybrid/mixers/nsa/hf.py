@@ -2,7 +2,7 @@
 
 import torch
 
-from megahybrid.hf.layers_megahybrid import at_least_fp32, kernels, linear
+from megahybrid.hf.layers_megahybrid import at_least_fp32, in_own_precision, kernels, linear
 from megahybrid.mixers.attention.hf import Attention, attend
 
 QUERY_BLOCK = 64  # queries at once, each with selected keys of its own
@@ -88,6 +88,7 @@ class NSAAttention(Attention):
         """Slots of the tokens of blocks `[..., n]` → `[..., n block_size]`."""
         return (blocks[..., None] * self.block + torch.arange(self.block, device=blocks.device)).flatten(-2)
 
+    @in_own_precision
     def compressed(self, q, positions, state):
         """Attention of q `[B, heads, n, D]` to the means of complete blocks, 0 where there is none; and what it weighs
         each block with, summed over the query heads of a KV head: `[B, H, n, blocks]`."""
