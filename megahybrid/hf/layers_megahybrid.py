@@ -1,10 +1,23 @@
 """What all MegaHybrid language models are built from: a mixer's rules, norm and SwiGLU."""
 
 import functools
+import os
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+try:
+    import megahybrid_kernels as kernels
+except ImportError:
+    kernels = None
+if os.environ.get("MEGAHYBRID_KERNELS") == "0":
+    kernels = None
+
+
+def takes_kernels(x):
+    """Whether the ops of megahybrid_kernels run on `x`: where it is installed, on a GPU."""
+    return kernels is not None and x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling()
 
 
 class Mixer(nn.Module):
@@ -18,9 +31,26 @@ class Mixer(nn.Module):
 
     It is made from the model's configuration; its parameters have the names and shapes that they have in training.
     `reset_parameters()`, of it or of a module inside it, gives new values to those that are no linear layer's.
+
+    A mixer that `packs` has a second form, by megahybrid_kernels: `mixer(x, sequences, state)` with x and the output
+    `[tokens, hidden]`, the tokens of all sequences end to end, and `sequences` their `megahybrid_kernels.Sequences`.
+    Its state may be of another form, see packed_megahybrid; it is updated in place; without one (None) the sequences
+    are whole, and there is no next state. `packed_state(count, dtype, device)` is that of `count` sequences before
+    their first token, for projections in `dtype`.
     """
 
+    packs = False
     keep_in_fp32 = ()  # names of parameters that would lose too much in bf16
+
+
+def real_tokens(x, attention_mask):
+    """bool `[B, T]`: what is no padding."""
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask has {attention_mask.dim()} dimensions: give one of 2, 0 for padding; documents in one row "
+            "are told apart by position_ids."
+        )
+    return attention_mask[:, -x.shape[1] :].to(x.device).bool()
 
 
 def at_least_fp32(x):
@@ -56,7 +86,16 @@ class RMSNorm(nn.Module):
         self.weight.fill_(1)
 
     def forward(self, x):
+        if takes_kernels(x):
+            return kernels.rms_norm(x, self.weight, self.eps)
         return scaled_to_unit(x, self.weight, self.eps).to(x.dtype)
+
+    def of_sum(self, x, y):
+        """(The norm of x + y, x + y)."""
+        if takes_kernels(x):
+            return kernels.add_rms_norm(y.to(x.dtype), x, self.weight, self.eps)
+        x = x + y
+        return self(x), x
 
 
 def scaled_to_unit(x, weight, eps):
@@ -77,5 +116,7 @@ class SwiGLU(nn.Module):
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        gate, up = at_least_fp32(self.gate_proj(x)), at_least_fp32(self.up_proj(x))
-        return self.down_proj((F.silu(gate) * up).to(x.dtype))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if takes_kernels(gate):
+            return self.down_proj(kernels.swiglu(gate, up))
+        return self.down_proj((F.silu(at_least_fp32(gate)) * up).to(x.dtype))

@@ -15,7 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
-from megahybrid.hf.layers_megahybrid import RMSNorm, SwiGLU, as_computed, linear
+from megahybrid.hf.inference_megahybrid import Inference, applies, modules_below
+from megahybrid.hf.layers_megahybrid import RMSNorm, SwiGLU, as_computed, linear, real_tokens
 from megahybrid.hf.mixer_classes import MIXERS
 from megahybrid.hf.packing_megahybrid import Documents, beginnings
 
@@ -34,6 +35,7 @@ class MegahybridCache:
         states: one dictionary a layer, None before the first token.
         lengths: int64 `[B]`, tokens of each sequence so far, padding not counted; None before the first token.
         seen: tokens so far, padding counted.
+        inference: what else there is where the states are those of the layers' packed form; None where they are not.
     """
 
     # What transformers asks of a cache.
@@ -48,7 +50,7 @@ class MegahybridCache:
     def reset(self):
         """Forget all tokens."""
         self.states = [None] * len(self.states)
-        self.lengths = None
+        self.lengths = self.inference = None
         self.seen = 0
 
     def crop(self, *_):
@@ -63,6 +65,9 @@ class MegahybridCache:
 
     def reorder_cache(self, beam_idx):
         """Replace every sequence by the sequence `beam_idx[n]`; beam search asks for it."""
+        if self.inference is not None:
+            self.inference.select(self, beam_idx.tolist())
+            return
         self.lengths = self.lengths[beam_idx.to(self.lengths.device)]
         self.states = [{name: x[beam_idx.to(x.device)] for name, x in state.items()} for state in self.states]
 
@@ -75,14 +80,17 @@ class Block(GradientCheckpointingLayer):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, positions, state=None, documents=None):
-        """`[B, T, hidden]` → (the same, the mixer's next state, and what it adds to the loss, if it does)."""
+    def forward(self, x, places, state=None, documents=None):
+        """`[B, T, hidden]` with positions, or `[tokens, hidden]` with sequences (see Mixer) → (the same, the mixer's
+        next state, and what it adds to the loss, if it does)."""
         inputs = as_computed(self.mixer_norm(x))
         if documents is not None:
             inputs = documents.unpacked(inputs)
-        y, state = self.mixer(inputs, positions, self.mixer.empty_state(inputs) if state is None else state)
-        x = x + (y if documents is None else documents.packed(y, x))
-        return x + self.mlp(self.mlp_norm(x)), state, state.pop("loss", None)
+        if state is None and isinstance(places, torch.Tensor):
+            state = self.mixer.empty_state(inputs)
+        y, state = self.mixer(inputs, places, state)
+        normalised, x = self.mlp_norm.of_sum(x, y if documents is None else documents.packed(y, x))
+        return x + self.mlp(normalised), state, None if state is None else state.pop("loss", None)
 
 
 class MegahybridPreTrainedModel(PreTrainedModel):
@@ -115,6 +123,7 @@ class MegahybridModel(MegahybridPreTrainedModel):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, letter) for letter in config.layers)
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.made_of = list(map(type, modules_below(self)))
         self.post_init()
 
     def get_input_embeddings(self):
@@ -157,6 +166,14 @@ class MegahybridModel(MegahybridPreTrainedModel):
         elif use_cache is None:
             use_cache = self.config.use_cache and (cache is not None or not self.training)
         cache = MegahybridCache(len(self.layers)) if cache is None else cache
+        if cache.lengths is None:
+            cache.lengths = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            cache.inference = Inference() if documents is None and applies(self, x) else None
+        if cache.inference is not None:
+            x, hidden_states = cache.inference.forward(self, x, attention_mask, cache, use_cache, output_hidden_states)
+            return MegahybridOutput(
+                last_hidden_state=x, past_key_values=cache if use_cache else None, hidden_states=hidden_states
+            )
         positions = self._positions(x, attention_mask, cache) if documents is None else documents.positions
         hidden_states, losses = [x], []
         for number, block in enumerate(self.layers):
@@ -180,11 +197,9 @@ class MegahybridModel(MegahybridPreTrainedModel):
     @staticmethod
     def _positions(x, attention_mask, cache):
         """int64 `[B, T]`: each token's place in its sequence, -1 for padding."""
-        if cache.lengths is None:
-            cache.lengths = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         if attention_mask is None:
             return cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)
-        real = _real(x, attention_mask)
+        real = real_tokens(x, attention_mask)
         return (cache.lengths[:, None] + real.long().cumsum(1) - 1).masked_fill(~real, -1)
 
     @staticmethod
@@ -192,18 +207,8 @@ class MegahybridModel(MegahybridPreTrainedModel):
         """The documents of rows of which some hold several, else None."""
         if begins is None:
             return None
-        real = torch.ones_like(begins) if attention_mask is None else _real(x, attention_mask)
+        real = torch.ones_like(begins) if attention_mask is None else real_tokens(x, attention_mask)
         return Documents.of(begins.to(x.device), real.to(x.device))
-
-
-def _real(x, attention_mask):
-    """bool `[B, T]`: what is no padding."""
-    if attention_mask.dim() != 2:
-        raise ValueError(
-            f"attention_mask has {attention_mask.dim()} dimensions: give one of 2, 0 for padding; documents in one row "
-            "are told apart by position_ids."
-        )
-    return attention_mask[:, -x.shape[1] :].to(x.device).bool()
 
 
 def _refuse(arguments):

@@ -23,8 +23,7 @@ PATTERN = "GLSFN"
 
 @pytest.fixture(params=["plain", "kernels"])
 def without_and_with_kernels(request, monkeypatch):
-    if request.param == "plain":
-        monkeypatch.setattr(gdn, "packed_gated_delta_rule", None)
+    monkeypatch.setattr(gdn, "takes_kernels", lambda _: request.param == "kernels")
 
 
 def trainable(pattern, dtype=torch.float64, **options):
@@ -186,7 +185,6 @@ def test_gradient_checkpointing(reentrant):
 def test_autocast(monkeypatch):
     """Linear layers and attention are in bf16, what training keeps in fp32 is computed there from the same inputs."""
     _, exported = pair(PATTERN, torch.float32)
-    monkeypatch.setattr(gdn, "packed_gated_delta_rule", None)
     repeated = []
 
     def watched(function):

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, linear
+from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, kernels, linear
 
 QUERY_BLOCK = 256
 TWO_PI = Decimal("6.283185307179586476925286766559005768394338798750")
@@ -34,6 +34,7 @@ class Attention(Mixer):
     """
 
     section = "attention"
+    packs = True
 
     def __init__(self, config):
         super().__init__()
@@ -49,6 +50,23 @@ class Attention(Mixer):
         """q, k, v `[B, H, T, D]`, not yet rotated."""
         layers = (self.q_proj, self.k_proj, self.v_proj)
         return (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in layers)
+
+    def project_packed(self, x):
+        """q, k, v `[tokens, H, D]`, not yet rotated."""
+        return (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+
+    def rotate_packed(self, x, sequences):
+        return kernels.rotary(x, sequences.positions, self.theta)
+
+    def attend_packed(self, x, sequences, cache, window=None):
+        """(Output, cache): softmax attention to all earlier tokens or a window."""
+        q, k, v = self.project_packed(x)
+        inputs = self.rotate_packed(q, sequences), self.rotate_packed(k, sequences), v
+        if cache is None:
+            o = kernels.attention(*inputs, sequences, window)
+        else:
+            o, cache = kernels.attention_with_cache(*inputs, cache, sequences, window, in_place=True)
+        return self.o_proj(o.flatten(-2)), cache
 
     def rotate(self, x, positions):
         """Rotary embedding; halves are paired."""
@@ -87,7 +105,15 @@ class WindowAttention(Attention):
     def empty_state(self, x):
         return self.empty_columns(x, self.window)
 
+    def packed_state(self, count, dtype, device):
+        sizes = count, self.kv_heads, self.head_dim, self.window
+        return vars(kernels.KeyValueCache.empty(*sizes, dtype=dtype, device=device))
+
     def forward(self, x, positions, state):
+        if not isinstance(positions, torch.Tensor):
+            cache = None if state is None else kernels.KeyValueCache(**state)
+            y, cache = self.attend_packed(x, positions, cache, self.window)
+            return y, None if cache is None else vars(cache)
         q, k, v = self.project(x)
         q, k = self.rotate(q, positions), self.rotate(k, positions)
         columns = appended(state, k, v, positions)
@@ -107,7 +133,13 @@ class FullAttention(Attention):
     def empty_state(self, x):
         return self.empty_columns(x, 0)
 
+    def packed_state(self, count, dtype, device):
+        return {"cache": kernels.GrowingCache.empty(count, self.kv_heads, self.head_dim, dtype=dtype, device=device)}
+
     def forward(self, x, positions, state):
+        if not isinstance(positions, torch.Tensor):
+            y, cache = self.attend_packed(x, positions, None if state is None else state["cache"])
+            return y, None if state is None else {"cache": cache}
         q, k, v = self.project(x)
         q, k = self.rotate(q, positions), self.rotate(k, positions)
         columns = appended(state, k, v, positions)

@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, in_own_precision, linear, scaled_to_unit
-
-try:
-    from megahybrid_kernels import Sequences
-    from megahybrid_kernels.gated_delta_rule import gated_delta_rule as packed_gated_delta_rule
-except ImportError:
-    Sequences = packed_gated_delta_rule = None
+from megahybrid.hf.layers_megahybrid import (
+    Mixer,
+    at_least_fp32,
+    in_own_precision,
+    kernels,
+    linear,
+    scaled_to_unit,
+    takes_kernels,
+)
 
 CHUNK = 64
 
@@ -24,6 +26,7 @@ class GatedDeltaNet(Mixer):
     State: `recurrent` `[B, H, Dk, Dv]`, and the convolutions' last inputs `q, k, v` `[B, taps - 1, H D]`.
     """
 
+    packs = True
     keep_in_fp32 = ("A_log", "dt_bias")
 
     def __init__(self, config):
@@ -59,7 +62,12 @@ class GatedDeltaNet(Mixer):
             "v": x.new_zeros(*rows, self.heads * self.value_dim),
         }
 
+    def packed_state(self, count, dtype, device):
+        return self.empty_state(torch.empty(count, 0, dtype=dtype, device=device))
+
     def forward(self, x, positions, state):
+        if not isinstance(positions, torch.Tensor):
+            return self.packed(x, positions, state)
         padding, after = (positions < 0)[..., None], {}
         parts = []
         for name, weight in (("q", self.q_conv), ("k", self.k_conv), ("v", self.v_conv)):
@@ -72,6 +80,27 @@ class GatedDeltaNet(Mixer):
         gate = at_least_fp32(self.g_proj(x)).unflatten(-1, (self.heads, -1))
         o = scaled_to_unit(o, self.norm, self.eps) * F.silu(gate)
         return self.o_proj(o.to(x.dtype).flatten(-2)), after
+
+    def packed(self, x, sequences, state):
+        options = {"output_final_state": state is not None, "in_place": True}
+        before, after, parts = state or {}, {}, []
+        for name, weight in (("q", self.q_conv), ("k", self.k_conv), ("v", self.v_conv)):
+            projected = getattr(self, f"{name}_proj")(x)
+            part, after[name] = kernels.causal_conv1d(projected, weight, sequences, before.get(name), **options)
+            parts.append(part.unflatten(-1, (self.heads, -1)))
+        o, after["recurrent"] = kernels.gated_delta_rule(
+            *parts,
+            self.a_proj(x),
+            self.b_proj(x),
+            self.A_log,
+            self.dt_bias,
+            sequences,
+            before.get("recurrent"),
+            **options,
+        )
+        gate = self.g_proj(x).unflatten(-1, (self.heads, -1))
+        o = kernels.gated_rms_norm(o, gate, self.norm, self.eps)
+        return self.o_proj(o.flatten(-2)), None if state is None else after
 
 
 @in_own_precision
@@ -91,10 +120,10 @@ def gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
 
     q, k, v `[B, T, H, D]`, a, b `[B, T, H]`, A_log, dt_bias `[H]`, state `[B, H, Dk, Dv]` → (o `[B, T, H, Dv]`, state).
     """
-    if packed_gated_delta_rule is not None:
-        sequences = Sequences.of([q.shape[1]] * len(q), q.device)
+    if takes_kernels(v):
+        sequences = kernels.Sequences.of([q.shape[1]] * len(q), q.device)
         packed = (x.flatten(0, 1) for x in (q, k, v, a, b))
-        o, state = packed_gated_delta_rule(*packed, A_log, dt_bias, sequences, state, output_final_state=True)
+        o, state = kernels.gated_delta_rule(*packed, A_log, dt_bias, sequences, state, output_final_state=True)
         return o.unflatten(0, q.shape[:2]), state
     return chunked_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state)
 

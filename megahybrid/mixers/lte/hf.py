@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megahybrid.hf.layers_megahybrid import at_least_fp32, in_own_precision
+from megahybrid.hf.layers_megahybrid import at_least_fp32, in_own_precision, kernels
 from megahybrid.mixers.attention.hf import QUERY_BLOCK, Attention, appended, attend, in_window, newest
 
 
@@ -39,7 +39,27 @@ class LTEAttention(Attention):
             **self.router.empty_state(x),
         }
 
+    def packed_state(self, count, dtype, device):
+        sizes = count, self.kv_heads, self.head_dim, self.columns - 1, self.buffer
+        cache = kernels.LTECache.empty(*sizes, dtype=dtype, device=device)
+        return {**vars(cache), **self.router.packed_state(count)}
+
+    def packed(self, x, sequences, state):
+        q, k, v = self.project_packed(x)
+        scores, rows = self.router(k, v, sequences, state)
+        inputs = self.rotate_packed(q, sequences), self.rotate_packed(k, sequences), v, scores
+        limits = self.columns - 1, self.sinks, self.buffer
+        if state is None:
+            return self.o_proj(kernels.lte_attention(*inputs, sequences, *limits).flatten(-2)), None
+        cache = kernels.LTECache(**{name: x for name, x in state.items() if not name.startswith("rows")})
+        o, cache = kernels.lte_attention_with_cache(
+            *inputs, cache, sequences, *limits, self.router.margin, in_place=True
+        )
+        return self.o_proj(o.flatten(-2)), {**vars(cache), **rows}
+
     def forward(self, x, positions, state):
+        if not isinstance(positions, torch.Tensor):
+            return self.packed(x, positions, state)
         q, k, v = self.project(x)
         margin = self.router.margin
         # Scores come `margin` tokens late, and before their tokens leave the window; for a gradient also those of the
@@ -161,10 +181,35 @@ class Router(nn.Module):
         zeros = at_least_fp32(x).new_zeros
         return {f"rows{n}": zeros(len(x), self.reach, self.heads * self.channels[n]) for n in range(3)}
 
+    def packed_state(self, count):
+        return self._named(kernels.RouterState.empty(count, self._parameters_of_op(), self.dilation))
+
+    def packed(self, k, v, sequences, state):
+        """k, v `[tokens, H, D]` → scores `[tokens, H]`: with a state of the tokens `margin` earlier."""
+        if state is None:
+            logits = kernels.retention_logits(k, v, self._parameters_of_op(), sequences, None, self.dilation)
+        else:
+            rows = kernels.RouterState(tuple(state[f"rows{n}"] for n in range(3)))
+            logits, rows = kernels.retention_logits_streamed(
+                k, v, self._parameters_of_op(), sequences, rows, self.dilation
+            )
+            state = self._named(rows)
+        return torch.sigmoid(logits) - 0.5, state
+
+    @staticmethod
+    def _named(state):
+        return {f"rows{number}": rows for number, rows in enumerate(state.rows)}
+
+    def _parameters_of_op(self):
+        weights, biases = ([getattr(self, f"conv{n}_{name}") for n in range(3)] for name in ("weight", "bias"))
+        return kernels.RouterParameters(tuple(weights), tuple(biases), self.projection, self.projection_bias)
+
     @in_own_precision
     def forward(self, k, v, positions, state, ahead=0):
         """k, v `[B, H, T, D]`, k not rotated → scores in (-1/2, 1/2) `[B, H, T + ahead]` of tokens `margin` earlier;
         of the last `ahead` as if no token followed the new ones."""
+        if not isinstance(positions, torch.Tensor):
+            return self.packed(k, v, positions, state)
         after = {}
         x = at_least_fp32(torch.cat([k, v], -1)).transpose(1, 2).flatten(-2)
         count, x = x.shape[1], F.pad(x, (0, 0, 0, ahead))

@@ -2,7 +2,7 @@
 
 import torch
 
-from megahybrid.hf.layers_megahybrid import at_least_fp32, in_own_precision, linear
+from megahybrid.hf.layers_megahybrid import at_least_fp32, in_own_precision, kernels, linear
 from megahybrid.mixers.attention.hf import Attention, attend
 
 QUERY_BLOCK = 64  # queries at once, each with selected keys of its own
@@ -31,7 +31,26 @@ class NSAAttention(Attention):
         nothing = x.new_zeros(len(x), self.kv_heads, 0, self.head_dim)
         return dict.fromkeys(("k", "v", "pooled_k", "pooled_v"), nothing)
 
+    def packed_state(self, count, dtype, device):
+        sizes = count, self.kv_heads, self.head_dim, self.block
+        return {"cache": kernels.NSACache.empty(*sizes, dtype=dtype, device=device)}
+
+    def packed(self, x, sequences, state):
+        q, k, v = self.project_packed(x)
+        q, k = self.rotate_packed(q, sequences), self.rotate_packed(k, sequences)
+        inputs = q, k, v, self.g_proj(x).unflatten(-1, (-1, 3)).sigmoid()
+        limits = self.block, self.count, self.window
+        if state is None:
+            o, _ = kernels.native_sparse_attention(*inputs, sequences, *limits)
+            return self.o_proj(o.flatten(-2)), None
+        o, cache = kernels.native_sparse_attention_with_cache(
+            *inputs, state["cache"], sequences, *limits, in_place=True
+        )
+        return self.o_proj(o.flatten(-2)), {"cache": cache}
+
     def forward(self, x, positions, state):
+        if not isinstance(positions, torch.Tensor):
+            return self.packed(x, positions, state)
         q, k, v = self.project(x)
         q, k = self.rotate(q, positions), self.rotate(k, positions)
         after = self.extended(state, k, v, positions)
