@@ -16,11 +16,15 @@ logger = logging.get_logger(__name__)
 
 
 def applies(model, x):
-    """Whether a new cache's sequences, x `[B, T, hidden]`, are read and continued here: not for gradients, nor where a
-    mixer has no packed form or the layers are on several devices."""
+    """Whether a new cache's sequences, x `[B, T, hidden]`, are read and continued here: not for gradients."""
+    return not torch.is_grad_enabled() and packs(model, x)
+
+
+def packs(model, x):
+    """Whether a model reads x `[B, T, hidden]` without padding: not where a mixer has no packed form or the layers are
+    on several devices."""
     return (
         takes_kernels(x)
-        and not torch.is_grad_enabled()
         and all(block.mixer.packs for block in model.layers)
         and all(weight.device == x.device for weight in model.parameters())
     )
@@ -113,7 +117,8 @@ class Inference:
         states = cache.states if packing.all_rows or not use_cache else selected(cache.states, packing.rows)
         y, hidden_states = x.new_zeros(x.shape), None
         if packing.sequences is not None:
-            y, hidden_states = through_layers(model, packing.packed(x), packing.sequences, states, output_hidden_states)
+            packed = packing.packed(x)
+            y, hidden_states, _ = through_layers(model, packed, packing.sequences, states, output_hidden_states)
             y = packing.padded(y)
             hidden_states = hidden_states and tuple(map(packing.padded, hidden_states))
         if use_cache:
@@ -153,16 +158,20 @@ class Inference:
         return self.graph.run(x, cache)
 
 
-def through_layers(model, x, sequences, states, output_hidden_states=False):
-    """`[tokens, hidden]` → the last hidden states and, if they are asked for, those before each layer with them. The
-    next states take the places of `states`, where there are any."""
-    seen = []
+def through_layers(model, x, places, states, output_hidden_states=False, documents=None, keep=True):
+    """x, and what more a Block takes → (the last hidden states; if they are asked for, those before each layer with
+    them; what layers add to the loss). If `keep`, the next states take the places of `states`."""
+    seen, losses = [], []
     for number, block in enumerate(model.layers):
         if output_hidden_states:
             seen.append(x)
-        x, states[number], _ = block(x, sequences, states[number])
+        x, state, loss = block(x, places, states[number], documents)
+        if keep:
+            states[number] = state
+        if loss is not None:
+            losses.append(loss.sum())
     x = model.final_norm(x)
-    return x, (*seen, x) if output_hidden_states else None
+    return x, (*seen, x) if output_hidden_states else None, sum(losses) / len(losses) if losses else None
 
 
 def initial_states(model, x):
@@ -250,7 +259,7 @@ def recordable_parts(model):
 def recorded_step(model, x, cache):
     """A token of every sequence, x `[B, hidden]`, after which all states are where they were before."""
     states = [dict(state) for state in cache.states]
-    y, _ = through_layers(model, x, one_token_each(len(x), x.device, cache.lengths), states)
+    y, *_ = through_layers(model, x, one_token_each(len(x), x.device, cache.lengths), states)
     overwrite([dict(state) for state in cache.states], states)
     cache.lengths += 1
     return y
