@@ -260,22 +260,30 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
         use_cache=True,
         logits_to_keep=0,
         cache=None,
+        next_sequence_length=None,
         **kwargs,
     ):
-        """The tokens that the cache has not seen; of several documents in a row `generate` knows nothing."""
+        """The tokens that the cache has not seen. Of several documents in a row `generate` knows nothing: its
+        position_ids follow from the mask."""
         cache = past_key_values if cache is None else cache
         inputs = {
             "attention_mask": attention_mask,
             "past_key_values": cache,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
+            **{name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs},
         }
         seen = 0 if cache is None else cache.seen
-        if inputs_embeds is not None and seen == 0:
-            return {**inputs, "inputs_embeds": inputs_embeds}
-        # The mask covers all tokens so far, input_ids only what was not given as embeddings or in an earlier piece.
-        total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
-        return {**inputs, "input_ids": input_ids[:, -(total - seen) :]}
+        if inputs_embeds is not None and seen < inputs_embeds.shape[1]:
+            return {**inputs, "inputs_embeds": inputs_embeds[:, seen:]}
+        # Transformers 4 tells by the mask how many tokens there are in all, 5 how many are new, if not all given ones.
+        count = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
+        if attention_mask is not None and (count := attention_mask.shape[1] - seen) < 1:
+            raise ValueError(
+                f"The cache has {seen} tokens and the text no more ({attention_mask.shape[1]}): give all of it, those "
+                "in the cache included, and no prefill_chunk_size, or another cache."
+            )
+        return {**inputs, "input_ids": input_ids[:, -count:]}
 
     @can_return_tuple
     def forward(
