@@ -141,12 +141,13 @@ class Inference:
 
     def _replayed(self, model, x, cache):
         """The next token of every sequence, x `[B, hidden]`, by a graph; None where the step has to run as it is."""
-        parts = recordable_parts(model) if takes_graph(x) and has_room(cache.states) else None
+        parts = parts_of(model) if takes_graph(x) and has_room(cache.states) else None
         if parts is None:
             return None
         if self.graph is None or self.graph.parts != parts:
-            # A step like it must have run before: recording can neither compile nor tune anything.
-            if self.steps == 0 or self.refused:
+            # A step like it must have run before: recording can neither compile nor tune anything. Of modules that the
+            # model was not made with, such as adapters, nothing is known.
+            if self.steps == 0 or self.refused or list(map(type, modules_below(model))) != model.made_of:
                 return None
             try:
                 self.graph = DecodeGraph(model, x, cache, parts)
@@ -183,9 +184,14 @@ def initial_states(model, x):
 
 def selected(states, rows):
     """All layers' states of the sequences `rows` alone, a list; in memory of their own."""
+    index = {}  # one a device, not one a tensor
 
     def pick(part):
-        return part[rows] if isinstance(part, Tensor) else part.select(rows)
+        if not isinstance(part, Tensor):
+            return part.select(rows)
+        if part.device not in index:
+            index[part.device] = torch.tensor(rows, dtype=torch.int64, device=part.device)
+        return part.index_select(0, index[part.device])
 
     return [{name: pick(part) for name, part in state.items()} for state in states]
 
@@ -243,17 +249,14 @@ def modules_below(model):
     return modules
 
 
-def recordable_parts(model):
-    """What a graph of the model's layers holds as long as it stays the same: where the weights are. None where there is
-    more than the model was made of, such as hooks, adapters or quantized layers, of which nothing is known."""
-    modules, weights = modules_below(model), [torch.is_inference_mode_enabled()]
-    if list(map(type, modules)) != model.made_of:
+def parts_of(model):
+    """What a graph of the model's layers holds for as long as it stays the same: modules and where the weights are.
+    None where a module has hooks, or something in the place of its forward, which a graph would not repeat."""
+    modules = modules_below(model)
+    if any(each._forward_hooks or each._forward_pre_hooks or "forward" in each.__dict__ for each in modules):
         return None
-    for module in modules:
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            return None
-        weights += [weight.data_ptr() for weight in module._parameters.values() if weight is not None]
-    return weights
+    weights = [w.data_ptr() for each in modules for w in each._parameters.values() if w is not None]
+    return [torch.is_inference_mode_enabled(), *modules, *weights]
 
 
 def recorded_step(model, x, cache):
