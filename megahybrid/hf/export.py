@@ -72,7 +72,7 @@ def export(
         _write_weights(part, folder, facts, types, most, report)
         if verify.wanted(config, check, report):
             trained = verify.trained_model(folder, config, types)
-            verify.compare(trained, verify.exported_model(part), tokenizer, report)
+            verify.verify(trained, verify.exported_model(part), config, tokenizer, report)
     report(f"Exported {folder} to {target}.")
 
 

@@ -63,7 +63,7 @@ def import_model(source: Path, target: Path, check: bool | None = None, report: 
             trained = verify.trained_model(part, config)
             ours = found["model_type"] == MODEL_TYPE
             exported = verify.exported_model(source) if ours else verify.converted_model(trained, config)
-            verify.compare(trained, exported, tokenizer, report)
+            verify.verify(trained, exported, config, tokenizer, report)
     report(f"Imported {source} to {target}; train.init_from={target} starts a run from it.")
 
 
