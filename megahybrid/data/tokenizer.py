@@ -157,8 +157,15 @@ def tokenizer_file(path: str | Path) -> Path:
             f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')."
         )
     if not file.is_file():
-        raise UserError(f"There is no tokenizer '{file}'; set data.tokenizer to a tokenizer.json or leave it out.")
+        raise UserError(
+            f"There is no tokenizer '{file}'; put one there or, where data.tokenizer names it, correct or remove that."
+        )
     return file
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has a tokenizer, in whatever format."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", *_SLOW_FILES))
 
 
 def tokenizer_hash(file: Path) -> str:

@@ -104,6 +104,23 @@ def test_round_trip_and_a_training_step(exported, reference, recipe, tmp_path, c
     assert all(torch.equal(again[exported_name(name)], weight) for name, weight in saved.items())
 
 
+def test_without_a_tokenizer(exported, reference, tmp_path, capsys):
+    source, imported, model = (tmp_path / name for name in ("source", "imported", "model"))
+    shutil.copytree(exported, source, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert main(["import", str(source), str(imported), "--verify"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("worst difference") == 2 and "nats" not in said
+    assert f"It has no tokenizer, since {source} has none: for text put one into {imported}" in said
+    for verb in (["generate", str(imported), "--prompt", "def"], ["export", str(imported), str(model)]):
+        assert main(verb) == 2
+        assert f"There is no tokenizer '{imported}/tokenizer.json'; put one there" in capsys.readouterr().err
+    assert main(["eval", str(source), "--task", "selective_mqar"]) == 2
+    assert f"There is no tokenizer '{source}/tokenizer.json'; put one there" in capsys.readouterr().err
+    shutil.copy(last_checkpoint(reference) / "tokenizer.json", imported)
+    assert main(["export", str(imported), str(model), "--no-verify"]) == 0
+    assert (model / "tokenizer.json").read_bytes() == (exported / "tokenizer.json").read_bytes()
+
+
 def test_resuming_from_weights_alone_is_refused(exported, recipe, tmp_path, capsys):
     """A checkpoint without moments in a run directory, with the configuration that the recipe has."""
     folder = tmp_path / "run" / "checkpoints" / "step_00000000"
@@ -220,7 +237,7 @@ def test_bad_imports(exported, tmp_path, capsys):
     assert "names files outside" in refused(outside)
     assert "There is no" in refused(lambda source: (source / "config.json").unlink())
     assert "cannot be read as JSON" in refused(lambda source: (source / "config.json").write_text("{"))
-    assert "tokenizer" in refused(lambda source: (source / "tokenizer.json").unlink())
+    assert "not a readable tokenizer.json" in refused(lambda source: (source / "tokenizer.json").write_text("{"))
     assert "unknown letter" in refused(set_config(layers="GLSFX"))
 
 
