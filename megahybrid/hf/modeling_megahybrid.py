@@ -5,6 +5,7 @@ piece that continues from the empty state. So prefill in pieces, decode and a fo
 computation.
 """
 
+import copy
 import dataclasses
 
 import torch
@@ -15,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
-from megahybrid.hf.inference_megahybrid import Inference, applies, modules_below
+from megahybrid.hf.inference_megahybrid import Inference, modules_below, packs, whole
 from megahybrid.hf.layers_megahybrid import RMSNorm, SwiGLU, as_computed, linear, real_tokens
 from megahybrid.hf.mixer_classes import MIXERS
 from megahybrid.hf.packing_megahybrid import Documents, beginnings
@@ -165,12 +166,17 @@ class MegahybridModel(MegahybridPreTrainedModel):
             use_cache = False
         elif use_cache is None:
             use_cache = self.config.use_cache and (cache is not None or not self.training)
+        if cache is None and not use_cache and packs(self, x):
+            x, hidden_states, losses = whole(self, x, attention_mask, documents, output_hidden_states)
+            return MegahybridOutput(last_hidden_state=x, hidden_states=hidden_states, aux_loss=_mean(losses))
         cache = MegahybridCache(len(self.layers)) if cache is None else cache
         if cache.lengths is None:
             cache.lengths = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-            cache.inference = Inference() if documents is None and applies(self, x) else None
+            # The ops' caches are not made for gradients.
+            cache.inference = Inference() if packs(self, x) and not torch.is_grad_enabled() else None
         if cache.inference is not None:
-            x, hidden_states = cache.inference.forward(self, x, attention_mask, cache, use_cache, output_hidden_states)
+            going_on = cache if use_cache else copy.deepcopy(cache)  # since states are overwritten
+            x, hidden_states = going_on.inference.forward(self, x, attention_mask, going_on, output_hidden_states)
             return MegahybridOutput(
                 last_hidden_state=x, past_key_values=cache if use_cache else None, hidden_states=hidden_states
             )
@@ -191,7 +197,7 @@ class MegahybridModel(MegahybridPreTrainedModel):
             last_hidden_state=x,
             past_key_values=cache if use_cache else None,
             hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
-            aux_loss=sum(losses) / len(losses) if losses else None,
+            aux_loss=_mean(losses),
         )
 
     @staticmethod
@@ -209,6 +215,10 @@ class MegahybridModel(MegahybridPreTrainedModel):
             return None
         real = torch.ones_like(begins) if attention_mask is None else real_tokens(x, attention_mask)
         return Documents.of(begins.to(x.device), real.to(x.device))
+
+
+def _mean(losses):
+    return sum(losses) / len(losses) if losses else None
 
 
 def _refuse(arguments):

@@ -8,12 +8,14 @@ class Documents:
 
     Attributes:
         positions: int64 `[documents, longest]`, each token's place in its document, -1 for padding.
+        lengths: int64 `[documents]`, their tokens.
+        places: int64 `[tokens]`, where those stand in the flattened rows.
     """
 
     def __init__(self, document, places):
         """int64 `[tokens]` each: a document's number, ascending, and where in the flattened rows the token stands."""
         _, index, lengths = document.unique_consecutive(return_inverse=True, return_counts=True)
-        self.shape, self.places = (len(lengths), int(lengths.max())), places
+        self.shape, self.places, self.lengths = (len(lengths), int(lengths.max())), places, lengths
         offsets = torch.arange(len(places), device=places.device) - (lengths.cumsum(0) - lengths)[index]
         self.cells = (index + 1) * self.shape[1] - lengths[index] + offsets
         positions = torch.full((self.shape[0] * self.shape[1],), -1, device=places.device)

@@ -45,17 +45,21 @@ class LTEAttention(Attention):
         return {**vars(cache), **self.router.packed_state(count)}
 
     def packed(self, x, sequences, state):
-        q, k, v = self.project_packed(x)
+        o, after = self.mixed(*self.project_packed(x), sequences, state)
+        return self.o_proj(o.flatten(-2)), after
+
+    @in_own_precision
+    def mixed(self, q, k, v, sequences, state):
         scores, rows = self.router(k, v, sequences, state)
         inputs = self.rotate_packed(q, sequences), self.rotate_packed(k, sequences), v, scores
         limits = self.columns - 1, self.sinks, self.buffer
         if state is None:
-            return self.o_proj(kernels.lte_attention(*inputs, sequences, *limits).flatten(-2)), None
+            o = kernels.lte_attention(*inputs, sequences, *limits)
+            return o, {"loss": self.excess_packed(scores, sequences)} if self.training else None
         cache = kernels.LTECache(**{name: x for name, x in state.items() if not name.startswith("rows")})
-        o, cache = kernels.lte_attention_with_cache(
-            *inputs, cache, sequences, *limits, self.router.margin, in_place=True
-        )
-        return self.o_proj(o.flatten(-2)), {**vars(cache), **rows}
+        inputs = *inputs, cache, sequences
+        o, cache = kernels.lte_attention_with_cache(*inputs, *limits, self.router.margin, in_place=True)
+        return o, {**vars(cache), **rows}
 
     def forward(self, x, positions, state):
         if not isinstance(positions, torch.Tensor):
@@ -68,7 +72,7 @@ class LTEAttention(Attention):
         scores, after = self.router(k, v, positions, state, ahead)
         if self.training:
             after["loss"] = self.excess(scores[:, :, : k.shape[2]], positions)
-        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        q, k = self.rotate(positions, q, k)
         columns = appended(state, k, v, positions)
         known = torch.cat([state["score"][:, :, : self.columns - margin], scores], 2)
         columns["score"] = F.pad(known, (0, margin - ahead))
@@ -89,6 +93,11 @@ class LTEAttention(Attention):
         right context is whole."""
         cut = positions < self.router.margin
         return scores.masked_fill(cut[:, None], 0).relu().sum(2).mean(1)
+
+    def excess_packed(self, scores, sequences):
+        """`excess` of whole sequences, all together, of scores `[tokens, H]`."""
+        cut = sequences.remaining < self.router.margin
+        return scores.masked_fill(cut[:, None], 0).relu().mean(1).sum()
 
     def block(self, q, columns, buffer, first):
         """Queries `[B, heads, n, D]` from column `first` of the new ones on: (output, the buffer after them).
