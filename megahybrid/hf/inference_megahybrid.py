@@ -57,23 +57,10 @@ class Packing:
         return x.unflatten(0, self.shape)
 
 
-def whole(model, x, attention_mask, documents, output_hidden_states):
-    """The model's layers and last norm on whole sequences, x `[B, T, hidden]`, or on the documents of its rows: (hidden
-    states, all of them or None, what each layer that does so adds to the loss)."""
-    if documents is None:
-        packing = Packing.of(x, attention_mask)
-    else:
-        packing = Packing(x.shape[:2], documents.lengths.tolist(), documents.places)
-    if not any(packing.lengths):
-        return torch.zeros_like(x), None, []
-    sequences = kernels.Sequences.of([length for length in packing.lengths if length], x.device)
-    return through_layers(model, x, packing, sequences, [None] * len(model.layers), output_hidden_states)
-
-
-def one_token_each(x, starts):
-    """The sequences of x `[B, ...]`."""
-    borders = torch.arange(len(x) + 1, dtype=torch.int32, device=x.device)
-    return kernels.Sequences(borders, (1,) * len(x), starts)
+def one_token_each(lengths):
+    """The next token of sequences of these lengths, int64 `[B]`."""
+    borders = torch.arange(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
+    return kernels.Sequences(borders, (1,) * len(lengths), lengths)
 
 
 class Inference:
@@ -109,23 +96,26 @@ class Inference:
         # Padding is on the left: none follows a token, and a look at the mask would wait for the GPU at every step.
         packing = Packing.of(x, None if step else attention_mask)
         rows = [row for row, tokens in enumerate(packing.lengths) if tokens]
-        y, hidden_states = torch.zeros_like(x) if not rows else None, None
-        if len(rows) == count:
-            # Without starts the ops know that all begin here, for which they have faster ways.
-            starts = cache.lengths if cache.seen else None
-            sequences = (
-                one_token_each(x, starts) if length == 1 else kernels.Sequences.of(packing.lengths, x.device, starts)
-            )
-            y, hidden_states, _ = through_layers(model, x, packing, sequences, cache.states, output_hidden_states)
-        elif rows:
-            states, lengths = selected(cache.states, rows), [packing.lengths[row] for row in rows]
-            sequences = kernels.Sequences.of(lengths, x.device, cache.lengths[rows])
-            y, hidden_states, _ = through_layers(model, x, packing, sequences, states, output_hidden_states)
+        states = cache.states if len(rows) == count else selected(cache.states, rows)
+        y, hidden_states = torch.zeros_like(x), None
+        if rows:
+            sequences = self._sequences(cache, packing, rows)
+            y, hidden_states, _ = through_layers(model, packing.packed(x), sequences, states, output_hidden_states)
+            y, hidden_states = packing.padded(y), hidden_states and tuple(map(packing.padded, hidden_states))
+        if states is not cache.states:
             cache.states = replaced(cache.states, rows, states)
         added = length if min(packing.lengths) == length else torch.tensor(packing.lengths, device=x.device)
         cache.lengths, cache.seen = cache.lengths + added, cache.seen + length
         self.counts = [old + new for old, new in zip(self.counts, packing.lengths, strict=True)]
         return y, hidden_states
+
+    def _sequences(self, cache, packing, rows):
+        if set(packing.lengths) == {1}:
+            return one_token_each(cache.lengths)
+        starts = cache.lengths if len(rows) == len(packing.lengths) else cache.lengths[rows]
+        # Without starts the ops know that all begin here, for which they have faster ways.
+        starts = starts if cache.seen else None
+        return kernels.Sequences.of([packing.lengths[row] for row in rows], cache.lengths.device, starts)
 
     def select(self, cache, rows):
         """Sequence n of the cache becomes its sequence `rows[n]`."""
@@ -158,19 +148,20 @@ class Inference:
         return self.graph.run(x, cache)
 
 
-def through_layers(model, x, packing, sequences, states, output_hidden_states=False):
-    """All layers and the last norm, see `whole`, on x `[B, T, hidden]`. The next states take the places of `states`,
-    where there are any."""
-    x, hidden_states, losses = packing.packed(x), [], []
+def through_layers(model, x, places, states, output_hidden_states=False, documents=None, keep=True):
+    """x, and what more a Block takes → (the last hidden states; if they are asked for, those before each layer with
+    them; what layers add to the loss). If `keep`, the next states take the places of `states`."""
+    seen, losses = [], []
     for number, block in enumerate(model.layers):
-        hidden_states.append(x if output_hidden_states else None)
-        x, states[number], loss = block(x, sequences, states[number])
+        if output_hidden_states:
+            seen.append(x)
+        x, state, loss = block(x, places, states[number], documents)
+        if keep:
+            states[number] = state
         if loss is not None:
-            losses.append(loss)
-    x = packing.padded(model.final_norm(x))
-    if not output_hidden_states:
-        return x, None, losses
-    return x, (*map(packing.padded, hidden_states), x), losses
+            losses.append(loss.sum())
+    x = model.final_norm(x)
+    return x, (*seen, x) if output_hidden_states else None, sum(losses) / len(losses) if losses else None
 
 
 def initial_states(model, x):
@@ -260,11 +251,10 @@ def parts_of(model):
 def recorded_step(model, x, cache):
     """A token of every sequence, x `[B, hidden]`, after which all states are where they were before."""
     states = [dict(state) for state in cache.states]
-    x = x[:, None]
-    y, _, _ = through_layers(model, x, Packing.of(x, None), one_token_each(x, cache.lengths), states)
+    y, *_ = through_layers(model, x, one_token_each(cache.lengths), states)
     overwrite([dict(state) for state in cache.states], states)
     cache.lengths += 1
-    return y[:, 0]
+    return y
 
 
 class DecodeGraph:

@@ -16,10 +16,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
-from megahybrid.hf.inference_megahybrid import Inference, modules_below, packs, whole
-from megahybrid.hf.layers_megahybrid import RMSNorm, SwiGLU, as_computed, linear, real_tokens
+from megahybrid.hf.inference_megahybrid import Inference, modules_below, packs, through_layers
+from megahybrid.hf.layers_megahybrid import RMSNorm, SwiGLU, as_computed, kernels, linear, real_tokens
 from megahybrid.hf.mixer_classes import MIXERS
-from megahybrid.hf.packing_megahybrid import Documents, beginnings
+from megahybrid.hf.packing_megahybrid import Documents, several_documents
 
 # Of packed collators and of transformers, beside what forward takes: these follow from it.
 _FOLLOWING = {"cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position"}
@@ -86,11 +86,11 @@ class Block(GradientCheckpointingLayer):
         next state, and what it adds to the loss, if it does)."""
         inputs = as_computed(self.mixer_norm(x))
         if documents is not None:
-            inputs = documents.unpacked(inputs)
+            inputs = documents.padded(inputs)
         if state is None and isinstance(places, torch.Tensor):
             state = self.mixer.empty_state(inputs)
         y, state = self.mixer(inputs, places, state)
-        normalised, x = self.mlp_norm.of_sum(x, y if documents is None else documents.packed(y, x))
+        normalised, x = self.mlp_norm.of_sum(x, y if documents is None else documents.unpadded(y))
         return x + self.mlp(normalised), state, None if state is None else state.pop("loss", None)
 
 
@@ -157,18 +157,13 @@ class MegahybridModel(MegahybridPreTrainedModel):
         _refuse(kwargs)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
-        documents = self._documents(x, attention_mask, beginnings(x.shape[:2], position_ids, cu_seq_lens_q, seq_idx))
-        if documents is not None:
-            if use_cache or cache is not None:
-                raise ValueError(
-                    "Rows of several documents have no cache: give use_cache=False and no past_key_values."
-                )
-            use_cache = False
-        elif use_cache is None:
-            use_cache = self.config.use_cache and (cache is not None or not self.training)
+        documents = several_documents(x, attention_mask, position_ids, cu_seq_lens_q, seq_idx)
+        if documents is not None and (use_cache or cache is not None):
+            raise ValueError("Rows of several documents have no cache: give use_cache=False and no past_key_values.")
+        if use_cache is None:
+            use_cache = self.config.use_cache and documents is None and (cache is not None or not self.training)
         if cache is None and not use_cache and packs(self, x):
-            x, hidden_states, losses = whole(self, x, attention_mask, documents, output_hidden_states)
-            return MegahybridOutput(last_hidden_state=x, hidden_states=hidden_states, aux_loss=_mean(losses))
+            return self._joined(x, attention_mask, documents, output_hidden_states)
         cache = MegahybridCache(len(self.layers)) if cache is None else cache
         if cache.lengths is None:
             cache.lengths = torch.zeros(len(x), dtype=torch.int64, device=x.device)
@@ -181,23 +176,29 @@ class MegahybridModel(MegahybridPreTrainedModel):
                 last_hidden_state=x, past_key_values=cache if use_cache else None, hidden_states=hidden_states
             )
         positions = self._positions(x, attention_mask, cache) if documents is None else documents.positions
-        hidden_states, losses = [x], []
-        for number, block in enumerate(self.layers):
-            x, state, loss = block(x, positions, cache.states[number], documents)
-            if use_cache:
-                cache.states[number] = state
-            if loss is not None:
-                losses.append(loss.sum())
-            hidden_states.append(x)
+        x, hidden_states, loss = through_layers(
+            self, x, positions, cache.states, output_hidden_states, documents, keep=use_cache
+        )
         if use_cache:
             cache.lengths = torch.maximum(cache.lengths, positions.max(1).values + 1)
             cache.seen += x.shape[1]
-        x = self.final_norm(x)
         return MegahybridOutput(
             last_hidden_state=x,
             past_key_values=cache if use_cache else None,
-            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
-            aux_loss=_mean(losses),
+            hidden_states=hidden_states,
+            aux_loss=loss,
+        )
+
+    def _joined(self, x, attention_mask, documents, output_hidden_states):
+        """Whole sequences, laid end to end."""
+        documents = Documents(x, attention_mask) if documents is None else documents
+        sequences = kernels.Sequences.of(documents.lengths.tolist(), x.device)
+        states = [None] * len(self.layers)
+        x, hidden_states, loss = through_layers(self, documents.joined(x), sequences, states, output_hidden_states)
+        return MegahybridOutput(
+            last_hidden_state=documents.in_rows(x),
+            hidden_states=hidden_states and tuple(map(documents.in_rows, hidden_states)),
+            aux_loss=loss,
         )
 
     @staticmethod
@@ -207,18 +208,6 @@ class MegahybridModel(MegahybridPreTrainedModel):
             return cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)
         real = real_tokens(x, attention_mask)
         return (cache.lengths[:, None] + real.long().cumsum(1) - 1).masked_fill(~real, -1)
-
-    @staticmethod
-    def _documents(x, attention_mask, begins):
-        """The documents of rows of which some hold several, else None."""
-        if begins is None:
-            return None
-        real = torch.ones_like(begins) if attention_mask is None else real_tokens(x, attention_mask)
-        return Documents.of(begins.to(x.device), real.to(x.device))
-
-
-def _mean(losses):
-    return sum(losses) / len(losses) if losses else None
 
 
 def _refuse(arguments):

@@ -2,63 +2,68 @@
 
 import torch
 
+from megahybrid.hf.layers_megahybrid import real_tokens
+
 
 class Documents:
-    """The documents of rows `[B, T]` as sequences of their own, padded on the left, and back.
+    """The documents of rows `[B, T]` as sequences of their own, laid end to end or padded on the left, and back.
 
     Attributes:
+        lengths: int64 `[documents]`, tokens of each.
+        places: int64 `[tokens]`, where in the flattened rows each token stands.
         positions: int64 `[documents, longest]`, each token's place in its document, -1 for padding.
-        lengths: int64 `[documents]`, their tokens.
-        places: int64 `[tokens]`, where those stand in the flattened rows.
+        several: whether some row holds more than one.
     """
 
-    def __init__(self, document, places):
-        """int64 `[tokens]` each: a document's number, ascending, and where in the flattened rows the token stands."""
-        _, index, lengths = document.unique_consecutive(return_inverse=True, return_counts=True)
-        self.shape, self.places, self.lengths = (len(lengths), int(lengths.max())), places, lengths
-        offsets = torch.arange(len(places), device=places.device) - (lengths.cumsum(0) - lengths)[index]
-        self.cells = (index + 1) * self.shape[1] - lengths[index] + offsets
-        positions = torch.full((self.shape[0] * self.shape[1],), -1, device=places.device)
-        self.positions = positions.index_copy(0, self.cells, offsets).view(self.shape)
-
-    @classmethod
-    def of(cls, begins, real):
-        """bool `[B, T]` each: where a document begins, beside each row's start, and what is no padding. None where no
-        row holds two."""
-        row = torch.zeros_like(begins)
+    def __init__(self, x, attention_mask, begins=None):
+        """Of rows x `[B, T, C]`; begins, bool `[B, T]`: where documents begin beside each row's start."""
+        row = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         row[:, :1] = True
-        places = real.flatten().nonzero()[:, 0]
-        documents, rows = (x.flatten().cumsum(0)[places] for x in (begins | row, row))
-        alone = len(documents.unique_consecutive()) == len(rows.unique_consecutive())
-        return None if alone else cls(documents, places)
+        real = torch.ones_like(row) if attention_mask is None else real_tokens(x, attention_mask)
+        self.rows, self.places = row.shape, real.flatten().nonzero()[:, 0]
+        begins = row if begins is None else begins.to(x.device) | row
+        document, row = (each.flatten().cumsum(0)[self.places] for each in (begins, row))
+        _, index, self.lengths = document.unique_consecutive(return_inverse=True, return_counts=True)
+        self.several = len(self.lengths) > len(row.unique_consecutive())
+        offsets = torch.arange(len(index), device=index.device) - (self.lengths.cumsum(0) - self.lengths)[index]
+        self._padded = (len(self.lengths), int(self.lengths.max()))
+        self._cells = (index + 1) * self._padded[1] - self.lengths[index] + offsets
+        positions = torch.full((self._padded[0] * self._padded[1],), -1, device=index.device)
+        self.positions = positions.index_copy(0, self._cells, offsets).view(self._padded)
 
-    def unpacked(self, x):
+    def joined(self, x):
+        """`[B, T, C]` → `[tokens, C]`."""
+        return x.flatten(0, 1)[self.places]
+
+    def in_rows(self, tokens):
+        """`[tokens, C]` → `[B, T, C]`, 0 for padding."""
+        return self._laid(tokens, self.places, self.rows)
+
+    def padded(self, x):
         """`[B, T, C]` → `[documents, longest, C]`, 0 for padding."""
-        return self._moved(x, self.places, self.cells, self.shape)
+        return self._laid(self.joined(x), self._cells, self._padded)
 
-    def packed(self, x, rows):
-        """`[documents, longest, C]` → `[B, T, C]`, as `rows` has them, 0 for what is padding there."""
-        return self._moved(x, self.cells, self.places, rows.shape[:2])
+    def unpadded(self, x):
+        """`[documents, longest, C]` → `[B, T, C]`, 0 for padding."""
+        return self.in_rows(x.flatten(0, 1)[self._cells])
 
     @staticmethod
-    def _moved(x, source, target, shape):
-        moved = x.new_zeros(shape[0] * shape[1], x.shape[-1]).index_copy(0, target, x.flatten(0, 1)[source])
-        return moved.unflatten(0, shape)
+    def _laid(tokens, places, shape):
+        return tokens.new_zeros(shape[0] * shape[1], tokens.shape[1]).index_copy(0, places, tokens).unflatten(0, shape)
 
 
-def beginnings(shape, position_ids, cu_seq_lens, seq_idx):
-    """bool `[B, T]`, a rows' shape: where documents begin by what a collator gives; None where it gives nothing.
-
-    position_ids int64 `[B or 1, T]` do not go on by one there; seq_idx `[B or 1, T]` changes; cu_seq_lens int32
-    `[documents + 1]` counts them through the flattened rows.
+def several_documents(x, attention_mask, position_ids, cu_seq_lens, seq_idx):
+    """The documents of rows x `[B, T, C]` by what a collator gives, None where no row holds two: position_ids int64
+    `[B or 1, T]` do not go on by one where a document begins, seq_idx `[B or 1, T]` changes, and cu_seq_lens int32
+    `[documents + 1]` counts tokens through the flattened rows.
     """
     if cu_seq_lens is not None:
-        begins = torch.zeros(shape, dtype=torch.bool, device=cu_seq_lens.device)
+        begins = torch.zeros(x.shape[:2], dtype=torch.bool, device=cu_seq_lens.device)
         begins.view(-1)[cu_seq_lens[cu_seq_lens < begins.numel()].long()] = True
-        return begins
-    given, step = (seq_idx, 0) if seq_idx is not None else (position_ids, 1)
-    if given is None:
+    elif seq_idx is not None or position_ids is not None:
+        given, step = (position_ids, 1) if seq_idx is None else (seq_idx, 0)
+        begins = torch.nn.functional.pad(given.diff(dim=1) != step, (1, 0)).expand(x.shape[:2])
+    else:
         return None
-    begins = torch.ones_like(given, dtype=torch.bool)
-    begins[:, 1:] = given.diff(dim=1) != step
-    return begins.expand(shape)
+    documents = Documents(x, attention_mask, begins)
+    return documents if documents.several else None

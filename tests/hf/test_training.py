@@ -25,8 +25,8 @@ PATTERN = "GLSFN"
 
 @pytest.fixture(params=["plain", "kernels"])
 def without_and_with_kernels(request, monkeypatch):
-    """By the ops' references, as their kernels run on a GPU."""
-    for module in (inference, layers):
+    """The second as on a GPU with megahybrid_kernels."""
+    for module in (layers, inference, gdn):
         monkeypatch.setattr(module, "takes_kernels", lambda _: request.param == "kernels")
 
 
@@ -186,7 +186,7 @@ def test_gradient_checkpointing(reentrant):
     for block in exported.model.layers:
         block.mixer.register_forward_hook(lambda *_: runs.append(1))
     same(gradients(exported, exported(row, labels=labels, **ways["position_ids"]).loss), expected)
-    assert len(runs) == 2 * len(PATTERN)
+    assert len(runs) >= 2 * len(PATTERN)  # a reference that takes gradients in its backward pass recomputes again
 
 
 def test_autocast(monkeypatch):
@@ -227,3 +227,41 @@ def test_autocast(monkeypatch):
     assert len(repeated) == 2 * (1 + 1 + 1 + 1) and all(repeated)
     assert first.past_key_values.states[3]["k"].dtype == torch.bfloat16
     assert 0 < (torch.cat([first.logits, rest.logits], 1) - expected).std() < 0.1 * expected.std()
+
+
+class Adapted(nn.Module):
+    """A frozen linear layer with a low-rank adapter, as PEFT puts in its place."""
+
+    def __init__(self, layer):
+        super().__init__()
+        sizes = (layer.in_features, 2), (2, layer.out_features)
+        self.layer, (self.down, self.up) = layer, (nn.Linear(*each, bias=False).to(layer.weight) for each in sizes)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.usefixtures("without_and_with_kernels")
+def test_adapters_on_all_projections():
+    """They act as the same change of the weights does, whole and with a cache, and get gradients."""
+    _, exported = pair(PATTERN)
+    plain = {name: x for name, x in exported.model.named_modules() if isinstance(x, nn.Linear)}
+    torch.manual_seed(0)
+    row = random_tokens(90)[None]
+    for name, layer in plain.items():
+        exported.model.set_submodule(name, Adapted(layer))
+    adapters = [x for name, x in exported.named_parameters() if "down" in name.split(".") or "up" in name.split(".")]
+    assert len(adapters) == 2 * len(plain) == 2 * (7 + 5 * 3 + 4 * 4 + 1)
+    with torch.no_grad():
+        first = exported(row[:, :60], use_cache=True)
+        rest = exported(row[:, 60:], past_key_values=first.past_key_values).logits
+    loss = exported.train()(row, labels=row).loss
+    loss.backward()
+    assert all(x.grad.any() for x in adapters)
+    for name, layer in plain.items():
+        adapted = exported.model.get_submodule(name)
+        layer.weight.data += adapted.up.weight @ adapted.down.weight
+        exported.model.set_submodule(name, layer)
+    expected = exported.eval()(row, labels=row)
+    assert torch.allclose(torch.cat([first.logits, rest], 1), expected.logits, rtol=0, atol=1e-9)
+    assert torch.allclose(loss, expected.loss, rtol=1e-6)

@@ -54,8 +54,8 @@ class LTEAttention(Attention):
         inputs = self.rotate_packed(q, sequences), self.rotate_packed(k, sequences), v, scores
         limits = self.columns - 1, self.sinks, self.buffer
         if state is None:
-            o = kernels.lte_attention(*inputs, sequences, *limits)
-            return o, {"loss": self.excess_packed(scores, sequences)} if self.training else None
+            o, cut = kernels.lte_attention(*inputs, sequences, *limits), sequences.remaining < self.router.margin
+            return o, {"loss": excess(scores, cut[:, None]).sum(0, keepdim=True)} if self.training else None
         cache = kernels.LTECache(**{name: x for name, x in state.items() if not name.startswith("rows")})
         inputs = *inputs, cache, sequences
         o, cache = kernels.lte_attention_with_cache(*inputs, *limits, self.router.margin, in_place=True)
@@ -71,7 +71,8 @@ class LTEAttention(Attention):
         ahead = margin if torch.is_grad_enabled() else 0
         scores, after = self.router(k, v, positions, state, ahead)
         if self.training:
-            after["loss"] = self.excess(scores[:, :, : k.shape[2]], positions)
+            arrived = scores[:, :, : k.shape[2]].mT
+            after["loss"] = excess(arrived, (positions < margin)[..., None]).sum(1)
         q, k = self.rotate(positions, q, k)
         columns = appended(state, k, v, positions)
         known = torch.cat([state["score"][:, :, : self.columns - margin], scores], 2)
@@ -87,17 +88,6 @@ class LTEAttention(Attention):
         after.update(newest(columns, self.columns))
         after.update({f"buffer_{name}": x for name, x in buffer.items()})
         return self.output(torch.cat(outputs, 2)), after
-
-    def excess(self, scores, positions):
-        """`[B]`: the sum over tokens of the positive part of their scores, the mean of all heads; of those tokens whose
-        right context is whole."""
-        cut = positions < self.router.margin
-        return scores.masked_fill(cut[:, None], 0).relu().sum(2).mean(1)
-
-    def excess_packed(self, scores, sequences):
-        """`excess` of whole sequences, all together, of scores `[tokens, H]`."""
-        cut = sequences.remaining < self.router.margin
-        return scores.masked_fill(cut[:, None], 0).relu().mean(1).sum()
 
     def block(self, q, columns, buffer, first):
         """Queries `[B, heads, n, D]` from column `first` of the new ones on: (output, the buffer after them).
@@ -141,6 +131,12 @@ class LTEAttention(Attention):
         arrival = torch.arange(-self.buffer, count, device=score.device)
         arrived = arrival <= torch.arange(count, device=score.device)[:, None]
         return candidate[..., None, :] & arrived & (outranking < self.buffer)
+
+
+def excess(scores, cut):
+    """What L1 asks to be small, `[…]`: the mean of all heads' positive scores `[…, H]`, where the right context of a
+    token is not cut off."""
+    return scores.masked_fill(cut, 0).relu().mean(-1)
 
 
 class StraightThrough(torch.autograd.Function):
