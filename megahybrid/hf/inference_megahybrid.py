@@ -97,8 +97,9 @@ class Inference:
         packing = Packing.of(x, None if step else attention_mask)
         rows = [row for row, tokens in enumerate(packing.lengths) if tokens]
         states = cache.states if len(rows) == count else selected(cache.states, rows)
-        y, hidden_states = torch.zeros_like(x), None
-        if rows:
+        if not rows:
+            y, hidden_states = torch.zeros_like(x), None
+        else:
             sequences = self._sequences(cache, packing, rows)
             y, hidden_states, _ = through_layers(model, packing.packed(x), sequences, states, output_hidden_states)
             y, hidden_states = packing.padded(y), hidden_states and tuple(map(packing.padded, hidden_states))

@@ -71,6 +71,8 @@ def in_own_precision(function):
     @functools.wraps(function)
     def precise(first, *others, **options):
         device = next(x for x in (first, *others) if isinstance(x, torch.Tensor)).device.type
+        if not torch.is_autocast_enabled(device):
+            return function(first, *others, **options)
         with torch.autocast(device, enabled=False):
             return function(first, *others, **options)
 
