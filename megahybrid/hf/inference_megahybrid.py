@@ -4,8 +4,6 @@ The ops take the tokens of all sequences laid end to end, and each chooses its w
 A state is a dictionary whose parts have the sequences in front: tensors, and caches that grow.
 """
 
-import copy
-
 import torch
 from torch import Tensor
 from transformers.utils import logging
@@ -15,14 +13,9 @@ from megahybrid.hf.layers_megahybrid import kernels, real_tokens, takes_kernels
 logger = logging.get_logger(__name__)
 
 
-def applies(model, x):
-    """Whether a new cache's sequences, x `[B, T, hidden]`, are read and continued here: not for gradients."""
-    return not torch.is_grad_enabled() and packs(model, x)
-
-
 def packs(model, x):
-    """Whether a model reads x `[B, T, hidden]` without padding: not where a mixer has no packed form or the layers are
-    on several devices."""
+    """Whether the model takes x `[B, T, hidden]` in its packed form: not where a mixer has none, nor where the layers
+    are on several devices."""
     return (
         takes_kernels(x)
         and all(block.mixer.packs for block in model.layers)
@@ -34,34 +27,23 @@ class Packing:
     """New tokens of a batch `[B, T]`, laid end to end without padding.
 
     Attributes:
-        counts: how many tokens each of the B sequences has, on the host.
-        rows: numbers of the sequences that have any, on the host.
-        sequences: borders and places of the tokens; None where there is none.
-        lengths: int64 `[B]`, tokens of each sequence so far, these included.
+        lengths: how many tokens each sequence has, on the host.
     """
 
-    def __init__(self, x, attention_mask, cache, begun):
-        """`begun`: whether all sequences have tokens already, so that no padding follows, which is on the left."""
-        (count, length), device = x.shape[:2], x.device
-        self.shape, self.counts, added, self._places = (count, length), [length] * count, length, None
-        # At every step a look at the mask would wait for the GPU.
-        if attention_mask is not None and not (length == 1 and begun):
+    def __init__(self, shape, lengths, places=None):
+        """`places`: int64 `[tokens]`, where they stand in the flattened batch, if there is padding."""
+        self.shape, self.lengths, self._places = shape, lengths, places
+
+    @classmethod
+    def of(cls, x, attention_mask):
+        """A sequence a row; x `[B, T, hidden]`."""
+        shape = x.shape[:2]
+        if attention_mask is not None:
             real = real_tokens(x, attention_mask)
-            added = real.sum(1)
-            self.counts = added.tolist()
-            if min(self.counts) < length:
-                self._places = real.flatten().nonzero()[:, 0]
-        self.lengths = cache.lengths + added
-        self.rows = [row for row, tokens in enumerate(self.counts) if tokens]
-        self.all_rows = len(self.rows) == count
-        starts = cache.lengths if self.all_rows else cache.lengths[self.rows]
-        # Without starts the ops know that all begin here, for which they have faster ways.
-        starts = starts if cache.seen else None
-        if length == 1 and self.all_rows:
-            self.sequences = one_token_each(count, device, starts)
-        else:
-            lengths = [self.counts[row] for row in self.rows]
-            self.sequences = kernels.Sequences.of(lengths, device, starts) if lengths else None
+            lengths = real.sum(1).tolist()
+            if min(lengths) < shape[1]:
+                return cls(shape, lengths, real.flatten().nonzero()[:, 0])
+        return cls(shape, [shape[1]] * shape[0])
 
     def packed(self, x):
         """`[B, T, hidden]` → `[tokens, hidden]`."""
@@ -75,9 +57,10 @@ class Packing:
         return x.unflatten(0, self.shape)
 
 
-def one_token_each(count, device, starts):
-    borders = torch.arange(count + 1, dtype=torch.int32, device=device)
-    return kernels.Sequences(borders, (1,) * count, starts)
+def one_token_each(lengths):
+    """The next token of sequences of these lengths, int64 `[B]`."""
+    borders = torch.arange(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
+    return kernels.Sequences(borders, (1,) * len(lengths), lengths)
 
 
 class Inference:
@@ -97,36 +80,43 @@ class Inference:
         """For copies, whose states have other addresses."""
         return {**self.__dict__, "graph": None}
 
-    def forward(self, model, x, attention_mask, cache, use_cache, output_hidden_states):
-        """The model's layers and last norm on x `[B, T, hidden]`: (hidden states, all of them or None)."""
+    def forward(self, model, x, attention_mask, cache, output_hidden_states):
+        """The model's layers and last norm on new tokens, x `[B, T, hidden]`, which the cache gets: (hidden states, all
+        of them or None)."""
         count, length = x.shape[:2]
-        if cache.seen and not use_cache:
-            cache, use_cache = copy.deepcopy(cache), True  # since states are overwritten
-            return cache.inference.forward(model, x, attention_mask, cache, use_cache, output_hidden_states)
-        if cache.lengths.is_inference() and not torch.is_inference_mode_enabled():
+        if cache.seen == 0:
+            cache.states, self.counts = initial_states(model, x), [0] * count
+        elif cache.lengths.is_inference() and not torch.is_inference_mode_enabled():
             self.graph = None
             self.select(cache, list(range(count)))  # into tensors that may be overwritten
-        begun = cache.seen > 0 and all(self.counts)
-        step = length == 1 and begun and not torch.is_grad_enabled()
+        step = length == 1 and all(self.counts) and not torch.is_grad_enabled()
         if step and not output_hidden_states and (y := self._replayed(model, x[:, 0], cache)) is not None:
             return y[:, None], None
         self.graph, self.steps = None, self.steps + 1 if step else 0
-        packing = Packing(x, attention_mask, cache, begun)
-        if use_cache and cache.seen == 0:
-            cache.states, self.counts = initial_states(model, x), [0] * count
-        states = cache.states if packing.all_rows or not use_cache else selected(cache.states, packing.rows)
-        y, hidden_states = x.new_zeros(x.shape), None
-        if packing.sequences is not None:
-            packed = packing.packed(x)
-            y, hidden_states, _ = through_layers(model, packed, packing.sequences, states, output_hidden_states)
-            y = packing.padded(y)
-            hidden_states = hidden_states and tuple(map(packing.padded, hidden_states))
-        if use_cache:
-            if states is not cache.states:
-                cache.states = replaced(cache.states, packing.rows, states)
-            cache.lengths, cache.seen = packing.lengths, cache.seen + length
-            self.counts = [old + new for old, new in zip(self.counts, packing.counts, strict=True)]
+        # Padding is on the left: none follows a token, and a look at the mask would wait for the GPU at every step.
+        packing = Packing.of(x, None if step else attention_mask)
+        rows = [row for row, tokens in enumerate(packing.lengths) if tokens]
+        states = cache.states if len(rows) == count else selected(cache.states, rows)
+        if not rows:
+            y, hidden_states = torch.zeros_like(x), None
+        else:
+            sequences = self._sequences(cache, packing, rows)
+            y, hidden_states, _ = through_layers(model, packing.packed(x), sequences, states, output_hidden_states)
+            y, hidden_states = packing.padded(y), hidden_states and tuple(map(packing.padded, hidden_states))
+        if states is not cache.states:
+            cache.states = replaced(cache.states, rows, states)
+        added = length if min(packing.lengths) == length else torch.tensor(packing.lengths, device=x.device)
+        cache.lengths, cache.seen = cache.lengths + added, cache.seen + length
+        self.counts = [old + new for old, new in zip(self.counts, packing.lengths, strict=True)]
         return y, hidden_states
+
+    def _sequences(self, cache, packing, rows):
+        if set(packing.lengths) == {1}:
+            return one_token_each(cache.lengths)
+        starts = cache.lengths if len(rows) == len(packing.lengths) else cache.lengths[rows]
+        # Without starts the ops know that all begin here, for which they have faster ways.
+        starts = starts if cache.seen else None
+        return kernels.Sequences.of([packing.lengths[row] for row in rows], cache.lengths.device, starts)
 
     def select(self, cache, rows):
         """Sequence n of the cache becomes its sequence `rows[n]`."""
@@ -262,7 +252,7 @@ def parts_of(model):
 def recorded_step(model, x, cache):
     """A token of every sequence, x `[B, hidden]`, after which all states are where they were before."""
     states = [dict(state) for state in cache.states]
-    y, *_ = through_layers(model, x, one_token_each(len(x), x.device, cache.lengths), states)
+    y, *_ = through_layers(model, x, one_token_each(cache.lengths), states)
     overwrite([dict(state) for state in cache.states], states)
     cache.lengths += 1
     return y

@@ -34,9 +34,10 @@ class Mixer(nn.Module):
 
     A mixer that `packs` has a second form, by megahybrid_kernels: `mixer(x, sequences, state)` with x and the output
     `[tokens, hidden]`, the tokens of all sequences end to end, and `sequences` their `megahybrid_kernels.Sequences`.
-    Its state may be of another form, see packed_megahybrid; it is updated in place; without one (None) the sequences
-    are whole, and there is no next state. `packed_state(count, dtype, device)` is that of `count` sequences before
-    their first token, for projections in `dtype`.
+    Its state may be of another form, see inference_megahybrid, and is updated in place; without one (None) the
+    sequences are whole, and there is no next state, but in training there may be `loss`, a scalar.
+    `packed_state(count, dtype, device)` is that of `count` sequences before their first token, for projections in
+    `dtype`.
     """
 
     packs = False
@@ -70,6 +71,8 @@ def in_own_precision(function):
     @functools.wraps(function)
     def precise(first, *others, **options):
         device = next(x for x in (first, *others) if isinstance(x, torch.Tensor)).device.type
+        if not torch.is_autocast_enabled(device):
+            return function(first, *others, **options)
         with torch.autocast(device, enabled=False):
             return function(first, *others, **options)
 
@@ -88,6 +91,8 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         if takes_kernels(x):
             return kernels.rms_norm(x, self.weight, self.eps)
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # in float32, too, but in one launch
         return scaled_to_unit(x, self.weight, self.eps).to(x.dtype)
 
     def of_sum(self, x, y):
@@ -101,7 +106,7 @@ class RMSNorm(nn.Module):
 def scaled_to_unit(x, weight, eps):
     """x divided by its root mean square over the last dimension, times `weight`; in at least float32."""
     x = at_least_fp32(x)
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 def linear(in_features, out_features):

@@ -5,6 +5,7 @@ piece that continues from the empty state. So prefill in pieces, decode and a fo
 computation.
 """
 
+import copy
 import dataclasses
 
 import torch
@@ -15,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
-from megahybrid.hf.inference_megahybrid import Inference, applies, modules_below, packs, through_layers
+from megahybrid.hf.inference_megahybrid import Inference, modules_below, packs, through_layers
 from megahybrid.hf.layers_megahybrid import RMSNorm, SwiGLU, as_computed, kernels, linear, real_tokens
 from megahybrid.hf.mixer_classes import MIXERS
 from megahybrid.hf.packing_megahybrid import Documents, several_documents
@@ -161,15 +162,16 @@ class MegahybridModel(MegahybridPreTrainedModel):
             raise ValueError("Rows of several documents have no cache: give use_cache=False and no past_key_values.")
         if use_cache is None:
             use_cache = self.config.use_cache and documents is None and (cache is not None or not self.training)
-        whole = not use_cache and cache is None and (documents is not None or torch.is_grad_enabled())
-        if whole and packs(self, x):
+        if cache is None and not use_cache and packs(self, x):
             return self._joined(x, attention_mask, documents, output_hidden_states)
         cache = MegahybridCache(len(self.layers)) if cache is None else cache
         if cache.lengths is None:
             cache.lengths = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-            cache.inference = Inference() if documents is None and applies(self, x) else None
+            # The ops' caches are not made for gradients.
+            cache.inference = Inference() if packs(self, x) and not torch.is_grad_enabled() else None
         if cache.inference is not None:
-            x, hidden_states = cache.inference.forward(self, x, attention_mask, cache, use_cache, output_hidden_states)
+            going_on = cache if use_cache else copy.deepcopy(cache)  # since states are overwritten
+            x, hidden_states = going_on.inference.forward(self, x, attention_mask, going_on, output_hidden_states)
             return MegahybridOutput(
                 last_hidden_state=x, past_key_values=cache if use_cache else None, hidden_states=hidden_states
             )
@@ -188,7 +190,7 @@ class MegahybridModel(MegahybridPreTrainedModel):
         )
 
     def _joined(self, x, attention_mask, documents, output_hidden_states):
-        """Whole sequences, laid end to end, with gradients."""
+        """Whole sequences, laid end to end."""
         documents = Documents(x, attention_mask) if documents is None else documents
         sequences = kernels.Sequences.of(documents.lengths.tolist(), x.device)
         states = [None] * len(self.layers)

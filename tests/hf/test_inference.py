@@ -160,11 +160,25 @@ def test_hidden_states_and_training():
     rows, mask = padded((20, 7))
     out = exported(rows, attention_mask=mask, use_cache=True, output_hidden_states=True)
     assert out.past_key_values.inference is not None
-    with torch.enable_grad():
+    with torch.enable_grad():  # for which the caches are not made
         plain = exported(rows, attention_mask=mask, use_cache=True, output_hidden_states=True)
     assert plain.past_key_values.inference is None
     for one, other in zip(out.hidden_states, plain.hidden_states, strict=True):
         close(one[mask.bool()], other[mask.bool()])
+
+
+def test_autocast(monkeypatch):
+    """Linear layers are in bf16, the ops take what these give as it is."""
+    _, exported = pair("GLSFN", torch.float32)
+    rows, mask = padded((90, 60))
+    expected = exported(rows, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    seen, op = [], inference.kernels.gated_delta_rule
+    monkeypatch.setattr(inference.kernels, "gated_delta_rule", lambda *x, **o: seen.append(x) or op(*x, **o))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.cat([in_pieces(exported, rows, [60] + [1] * 30, mask), exported(rows, mask).logits])
+    assert seen and all(x[0].dtype == torch.bfloat16 for x in seen)
+    for part in found.chunk(2):
+        assert 0 < (part[mask.bool()] - expected).std() < 0.1 * expected.std()
 
 
 @pytest.mark.slow
@@ -177,20 +191,28 @@ def test_triton(pattern, recorded, monkeypatch):
     rows, mask = padded((30, 17))
     found = in_pieces(exported, rows, [20] + [1] * 10, mask)
     monkeypatch.undo()
+    assert len(recorded) == 9
     for number, length in enumerate((30, 17)):
         close(found[number, -length:], expected_logits(model, rows[number, -length:]), 1e-4)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_graph_is_bit_equal(pattern, monkeypatch):
-    """On a GPU, in bf16: a batch with padding, in steps with a graph and without."""
+def test_a_graph(pattern, dtype, monkeypatch):
+    """On a GPU: a batch with padding, in steps with a graph and without, bit-equal; in fp32 also as it should be."""
     monkeypatch.undo()
-    _, exported = pair(pattern, torch.bfloat16)
-    rows, mask = (x.cuda() for x in padded((60, 35)))
-    found = []
+    model, exported = pair(pattern)
+    lengths, found, graphs, record = (60, 35), [], [], inference.DecodeGraph.record
+    rows, mask = padded(lengths)
+    exported.to("cuda", dtype)
+    monkeypatch.setattr(inference.DecodeGraph, "record", lambda *given: graphs.append(given) or record(*given))
     for takes in (inference.takes_graph, lambda _: False):
         monkeypatch.setattr(inference, "takes_graph", takes)
-        found.append(in_pieces(exported.cuda(), rows, [40] + [1] * 20, mask))
-    assert torch.equal(*found)
+        found.append(in_pieces(exported, rows.cuda(), [40] + [1] * 20, mask.cuda()))
+    assert torch.equal(*found) and len(graphs) == 1
+    if dtype == torch.float32:
+        for number, length in enumerate(lengths):
+            expected = expected_logits(model, rows[number, -length:])
+            close(found[0][number, -length:].double().cpu(), expected, 1e-4)

@@ -45,19 +45,21 @@ class LTEAttention(Attention):
         return {**vars(cache), **self.router.packed_state(count)}
 
     def packed(self, x, sequences, state):
-        q, k, v = self.project_packed(x)
+        o, after = self.mixed(*self.project_packed(x), sequences, state)
+        return self.o_proj(o.flatten(-2)), after
+
+    @in_own_precision
+    def mixed(self, q, k, v, sequences, state):
         scores, rows = self.router(k, v, sequences, state)
         inputs = self.rotate_packed(q, sequences), self.rotate_packed(k, sequences), v, scores
         limits = self.columns - 1, self.sinks, self.buffer
         if state is None:
-            y = self.o_proj(kernels.lte_attention(*inputs, sequences, *limits).flatten(-2))
-            cut = sequences.remaining < self.router.margin
-            return y, {"loss": excess(scores, cut[:, None]).sum(0, keepdim=True)} if self.training else None
+            o, cut = kernels.lte_attention(*inputs, sequences, *limits), sequences.remaining < self.router.margin
+            return o, {"loss": excess(scores, cut[:, None]).sum(0, keepdim=True)} if self.training else None
         cache = kernels.LTECache(**{name: x for name, x in state.items() if not name.startswith("rows")})
-        o, cache = kernels.lte_attention_with_cache(
-            *inputs, cache, sequences, *limits, self.router.margin, in_place=True
-        )
-        return self.o_proj(o.flatten(-2)), {**vars(cache), **rows}
+        inputs = *inputs, cache, sequences
+        o, cache = kernels.lte_attention_with_cache(*inputs, *limits, self.router.margin, in_place=True)
+        return o, {**vars(cache), **rows}
 
     def forward(self, x, positions, state):
         if not isinstance(positions, torch.Tensor):
@@ -71,7 +73,7 @@ class LTEAttention(Attention):
         if self.training:
             arrived = scores[:, :, : k.shape[2]].mT
             after["loss"] = excess(arrived, (positions < margin)[..., None]).sum(1)
-        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        q, k = self.rotate(positions, q, k)
         columns = appended(state, k, v, positions)
         known = torch.cat([state["score"][:, :, : self.columns - margin], scores], 2)
         columns["score"] = F.pad(known, (0, margin - ahead))

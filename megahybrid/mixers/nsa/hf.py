@@ -36,23 +36,24 @@ class NSAAttention(Attention):
         return {"cache": kernels.NSACache.empty(*sizes, dtype=dtype, device=device)}
 
     def packed(self, x, sequences, state):
-        q, k, v = self.project_packed(x)
+        o, after = self.mixed(*self.project_packed(x), self.g_proj(x), sequences, state)
+        return self.o_proj(o.flatten(-2)), after
+
+    @in_own_precision
+    def mixed(self, q, k, v, gates, sequences, state):
         q, k = self.rotate_packed(q, sequences), self.rotate_packed(k, sequences)
-        inputs = q, k, v, self.g_proj(x).unflatten(-1, (-1, 3)).sigmoid()
-        limits = self.block, self.count, self.window
+        inputs, limits = (q, k, v, gates.unflatten(-1, (-1, 3)).sigmoid()), (self.block, self.count, self.window)
         if state is None:
-            o, _ = kernels.native_sparse_attention(*inputs, sequences, *limits)
-            return self.o_proj(o.flatten(-2)), None
-        o, cache = kernels.native_sparse_attention_with_cache(
-            *inputs, state["cache"], sequences, *limits, in_place=True
-        )
-        return self.o_proj(o.flatten(-2)), {"cache": cache}
+            return kernels.native_sparse_attention(*inputs, sequences, *limits)[0], None
+        inputs = *inputs, state["cache"], sequences
+        o, cache = kernels.native_sparse_attention_with_cache(*inputs, *limits, in_place=True)
+        return o, {"cache": cache}
 
     def forward(self, x, positions, state):
         if not isinstance(positions, torch.Tensor):
             return self.packed(x, positions, state)
         q, k, v = self.project(x)
-        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        q, k = self.rotate(positions, q, k)
         after = self.extended(state, k, v, positions)
         # Rounded once, as what training multiplies with.
         gates = at_least_fp32(torch.sigmoid(self.g_proj(x))).unflatten(-1, (-1, 3)).transpose(1, 2)
