@@ -1,5 +1,6 @@
 """Fine-tuning the exported model: gradients, losses of parts of a batch, packed rows, recomputation, autocast, LoRA."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ import megahybrid.mixers.lte.hf as lte
 import megahybrid.mixers.nsa.hf as nsa
 from megahybrid.hf.naming import exported_name
 from tests.hf.tiny import pair, random_tokens
+from tests.inference.test_decode import OPS
 from tests.model import tiny
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -265,3 +267,41 @@ def test_adapters_on_all_projections():
     expected = exported.eval()(row, labels=row)
     assert torch.allclose(torch.cat([first.logits, rest], 1), expected.logits, rtol=0, atol=1e-9)
     assert torch.allclose(loss, expected.loss, rtol=1e-6)
+
+
+def gradients_by_kernels(pattern, device, autocast, monkeypatch):
+    """(Of the plain form in fp32, of the plain form and by megahybrid_kernels, both under autocast or not)."""
+    exported = trainable(pattern, torch.float32).to(device)
+    row, labels, ways = packed_row((33, 5, 21))
+    inputs = {"input_ids": row, "labels": labels, **ways["position_ids"]}
+    inputs = {name: x.to(device) for name, x in inputs.items()}
+
+    def found(kernels, enabled):
+        for module in (layers, inference, gdn):
+            monkeypatch.setattr(module, "takes_kernels", lambda _: kernels)
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
+            return gradients(exported, exported(**inputs).loss)
+
+    return found(False, False), found(False, autocast), found(True, autocast)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="puts CPU tensors through the interpreter")
+@pytest.mark.parametrize("pattern", [*PATTERN])
+def test_triton(pattern, monkeypatch):
+    for op in OPS:
+        monkeypatch.setattr(importlib.import_module(f"megahybrid_kernels.{op}"), "takes_triton", lambda *_: True)
+    expected, _, found = gradients_by_kernels(pattern, "cpu", False, monkeypatch)
+    assert all((found[name] - x).norm() <= 1e-4 * x.norm() for name, x in expected.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("pattern", [*PATTERN])
+def test_on_a_gpu(pattern, autocast, monkeypatch):
+    """Under autocast the kernels' gradients are about as near to fp32 as those of the plain form."""
+    exact, plain, found = gradients_by_kernels(pattern, "cuda", autocast, monkeypatch)
+    for name, x in exact.items():
+        allowed = max(1e-3 * x.norm(), 3 * (plain[name] - x).norm())
+        assert (found[name] - x).norm() <= allowed, name
