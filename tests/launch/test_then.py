@@ -91,11 +91,11 @@ def restarts(number: str) -> int:
 @pytest.mark.slow
 def test_evaluated_and_exported_whatever_is_killed_on_the_way(submit, lab, tmp_path):  # noqa: F811
     evaluation = "eval --task selective_mqar --set pairs=3 --lengths 64,256 --samples 1500"
-    (number,) = submit("--nodes", "2", "--then", evaluation, "--then", "export --dtype fp32", fault="kill 3 0")
+    (number,) = submit("--then", evaluation, "--then", "export --dtype fp32", fault="kill 1 0")
     job, run, tool = following(), tmp_path / "run", [sys.executable, str(ROOT / "tools" / "slurm_lab")]
     assert wait(number, *ENDED, seconds=240) == "COMPLETED" and len(attempts(run)) == 2
     lines = run / "evaluations" / LAST / "selective_mqar.jsonl"
-    wait_for(lines)
+    wait_for(lines, seconds=200)
     node = subprocess.run(["squeue", "-h", "-j", job, "-o", "%N"], capture_output=True, text=True).stdout.strip()
     subprocess.run([*tool, "kill", str(lab), node], check=True)
     before = len(lines.read_text().splitlines())
@@ -109,7 +109,7 @@ def test_evaluated_and_exported_whatever_is_killed_on_the_way(submit, lab, tmp_p
     assert restarts(job) == 1 and not (run / "exports").exists()
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)  # as before the time limit
     wait(job, "PENDING")
-    assert wait(job, *ENDED, seconds=300) == "COMPLETED" and restarts(job) == 2
+    assert wait(job, *ENDED, seconds=400) == "COMPLETED" and restarts(job) == 2
     keys = [(each["length"], each["index"]) for each in map(json.loads, lines.read_text().splitlines())]
     assert len(keys) == len(set(keys)) == 2 * 1500
     entries = json.loads((lines.parent / "results.json").read_text())["results"]
@@ -123,7 +123,7 @@ def test_evaluated_and_exported_whatever_is_killed_on_the_way(submit, lab, tmp_p
 
 
 @pytest.mark.slow
-def test_a_chain_and_an_export_that_is_killed(submit, tmp_path):  # noqa: F811
+def test_a_chain_is_followed_once(submit, tmp_path):  # noqa: F811
     numbers = submit("--chain", "3", "--requeue", "--then", "export")
     job, run = following(), tmp_path / "run"
     assert wait(numbers[0], *ENDED) == "COMPLETED"
