@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, in_own_precision, kernels, linear
+from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, in_own_precision, kernels, last, linear
 
 QUERY_BLOCK = 256
 TWO_PI = Decimal("6.283185307179586476925286766559005768394338798750")
@@ -166,8 +166,7 @@ def appended(state, k, v, positions):
 
 def newest(columns, count):
     """The last `count` columns."""
-    return {name: x.narrow(-1 if x.dim() < 4 else 2, x.shape[-1 if x.dim() < 4 else 2] - count, count)
-            for name, x in columns.items()}  # fmt: skip
+    return {name: last(x, x.dim() - 1 if x.dim() < 4 else 2, count) for name, x in columns.items()}
 
 
 def in_window(positions, queries):

@@ -11,6 +11,7 @@ from megahybrid.hf.layers_megahybrid import (
     at_least_fp32,
     in_own_precision,
     kernels,
+    last,
     linear,
     scaled_to_unit,
     takes_kernels,
@@ -107,7 +108,7 @@ def short_convolution(x, weight, past):
     next past)."""
     rows = torch.cat([past.to(x.dtype), x], 1)
     y = F.conv1d(at_least_fp32(rows).mT, weight.to(at_least_fp32(rows).dtype)[:, None], groups=len(weight)).mT
-    return F.silu(y).to(x.dtype), rows[:, x.shape[1] :].clone()  # of its own: the view would keep all rows
+    return F.silu(y).to(x.dtype), last(rows, 1, past.shape[1])
 
 
 def gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
