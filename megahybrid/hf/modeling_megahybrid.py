@@ -24,7 +24,6 @@ from megahybrid.hf.packing_megahybrid import Documents, several_documents
 # Of packed collators and of transformers, beside what forward takes: these follow from it.
 _FOLLOWING = {"cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position"}
 
-
 # transformers 4 calls the cache past_key_values, the newest 5 cache, and gives outputs both names.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
