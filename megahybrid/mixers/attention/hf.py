@@ -34,7 +34,6 @@ class Attention(Mixer):
     """
 
     section = "attention"
-    packs = True
 
     def __init__(self, config):
         super().__init__()
@@ -60,7 +59,7 @@ class Attention(Mixer):
 
     @in_own_precision
     def attend_packed(self, q, k, v, sequences, cache, window=None):
-        """(Output, cache): softmax attention to all earlier tokens or a window; not yet rotated."""
+        """(Output, cache): softmax attention to all earlier tokens or a window, of q, k, v not yet rotated."""
         inputs = self.rotate_packed(q, sequences), self.rotate_packed(k, sequences), v
         if cache is None:
             return kernels.attention(*inputs, sequences, window), None
@@ -98,6 +97,8 @@ def attend(q, k, v, visible):
 class WindowAttention(Attention):
     """Attention to the last `attention.window_size` tokens, the query's own included."""
 
+    packs = True
+
     def __init__(self, config):
         super().__init__(config)
         self.window = config.attention["window_size"]
@@ -129,6 +130,8 @@ class WindowAttention(Attention):
 
 class FullAttention(Attention):
     """Attention to all tokens, by a state that grows with them."""
+
+    packs = True
 
     def empty_state(self, x):
         return self.empty_columns(x, 0)

@@ -20,6 +20,8 @@ class LTEAttention(Attention):
     `buffer_k, buffer_v` `[B, H, b, D]`, `buffer_score, buffer_positions` `[B, H, b]`; the router's `rows0..2`.
     """
 
+    packs = True
+
     def __init__(self, config):
         super().__init__(config)
         lte = config.lte
