@@ -67,6 +67,7 @@ def read(model: GenerationMixin, context: int, batch: int, together: int, limit:
     return result | {"pass_sequences": count, "passes": len(seconds) - 1}
 
 
+@torch.no_grad()
 def write(model: GenerationMixin, context: int, batch: int, graph: bool, plain: dict, limit: float) -> dict:
     """Greedy steps of `generate` after one prompt, read once, that `batch` sequences share. `plain` hands the tokens
     without a graph on to the case with one."""

@@ -13,8 +13,8 @@ class MegahybridConfig(PretrainedConfig):
         norm_eps: epsilon of every RMSNorm.
         initializer_range: standard deviation of new weights.
         max_position_embeddings: the length that the model was trained with; nothing is limited by it.
-        router_aux_loss_coef: weight, in training, of what layers add to the loss: of LTE the L1 term, the mean of its
-            positive retention scores.
+        router_aux_loss_coef: weight, in training, of what layers add to the loss: of retention routers the
+            L1 term, the mean of their positive scores.
     """
 
     model_type = "megahybrid"

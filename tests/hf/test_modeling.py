@@ -61,6 +61,7 @@ def test_whole_sequences(pattern, block, monkeypatch):
     monkeypatch.setattr(lte, "QUERY_BLOCK", block)
     monkeypatch.setattr(nsa, "QUERY_BLOCK", block)
     monkeypatch.setattr(gdn, "CHUNK", block)
+    monkeypatch.setattr(gdn, "CHUNKS", 3)
     model, exported = pair(pattern)
     rows = torch.stack([random_tokens(LENGTH, seed) for seed in (1, 2)])
     found = exported(rows, use_cache=False)
@@ -191,6 +192,9 @@ def test_states_of_a_fixed_size():
     before = shapes(cache)
     exported(random_tokens(80)[None], past_key_values=cache, use_cache=True)
     assert shapes(cache) == before and cache.get_seq_length() == 83
+    # Nor do they keep the memory of what they are a part of.
+    parts = [x for state in cache.states for x in state.values()]
+    assert all(x.untyped_storage().nbytes() <= 4 * x.nbytes for x in parts)
 
 
 def test_reordered_cache():

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, in_own_precision, kernels, linear
+from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, in_own_precision, kernels, last, linear
 
 QUERY_BLOCK = 256
 TWO_PI = Decimal("6.283185307179586476925286766559005768394338798750")
@@ -34,7 +34,6 @@ class Attention(Mixer):
     """
 
     section = "attention"
-    packs = True
 
     def __init__(self, config):
         super().__init__()
@@ -60,7 +59,7 @@ class Attention(Mixer):
 
     @in_own_precision
     def attend_packed(self, q, k, v, sequences, cache, window=None):
-        """(Output, cache): softmax attention to all earlier tokens or a window; not yet rotated."""
+        """(Output, cache): softmax attention to all earlier tokens or a window, of q, k, v not yet rotated."""
         inputs = self.rotate_packed(q, sequences), self.rotate_packed(k, sequences), v
         if cache is None:
             return kernels.attention(*inputs, sequences, window), None
@@ -98,6 +97,8 @@ def attend(q, k, v, visible):
 class WindowAttention(Attention):
     """Attention to the last `attention.window_size` tokens, the query's own included."""
 
+    packs = True
+
     def __init__(self, config):
         super().__init__(config)
         self.window = config.attention["window_size"]
@@ -129,6 +130,8 @@ class WindowAttention(Attention):
 
 class FullAttention(Attention):
     """Attention to all tokens, by a state that grows with them."""
+
+    packs = True
 
     def empty_state(self, x):
         return self.empty_columns(x, 0)
@@ -166,8 +169,7 @@ def appended(state, k, v, positions):
 
 def newest(columns, count):
     """The last `count` columns."""
-    return {name: x.narrow(-1 if x.dim() < 4 else 2, x.shape[-1 if x.dim() < 4 else 2] - count, count)
-            for name, x in columns.items()}  # fmt: skip
+    return {name: last(x, x.dim() - 1 if x.dim() < 4 else 2, count) for name, x in columns.items()}
 
 
 def in_window(positions, queries):

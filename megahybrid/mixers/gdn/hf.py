@@ -11,12 +11,14 @@ from megahybrid.hf.layers_megahybrid import (
     at_least_fp32,
     in_own_precision,
     kernels,
+    last,
     linear,
     scaled_to_unit,
     takes_kernels,
 )
 
 CHUNK = 64
+CHUNKS = 32  # at once
 
 
 class GatedDeltaNet(Mixer):
@@ -107,7 +109,7 @@ def short_convolution(x, weight, past):
     next past)."""
     rows = torch.cat([past.to(x.dtype), x], 1)
     y = F.conv1d(at_least_fp32(rows).mT, weight.to(at_least_fp32(rows).dtype)[:, None], groups=len(weight)).mT
-    return F.silu(y).to(x.dtype), rows[:, x.shape[1] :].clone()  # of its own: the view would keep all rows
+    return F.silu(y).to(x.dtype), last(rows, 1, past.shape[1])
 
 
 def gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
@@ -151,6 +153,7 @@ def chunked_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
         u_i + beta_i sum_{j<i} exp(G_i - G_j) (k_i . k_j) u_j = beta_i (v_i - exp(G_i) Sᵀ k_i)
         o_i = exp(G_i) Sᵀ q_i + sum_{j<=i} exp(G_i - G_j) (q_i . k_j) u_j
         S ← exp(G_end) S + sum_j exp(G_end - G_j) k_j u_jᵀ
+    It is solved for v and k, of many chunks at once, before S is known.
     """
     dtype, wanted = at_least_fp32(v).dtype, v.dtype
     q, k, v, a, b = (x.to(dtype).transpose(1, 2) for x in (q, k, v, a, b))  # heads first
@@ -158,14 +161,29 @@ def chunked_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
     beta = b.sigmoid()[..., None]
     g = -A_log.to(dtype).exp()[:, None] * F.softplus(a + dt_bias.to(dtype)[:, None])
     state, outputs = state.to(dtype), []
-    for q_, k_, v_, beta_, g_ in zip(*(x.split(CHUNK, 2) for x in (q, k, v, beta, g)), strict=True):
+    for piece in zip(*(x.split(CHUNKS * CHUNK, 2) for x in (q, k, v, beta, g[..., None])), strict=True):
+        q_, k_, v_, beta_, g_ = (in_chunks(x, min(CHUNK, x.shape[2])) for x in piece)
         # In float64: beyond a strong decay, float32 differences of sums would lose the weak ones.
-        G = g_.double().cumsum(-1)
+        G = g_[..., 0].double().cumsum(-1)
         later = torch.ones(G.shape[-1], G.shape[-1], dtype=torch.bool, device=G.device).triu(1)
         decay = (G[..., :, None] - G[..., None, :]).to(dtype).masked_fill(later, -torch.inf).exp()
         since_start, until_end = G.to(dtype).exp()[..., None], (G[..., -1:] - G).to(dtype).exp()[..., None]
-        right = beta_ * (v_ - since_start * (k_ @ state))
-        u = torch.linalg.solve_triangular(decay * (k_ @ k_.mT) * beta_, right, upper=False, unitriangular=True)
-        outputs.append(since_start * (q_ @ state) + (decay * (q_ @ k_.mT)) @ u)
-        state = since_start[..., -1:, :] * state + (until_end * k_).mT @ u
+        right = torch.cat([beta_ * v_, beta_ * since_start * k_], -1)
+        solved = torch.linalg.solve_triangular(decay * (k_ @ k_.mT) * beta_, right, upper=False, unitriangular=True)
+        seen, among, left = since_start * q_, decay * (q_ @ k_.mT), (until_end * k_).mT
+        written, erased = solved.split([v_.shape[-1], k_.shape[-1]], -1)
+        chunks = zip(
+            *(x.unbind(2) for x in (written, erased, seen, among, left, since_start[..., -1:, :])), strict=True
+        )
+        found = []
+        for written_, erased_, seen_, among_, left_, kept in chunks:
+            u = written_ - erased_ @ state
+            found.append(seen_ @ state + among_ @ u)
+            state = kept * state + left_ @ u
+        outputs.append(torch.cat(found, 2)[:, :, : piece[0].shape[2]])
     return torch.cat(outputs, 2).transpose(1, 2).to(wanted), state
+
+
+def in_chunks(x, size):
+    """`[B, H, T, C]` → `[B, H, chunks, size, C]`; what is 0 at the end writes and decays nothing."""
+    return F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))

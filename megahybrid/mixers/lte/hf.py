@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megahybrid.hf.layers_megahybrid import at_least_fp32, in_own_precision, kernels
+from megahybrid.hf.layers_megahybrid import at_least_fp32, in_own_precision, kernels, last
 from megahybrid.mixers.attention.hf import QUERY_BLOCK, Attention, appended, attend, in_window, newest
 
 
@@ -19,6 +19,8 @@ class LTEAttention(Attention):
     State: the window's `k, v` `[B, H, w + 1, D]`, `positions` `[B, w + 1]` and `score` `[B, H, w + 1]`; the buffer's
     `buffer_k, buffer_v` `[B, H, b, D]`, `buffer_score, buffer_positions` `[B, H, b]`; the router's `rows0..2`.
     """
+
+    packs = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -217,16 +219,17 @@ class Router(nn.Module):
             return self.packed(k, v, positions, state)
         after = {}
         x = at_least_fp32(torch.cat([k, v], -1)).transpose(1, 2).flatten(-2)
-        count, x = x.shape[1], F.pad(x, (0, 0, 0, ahead))
-        # Places go on behind the last token: what looks ahead of it is still about those before.
-        row, end = torch.arange(count + ahead, device=x.device), positions.amax(1, keepdim=True)
-        first = (positions - row[:count]).where(positions >= 0, -(2**62)).amax(1, keepdim=True)
-        positions = first + row
+        count, end = x.shape[1], None
+        if ahead:
+            # Places go on behind the last token: what looks ahead of it is still about those before.
+            x, row, end = F.pad(x, (0, 0, 0, ahead)), torch.arange(count + ahead, device=x.device), positions.amax(1)
+            positions = (positions - row[:count]).where(positions >= 0, -(2**62)).amax(1, keepdim=True) + row
         for number in range(3):
             # Where there is no token of the sequence, the next layer must find zeros, as its padding would be.
-            x = x.masked_fill(((positions < 0) | (positions > end))[..., None], 0)
+            outside = positions < 0 if end is None else (positions < 0) | (positions > end[:, None])
+            x = x.masked_fill(outside[..., None], 0)
             rows = torch.cat([state[f"rows{number}"], x], 1)
-            after[f"rows{number}"] = rows[:, count : count + self.reach]
+            after[f"rows{number}"] = last(rows[:, : count + self.reach], 1, self.reach)
             weight, bias = (getattr(self, f"conv{number}_{name}").to(x.dtype) for name in ("weight", "bias"))
             x = F.silu(F.conv1d(rows.mT, weight, bias, dilation=self.dilation, groups=self.heads)).mT
             positions = positions - self.reach // 2

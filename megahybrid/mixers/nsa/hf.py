@@ -20,6 +20,7 @@ class NSAAttention(Attention):
     """
 
     section = "nsa"
+    packs = True
 
     def __init__(self, config):
         super().__init__(config)
