@@ -57,6 +57,6 @@ def test_needles_are_answered_as_the_training_model_answers(exported, reference,
     found = {line["doc"]["text"]: line["resps"][0][0] for line in map(json.loads, file.read_text().splitlines())}
     expected = {each["text"]: written(exact, each["text"], 6).split("\n")[0] for each in samples}
     groups.shut_down()
-    assert found == expected and len(expected) == 3 and all(
-        len(subject.tokenizer.encode(text)) > 100 for text in expected
+    assert (
+        found == expected and len(expected) == 3 and all(len(subject.tokenizer.encode(text)) > 100 for text in expected)
     )
