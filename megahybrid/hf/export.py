@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from megahybrid.config import Config, load_config
-from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.data.tokenizer import Tokenizer, chat_template
 from megahybrid.errors import UserError
 from megahybrid.files import write_json, write_text
 from megahybrid.hf import hub, verify
@@ -127,6 +127,8 @@ def _write_small_files(part: Path, folder: Path, config: Config, tokenizer: Toke
     write_json(part / "config.json", {**head, "dtype": _NAMES[dtype], **architecture, **ids})
     write_json(part / "generation_config.json", ids)
     write_text(part / "tokenizer.json", _beginning_documents(folder / "tokenizer.json", tokenizer))
+    if (template := chat_template(folder)) is not None:
+        write_text(part / "chat_template.jinja", template)
     write_json(
         part / "tokenizer_config.json",
         {

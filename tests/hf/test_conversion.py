@@ -121,6 +121,22 @@ def test_without_a_tokenizer(exported, reference, tmp_path, capsys):
     assert (model / "tokenizer.json").read_bytes() == (exported / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_a_chat_template_goes_along(exported, old, tmp_path):
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    shutil.copytree(exported, tmp_path / "model")
+    if old:
+        file = tmp_path / "model" / "tokenizer_config.json"
+        several = [{"name": "tools", "template": "none"}, {"name": "default", "template": template}]
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": several}))
+    else:
+        (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    assert main(["import", str(tmp_path / "model"), str(tmp_path / "imported"), "--no-verify"]) == 0
+    assert main(["export", str(tmp_path / "imported"), str(tmp_path / "again"), "--no-verify"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "def"}], tokenize=False) == "user: def\n"
+
+
 def test_resuming_from_weights_alone_is_refused(exported, recipe, tmp_path, capsys):
     """A checkpoint without moments in a run directory, with the configuration that the recipe has."""
     folder = tmp_path / "run" / "checkpoints" / "step_00000000"
@@ -237,6 +253,9 @@ def test_bad_imports(exported, tmp_path, capsys):
     assert "names files outside" in refused(outside)
     assert "There is no" in refused(lambda source: (source / "config.json").unlink())
     assert "cannot be read as JSON" in refused(lambda source: (source / "config.json").write_text("{"))
+    assert "tokenizer_config.json' cannot be read (" in refused(
+        lambda source: (source / "tokenizer_config.json").write_text('{"chat_template": [1]}')
+    )
     assert "not a readable tokenizer.json" in refused(lambda source: (source / "tokenizer.json").write_text("{"))
     assert "unknown letter" in refused(set_config(layers="GLSFX"))
 
