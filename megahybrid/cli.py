@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from megahybrid.errors import UserError
 from megahybrid.evaluation.command import add_arguments as add_eval_arguments
+from megahybrid.evaluation.command import planned
 from megahybrid.evaluation.command import run as evaluate
 from megahybrid.inference.command import add_arguments as add_generate_arguments
 from megahybrid.inference.command import run as generate
@@ -241,7 +242,7 @@ def _submit(parsed: argparse.Namespace) -> None:
 
 def _steps(texts: Sequence[str], configs: Sequence[Config]) -> list[str]:
     """The steps of --then, each of which the run's configuration allows. Raises UserError."""
-    from megahybrid.evaluation.command import planned
+    from megahybrid.hf.hub import check_wishes
     from megahybrid.launch.then import STEPS
 
     steps = [step for text in texts for step in ([text] if " " in text.strip() else text.split(","))]
@@ -251,7 +252,9 @@ def _steps(texts: Sequence[str], configs: Sequence[Config]) -> list[str]:
             raise UserError(f"--then has '{step}'; give {', '.join(STEPS)}, with flags of theirs if there are any.")
         places = ["RUN", "TARGET"] if verb == "export" else ["RUN"]
         parsed = _parse([verb, *places, *arguments])
-        if verb == "eval":
+        if verb == "export":
+            check_wishes(parsed.push_ready, parsed.license)
+        elif verb == "eval":
             for config in configs:
                 planned(parsed, config)
     return steps

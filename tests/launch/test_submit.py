@@ -50,6 +50,7 @@ def submit(recipe, *arguments) -> int:
         (["--time", "1:00\n#SBATCH --account=x"], "The profile's time has"),
         (["--chain", "0"], "at least 1"),
         (["--then", "train"], "--then has 'train'; give eval, harness, export"),
+        (["--then", "export --push-ready me/tiny"], "--push-ready wants a licence"),
         (["--then", "export,eval"], "The recipe has no tasks in data.sources; name some with --task"),
         (["--then", "eval --task niah_single_1 --lengths 4x"], "--lengths has '4x'"),
     ],

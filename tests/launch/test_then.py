@@ -109,14 +109,15 @@ def test_evaluated_and_exported_whatever_is_killed_on_the_way(submit, lab, tmp_p
     assert restarts(job) == 1 and not (run / "exports").exists()
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)  # as before the time limit
     wait(job, "PENDING")
-    assert wait(job, *ENDED, seconds=400) == "COMPLETED" and restarts(job) == 2
+    assert wait(job, *ENDED, seconds=400) == "COMPLETED"
+    said = (run / "logs" / f"then_{job}.out").read_text()
+    assert restarts(job) == 2, said
     keys = [(each["length"], each["index"]) for each in map(json.loads, lines.read_text().splitlines())]
     assert len(keys) == len(set(keys)) == 2 * 1500
     entries = json.loads((lines.parent / "results.json").read_text())["results"]
     assert [(each["length"], each["samples"]) for each in entries] == [(64, 1500), (256, 1500)]
     assert [each.name for each in (run / "exports").iterdir()] == [LAST]
     assert (run / "exports" / LAST / "config.json").is_file()
-    said = (run / "logs" / f"then_{job}.out").read_text()
     assert len(re.findall(r"start \d", said)) == 3 and "Stopped by SIGUSR1" in said
     (found,) = runs.find(run)
     assert found.state == "done" and status(run)["job"] == number
