@@ -6,19 +6,25 @@ import argparse
 import contextlib
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megahybrid.errors import UserError
 from megahybrid.evaluation.command import add_arguments as add_eval_arguments
+from megahybrid.evaluation.command import planned
 from megahybrid.evaluation.command import run as evaluate
 from megahybrid.inference.command import add_arguments as add_generate_arguments
 from megahybrid.inference.command import run as generate
 from megahybrid.study.command import add_arguments as add_study_arguments
+
+if TYPE_CHECKING:
+    from megahybrid.config import Config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,6 +125,9 @@ def _add_conversions(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("target", type=Path, metavar="DIR", help="the new folder")
     verb.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (default bf16)")
     verb.add_argument("--shard-size", default="5GB", help="the most a file holds (default 5GB)")
+    verb.add_argument("--license", help="of the weights, as the hub writes it, such as apache-2.0")
+    text = "the folder must have all that the hub wants of this repository, a --license too"
+    verb.add_argument("--push-ready", metavar="USER/NAME", help=text)
     verb.set_defaults(run=_export)
     imports = verbs.add_parser("import", help="a Hugging Face folder as a checkpoint, for train.init_from")
     imports.add_argument("source", type=Path, metavar="HF_DIR", help="what `export` wrote, or a published model")
@@ -147,6 +156,13 @@ def _add_submit(verbs) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="put the job back into the queue when there is more to do (default)",
+    )
+    verb.add_argument(
+        "--then",
+        action="append",
+        default=[],
+        metavar="STEP,…",
+        help='once the run is done, in a job of one GPU: eval, harness, export; one with flags as "eval --lengths 1k"',
     )
     verb.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
     verb.set_defaults(run=_submit)
@@ -191,7 +207,11 @@ def _harness(parsed: argparse.Namespace) -> None:
 def _export(parsed: argparse.Namespace) -> None:
     from megahybrid.hf.export import export
 
-    export(parsed.path, parsed.target, parsed.dtype, parsed.shard_size, parsed.verify)
+    export(
+        *(parsed.path, parsed.target, parsed.dtype, parsed.shard_size, parsed.verify),
+        license_=parsed.license,
+        repository=parsed.push_ready,
+    )
 
 
 def _import(parsed: argparse.Namespace) -> None:
@@ -212,9 +232,32 @@ def _submit(parsed: argparse.Namespace) -> None:
     changes = {"gpus_per_node": parsed.gpus_per_node, "time": parsed.time}
     profile = replace(profile, **{name: value for name, value in changes.items() if value is not None})
     configs = [_config(parsed)] if parsed.array is None else array(parsed.recipe, parsed.overrides, parsed.array)
-    request = Request(configs, profile, parsed.recipe, parsed.overrides, parsed.nodes, parsed.chain, parsed.requeue)
+    then = _steps(parsed.then, configs)
+    request = Request(
+        configs, profile, parsed.recipe, parsed.overrides, parsed.nodes, parsed.chain, parsed.requeue, then=then
+    )
     submission = submit(request, parsed.dry_run)
     print(submission.script if parsed.dry_run else describe(submission))
+
+
+def _steps(texts: Sequence[str], configs: Sequence[Config]) -> list[str]:
+    """The steps of --then, each of which the run's configuration allows. Raises UserError."""
+    from megahybrid.hf.hub import check_wishes
+    from megahybrid.launch.then import STEPS
+
+    steps = [step for text in texts for step in ([text] if " " in text.strip() else text.split(","))]
+    for step in steps:
+        verb, *arguments = shlex.split(step) or [""]
+        if verb not in STEPS:
+            raise UserError(f"--then has '{step}'; give {', '.join(STEPS)}, with flags of theirs if there are any.")
+        places = ["RUN", "TARGET"] if verb == "export" else ["RUN"]
+        parsed = _parse([verb, *places, *arguments])
+        if verb == "export":
+            check_wishes(parsed.push_ready, parsed.license)
+        elif verb == "eval":
+            for config in configs:
+                planned(parsed, config)
+    return steps
 
 
 def _runs(parsed: argparse.Namespace) -> None:

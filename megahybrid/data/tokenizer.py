@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -157,8 +158,31 @@ def tokenizer_file(path: str | Path) -> Path:
             f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')."
         )
     if not file.is_file():
-        raise UserError(f"There is no tokenizer '{file}'; set data.tokenizer to a tokenizer.json or leave it out.")
+        raise UserError(
+            f"There is no tokenizer '{file}'; put one there or, where data.tokenizer names it, correct or remove that."
+        )
     return file
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has a tokenizer, in whatever format."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", *_SLOW_FILES))
+
+
+def chat_template(folder: Path) -> str | None:
+    """The template (Jinja) by which transformers turns messages into text, where a tokenizer's folder has one.
+
+    Raises UserError where it cannot be read.
+    """
+    file = folder / "chat_template.jinja"
+    try:
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        file = folder / "tokenizer_config.json"  # where older versions have it, or several by name
+        found = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
+        return {each["name"]: each["template"] for each in found}.get("default") if isinstance(found, list) else found
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise UserError(f"'{file}' cannot be read ({error}); download it again or remove it.") from error
 
 
 def tokenizer_hash(file: Path) -> str:

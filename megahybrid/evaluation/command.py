@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megahybrid.errors import UserError
+
+if TYPE_CHECKING:
+    from megahybrid.config import Config
+    from megahybrid.evaluation.runner import Plan
 
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
@@ -41,13 +46,20 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Evaluate and print a table; on rank 0 only, all ranks compute. Raises UserError."""
+    from megahybrid.evaluation import runner, subject
+
+    plan = planned(parsed, subject.recipe(parsed.path))
+    runner.evaluate(subject.load(parsed.path, parsed.dtype), plan, parsed.out)
+
+
+def planned(parsed: argparse.Namespace, config: Config) -> Plan:
+    """What the flags ask of a model with this configuration. Raises UserError for what cannot be asked of it."""
     lengths = _lengths(parsed.lengths)
     for name in ("depths", "samples", "batch_size", "prefill_chunk"):
         if (value := getattr(parsed, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
-    from megahybrid.evaluation import modes, runner, subject, tasks
+    from megahybrid.evaluation import modes, runner, tasks
 
-    config = subject.recipe(parsed.path)
     plan = runner.Plan(
         tasks.choose(config, parsed.task, parsed.set),
         lengths or tuple(config.train.seq_length * factor for factor in (1, 4, 16)),
@@ -55,7 +67,7 @@ def run(parsed: argparse.Namespace) -> None:
         *(parsed.batch_size, parsed.prefill_chunk),
     )
     modes.check(config, plan.policies)
-    runner.evaluate(subject.load(parsed.path, parsed.dtype), plan, parsed.out)
+    return plan
 
 
 def _lengths(text: str) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ import torch
 from megahybrid.config import Config, load_config
 from megahybrid.config.evaluation import evaluation_window
 from megahybrid.config.schema import ParallelConfig
-from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.data.tokenizer import Tokenizer, tokenizer_file
 from megahybrid.errors import UserError
 from megahybrid.hf.import_ import config_of, import_model
 from megahybrid.inference.loading import load_generator
@@ -93,7 +93,7 @@ def load(path: Path, dtype: str = "fp32") -> Subject:
     if folder is not None:
         run = _run(folder)
         return _load(folder, run or folder.resolve().parent, dtype, of_run=run is not None)
-    recipe(path)  # or it refuses
+    recipe(path), tokenizer_file(path)  # or they refuse
     groups.initialize(ParallelConfig(tensor=int(os.environ.get("WORLD_SIZE", "1"))))
     part = groups.on_main(lambda: tempfile.mkdtemp(prefix="megahybrid-eval-"))
     try:

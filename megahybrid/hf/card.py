@@ -1,25 +1,27 @@
-"""The model card of an exported checkpoint: what it is, how to use it, and the facts of its training."""
+"""The model card of an exported checkpoint: what it is, how to use it, how it was trained, what it recalls."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megahybrid.config.schema import Config
 from megahybrid.config.task_sources import bare_tokens
+from megahybrid.files import read_json
 from megahybrid.mixers import KINDS
+from megahybrid.mixers.kind import LEARNED
 from megahybrid.model.settings import Settings
+from megahybrid.training import checkpoint_folder
 from megahybrid.training.metrics_file import lines_backwards
 from megahybrid.training.run_directory import RunDirectory
 
 _CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [megahybrid]
----
+{metadata}---
 
 # {name}
 
@@ -28,8 +30,8 @@ A language model of {count:,} parameters, pretrained with megahybrid. Its layers
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{place}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("{place}", trust_remote_code=True)
 inputs = tokenizer("{prompt}", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
@@ -38,19 +40,73 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 | --- | --- |
 {facts}
 """
+_RECALL = """
+| recall | tokens | answers | accuracy | 95 % interval | beyond the window | recency null |
+| --- | ---: | ---: | ---: | --- | ---: | ---: |
+{rows}
+
+Of samples made by `megahybrid eval`. The null is what a window alone would score.
+"""
+
+Results = Sequence[dict[str, Any]]
 
 
-def model_card(name: str, config: Config, facts: dict[str, Any], checkpoint: Path) -> str:
-    """README.md of the checkpoint in folder `checkpoint` with this configuration and checkpoint.json."""
+def model_card(
+    name: str, config: Config, facts: dict[str, Any], checkpoint: Path, license_: str | None, results: Results
+) -> str:
+    """README.md of the checkpoint in folder `checkpoint` with this configuration and checkpoint.json.
+
+    name: the folder's, or the repository's as USER/NAME. results: as of `evaluated`.
+    """
     letters = Settings.of(config).pattern.letters
     rows = {"version of megahybrid": facts["megahybrid"], **_training_facts(config, facts, checkpoint)}
-    return _CARD.format(
-        name=name,
+    card = _CARD.format(
+        metadata=yaml.safe_dump(_metadata(name, license_, results), sort_keys=False),
+        name=name.rpartition("/")[2],
+        place=name if "/" in name else "FOLDER",
         count=sum(math.prod(each["shape"]) for each in facts["parameters"].values()),
         letters=letters,
         legend=", ".join(f"{letter} is {KINDS[letter].title}" for letter in sorted(set(letters))),
         prompt="17 4 9" if bare_tokens(config) else "Once upon a time",
         facts="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+    )
+    return card + _RECALL.format(rows="\n".join(map(_row, results))) if results else card
+
+
+def evaluated(checkpoint: Path, step: int) -> Results:
+    """What `megahybrid eval` has found of a checkpoint in its own place, with what the model has learnt itself."""
+    for home in (checkpoint.parent.parent, checkpoint.parent):  # a run directory, or where a checkpoint was copied to
+        found = read_json(home / "evaluations" / checkpoint_folder.name(step) / "results.json")
+        if found:
+            return [each for each in found["results"] if each["policy"] == LEARNED and each["n"]]
+    return []
+
+
+def _metadata(name: str, license_: str | None, results: Results) -> dict[str, Any]:
+    """What the hub reads, https://huggingface.co/docs/hub/model-cards."""
+    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["megahybrid"]}
+    if license_ is not None:
+        metadata["license"] = license_
+    if results:
+        found = [
+            {
+                "task": {"type": "text-generation"},
+                "dataset": {"type": each["task"], "name": f"{each['task']}, {each['length']} tokens"},
+                "metrics": [{"type": "accuracy", "name": f"accuracy ({each['mode']})", "value": each["accuracy"]}],
+            }
+            for each in results
+        ]
+        metadata["model-index"] = [{"name": name.rpartition("/")[2], "results": found}]
+    return metadata
+
+
+def _row(entry: dict[str, Any]) -> str:
+    low, high = entry["interval"]
+    share = [entry["accuracy"], low, high, entry["beyond"]["accuracy"], entry["recency_null"]]
+    accuracy, low, high, beyond, null = ("-" if each is None else f"{100 * each:.1f}" for each in share)
+    return (
+        f"| {entry['task']} ({entry['mode']}) | {entry['length']:,} | {entry['n']:,} | {accuracy} | {low} to {high} | "
+        f"{beyond} | {null} |"
     )
 
 

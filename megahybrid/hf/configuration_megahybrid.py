@@ -13,6 +13,8 @@ class MegahybridConfig(PretrainedConfig):
         norm_eps: epsilon of every RMSNorm.
         initializer_range: standard deviation of new weights.
         max_position_embeddings: the length that the model was trained with; nothing is limited by it.
+        router_aux_loss_coef: weight, in training, of what layers add to the loss: of retention routers the
+            L1 term, the mean of their positive scores.
     """
 
     model_type = "megahybrid"
@@ -29,6 +31,7 @@ class MegahybridConfig(PretrainedConfig):
         max_position_embeddings=4096,
         use_cache=True,
         tie_word_embeddings=True,
+        router_aux_loss_coef=0.0,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -40,5 +43,26 @@ class MegahybridConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.max_position_embeddings = max_position_embeddings
         self.use_cache = use_cache
+        self.router_aux_loss_coef = router_aux_loss_coef
         kwargs.pop("num_hidden_layers", None)  # follows from `layers`
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    # Names that tools ask for.
+
+    @property
+    def num_attention_heads(self):
+        return self._of_first_section("num_heads")
+
+    @property
+    def num_key_value_heads(self):
+        return self._of_first_section("num_kv_heads", "num_heads")
+
+    @property
+    def head_dim(self):
+        return self._of_first_section("head_dim")
+
+    def _of_first_section(self, *names):
+        """From the layers that attend, or where there are none from the others."""
+        sections = [each for each in vars(self).values() if isinstance(each, dict) and "num_heads" in each]
+        section = max(sections, key=lambda each: "num_kv_heads" in each)
+        return next(section[name] for name in names if name in section)

@@ -19,11 +19,11 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from megahybrid.config import Config, load_config
-from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.data.tokenizer import Tokenizer, chat_template
 from megahybrid.errors import UserError
 from megahybrid.files import write_json, write_text
-from megahybrid.hf import verify
-from megahybrid.hf.card import model_card
+from megahybrid.hf import hub, verify
+from megahybrid.hf.card import evaluated, model_card
 from megahybrid.hf.mixer_classes import MIXERS
 from megahybrid.hf.model_files import model_files
 from megahybrid.hf.naming import MODEL_TYPE, exported_config, exported_name
@@ -46,6 +46,8 @@ def export(
     dtype: str = "bf16",
     shard_size: str = "5GB",
     check: bool | None = None,
+    license_: str | None = None,
+    repository: str | None = None,
     report: Report = print,
 ) -> None:
     """Write the checkpoint (or a run directory's newest one) to the new folder `target`.
@@ -54,10 +56,13 @@ def export(
         dtype: of the weights, bf16 or fp32; what a kind of layer keeps in fp32 stays so.
         shard_size: the most bytes a file holds, such as 5GB or 500MB; a larger tensor has a file of its own.
         check: compare logits with the training model's; None does it where host memory suffices.
+        license_: of the weights, as the hub writes it.
+        repository: USER/NAME on the hub; the folder then has to have all that the hub wants, a licence too.
 
     Raises UserError for a checkpoint that is missing or damaged, a target that is not empty, a full disk, and logits
     that differ; the target is then left as it was.
     """
+    hub.check_wishes(repository, license_)
     folder = checkpoint_folder.find(path)
     if folder is None:
         raise UserError(f"There is no checkpoint in '{path}'; give a run directory or a checkpoint inside one.")
@@ -67,13 +72,19 @@ def export(
     _require_whole(folder, facts, config)
     with staged(target) as part:
         _write_small_files(part, folder, config, tokenizer, _TYPES[dtype])
-        write_text(part / "README.md", model_card(target.name, config, facts, folder))
+        results = evaluated(folder, facts["position"]["step"])
+        card = model_card(repository or target.name, config, facts, folder, license_, results)
+        write_text(part / "README.md", card)
         types = stored_types(config, _TYPES[dtype])
         _write_weights(part, folder, facts, types, most, report)
         if verify.wanted(config, check, report):
             trained = verify.trained_model(folder, config, types)
-            verify.compare(trained, verify.exported_model(part), tokenizer, report)
+            verify.verify(trained, verify.exported_model(part), config, tokenizer, report)
+        if repository is not None:
+            hub.require_ready(part, repository, bool(results))
     report(f"Exported {folder} to {target}.")
+    if repository is not None:
+        report(f"It is ready for the hub: hf upload {repository} {target}")
 
 
 def stored_types(config: Config, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -116,6 +127,8 @@ def _write_small_files(part: Path, folder: Path, config: Config, tokenizer: Toke
     write_json(part / "config.json", {**head, "dtype": _NAMES[dtype], **architecture, **ids})
     write_json(part / "generation_config.json", ids)
     write_text(part / "tokenizer.json", _beginning_documents(folder / "tokenizer.json", tokenizer))
+    if (template := chat_template(folder)) is not None:
+        write_text(part / "chat_template.jinja", template)
     write_json(
         part / "tokenizer_config.json",
         {

@@ -21,9 +21,9 @@ from megahybrid import code_version
 from megahybrid.config import Config, save_config
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.config.validate import validate
-from megahybrid.data.tokenizer import Tokenizer, tokenizer_file
+from megahybrid.data.tokenizer import Tokenizer, chat_template, has_tokenizer, tokenizer_file
 from megahybrid.errors import UserError
-from megahybrid.files import write_json
+from megahybrid.files import write_json, write_text
 from megahybrid.hf import reference_format, verify
 from megahybrid.hf.naming import MODEL_TYPE, exported_name, imported_config
 from megahybrid.hf.staging import staged, told
@@ -42,6 +42,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 def import_model(source: Path, target: Path, check: bool | None = None, report: Report = print) -> None:
     """Write the model in folder `source` as a checkpoint to the new folder `target`.
 
+    Without a tokenizer, which it then lacks, too, it serves `train.init_from`; for all else one is to be put there.
+
     check: compare logits of the training model and of the exported one; None does it where host memory suffices.
     Raises UserError for a model of another type, missing or wrong tensors, a target that is not empty, a full disk, and
     logits that differ; the target is then left as it was.
@@ -49,22 +51,28 @@ def import_model(source: Path, target: Path, check: bool | None = None, report: 
     found = _read_config(source)
     config, name_of = _understand(found)
     validate(config)
-    tokenizer = Tokenizer.load(source)
-    tokenizer.require_fit(config.model.vocab_size)
+    tokenizer = Tokenizer.load(source) if has_tokenizer(source) else None
+    if tokenizer is not None:
+        tokenizer.require_fit(config.model.vocab_size)
     specs = parameter_specs(config)
     places = _places(source)
     sources = {name: name_of(name) for name in specs}
     _require_fit(source, config, specs, sources, places)
     with staged(target) as part:
         _write(part, config, specs, sources, places, found["model_type"], report)
-        shutil.copyfile(tokenizer_file(source), part / "tokenizer.json")
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer_file(source), part / "tokenizer.json")
+            if (template := chat_template(source)) is not None:
+                write_text(part / "chat_template.jinja", template)
         save_config(config, part / "config.yaml")
         if verify.wanted(config, check, report):
             trained = verify.trained_model(part, config)
             ours = found["model_type"] == MODEL_TYPE
             exported = verify.exported_model(source) if ours else verify.converted_model(trained, config)
-            verify.compare(trained, exported, tokenizer, report)
+            verify.verify(trained, exported, config, tokenizer, report)
     report(f"Imported {source} to {target}; train.init_from={target} starts a run from it.")
+    if tokenizer is None:
+        report(f"It has no tokenizer, since {source} has none: for text put one into {target} as tokenizer.json.")
 
 
 def config_of(source: Path) -> Config:

@@ -5,14 +5,27 @@ piece that continues from the empty state. So prefill in pieces, decode and a fo
 computation.
 """
 
+import copy
+import dataclasses
+
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
-from megahybrid.hf.layers_megahybrid import RMSNorm, SwiGLU, linear
+from megahybrid.hf.inference_megahybrid import Inference, modules_below, packs, through_layers
+from megahybrid.hf.layers_megahybrid import RMSNorm, SwiGLU, as_computed, kernels, linear, real_tokens
 from megahybrid.hf.mixer_classes import MIXERS
+from megahybrid.hf.packing_megahybrid import Documents, several_documents
+
+# Of packed collators and of transformers, beside what forward takes: these follow from it.
+_FOLLOWING = {"cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position"}
+
+# transformers 4 calls the cache past_key_values, the newest 5 cache, and gives outputs both names.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class MegahybridCache:
@@ -22,12 +35,29 @@ class MegahybridCache:
         states: one dictionary a layer, None before the first token.
         lengths: int64 `[B]`, tokens of each sequence so far, padding not counted; None before the first token.
         seen: tokens so far, padding counted.
+        inference: what else there is where the states are those of the layers' packed form; None where they are not.
     """
+
+    # What transformers asks of a cache.
+    is_compileable = False
+    is_croppable = False
+    is_linear = (False,)
 
     def __init__(self, layers):
         self.states = [None] * layers
-        self.lengths = None
+        self.reset()
+
+    def reset(self):
+        """Forget all tokens."""
+        self.states = [None] * len(self.states)
+        self.lengths = self.inference = None
         self.seen = 0
+
+    def crop(self, *_):
+        raise NotImplementedError(
+            "The last tokens cannot be taken back from a MegahybridCache, whose states hold sums of all: keep a "
+            "copy.deepcopy of it, or read the text anew."
+        )
 
     def get_seq_length(self, layer_idx=0):
         """Tokens so far, padding counted."""
@@ -35,11 +65,14 @@ class MegahybridCache:
 
     def reorder_cache(self, beam_idx):
         """Replace every sequence by the sequence `beam_idx[n]`; beam search asks for it."""
+        if self.inference is not None:
+            self.inference.select(self, beam_idx.tolist())
+            return
         self.lengths = self.lengths[beam_idx.to(self.lengths.device)]
         self.states = [{name: x[beam_idx.to(x.device)] for name, x in state.items()} for state in self.states]
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     def __init__(self, config, letter):
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -47,17 +80,24 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, positions, state):
-        inputs = self.mixer_norm(x)
-        y, state = self.mixer(inputs, positions, self.mixer.empty_state(inputs) if state is None else state)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state
+    def forward(self, x, places, state=None, documents=None):
+        """`[B, T, hidden]` with positions, or `[tokens, hidden]` with sequences (see Mixer) → (the same, the mixer's
+        next state, and what it adds to the loss, if it does)."""
+        inputs = as_computed(self.mixer_norm(x))
+        if documents is not None:
+            inputs = documents.padded(inputs)
+        if state is None and isinstance(places, torch.Tensor):
+            state = self.mixer.empty_state(inputs)
+        y, state = self.mixer(inputs, places, state)
+        normalised, x = self.mlp_norm.of_sum(x, y if documents is None else documents.unpadded(y))
+        return x + self.mlp(normalised), state, None if state is None else state.pop("loss", None)
 
 
 class MegahybridPreTrainedModel(PreTrainedModel):
     config_class = MegahybridConfig
     base_model_prefix = "model"
     _no_split_modules = ("Block",)
+    supports_gradient_checkpointing = True
     _is_stateful = True  # a token cannot be taken back
 
     def __init__(self, config):
@@ -83,6 +123,7 @@ class MegahybridModel(MegahybridPreTrainedModel):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, letter) for letter in config.layers)
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.made_of = list(map(type, modules_below(self)))
         self.post_init()
 
     def get_input_embeddings(self):
@@ -91,6 +132,7 @@ class MegahybridModel(MegahybridPreTrainedModel):
     def set_input_embeddings(self, value):
         self.embedding = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -99,39 +141,85 @@ class MegahybridModel(MegahybridPreTrainedModel):
         inputs_embeds=None,
         use_cache=None,
         output_hidden_states=None,
+        position_ids=None,
+        cu_seq_lens_q=None,
+        seq_idx=None,
+        cache=None,
         **kwargs,
     ):
         """input_ids int64 `[B, T]` or inputs_embeds `[B, T, hidden]`; attention_mask `[B, T]`, or as long as all tokens
-        so far, 0 for padding on the left. Continues from `past_key_values` and updates it."""
+        so far, 0 for padding on the left. Continues from `past_key_values`, or `cache` by its newer name, and updates
+        it; when training none is made unless asked for.
+
+        A row may hold several documents, which do not see each other: one begins where `position_ids` do not go on by
+        one, `seq_idx` changes, or `cu_seq_lens_q` says so. What else position_ids say follows from the mask."""
+        _refuse(kwargs)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        cache = MegahybridCache(len(self.layers)) if past_key_values is None else past_key_values
-        positions = self._positions(x, attention_mask, cache)
-        hidden_states = [x]
-        for number, block in enumerate(self.layers):
-            x, state = block(x, positions, cache.states[number])
-            if use_cache:
-                cache.states[number] = state
-            hidden_states.append(x)
+        cache = past_key_values if cache is None else cache
+        documents = several_documents(x, attention_mask, position_ids, cu_seq_lens_q, seq_idx)
+        if documents is not None and (use_cache or cache is not None):
+            raise ValueError("Rows of several documents have no cache: give use_cache=False and no past_key_values.")
+        if use_cache is None:
+            use_cache = self.config.use_cache and documents is None and (cache is not None or not self.training)
+        if cache is None and not use_cache and packs(self, x):
+            return self._joined(x, attention_mask, documents, output_hidden_states)
+        cache = MegahybridCache(len(self.layers)) if cache is None else cache
+        if cache.lengths is None:
+            cache.lengths = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            # The ops' caches are not made for gradients.
+            cache.inference = Inference() if packs(self, x) and not torch.is_grad_enabled() else None
+        if cache.inference is not None:
+            going_on = cache if use_cache else copy.deepcopy(cache)  # since states are overwritten
+            x, hidden_states = going_on.inference.forward(self, x, attention_mask, going_on, output_hidden_states)
+            return MegahybridOutput(
+                last_hidden_state=x, past_key_values=cache if use_cache else None, hidden_states=hidden_states
+            )
+        positions = self._positions(x, attention_mask, cache) if documents is None else documents.positions
+        x, hidden_states, loss = through_layers(
+            self, x, positions, cache.states, output_hidden_states, documents, keep=use_cache
+        )
         if use_cache:
             cache.lengths = torch.maximum(cache.lengths, positions.max(1).values + 1)
             cache.seen += x.shape[1]
-        x = self.final_norm(x)
-        return BaseModelOutputWithPast(
+        return MegahybridOutput(
             last_hidden_state=x,
             past_key_values=cache if use_cache else None,
-            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
+            hidden_states=hidden_states,
+            aux_loss=loss,
+        )
+
+    def _joined(self, x, attention_mask, documents, output_hidden_states):
+        """Whole sequences, laid end to end."""
+        documents = Documents(x, attention_mask) if documents is None else documents
+        sequences = kernels.Sequences.of(documents.lengths.tolist(), x.device)
+        states = [None] * len(self.layers)
+        x, hidden_states, loss = through_layers(self, documents.joined(x), sequences, states, output_hidden_states)
+        return MegahybridOutput(
+            last_hidden_state=documents.in_rows(x),
+            hidden_states=hidden_states and tuple(map(documents.in_rows, hidden_states)),
+            aux_loss=loss,
         )
 
     @staticmethod
     def _positions(x, attention_mask, cache):
         """int64 `[B, T]`: each token's place in its sequence, -1 for padding."""
-        if cache.lengths is None:
-            cache.lengths = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         if attention_mask is None:
             return cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)
-        real = attention_mask[:, -x.shape[1] :].to(x.device).bool()
+        real = real_tokens(x, attention_mask)
         return (cache.lengths[:, None] + real.long().cumsum(1) - 1).masked_fill(~real, -1)
+
+
+def _refuse(arguments):
+    unknown = [name for name, value in arguments.items() if not (value is None or value is False)]
+    if unknown := sorted(set(unknown) - _FOLLOWING):
+        raise ValueError(f"MegaHybrid models do not know {', '.join(unknown)}: leave it out.")
+
+
+@dataclasses.dataclass
+class MegahybridOutput(BaseModelOutputWithPast):
+    """aux_loss: what layers add to the loss, summed over tokens, the mean over those layers that do."""
+
+    aux_loss: torch.Tensor | None = None
 
 
 class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
@@ -156,18 +244,46 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.lm_head = value
 
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, use_cache=True, **kwargs
-    ):
-        if use_cache and past_key_values is None:
-            past_key_values = MegahybridCache(self.config.num_hidden_layers)
-        inputs = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache}
-        if past_key_values is None:
-            return {**inputs, "input_ids": input_ids}
-        if inputs_embeds is not None and past_key_values.seen == 0:
-            return {**inputs, "inputs_embeds": inputs_embeds}
-        return {**inputs, "input_ids": input_ids[:, past_key_values.seen :]}
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache is not False and model_kwargs.get(_CACHE) is None:
+            model_kwargs[_CACHE] = MegahybridCache(self.config.num_hidden_layers)
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        use_cache=True,
+        logits_to_keep=0,
+        cache=None,
+        next_sequence_length=None,
+        **kwargs,
+    ):
+        """The tokens that the cache has not seen. Of several documents in a row `generate` knows nothing: its
+        position_ids follow from the mask."""
+        cache = past_key_values if cache is None else cache
+        inputs = {
+            "attention_mask": attention_mask,
+            "past_key_values": cache,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+            **{name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs},
+        }
+        seen = 0 if cache is None else cache.seen
+        if inputs_embeds is not None and seen < inputs_embeds.shape[1]:
+            return {**inputs, "inputs_embeds": inputs_embeds[:, seen:]}
+        # Transformers 4 tells by the mask how many tokens there are in all, 5 how many are new, if not all given ones.
+        count = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
+        if attention_mask is not None and (count := attention_mask.shape[1] - seen) < 1:
+            raise ValueError(
+                f"The cache has {seen} tokens and the text no more ({attention_mask.shape[1]}): give all of it, those "
+                "in the cache included, and no prefill_chunk_size, or another cache."
+            )
+        return {**inputs, "input_ids": input_ids[:, -count:]}
+
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -178,16 +294,39 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
         use_cache=None,
         output_hidden_states=None,
         logits_to_keep=0,
+        position_ids=None,
+        num_items_in_batch=None,
+        shift_labels=None,
         **kwargs,
     ):
-        """As `MegahybridModel`; logits `[B, T, vocabulary]`, of the last `logits_to_keep` tokens where that is not 0,
-        and the mean loss where labels `[B, T]` are given (-100 is left out)."""
+        """As `MegahybridModel`; logits `[B, T, vocabulary]`, of the last `logits_to_keep` tokens where that is not 0.
+
+        The loss, where labels `[B, T]` are given (-100 is left out) or `shift_labels`, each its own token's: the mean,
+        or the sum over `num_items_in_batch`, the labels of a batch of which this is a part. To it is added
+        `config.router_aux_loss_coef` times what layers add, over the same number of tokens.
+        """
         out = self.model(
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, output_hidden_states, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            position_ids=position_ids,
+            return_dict=True,
+            **kwargs,
         )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, rows])
-        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        loss = None
+        if labels is not None or shift_labels is not None:
+            counted = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **counted)
+            if out.aux_loss is not None and self.config.router_aux_loss_coef:
+                count = num_items_in_batch
+                if count is None:
+                    count = ((labels[:, 1:] if shift_labels is None else shift_labels) != -100).sum()
+                loss = loss + self.config.router_aux_loss_coef * (out.aux_loss / count).to(loss)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )

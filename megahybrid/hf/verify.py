@@ -27,6 +27,7 @@ from megahybrid.hf.modeling_megahybrid import MegahybridForCausalLM
 from megahybrid.hf.naming import exported_config, exported_name
 from megahybrid.mixers import KINDS
 from megahybrid.model.context import Context
+from megahybrid.model.mixer import Mixer
 from megahybrid.model.settings import Settings
 from megahybrid.model.stack import Stack
 from megahybrid.parallel import groups
@@ -95,14 +96,47 @@ def converted_model(trained: Stack, config: Config) -> MegahybridForCausalLM:
 
 
 @torch.no_grad()
-def compare(trained: Stack, exported: nn.Module, tokenizer: Tokenizer, report: Report) -> None:
-    """Compare logits on TEXT, or numbers, whole and continued step by step; reports the worst and mean difference.
+def verify(
+    trained: Stack, exported: MegahybridForCausalLM, config: Config, tokenizer: Tokenizer | None, report: Report
+) -> None:
+    """Compare both forms of a model with this configuration on TEXT, or random tokens; weights may change.
 
-    Raises UserError for a difference above TOLERANCE.
+    At the model's own sizes a text of this length may reach no limit: then once more with close ones, and with routers
+    that keep about half. There every limit, moved by one, has to change the training model's logits: else there would
+    have been nothing to compare.
+
+    Raises UserError for sizes that differ, logits that differ by more than TOLERANCE, and a limit that changes nothing.
     """
-    text = " ".join(map(str, range(1, tokenizer.vocab_size))) if tokenizer.of_numbers else TEXT
-    read, length = tokenizer.encode(text), _length(trained.settings)
-    tokens = torch.tensor([tokenizer.document_id, *_prolonged(read, length)][:length])
+    _require_same_sizes(exported, config)
+    written = tokenizer is not None and not tokenizer.of_numbers
+    if written:
+        read = [tokenizer.document_id, *tokenizer.encode(TEXT)]
+    else:
+        read = random.Random(0).choices(range(config.model.vocab_size), k=FEWEST_TOKENS)
+    expected = _compare(trained, exported, read, "", report)
+    if written:
+        loss = float(F.cross_entropy(expected[:-1][: len(read) - 1], torch.tensor(read[1 : len(expected)])))
+        report(f"{loss:.3f} nats a token of text")
+    limits = _close_limits(config)
+    if not limits:
+        return
+    near = _limited(config, limits)
+    trained, exported = _resized(trained, near), _resized_export(exported, near)
+    _balance(trained, exported, read)
+    expected = _compare(trained, exported, read, f" with {_told(limits)}", report)
+    tokens = _tokens(read, trained.settings)
+    for section, key in ((section, key) for section, values in limits.items() for key in values):
+        moved = _limited(config, limits | {section: limits[section] | {key: limits[section][key] + 1}})
+        if float((_logits(_resized(trained, moved), tokens) - expected).abs().max()) <= TOLERANCE:
+            raise UserError(
+                f"The comparison cannot tell whether model.{section}.{key} is kept to, since with one more no logit "
+                "changes, so nothing was written; --no-verify converts all the same."
+            )
+
+
+def _compare(trained: Stack, exported: nn.Module, read: list[int], how: str, report: Report) -> Tensor:
+    """The training model's logits, to which those of the exported one, and of both step by step, are compared."""
+    tokens = _tokens(read, trained.settings)
     expected = _logits(trained, tokens)
     ways = (
         lambda: exported(tokens[None], use_cache=False).logits[0],
@@ -114,16 +148,80 @@ def compare(trained: Stack, exported: nn.Module, tokenizer: Tokenizer, report: R
         difference = logits().sub_(expected).abs_()
         worst = max(worst, float(difference.max()) if difference.isfinite().all() else math.inf)
         mean += float(difference.mean()) / len(ways)
-    loss = float(F.cross_entropy(expected[:-1][: len(read)], tokens[1:][: len(read)]))
     report(
-        f"Logits of {len(tokens):,} tokens, whole and step by step: worst difference {worst:.1e}, mean {mean:.1e}; "
-        f"{loss:.3f} nats a token"
+        f"Logits of {len(tokens):,} tokens{how}, whole and step by step: worst difference {worst:.1e}, mean {mean:.1e}"
     )
     if not worst <= TOLERANCE:
         raise UserError(
-            f"The converted model's logits differ by up to {worst:.1e}, more than {TOLERANCE:.0e}, so nothing was "
+            f"The converted model's logits{how} differ by up to {worst:.1e}, more than {TOLERANCE:.0e}, so nothing was "
             "written; please report it with the configuration."
         )
+    return expected
+
+
+def _require_same_sizes(exported: MegahybridForCausalLM, config: Config) -> None:
+    for key, value in exported_config(config).items():
+        if (found := getattr(exported.config, key, None)) != value:
+            raise UserError(
+                f"The converted model's config.json has {key} = {found} where the model has {value}, so nothing was "
+                "written; please report it with the configuration."
+            )
+
+
+def _close_limits(config: Config) -> dict[str, dict[str, int]]:
+    """Those of all its kinds of layers, by section and key."""
+    settings = Settings.of(config)
+    return {
+        section: values
+        for letter in sorted(set(settings.pattern.letters))
+        for section, values in KINDS[letter].close_limits(settings.model).items()
+    }
+
+
+def _told(limits: dict[str, dict[str, int]]) -> str:
+    return ", ".join(f"{section}.{key} = {value}" for section, keys in limits.items() for key, value in keys.items())
+
+
+def _limited(config: Config, limits: dict[str, dict[str, int]]) -> Config:
+    sections = {section: replace(getattr(config.model, section), **values) for section, values in limits.items()}
+    return replace(config, model=replace(config.model, **sections))
+
+
+def _resized(trained: Stack, config: Config) -> Stack:
+    """A training model with these sizes and the same parameters, which are not copied."""
+    with torch.device("meta"):
+        model = Stack(replace(config, parallel=ParallelConfig()))
+    model.load_state_dict(trained.state_dict(keep_vars=True), assign=True)
+    return model
+
+
+def _resized_export(exported: MegahybridForCausalLM, config: Config) -> MegahybridForCausalLM:
+    """Likewise an exported one."""
+    with torch.device("meta"):
+        model = MegahybridForCausalLM(MegahybridConfig(**exported_config(config)))
+    model.load_state_dict(exported.state_dict(keep_vars=True), assign=True)
+    return model.eval()
+
+
+def _balance(trained: Stack, exported: nn.Module, read: list[int]) -> None:
+    """Balance what every layer keeps of the tokens, in both models by the same shifts: what differs stays different."""
+
+    def balance(mixer: Mixer, inputs: tuple[Any, ...]) -> None:
+        for name, shift in mixer.balance(*inputs[:2]).items():
+            name = f"layers.{mixer.layer}.mixer.{name}"
+            trained.get_parameter(name).add_(shift)
+            exported.get_parameter(exported_name(name)).add_(shift)
+
+    hooks = [block.mixer.register_forward_pre_hook(balance) for block in trained.layers.values()]
+    _logits(trained, _tokens(read, trained.settings))
+    for hook in hooks:
+        hook.remove()
+
+
+def _tokens(read: list[int], settings: Settings) -> Tensor:
+    """What two models with these settings are compared on: of these tokens as many as it takes."""
+    length = _length(settings)
+    return torch.tensor(_prolonged(read, length)[:length])
 
 
 def _length(settings: Settings) -> int:

@@ -1,4 +1,4 @@
-"""The job script: slurm/train.sbatch with a cluster's directives and a job's settings filled in."""
+"""The job scripts: templates in slurm/ with a cluster's directives and a job's settings filled in."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megahybrid.errors import UserError
@@ -41,13 +41,29 @@ class Job:
 
 
 def render(job: Job, profile: Profile) -> str:
-    """The script's text. Raises UserError, naming the key, for what no script could say."""
+    """The training script's text. Raises UserError, naming the key, for what no script could say."""
     _check_paths(job)
-    template = (FOLDER / "train.sbatch").read_text(encoding="utf-8")
+    return _filled("train.sbatch", _directives(job, profile), _settings(job, profile))
+
+
+def following(job: Job) -> Job:
+    """The job of one process that goes through the steps once that job has ended."""
+    output = job.output.with_name(f"then_{job.output.name.removeprefix('slurm_')}")
+    return replace(job, name=f"{job.name}-then", submission=f"{job.submission}-then", nodes=1, output=output)
+
+
+def render_following(job: Job, profile: Profile, steps: Sequence[str]) -> str:
+    """Likewise the script of `following`, with these steps (then.py)."""
+    job, profile = following(job), replace(profile, gpus_per_node=1)
+    return _filled("then.sbatch", _directives(job, profile), [*_settings(job, profile), _array("THEN", steps)])
+
+
+def _filled(template: str, directives: Sequence[str], settings: Sequence[str]) -> str:
+    template = (FOLDER / template).read_text(encoding="utf-8")
     shebang, rest = template.split("\n", 1)
     comments = rest[rest.index("#\n") : rest.index(_SETTINGS)]
     body = rest[rest.index(_END) :]
-    return "\n".join([shebang, *_directives(job, profile), comments + "\n".join(_settings(job, profile)), body])
+    return "\n".join([shebang, *directives, comments + "\n".join(settings), body])
 
 
 def _check_paths(job: Job) -> None:
@@ -113,10 +129,11 @@ def _option(text: str) -> str:
     return text
 
 
-def _settings(job: Job, profile: Profile) -> list[str]:
-    def array(name: str, values: Sequence[object]) -> str:
-        return f"{name}=({' '.join(shlex.quote(str(value)) for value in values)})"
+def _array(name: str, values: Sequence[object]) -> str:
+    return f"{name}=({' '.join(shlex.quote(str(value)) for value in values)})"
 
+
+def _settings(job: Job, profile: Profile) -> list[str]:
     for name in profile.environment:
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
             raise UserError(f"The profile's environment has {name!r}, which cannot name a variable; correct it.")
@@ -124,11 +141,11 @@ def _settings(job: Job, profile: Profile) -> list[str]:
     packages = "" if profile.python else os.environ.get("PYTHONPATH", "")
     return [
         "# settings: one entry a run of a job array",
-        array("CONFIGS", job.configs),
-        array("RUN_DIRS", job.run_dirs),
+        _array("CONFIGS", job.configs),
+        _array("RUN_DIRS", job.run_dirs),
         f"CODE={shlex.quote(str(job.code))}",
-        array("PYTHON", profile.python or [sys.executable]),
-        array("SRUN_OPTIONS", profile.srun),
+        _array("PYTHON", profile.python or [sys.executable]),
+        _array("SRUN_OPTIONS", profile.srun),
         f"ON_STOP={'requeue' if job.requeue else 'exit'}",
         f"export MEGAHYBRID_SUBMISSION={shlex.quote(job.submission)}",
         f"export PYTHONPATH={shlex.quote(packages)}",

@@ -18,7 +18,7 @@ from megahybrid.files import read_json, write_json, write_text
 from megahybrid.launch import pinned, slurm
 from megahybrid.launch.checks import check_start
 from megahybrid.launch.profile import Profile
-from megahybrid.launch.script import Job, render
+from megahybrid.launch.script import Job, following, render, render_following
 from megahybrid.training.run_directory import RunDirectory
 
 
@@ -36,6 +36,7 @@ class Request:
         folder: where the code and the job's output go; when left out the run directory, of an array the one above.
         after: the job, of an array ARRAY_ELEMENT, that has to succeed before; it may write what train.branch_from
             reads.
+        then: steps that follow in a job of their own once the run is done (then.py).
     """
 
     configs: Sequence[Config]
@@ -47,15 +48,19 @@ class Request:
     requeue: bool = True
     folder: Path | None = None
     after: str | None = None
+    then: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Submission:
-    """What was submitted: the script's text, where its output goes, and the jobs' numbers."""
+    """What was submitted: the script's text, where its output goes, the jobs' numbers, and of what follows its number
+    and where its output goes."""
 
     script: str
     output: Path
     numbers: Sequence[str] = ()
+    then: str | None = None
+    then_output: Path | None = None
 
 
 def submit(request: Request, dry_run: bool = False) -> Submission:
@@ -79,12 +84,16 @@ def submit(request: Request, dry_run: bool = False) -> Submission:
         requeue=request.requeue and request.chain == 1,
         output=base / "logs" / ("slurm_%j.out" if len(run_dirs) == 1 else "slurm_%A_%a.out"),
     )
-    script = render(job, request.profile)
+    scripts = {"job.sbatch": render(job, request.profile)}
+    if request.then:
+        scripts["then.sbatch"] = render_following(job, request.profile, request.then)
     if dry_run:
-        return Submission(script, job.output)
+        return Submission(scripts["job.sbatch"], job.output)
     _refuse_a_second_job(run_dirs)
-    slurm.sbatch_accepts(script)
-    return Submission(script, job.output, _send(job, configs, script, request))
+    for script in scripts.values():
+        slurm.sbatch_accepts(script)
+    numbers, then = _send(job, configs, scripts, request)
+    return Submission(scripts["job.sbatch"], job.output, numbers, then, following(job).output)
 
 
 def array(recipe: str, overrides: Sequence[str], text: str) -> list[Config]:
@@ -111,20 +120,25 @@ def _refuse_a_second_job(run_dirs: Sequence[Path]) -> None:
                 )
 
 
-def _send(job: Job, configs: Sequence[Config], script: str, request: Request) -> list[str]:
+def _send(
+    job: Job, configs: Sequence[Config], scripts: Mapping[str, str], request: Request
+) -> tuple[list[str], str | None]:
     """Write what the jobs read and who they are, then submit them; all is taken back where one is refused."""
     folders = [path.parent for path in job.configs]
     numbers: list[str] = []
     try:
-        _write(job, folders, configs, script)
+        _write(job, folders, configs, scripts)
         _record(job, folders, numbers, request)
         for _ in range(request.chain):
             numbers.append(slurm.sbatch(folders[0] / "job.sbatch", *_dependency(request, numbers)))
             _record(job, folders, numbers, request)
+        # Whatever the others come to: of a chain the last ones are cancelled when the run is done. It looks by itself.
+        after = f"--dependency=afterany:{':'.join(numbers)}"
+        then = slurm.sbatch(folders[0] / "then.sbatch", after) if request.then else None
     except BaseException:
         _take_back([job.code.parent, *folders], numbers)
         raise
-    return numbers
+    return numbers, then
 
 
 def _dependency(request: Request, numbers: Sequence[str]) -> list[str]:
@@ -134,12 +148,13 @@ def _dependency(request: Request, numbers: Sequence[str]) -> list[str]:
     return [f"--dependency=afterok:{request.after}", "--kill-on-invalid-dep=yes"] if request.after else []
 
 
-def _write(job: Job, folders: Sequence[Path], configs: Sequence[Config], script: str) -> None:
+def _write(job: Job, folders: Sequence[Path], configs: Sequence[Config], scripts: Mapping[str, str]) -> None:
     job.output.parent.mkdir(parents=True, exist_ok=True)
     pinned.pin(job.code)
     for folder, config, run_dir in zip(folders, configs, job.run_dirs, strict=True):
         save_config(_elsewhere(config, run_dir), folder / "config.yaml")
-        write_text(folder / "job.sbatch", script)
+        for name, script in scripts.items():
+            write_text(folder / name, script)
         RunDirectory(run_dir).logs.mkdir(exist_ok=True)
 
 
@@ -205,13 +220,17 @@ def _take_back(folders: Sequence[Path], numbers: Sequence[str]) -> None:
 
 def describe(submission: Submission) -> str:
     """What is printed after submitting: the jobs and where their output is."""
-    first, logs = submission.numbers[0], submission.output.parent
-    name = submission.output.name.replace("%j", first).replace("%A", first).replace("%a", "0")
-    return "\n".join(
-        [
-            f"Submitted job {', then '.join(submission.numbers)}.",
-            f"Its output:   {logs / name}",
-            f"Every rank's: {logs}/rank_00000.out and so on",
-            f"Follow it:    megahybrid runs {logs.parent}",
-        ]
-    )
+    logs = submission.output.parent
+    lines = [
+        f"Submitted job {', then '.join(submission.numbers)}.",
+        f"Its output:   {_named(submission.output, submission.numbers[0])}",
+        f"Every rank's: {logs}/rank_00000.out and so on",
+        f"Follow it:    megahybrid runs {logs.parent}",
+    ]
+    if submission.then is not None:
+        lines.append(f"What follows: job {submission.then}, {_named(submission.then_output, submission.then)}")
+    return "\n".join(lines)
+
+
+def _named(output: Path, number: str) -> Path:
+    return output.with_name(output.name.replace("%j", number).replace("%A", number).replace("%a", "0"))

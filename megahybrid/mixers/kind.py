@@ -96,6 +96,11 @@ class Kind(ABC):
         does. A check of what it computes has to go beyond."""
         return 0
 
+    def close_limits(self, model: ModelConfig) -> dict[str, dict[str, int]]:
+        """What bounds a query's view, by section and key, so close that a text of 256 tokens goes far beyond, or one
+        some blocks longer than `chooses_after` says of them. A conversion is compared with these limits, too."""
+        return {}
+
     @abstractmethod
     def activations(self, model: ModelConfig, batch: MicroBatch) -> Activations:
         """What training keeps; what counts is said in megahybrid.scaling.memory."""

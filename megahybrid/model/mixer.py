@@ -60,6 +60,11 @@ class Mixer(nn.Module):
         """Keep tokens by LEARNED or one of the kind's policies from now on, see `swapped`; called of all mixers, those
         without such a policy go on as they are."""
 
+    def balance(self, x: Tensor, context: Context) -> dict[str, Tensor]:
+        """By how much to shift parameters, by name, for each head to keep about half of this input's tokens, where it
+        keeps them by a threshold. A check of what it computes then sees both outcomes, whatever has been learnt."""
+        return {}
+
     @classmethod
     def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterable[Fallback]:
         """The ops whose kernels do not take the derived configuration and dtype on a GPU."""

@@ -21,10 +21,23 @@ def outputs(folder, rows, mask):
         cache = out.past_key_values
         steps.append(out.logits)
     found = {"whole": model(rows, attention_mask=mask, use_cache=False).logits, "steps": torch.cat(steps, 1)}
-    ways = {"greedy": {}, "beams": {"num_beams": 3}, "sampled": {"do_sample": True, "top_k": 9}}
+    read = []
+    model.model.layers[0].register_forward_hook(lambda _, given, __: read.append(given[0].shape[1]))
+    given, embeddings = {"input_ids": rows}, {"inputs_embeds": model.get_input_embeddings()(rows)}
+    ways = {
+        "greedy": given,
+        "beams": {**given, "num_beams": 3},
+        "sampled": {**given, "do_sample": True, "top_k": 9},
+        "pieces": {**given, "prefill_chunk_size": 17},
+        "embeddings": embeddings,
+    }
     for name, options in ways.items():
         torch.manual_seed(0)
-        found[name] = model.generate(rows, attention_mask=mask, max_new_tokens=20, eos_token_id=None, **options)
+        read.clear()
+        found[name] = model.generate(attention_mask=mask, max_new_tokens=20, eos_token_id=None, **options)
+        assert sum(read) == rows.shape[1] + 19, (name, read)
+    assert torch.equal(found["pieces"], found["greedy"])
+    assert torch.equal(found["embeddings"], found["greedy"][:, rows.shape[1] :])
     bf16 = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.bfloat16)
     rates = [weight.dtype for name, weight in bf16.named_parameters() if name.endswith("A_log")]
     assert rates and set(rates) == {torch.float32}

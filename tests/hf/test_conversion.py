@@ -104,6 +104,39 @@ def test_round_trip_and_a_training_step(exported, reference, recipe, tmp_path, c
     assert all(torch.equal(again[exported_name(name)], weight) for name, weight in saved.items())
 
 
+def test_without_a_tokenizer(exported, reference, tmp_path, capsys):
+    source, imported, model = (tmp_path / name for name in ("source", "imported", "model"))
+    shutil.copytree(exported, source, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert main(["import", str(source), str(imported), "--verify"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("worst difference") == 2 and "nats" not in said
+    assert f"It has no tokenizer, since {source} has none: for text put one into {imported}" in said
+    for verb in (["generate", str(imported), "--prompt", "def"], ["export", str(imported), str(model)]):
+        assert main(verb) == 2
+        assert f"There is no tokenizer '{imported}/tokenizer.json'; put one there" in capsys.readouterr().err
+    assert main(["eval", str(source), "--task", "selective_mqar"]) == 2
+    assert f"There is no tokenizer '{source}/tokenizer.json'; put one there" in capsys.readouterr().err
+    shutil.copy(last_checkpoint(reference) / "tokenizer.json", imported)
+    assert main(["export", str(imported), str(model), "--no-verify"]) == 0
+    assert (model / "tokenizer.json").read_bytes() == (exported / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_chat_template_goes_along(exported, old, tmp_path):
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    shutil.copytree(exported, tmp_path / "model")
+    if old:
+        file = tmp_path / "model" / "tokenizer_config.json"
+        several = [{"name": "tools", "template": "none"}, {"name": "default", "template": template}]
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": several}))
+    else:
+        (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    assert main(["import", str(tmp_path / "model"), str(tmp_path / "imported"), "--no-verify"]) == 0
+    assert main(["export", str(tmp_path / "imported"), str(tmp_path / "again"), "--no-verify"]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "def"}], tokenize=False) == "user: def\n"
+
+
 def test_resuming_from_weights_alone_is_refused(exported, recipe, tmp_path, capsys):
     """A checkpoint without moments in a run directory, with the configuration that the recipe has."""
     folder = tmp_path / "run" / "checkpoints" / "step_00000000"
@@ -220,7 +253,10 @@ def test_bad_imports(exported, tmp_path, capsys):
     assert "names files outside" in refused(outside)
     assert "There is no" in refused(lambda source: (source / "config.json").unlink())
     assert "cannot be read as JSON" in refused(lambda source: (source / "config.json").write_text("{"))
-    assert "tokenizer" in refused(lambda source: (source / "tokenizer.json").unlink())
+    assert "tokenizer_config.json' cannot be read (" in refused(
+        lambda source: (source / "tokenizer_config.json").write_text('{"chat_template": [1]}')
+    )
+    assert "not a readable tokenizer.json" in refused(lambda source: (source / "tokenizer.json").write_text("{"))
     assert "unknown letter" in refused(set_config(layers="GLSFX"))
 
 

@@ -18,7 +18,7 @@ from megahybrid.hf.modeling_megahybrid import MegahybridForCausalLM
 from megahybrid.hf.naming import MODEL_TYPE, exported_config
 from tests.model import tiny
 
-ALWAYS = {"configuration_megahybrid.py", "layers_megahybrid.py", "modeling_megahybrid.py"}
+ALWAYS = {f"{name}_megahybrid.py" for name in ("configuration", "inference", "layers", "modeling", "packing")}
 
 
 def round_trip(letters, folder, prepared):

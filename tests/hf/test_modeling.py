@@ -30,11 +30,8 @@ def close(found, expected, tolerance=1e-9):
 
 @pytest.fixture(params=["plain", "kernels"])
 def without_and_with_kernels(request, monkeypatch):
-    """Once as where megahybrid_kernels is not installed."""
-    if request.param == "plain":
-        monkeypatch.setattr(gdn, "packed_gated_delta_rule", None)
-    else:
-        assert gdn.packed_gated_delta_rule is not None
+    """Gated DeltaNet once as on a GPU with megahybrid_kernels."""
+    monkeypatch.setattr(gdn, "takes_kernels", lambda _: request.param == "kernels")
 
 
 def in_pieces(model, rows, sizes, mask=None):
@@ -64,6 +61,7 @@ def test_whole_sequences(pattern, block, monkeypatch):
     monkeypatch.setattr(lte, "QUERY_BLOCK", block)
     monkeypatch.setattr(nsa, "QUERY_BLOCK", block)
     monkeypatch.setattr(gdn, "CHUNK", block)
+    monkeypatch.setattr(gdn, "CHUNKS", 3)
     model, exported = pair(pattern)
     rows = torch.stack([random_tokens(LENGTH, seed) for seed in (1, 2)])
     found = exported(rows, use_cache=False)
@@ -194,6 +192,9 @@ def test_states_of_a_fixed_size():
     before = shapes(cache)
     exported(random_tokens(80)[None], past_key_values=cache, use_cache=True)
     assert shapes(cache) == before and cache.get_seq_length() == 83
+    # Nor do they keep the memory of what they are a part of.
+    parts = [x for state in cache.states for x in state.values()]
+    assert all(x.untyped_storage().nbytes() <= 4 * x.nbytes for x in parts)
 
 
 def test_reordered_cache():

@@ -49,6 +49,10 @@ def submit(recipe, *arguments) -> int:
         (["run.dir=a\\b"], "takes no backslashes"),
         (["--time", "1:00\n#SBATCH --account=x"], "The profile's time has"),
         (["--chain", "0"], "at least 1"),
+        (["--then", "train"], "--then has 'train'; give eval, harness, export"),
+        (["--then", "export --push-ready me/tiny"], "--push-ready wants a licence"),
+        (["--then", "export,eval"], "The recipe has no tasks in data.sources; name some with --task"),
+        (["--then", "eval --task niah_single_1 --lengths 4x"], "--lengths has '4x'"),
     ],
 )
 def test_what_cannot_work_is_refused(recipe, tmp_path, capsys, arguments, said):
@@ -126,8 +130,9 @@ def test_every_profile_gives_a_script_that_shellcheck_passes(name, recipe, capsy
     shellcheck(capsys.readouterr().out)
 
 
-def test_shellcheck_passes_the_template():
-    shellcheck((FOLDER / "train.sbatch").read_text())
+@pytest.mark.parametrize("name", ["train", "then"])
+def test_shellcheck_passes_the_template(name):
+    shellcheck((FOLDER / f"{name}.sbatch").read_text())
 
 
 def shellcheck(script: str) -> None:
@@ -237,6 +242,39 @@ def test_a_chain_is_recorded_job_by_job(recipe, tmp_path, monkeypatch):
     assert submit(recipe, "--chain", "3") == 0
     (facts,) = (tmp_path / "run" / "submit").glob("*/job.json")
     assert json.loads(facts.read_text())["jobs"] == ["101", "102", "103"]
+
+
+def test_what_follows_waits_for_all_jobs_of_a_chain(recipe, tmp_path, monkeypatch, capsys):
+    stub_slurm(tmp_path, refused=9)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    evaluation = "eval --task selective_mqar --set 'pairs=3'"
+    assert submit(recipe, "--chain", "2", "--then", evaluation, "--then", "export") == 0
+    said = capsys.readouterr().out
+    assert "Submitted job 101, then 102." in said
+    assert f"What follows: job 103, {tmp_path}/run/logs/then_103.out" in said
+    assert (tmp_path / "calls.txt").read_text().splitlines()[2].endswith(" --dependency=afterany:101:102")
+    (folder,) = (tmp_path / "run" / "submit").iterdir()
+    assert json.loads((folder / "job.json").read_text())["jobs"] == ["101", "102"]  # that train the run
+    script = (folder / "then.sbatch").read_text()
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    comment = json.loads((folder / "job.json").read_text())["submission"]
+    for line in (
+        f"#SBATCH --comment={comment}-then",
+        "#SBATCH --nodes=1",
+        "#SBATCH --gpus-per-node=1",
+        f"CONFIGS=({folder}/config.yaml)",
+        "ON_STOP=exit",
+        "THEN=('eval --task selective_mqar --set '\"'\"'pairs=3'\"'\"'' export)",
+    ):
+        assert line in script.splitlines(), line
+
+
+def test_a_chain_is_taken_back_where_what_follows_is_refused(recipe, tmp_path, monkeypatch):
+    stub_slurm(tmp_path, refused=2)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert submit(recipe, "--then", "export") == 2
+    assert (tmp_path / "calls.txt").read_text().splitlines()[2:] == ["scancel 101"]
+    assert not list((tmp_path / "run" / "submit").iterdir())
 
 
 def test_runs_of_different_recipes_are_one_array_after_another_job(recipe, tmp_path, monkeypatch):

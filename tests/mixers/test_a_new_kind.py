@@ -186,7 +186,8 @@ def test_it_is_exported_and_read_back(trained, command, tmp_path):
     for verb, source, target in (("export", trained, folder), ("import", folder, imported)):
         options = ["--dtype", "fp32"] if verb == "export" else []
         assert "worst difference" in command(1, verb, source, target, "--verify", *options)
-    code = {f"{name}_megahybrid.py" for name in ("configuration", "gated_mean", "gdn", "layers", "modeling")}
+    kinds, always = {"gated_mean", "gdn"}, {"configuration", "inference", "layers", "modeling", "packing"}
+    code = {f"{name}_megahybrid.py" for name in kinds | always}
     assert {file.name for file in folder.glob("*.py")} == code
     checkpoint = trained / "checkpoints" / (trained / "checkpoints" / "latest").read_text().strip()
     saved, read = (load_file(each / "weights-00000.safetensors") for each in (checkpoint, imported))

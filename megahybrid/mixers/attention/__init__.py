@@ -170,6 +170,9 @@ class SlidingWindowKind(AttentionKind):
     def window(self, model: ModelConfig) -> float:
         return model.attention.window_size
 
+    def close_limits(self, model: ModelConfig) -> dict[str, dict[str, int]]:
+        return {"attention": {"window_size": 24}}
+
     def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
         return judged_attention(model, ranks, model.attention.window_size)
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, linear
+from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, in_own_precision, kernels, last, linear
 
 QUERY_BLOCK = 256
 TWO_PI = Decimal("6.283185307179586476925286766559005768394338798750")
@@ -50,13 +50,30 @@ class Attention(Mixer):
         layers = (self.q_proj, self.k_proj, self.v_proj)
         return (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in layers)
 
-    def rotate(self, x, positions):
-        """Rotary embedding; halves are paired."""
-        first, second = at_least_fp32(x).chunk(2, -1)
+    def project_packed(self, x):
+        """q, k, v `[tokens, H, D]`, not yet rotated."""
+        return (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+
+    def rotate_packed(self, x, sequences):
+        return kernels.rotary(x, sequences.positions, self.theta)
+
+    @in_own_precision
+    def attend_packed(self, q, k, v, sequences, cache, window=None):
+        """(Output, cache): softmax attention to all earlier tokens or a window, of q, k, v not yet rotated."""
+        inputs = self.rotate_packed(q, sequences), self.rotate_packed(k, sequences), v
+        if cache is None:
+            return kernels.attention(*inputs, sequences, window), None
+        return kernels.attention_with_cache(*inputs, cache, sequences, window, in_place=True)
+
+    def rotate(self, positions, *tensors):
+        """Rotary embedding of each `[B, H, T, D]`; halves are paired."""
+        x = at_least_fp32(torch.cat(tensors, 1))
+        first, second = x.chunk(2, -1)
         phases = positions[:, None, :, None] * frequencies(first.shape[-1], self.theta, x.device)
         angles = phases.to(first.dtype) * float(TWO_PI / 2**64)
         cos, sin = angles.cos(), angles.sin()
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+        x = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(tensors[0].dtype)
+        return x.split([each.shape[1] for each in tensors], 1)
 
     def empty_columns(self, x, count):
         k = x.new_zeros(len(x), self.kv_heads, count, self.head_dim)
@@ -80,6 +97,8 @@ def attend(q, k, v, visible):
 class WindowAttention(Attention):
     """Attention to the last `attention.window_size` tokens, the query's own included."""
 
+    packs = True
+
     def __init__(self, config):
         super().__init__(config)
         self.window = config.attention["window_size"]
@@ -87,9 +106,17 @@ class WindowAttention(Attention):
     def empty_state(self, x):
         return self.empty_columns(x, self.window)
 
+    def packed_state(self, count, dtype, device):
+        sizes = count, self.kv_heads, self.head_dim, self.window
+        return vars(kernels.KeyValueCache.empty(*sizes, dtype=dtype, device=device))
+
     def forward(self, x, positions, state):
+        if not isinstance(positions, torch.Tensor):
+            cache = None if state is None else kernels.KeyValueCache(**state)
+            o, cache = self.attend_packed(*self.project_packed(x), positions, cache, self.window)
+            return self.o_proj(o.flatten(-2)), None if cache is None else vars(cache)
         q, k, v = self.project(x)
-        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        q, k = self.rotate(positions, q, k)
         columns = appended(state, k, v, positions)
         outputs = []
         for first in range(0, q.shape[2], QUERY_BLOCK):
@@ -104,12 +131,21 @@ class WindowAttention(Attention):
 class FullAttention(Attention):
     """Attention to all tokens, by a state that grows with them."""
 
+    packs = True
+
     def empty_state(self, x):
         return self.empty_columns(x, 0)
 
+    def packed_state(self, count, dtype, device):
+        return {"cache": kernels.GrowingCache.empty(count, self.kv_heads, self.head_dim, dtype=dtype, device=device)}
+
     def forward(self, x, positions, state):
+        if not isinstance(positions, torch.Tensor):
+            cache = None if state is None else state["cache"]
+            o, cache = self.attend_packed(*self.project_packed(x), positions, cache)
+            return self.o_proj(o.flatten(-2)), None if state is None else {"cache": cache}
         q, k, v = self.project(x)
-        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        q, k = self.rotate(positions, q, k)
         columns = appended(state, k, v, positions)
         past, outputs = columns["k"].shape[2] - q.shape[2], []
         for first in range(0, q.shape[2], QUERY_BLOCK):
@@ -133,8 +169,7 @@ def appended(state, k, v, positions):
 
 def newest(columns, count):
     """The last `count` columns."""
-    return {name: x.narrow(-1 if x.dim() < 4 else 2, x.shape[-1 if x.dim() < 4 else 2] - count, count)
-            for name, x in columns.items()}  # fmt: skip
+    return {name: last(x, x.dim() - 1 if x.dim() < 4 else 2, count) for name, x in columns.items()}
 
 
 def in_window(positions, queries):

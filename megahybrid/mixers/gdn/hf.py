@@ -6,15 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, linear, scaled_to_unit
-
-try:
-    from megahybrid_kernels import Sequences
-    from megahybrid_kernels.gated_delta_rule import gated_delta_rule as packed_gated_delta_rule
-except ImportError:
-    Sequences = packed_gated_delta_rule = None
+from megahybrid.hf.layers_megahybrid import (
+    Mixer,
+    at_least_fp32,
+    in_own_precision,
+    kernels,
+    last,
+    linear,
+    scaled_to_unit,
+    takes_kernels,
+)
 
 CHUNK = 64
+CHUNKS = 32  # at once
 
 
 class GatedDeltaNet(Mixer):
@@ -24,6 +28,7 @@ class GatedDeltaNet(Mixer):
     State: `recurrent` `[B, H, Dk, Dv]`, and the convolutions' last inputs `q, k, v` `[B, taps - 1, H D]`.
     """
 
+    packs = True
     keep_in_fp32 = ("A_log", "dt_bias")
 
     def __init__(self, config):
@@ -59,13 +64,20 @@ class GatedDeltaNet(Mixer):
             "v": x.new_zeros(*rows, self.heads * self.value_dim),
         }
 
+    def packed_state(self, count, dtype, device):
+        return self.empty_state(torch.empty(count, 0, dtype=dtype, device=device))
+
     def forward(self, x, positions, state):
-        padding, after = (positions < 0)[..., None], {}
-        parts = []
-        for name, weight in (("q", self.q_conv), ("k", self.k_conv), ("v", self.v_conv)):
-            projected = getattr(self, f"{name}_proj")(x).masked_fill(padding, 0)
-            part, after[name] = short_convolution(projected, weight, state[name])
-            parts.append(part.unflatten(-1, (self.heads, -1)))
+        if not isinstance(positions, torch.Tensor):
+            return self.packed(x, positions, state)
+        padding, names, convs = (positions < 0)[..., None], "qkv", (self.q_conv, self.k_conv, self.v_conv)
+        # One convolution: where there are no kernels, decoding takes as long as its launches.
+        projected = torch.cat([layer(x) for layer in (self.q_proj, self.k_proj, self.v_proj)], -1)
+        past = torch.cat([state[name] for name in names], -1)
+        mixed, past = short_convolution(projected.masked_fill(padding, 0), torch.cat(convs), past)
+        sizes = list(map(len, convs))
+        after = dict(zip(names, past.split(sizes, -1), strict=True))
+        parts = [part.unflatten(-1, (self.heads, -1)) for part in mixed.split(sizes, -1)]
         # Padding decays nothing and writes nothing.
         a, b = (layer(x).masked_fill(padding, -torch.inf) for layer in (self.a_proj, self.b_proj))
         o, after["recurrent"] = gated_delta_rule(*parts, a, b, self.A_log, self.dt_bias, state["recurrent"])
@@ -73,13 +85,31 @@ class GatedDeltaNet(Mixer):
         o = scaled_to_unit(o, self.norm, self.eps) * F.silu(gate)
         return self.o_proj(o.to(x.dtype).flatten(-2)), after
 
+    def packed(self, x, sequences, state):
+        layers = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj
+        o, after = self.mixed(*(layer(x) for layer in layers), sequences, state)
+        return self.o_proj(o.flatten(-2)), after
 
+    @in_own_precision
+    def mixed(self, q, k, v, gate, a, b, sequences, state):
+        options = {"output_final_state": state is not None, "in_place": True}
+        before, after, parts = state or {}, {}, []
+        for name, x, weight in (("q", q, self.q_conv), ("k", k, self.k_conv), ("v", v, self.v_conv)):
+            x, after[name] = kernels.causal_conv1d(x, weight, sequences, before.get(name), **options)
+            parts.append(x.unflatten(-1, (self.heads, -1)))
+        gates = a, b, self.A_log, self.dt_bias
+        o, after["recurrent"] = kernels.gated_delta_rule(*parts, *gates, sequences, before.get("recurrent"), **options)
+        o = kernels.gated_rms_norm(o, gate.unflatten(-1, (self.heads, -1)), self.norm, self.eps)
+        return o, None if state is None else after
+
+
+@in_own_precision
 def short_convolution(x, weight, past):
     """Causal depthwise convolution, then SiLU: x `[B, T, C]`, weight `[C, taps]`, past `[B, taps - 1, C]` → (y, the
     next past)."""
     rows = torch.cat([past.to(x.dtype), x], 1)
     y = F.conv1d(at_least_fp32(rows).mT, weight.to(at_least_fp32(rows).dtype)[:, None], groups=len(weight)).mT
-    return F.silu(y).to(x.dtype), rows[:, rows.shape[1] - past.shape[1] :]
+    return F.silu(y).to(x.dtype), last(rows, 1, past.shape[1])
 
 
 def gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
@@ -90,14 +120,32 @@ def gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
 
     q, k, v `[B, T, H, D]`, a, b `[B, T, H]`, A_log, dt_bias `[H]`, state `[B, H, Dk, Dv]` → (o `[B, T, H, Dv]`, state).
     """
-    if packed_gated_delta_rule is not None:
-        sequences = Sequences.of([q.shape[1]] * len(q), q.device)
+    if takes_kernels(v):
+        sequences = kernels.Sequences.of([q.shape[1]] * len(q), q.device)
         packed = (x.flatten(0, 1) for x in (q, k, v, a, b))
-        o, state = packed_gated_delta_rule(*packed, A_log, dt_bias, sequences, state, output_final_state=True)
+        o, state = kernels.gated_delta_rule(*packed, A_log, dt_bias, sequences, state, output_final_state=True)
         return o.unflatten(0, q.shape[:2]), state
-    return chunked_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state)
+    rule = one_token if q.shape[1] == 1 else chunked_gated_delta_rule
+    return rule(q, k, v, a, b, A_log, dt_bias, state)
 
 
+@in_own_precision
+def one_token(q, k, v, a, b, A_log, dt_bias, state):
+    """`gated_delta_rule` as it stands, of one token."""
+    dtype, wanted, heads = at_least_fp32(v).dtype, v.dtype, v.shape[2]
+    q, k = unit(torch.cat([q, k], 2).to(dtype)).split(heads, 2)
+    alpha = (A_log.to(dtype).exp() * -F.softplus(a.to(dtype) + dt_bias.to(dtype))).exp()
+    q, k, v, alpha, beta = (x.transpose(1, 2) for x in (q, k, v, alpha[..., None], b.to(dtype).sigmoid()[..., None]))
+    state = state.to(dtype) * alpha
+    state = state + k.mT @ (beta * (v - k @ state))
+    return (q * q.shape[-1] ** -0.5 @ state).transpose(1, 2).to(wanted), state
+
+
+def unit(x):
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+@in_own_precision
 def chunked_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
     """`gated_delta_rule` chunk by chunk (section 3.3).
 
@@ -105,22 +153,37 @@ def chunked_gated_delta_rule(q, k, v, a, b, A_log, dt_bias, state):
         u_i + beta_i sum_{j<i} exp(G_i - G_j) (k_i . k_j) u_j = beta_i (v_i - exp(G_i) Sᵀ k_i)
         o_i = exp(G_i) Sᵀ q_i + sum_{j<=i} exp(G_i - G_j) (q_i . k_j) u_j
         S ← exp(G_end) S + sum_j exp(G_end - G_j) k_j u_jᵀ
+    It is solved for v and k, of many chunks at once, before S is known.
     """
     dtype, wanted = at_least_fp32(v).dtype, v.dtype
     q, k, v, a, b = (x.to(dtype).transpose(1, 2) for x in (q, k, v, a, b))  # heads first
-    q = q * (q.square().sum(-1, keepdim=True) + 1e-6).rsqrt() * q.shape[-1] ** -0.5
-    k = k * (k.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
+    q, k = unit(q) * q.shape[-1] ** -0.5, unit(k)
     beta = b.sigmoid()[..., None]
     g = -A_log.to(dtype).exp()[:, None] * F.softplus(a + dt_bias.to(dtype)[:, None])
     state, outputs = state.to(dtype), []
-    for q_, k_, v_, beta_, g_ in zip(*(x.split(CHUNK, 2) for x in (q, k, v, beta, g)), strict=True):
+    for piece in zip(*(x.split(CHUNKS * CHUNK, 2) for x in (q, k, v, beta, g[..., None])), strict=True):
+        q_, k_, v_, beta_, g_ = (in_chunks(x, min(CHUNK, x.shape[2])) for x in piece)
         # In float64: beyond a strong decay, float32 differences of sums would lose the weak ones.
-        G = g_.double().cumsum(-1)
+        G = g_[..., 0].double().cumsum(-1)
         later = torch.ones(G.shape[-1], G.shape[-1], dtype=torch.bool, device=G.device).triu(1)
         decay = (G[..., :, None] - G[..., None, :]).to(dtype).masked_fill(later, -torch.inf).exp()
         since_start, until_end = G.to(dtype).exp()[..., None], (G[..., -1:] - G).to(dtype).exp()[..., None]
-        right = beta_ * (v_ - since_start * (k_ @ state))
-        u = torch.linalg.solve_triangular(decay * (k_ @ k_.mT) * beta_, right, upper=False, unitriangular=True)
-        outputs.append(since_start * (q_ @ state) + (decay * (q_ @ k_.mT)) @ u)
-        state = since_start[..., -1:, :] * state + (until_end * k_).mT @ u
+        right = torch.cat([beta_ * v_, beta_ * since_start * k_], -1)
+        solved = torch.linalg.solve_triangular(decay * (k_ @ k_.mT) * beta_, right, upper=False, unitriangular=True)
+        seen, among, left = since_start * q_, decay * (q_ @ k_.mT), (until_end * k_).mT
+        written, erased = solved.split([v_.shape[-1], k_.shape[-1]], -1)
+        chunks = zip(
+            *(x.unbind(2) for x in (written, erased, seen, among, left, since_start[..., -1:, :])), strict=True
+        )
+        found = []
+        for written_, erased_, seen_, among_, left_, kept in chunks:
+            u = written_ - erased_ @ state
+            found.append(seen_ @ state + among_ @ u)
+            state = kept * state + left_ @ u
+        outputs.append(torch.cat(found, 2)[:, :, : piece[0].shape[2]])
     return torch.cat(outputs, 2).transpose(1, 2).to(wanted), state
+
+
+def in_chunks(x, size):
+    """`[B, H, T, C]` → `[B, H, chunks, size, C]`; what is 0 at the end writes and decays nothing."""
+    return F.pad(x, (0, 0, 0, -x.shape[2] % size)).unflatten(2, (-1, size))

@@ -121,6 +121,10 @@ class LTEKind(AttentionKind):
     def chooses_after(self, model: ModelConfig) -> int:
         return self.window(model)
 
+    def close_limits(self, model: ModelConfig) -> dict[str, dict[str, int]]:
+        sinks = model.lte.sink_size
+        return {"lte": {"window_size": model.lte.margin + 10, "buffer_size": sinks + 8, "sink_size": sinks}}
+
     def flops(self, model: ModelConfig, length: int) -> dict[str, float]:
         """Those of attention; and of the router, a KV head: convolutions with 2 taps c_in c_out each, and a projection
         to one logit."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megahybrid.hf.layers_megahybrid import at_least_fp32
+from megahybrid.hf.layers_megahybrid import at_least_fp32, in_own_precision, kernels, last
 from megahybrid.mixers.attention.hf import QUERY_BLOCK, Attention, appended, attend, in_window, newest
 
 
@@ -19,6 +19,8 @@ class LTEAttention(Attention):
     State: the window's `k, v` `[B, H, w + 1, D]`, `positions` `[B, w + 1]` and `score` `[B, H, w + 1]`; the buffer's
     `buffer_k, buffer_v` `[B, H, b, D]`, `buffer_score, buffer_positions` `[B, H, b]`; the router's `rows0..2`.
     """
+
+    packs = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -39,16 +41,46 @@ class LTEAttention(Attention):
             **self.router.empty_state(x),
         }
 
+    def packed_state(self, count, dtype, device):
+        sizes = count, self.kv_heads, self.head_dim, self.columns - 1, self.buffer
+        cache = kernels.LTECache.empty(*sizes, dtype=dtype, device=device)
+        return {**vars(cache), **self.router.packed_state(count)}
+
+    def packed(self, x, sequences, state):
+        o, after = self.mixed(*self.project_packed(x), sequences, state)
+        return self.o_proj(o.flatten(-2)), after
+
+    @in_own_precision
+    def mixed(self, q, k, v, sequences, state):
+        scores, rows = self.router(k, v, sequences, state)
+        inputs = self.rotate_packed(q, sequences), self.rotate_packed(k, sequences), v, scores
+        limits = self.columns - 1, self.sinks, self.buffer
+        if state is None:
+            o, cut = kernels.lte_attention(*inputs, sequences, *limits), sequences.remaining < self.router.margin
+            return o, {"loss": excess(scores, cut[:, None]).sum(0, keepdim=True)} if self.training else None
+        cache = kernels.LTECache(**{name: x for name, x in state.items() if not name.startswith("rows")})
+        inputs = *inputs, cache, sequences
+        o, cache = kernels.lte_attention_with_cache(*inputs, *limits, self.router.margin, in_place=True)
+        return o, {**vars(cache), **rows}
+
     def forward(self, x, positions, state):
+        if not isinstance(positions, torch.Tensor):
+            return self.packed(x, positions, state)
         q, k, v = self.project(x)
-        scores, after = self.router(k, v, positions, state)
-        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        margin = self.router.margin
+        # Scores come `margin` tokens late, and before their tokens leave the window; for a gradient also those of the
+        # last tokens, as if nothing followed.
+        ahead = margin if torch.is_grad_enabled() else 0
+        scores, after = self.router(k, v, positions, state, ahead)
+        if self.training:
+            arrived = scores[:, :, : k.shape[2]].mT
+            after["loss"] = excess(arrived, (positions < margin)[..., None]).sum(1)
+        q, k = self.rotate(positions, q, k)
         columns = appended(state, k, v, positions)
-        columns["score"] = torch.cat([state["score"], torch.zeros_like(scores)], 2)
-        # Scores come `margin` tokens late, and before their tokens leave the window.
-        columns["score"] = columns["score"].slice_scatter(
-            scores, 2, self.columns - self.router.margin, columns["score"].shape[2] - self.router.margin
-        )
+        known = torch.cat([state["score"][:, :, : self.columns - margin], scores], 2)
+        columns["score"] = F.pad(known, (0, margin - ahead))
+        if scores.requires_grad:
+            columns["v"] = StraightThrough.apply(columns["v"], columns["score"])
         buffer = {name: state[f"buffer_{name}"] for name in ("k", "v", "score", "positions")}
         outputs = []
         for first in range(0, q.shape[2], QUERY_BLOCK):
@@ -103,6 +135,28 @@ class LTEAttention(Attention):
         return candidate[..., None, :] & arrived & (outranking < self.buffer)
 
 
+def excess(scores, cut):
+    """What L1 asks to be small, `[…]`: the mean of all heads' positive scores `[…, H]`, where the right context of a
+    token is not cut off."""
+    return scores.masked_fill(cut, 0).relu().mean(-1)
+
+
+class StraightThrough(torch.autograd.Function):
+    """v `[B, H, n, D]` as it is. What it leaves out of sight has no gradient; instead the score `[B, H, n]` gets that
+    of a gate on v, which is 1 (equation 6)."""
+
+    @staticmethod
+    def forward(ctx, v, score):
+        ctx.save_for_backward(v)
+        ctx.dtype = score.dtype
+        return v.view_as(v)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (v,) = ctx.saved_tensors
+        return grad, (at_least_fp32(grad) * at_least_fp32(v)).sum(-1).to(ctx.dtype)
+
+
 class Router(nn.Module):
     """Retention scores from three dilated convolutions over time and a projection, one network a KV head.
 
@@ -134,15 +188,48 @@ class Router(nn.Module):
         zeros = at_least_fp32(x).new_zeros
         return {f"rows{n}": zeros(len(x), self.reach, self.heads * self.channels[n]) for n in range(3)}
 
-    def forward(self, k, v, positions, state):
-        """k, v `[B, H, T, D]`, k not rotated → scores in (-1/2, 1/2) `[B, H, T]` of the tokens `margin` earlier."""
+    def packed_state(self, count):
+        return self._named(kernels.RouterState.empty(count, self._parameters_of_op(), self.dilation))
+
+    def packed(self, k, v, sequences, state):
+        """k, v `[tokens, H, D]` → scores `[tokens, H]`: with a state of the tokens `margin` earlier."""
+        if state is None:
+            logits = kernels.retention_logits(k, v, self._parameters_of_op(), sequences, None, self.dilation)
+        else:
+            rows = kernels.RouterState(tuple(state[f"rows{n}"] for n in range(3)))
+            logits, rows = kernels.retention_logits_streamed(
+                k, v, self._parameters_of_op(), sequences, rows, self.dilation
+            )
+            state = self._named(rows)
+        return torch.sigmoid(logits) - 0.5, state
+
+    @staticmethod
+    def _named(state):
+        return {f"rows{number}": rows for number, rows in enumerate(state.rows)}
+
+    def _parameters_of_op(self):
+        weights, biases = ([getattr(self, f"conv{n}_{name}") for n in range(3)] for name in ("weight", "bias"))
+        return kernels.RouterParameters(tuple(weights), tuple(biases), self.projection, self.projection_bias)
+
+    @in_own_precision
+    def forward(self, k, v, positions, state, ahead=0):
+        """k, v `[B, H, T, D]`, k not rotated → scores in (-1/2, 1/2) `[B, H, T + ahead]` of tokens `margin` earlier;
+        of the last `ahead` as if no token followed the new ones."""
+        if not isinstance(positions, torch.Tensor):
+            return self.packed(k, v, positions, state)
         after = {}
         x = at_least_fp32(torch.cat([k, v], -1)).transpose(1, 2).flatten(-2)
+        count, end = x.shape[1], None
+        if ahead:
+            # Places go on behind the last token: what looks ahead of it is still about those before.
+            x, row, end = F.pad(x, (0, 0, 0, ahead)), torch.arange(count + ahead, device=x.device), positions.amax(1)
+            positions = (positions - row[:count]).where(positions >= 0, -(2**62)).amax(1, keepdim=True) + row
         for number in range(3):
             # Where there is no token of the sequence, the next layer must find zeros, as its padding would be.
-            x = x.masked_fill((positions < 0)[..., None], 0)
+            outside = positions < 0 if end is None else (positions < 0) | (positions > end[:, None])
+            x = x.masked_fill(outside[..., None], 0)
             rows = torch.cat([state[f"rows{number}"], x], 1)
-            after[f"rows{number}"] = rows[:, rows.shape[1] - self.reach :]
+            after[f"rows{number}"] = last(rows[:, : count + self.reach], 1, self.reach)
             weight, bias = (getattr(self, f"conv{number}_{name}").to(x.dtype) for name in ("weight", "bias"))
             x = F.silu(F.conv1d(rows.mT, weight, bias, dilation=self.dilation, groups=self.heads)).mT
             positions = positions - self.reach // 2

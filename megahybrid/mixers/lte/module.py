@@ -175,6 +175,16 @@ class LTEAttention(AttentionProjections):
     def swap(self, policy: str, wanted: Sequence[Sequence[int]], numbers: Sequence[int]) -> None:
         self.policy = made(self, policy, wanted, numbers)
 
+    def balance(self, x: Tensor, context: Context) -> dict[str, Tensor]:
+        _, k, v = self.project(x)
+        logits = retention_logits(
+            k, v, self.router.parameters_for_op(), context.sequences, None, self.lte.conv_dilation
+        )
+        # In the widest gap between the first and the last quarter, so that no rounding decides.
+        middle = logits.sort(0).values[len(logits) // 4 : -(len(logits) // 4)]
+        gap = middle.diff(dim=0).argmax(0, keepdim=True)
+        return {"router.projection_bias": -(middle.gather(0, gap) + middle.gather(0, gap + 1)).squeeze(0) / 2}
+
     def held(self, state: LTEState) -> Tensor:
         ring, buffer = state.cache.positions[:, None], state.cache.buffer_positions
         left = ring <= ring.amax(-1, keepdim=True) - self.lte.window_size  # the buffer has it, if anything does

@@ -75,6 +75,10 @@ class NSAKind(AttentionKind):
     def chooses_after(self, model: ModelConfig) -> int:
         return model.nsa.num_blocks * model.nsa.block_size
 
+    def close_limits(self, model: ModelConfig) -> dict[str, dict[str, int]]:
+        """One block beside those that are always selected."""
+        return {"nsa": {"num_blocks": 4, "window_size": 24}}
+
     def window(self, model: ModelConfig) -> float:
         """The branch of that name, or a block's first token and the whole block before."""
         return max(model.nsa.window_size, model.nsa.block_size + 1)

@@ -2,7 +2,7 @@
 
 import torch
 
-from megahybrid.hf.layers_megahybrid import at_least_fp32, linear
+from megahybrid.hf.layers_megahybrid import at_least_fp32, in_own_precision, kernels, linear
 from megahybrid.mixers.attention.hf import Attention, attend
 
 QUERY_BLOCK = 64  # queries at once, each with selected keys of its own
@@ -20,6 +20,7 @@ class NSAAttention(Attention):
     """
 
     section = "nsa"
+    packs = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -31,9 +32,29 @@ class NSAAttention(Attention):
         nothing = x.new_zeros(len(x), self.kv_heads, 0, self.head_dim)
         return dict.fromkeys(("k", "v", "pooled_k", "pooled_v"), nothing)
 
+    def packed_state(self, count, dtype, device):
+        sizes = count, self.kv_heads, self.head_dim, self.block
+        return {"cache": kernels.NSACache.empty(*sizes, dtype=dtype, device=device)}
+
+    def packed(self, x, sequences, state):
+        o, after = self.mixed(*self.project_packed(x), self.g_proj(x), sequences, state)
+        return self.o_proj(o.flatten(-2)), after
+
+    @in_own_precision
+    def mixed(self, q, k, v, gates, sequences, state):
+        q, k = self.rotate_packed(q, sequences), self.rotate_packed(k, sequences)
+        inputs, limits = (q, k, v, gates.unflatten(-1, (-1, 3)).sigmoid()), (self.block, self.count, self.window)
+        if state is None:
+            return kernels.native_sparse_attention(*inputs, sequences, *limits)[0], None
+        inputs = *inputs, state["cache"], sequences
+        o, cache = kernels.native_sparse_attention_with_cache(*inputs, *limits, in_place=True)
+        return o, {"cache": cache}
+
     def forward(self, x, positions, state):
+        if not isinstance(positions, torch.Tensor):
+            return self.packed(x, positions, state)
         q, k, v = self.project(x)
-        q, k = self.rotate(q, positions), self.rotate(k, positions)
+        q, k = self.rotate(positions, q, k)
         after = self.extended(state, k, v, positions)
         # Rounded once, as what training multiplies with.
         gates = at_least_fp32(torch.sigmoid(self.g_proj(x))).unflatten(-1, (-1, 3)).transpose(1, 2)
@@ -69,6 +90,7 @@ class NSAAttention(Attention):
         """Slots of the tokens of blocks `[..., n]` → `[..., n block_size]`."""
         return (blocks[..., None] * self.block + torch.arange(self.block, device=blocks.device)).flatten(-2)
 
+    @in_own_precision
     def compressed(self, q, positions, state):
         """Attention of q `[B, heads, n, D]` to the means of complete blocks, 0 where there is none; and what it weighs
         each block with, summed over the query heads of a KV head: `[B, H, n, blocks]`."""

@@ -1,0 +1,101 @@
+"""That the verification of a conversion fails for what a conversion may get wrong, one fault at a time."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megahybrid.errors import UserError
+from megahybrid.hf import verify
+from megahybrid.model.stack import build
+from tests.model import tiny
+
+TOKENIZER = SimpleNamespace(document_id=0, of_numbers=False, vocab_size=128, encode=lambda text: list(text.encode()))
+
+
+@pytest.fixture(scope="module")
+def sized(process_group):
+    """A configuration whose limits the text does not reach, but LTE's window: its buffer never fills."""
+    config = tiny.config("GLSNL")
+    model = replace(
+        config.model,
+        vocab_size=128,
+        lte=replace(config.model.lte, window_size=100, buffer_size=200, sink_size=4),
+        nsa=replace(config.model.nsa, num_blocks=10, window_size=300),
+        attention=replace(config.model.attention, window_size=300),
+    )
+    return replace(config, model=model)
+
+
+@pytest.fixture
+def verified(sized):
+    """Verifies a new model whose exported form `damage` has changed; returns what is said, each line or the refusal."""
+
+    def verified(damage=lambda exported: None):
+        trained = build(sized, "cpu", torch.float64).requires_grad_(False)
+        exported, said = verify.converted_model(trained, sized), []
+        damage(exported)
+        try:
+            verify.verify(trained, exported, sized, TOKENIZER, said.append)
+        except UserError as refusal:
+            said.append(str(refusal))
+        return said
+
+    return verified
+
+
+def test_both_comparisons_agree(verified):
+    whole, nats, close = verified()
+    assert whole.startswith("Logits of 296 tokens, whole") and nats.endswith("nats a token of text")
+    assert "with lte.window_size = 16, lte.buffer_size = 12, lte.sink_size = 4, nsa.num_blocks = 4" in close
+
+
+@pytest.mark.parametrize("layer, head, name", [(4, 1, "conv0_weight"), (4, 0, "conv2_bias"), (1, 1, "projection_bias")])
+def test_one_heads_router_of_one_layer(verified, layer, head, name):
+    def damage(exported):
+        weight = exported.get_parameter(f"model.layers.{layer}.mixer.router.{name}")
+        weight.data.unflatten(0, (2, -1))[head].normal_(generator=torch.Generator().manual_seed(0))
+
+    assert "differ by up to" in verified(damage)[-1]
+
+
+@pytest.mark.parametrize(
+    "section, key", [("lte", "sink_size"), ("lte", "buffer_size"), ("nsa", "num_blocks"), ("attention", "window_size")]
+)
+def test_a_limit_that_the_exported_code_misses_by_one(verified, monkeypatch, section, key):
+    """At the model's own sizes nobody sees it."""
+    real = verify._resized_export
+
+    def missed(exported, config):
+        limits = getattr(config.model, section)
+        wrong = replace(limits, **{key: getattr(limits, key) - 1})
+        return real(exported, replace(config, model=replace(config.model, **{section: wrong})))
+
+    monkeypatch.setattr(verify, "_resized_export", missed)
+    whole, _, close, refusal = verified()
+    assert whole.startswith("Logits of 296 tokens, whole") and close.startswith("Logits of 256 tokens with ")
+    assert refusal.startswith("The converted model's logits with ") and "differ by up to" in refusal
+
+
+def test_a_wrong_config_json(verified):
+    def damage(exported):
+        exported.config.lte["buffer_size"] += 1
+
+    (refusal,) = verified(damage)
+    assert "config.json has lte = " in refusal
+
+
+def test_routers_that_have_learnt_to_keep_nothing(verified, sized, monkeypatch):
+    """Without being balanced they would leave no choice to compare."""
+    real = verify.converted_model
+
+    def unwilling(trained, config):
+        for layer in (1, 4):
+            trained.get_parameter(f"layers.{layer}.mixer.router.projection_bias").fill_(-1000)
+        return real(trained, config)
+
+    monkeypatch.setattr(verify, "converted_model", unwilling)
+    assert len(verified()) == 3
+    monkeypatch.setattr(verify, "_balance", lambda *_: None)
+    assert "cannot tell whether model.lte.buffer_size is kept to" in verified()[-1]
