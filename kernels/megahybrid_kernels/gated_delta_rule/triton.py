@@ -296,14 +296,14 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """See `megahybrid_kernels.gated_delta_rule`; float32, bfloat16 or float16, head dims up to 256.
 
-    tune: launches for benchmarks; fixed by head dims and dtype when left out.
+    tune: launches for benchmarks; fixed by head dims, dtype and GPU when left out.
     """
     q, k = (x.to(v.dtype) for x in (q, k))
     q, k, v = map(dense_rows, (q, k, v))
     A_log, dt_bias = A_log.contiguous(), dt_bias.contiguous()
     if initial_state is not None:
         initial_state = initial_state.contiguous()
-    tune = tune or tuning(max(k.shape[2], v.shape[2]), v.dtype)
+    tune = tune or tuning(max(k.shape[2], v.shape[2]), v.dtype, v.device)
     longest = longest_segment(sequences.lengths, v.shape[1], v.shape[2], tune)
     cut = plan(sequences.lengths, tune.chunk, longest, v.device)
     strongest = 2.0 if allow_neg_eigval else 1.0
