@@ -26,16 +26,18 @@ class Table:
         name: of the first family that it was made for.
         shared: bytes of shared memory that a program takes at most.
         architectures: those that its launches were compiled for.
+        precise: Triton's `input_precision` of products of fp32 operands that tf32 has too few digits for.
     """
 
     name: str
     shared: int
     architectures: tuple[str, ...]
+    precise: str = "tf32x3"
 
 
 HOPPER = Table("hopper", 227 * 1024, ("sm_90", "sm_100"))
 AMPERE = Table("ampere", 99 * 1024, ("sm_80", "sm_86", "sm_89", "sm_120"))
-CDNA3 = Table("cdna3", 64 * 1024, ("gfx942",))
+CDNA3 = Table("cdna3", 64 * 1024, ("gfx942",), precise="ieee")
 TABLES = {table.name: table for table in (HOPPER, AMPERE, CDNA3)}
 
 FORCED = os.environ.get("MEGAHYBRID_KERNELS_TABLE")

@@ -1,11 +1,11 @@
 """What Triton compiles the kernels to, for a GPU that need not be there.
 
-    python tests/kernels/compiled.py ARCHITECTURE [--dtype bf16] [--size narrow] [--only REGEX] [--table TABLE]
+    python tests/kernels/compiled.py ARCHITECTURE [--dtype bf16] [--size narrow] [--op OP] [--only REGEX]
 
 Run as a program, with Triton's compiler in place of its interpreter: `doctor`'s cases meet tensors that have shapes but
-no memory, and each kernel that they launch is compiled by the architecture's table of launches, or another. Prints a
-line of JSON for each: kernel, shared memory and spills in bytes, registers of a thread, columns of tensor memory,
-options, or what was raised. Minutes; Triton's cache keeps them.
+no memory, and each kernel that they launch is compiled by the architecture's table of launches. Prints a line of JSON
+for each: kernel, shared memory and spills in bytes, registers of a thread, columns of tensor memory, options, or what
+was raised. Minutes; Triton's cache keeps them.
 """
 
 from __future__ import annotations
@@ -129,15 +129,17 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
     parser.add_argument("--size", default="narrow", choices=SHAPES)
     parser.add_argument("--only", default="", help="kernels whose names this regular expression finds")
-    parser.add_argument("--table", choices=targets.TABLES, help="other launches than the architecture's")
+    parser.add_argument("--op", help="its folder's name; all ops without")
     given = parser.parse_args()
     of_architecture = {name: table.name for table in targets.TABLES.values() for name in table.architectures}
-    targets.FORCED = given.table or of_architecture[given.architecture]
+    targets.FORCED = of_architecture[given.architecture]
     driver.set_active(Driver(given.architecture))
     note_what_ptxas_says()
     Kernel.__getitem__ = compiling(given.only)
     with kernels_without_memory():
         for case in Size(CHECKED, SHAPES[given.size], varied=given.size == "narrow").every_case():
+            if given.op not in (None, case.module):
+                continue
             inputs, sequences, cotangent = prepared(case, torch.device("meta"), DTYPES[given.dtype])
             measuring.run(case, case.public(), inputs, sequences, cotangent)
 

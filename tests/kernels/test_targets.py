@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -83,3 +85,61 @@ def test_a_table_can_be_forced(on_gpu, monkeypatch):
 def test_a_launch_caps_registers_only_where_it_says_so():
     assert Launch(64, 4, 2).options() == {"num_warps": 4, "num_stages": 2}
     assert Launch(64, 4, 2, 128).options() == {"num_warps": 4, "num_stages": 2, "maxnreg": 128}
+
+
+# Bytes that a thread keeps in memory for want of registers, at most. A scan of Hopper's holds all of a state's columns
+# and spills a little; NVIDIA's other tables are made to spill less. fp32 is for comparisons, where products of three
+# take what registers there are.
+SPILLS = {"hopper": 512, "ampere": 160, "cdna3": 160}
+# A router of heads of 128 holds a whole layer's weights; a gradient of NSA's heads of 128 and more has both sums.
+SPILLING = {"retention_router_forward_layer_kernel", "retention_router_backward_input_kernel"}
+SPILLING |= {"retention_router_step", "native_sparse_attention_key_gradient_kernel"}
+MOST_SPILLS = 4096
+
+
+def compiled(architecture: str, *arguments: str) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = [sys.executable, Path(__file__).with_name("compiled.py"), architecture, *arguments]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def faults(architecture: str, lines: list[dict], spills: bool = True) -> list[str]:
+    """What is wrong with each of `compiled`'s lines."""
+    (table,) = [table for table in targets.TABLES.values() if architecture in table.architectures]
+    found = []
+    for line in lines:
+        most = MOST_SPILLS if line["kernel"] in SPILLING else SPILLS[table.name]
+        if "raised" in line:
+            found.append(f"{line['kernel']}: {line['raised']}")
+        elif line["shared"] > table.shared or line["tensor"] > 512 or (spills and line["spills"] > most):
+            found.append(str(line))
+    return found
+
+
+def test_the_delta_rules_scans_fit_where_hoppers_do_not():
+    lines = compiled("sm_89", "--op", "gated_delta_rule", "--only", "reverse_scan")
+    assert lines and not faults("sm_89", lines)
+
+
+def test_what_does_not_fit_is_found():
+    fits = {"kernel": "gated_delta_rule_scan_kernel", "shared": 99 * 1024, "spills": 160, "tensor": 0}
+    wrong = [fits | change for change in ({"shared": 99 * 1024 + 1}, {"spills": 161}, {"raised": "KeyError: maxnreg"})]
+    assert not faults("sm_89", [fits]) and len(faults("sm_89", wrong)) == 3
+    assert not faults("sm_90", wrong[:2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["narrow", "small", "wide", "widest"])
+@pytest.mark.parametrize("architecture", [name for table in targets.TABLES.values() for name in table.architectures])
+def test_every_launch_fits(architecture, size):
+    lines = compiled(architecture, "--size", size)
+    assert len(lines) > 20 and not faults(architecture, lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_89", "sm_90", "gfx942"])
+def test_every_launch_in_fp32_fits(architecture):
+    lines = compiled(architecture, "--dtype", "fp32")
+    assert len(lines) > 20 and not faults(architecture, lines, spills=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
-from megahybrid_kernels.targets import AMPERE, HOPPER, table_of
+from megahybrid_kernels.targets import AMPERE, CDNA3, HOPPER, table_of
 from megahybrid_kernels.tuning import Launch
 
 
@@ -56,6 +56,14 @@ _HALF = {
         ),
         Tuning(
             Launch(32, 4, 1), Launch(32, 8, 1), Launch(32, 8, 2), Launch(32, 8, 1), Launch(64, 8, 2), Launch(16, 4, 2)
+        ),
+    ),
+    CDNA3: (
+        Tuning(
+            Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(16, 4, 1)
+        ),
+        Tuning(
+            Launch(32, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1)
         ),
     ),
 }  # fmt: skip
