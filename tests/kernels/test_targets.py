@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,6 +81,20 @@ def test_a_table_can_be_forced(on_gpu, monkeypatch):
     program = [sys.executable, "-c", "import megahybrid_kernels"]
     done = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert "MEGAHYBRID_KERNELS_TABLE is 'volta': make it one of hopper, ampere, cdna3, or unset it" in done.stderr
+
+
+def test_the_router_takes_the_head_dims_that_a_table_has_room_for(monkeypatch):
+    router = import_module("megahybrid_kernels.retention_router")
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for table, taken in {
+        "hopper": [(bf16, 256), (fp32, 128)],
+        "ampere": [(bf16, 128), (fp32, 64)],
+        "cdna3": [],
+    }.items():
+        monkeypatch.setattr(targets, "FORCED", table)
+        cases = [(dtype, head_dim) for dtype in (bf16, fp32) for head_dim in (64, 128, 256)]
+        widest = {dtype: max([d for t, d in taken if t is dtype], default=0) for dtype in (bf16, fp32)}
+        assert [router.unsupported(*case) is None for case in cases] == [d <= widest[dtype] for dtype, d in cases]
 
 
 def test_a_launch_caps_registers_only_where_it_says_so():
