@@ -25,7 +25,7 @@ class Table:
     Attributes:
         name: of the first family that it was made for.
         shared: bytes of shared memory that a program takes at most.
-        architectures: those that its launches were compiled for.
+        architectures: those that tests compile its launches for.
         precise: Triton's `input_precision` of products of fp32 operands that tf32 has too few digits for.
     """
 

@@ -1,6 +1,6 @@
 """What Triton compiles the kernels to, for a GPU that need not be there.
 
-    python tests/kernels/compiled.py ARCHITECTURE [--dtype bf16] [--size narrow] [--op OP] [--only REGEX]
+    python tests/kernels/compiled.py ARCHITECTURE [--dtype bf16] [--size narrow] [--op OP] [--only REGEX] [--most N]
 
 Run as a program, with Triton's compiler in place of its interpreter: `doctor`'s cases meet tensors that have shapes but
 no memory, and each kernel that they launch is compiled by the architecture's table of launches. Prints a line of JSON
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -100,7 +101,7 @@ def needs(kernel: CompiledKernel) -> dict[str, int]:
     return found | {"registers": registers, "spills": 4 * spilled}
 
 
-def compiling(only: str) -> Callable[[Kernel, int], Callable[..., None]]:
+def compiling(only: str, most: float) -> Callable[[Kernel, int], Callable[..., None]]:
     """In place of `Kernel.__getitem__`."""
     seen: set[str] = set()
 
@@ -117,6 +118,8 @@ def compiling(only: str) -> Callable[[Kernel, int], Callable[..., None]]:
                 line["raised"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             shown = {name: value for name, value in options.items() if isinstance(value, int | str)}
             print(json.dumps(line | {"options": shown}), flush=True)
+            if len(seen) >= most:
+                sys.exit()
 
         return launch
 
@@ -130,12 +133,13 @@ def main() -> None:
     parser.add_argument("--size", default="narrow", choices=SHAPES)
     parser.add_argument("--only", default="", help="kernels whose names this regular expression finds")
     parser.add_argument("--op", help="its folder's name; all ops without")
+    parser.add_argument("--most", type=float, default=math.inf, help="kernels, after which it ends")
     given = parser.parse_args()
     of_architecture = {name: table.name for table in targets.TABLES.values() for name in table.architectures}
     targets.FORCED = of_architecture[given.architecture]
     driver.set_active(Driver(given.architecture))
     note_what_ptxas_says()
-    Kernel.__getitem__ = compiling(given.only)
+    Kernel.__getitem__ = compiling(given.only, given.most)
     with kernels_without_memory():
         for case in Size(CHECKED, SHAPES[given.size], varied=given.size == "narrow").every_case():
             if given.op not in (None, case.module):

@@ -134,8 +134,8 @@ def faults(architecture: str, lines: list[dict], spills: bool = True) -> list[st
 
 
 def test_the_delta_rules_scans_fit_where_hoppers_do_not():
-    lines = compiled("sm_89", "--op", "gated_delta_rule", "--only", "reverse_scan")
-    assert lines and not faults("sm_89", lines)
+    lines = compiled("sm_89", "--op", "gated_delta_rule", "--only", "scan", "--most", "2")
+    assert len(lines) == 2 and not faults("sm_89", lines)
 
 
 def test_what_does_not_fit_is_found():
