@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megahybrid_kernels.targets import table_of
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_HEAD_DIM = 256
 # Elements from row to row, below which the last of 64 rows is within 32 bits of the first.
@@ -16,12 +18,13 @@ _FARTHEST_ROWS = 2**25
 
 
 def takes_triton(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether an op on `x` runs its Triton kernels: on a GPU, in at most 32 bits. All else is PyTorch's.
+    """Whether an op on `x` runs its Triton kernels: on a GPU that they have launches for, in at most 32 bits. All else
+    is PyTorch's.
 
     others: all that the op reads beside x. Raises ValueError when one is on another device, where PyTorch's own ops
     raise but a kernel would read what is not there.
     """
-    if not x.is_cuda or x.dtype not in _DTYPES:
+    if not x.is_cuda or x.dtype not in _DTYPES or table_of(x.device) is None:
         return False
     check_devices(x, *others)
     return True
@@ -29,6 +32,8 @@ def takes_triton(x: Tensor, *others: Tensor | None) -> bool:
 
 def unsupported_head_dims(dtype: torch.dtype, *head_dims: int) -> str | None:
     """`unsupported` of kernels that hold a head's row in a tile."""
+    if table_of(torch.device("cuda")) is None:
+        return f"have no launches for this GPU, {torch.cuda.get_device_name()}"
     if dtype not in _DTYPES:
         return f"take float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if max(head_dims) > _LARGEST_HEAD_DIM:

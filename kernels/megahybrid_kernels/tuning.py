@@ -12,7 +12,7 @@ class Launch:
     Attributes:
         size: of the tile that a program, or a step of its loop, takes; in the dimension that the op's table says.
         warps, stages: Triton's num_warps and num_stages.
-        registers: a thread's at most; None is the compiler's choice.
+        registers: a thread's at most, on NVIDIA's GPUs alone; None is the compiler's choice.
     """
 
     size: int
@@ -20,6 +20,7 @@ class Launch:
     stages: int
     registers: int | None = None
 
-    def options(self) -> dict[str, int | None]:
-        """What every launch takes."""
-        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
+    def options(self) -> dict[str, int]:
+        """What every launch takes; not all backends of Triton know `maxnreg`."""
+        cap = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages} | cap

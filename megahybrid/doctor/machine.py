@@ -28,6 +28,7 @@ from megahybrid.scaling.parameters import parameter_specs
 from megahybrid.training import checkpoint_folder
 from megahybrid.training.resume import Start
 from megahybrid_kernels.judging.measuring import device_name, milliseconds
+from megahybrid_kernels.targets import table_of
 
 _WRITTEN = 2**28  # bytes
 _LINK_SECONDS = 90.0
@@ -62,6 +63,12 @@ def devices(device: torch.device) -> Iterator[Finding]:
             f"GPU {number}: {torch.cuda.get_device_name(number)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
             + ("; other processes hold the rest" if taken else ""),
             not taken,
+        )
+        table = table_of(torch.device("cuda", number))
+        yield Finding(
+            f"GPU {number} has no launches made for it: every op runs its PyTorch path"
+            if table is None
+            else f"GPU {number} takes the launches of the table {table.name}"
         )
     source = torch.zeros(2**28, dtype=torch.float32, device=device)
     target = torch.empty_like(source)

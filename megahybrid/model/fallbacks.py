@@ -24,7 +24,7 @@ def kernel_notes(config: Config, device: torch.device, dtype: torch.dtype, train
         if training and each.quadratic:
             raise UserError(
                 f"{each.key}: {each.op}'s kernels {each.reason}, and without them training takes memory that grows "
-                "with the square of a document's length; choose a value that they take."
+                "with the square of a document's length; choose a value, or a GPU, that they take."
             )
     return [
         f"{each.op} runs in PyTorch here, many times slower than its kernels, which {each.reason} ({each.key})."

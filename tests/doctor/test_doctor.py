@@ -1,6 +1,7 @@
 """`megahybrid doctor` on a CPU: what is right is said with its error, what is wrong is named and ends with 1."""
 
 import inspect
+import itertools
 import re
 import shutil
 import sys
@@ -21,6 +22,7 @@ from megahybrid_kernels.judging import shapes
 from megahybrid_kernels.judging.sizes import SIZES
 from megahybrid_kernels.judging.verdicts import chosen_cases, judge_apart
 from megahybrid_kernels.lte_attention import reference as lte_reference
+from megahybrid_kernels.targets import AMPERE
 from tests.training.conftest import prepared, recipe, text
 
 __all__ = ["prepared", "recipe", "text"]
@@ -191,3 +193,15 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch):
     lines = []
     wrong = diagnose(say=lines.append)
     assert [each.text for each in wrong] == ["OSError: odd"] and "  x" in lines
+
+
+@pytest.mark.parametrize("table, said", [
+    (AMPERE, "GPU 0 takes the launches of the table ampere"),
+    (None, "GPU 0 has no launches made for it: every op runs its PyTorch path"),
+])  # fmt: skip
+def test_a_gpus_table_of_launches_is_named(table, said, monkeypatch):
+    monkeypatch.setattr(machine, "table_of", lambda device: table)
+    for name, value in {"device_count": 1, "mem_get_info": (2**34, 2**34), "get_device_name": "a GPU"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    free, launches = itertools.islice(machine.devices(torch.device("cuda", 0)), 2)
+    assert free.right and launches.right and launches.text == said

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 # Several blocks of columns at small head dims; sequences are never cut, or as soon as they have two chunks.
-WHOLE = replace(gdn.tuning(16, torch.float32), programs=0)
+WHOLE = replace(gdn.tuning(16, torch.float32, torch.device(DEVICE)), programs=0)
 CUT = replace(WHOLE, programs=10**6, shortest=1)
 
 
@@ -93,7 +93,8 @@ def test_half_precision_with_the_tiles_of_training(case):
     lengths = (70, 129)
     inputs = in_dtype(change(make_inputs(lengths, 3, 1, 1, 24, 40), case), torch.float16)
     # Of like keys u and y are small differences, and db is their product.
-    check(inputs, lengths, gdn.tuning(40, torch.float16), (2e-3, 3e-3, 8e-3 if case == "repeated keys" else 4e-3))
+    tune = gdn.tuning(40, torch.float16, torch.device(DEVICE))
+    check(inputs, lengths, tune, (2e-3, 3e-3, 8e-3 if case == "repeated keys" else 4e-3))
 
 
 @pytest.mark.parametrize("tune", [WHOLE, CUT], ids=["whole", "cut"])
@@ -163,7 +164,7 @@ def test_full_sizes_on_a_gpu(case, size, dtype, cut):
     """Against float64 by relative norm, in the launches that training uses, and twice the same bits."""
     lengths, *sizes = size
     inputs = [x.to(DEVICE) for x in in_dtype(change(make_inputs(lengths, 7, *sizes), case), dtype)]
-    tune = gdn.tuning(max(sizes[2:]), dtype)
+    tune = gdn.tuning(max(sizes[2:]), dtype, torch.device(DEVICE))
     tune = replace(tune, programs=10**6 if cut else 0, shortest=4)
     sequences = Sequences.of(lengths, DEVICE)
 

@@ -23,6 +23,7 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import ROW_KINDS, prepar
 from megahybrid_kernels.gated_delta_rule.triton_scan import join_kernel, reverse_scan_kernel, scan_kernel
 from megahybrid_kernels.integers import cdiv, tile_width
 from megahybrid_kernels.sequences import Sequences
+from megahybrid_kernels.targets import table_of
 from megahybrid_kernels.tuning import Launch
 
 # Keys of a tile of `gradient_kernel` at least: with 32 what Triton 3.6 compiles for Hopper is wrong.
@@ -81,7 +82,7 @@ class _Call:
 
     @property
     def precision(self) -> str:
-        return "tf32x3" if self.v.dtype == torch.float32 else "tf32"
+        return table_of(self.v.device).precise if self.v.dtype == torch.float32 else "tf32"
 
     def heads_constants(self) -> dict[str, object]:
         """constexpr arguments that all kernels over chunks share."""
@@ -190,7 +191,8 @@ def _join(call: _Call, transfer: Tensor, own: Tensor, start: Tensor | None, last
     states, values, width = torch.empty_like(own), call.columns(call.tune.join), tile_width(call.key_dim)
     join_kernel[call.programs(values, len(last))](
         transfer, own, start, states, last, call.plan.bounds, HEADS=call.heads, KEY_DIM=call.key_dim,
-        WIDTH=width, ROWS=min(64, width), REVERSE=reverse, **values,
+        WIDTH=width, ROWS=min(64, width), REVERSE=reverse, PRECISION=table_of(call.v.device).precise,
+        **values,
     )  # fmt: skip
     return states
 
@@ -296,14 +298,14 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """See `megahybrid_kernels.gated_delta_rule`; float32, bfloat16 or float16, head dims up to 256.
 
-    tune: launches for benchmarks; fixed by head dims and dtype when left out.
+    tune: launches for benchmarks; fixed by head dims, dtype and GPU when left out.
     """
     q, k = (x.to(v.dtype) for x in (q, k))
     q, k, v = map(dense_rows, (q, k, v))
     A_log, dt_bias = A_log.contiguous(), dt_bias.contiguous()
     if initial_state is not None:
         initial_state = initial_state.contiguous()
-    tune = tune or tuning(max(k.shape[2], v.shape[2]), v.dtype)
+    tune = tune or tuning(max(k.shape[2], v.shape[2]), v.dtype, v.device)
     longest = longest_segment(sequences.lengths, v.shape[1], v.shape[2], tune)
     cut = plan(sequences.lengths, tune.chunk, longest, v.device)
     strongest = 2.0 if allow_neg_eigval else 1.0

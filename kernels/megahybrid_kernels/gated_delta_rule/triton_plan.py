@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
+from megahybrid_kernels.targets import AMPERE, CDNA3, HOPPER, table_of
 from megahybrid_kernels.tuning import Launch
 
 
@@ -35,20 +36,48 @@ class Tuning:
     shortest: int = 16
 
 
-def tuning(width: int, dtype: torch.dtype) -> Tuning:
-    """Fixed by the wider head dim and the dtype, so that all ranks and lengths run the same code."""
-    if dtype == torch.float32:
-        # Every product is three of tf32, whose operands are kept in two parts each.
-        scan, chunk = (Launch(16, 4, 1), 32) if width > 128 else (Launch(32, 4, 1), 64)
-        # Four warps: Triton gives eight the rows of a tile twice as high, and their products read what is not there.
-        gradient = Launch(16, 4, 1)
-        return Tuning(Launch(32, 4, 1), scan, scan, scan, gradient, Launch(16, 4, 1), chunk)
-    if width <= 128:
+# Of half precision, by table: of heads up to 128 wide, and of wider ones.
+_HALF = {
+    HOPPER: (
         # Two scans that run at once fit a multiprocessor.
-        beside = Launch(64, 4, 2)
-        return Tuning(Launch(64, 4, 1, 128), Launch(64, 4, 3), beside, beside, Launch(64, 4, 3), Launch(16, 4, 2))
-    scan = Launch(128, 8, 2)
-    return Tuning(Launch(64, 4, 1, 128), scan, scan, scan, Launch(64, 8, 4), Launch(16, 4, 2))
+        Tuning(
+            Launch(64, 4, 1, 128), Launch(64, 4, 3), Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 3),
+            Launch(16, 4, 2),
+        ),
+        Tuning(
+            Launch(64, 4, 1, 128), Launch(128, 8, 2), Launch(128, 8, 2), Launch(128, 8, 2), Launch(64, 8, 4),
+            Launch(16, 4, 2),
+        ),
+    ),
+    # Half and a quarter of the columns: the state is in registers, and so are both operands of its products.
+    AMPERE: (
+        Tuning(
+            Launch(32, 4, 1), Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2), Launch(64, 4, 3), Launch(16, 4, 2)
+        ),
+        Tuning(
+            Launch(32, 4, 1), Launch(32, 8, 1), Launch(32, 8, 2), Launch(32, 8, 1), Launch(64, 8, 2), Launch(16, 4, 2)
+        ),
+    ),
+    CDNA3: (
+        Tuning(
+            Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(16, 4, 1)
+        ),
+        Tuning(
+            Launch(32, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1)
+        ),
+    ),
+}  # fmt: skip
+
+
+def tuning(width: int, dtype: torch.dtype, device: torch.device) -> Tuning:
+    """Fixed by the wider head dim, the dtype and the kind of GPU, so that all ranks and lengths run the same code."""
+    if dtype != torch.float32:
+        return _HALF[table_of(device)][width > 128]
+    # Every product is three of tf32, whose operands are kept in two parts each.
+    scan, chunk = (Launch(16, 4, 1), 32) if width > 128 else (Launch(32, 4, 1), 64)
+    # Four warps: Triton gives eight the rows of a tile twice as high, and their products read what is not there.
+    gradient = Launch(16, 4, 1)
+    return Tuning(Launch(32, 4, 1), scan, scan, scan, gradient, Launch(16, 4, 1), chunk)
 
 
 @dataclass(frozen=True)

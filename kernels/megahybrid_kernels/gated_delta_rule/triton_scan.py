@@ -293,7 +293,7 @@ def _load_state(
 def join_kernel(
     transfer, own, start, states, last, bounds,
     HEADS: tl.constexpr, KEY_DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, REVERSE: tl.constexpr,
+    ROWS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From each segment's map to the state that it starts from: states[n + 1] = transfer[n] states[n] + own[n].
 
@@ -325,7 +325,7 @@ def join_kernel(
             places = row[:, None] * (1 if REVERSE else KEY_DIM) + column[None, :] * (KEY_DIM if REVERSE else 1)
             moved = tl.load(maps + places, mask=square, other=0)
             added = load_rows(own + segment * state_size, row, row < KEY_DIM, VALUE_DIM, first, VALUE_DIM, COLUMNS)
-            added = tl.dot(moved, state, added, input_precision="tf32x3")
+            added = tl.dot(moved, state, added, input_precision=PRECISION)
             store_rows(last, added, row, row < KEY_DIM, VALUE_DIM, first, VALUE_DIM, COLUMNS)
         tl.debug_barrier()
         state = _load_state(last, first, KEY_DIM, VALUE_DIM, WIDTH, COLUMNS)

@@ -26,6 +26,7 @@ from megahybrid_kernels.lte_attention.triton_backward import (
 from megahybrid_kernels.lte_attention.triton_columns import Columns, Partition, far_columns, partition
 from megahybrid_kernels.lte_attention.triton_forward import forward_kernel
 from megahybrid_kernels.sequences import Sequences
+from megahybrid_kernels.targets import CDNA3, table_of
 from megahybrid_kernels.tuning import Launch
 
 
@@ -52,12 +53,16 @@ class Tuning:
     far: Launch
 
 
-def tuning(head_dim: int, dtype: torch.dtype) -> Tuning:
-    """Fixed by head dim and dtype, so that all ranks and lengths run the same code."""
+def tuning(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
+    """Fixed by head dim, dtype and the kind of GPU, so that all ranks and lengths run the same code."""
     if dtype == torch.float32:
         # Without tf32 a product unrolls to single multiplications: larger tiles compile for minutes.
         launch = Launch(16, 4, 1)
         return Tuning(32, 16, 16, launch, launch, launch, launch)
+    if table_of(device) is CDNA3:
+        launch = Launch(32, 4, 1)
+        wide = head_dim > 128
+        return Tuning(64 if wide else 128, 32 if wide else 64, 32 if wide else 64, launch, launch, launch, launch)
     if head_dim <= 64:
         return Tuning(128, 64, 64, Launch(64, 4, 3), Launch(32, 4, 3), Launch(64, 4, 3), Launch(64, 4, 3))
     if head_dim <= 128:
@@ -81,7 +86,7 @@ class _Shape(Heads):
     @classmethod
     def of(cls, q: Tensor, k: Tensor, tune: Tuning | None) -> _Shape:
         groups = q.shape[1] // k.shape[1]
-        tune = tune or tuning(q.shape[2], q.dtype)
+        tune = tune or tuning(q.shape[2], q.dtype, q.device)
         return cls(q.shape[0], k.shape[1], groups, q.shape[2], _pack(groups, tune.rows), tune)
 
     @property
@@ -195,7 +200,7 @@ def lte_attention(
 ) -> Tensor:
     """See `megahybrid_kernels.lte_attention.lte_attention`; float32, bfloat16 or float16, head dims up to 256.
 
-    tune: tile sizes for benchmarks; fixed by head dim and dtype when left out.
+    tune: tile sizes for benchmarks; fixed by head dim, dtype and GPU when left out.
     """
     q, k, v = map(dense_rows, (q, k, v))
     shape = _Shape.of(q, k, tune)

@@ -81,7 +81,7 @@ def native_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """See `megahybrid_kernels.native_sparse_attention.native_sparse_attention`; float32, bfloat16 or float16.
 
-    tune: tile sizes for benchmarks; fixed by head dim and dtype when left out.
+    tune: tile sizes for benchmarks; fixed by head dim, dtype and GPU when left out.
     """
     q, k, v = map(dense_rows, (q, k, v))
     shape = Shape.of(q, k, block_size, num_blocks, tune)

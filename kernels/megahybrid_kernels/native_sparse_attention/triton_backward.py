@@ -24,6 +24,7 @@ from megahybrid_kernels.native_sparse_attention.triton_plan import Saved, Shape
 from megahybrid_kernels.native_sparse_attention.triton_query_gradient import prepare_kernel, query_gradient_kernel
 from megahybrid_kernels.native_sparse_attention.triton_union import union
 from megahybrid_kernels.sequences import Sequences
+from megahybrid_kernels.targets import HOPPER, table_of
 from megahybrid_kernels.tuning import Launch
 
 
@@ -46,15 +47,15 @@ class Tuning:
     key: Launch
 
 
-def tuning(head_dim: int, dtype: torch.dtype) -> Tuning:
-    """Fixed by head dim and dtype, so that all ranks and lengths run the same code."""
+def tuning(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
+    """Fixed by head dim, dtype and the kind of GPU, so that all ranks and lengths run the same code."""
     if dtype == torch.float32:
         # Without tf32 a product unrolls to single multiplications: larger tiles compile for minutes.
         launch = Launch(16, 4, 1)
         return Tuning(32, 16, launch, launch, launch, launch)
     if head_dim <= 64:
         # Three programs a multiprocessor where 168 registers hold almost all, else two.
-        lean, launch = Launch(64, 4, 3, 168), Launch(64, 4, 3)
+        lean, launch = Launch(64, 4, 3, 168 if table_of(device) is HOPPER else None), Launch(64, 4, 3)
         return Tuning(64, 64, query=lean, selected=launch, compressed=lean, key=launch)
     if head_dim <= 128:
         launch = Launch(64, 4, 2)
@@ -187,9 +188,9 @@ def gradients(
 
     Args:
         do: as q, contiguous.
-        tune: tile sizes for benchmarks; fixed by head dim and dtype when left out.
+        tune: tile sizes for benchmarks; fixed by head dim, dtype and GPU when left out.
     """
-    tune = tune or tuning(shape.head_dim, do.dtype)
+    tune = tune or tuning(shape.head_dim, do.dtype, do.device)
     # One offset serves q, do and dq.
     saved = saved._replace(q=saved.q.contiguous())
     call = _Backward(shape, tune, saved, do, sequences, min(window_size, shape.tokens))

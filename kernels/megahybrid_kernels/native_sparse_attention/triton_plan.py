@@ -20,6 +20,7 @@ from torch import Tensor
 from megahybrid_kernels.heads import Heads
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.sequences import Sequences, Tiles
+from megahybrid_kernels.targets import HOPPER, table_of
 from megahybrid_kernels.tuning import Launch
 
 # Tokens of a query tile at most: no block has fewer.
@@ -78,15 +79,16 @@ class Tuning:
     columns: int
 
 
-def tuning(head_dim: int, dtype: torch.dtype) -> Tuning:
-    """Fixed by head dim and dtype, so that all ranks and lengths run the same code."""
+def tuning(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
+    """Fixed by head dim, dtype and the kind of GPU, so that all ranks and lengths run the same code."""
     if dtype == torch.float32:
         # Without tf32 a product unrolls to single multiplications: larger tiles compile for minutes.
         launch = Launch(16, 4, 1)
         return Tuning(32, 32, launch, launch, launch, Launch(8, 4, 1), 32)
     top = Launch(16, 4, 1)
     if head_dim <= 64:
-        return Tuning(128, 64, Launch(64, 4, 3), Launch(64, 4, 3), Launch(64, 4, 3, 168), top, 64)
+        attend = Launch(64, 4, 3, 168 if table_of(device) is HOPPER else None)
+        return Tuning(128, 64, Launch(64, 4, 3), Launch(64, 4, 3), attend, top, 64)
     if head_dim <= 128:
         return Tuning(64, 64, Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 2), top, 64)
     return Tuning(32, 32, Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2), top, 64)
@@ -103,7 +105,7 @@ class Shape(Heads):
     @classmethod
     def of(cls, q: Tensor, k: Tensor, block_size: int, num_blocks: int, tune: Tuning | None = None) -> Shape:
         """Of a call with q and k."""
-        tune = tune or tuning(q.shape[2], q.dtype)
+        tune = tune or tuning(q.shape[2], q.dtype, q.device)
         return cls(k.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[2], block_size, num_blocks, tune)
 
     @property

@@ -9,6 +9,7 @@ from megahybrid_kernels.backend import takes_triton, unsupported_head_dims
 from megahybrid_kernels.retention_router import reference
 from megahybrid_kernels.retention_router.parameters import Dropout, RouterParameters, RouterState, margin
 from megahybrid_kernels.sequences import Sequences
+from megahybrid_kernels.targets import CDNA3, HOPPER, table_of
 
 __all__ = [
     "Dropout",
@@ -103,9 +104,16 @@ def unsupported(dtype: torch.dtype, head_dim: int, layers: int = 3) -> str | Non
     """Why the kernels do not take whole sequences of such heads, k in `dtype`; None where they do."""
     if layers > 3:  # as many as a launch serves
         return f"take at most 3 convolutions, not {layers}"
-    if dtype == torch.float32 and head_dim > 128:  # more shared memory than a multiprocessor has
-        return f"take head dims up to 128 in float32, not {head_dim}"
-    return unsupported_head_dims(dtype, head_dim)
+    if reason := unsupported_head_dims(dtype, head_dim):
+        return reason
+    table = table_of(torch.device("cuda"))
+    if table is CDNA3:
+        return "are not compiled for this GPU: Triton fails on a weight's gradient"
+    # What half a layer's weight has room for in shared memory.
+    most = (256 if table is HOPPER else 128) // (2 if dtype == torch.float32 else 1)
+    if head_dim > most:
+        return f"take head dims up to {most} in {str(dtype).removeprefix('torch.')}, not {head_dim}"
+    return None
 
 
 def _takes(k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequences) -> bool:

@@ -35,6 +35,7 @@ from megahybrid_kernels.retention_router.triton_layers import (
     forward_layer_kernel,
 )
 from megahybrid_kernels.sequences import Sequences
+from megahybrid_kernels.targets import table_of
 
 # Tokens of a program and its num_warps.
 _FORWARD, _INPUT = (64, 4), (64, 4)
@@ -96,6 +97,7 @@ class _Layer:
         """Layer `number`, counted from 0, for k and v of `dtype`."""
         weight, heads, halves = parameters.weights[number], parameters.projection.shape[0], 1 if number else 2
         drops = dropout is not None and dropout.probability > 0
+        precision = table_of(weight.device).precise if dtype == torch.float32 else "tf32"
         keys, channel_keys, threshold, keep_scale = sequences.begins, sequences.begins, 0, 1.0
         if drops:
             offset = dropout.channel_offset * weight.shape[1] // parameters.weights[0].shape[1]
@@ -104,7 +106,7 @@ class _Layer:
             threshold = min(round(dropout.probability * (1 << 32)), 0xFFFFFFFF)
         return cls(
             number, heads, halves, weight.shape[1] // halves, weight.shape[2], weight.shape[0] // heads, sequences,
-            dilation, keys, channel_keys, threshold, keep_scale, drops, "tf32x3" if dtype == torch.float32 else "tf32",
+            dilation, keys, channel_keys, threshold, keep_scale, drops, precision,
         )  # fmt: skip
 
     @property

@@ -16,6 +16,7 @@ from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, tile_width
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.retention_router.parameters import RouterParameters, RouterState
+from megahybrid_kernels.targets import table_of
 
 _SEQUENCES = 16
 
@@ -24,7 +25,7 @@ _SEQUENCES = 16
 def _taps(
     acc, x, places, weight, tap, half, exists,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, HALVES: tl.constexpr,
-    TAPS: tl.constexpr,
+    TAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds a tap's product with one half of the channels, whose values stand at `places` of x."""
     channel, out = tl.arange(0, WIDTH), tl.arange(0, OUT_WIDTH)
@@ -32,14 +33,14 @@ def _taps(
     value = tl.load(x + places[:, None] + channel[None, :], mask=mask, other=0)
     at = ((out[None, :] * HALVES + half) * CHANNELS + channel[:, None]) * TAPS + tap
     matrix = tl.load(weight + at, mask=(channel < CHANNELS)[:, None] & (out < OUT)[None, :], other=0)
-    return tl.dot(value.to(tl.float32), matrix.to(tl.float32), acc, input_precision="tf32x3")
+    return tl.dot(value.to(tl.float32), matrix.to(tl.float32), acc, input_precision=PRECISION)
 
 
 @triton.jit
 def _layer(
     new, new_places, second, second_places, state, next_state, weight, bias, sequence, head, heads, exists, position,
     dilation, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr,
-    HALVES: tl.constexpr, TAPS: tl.constexpr,
+    HALVES: tl.constexpr, TAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """SiLU(y) `[sequences, OUT_WIDTH]` of a layer whose newest input is `new` (and `second` beside it); shifts the
     rows of its state by that input. `position` is that of the output."""
@@ -54,11 +55,14 @@ def _layer(
         rows = (sequence.to(tl.int64) * past * heads + head) * channels_in + half * CHANNELS
         for tap in tl.static_range(TAPS - 1):
             places = rows + tap * dilation * heads * channels_in
-            acc = _taps(acc, state, places, weight, tap, half, exists, CHANNELS, WIDTH, OUT, OUT_WIDTH, HALVES, TAPS)
+            acc = _taps(
+                acc, state, places, weight, tap, half, exists, CHANNELS, WIDTH, OUT, OUT_WIDTH, HALVES, TAPS, PRECISION
+            )  # fmt: skip
         source = second if half else new
         places = second_places if half else new_places
         acc = _taps(
-            acc, source, places, weight, TAPS - 1, half, exists, CHANNELS, WIDTH, OUT, OUT_WIDTH, HALVES, TAPS
+            acc, source, places, weight, TAPS - 1, half, exists, CHANNELS, WIDTH, OUT, OUT_WIDTH, HALVES, TAPS,
+            PRECISION,
         )  # fmt: skip
         for row in range(past - 1):
             at = rows[:, None] + row * heads * channels_in + channel[None, :]
@@ -76,7 +80,7 @@ def _step(
     new, second, state, next_state, weight, bias, y, projection, projection_bias, logits, positions, count,
     stride, head_stride, second_stride, second_head_stride, late, dilation,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, HALVES: tl.constexpr,
-    TAPS: tl.constexpr, LAST: tl.constexpr, SEQUENCES: tl.constexpr,
+    TAPS: tl.constexpr, LAST: tl.constexpr, SEQUENCES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One layer: y, fp32 `[sequences, kv_heads, OUT]`, and from the last the logits."""
     blocks = tl.cdiv(count, SEQUENCES)
@@ -88,7 +92,7 @@ def _step(
         new, sequence.to(tl.int64) * stride + head * head_stride,
         second, sequence.to(tl.int64) * second_stride + head * second_head_stride,
         state, next_state, weight, bias, sequence, head, heads, exists, position, dilation,
-        CHANNELS, WIDTH, OUT, OUT_WIDTH, HALVES, TAPS,
+        CHANNELS, WIDTH, OUT, OUT_WIDTH, HALVES, TAPS, PRECISION,
     )  # fmt: skip
     out = tl.arange(0, OUT_WIDTH)
     if LAST:
@@ -128,6 +132,7 @@ def retention_logits_step(
             dilation, CHANNELS=channels, WIDTH=tile_width(channels), OUT=out,
             OUT_WIDTH=tile_width(out), HALVES=len(inputs), TAPS=taps,
             LAST=number == len(parameters.weights) - 1, SEQUENCES=_SEQUENCES,
+            PRECISION=table_of(k.device).precise,
         )  # fmt: skip
         inputs = (y,)
     return logits, RouterState(tuple(rows))

@@ -79,7 +79,8 @@ class GDNKind(Kind):
         width, key_dim, value_dim = batch.width, model.gdn.head_dim, model.gdn.value_head_dim
         heads = model.gdn.num_heads // batch.ranks
         keys, values = heads * key_dim, heads * value_dim
-        tune = tuning(max(key_dim, value_dim), torch.bfloat16 if width == 2 else torch.float32)
+        dtype = torch.bfloat16 if width == 2 else torch.float32
+        tune = tuning(max(key_dim, value_dim), dtype, torch.device("cpu"))
         segment = tune.chunk * longest_segment((batch.length,) * batch.samples, heads, value_dim, tune)
         a_head = 2 * width + 4 * ROW_KINDS.value + (3 if width == 2 else 2) * width * tune.chunk
         saved = width * (4 * keys + 5 * values) + heads * a_head

@@ -1,0 +1,160 @@
+"""Which launches a GPU takes, and that they fit it: compiled for each kind of GPU, which need not be there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megahybrid_kernels import backend, targets
+from megahybrid_kernels.targets import AMPERE, CDNA3, HOPPER, fitting, table_of
+from megahybrid_kernels.tuning import Launch
+
+# Bytes of shared memory that a program can have, by NVIDIA's compute capability (CUDA's programming guide); AMD's LDS.
+SHARED = {
+    (7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227,
+    (12, 0): 99, (12, 1): 99,
+}  # fmt: skip
+
+
+def gpu(major: int, minor: int) -> SimpleNamespace:
+    shared = 1024 * SHARED[major, minor]
+    return SimpleNamespace(name="GPU", major=major, minor=minor, shared_memory_per_block_optin=shared)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Makes table_of see a GPU of these properties."""
+    targets._of_device.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def see(properties):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: properties.name)
+
+    yield see
+    targets._of_device.cache_clear()
+
+
+def test_a_gpu_takes_the_table_that_it_has_memory_for():
+    tables = {capability: fitting(gpu(*capability)) for capability in SHARED}
+    assert tables.pop((7, 0)) is tables.pop((7, 5)) is None
+    assert {c for c, table in tables.items() if table is HOPPER} == {(9, 0), (10, 0), (10, 3)}
+    assert all(table.shared <= 1024 * SHARED[c] for c, table in tables.items())
+
+
+def test_of_amd_the_compiled_architectures_alone(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    amd = [SimpleNamespace(gcnArchName=name) for name in ("gfx942:sramecc+:xnack-", "gfx1100", "gfx90a")]
+    assert [fitting(each) for each in amd] == [CDNA3, None, None]
+
+
+def test_what_no_table_fits_runs_in_pytorch_and_is_said_once(on_gpu, caplog):
+    on_gpu(gpu(7, 5))
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32, is_cuda=True)
+    with caplog.at_level(logging.WARNING, "megahybrid_kernels"):
+        assert not backend.takes_triton(x) and not backend.takes_triton(x)
+    assert [r.getMessage() for r in caplog.records] == [
+        "GPU: the kernels have no launches for such a GPU, its ops run in PyTorch."
+    ]
+    assert backend.unsupported_head_dims(torch.float32, 64) == "have no launches for this GPU, GPU"
+    on_gpu(gpu(8, 9))
+    targets._of_device.cache_clear()
+    assert backend.takes_triton(x) and backend.unsupported_head_dims(torch.float32, 64) is None
+
+
+def test_a_table_can_be_forced(on_gpu, monkeypatch):
+    on_gpu(gpu(9, 0))
+    device = torch.device("cuda", 0)
+    assert table_of(device) is HOPPER
+    monkeypatch.setattr(targets, "FORCED", "ampere")
+    assert table_of(device) is AMPERE
+    environment = os.environ | {"MEGAHYBRID_KERNELS_TABLE": "volta"}
+    program = [sys.executable, "-c", "import megahybrid_kernels"]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert "MEGAHYBRID_KERNELS_TABLE is 'volta': make it one of hopper, ampere, cdna3, or unset it" in done.stderr
+
+
+def test_the_router_takes_the_head_dims_that_a_table_has_room_for(monkeypatch):
+    router = import_module("megahybrid_kernels.retention_router")
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for table, taken in {
+        "hopper": [(bf16, 256), (fp32, 128)],
+        "ampere": [(bf16, 128), (fp32, 64)],
+        "cdna3": [],
+    }.items():
+        monkeypatch.setattr(targets, "FORCED", table)
+        cases = [(dtype, head_dim) for dtype in (bf16, fp32) for head_dim in (64, 128, 256)]
+        widest = {dtype: max([d for t, d in taken if t is dtype], default=0) for dtype in (bf16, fp32)}
+        assert [router.unsupported(*case) is None for case in cases] == [d <= widest[dtype] for dtype, d in cases]
+
+
+def test_a_launch_caps_registers_only_where_it_says_so():
+    assert Launch(64, 4, 2).options() == {"num_warps": 4, "num_stages": 2}
+    assert Launch(64, 4, 2, 128).options() == {"num_warps": 4, "num_stages": 2, "maxnreg": 128}
+
+
+# Bytes that a thread keeps in memory for want of registers, at most. A scan of Hopper's holds all of a state's columns
+# and spills a little; NVIDIA's other tables are made to spill less. fp32 is for comparisons, where products of three
+# take what registers there are.
+SPILLS = {"hopper": 512, "ampere": 160, "cdna3": 160}
+# A router of heads of 128 holds a whole layer's weights; a gradient of NSA's heads of 128 and more has both sums.
+SPILLING = {"retention_router_forward_layer_kernel", "retention_router_backward_input_kernel"}
+SPILLING |= {"retention_router_step", "native_sparse_attention_key_gradient_kernel"}
+MOST_SPILLS = 4096
+
+
+def compiled(architecture: str, *arguments: str) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = [sys.executable, Path(__file__).with_name("compiled.py"), architecture, *arguments]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def faults(architecture: str, lines: list[dict], spills: bool = True) -> list[str]:
+    """What is wrong with each of `compiled`'s lines."""
+    (table,) = [table for table in targets.TABLES.values() if architecture in table.architectures]
+    found = []
+    for line in lines:
+        most = MOST_SPILLS if line["kernel"] in SPILLING else SPILLS[table.name]
+        if "raised" in line:
+            found.append(f"{line['kernel']}: {line['raised']}")
+        elif line["shared"] > table.shared or line["tensor"] > 512 or (spills and line["spills"] > most):
+            found.append(str(line))
+    return found
+
+
+def test_the_delta_rules_scans_fit_where_hoppers_do_not():
+    lines = compiled("sm_89", "--op", "gated_delta_rule", "--only", "scan", "--most", "2")
+    assert len(lines) == 2 and not faults("sm_89", lines)
+
+
+def test_what_does_not_fit_is_found():
+    fits = {"kernel": "gated_delta_rule_scan_kernel", "shared": 99 * 1024, "spills": 160, "tensor": 0}
+    wrong = [fits | change for change in ({"shared": 99 * 1024 + 1}, {"spills": 161}, {"raised": "KeyError: maxnreg"})]
+    assert not faults("sm_89", [fits]) and len(faults("sm_89", wrong)) == 3
+    assert not faults("sm_90", wrong[:2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["narrow", "small", "wide", "widest"])
+@pytest.mark.parametrize("architecture", [name for table in targets.TABLES.values() for name in table.architectures])
+def test_every_launch_fits(architecture, size):
+    lines = compiled(architecture, "--size", size)
+    assert len(lines) > 20 and not faults(architecture, lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_89", "sm_90", "gfx942"])
+def test_every_launch_in_fp32_fits(architecture):
+    lines = compiled(architecture, "--dtype", "fp32")
+    assert len(lines) > 20 and not faults(architecture, lines, spills=False)
