@@ -21,10 +21,11 @@ from tests.model import tiny
 ALWAYS = {f"{name}_megahybrid.py" for name in ("configuration", "inference", "layers", "modeling", "packing")}
 
 
-def round_trip(letters, folder, prepared):
+def round_trip(letters, folder, prepared, theta=10000.0):
     """A model with new weights, imported and exported again as `model`; both verify."""
     config = tiny.config(letters, tie_embeddings=False)
     config.model.vocab_size = 384
+    config.model.attention.rope_theta = config.model.nsa.rope_theta = theta
     architecture = exported_config(config)
     torch.manual_seed(0)
     model = MegahybridForCausalLM(MegahybridConfig(**architecture))
@@ -64,6 +65,11 @@ def test_the_kinds_of_its_pattern(letters, kinds, sections, prepared, tmp_path):
     assert set(sys.modules[type(model).__module__].MIXERS) == set(letters)
     rows = torch.arange(80)[None]
     assert torch.equal(model(rows).logits, MegahybridForCausalLM.from_pretrained(folder)(rows).logits)
+
+
+def test_without_rotary_embedding(prepared, tmp_path):
+    config = json.loads((round_trip("SFLN", tmp_path, prepared, theta=None) / "config.json").read_text())
+    assert config["attention"]["rope_theta"] is None and config["nsa"]["rope_theta"] is None
 
 
 def test_what_an_exported_file_may_not_import_is_told(tmp_path, monkeypatch):

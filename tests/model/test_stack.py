@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from megahybrid.model.context import Context
 from megahybrid.model.loss import attach_loss
+from megahybrid.model.stack import build
 from megahybrid_kernels import Sequences
 from tests.model import tiny
 
@@ -42,6 +43,16 @@ def test_pieces_with_state_equal_one_pass(pattern, prompt):
             assert torch.allclose(row, expected[at : at + size], rtol=0, atol=1e-9), at
         at += size
         size = min(draw.choice([1, 1, 2, 9, 17]), max(1, count - at))
+
+
+@pytest.mark.parametrize("theta, seen", [(10000.0, True), (None, False)])
+def test_the_order_of_tokens_is_seen_through_the_rotary_embedding_alone(theta, seen):
+    config = tiny.config("F")
+    config.model.attention.rope_theta = theta
+    model, tokens = build(config, "cpu", torch.float64), tiny.tokens([30])[:-1]
+    turned = torch.cat([tokens[:-1].flip(0), tokens[-1:]])
+    a, b = (logits(model, row, Context(Sequences.of([30])))[-1] for row in (tokens, turned))
+    assert torch.allclose(a, b, rtol=0, atol=1e-10) != seen
 
 
 def test_eviction_really_happens_in_these_tests():

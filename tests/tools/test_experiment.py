@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -149,6 +150,19 @@ def test_text_is_prepared_before_anything_trains(experiment, monkeypatch):
             program.Work(file, Path("runs"), Path("E.csv")).do(file.cells([]), None, 1, None)
         program.Work(experiment(FILE), Path("runs"), Path("E.csv"))._prepare([])
     assert began == [["prepare", str(ROOT / "recipes/recall/text.yaml"), "data.path=nowhere"]]
+
+
+def test_runs_spread_over_the_gpus(experiment, monkeypatch):
+    with ExitStack() as running:
+        for program in loaded("evidence"):
+            monkeypatch.setattr(program, "visible_gpus", lambda: ["4", "7"])
+            work = program.Work(experiment(FILE), Path("runs"), Path("E.csv"))
+            with work._surroundings() as environment:
+                assert environment["CUDA_VISIBLE_DEVICES"] == "4"
+                others = [running.enter_context(work._surroundings())["CUDA_VISIBLE_DEVICES"] for _ in range(3)]
+                assert others == ["7", "4", "7"]
+            with work._surroundings() as environment:
+                assert environment["CUDA_VISIBLE_DEVICES"] == "4"
 
 
 @pytest.mark.slow

@@ -30,8 +30,8 @@ class AttentionConfig:
     """Channels of a head."""
     window_size: int = key(1024)
     """Keys that a sliding-window query (S) sees, itself included."""
-    rope_theta: float = key(10000.0)
-    """Base of the rotary position embedding."""
+    rope_theta: float | None = key(10000.0)
+    """Base of the rotary position embedding; null for none, which leaves order to the layers between."""
 
 
 class Heads(Protocol):

@@ -55,7 +55,7 @@ class Attention(Mixer):
         return (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj))
 
     def rotate_packed(self, x, sequences):
-        return kernels.rotary(x, sequences.positions, self.theta)
+        return x if self.theta is None else kernels.rotary(x, sequences.positions, self.theta)
 
     @in_own_precision
     def attend_packed(self, q, k, v, sequences, cache, window=None):
@@ -66,7 +66,9 @@ class Attention(Mixer):
         return kernels.attention_with_cache(*inputs, cache, sequences, window, in_place=True)
 
     def rotate(self, positions, *tensors):
-        """Rotary embedding of each `[B, H, T, D]`; halves are paired."""
+        """Rotary embedding of each `[B, H, T, D]`, if there is one; halves are paired."""
+        if self.theta is None:
+            return tensors
         x = at_least_fp32(torch.cat(tensors, 1))
         first, second = x.chunk(2, -1)
         phases = positions[:, None, :, None] * frequencies(first.shape[-1], self.theta, x.device)

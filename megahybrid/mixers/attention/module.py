@@ -46,8 +46,8 @@ class AttentionProjections(Mixer):
         return len(weight) // self.head_dim if weight.tensor_model_parallel else 0
 
     def rotate(self, x: Tensor, context: Context) -> Tensor:
-        """Rotary embedding at the tokens' positions in their documents."""
-        return rotary(x, context.sequences.positions, self.theta)
+        """Rotary embedding at the tokens' positions in their documents, if there is one."""
+        return x if self.theta is None else rotary(x, context.sequences.positions, self.theta)
 
     def seen(self, k: Tensor, context: Context, window: int | None, kept: Tensor | None = None) -> Aux | None:
         """What of a watch the heads see: `window` keys, the query's own included (None for all), and those that are

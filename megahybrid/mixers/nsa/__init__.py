@@ -38,8 +38,8 @@ class NSAConfig:
     """Blocks that a query selects; the document's first, its own and the one before are always among them."""
     window_size: int = key(512)
     """Keys that a query sees in its window, itself included."""
-    rope_theta: float = key(10000.0)
-    """Base of the rotary position embedding."""
+    rope_theta: float | None = key(10000.0)
+    """Base of the rotary position embedding; null for none, which leaves order to the layers between."""
 
 
 class NSAKind(AttentionKind):
