@@ -177,6 +177,7 @@ def test_from_training_to_the_verdict(experiment, tmp_path):
     for more, seconds in ((["--jobs", "2"], 600), (["--report"], 60)):
         done = subprocess.run([*command, *more], capture_output=True, text=True, check=False, timeout=seconds)
         assert done.returncode == 1 and "all: INCONCLUSIVE" in done.stdout, done.stdout + done.stderr
+    assert (tmp_path / "E.png").stat().st_size > 5000
     table = load(tmp_path / "E.csv", file)
     assert [(row["arm"], row["seed"]) for row in table] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
     assert all((row["beyond@1:oracle"] is not None) == (row["arm"] == "a") for row in table)
