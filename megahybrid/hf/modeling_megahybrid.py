@@ -156,6 +156,8 @@ class MegahybridModel(MegahybridPreTrainedModel):
         _refuse(kwargs)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         documents = several_documents(x, attention_mask, position_ids, cu_seq_lens_q, seq_idx)
         if documents is not None and (use_cache or cache is not None):
             raise ValueError("Rows of several documents have no cache: give use_cache=False and no past_key_values.")

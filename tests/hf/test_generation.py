@@ -84,6 +84,10 @@ def test_what_is_returned(read):
     assert torch.equal(model.model(rows, attention_mask=mask, return_dict=False)[0], out.hidden_states[-1])
     written = model.generate(rows, return_dict_in_generate=True, output_hidden_states=True, **OPTIONS)
     assert [len(step) for step in written.hidden_states] == [1 + len(PATTERN)] * 8
+    model.config.output_hidden_states = True
+    assert len(model(rows, attention_mask=mask).hidden_states) == 1 + len(PATTERN)
+    model.config.output_hidden_states = False
+    assert model(rows, attention_mask=mask).hidden_states is None
     # Of a prompt generate needs the last logits alone.
     kept = []
     model.lm_head.register_forward_hook(lambda _, __, logits: kept.append(logits.shape[1]))
