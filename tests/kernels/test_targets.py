@@ -34,6 +34,7 @@ def gpu(major: int, minor: int) -> SimpleNamespace:
 def on_gpu(monkeypatch):
     """Makes table_of see a GPU of these properties."""
     targets._of_device.cache_clear()
+    monkeypatch.setattr(targets, "FORCED", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def see(properties):

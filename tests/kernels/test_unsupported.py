@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from megahybrid_kernels import Sequences
+from megahybrid_kernels import Sequences, targets
 
 attention_op, delta_op, lte_op, nsa_op, router_op = (
     import_module(f"megahybrid_kernels.{op}")
@@ -79,6 +79,7 @@ def test_the_dispatch_does_what_the_op_says(call, op, kernel, taken, refused, mo
     module, name = kernel.split(".")
     called = []
     monkeypatch.setattr(op, "takes_triton", lambda *_: True)
+    monkeypatch.setattr(targets, "FORCED", "hopper")
     backend = import_module(f"{op.__name__}.{module}")
     monkeypatch.setattr(backend, name, lambda *args, **options: called.append(name))
     for each in [*taken, *refused]:
