@@ -38,7 +38,7 @@ def sample(number):
 
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, NEEDED)), reason=f"it needs {' and '.join(NEEDED)}")
 def test_needles_are_answered_as_the_training_model_answers(prepared, tmp_path, monkeypatch):
-    """Prompts of several windows and of several lengths, in one batch; new weights, whose answers depend on all of a prompt."""
+    """Prompts of several windows and lengths in one batch; new weights, whose answers depend on all of a prompt."""
     exported = round_trip("GLSFN", tmp_path, prepared)
     groups.shut_down()
     samples = [sample(number) for number in (0, 2, 5)]
@@ -60,8 +60,5 @@ def test_needles_are_answered_as_the_training_model_answers(prepared, tmp_path, 
     found = {line["doc"]["text"]: line["resps"][0][0] for line in map(json.loads, file.read_text().splitlines())}
     expected = {each["text"]: written(exact, each["text"], 6).split("\n")[0] for each in samples}
     groups.shut_down()
-    assert (
-        found == expected
-        and len(set(expected.values())) == 3
-        and all(len(subject.tokenizer.encode(text)) > 100 for text in expected)
-    )
+    assert found == expected and len(set(expected.values())) == 3
+    assert min(len(subject.tokenizer.encode(text)) for text in expected) > 100
