@@ -58,13 +58,13 @@ def sequence_lengths(config: Config) -> Mapping[int, float] | None:
 
 def _indices(shards: Sequence[NDArray[np.int64]], counts: Sequence[int]) -> Iterator[int]:
     """Samples of each source, the more often the larger its weight: of text, whose shards hold so many samples each,
-    some in a row from shards of all over it; of tasks the first ones."""
+    evenly from all over it, since files may stand by their size; of tasks the first ones."""
     first = 0
     for samples, count in zip(shards, counts, strict=False):
         starts = first + np.concatenate([[0], np.cumsum(samples)])
         chosen = np.unique(np.linspace(0, len(samples) - 1, _SHARDS).round().astype(int))
         for shard, share in zip(chosen, apportion(count, [1.0] * len(chosen)), strict=True):
-            yield from (int(starts[shard] + number % samples[shard]) for number in range(share))
+            yield from (int(starts[shard] + number * samples[shard] // share) for number in range(share))
         first = starts[-1]
     for number, count in enumerate(counts[len(shards) :]):
         yield from (ENDLESS * (number + 1) + row for row in range(count))

@@ -23,9 +23,11 @@ from megahybrid.study import prediction
 from megahybrid.study.cells import Cell
 from megahybrid.study.expected import expect
 from megahybrid.study.file import Study
+from megahybrid.study.identity import find_data
 from megahybrid.study.local import Processes
 from megahybrid.study.models import tabled_estimate
 from megahybrid.study.outcomes import Survey, has_branch_point, trunk_of
+from megahybrid.study.results import read_plan
 from megahybrid.study.status import Overall, StatusLine, hours_taken
 from megahybrid.training.run_directory import RunDirectory
 
@@ -94,6 +96,12 @@ class Launching:
         self._said: set[str] = set()
         self._unpredictable = False
         self._look()
+        plan = self.folder / "plan.csv"
+        if plan.is_file() and read_plan(plan)[1] != (find_data(self.outcomes[0].cell.config) or ""):
+            raise UserError(
+                f"The data are others than when '{file}' was planned, and so are its runs; run `megahybrid study plan "
+                f"{file}` again."
+            )
         expect(study, [each.cell for each in self.outcomes if not each.cell.retry_of])
         if fault := self._over_the_limit({each.cell.identity for each in self.outcomes if not each.ended}):
             raise UserError(f"Nothing begins: {fault}")

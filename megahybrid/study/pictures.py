@@ -162,7 +162,9 @@ def multiplier_figure(results: Results) -> Figure | None:
     if not pairs:
         return None
     base = results.kinds[0]
-    names = ["of FLOPs"] + ["of GPU hours"] * np.isfinite(hours.ratio(results, base, base, results.end, 1))
+    names = ["of FLOPs"]
+    if np.isfinite(hours.ratio(results, base, base, results.end, 1)):
+        names.append("of GPU hours")
     figure = Figure(figsize=(5 * len(names), 4.8), layout="constrained")
     columns = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     middles = []

@@ -77,14 +77,14 @@ def read_results(folder: Path) -> Results:
         raise UserError(f"The fit in '{folder}' has no intervals: run `megahybrid study fit` without --bootstrap 0.")
     if {run.kind for run in runs if run.fitted} != set(fit["kinds"]):
         raise UserError(f"runs.csv and fit.json in '{folder}' have other kinds: run `megahybrid study fit` again.")
-    planned, data = _read_plan(folder / "plan.csv")
+    planned, data = read_plan(folder / "plan.csv")
     made = read_json(folder / "prediction.json") or {}  # by identity: a cell may have become another run since
     frozen = {run.cell: made[run.run] for run in runs if run.held_out and run.run in made}
     return Results(folder.resolve().name, runs, _with_nan(fit), planned, data, _with_nan(frozen))
 
 
-def _read_plan(path: Path) -> tuple[dict[str, float], str]:
-    """GPU hours by cell, and the data's identity."""
+def read_plan(path: Path) -> tuple[dict[str, float], str]:
+    """GPU hours by cell, and the identity of the data, empty where they were not prepared yet."""
     rows = read_rows(path) if path.is_file() else []
     if missing := [name for name in ("cell", "gpu_hours", "data") if rows and name not in rows[0]]:
         raise UserError(f"'{path}' has no column {missing[0]}: run `megahybrid study plan` again.")

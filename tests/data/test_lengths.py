@@ -51,6 +51,13 @@ def test_sources_count_by_their_weights(tmp_path):
     assert found[1] > 1.4 * found[0]
 
 
+def test_samples_are_read_from_all_over_a_source():
+    """Files may stand by their size."""
+    for shards in ([1000], [400, 600], [50] * 20):
+        chosen = np.array(list(lengths._indices([np.array(shards)], [64])))
+        assert len(chosen) == 64 and max(np.diff(np.sort(chosen), prepend=0, append=sum(shards))) <= sum(shards) / 6
+
+
 def test_without_masks_or_data(corpus, tmp_path):
     config, _ = corpus
     assert sequence_lengths(replace(config, data=replace(config.data, document_masking=False))) == {SEQ_LENGTH: 1.0}

@@ -21,6 +21,7 @@ from megahybrid.study import prediction
 from megahybrid.study.design import design
 from megahybrid.study.expected import expect
 from megahybrid.study.file import load_study
+from megahybrid.study.identity import find_data
 from megahybrid.study.local import Processes
 from megahybrid.study.outcomes import Survey
 from tests.study.running import calls, leave
@@ -217,6 +218,18 @@ def test_what_is_not_planned_as_it_is_is_refused(make_study, trainer, capsys):
         file.write("\nrepeats: {seeds: 2}")
     assert launch() == 2
     assert "run `megahybrid study plan study.yaml` first" in capsys.readouterr().err and not calls()
+
+
+def test_a_plan_of_other_data_is_refused(make_study, trainer, capsys):
+    cells = design(make_study(*ONE_TRUNK))
+    trainer(0.01)
+    plan = Path("studies/small/plan.csv")
+    for data in ("", "abc"):  # planned before they were prepared, and of others
+        plan.write_text(f"cell,gpu_hours,data\none,1,{data}\n")
+        assert launch() == 2
+        assert "The data are others than when 'study.yaml' was planned" in capsys.readouterr().err and not calls()
+    plan.write_text(f"cell,gpu_hours,data\none,1,{find_data(cells[0].config)}\n")
+    assert launch() == 0 and calls()
 
 
 def test_what_does_not_fit_into_the_gpu_side_by_side_is_refused(make_study, trainer, capsys, monkeypatch):
