@@ -21,7 +21,7 @@ from torch import Tensor
 from megahybrid.config import Config, load_config
 from megahybrid.data.tokenizer import Tokenizer, chat_template
 from megahybrid.errors import UserError
-from megahybrid.files import write_json, write_text
+from megahybrid.files import read_json, write_json, write_text
 from megahybrid.hf import hub, verify
 from megahybrid.hf.card import evaluated, model_card
 from megahybrid.hf.mixer_classes import MIXERS
@@ -79,7 +79,8 @@ def export(
         _write_weights(part, folder, facts, types, most, report)
         if verify.wanted(config, check, report):
             trained = verify.trained_model(folder, config, types)
-            verify.verify(trained, verify.exported_model(part), config, tokenizer, report)
+            exported = verify.exported_model(read_json(part / "config.json"), part.glob("*.safetensors"))
+            verify.verify(trained, exported, config, tokenizer, report)
         if repository is not None:
             hub.require_ready(part, repository, bool(results))
     report(f"Exported {folder} to {target}.")

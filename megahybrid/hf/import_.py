@@ -67,8 +67,10 @@ def import_model(source: Path, target: Path, check: bool | None = None, report: 
         save_config(config, part / "config.yaml")
         if verify.wanted(config, check, report):
             trained = verify.trained_model(part, config)
-            ours = found["model_type"] == MODEL_TYPE
-            exported = verify.exported_model(source) if ours else verify.converted_model(trained, config)
+            if found["model_type"] == MODEL_TYPE:
+                exported = verify.exported_model(found, {file for file, _ in places.values()})
+            else:
+                exported = verify.converted_model(trained, config)
             verify.verify(trained, exported, config, tokenizer, report)
     report(f"Imported {source} to {target}; train.init_from={target} starts a run from it.")
     if tokenizer is None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megahybrid.config import Config
@@ -24,7 +25,7 @@ from megahybrid.devices import free_memory
 from megahybrid.errors import UserError
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
 from megahybrid.hf.modeling_megahybrid import MegahybridForCausalLM
-from megahybrid.hf.naming import exported_config, exported_name
+from megahybrid.hf.naming import exported_config, exported_name, imported_config
 from megahybrid.mixers import KINDS
 from megahybrid.model.context import Context
 from megahybrid.model.mixer import Mixer
@@ -81,9 +82,21 @@ def trained_model(folder: Path, config: Config, types: Mapping[str, torch.dtype]
     return model
 
 
-def exported_model(folder: Path) -> MegahybridForCausalLM:
-    """The model in an exported folder, in float64 on the CPU."""
-    return MegahybridForCausalLM.from_pretrained(folder, dtype=torch.float64).double().eval()
+def exported_model(found: dict[str, Any], files: Iterable[Path]) -> MegahybridForCausalLM:
+    """The model of an exported config.json and its safetensors files, in float64 on the CPU.
+
+    from_pretrained is not for a stranger's folder: some keys of config.json have it load code from the hub, and an
+    adapter's file other weights.
+    """
+    config = exported_config(imported_config(found))
+    with torch.device("meta"):
+        model = MegahybridForCausalLM(MegahybridConfig(**config))
+    weights = {name: weight.double() for file in files for name, weight in load_file(file).items()}
+    if config["tie_word_embeddings"]:
+        weights[exported_name("output.weight")] = weights[exported_name("embedding.weight")]
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return model.eval()
 
 
 def converted_model(trained: Stack, config: Config) -> MegahybridForCausalLM:

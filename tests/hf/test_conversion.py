@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -102,6 +103,30 @@ def test_round_trip_and_a_training_step(exported, reference, recipe, tmp_path, c
     assert main(["export", str(tmp_path / "imported"), str(tmp_path / "again"), "--dtype", "fp32"]) == 0
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(again[exported_name(name)], weight) for name, weight in saved.items())
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "_attn_implementation_internal"])
+def test_config_json_has_no_code_loaded(exported, key, tmp_path, monkeypatch):
+    """As transformers does for an attention that is named as a repository of the hub."""
+    loaded = []
+    monkeypatch.setattr(transformers.modeling_utils, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(transformers.modeling_utils, "load_and_register_kernel", loaded.append)
+    shutil.copytree(exported, tmp_path / "source")
+    file = tmp_path / "source" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: "somebody/kernel"}))
+    assert main(["import", str(tmp_path / "source"), str(tmp_path / "imported"), "--verify"]) == 0
+    assert not loaded
+
+
+def test_an_adapter_does_not_redirect_the_comparison(exported, tmp_path, monkeypatch):
+    """As from_pretrained is, where peft is installed, to another model by name."""
+    shutil.copytree(exported, tmp_path / "source")
+    adapter = {"base_model_name_or_path": str(tmp_path / "another"), "peft_type": "LORA"}
+    (tmp_path / "source" / "adapter_config.json").write_text(json.dumps(adapter))
+    monkeypatch.setattr(transformers.modeling_utils, "is_peft_available", lambda: True)
+    found = transformers.utils.find_adapter_config_file
+    monkeypatch.setattr(transformers.modeling_utils, "find_adapter_config_file", found, raising=False)
+    assert main(["import", str(tmp_path / "source"), str(tmp_path / "imported"), "--verify"]) == 0
 
 
 def test_without_a_tokenizer(exported, reference, tmp_path, capsys):
