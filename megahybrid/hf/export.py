@@ -72,7 +72,7 @@ def export(
     _require_whole(folder, facts, config)
     with staged(target) as part:
         _write_small_files(part, folder, config, tokenizer, _TYPES[dtype])
-        results = evaluated(folder, facts["position"]["step"])
+        results = evaluated(folder, facts, report)
         card = model_card(repository or target.name, config, facts, folder, license_, results)
         write_text(part / "README.md", card)
         types = stored_types(config, _TYPES[dtype])
