@@ -19,7 +19,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from megahybrid.config import Config, load_config
-from megahybrid.data.tokenizer import Tokenizer, chat_template
+from megahybrid.data.chat import Chat
+from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import UserError
 from megahybrid.files import read_json, write_json, write_text
 from megahybrid.hf import hub, verify
@@ -120,21 +121,24 @@ def _write_small_files(part: Path, folder: Path, config: Config, tokenizer: Toke
     architecture = exported_config(config)
     for name, text in model_files(architecture["layers"]).items():
         write_text(part / name, text)
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.document_id)
+    tokens, chat = dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.document_token), Chat.read(folder)
+    if chat.template is not None:
+        write_text(part / "chat_template.jinja", chat.template)
+        tokens |= chat.tokens
+    ids = {f"{name}_id": tokenizer.id_of(token) for name, token in tokens.items()}
     auto = {"AutoConfig": "configuration_megahybrid.MegahybridConfig"}
     for each, name in (("AutoModel", "MegahybridModel"), ("AutoModelForCausalLM", "MegahybridForCausalLM")):
         auto[each] = f"modeling_megahybrid.{name}"
     head = {"architectures": ["MegahybridForCausalLM"], "model_type": MODEL_TYPE, "auto_map": auto}
     write_json(part / "config.json", {**head, "dtype": _NAMES[dtype], **architecture, **ids})
-    write_json(part / "generation_config.json", ids)
+    ends = sorted({ids["eos_token_id"], tokenizer.document_id})  # of an answer, and of a document
+    write_json(part / "generation_config.json", ids | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
     write_text(part / "tokenizer.json", _beginning_documents(folder / "tokenizer.json", tokenizer))
-    if (template := chat_template(folder)) is not None:
-        write_text(part / "chat_template.jinja", template)
     write_json(
         part / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            **dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.document_token),
+            **tokens,
             "model_input_names": ["input_ids", "attention_mask"],
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,

@@ -1,6 +1,7 @@
 """Export and import of a checkpoint that training wrote."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -10,7 +11,8 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer as Backend
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import megahybrid.hf.export as export_module
 import megahybrid.hf.import_ as import_module
@@ -147,19 +149,45 @@ def test_without_a_tokenizer(exported, reference, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_a_chat_template_goes_along(exported, old, tmp_path):
-    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+def test_a_chat_template_goes_along(exported, old, tmp_path, capsys):
+    """With the tokens that it names: as the source's tokenizer writes it, also in what is made of the export."""
+    template = "{{ bos_token }}{% for each in messages %}{{ each.role }}: {{ each.content }}{{ eos_token }}{% endfor %}"
+    backend = Backend.from_file(str(exported / "tokenizer.json"))
+    ids = [backend.encode(text).ids[-1] for text in ("a", "b")]
+    bos, eos = map(backend.id_to_token, ids)  # tokens that the vocabulary has room for
     shutil.copytree(exported, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"bos_token": bos, "eos_token": {"__type": "AddedToken", "content": eos}}
     if old:
-        file = tmp_path / "model" / "tokenizer_config.json"
         several = [{"name": "tools", "template": "none"}, {"name": "default", "template": template}]
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": several}))
+        settings["chat_template"] = several
     else:
         (tmp_path / "model" / "chat_template.jinja").write_text(template)
+        (tmp_path / "model" / "additional_chat_templates").mkdir()
+        (tmp_path / "model" / "additional_chat_templates" / "tools.jinja").write_text("none")
+    file.write_text(json.dumps(settings))
+    for source, target in itertools.pairwise(tmp_path / name for name in ("model", "second", "third")):
+        imported = target.with_name(f"{target.name}-imported")
+        assert main(["import", str(source), str(imported), "--no-verify"]) == 0
+        assert ("chat template is imported, not tools." in capsys.readouterr().out) == (source.name == "model")
+        assert main(["export", str(imported), str(target), "--no-verify"]) == 0
+        messages = [{"role": "user", "content": "def"}, {"role": "assistant", "content": "f"}]
+        written = AutoTokenizer.from_pretrained(target).apply_chat_template(messages, tokenize=False)
+        assert written == f"{bos}user: def{eos}assistant: f{eos}"
+        document = Tokenizer.load(target).document_id
+        config = AutoConfig.from_pretrained(target, trust_remote_code=True)
+        assert [config.bos_token_id, config.eos_token_id, config.pad_token_id] == [*ids, document]
+        assert GenerationConfig.from_pretrained(target).eos_token_id == sorted((ids[1], document))
+
+
+def test_a_chat_models_token_that_its_tokenizer_lacks(exported, tmp_path, capsys):
+    shutil.copytree(exported, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ eos_token }}")
+    file = tmp_path / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<end>"}))
     assert main(["import", str(tmp_path / "model"), str(tmp_path / "imported"), "--no-verify"]) == 0
-    assert main(["export", str(tmp_path / "imported"), str(tmp_path / "again"), "--no-verify"]) == 0
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "again")
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "def"}], tokenize=False) == "user: def\n"
+    assert main(["export", str(tmp_path / "imported"), str(tmp_path / "again"), "--no-verify"]) == 2
+    assert "lacks the token <end> that tokenizer_config.json names; correct either.\n" in capsys.readouterr().err
 
 
 def test_resuming_from_weights_alone_is_refused(exported, recipe, tmp_path, capsys):
