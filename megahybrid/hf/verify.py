@@ -82,16 +82,18 @@ def trained_model(folder: Path, config: Config, types: Mapping[str, torch.dtype]
     return model
 
 
-def exported_model(found: dict[str, Any], files: Iterable[Path]) -> MegahybridForCausalLM:
+def exported_model(description: dict[str, Any], files: Iterable[Path]) -> MegahybridForCausalLM:
     """The model of an exported config.json and its safetensors files, in float64 on the CPU.
 
     from_pretrained is not for a stranger's folder: some keys of config.json have it load code from the hub, and an
     adapter's file other weights.
     """
-    config = exported_config(imported_config(found))
+    config = exported_config(imported_config(description))
     with torch.device("meta"):
         model = MegahybridForCausalLM(MegahybridConfig(**config))
-    weights = {name: weight.double() for file in files for name, weight in load_file(file).items()}
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    found = (item for file in files for item in load_file(file).items() if item[0] in shapes)
+    weights = {name: weight.double().reshape(shapes[name]) for name, weight in found}
     if config["tie_word_embeddings"]:
         weights[exported_name("output.weight")] = weights[exported_name("embedding.weight")]
     model.load_state_dict(weights, assign=True)

@@ -132,6 +132,15 @@ def test_an_adapter_does_not_redirect_the_comparison(exported, tmp_path, monkeyp
     assert main(["import", str(tmp_path / "source"), str(tmp_path / "imported"), "--verify"]) == 0
 
 
+def test_the_comparison_takes_the_tensors_that_import_takes(exported, tmp_path):
+    """Axes of length 1, and what published models hold beside their weights."""
+    shutil.copytree(exported, tmp_path / "source")
+    file = next((tmp_path / "source").glob("model-00001-*"))
+    extra = {"model.num_kept": torch.zeros(1)}
+    save_file({name: weight[:, None] for name, weight in load_file(file).items()} | extra, file)
+    assert main(["import", str(tmp_path / "source"), str(tmp_path / "imported"), "--verify"]) == 0
+
+
 def test_without_a_tokenizer(exported, reference, tmp_path, capsys):
     source, imported, model = (tmp_path / name for name in ("source", "imported", "model"))
     shutil.copytree(exported, source, ignore=shutil.ignore_patterns("tokenizer*"))
