@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -108,6 +107,13 @@ class Tokenizer:
         """Whether its text is numbers (number_tokenizer.py): the model that it belongs to knows bare tokens only."""
         return isinstance(self._backend.model, models.WordLevel)
 
+    def id_of(self, token: str) -> int:
+        """Raises UserError for a token that it lacks."""
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise UserError(f"{self._origin} lacks the token {token} that tokenizer_config.json names; correct either.")
+        return found
+
     def require_fit(self, vocab_size: int) -> None:
         """Raises UserError if the embedding, of `vocab_size` rows, lacks a row for some token."""
         if self.vocab_size > vocab_size:
@@ -167,22 +173,6 @@ def tokenizer_file(path: str | Path) -> Path:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model's folder has a tokenizer, in whatever format."""
     return any((folder / name).is_file() for name in ("tokenizer.json", *_SLOW_FILES))
-
-
-def chat_template(folder: Path) -> str | None:
-    """The template (Jinja) by which transformers turns messages into text, where a tokenizer's folder has one.
-
-    Raises UserError where it cannot be read.
-    """
-    file = folder / "chat_template.jinja"
-    try:
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-        file = folder / "tokenizer_config.json"  # where older versions have it, or several by name
-        found = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
-        return {each["name"]: each["template"] for each in found}.get("default") if isinstance(found, list) else found
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise UserError(f"'{file}' cannot be read ({error}); download it again or remove it.") from error
 
 
 def tokenizer_hash(file: Path) -> str:

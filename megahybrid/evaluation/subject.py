@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -110,7 +108,6 @@ def load(path: Path, dtype: str = "fp32") -> Subject:
 def _load(folder: Path, home: Path, dtype: str, of_run: bool) -> Subject:
     generator, facts = load_generator(folder, DTYPES[dtype]), checkpoint.read_facts(folder)
     config, tokenizer = load_config(folder / "config.yaml"), generator.tokenizer
-    files = {name: file for name, file in facts["files"].items() if name.startswith("weights-")}
     return Subject(
         generator.model,
         config,
@@ -118,7 +115,7 @@ def _load(folder: Path, home: Path, dtype: str, of_run: bool) -> Subject:
         Vocabulary(config.model.vocab_size, tokenizer.document_id, tokenizer if _writes(tokenizer) else None),
         evaluation_window(config),
         facts["position"]["step"],
-        hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16],
+        checkpoint.weights_name(facts),
         home,
         of_run,
         facts["position"].get("tracking_id"),

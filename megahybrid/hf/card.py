@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from megahybrid.files import read_json
 from megahybrid.mixers import KINDS
 from megahybrid.mixers.kind import LEARNED
 from megahybrid.model.settings import Settings
-from megahybrid.training import checkpoint_folder
+from megahybrid.training import checkpoint, checkpoint_folder
 from megahybrid.training.metrics_file import lines_backwards
 from megahybrid.training.run_directory import RunDirectory
 
@@ -52,14 +52,14 @@ Results = Sequence[dict[str, Any]]
 
 
 def model_card(
-    name: str, config: Config, facts: dict[str, Any], checkpoint: Path, license_: str | None, results: Results
+    name: str, config: Config, facts: dict[str, Any], folder: Path, license_: str | None, results: Results
 ) -> str:
-    """README.md of the checkpoint in folder `checkpoint` with this configuration and checkpoint.json.
+    """README.md of the checkpoint in this folder with this configuration and checkpoint.json.
 
     name: the folder's, or the repository's as USER/NAME. results: as of `evaluated`.
     """
     letters = Settings.of(config).pattern.letters
-    rows = {"version of megahybrid": facts["megahybrid"], **_training_facts(config, facts, checkpoint)}
+    rows = {"version of megahybrid": facts["megahybrid"], **_training_facts(config, facts, folder)}
     card = _CARD.format(
         metadata=yaml.safe_dump(_metadata(name, license_, results), sort_keys=False),
         name=name.rpartition("/")[2],
@@ -73,12 +73,19 @@ def model_card(
     return card + _RECALL.format(rows="\n".join(map(_row, results))) if results else card
 
 
-def evaluated(checkpoint: Path, step: int) -> Results:
-    """What `megahybrid eval` has found of a checkpoint in its own place, with what the model has learnt itself."""
-    for home in (checkpoint.parent.parent, checkpoint.parent):  # a run directory, or where a checkpoint was copied to
-        found = read_json(home / "evaluations" / checkpoint_folder.name(step) / "results.json")
-        if found:
+def evaluated(folder: Path, facts: dict[str, Any], report: Callable[[str], None]) -> Results:
+    """What `megahybrid eval` has found of the checkpoint in this folder, with what the model has learnt itself.
+
+    Results of other weights lie at the same place where checkpoints of the same step have stood in one folder.
+    """
+    step = checkpoint_folder.name(facts["position"]["step"])
+    for home in (folder.parent.parent, folder.parent):  # a run directory, or where a checkpoint was copied to
+        file = home / "evaluations" / step / "results.json"
+        if not (found := read_json(file)):
+            continue
+        if found["model"]["weights"] == checkpoint.weights_name(facts):
             return [each for each in found["results"] if each["policy"] == LEARNED and each["n"]]
+        report(f"The model card leaves out '{file}', which is of other weights.")
     return []
 
 
@@ -110,7 +117,7 @@ def _row(entry: dict[str, Any]) -> str:
     )
 
 
-def _training_facts(config: Config, facts: dict[str, Any], checkpoint: Path) -> dict[str, str]:
+def _training_facts(config: Config, facts: dict[str, Any], folder: Path) -> dict[str, str]:
     step = facts["position"]["step"]
     if step == 0:
         return {"steps": "none since its weights were imported"}
@@ -123,7 +130,7 @@ def _training_facts(config: Config, facts: dict[str, Any], checkpoint: Path) -> 
         "peak learning rate": f"{config.optimizer.learning_rate:g} ({config.optimizer.schedule})",
         "precision": config.train.dtype,
     }
-    for line in _until(step, RunDirectory(checkpoint.parent.parent).metrics):
+    for line in _until(step, RunDirectory(folder.parent.parent).metrics):
         rows.setdefault("training loss", f"{line['loss']:.4f} nats a token")
         if line.get("validation_loss") is not None:
             rows["validation loss"] = f"{line['validation_loss']:.4f} nats a token"

@@ -19,9 +19,10 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from megahybrid.config import Config, load_config
-from megahybrid.data.tokenizer import Tokenizer, chat_template
+from megahybrid.data.chat import Chat
+from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import UserError
-from megahybrid.files import write_json, write_text
+from megahybrid.files import read_json, write_json, write_text
 from megahybrid.hf import hub, verify
 from megahybrid.hf.card import evaluated, model_card
 from megahybrid.hf.mixer_classes import MIXERS
@@ -72,14 +73,15 @@ def export(
     _require_whole(folder, facts, config)
     with staged(target) as part:
         _write_small_files(part, folder, config, tokenizer, _TYPES[dtype])
-        results = evaluated(folder, facts["position"]["step"])
+        results = evaluated(folder, facts, report)
         card = model_card(repository or target.name, config, facts, folder, license_, results)
         write_text(part / "README.md", card)
         types = stored_types(config, _TYPES[dtype])
         _write_weights(part, folder, facts, types, most, report)
         if verify.wanted(config, check, report):
             trained = verify.trained_model(folder, config, types)
-            verify.verify(trained, verify.exported_model(part), config, tokenizer, report)
+            exported = verify.exported_model(read_json(part / "config.json"), part.glob("*.safetensors"))
+            verify.verify(trained, exported, config, tokenizer, report)
         if repository is not None:
             hub.require_ready(part, repository, bool(results))
     report(f"Exported {folder} to {target}.")
@@ -119,21 +121,24 @@ def _write_small_files(part: Path, folder: Path, config: Config, tokenizer: Toke
     architecture = exported_config(config)
     for name, text in model_files(architecture["layers"]).items():
         write_text(part / name, text)
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.document_id)
+    tokens, chat = dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.document_token), Chat.read(folder)
+    if chat.template is not None:
+        write_text(part / "chat_template.jinja", chat.template)
+        tokens |= chat.tokens
+    ids = {f"{name}_id": tokenizer.id_of(token) for name, token in tokens.items()}
     auto = {"AutoConfig": "configuration_megahybrid.MegahybridConfig"}
     for each, name in (("AutoModel", "MegahybridModel"), ("AutoModelForCausalLM", "MegahybridForCausalLM")):
         auto[each] = f"modeling_megahybrid.{name}"
     head = {"architectures": ["MegahybridForCausalLM"], "model_type": MODEL_TYPE, "auto_map": auto}
     write_json(part / "config.json", {**head, "dtype": _NAMES[dtype], **architecture, **ids})
-    write_json(part / "generation_config.json", ids)
+    ends = sorted({ids["eos_token_id"], tokenizer.document_id})  # of an answer, and of a document
+    write_json(part / "generation_config.json", ids | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
     write_text(part / "tokenizer.json", _beginning_documents(folder / "tokenizer.json", tokenizer))
-    if (template := chat_template(folder)) is not None:
-        write_text(part / "chat_template.jinja", template)
     write_json(
         part / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            **dict.fromkeys(("bos_token", "eos_token", "pad_token"), tokenizer.document_token),
+            **tokens,
             "model_input_names": ["input_ids", "attention_mask"],
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,

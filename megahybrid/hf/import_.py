@@ -21,9 +21,10 @@ from megahybrid import code_version
 from megahybrid.config import Config, save_config
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.config.validate import validate
-from megahybrid.data.tokenizer import Tokenizer, chat_template, has_tokenizer, tokenizer_file
+from megahybrid.data.chat import Chat
+from megahybrid.data.tokenizer import Tokenizer, has_tokenizer, tokenizer_file
 from megahybrid.errors import UserError
-from megahybrid.files import write_json, write_text
+from megahybrid.files import write_json
 from megahybrid.hf import reference_format, verify
 from megahybrid.hf.naming import MODEL_TYPE, exported_name, imported_config
 from megahybrid.hf.staging import staged, told
@@ -54,6 +55,9 @@ def import_model(source: Path, target: Path, check: bool | None = None, report: 
     tokenizer = Tokenizer.load(source) if has_tokenizer(source) else None
     if tokenizer is not None:
         tokenizer.require_fit(config.model.vocab_size)
+        chat = Chat.read(source)
+        if chat.others:
+            report(f"Only the default chat template is imported, not {', '.join(chat.others)}.")
     specs = parameter_specs(config)
     places = _places(source)
     sources = {name: name_of(name) for name in specs}
@@ -62,13 +66,14 @@ def import_model(source: Path, target: Path, check: bool | None = None, report: 
         _write(part, config, specs, sources, places, found["model_type"], report)
         if tokenizer is not None:
             shutil.copyfile(tokenizer_file(source), part / "tokenizer.json")
-            if (template := chat_template(source)) is not None:
-                write_text(part / "chat_template.jinja", template)
+            chat.write(part)
         save_config(config, part / "config.yaml")
         if verify.wanted(config, check, report):
             trained = verify.trained_model(part, config)
-            ours = found["model_type"] == MODEL_TYPE
-            exported = verify.exported_model(source) if ours else verify.converted_model(trained, config)
+            if found["model_type"] == MODEL_TYPE:
+                exported = verify.exported_model(found, {file for file, _ in places.values()})
+            else:
+                exported = verify.converted_model(trained, config)
             verify.verify(trained, exported, config, tokenizer, report)
     report(f"Imported {source} to {target}; train.init_from={target} starts a run from it.")
     if tokenizer is None:

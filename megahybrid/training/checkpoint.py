@@ -13,6 +13,7 @@ kill at any moment leaves the last good one so. There is no random state to keep
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,6 +112,12 @@ def read_state(path: Path) -> dict[str, Any]:
     if "regulators" not in facts:
         raise UserError(f"'{path}' holds weights only; start a new run with train.init_from='{path}'.")
     return facts
+
+
+def weights_name(facts: dict[str, Any]) -> str:
+    """Names the values of a checkpoint's parameters, by its checkpoint.json."""
+    files = {name: file for name, file in facts["files"].items() if name.startswith("weights-")}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _verify(path: Path, facts: dict[str, Any], model: nn.Module, kinds: Sequence[str]) -> None:

@@ -1,15 +1,18 @@
 """Export and import of a checkpoint that training wrote."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer as Backend
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import megahybrid.hf.export as export_module
 import megahybrid.hf.import_ as import_module
@@ -84,7 +87,8 @@ def test_bf16(reference, tmp_path):
 
 def test_round_trip_and_a_training_step(exported, reference, recipe, tmp_path, capsys):
     assert main(["import", str(exported), str(tmp_path / "imported"), "--verify"]) == 0
-    assert "worst difference" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "worst difference" in said and "Not verified" not in said
     saved = load_file(last_checkpoint(reference) / "weights-00000.safetensors")
     imported = load_file(tmp_path / "imported" / "weights-00000.safetensors")
     assert saved.keys() == imported.keys()
@@ -102,6 +106,39 @@ def test_round_trip_and_a_training_step(exported, reference, recipe, tmp_path, c
     assert main(["export", str(tmp_path / "imported"), str(tmp_path / "again"), "--dtype", "fp32"]) == 0
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(again[exported_name(name)], weight) for name, weight in saved.items())
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "_attn_implementation_internal"])
+def test_config_json_has_no_code_loaded(exported, key, tmp_path, monkeypatch):
+    """As transformers does for an attention that is named as a repository of the hub."""
+    loaded = []
+    monkeypatch.setattr(transformers.modeling_utils, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(transformers.modeling_utils, "load_and_register_kernel", loaded.append)
+    shutil.copytree(exported, tmp_path / "source")
+    file = tmp_path / "source" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: "somebody/kernel"}))
+    assert main(["import", str(tmp_path / "source"), str(tmp_path / "imported"), "--verify"]) == 0
+    assert not loaded
+
+
+def test_an_adapter_does_not_redirect_the_comparison(exported, tmp_path, monkeypatch):
+    """As from_pretrained is, where peft is installed, to another model by name."""
+    shutil.copytree(exported, tmp_path / "source")
+    adapter = {"base_model_name_or_path": str(tmp_path / "another"), "peft_type": "LORA"}
+    (tmp_path / "source" / "adapter_config.json").write_text(json.dumps(adapter))
+    monkeypatch.setattr(transformers.modeling_utils, "is_peft_available", lambda: True)
+    found = transformers.utils.find_adapter_config_file
+    monkeypatch.setattr(transformers.modeling_utils, "find_adapter_config_file", found, raising=False)
+    assert main(["import", str(tmp_path / "source"), str(tmp_path / "imported"), "--verify"]) == 0
+
+
+def test_the_comparison_takes_the_tensors_that_import_takes(exported, tmp_path):
+    """Axes of length 1, and what published models hold beside their weights."""
+    shutil.copytree(exported, tmp_path / "source")
+    file = next((tmp_path / "source").glob("model-00001-*"))
+    extra = {"model.num_kept": torch.zeros(1)}
+    save_file({name: weight[:, None] for name, weight in load_file(file).items()} | extra, file)
+    assert main(["import", str(tmp_path / "source"), str(tmp_path / "imported"), "--verify"]) == 0
 
 
 def test_without_a_tokenizer(exported, reference, tmp_path, capsys):
@@ -122,19 +159,45 @@ def test_without_a_tokenizer(exported, reference, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_a_chat_template_goes_along(exported, old, tmp_path):
-    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+def test_a_chat_template_goes_along(exported, old, tmp_path, capsys):
+    """With the tokens that it names: as the source's tokenizer writes it, also in what is made of the export."""
+    template = "{{ bos_token }}{% for each in messages %}{{ each.role }}: {{ each.content }}{{ eos_token }}{% endfor %}"
+    backend = Backend.from_file(str(exported / "tokenizer.json"))
+    ids = [backend.encode(text).ids[-1] for text in ("a", "b")]
+    bos, eos = map(backend.id_to_token, ids)  # tokens that the vocabulary has room for
     shutil.copytree(exported, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"bos_token": bos, "eos_token": {"__type": "AddedToken", "content": eos}}
     if old:
-        file = tmp_path / "model" / "tokenizer_config.json"
         several = [{"name": "tools", "template": "none"}, {"name": "default", "template": template}]
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": several}))
+        settings["chat_template"] = several
     else:
         (tmp_path / "model" / "chat_template.jinja").write_text(template)
+        (tmp_path / "model" / "additional_chat_templates").mkdir()
+        (tmp_path / "model" / "additional_chat_templates" / "tools.jinja").write_text("none")
+    file.write_text(json.dumps(settings))
+    for source, target in itertools.pairwise(tmp_path / name for name in ("model", "second", "third")):
+        imported = target.with_name(f"{target.name}-imported")
+        assert main(["import", str(source), str(imported), "--no-verify"]) == 0
+        assert ("chat template is imported, not tools." in capsys.readouterr().out) == (source.name == "model")
+        assert main(["export", str(imported), str(target), "--no-verify"]) == 0
+        messages = [{"role": "user", "content": "def"}, {"role": "assistant", "content": "f"}]
+        written = AutoTokenizer.from_pretrained(target).apply_chat_template(messages, tokenize=False)
+        assert written == f"{bos}user: def{eos}assistant: f{eos}"
+        document = Tokenizer.load(target).document_id
+        config = AutoConfig.from_pretrained(target, trust_remote_code=True)
+        assert [config.bos_token_id, config.eos_token_id, config.pad_token_id] == [*ids, document]
+        assert GenerationConfig.from_pretrained(target).eos_token_id == sorted((ids[1], document))
+
+
+def test_a_chat_models_token_that_its_tokenizer_lacks(exported, tmp_path, capsys):
+    shutil.copytree(exported, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ eos_token }}")
+    file = tmp_path / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<end>"}))
     assert main(["import", str(tmp_path / "model"), str(tmp_path / "imported"), "--no-verify"]) == 0
-    assert main(["export", str(tmp_path / "imported"), str(tmp_path / "again"), "--no-verify"]) == 0
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "again")
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "def"}], tokenize=False) == "user: def\n"
+    assert main(["export", str(tmp_path / "imported"), str(tmp_path / "again"), "--no-verify"]) == 2
+    assert "lacks the token <end> that tokenizer_config.json names; correct either.\n" in capsys.readouterr().err
 
 
 def test_resuming_from_weights_alone_is_refused(exported, recipe, tmp_path, capsys):

@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from megahybrid.cli import main
 from megahybrid.errors import UserError
 from megahybrid.hf import hub
+from megahybrid.training.tensor_files import facts_of
 
 REPOSITORY = "somebody/tiny.lalte"
 READY = ["--push-ready", REPOSITORY, "--license", "apache-2.0", "--no-verify"]
@@ -54,6 +56,27 @@ def test_a_card_without_results_and_licence_is_read_too(reference, tmp_path):
     card = ModelCard.load(tmp_path / "model" / "README.md")
     assert card.data.license is None and card.data.eval_results is None and card.data.tags == ["megahybrid"]
     assert 'from_pretrained("FOLDER"' in card.text and "| recall |" not in card.text
+
+
+def test_a_card_has_no_results_of_other_weights(ready, tmp_path, capsys):
+    """Two checkpoints of the same step in one folder: the evaluation of either lies at the same place."""
+    (other,) = (ready / "run" / "checkpoints").glob("step_*20")
+    shutil.copytree(other, tmp_path / "other")
+    shutil.copytree(ready / "run" / "evaluations", tmp_path / "evaluations")
+    assert main(["export", str(tmp_path / "other"), str(tmp_path / "same"), *READY]) == 0
+    assert ModelCard.load(tmp_path / "same" / "README.md").data.eval_results
+    weights = load_file(tmp_path / "other" / "weights-00000.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, tmp_path / "other" / "weights-00000.safetensors")
+    file = tmp_path / "other" / "checkpoint.json"
+    facts = json.loads(file.read_text())
+    facts["files"]["weights-00000.safetensors"] = facts_of(tmp_path / "other" / "weights-00000.safetensors")
+    file.write_text(json.dumps(facts))
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "other"), str(tmp_path / "model"), *READY]) == 0
+    (results,) = (tmp_path / "evaluations").glob("*/results.json")
+    assert f"The model card leaves out '{results}', which is of other weights.\n" in capsys.readouterr().out
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.data.eval_results is None and "| recall |" not in card.text
 
 
 @pytest.mark.parametrize(

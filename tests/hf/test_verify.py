@@ -98,4 +98,22 @@ def test_routers_that_have_learnt_to_keep_nothing(verified, sized, monkeypatch):
     monkeypatch.setattr(verify, "converted_model", unwilling)
     assert len(verified()) == 3
     monkeypatch.setattr(verify, "_balance", lambda *_: None)
-    assert "cannot tell whether model.lte.buffer_size is kept to" in verified()[-1]
+    assert any(line.startswith("Not verified: whether model.lte.buffer_size is kept to") for line in verified())
+
+
+def test_what_a_right_model_leaves_open_is_said_and_no_error(verified, monkeypatch):
+    """Layers that have learnt to add nothing: their limits change no logit."""
+    real = verify.converted_model
+
+    def silent(trained, config):
+        for layer in (1, 4):
+            trained.get_parameter(f"layers.{layer}.mixer.o_proj.weight").zero_()
+        return real(trained, config)
+
+    monkeypatch.setattr(verify, "converted_model", silent)
+    _, _, close, *left_open = verified()
+    assert close.startswith("Logits of 256 tokens with ")
+    assert left_open == [
+        f"Not verified: whether model.lte.{key} is kept to, since with one more no logit changes."
+        for key in ("window_size", "buffer_size", "sink_size")
+    ]
