@@ -46,10 +46,15 @@ def render(job: Job, profile: Profile) -> str:
     return _filled("train.sbatch", _directives(job, profile), _settings(job, profile))
 
 
+def followed_by(submission: str) -> str:
+    """The submission of what follows that one."""
+    return f"{submission}-then"
+
+
 def following(job: Job) -> Job:
     """The job of one process that goes through the steps once that job has ended."""
     output = job.output.with_name(f"then_{job.output.name.removeprefix('slurm_')}")
-    return replace(job, name=f"{job.name}-then", submission=f"{job.submission}-then", nodes=1, output=output)
+    return replace(job, name=f"{job.name}-then", submission=followed_by(job.submission), nodes=1, output=output)
 
 
 def render_following(job: Job, profile: Profile, steps: Sequence[str]) -> str:

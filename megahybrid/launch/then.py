@@ -10,7 +10,6 @@ step; 1: the run is not done, or a step failed.
 from __future__ import annotations
 
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -65,8 +64,6 @@ def _command(step: str, run: Path, checkpoint: str) -> list[str] | None:
     if target.exists():
         _say(f"{target} is there already.")
         return None
-    for left in target.parent.glob(f".{target.name}.*.part"):  # by an export that was killed
-        shutil.rmtree(left, ignore_errors=True)
     return [verb, str(run), str(target), *arguments]
 
 

@@ -269,6 +269,25 @@ def test_what_follows_waits_for_all_jobs_of_a_chain(recipe, tmp_path, monkeypatc
         assert line in script.splitlines(), line
 
 
+@pytest.mark.parametrize(
+    ("queued", "arguments", "said"),
+    [
+        ("", ["--then", "export"], "Job 9 trains"),
+        ("-then", ["--then", "export"], "Job 9 follows"),
+        ("-then", [], None),
+    ],
+)
+def test_what_is_in_the_queue_already(recipe, tmp_path, monkeypatch, capsys, queued, arguments, said):
+    stub_slurm(tmp_path, refused=9)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    (tmp_path / "run" / "submit" / "before").mkdir(parents=True)
+    (tmp_path / "run" / "submit" / "before" / "job.json").write_text('{"submission": "run-1", "jobs": ["8"]}')
+    job = {"job_id": 9, "job_state": "PENDING", "comment": f"run-1{queued}"}
+    (tmp_path / "bin" / "squeue").write_text(f"#!/bin/bash\necho '{json.dumps({'jobs': [job]})}'\n")
+    assert submit(recipe, *arguments) == (2 if said else 0)
+    assert (said or "") in capsys.readouterr().err
+
+
 def test_a_chain_is_taken_back_where_what_follows_is_refused(recipe, tmp_path, monkeypatch):
     stub_slurm(tmp_path, refused=2)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from megahybrid.hf.staging import staged
 from megahybrid.launch import runs, slurm, then
 from megahybrid.launch.task import GO_ON
 from megahybrid.training import checkpoint_folder
@@ -52,12 +53,20 @@ def test_a_run_that_is_not_done_is_followed_by_nothing(done, capsys):
 
 
 def test_every_step_comes_whatever_became_of_the_one_before(done, tmp_path):
-    left = tmp_path / "run" / "exports" / f".{LAST}.17.part"
-    left.mkdir(parents=True)
     run = tmp_path / "run"
     expected = [f"eval {run} --task 'wrong one'".replace("'", ""), f"export {run} {run}/exports/{LAST} --dtype fp32"]
     assert done("eval --task 'wrong one'", "export --dtype fp32") == (1, expected)
-    assert not left.exists()
+
+
+def test_an_export_that_was_killed_leaves_nothing_once_it_comes_again(tmp_path, monkeypatch):
+    """And what another one writes there stays."""
+    monkeypatch.setenv("MEGAHYBRID_SUBMISSION", "mine-then")
+    for owner in ("mine-then", "17"):
+        (tmp_path / f".{LAST}.{owner}.part" / "left").mkdir(parents=True)
+    with staged(tmp_path / LAST) as part:
+        (part / "config.json").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".{LAST}.17.part", LAST]
+    assert [path.name for path in (tmp_path / LAST).iterdir()] == ["config.json"]
 
 
 def test_an_export_that_is_there_stays(done, tmp_path):
