@@ -3,8 +3,8 @@
 A step is a command of megahybrid in one word, without the run: "eval --lengths 1k,4k", "export". Started again it goes
 on: an evaluation has its lines, and an export is whole or absent.
 
-Exit code 0: all is done; 75: it was asked to stop, and goes on when it is started again; above 128: a machine killed a
-step; 1: the run is not done, or a step failed.
+Exit code 0: all is done; 75: it was asked to stop, and goes on when it is started again; 74: a machine was at fault;
+above 128: a machine killed a step; 1: the run is not done, or a step failed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from megahybrid.training import checkpoint_folder
 from megahybrid.training.signals import StopRequest
 
 STEPS = ("eval", "harness", "export")
+FAULT = 74
+"""The exit code for: a machine was at fault."""
 
 
 def main(config_file: str, steps: Sequence[str]) -> int:
@@ -34,7 +36,7 @@ def main(config_file: str, steps: Sequence[str]) -> int:
             found = retry(lambda: checkpoint_folder.find(Path(config.run.dir)), f"Reading {config.run.dir}")
         except MachineFault as error:
             _say(str(error))
-            return GO_ON
+            return FAULT
         except UserError as error:
             _say(str(error))
             return 1
@@ -51,6 +53,9 @@ def main(config_file: str, steps: Sequence[str]) -> int:
             if code < 0:
                 _say(f"`{step}` was killed by signal {-code}.")
                 return 128 - code
+            if code == GO_ON:
+                _say(f"`{step}` met a machine's fault.")
+                return FAULT
             failed |= code != 0
     return int(failed)
 
