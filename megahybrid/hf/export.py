@@ -21,7 +21,7 @@ from torch import Tensor
 from megahybrid.config import Config, load_config
 from megahybrid.data.tokenizer import Tokenizer, chat_template
 from megahybrid.errors import UserError
-from megahybrid.files import write_json, write_text
+from megahybrid.files import read_json, write_json, write_text
 from megahybrid.hf import hub, verify
 from megahybrid.hf.card import evaluated, model_card
 from megahybrid.hf.mixer_classes import MIXERS
@@ -85,6 +85,12 @@ def export(
     report(f"Exported {folder} to {target}.")
     if repository is not None:
         report(f"It is ready for the hub: hf upload {repository} {target}")
+
+
+def is_exported(target: Path, dtype: str = "bf16", license_: str | None = None) -> bool:
+    """Whether the folder is an exported model with weights of this type, and under this licence where one is given."""
+    config = read_json(target / "config.json") or {}
+    return config.get("dtype") == _NAMES[_TYPES[dtype]] and license_ in (None, hub.license_of(target))
 
 
 def stored_types(config: Config, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -9,6 +9,7 @@ above 128: a machine killed a step; 1: the run is not done, or a step failed.
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import subprocess
 import sys
@@ -66,10 +67,20 @@ def _command(step: str, run: Path, checkpoint: str) -> list[str] | None:
     if verb != "export":
         return [verb, str(run), *arguments]
     target = run / "exports" / checkpoint
-    if target.exists():
+    if _is_there(target, arguments):
         _say(f"{target} is there already.")
         return None
     return [verb, str(run), str(target), *arguments]
+
+
+def _is_there(target: Path, arguments: Sequence[str]) -> bool:
+    """Whether an export with these arguments is; beside another one a new one has no place, and it will say so."""
+    from megahybrid.hf.export import is_exported
+
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    parser.add_argument("--dtype")
+    parser.add_argument("--license", dest="license_")
+    return is_exported(target, **vars(parser.parse_known_args(arguments)[0]))
 
 
 def _do(command: Sequence[str] | None, stop_request: StopRequest) -> int:

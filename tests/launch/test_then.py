@@ -73,9 +73,26 @@ def test_an_export_that_was_killed_leaves_nothing_once_it_comes_again(tmp_path, 
     assert [path.name for path in (tmp_path / LAST).iterdir()] == ["config.json"]
 
 
-def test_an_export_that_is_there_stays(done, tmp_path):
-    (tmp_path / "run" / "exports" / LAST).mkdir(parents=True)
-    assert done("export") == (0, [])
+@pytest.mark.parametrize(
+    "there, arguments, stays",
+    [
+        ({"config.json": '{"dtype": "bfloat16"}'}, "", True),
+        ({"config.json": '{"dtype": "bfloat16"}', "README.md": "---\nlicense: mit\n---\n"}, " --license=mit", True),
+        ({"config.json": '{"dtype": "bfloat16"}', "README.md": "---\nlicense: mit\n---\n"}, " --license isc", False),
+        ({"config.json": '{"dtype": "bfloat16"}'}, " --license mit --no-verify", False),
+        ({"config.json": '{"dtype": "bfloat16"}'}, " --dtype fp32", False),
+        ({"config.json": '{"dtype": "float32"}'}, "", False),
+        ({"README.md": "mine"}, "", False),
+        ({}, "", False),
+    ],
+)
+def test_an_export_that_is_there_stays(done, tmp_path, there, arguments, stays):
+    """Where it is what was asked for; else `export` refuses its folder."""
+    target = tmp_path / "run" / "exports" / LAST
+    target.mkdir(parents=True)
+    for name, text in there.items():
+        (target / name).write_text(text)
+    assert done(f"export{arguments}") == (0, [] if stays else [f"export {tmp_path}/run {target}{arguments}"])
 
 
 def test_a_step_that_is_killed_is_told_from_one_that_fails(done, tmp_path):
