@@ -1,4 +1,5 @@
-"""The command line: one verb a thing to do. It parses, calls, and turns UserError into one line and exit code 2."""
+"""The command line: one verb a thing to do. It parses, calls, and turns UserError into one line and exit code 2, or 75
+where a machine was at fault: starting again may do it."""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megahybrid.errors import UserError
+from megahybrid.errors import MachineFault, UserError
 from megahybrid.evaluation.command import add_arguments as add_eval_arguments
 from megahybrid.evaluation.command import planned
 from megahybrid.evaluation.command import run as evaluate
 from megahybrid.inference.command import add_arguments as add_generate_arguments
 from megahybrid.inference.command import run as generate
+from megahybrid.launch.task import GO_ON
 from megahybrid.study.command import add_arguments as add_study_arguments
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return parsed.run(parsed) or 0
     except UserError as error:
         _say(error)
-        return 2
+        return GO_ON if isinstance(error, MachineFault) else 2
     except KeyboardInterrupt:
         where = " from the last checkpoint" if parsed.run is _train else ""
         print(f"megahybrid: interrupted; the same command goes on{where}.", file=sys.stderr)

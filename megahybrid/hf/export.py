@@ -89,6 +89,12 @@ def export(
         report(f"It is ready for the hub: hf upload {repository} {target}")
 
 
+def is_exported(target: Path, dtype: str = "bf16", license_: str | None = None) -> bool:
+    """Whether the folder is an exported model with weights of this type, and under this licence where one is given."""
+    config = read_json(target / "config.json") or {}
+    return config.get("dtype") == _NAMES[_TYPES[dtype]] and license_ in (None, hub.license_of(target))
+
+
 def stored_types(config: Config, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The type in which each parameter is exported: `dtype`, but fp32 for what a kind of layer keeps in it."""
     kept = {name for letter in Settings.of(config).pattern.letters for name in MIXERS[letter].keep_in_fp32}

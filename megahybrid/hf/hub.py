@@ -35,6 +35,12 @@ def check_wishes(repository: str | None, license_: str | None) -> None:
         raise UserError("--push-ready wants a licence; give --license, such as apache-2.0.")
 
 
+def license_of(folder: Path) -> str | None:
+    """The licence that a folder's card names."""
+    card = folder / "README.md"
+    return _card(card.read_text(encoding="utf-8"))[0].get("license") if card.is_file() else None
+
+
 def require_ready(folder: Path, repository: str, evaluated: bool) -> None:
     """Raise UserError, which names all that is missing, for a folder that the hub would show or load badly.
 

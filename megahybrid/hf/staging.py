@@ -25,7 +25,9 @@ def staged(target: Path) -> Iterator[Path]:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"'{target}' exists and is not an empty folder; give another one or remove it.")
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    # A job that was killed finds its own part when it comes again, and nobody else's.
+    owner = os.environ.get("MEGAHYBRID_SUBMISSION", os.getpid())
+    part = target.with_name(f".{target.name}.{owner}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)

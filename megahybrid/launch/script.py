@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -46,16 +47,41 @@ def render(job: Job, profile: Profile) -> str:
     return _filled("train.sbatch", _directives(job, profile), _settings(job, profile))
 
 
+def followed_by(submission: str) -> str:
+    """The submission of what follows that one."""
+    return f"{submission}-then"
+
+
 def following(job: Job) -> Job:
     """The job of one process that goes through the steps once that job has ended."""
     output = job.output.with_name(f"then_{job.output.name.removeprefix('slurm_')}")
-    return replace(job, name=f"{job.name}-then", submission=f"{job.submission}-then", nodes=1, output=output)
+    return replace(job, name=f"{job.name}-then", submission=followed_by(job.submission), nodes=1, output=output)
 
 
 def render_following(job: Job, profile: Profile, steps: Sequence[str]) -> str:
     """Likewise the script of `following`, with these steps (then.py)."""
-    job, profile = following(job), replace(profile, gpus_per_node=1)
+    job, profile = following(job), _of_one_gpu(profile)
     return _filled("then.sbatch", _directives(job, profile), [*_settings(job, profile), _array("THEN", steps)])
+
+
+def _of_one_gpu(profile: Profile) -> Profile:
+    """With a GPU's share of a node, and without what asks for all of it."""
+    whole = ("--exclusive", "--mem")
+    return replace(
+        profile,
+        gpus_per_node=1,
+        mem=_share(profile.mem, profile.gpus_per_node),
+        sbatch=[option for option in profile.sbatch if option.partition("=")[0] not in whole],
+    )
+
+
+def _share(memory: str | None, parts: int) -> str | None:
+    """Of memory as sbatch reads it, a bare number in megabytes; None, for the cluster's default, of all of a node's."""
+    found = re.fullmatch(r"(\d+)([KMGT]?)B?", memory or "0", re.IGNORECASE)
+    if found is None:
+        return memory  # sbatch will say so
+    megabytes = int(found[1]) * 1024.0 ** ("KMGT".index(found[2].upper() or "M") - 1) / parts
+    return f"{math.ceil(megabytes)}M" if megabytes else None
 
 
 def _filled(template: str, directives: Sequence[str], settings: Sequence[str]) -> str:

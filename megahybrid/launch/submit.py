@@ -18,7 +18,7 @@ from megahybrid.files import read_json, write_json, write_text
 from megahybrid.launch import pinned, slurm
 from megahybrid.launch.checks import check_start
 from megahybrid.launch.profile import Profile
-from megahybrid.launch.script import Job, following, render, render_following
+from megahybrid.launch.script import Job, followed_by, following, render, render_following
 from megahybrid.training.run_directory import RunDirectory
 
 
@@ -89,7 +89,7 @@ def submit(request: Request, dry_run: bool = False) -> Submission:
         scripts["then.sbatch"] = render_following(job, request.profile, request.then)
     if dry_run:
         return Submission(scripts["job.sbatch"], job.output)
-    _refuse_a_second_job(run_dirs)
+    _refuse_a_second_job(run_dirs, bool(request.then))
     for script in scripts.values():
         slurm.sbatch_accepts(script)
     numbers, then = _send(job, configs, scripts, request)
@@ -109,15 +109,18 @@ def array(recipe: str, overrides: Sequence[str], text: str) -> list[Config]:
     return configs
 
 
-def _refuse_a_second_job(run_dirs: Sequence[Path]) -> None:
+def _refuse_a_second_job(run_dirs: Sequence[Path], followed: bool) -> None:
+    """Raise UserError where a job trains one of the runs, or where it is to be `followed` and a job follows it."""
     active = [job for job in slurm.jobs() if job.state in ("PENDING", "RUNNING", "COMPLETING")]
     for path in run_dirs:
-        for facts in map(read_json, path.glob("submit/*/job.json")):
-            if job := next((job for job in active if facts and job.is_for(facts)), None):
-                raise UserError(
-                    f"Job {job.id} trains {path} already ({job.state.lower()}); cancel it first (scancel {job.id}), or "
-                    "give another run.dir."
-                )
+        for facts in filter(None, map(read_json, path.glob("submit/*/job.json"))):
+            of_what_follows = facts | {"submission": followed_by(facts["submission"])}
+            for does, run in (("trains", facts), ("follows", of_what_follows))[: 1 + followed]:
+                if job := next((job for job in active if job.is_for(run)), None):
+                    raise UserError(
+                        f"Job {job.id} {does} {path} already ({job.state.lower()}); cancel it first (scancel {job.id}),"
+                        " or give another run.dir."
+                    )
 
 
 def _send(

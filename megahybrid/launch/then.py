@@ -3,14 +3,14 @@
 A step is a command of megahybrid in one word, without the run: "eval --lengths 1k,4k", "export". Started again it goes
 on: an evaluation has its lines, and an export is whole or absent.
 
-Exit code 0: all is done; 75: it was asked to stop, and goes on when it is started again; above 128: a machine killed a
-step; 1: the run is not done, or a step failed.
+Exit code 0: all is done; 75: it was asked to stop, and goes on when it is started again; 74: a machine was at fault;
+above 128: a machine killed a step; 1: the run is not done, or a step failed.
 """
 
 from __future__ import annotations
 
+import argparse
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +25,8 @@ from megahybrid.training import checkpoint_folder
 from megahybrid.training.signals import StopRequest
 
 STEPS = ("eval", "harness", "export")
+FAULT = 74
+"""The exit code for: a machine was at fault."""
 
 
 def main(config_file: str, steps: Sequence[str]) -> int:
@@ -35,7 +37,7 @@ def main(config_file: str, steps: Sequence[str]) -> int:
             found = retry(lambda: checkpoint_folder.find(Path(config.run.dir)), f"Reading {config.run.dir}")
         except MachineFault as error:
             _say(str(error))
-            return GO_ON
+            return FAULT
         except UserError as error:
             _say(str(error))
             return 1
@@ -52,6 +54,9 @@ def main(config_file: str, steps: Sequence[str]) -> int:
             if code < 0:
                 _say(f"`{step}` was killed by signal {-code}.")
                 return 128 - code
+            if code == GO_ON:
+                _say(f"`{step}` met a machine's fault.")
+                return FAULT
             failed |= code != 0
     return int(failed)
 
@@ -62,12 +67,20 @@ def _command(step: str, run: Path, checkpoint: str) -> list[str] | None:
     if verb != "export":
         return [verb, str(run), *arguments]
     target = run / "exports" / checkpoint
-    if target.exists():
+    if _is_there(target, arguments):
         _say(f"{target} is there already.")
         return None
-    for left in target.parent.glob(f".{target.name}.*.part"):  # by an export that was killed
-        shutil.rmtree(left, ignore_errors=True)
     return [verb, str(run), str(target), *arguments]
+
+
+def _is_there(target: Path, arguments: Sequence[str]) -> bool:
+    """Whether an export with these arguments is; beside another one a new one has no place, and it will say so."""
+    from megahybrid.hf.export import is_exported
+
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    parser.add_argument("--dtype")
+    parser.add_argument("--license", dest="license_")
+    return is_exported(target, **vars(parser.parse_known_args(arguments)[0]))
 
 
 def _do(command: Sequence[str] | None, stop_request: StopRequest) -> int:

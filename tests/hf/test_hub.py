@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from megahybrid.cli import main
 from megahybrid.errors import UserError
 from megahybrid.hf import hub
+from megahybrid.hf.export import is_exported
 from megahybrid.training.tensor_files import facts_of
 
 REPOSITORY = "somebody/tiny.lalte"
@@ -38,6 +39,8 @@ def test_the_hub_reads_the_card(ready):
     assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
         *("apache-2.0", "transformers", "text-generation"),
     )
+    assert is_exported(ready / "model", license_="apache-2.0")
+    assert not any(is_exported(ready / "model", **other) for other in ({"dtype": "fp32"}, {"license_": "mit"}))
     assert f'from_pretrained("{REPOSITORY}", trust_remote_code=True)' in card.text
     (results,) = (ready / "run" / "evaluations").glob("*/results.json")
     entries = [each for each in json.loads(results.read_text())["results"] if each["policy"] == "learned"]

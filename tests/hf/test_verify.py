@@ -61,7 +61,11 @@ def test_one_heads_router_of_one_layer(verified, layer, head, name):
 
 
 @pytest.mark.parametrize(
-    "section, key", [("lte", "sink_size"), ("lte", "buffer_size"), ("nsa", "num_blocks"), ("attention", "window_size")]
+    "section, key",
+    [
+        *(("lte", "window_size"), ("lte", "sink_size"), ("lte", "buffer_size")),
+        *(("nsa", "num_blocks"), ("nsa", "window_size"), ("attention", "window_size")),
+    ],
 )
 def test_a_limit_that_the_exported_code_misses_by_one(verified, monkeypatch, section, key):
     """At the model's own sizes nobody sees it."""
@@ -76,6 +80,50 @@ def test_a_limit_that_the_exported_code_misses_by_one(verified, monkeypatch, sec
     whole, _, close, refusal = verified()
     assert whole.startswith("Logits of 296 tokens, whole") and close.startswith("Logits of 256 tokens with ")
     assert refusal.startswith("The converted model's logits with ") and "differ by up to" in refusal
+
+
+@pytest.fixture
+def refused(verified, monkeypatch):
+    """Requires that an exported model is refused one of whose layers `change` has made wrong once limits are close."""
+    real = verify._resized_export
+
+    def refused(layer, change):
+        def changed(exported, config):
+            exported = real(exported, config)
+            change(exported.model.layers[layer].mixer)
+            return exported
+
+        monkeypatch.setattr(verify, "_resized_export", changed)
+        *said, refusal = verified()
+        assert len(said) == 3 and "differ by up to" in refusal and "inf" not in refusal
+
+    return refused
+
+
+@pytest.mark.parametrize("layer", [1, 4])
+def test_a_buffer_whose_values_change_places_in_one_layer(refused, layer):
+    """Which steps alone read."""
+
+    def scrambled(mixer):
+        def forward(x, positions, state, real=mixer.forward):
+            output, after = real(x, positions, state)
+            return output, after | {"buffer_v": after["buffer_v"].roll(1, 2)}
+
+        mixer.forward = forward
+
+    refused(layer, scrambled)
+
+
+def test_one_query_that_selects_a_wrong_block_for_one_head(refused):
+    def wrong(mixer):
+        def selected(q, positions, scores, state, real=mixer.selected):
+            scores = scores.clone()
+            scores[:, 1, positions[0] == 200] *= -1
+            return real(q, positions, scores, state)
+
+        mixer.selected = selected
+
+    refused(3, wrong)
 
 
 def test_a_wrong_config_json(verified):

@@ -14,7 +14,8 @@ from megahybrid.config import load_config
 from megahybrid.config.schema import SourceConfig
 from megahybrid.errors import MachineFault, UserError
 from megahybrid.launch import verdict
-from megahybrid.launch.profile import FOLDER, load_profile
+from megahybrid.launch.profile import FOLDER, Profile, load_profile
+from megahybrid.launch.script import Job, render_following
 from megahybrid.launch.submit import Request, _elsewhere
 from megahybrid.launch.submit import submit as submit_runs
 from megahybrid.launch.task import places
@@ -267,6 +268,40 @@ def test_what_follows_waits_for_all_jobs_of_a_chain(recipe, tmp_path, monkeypatc
         "THEN=('eval --task selective_mqar --set '\"'\"'pairs=3'\"'\"'' export)",
     ):
         assert line in script.splitlines(), line
+
+
+@pytest.mark.parametrize(
+    ("queued", "arguments", "said"),
+    [
+        ("", ["--then", "export"], "Job 9 trains"),
+        ("-then", ["--then", "export"], "Job 9 follows"),
+        ("-then", [], None),
+    ],
+)
+def test_what_is_in_the_queue_already(recipe, tmp_path, monkeypatch, capsys, queued, arguments, said):
+    stub_slurm(tmp_path, refused=9)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    (tmp_path / "run" / "submit" / "before").mkdir(parents=True)
+    (tmp_path / "run" / "submit" / "before" / "job.json").write_text('{"submission": "run-1", "jobs": ["8"]}')
+    job = {"job_id": 9, "job_state": "PENDING", "comment": f"run-1{queued}"}
+    (tmp_path / "bin" / "squeue").write_text(f"#!/bin/bash\necho '{json.dumps({'jobs': [job]})}'\n")
+    assert submit(recipe, *arguments) == (2 if said else 0)
+    assert (said or "") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "mem, share",
+    [("512G", "65536M"), ("1000", "125M"), ("1t", "131072M"), ("100K", "1M"), ("0", None), (None, None), ("x", "x")],
+)
+def test_what_follows_asks_for_one_gpus_share_of_a_node(tmp_path, mem, share):
+    options = ["--exclusive", "--exclusive=user", "--mem=0", "--mem-per-gpu=9G", "--constraint=h100"]
+    profile = Profile(gpus_per_node=8, cpus_per_gpu=12, mem=mem, sbatch=options)
+    job = Job("a", "b", [tmp_path], [tmp_path], tmp_path, 4, True, tmp_path / "slurm_%j.out")
+    lines = render_following(job, profile, ["export"]).splitlines()
+    asked = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH")}
+    assert {"nodes=1", "ntasks-per-node=1", "gpus-per-node=1", "cpus-per-task=12"} <= asked
+    kept = {"mem-per-gpu=9G", "constraint=h100"} | ({f"mem={share}"} if share else set())
+    assert {each for each in asked if each.startswith(("mem", "exclusive", "constraint"))} == kept
 
 
 def test_a_chain_is_taken_back_where_what_follows_is_refused(recipe, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What follows a run that is done: by itself, and on a real Slurm with kills in between."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -10,6 +11,9 @@ import time
 
 import pytest
 
+from megahybrid import cli
+from megahybrid.errors import MachineFault, UserError
+from megahybrid.hf.staging import staged
 from megahybrid.launch import runs, slurm, then
 from megahybrid.launch.task import GO_ON
 from megahybrid.training import checkpoint_folder
@@ -22,6 +26,7 @@ echo "${*:3}" >>calls.txt
 case $* in
     *killed*) kill -KILL $$ ;;
     *wrong*) exit 2 ;;
+    *faulty*) exit 75 ;;
     *long*) trap 'echo tidied >>calls.txt; exit 130' TERM; for _ in {1..100}; do sleep 0.1; done ;;
 esac
 """
@@ -52,21 +57,83 @@ def test_a_run_that_is_not_done_is_followed_by_nothing(done, capsys):
 
 
 def test_every_step_comes_whatever_became_of_the_one_before(done, tmp_path):
-    left = tmp_path / "run" / "exports" / f".{LAST}.17.part"
-    left.mkdir(parents=True)
     run = tmp_path / "run"
     expected = [f"eval {run} --task 'wrong one'".replace("'", ""), f"export {run} {run}/exports/{LAST} --dtype fp32"]
     assert done("eval --task 'wrong one'", "export --dtype fp32") == (1, expected)
-    assert not left.exists()
 
 
-def test_an_export_that_is_there_stays(done, tmp_path):
-    (tmp_path / "run" / "exports" / LAST).mkdir(parents=True)
-    assert done("export") == (0, [])
+def test_an_export_that_was_killed_leaves_nothing_once_it_comes_again(tmp_path, monkeypatch):
+    """And what another one writes there stays."""
+    monkeypatch.setenv("MEGAHYBRID_SUBMISSION", "mine-then")
+    for owner in ("mine-then", "17"):
+        (tmp_path / f".{LAST}.{owner}.part" / "left").mkdir(parents=True)
+    with staged(tmp_path / LAST) as part:
+        (part / "config.json").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".{LAST}.17.part", LAST]
+    assert [path.name for path in (tmp_path / LAST).iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "there, arguments, stays",
+    [
+        ({"config.json": '{"dtype": "bfloat16"}'}, "", True),
+        ({"config.json": '{"dtype": "bfloat16"}', "README.md": "---\nlicense: mit\n---\n"}, " --license=mit", True),
+        ({"config.json": '{"dtype": "bfloat16"}', "README.md": "---\nlicense: mit\n---\n"}, " --license isc", False),
+        ({"config.json": '{"dtype": "bfloat16"}'}, " --license mit --no-verify", False),
+        ({"config.json": '{"dtype": "bfloat16"}'}, " --dtype fp32", False),
+        ({"config.json": '{"dtype": "float32"}'}, "", False),
+        ({"README.md": "mine"}, "", False),
+        ({}, "", False),
+    ],
+)
+def test_an_export_that_is_there_stays(done, tmp_path, there, arguments, stays):
+    """Where it is what was asked for; else `export` refuses its folder."""
+    target = tmp_path / "run" / "exports" / LAST
+    target.mkdir(parents=True)
+    for name, text in there.items():
+        (target / name).write_text(text)
+    assert done(f"export{arguments}") == (0, [] if stays else [f"export {tmp_path}/run {target}{arguments}"])
 
 
 def test_a_step_that_is_killed_is_told_from_one_that_fails(done, tmp_path):
     assert done("eval --task killed", "export") == (128 + signal.SIGKILL, [f"eval {tmp_path}/run --task killed"])
+
+
+def test_a_machines_fault_in_a_step_is_told_from_its_failure(done, tmp_path):
+    assert done("eval --task faulty", "export") == (then.FAULT, [f"eval {tmp_path}/run --task faulty"])
+
+
+@pytest.mark.parametrize("fault, code", [(MachineFault("No disk."), GO_ON), (UserError("No."), 2)])
+def test_the_command_line_tells_them_apart(monkeypatch, fault, code):
+    def fails(_):
+        raise fault
+
+    monkeypatch.setattr(cli, "_export", fails)
+    assert cli.main(["export", "run", "target"]) == code
+
+
+@pytest.mark.parametrize("fault", [MachineFault("No disk."), UserError("No.")])
+def test_a_run_that_cannot_be_read(done, monkeypatch, fault):
+    def fails(*_):
+        raise fault
+
+    monkeypatch.setattr(then, "load_config", fails)
+    assert done("export") == (then.FAULT if isinstance(fault, MachineFault) else 1, [])
+
+
+@pytest.mark.parametrize(
+    "code, restarts, again",
+    [(75, 9, True), (then.FAULT, 2, True), (then.FAULT, 3, False), (137, 2, True), (137, 3, False), (1, 0, False)],
+)
+def test_which_ends_put_the_job_back_into_the_queue(tmp_path, code, restarts, again):
+    for name, body in (("srun", f"exit {code}"), ("scontrol", f'echo "$*" >{tmp_path}/said')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts), "SLURM_JOB_NODELIST": "a"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    job = subprocess.run(["bash", ROOT / "slurm" / "then.sbatch"], env={"PATH": path, **variables})
+    assert job.returncode == (0 if again else code)
+    assert (tmp_path / "said").exists() == again
 
 
 def test_a_warning_ends_the_step_and_is_no_end(done, tmp_path):
