@@ -35,6 +35,7 @@ class MegahybridCache:
         states: one dictionary a layer, None before the first token.
         lengths: int64 `[B]`, tokens of each sequence so far, padding not counted; None before the first token.
         seen: tokens so far, padding counted.
+        ended: bool `[B]`, of the plain form: whether padding follows what a sequence has; None where nobody looked.
         inference: what else there is where the states are those of the layers' packed form; None where they are not.
     """
 
@@ -50,7 +51,7 @@ class MegahybridCache:
     def reset(self):
         """Forget all tokens."""
         self.states = [None] * len(self.states)
-        self.lengths = self.inference = None
+        self.lengths = self.ended = self.inference = None
         self.seen = 0
 
     def crop(self, *_):
@@ -68,7 +69,8 @@ class MegahybridCache:
         if self.inference is not None:
             self.inference.select(self, beam_idx.tolist())
             return
-        self.lengths = self.lengths[beam_idx.to(self.lengths.device)]
+        rows = beam_idx.to(self.lengths.device)
+        self.lengths, self.ended = self.lengths[rows], None if self.ended is None else self.ended[rows]
         self.states = [{name: x[beam_idx.to(x.device)] for name, x in state.items()} for state in self.states]
 
 
@@ -183,6 +185,8 @@ class MegahybridModel(MegahybridPreTrainedModel):
         if use_cache:
             cache.lengths = torch.maximum(cache.lengths, positions.max(1).values + 1)
             cache.seen += x.shape[1]
+            if attention_mask is not None or cache.ended is not None:
+                cache.ended = (positions[:, -1] < 0) & (cache.lengths > 0)
         return MegahybridOutput(
             last_hidden_state=x,
             past_key_values=cache if use_cache else None,
@@ -204,11 +208,22 @@ class MegahybridModel(MegahybridPreTrainedModel):
 
     @staticmethod
     def _positions(x, attention_mask, cache):
-        """int64 `[B, T]`: each token's place in its sequence, -1 for padding."""
-        if attention_mask is None:
+        """int64 `[B, T]`: each token's place in its sequence, -1 for padding. Windows and convolutions count rows'
+        columns, so that nothing may follow padding that follows a token."""
+        if attention_mask is None and cache.ended is None:
             return cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)
-        real = real_tokens(x, attention_mask)
-        return (cache.lengths[:, None] + real.long().cumsum(1) - 1).masked_fill(~real, -1)
+        real = (
+            torch.ones_like(x[..., 0], dtype=torch.bool) if attention_mask is None else real_tokens(x, attention_mask)
+        )
+        positions = (cache.lengths[:, None] + real.long().cumsum(1) - 1).masked_fill(~real, -1)
+        ended = torch.zeros_like(real[:, 0]) if cache.ended is None else cache.ended
+        after_padding = torch.cat([ended[:, None], ~real[:, :-1]], 1)
+        if bool((after_padding & (positions > 0)).any()):
+            raise ValueError(
+                "In plain PyTorch padding may not stand between tokens of a sequence: pad on the left before it, "
+                "or give sequences of different lengths one at a time."
+            )
+        return positions
 
 
 def _refuse(arguments):
