@@ -150,14 +150,15 @@ class MegahybridModel(MegahybridPreTrainedModel):
         **kwargs,
     ):
         """input_ids int64 `[B, T]` or inputs_embeds `[B, T, hidden]`; attention_mask `[B, T]`, or as long as all tokens
-        so far, 0 for padding on the left. Continues from `past_key_values`, or `cache` by its newer name, and updates
-        it; when training none is made unless asked for.
+        so far, 0 for padding on the left; a step of one token a sequence has none. Continues from `past_key_values`, or
+        `cache` by its newer name, and updates it; when training none is made unless asked for.
 
         A row may hold several documents, which do not see each other: one begins where `position_ids` do not go on by
         one, `seq_idx` changes, or `cu_seq_lens_q` says so. What else position_ids say follows from the mask."""
         _refuse(kwargs)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
+        _refuse_unfit(x, attention_mask, cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         documents = several_documents(x, attention_mask, position_ids, cu_seq_lens_q, seq_idx)
@@ -230,6 +231,26 @@ def _refuse(arguments):
     unknown = [name for name, value in arguments.items() if not (value is None or value is False)]
     if unknown := sorted(set(unknown) - _FOLLOWING):
         raise ValueError(f"MegaHybrid models do not know {', '.join(unknown)}: leave it out.")
+
+
+def _refuse_unfit(x, attention_mask, cache):
+    """Raise ValueError where x `[B, T, hidden]`, its mask and its cache are not of one batch; looks at sizes alone."""
+    if not (cache is None or isinstance(cache, MegahybridCache)):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}, whose keys and values are not all that these layers keep: "
+            "leave it out, and the model makes a MegahybridCache."
+        )
+    count, length = x.shape[:2]
+    seen, known = (0, None) if cache is None else (cache.seen, cache.lengths)
+    if known is not None and len(known) != count:
+        raise ValueError(f"The cache has {len(known)} sequences and the batch {count}: give those of the cache.")
+    if attention_mask is not None and attention_mask.dim() == 2:
+        rows, columns = attention_mask.shape
+        if rows != count or columns not in (length, seen + length):
+            raise ValueError(
+                f"attention_mask has {rows} rows of {columns} tokens: give {count} of {length}, the new ones, or of "
+                f"{seen + length}, those in the cache included."
+            )
 
 
 @dataclasses.dataclass

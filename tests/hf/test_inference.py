@@ -135,15 +135,32 @@ def test_what_somebody_changed_is_not_replayed(recorded):
     assert len(recorded) == count + 4
 
 
+def test_a_graph_casts_nothing(recorded):
+    _, exported = pair("GL")
+    x, cache = exported.model.embedding(random_tokens(9)[None]), None
+    for piece in x.split(1, 1):
+        cache = exported(inputs_embeds=piece, past_key_values=cache, use_cache=True).past_key_values
+    count = len(recorded)
+    assert count == 7
+    with pytest.raises(RuntimeError, match="dtype"):  # what layers in float64 say to it
+        exported(inputs_embeds=x[:, :1].float(), past_key_values=cache, use_cache=True)
+    assert len(recorded) == count
+
+
 def test_where_it_cannot_be_recorded(monkeypatch):
-    def refuse(*_):
+    tried = []
+
+    def refuse(*given):
+        tried.append(given)
         raise RuntimeError("not here")
 
     model, exported = pair("GF")
     monkeypatch.setattr(inference, "takes_graph", lambda _: True)
     monkeypatch.setattr(inference.DecodeGraph, "record", refuse)
     tokens = random_tokens(20)
-    close(in_pieces(exported, tokens[None], [1] * 20)[0], expected_logits(model, tokens))
+    cache = exported(tokens[None, :10], use_cache=True).past_key_values
+    close(in_pieces_from(exported, tokens[None, 10:], cache)[0], expected_logits(model, tokens)[10:])
+    assert len(tried) == 1 and cache.inference.refused
 
 
 def test_states_of_inference_mode_go_on_outside(recorded):

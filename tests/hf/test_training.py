@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import DynamicCache
 
 import megahybrid.hf.inference_megahybrid as inference
 import megahybrid.hf.layers_megahybrid as layers
@@ -135,6 +136,23 @@ def test_what_would_be_computed_wrongly_is_refused():
         exported(row, token_type_ids=row, output_attentions=True, head_mask=None)
     with pytest.raises(ValueError, match="attention_mask has 4 dimensions: give one of 2"):
         exported(row, attention_mask=torch.ones(1, 1, 7, 7))
+
+
+@pytest.mark.usefixtures("without_and_with_kernels")
+@torch.no_grad()
+def test_what_is_not_of_one_batch_is_refused():
+    _, exported = pair("GL")
+    row = random_tokens(7)[None]
+    cache = exported(row.expand(2, -1), use_cache=True).past_key_values
+    for count in (1, 3):
+        with pytest.raises(ValueError, match=f"The cache has 2 sequences and the batch {count}: give those"):
+            exported(row[:, :1].expand(count, -1), past_key_values=cache)
+    for shape in ((1, 1), (2, 2), (2, 7), (2, 9)):
+        with pytest.raises(ValueError, match=f"has {shape[0]} rows of {shape[1]} tokens: give 2 of 1, .* or of 8, "):
+            exported(row[:, :1].expand(2, -1), past_key_values=cache, attention_mask=torch.ones(shape))
+    with pytest.raises(ValueError, match=r"past_key_values is a DynamicCache, whose .*: leave it out"):
+        exported(row, past_key_values=DynamicCache())
+    assert cache.seen == 7
 
 
 @pytest.mark.usefixtures("without_and_with_kernels")
