@@ -153,15 +153,15 @@ class MegahybridModel(MegahybridPreTrainedModel):
         so far, 0 for padding on the left; a step of one token a sequence has none. Continues from `past_key_values`, or
         `cache` by its newer name, and updates it; when training none is made unless asked for.
 
-        A row may hold several documents, which do not see each other: one begins where `position_ids` do not go on by
-        one, `seq_idx` changes, or `cu_seq_lens_q` says so. What else position_ids say follows from the mask."""
+        A row may hold several documents, which do not see each other: one begins where `position_ids` are 0,
+        `seq_idx` changes, or `cu_seq_lens_q` says so. What else position_ids say has to follow from the mask."""
         _refuse(kwargs)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         _refuse_unfit(x, attention_mask, cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        documents = several_documents(x, attention_mask, position_ids, cu_seq_lens_q, seq_idx)
+        documents = several_documents(x, attention_mask, position_ids, cu_seq_lens_q, seq_idx, cache)
         if documents is not None and (use_cache or cache is not None):
             raise ValueError("Rows of several documents have no cache: give use_cache=False and no past_key_values.")
         if use_cache is None:

@@ -125,13 +125,44 @@ def test_positions_that_the_mask_tells_change_nothing():
     assert torch.allclose(found, expected, rtol=0, atol=1e-9)
 
 
+@torch.no_grad()
+def test_positions_that_are_not_counted_are_refused():
+    """An offset, steps of two, another place than the cache's end, a second document that begins elsewhere."""
+    _, exported = pair("GL")
+    row, mask = random_tokens(5)[None].expand(2, -1), torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
+    cache = exported(row, attention_mask=mask, use_cache=True).past_key_values
+    wrong = [1000, 1001, 1002, 1003, 1004], [0, 2, 4, 6, 8], [0, 1, 2, 7, 8], [0, 1, 2, 2, 3], [4, 3, 2, 1, 0]
+    for ids in wrong:
+        with pytest.raises(ValueError, match="position_ids are not those of whole documents: give 0"):
+            exported(row, position_ids=torch.tensor([ids]), use_cache=False)
+    with pytest.raises(ValueError, match="position_ids are not those"):
+        exported(row, attention_mask=mask, position_ids=torch.tensor([[0, 1, 2, 3, 4], [0, 1, 1, 2, 3]]))
+    for ids in ([[0], [0]], [[5], [4]], [[4], [3]]):
+        with pytest.raises(ValueError, match="position_ids are not those"):
+            exported(row[:, :1], past_key_values=cache, position_ids=torch.tensor(ids))
+    for ids in ([[5], [3]], [[5], [5]]):
+        exported(row[:, :1], past_key_values=cache, use_cache=False, position_ids=torch.tensor(ids))
+
+
+@pytest.mark.usefixtures("without_and_with_kernels")
+def test_padding_inside_a_document():
+    """Which positions leave out, when they are those of several: it ends none."""
+    _, exported = pair("GL")
+    row, mask = random_tokens(9)[None], torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1, 1]])
+    ids = torch.tensor([[0, 1, 0, 0, 2, 3, 0, 1, 2]])
+    found = exported(row, attention_mask=mask, position_ids=ids).logits[mask.bool()]
+    parts = [row[mask.bool()][:4], row[0, 6:]]
+    expected = torch.cat([exported(part[None], use_cache=False).logits[0] for part in parts])
+    assert torch.allclose(found, expected, rtol=0, atol=1e-9)
+
+
 def test_what_would_be_computed_wrongly_is_refused():
     _, exported = pair("G")
     row, _, ways = packed_row((3, 4))
     cache = exported(row, use_cache=True).past_key_values
     for options in ({"use_cache": True}, {"past_key_values": cache}):
         with pytest.raises(ValueError, match="Rows of several documents have no cache"):
-            exported(row, **ways["position_ids"], **options)
+            exported(row, **ways["seq_idx"], **options)
     with pytest.raises(ValueError, match=r"do not know output_attentions, token_type_ids: leave"):
         exported(row, token_type_ids=row, output_attentions=True, head_mask=None)
     with pytest.raises(ValueError, match="attention_mask has 4 dimensions: give one of 2"):
