@@ -166,6 +166,8 @@ class MegahybridModel(MegahybridPreTrainedModel):
             raise ValueError("Rows of several documents have no cache: give use_cache=False and no past_key_values.")
         if use_cache is None:
             use_cache = self.config.use_cache and documents is None and (cache is not None or not self.training)
+        if torch.is_grad_enabled() and (use_cache or cache is not None):
+            self._refuse_gradients(x, cache)
         if cache is None and not use_cache and packs(self, x):
             return self._joined(x, attention_mask, documents, output_hidden_states)
         cache = MegahybridCache(len(self.layers)) if cache is None else cache
@@ -194,6 +196,19 @@ class MegahybridModel(MegahybridPreTrainedModel):
             hidden_states=hidden_states,
             aux_loss=loss,
         )
+
+    def _refuse_gradients(self, x, cache):
+        """Raise ValueError where those through a cache would be wrong or missing."""
+        if self.training and self.is_gradient_checkpointing:
+            raise ValueError(
+                "Layers that are recomputed for gradients take no cache: give use_cache=False and no past_key_values."
+            )
+        needed = x.requires_grad or any(weight.requires_grad for weight in self.parameters())
+        if needed and cache is not None and cache.inference is not None:
+            raise ValueError(
+                "The cache was made without gradients, and what updates it has none: put torch.no_grad() around, or "
+                "make the cache with gradients on."
+            )
 
     def _joined(self, x, attention_mask, documents, output_hidden_states):
         """Whole sequences, laid end to end."""

@@ -184,6 +184,16 @@ def test_hidden_states_and_training():
         close(one[mask.bool()], other[mask.bool()])
 
 
+def test_no_gradient_goes_through_its_caches():
+    model, exported = pair("GL")
+    tokens = random_tokens(30)
+    cache = exported(tokens[None, :20], use_cache=True).past_key_values
+    exported.requires_grad_(True)
+    with torch.enable_grad(), pytest.raises(ValueError, match=r"made without gradients, .* torch\.no_grad\(\) around"):
+        exported(tokens[None, 20:], past_key_values=cache)
+    close(exported(tokens[None, 20:], past_key_values=cache).logits[0], expected_logits(model, tokens)[20:])
+
+
 def test_autocast(monkeypatch):
     """Linear layers are in bf16, the ops take what these give as it is."""
     _, exported = pair("GLSFN", torch.float32)

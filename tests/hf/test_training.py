@@ -240,6 +240,19 @@ def test_gradient_checkpointing(reentrant):
     assert len(runs) >= 2 * len(PATTERN)  # a reference that takes gradients in its backward pass recomputes again
 
 
+def test_gradient_checkpointing_with_a_cache():
+    """Recomputed with reentrance, states would be cut off from what made them."""
+    exported = trainable("GL")
+    row = random_tokens(20)[None]
+    cache = exported(row, use_cache=True).past_key_values
+    exported.gradient_checkpointing_enable({"use_reentrant": True})
+    for options in ({"use_cache": True}, {"past_key_values": cache}):
+        with pytest.raises(ValueError, match="recomputed for gradients take no cache: give use_cache=False"):
+            exported(row, **options)
+        with torch.no_grad():  # generate, between steps
+            assert exported(row, **options).past_key_values.seen >= 20
+
+
 def test_autocast(monkeypatch):
     """Linear layers and attention are in bf16, what training keeps in fp32 is computed there from the same inputs."""
     _, exported = pair(PATTERN, torch.float32)
