@@ -98,7 +98,8 @@ class Inference:
         rows = [row for row, tokens in enumerate(packing.lengths) if tokens]
         states = cache.states if len(rows) == count else selected(cache.states, rows)
         if not rows:
-            y, hidden_states = torch.zeros_like(x), None
+            y = torch.zeros_like(x)
+            hidden_states = (y,) * (len(model.layers) + 1) if output_hidden_states else None
         else:
             sequences = self._sequences(cache, packing, rows)
             y, hidden_states, _ = through_layers(model, packing.packed(x), sequences, states, output_hidden_states)

@@ -21,6 +21,8 @@ class Documents:
         row[:, :1] = True
         real = torch.ones_like(row) if attention_mask is None else real_tokens(x, attention_mask)
         self.rows, self.places = row.shape, real.flatten().nonzero()[:, 0]
+        if not len(self.places):
+            raise ValueError("attention_mask is 0 everywhere: give a batch that has a token.")
         begins = row if begins is None else begins.to(x.device) | row
         document, row = (each.flatten().cumsum(0)[self.places] for each in (begins, row))
         _, index, self.lengths = document.unique_consecutive(return_inverse=True, return_counts=True)

@@ -102,5 +102,6 @@ def test_what_tools_ask_of_a_configuration(layers, heads):
     config = pair(layers)[1].config
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == heads
     assert config.num_hidden_layers == len(layers) and config.hidden_size == 16
+    assert not hasattr(MegahybridConfig(), "head_dim")
     again = MegahybridConfig.from_dict(config.to_dict())
     assert again.to_dict() == config.to_dict()

@@ -194,6 +194,18 @@ def test_no_gradient_goes_through_its_caches():
     close(exported(tokens[None, 20:], past_key_values=cache).logits[0], expected_logits(model, tokens)[20:])
 
 
+def test_padding_alone():
+    _, exported = pair("GL")
+    rows, mask = padded((20, 7))
+    padding = torch.zeros(2, 5, dtype=torch.int64)
+    with pytest.raises(ValueError, match="attention_mask is 0 everywhere: give a batch that has a token"):
+        exported(rows, attention_mask=0 * mask, use_cache=False)
+    out = exported(padding, attention_mask=padding, use_cache=True, output_hidden_states=True)
+    assert [each.shape for each in out.hidden_states] == [(2, 5, 16)] * 3
+    after = exported(rows, attention_mask=mask, past_key_values=out.past_key_values)
+    close(after.logits[mask.bool()], exported(rows, attention_mask=mask).logits[mask.bool()])
+
+
 def test_autocast(monkeypatch):
     """Linear layers are in bf16, the ops take what these give as it is."""
     _, exported = pair("GLSFN", torch.float32)
