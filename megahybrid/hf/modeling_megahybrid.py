@@ -259,7 +259,12 @@ def _refuse_unfit(x, attention_mask, cache):
     seen, known = (0, None) if cache is None else (cache.seen, cache.lengths)
     if known is not None and len(known) != count:
         raise ValueError(f"The cache has {len(known)} sequences and the batch {count}: give those of the cache.")
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if attention_mask is not None:
+        if attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has {attention_mask.dim()} dimensions: give one of 2, 0 for padding; documents in one "
+                "row are told apart by position_ids."
+            )
         rows, columns = attention_mask.shape
         if rows != count or columns not in (length, seen + length):
             raise ValueError(

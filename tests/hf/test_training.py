@@ -181,6 +181,8 @@ def test_what_is_not_of_one_batch_is_refused():
     for shape in ((1, 1), (2, 2), (2, 7), (2, 9)):
         with pytest.raises(ValueError, match=f"has {shape[0]} rows of {shape[1]} tokens: give 2 of 1, .* or of 8, "):
             exported(row[:, :1].expand(2, -1), past_key_values=cache, attention_mask=torch.ones(shape))
+    with pytest.raises(ValueError, match="attention_mask has 4 dimensions: give one of 2"):
+        exported(row[:, :1].expand(2, -1), past_key_values=cache, attention_mask=torch.ones(2, 1, 1, 8))
     with pytest.raises(ValueError, match=r"past_key_values is a DynamicCache, whose .*: leave it out"):
         exported(row, past_key_values=DynamicCache())
     assert cache.seen == 7
