@@ -64,5 +64,7 @@ class MegahybridConfig(PretrainedConfig):
     def _of_first_section(self, *names):
         """From the layers that attend, or where there are none from the others."""
         sections = [each for each in vars(self).values() if isinstance(each, dict) and "num_heads" in each]
+        if not sections:
+            raise AttributeError(f"There is no {names[0]} without layers; give their sections, such as attention.")
         section = max(sections, key=lambda each: "num_kv_heads" in each)
         return next(section[name] for name in names if name in section)

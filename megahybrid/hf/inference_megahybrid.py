@@ -98,7 +98,8 @@ class Inference:
         rows = [row for row, tokens in enumerate(packing.lengths) if tokens]
         states = cache.states if len(rows) == count else selected(cache.states, rows)
         if not rows:
-            y, hidden_states = torch.zeros_like(x), None
+            y = torch.zeros_like(x)
+            hidden_states = (y,) * (len(model.layers) + 1) if output_hidden_states else None
         else:
             sequences = self._sequences(cache, packing, rows)
             y, hidden_states, _ = through_layers(model, packing.packed(x), sequences, states, output_hidden_states)
@@ -132,7 +133,7 @@ class Inference:
     def _replayed(self, model, x, cache):
         """The next token of every sequence, x `[B, hidden]`, by a graph; None where the step has to run as it is."""
         parts = parts_of(model) if takes_graph(x) and has_room(cache.states) else None
-        if parts is None:
+        if parts is None or (self.graph is not None and not self.graph.takes(x)):
             return None
         if self.graph is None or self.graph.parts != parts:
             # A step like it must have run before: recording can neither compile nor tune anything. Of modules that the
@@ -276,6 +277,10 @@ class DecodeGraph:
         with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="relaxed"):
             y = recorded_step(model, self._x, cache)
         return y, graph.replay
+
+    def takes(self, x):
+        """Whether x is as the one that was recorded; else it would be cast."""
+        return x.dtype == self._x.dtype
 
     def run(self, x, cache):
         """Hidden states `[B, hidden]` of the next token's x, of a `cache` that is as the last step left it."""

@@ -46,11 +46,6 @@ class Mixer(nn.Module):
 
 def real_tokens(x, attention_mask):
     """bool `[B, T]`: what is no padding."""
-    if attention_mask.dim() != 2:
-        raise ValueError(
-            f"attention_mask has {attention_mask.dim()} dimensions: give one of 2, 0 for padding; documents in one row "
-            "are told apart by position_ids."
-        )
     return attention_mask[:, -x.shape[1] :].to(x.device).bool()
 
 

@@ -35,6 +35,7 @@ class MegahybridCache:
         states: one dictionary a layer, None before the first token.
         lengths: int64 `[B]`, tokens of each sequence so far, padding not counted; None before the first token.
         seen: tokens so far, padding counted.
+        ended: bool `[B]`, of the plain form: whether padding follows what a sequence has; None where nobody looked.
         inference: what else there is where the states are those of the layers' packed form; None where they are not.
     """
 
@@ -50,7 +51,7 @@ class MegahybridCache:
     def reset(self):
         """Forget all tokens."""
         self.states = [None] * len(self.states)
-        self.lengths = self.inference = None
+        self.lengths = self.ended = self.inference = None
         self.seen = 0
 
     def crop(self, *_):
@@ -68,7 +69,8 @@ class MegahybridCache:
         if self.inference is not None:
             self.inference.select(self, beam_idx.tolist())
             return
-        self.lengths = self.lengths[beam_idx.to(self.lengths.device)]
+        rows = beam_idx.to(self.lengths.device)
+        self.lengths, self.ended = self.lengths[rows], None if self.ended is None else self.ended[rows]
         self.states = [{name: x[beam_idx.to(x.device)] for name, x in state.items()} for state in self.states]
 
 
@@ -148,21 +150,24 @@ class MegahybridModel(MegahybridPreTrainedModel):
         **kwargs,
     ):
         """input_ids int64 `[B, T]` or inputs_embeds `[B, T, hidden]`; attention_mask `[B, T]`, or as long as all tokens
-        so far, 0 for padding on the left. Continues from `past_key_values`, or `cache` by its newer name, and updates
-        it; when training none is made unless asked for.
+        so far, 0 for padding on the left; a step of one token a sequence has none. Continues from `past_key_values`, or
+        `cache` by its newer name, and updates it; when training none is made unless asked for.
 
-        A row may hold several documents, which do not see each other: one begins where `position_ids` do not go on by
-        one, `seq_idx` changes, or `cu_seq_lens_q` says so. What else position_ids say follows from the mask."""
+        A row may hold several documents, which do not see each other: one begins where `position_ids` are 0,
+        `seq_idx` changes, or `cu_seq_lens_q` says so. What else position_ids say has to follow from the mask."""
         _refuse(kwargs)
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
+        _refuse_unfit(x, attention_mask, cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        documents = several_documents(x, attention_mask, position_ids, cu_seq_lens_q, seq_idx)
+        documents = several_documents(x, attention_mask, position_ids, cu_seq_lens_q, seq_idx, cache)
         if documents is not None and (use_cache or cache is not None):
             raise ValueError("Rows of several documents have no cache: give use_cache=False and no past_key_values.")
         if use_cache is None:
             use_cache = self.config.use_cache and documents is None and (cache is not None or not self.training)
+        if torch.is_grad_enabled() and (use_cache or cache is not None):
+            self._refuse_gradients(x, cache)
         if cache is None and not use_cache and packs(self, x):
             return self._joined(x, attention_mask, documents, output_hidden_states)
         cache = MegahybridCache(len(self.layers)) if cache is None else cache
@@ -183,12 +188,27 @@ class MegahybridModel(MegahybridPreTrainedModel):
         if use_cache:
             cache.lengths = torch.maximum(cache.lengths, positions.max(1).values + 1)
             cache.seen += x.shape[1]
+            if attention_mask is not None or cache.ended is not None:
+                cache.ended = (positions[:, -1] < 0) & (cache.lengths > 0)
         return MegahybridOutput(
             last_hidden_state=x,
             past_key_values=cache if use_cache else None,
             hidden_states=hidden_states,
             aux_loss=loss,
         )
+
+    def _refuse_gradients(self, x, cache):
+        """Raise ValueError where those through a cache would be wrong or missing."""
+        if self.training and self.is_gradient_checkpointing:
+            raise ValueError(
+                "Layers that are recomputed for gradients take no cache: give use_cache=False and no past_key_values."
+            )
+        needed = x.requires_grad or any(weight.requires_grad for weight in self.parameters())
+        if needed and cache is not None and cache.inference is not None:
+            raise ValueError(
+                "The cache was made without gradients, and what updates it has none: put torch.no_grad() around, or "
+                "make the cache with gradients on."
+            )
 
     def _joined(self, x, attention_mask, documents, output_hidden_states):
         """Whole sequences, laid end to end."""
@@ -204,17 +224,53 @@ class MegahybridModel(MegahybridPreTrainedModel):
 
     @staticmethod
     def _positions(x, attention_mask, cache):
-        """int64 `[B, T]`: each token's place in its sequence, -1 for padding."""
-        if attention_mask is None:
+        """int64 `[B, T]`: each token's place in its sequence, -1 for padding. Windows and convolutions count rows'
+        columns, so that nothing may follow padding that follows a token."""
+        if attention_mask is None and cache.ended is None:
             return cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)
-        real = real_tokens(x, attention_mask)
-        return (cache.lengths[:, None] + real.long().cumsum(1) - 1).masked_fill(~real, -1)
+        real = (
+            torch.ones_like(x[..., 0], dtype=torch.bool) if attention_mask is None else real_tokens(x, attention_mask)
+        )
+        positions = (cache.lengths[:, None] + real.long().cumsum(1) - 1).masked_fill(~real, -1)
+        ended = torch.zeros_like(real[:, 0]) if cache.ended is None else cache.ended
+        after_padding = torch.cat([ended[:, None], ~real[:, :-1]], 1)
+        if bool((after_padding & (positions > 0)).any()):
+            raise ValueError(
+                "In plain PyTorch padding may not stand between tokens of a sequence: pad on the left before it, "
+                "or give sequences of different lengths one at a time."
+            )
+        return positions
 
 
 def _refuse(arguments):
     unknown = [name for name, value in arguments.items() if not (value is None or value is False)]
     if unknown := sorted(set(unknown) - _FOLLOWING):
         raise ValueError(f"MegaHybrid models do not know {', '.join(unknown)}: leave it out.")
+
+
+def _refuse_unfit(x, attention_mask, cache):
+    """Raise ValueError where x `[B, T, hidden]`, its mask and its cache are not of one batch; looks at sizes alone."""
+    if not (cache is None or isinstance(cache, MegahybridCache)):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}, whose keys and values are not all that these layers keep: "
+            "leave it out, and the model makes a MegahybridCache."
+        )
+    count, length = x.shape[:2]
+    seen, known = (0, None) if cache is None else (cache.seen, cache.lengths)
+    if known is not None and len(known) != count:
+        raise ValueError(f"The cache has {len(known)} sequences and the batch {count}: give those of the cache.")
+    if attention_mask is not None:
+        if attention_mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has {attention_mask.dim()} dimensions: give one of 2, 0 for padding; documents in one "
+                "row are told apart by position_ids."
+            )
+        rows, columns = attention_mask.shape
+        if rows != count or columns not in (length, seen + length):
+            raise ValueError(
+                f"attention_mask has {rows} rows of {columns} tokens: give {count} of {length}, the new ones, or of "
+                f"{seen + length}, those in the cache included."
+            )
 
 
 @dataclasses.dataclass

@@ -82,7 +82,9 @@ def test_what_is_returned(read):
     as_tuple = model(rows, attention_mask=mask, labels=rows, output_hidden_states=True, return_dict=False)
     assert [type(part) for part in as_tuple] == [type(part) for part in out.to_tuple()] and as_tuple[0] == out.loss
     assert torch.equal(model.model(rows, attention_mask=mask, return_dict=False)[0], out.hidden_states[-1])
-    written = model.generate(rows, return_dict_in_generate=True, output_hidden_states=True, **OPTIONS)
+    written = model.generate(
+        rows, attention_mask=mask, return_dict_in_generate=True, output_hidden_states=True, **OPTIONS
+    )
     assert [len(step) for step in written.hidden_states] == [1 + len(PATTERN)] * 8
     model.config.output_hidden_states = True
     assert len(model(rows, attention_mask=mask).hidden_states) == 1 + len(PATTERN)
@@ -91,7 +93,7 @@ def test_what_is_returned(read):
     # Of a prompt generate needs the last logits alone.
     kept = []
     model.lm_head.register_forward_hook(lambda _, __, logits: kept.append(logits.shape[1]))
-    model.generate(rows, **OPTIONS)
+    model.generate(rows, attention_mask=mask, **OPTIONS)
     assert kept == [1] * 8
 
 
@@ -100,5 +102,6 @@ def test_what_tools_ask_of_a_configuration(layers, heads):
     config = pair(layers)[1].config
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == heads
     assert config.num_hidden_layers == len(layers) and config.hidden_size == 16
+    assert not hasattr(MegahybridConfig(), "head_dim")
     again = MegahybridConfig.from_dict(config.to_dict())
     assert again.to_dict() == config.to_dict()

@@ -135,15 +135,32 @@ def test_what_somebody_changed_is_not_replayed(recorded):
     assert len(recorded) == count + 4
 
 
+def test_a_graph_casts_nothing(recorded):
+    _, exported = pair("GL")
+    x, cache = exported.model.embedding(random_tokens(9)[None]), None
+    for piece in x.split(1, 1):
+        cache = exported(inputs_embeds=piece, past_key_values=cache, use_cache=True).past_key_values
+    count = len(recorded)
+    assert count == 7
+    with pytest.raises(RuntimeError, match="dtype"):  # what layers in float64 say to it
+        exported(inputs_embeds=x[:, :1].float(), past_key_values=cache, use_cache=True)
+    assert len(recorded) == count
+
+
 def test_where_it_cannot_be_recorded(monkeypatch):
-    def refuse(*_):
+    tried = []
+
+    def refuse(*given):
+        tried.append(given)
         raise RuntimeError("not here")
 
     model, exported = pair("GF")
     monkeypatch.setattr(inference, "takes_graph", lambda _: True)
     monkeypatch.setattr(inference.DecodeGraph, "record", refuse)
     tokens = random_tokens(20)
-    close(in_pieces(exported, tokens[None], [1] * 20)[0], expected_logits(model, tokens))
+    cache = exported(tokens[None, :10], use_cache=True).past_key_values
+    close(in_pieces_from(exported, tokens[None, 10:], cache)[0], expected_logits(model, tokens)[10:])
+    assert len(tried) == 1 and cache.inference.refused
 
 
 def test_states_of_inference_mode_go_on_outside(recorded):
@@ -165,6 +182,28 @@ def test_hidden_states_and_training():
     assert plain.past_key_values.inference is None
     for one, other in zip(out.hidden_states, plain.hidden_states, strict=True):
         close(one[mask.bool()], other[mask.bool()])
+
+
+def test_no_gradient_goes_through_its_caches():
+    model, exported = pair("GL")
+    tokens = random_tokens(30)
+    cache = exported(tokens[None, :20], use_cache=True).past_key_values
+    exported.requires_grad_(True)
+    with torch.enable_grad(), pytest.raises(ValueError, match=r"made without gradients, .* torch\.no_grad\(\) around"):
+        exported(tokens[None, 20:], past_key_values=cache)
+    close(exported(tokens[None, 20:], past_key_values=cache).logits[0], expected_logits(model, tokens)[20:])
+
+
+def test_padding_alone():
+    _, exported = pair("GL")
+    rows, mask = padded((20, 7))
+    padding = torch.zeros(2, 5, dtype=torch.int64)
+    with pytest.raises(ValueError, match="attention_mask is 0 everywhere: give a batch that has a token"):
+        exported(rows, attention_mask=0 * mask, use_cache=False)
+    out = exported(padding, attention_mask=padding, use_cache=True, output_hidden_states=True)
+    assert [each.shape for each in out.hidden_states] == [(2, 5, 16)] * 3
+    after = exported(rows, attention_mask=mask, past_key_values=out.past_key_values)
+    close(after.logits[mask.bool()], exported(rows, attention_mask=mask).logits[mask.bool()])
 
 
 def test_autocast(monkeypatch):

@@ -1,11 +1,14 @@
 """The exported model against the training model: whole, in pieces, step by step and padded."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import megahybrid.hf.inference_megahybrid as inference
+import megahybrid.hf.layers_megahybrid as layers
 import megahybrid.mixers.attention.hf as attention
 import megahybrid.mixers.gdn.hf as gdn
 import megahybrid.mixers.lte.hf as lte
@@ -98,6 +101,41 @@ def test_left_padding(pattern):
         expected = expected_logits(model, rows[number, -length:])
         close(whole[number, -length:], expected)
         close(pieces[number, -length:], expected)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_padding_between_tokens_of_a_sequence(kernels, monkeypatch):
+    """The packed form leaves it out; the plain one refuses it: in a piece, at a border of pieces and between turns."""
+    for module in (layers, inference):
+        monkeypatch.setattr(module, "takes_kernels", lambda _: kernels)
+    model, exported = pair("GLSFN")
+    rows = random_tokens(40)[None].repeat(2, 1)
+    for first, last, sizes in ((25, 30, [40]), (10, 20, [20, 20]), (20, 27, [20, 20]), (20, 25, [20, 5, 1, 14])):
+        mask = torch.ones_like(rows)
+        mask[1, first:last] = 0
+        with torch.no_grad(), nullcontext() if kernels else pytest.raises(ValueError, match="padding may not stand"):
+            found = in_pieces(exported, rows, sizes, mask)
+        if kernels:
+            close(found[1][mask[1].bool()], expected_logits(model, rows[1][mask[1].bool()]))
+
+
+def test_right_padding_before_a_cache_goes_on():
+    """Logits as without a cache; it is refused when a padded sequence goes on, for those too that a beam copied."""
+    _, exported = pair("GLSFN")
+    rows, mask = padded((20, 20))
+    mask[1, 12:] = 0
+    out = exported(rows, attention_mask=mask, use_cache=True)
+    close(out.logits, exported(rows, attention_mask=mask, use_cache=False).logits)
+    cache = out.past_key_values
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert cache.ended.tolist() == [True, False]
+    for use_cache in (False, True):
+        with pytest.raises(ValueError, match="padding may not stand"):
+            exported(rows[:, :1], past_key_values=cache, use_cache=use_cache)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    exported(rows[:, :1], past_key_values=cache)
+    cache.reset()
+    assert cache.ended is None
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import DynamicCache
 
 import megahybrid.hf.inference_megahybrid as inference
 import megahybrid.hf.layers_megahybrid as layers
@@ -124,17 +125,67 @@ def test_positions_that_the_mask_tells_change_nothing():
     assert torch.allclose(found, expected, rtol=0, atol=1e-9)
 
 
+@torch.no_grad()
+def test_positions_that_are_not_counted_are_refused():
+    """An offset, steps of two, another place than the cache's end, a second document that begins elsewhere."""
+    _, exported = pair("GL")
+    row, mask = random_tokens(5)[None].expand(2, -1), torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
+    cache = exported(row, attention_mask=mask, use_cache=True).past_key_values
+    wrong = [1000, 1001, 1002, 1003, 1004], [0, 2, 4, 6, 8], [0, 1, 2, 7, 8], [0, 1, 2, 2, 3], [4, 3, 2, 1, 0]
+    for ids in wrong:
+        with pytest.raises(ValueError, match="position_ids are not those of whole documents: give 0"):
+            exported(row, position_ids=torch.tensor([ids]), use_cache=False)
+    with pytest.raises(ValueError, match="position_ids are not those"):
+        exported(row, attention_mask=mask, position_ids=torch.tensor([[0, 1, 2, 3, 4], [0, 1, 1, 2, 3]]))
+    for ids in ([[0], [0]], [[5], [4]], [[4], [3]]):
+        with pytest.raises(ValueError, match="position_ids are not those"):
+            exported(row[:, :1], past_key_values=cache, position_ids=torch.tensor(ids))
+    for ids in ([[5], [3]], [[5], [5]]):
+        exported(row[:, :1], past_key_values=cache, use_cache=False, position_ids=torch.tensor(ids))
+
+
+@pytest.mark.usefixtures("without_and_with_kernels")
+def test_padding_inside_a_document():
+    """Which positions leave out, when they are those of several: it ends none."""
+    _, exported = pair("GL")
+    row, mask = random_tokens(9)[None], torch.tensor([[1, 1, 0, 0, 1, 1, 1, 1, 1]])
+    ids = torch.tensor([[0, 1, 0, 0, 2, 3, 0, 1, 2]])
+    found = exported(row, attention_mask=mask, position_ids=ids).logits[mask.bool()]
+    parts = [row[mask.bool()][:4], row[0, 6:]]
+    expected = torch.cat([exported(part[None], use_cache=False).logits[0] for part in parts])
+    assert torch.allclose(found, expected, rtol=0, atol=1e-9)
+
+
 def test_what_would_be_computed_wrongly_is_refused():
     _, exported = pair("G")
     row, _, ways = packed_row((3, 4))
     cache = exported(row, use_cache=True).past_key_values
     for options in ({"use_cache": True}, {"past_key_values": cache}):
         with pytest.raises(ValueError, match="Rows of several documents have no cache"):
-            exported(row, **ways["position_ids"], **options)
+            exported(row, **ways["seq_idx"], **options)
     with pytest.raises(ValueError, match=r"do not know output_attentions, token_type_ids: leave"):
         exported(row, token_type_ids=row, output_attentions=True, head_mask=None)
     with pytest.raises(ValueError, match="attention_mask has 4 dimensions: give one of 2"):
         exported(row, attention_mask=torch.ones(1, 1, 7, 7))
+
+
+@pytest.mark.usefixtures("without_and_with_kernels")
+@torch.no_grad()
+def test_what_is_not_of_one_batch_is_refused():
+    _, exported = pair("GL")
+    row = random_tokens(7)[None]
+    cache = exported(row.expand(2, -1), use_cache=True).past_key_values
+    for count in (1, 3):
+        with pytest.raises(ValueError, match=f"The cache has 2 sequences and the batch {count}: give those"):
+            exported(row[:, :1].expand(count, -1), past_key_values=cache)
+    for shape in ((1, 1), (2, 2), (2, 7), (2, 9)):
+        with pytest.raises(ValueError, match=f"has {shape[0]} rows of {shape[1]} tokens: give 2 of 1, .* or of 8, "):
+            exported(row[:, :1].expand(2, -1), past_key_values=cache, attention_mask=torch.ones(shape))
+    with pytest.raises(ValueError, match="attention_mask has 4 dimensions: give one of 2"):
+        exported(row[:, :1].expand(2, -1), past_key_values=cache, attention_mask=torch.ones(2, 1, 1, 8))
+    with pytest.raises(ValueError, match=r"past_key_values is a DynamicCache, whose .*: leave it out"):
+        exported(row, past_key_values=DynamicCache())
+    assert cache.seen == 7
 
 
 @pytest.mark.usefixtures("without_and_with_kernels")
@@ -189,6 +240,19 @@ def test_gradient_checkpointing(reentrant):
         block.mixer.register_forward_hook(lambda *_: runs.append(1))
     same(gradients(exported, exported(row, labels=labels, **ways["position_ids"]).loss), expected)
     assert len(runs) >= 2 * len(PATTERN)  # a reference that takes gradients in its backward pass recomputes again
+
+
+def test_gradient_checkpointing_with_a_cache():
+    """Recomputed with reentrance, states would be cut off from what made them."""
+    exported = trainable("GL")
+    row = random_tokens(20)[None]
+    cache = exported(row, use_cache=True).past_key_values
+    exported.gradient_checkpointing_enable({"use_reentrant": True})
+    for options in ({"use_cache": True}, {"past_key_values": cache}):
+        with pytest.raises(ValueError, match="recomputed for gradients take no cache: give use_cache=False"):
+            exported(row, **options)
+        with torch.no_grad():  # generate, between steps
+            assert exported(row, **options).past_key_values.seen >= 20
 
 
 def test_autocast(monkeypatch):
