@@ -19,6 +19,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton.compiler
+from compiled import Driver
 from torch import Tensor
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
@@ -54,22 +55,6 @@ from megahybrid_kernels.swiglu import triton as swiglu
 
 TARGET = GPUTarget("cuda", 90, 32)
 BF16 = torch.bfloat16
-
-
-class Driver:
-    """As much of a driver as compiling needs."""
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGET
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
 
 
 def to_ttir(source, target: GPUTarget, options: dict, **_) -> tuple[str, list[str]]:
@@ -281,7 +266,7 @@ def kernels() -> list[str]:
 
 
 def main() -> None:
-    driver.set_active(Driver())
+    driver.set_active(Driver(f"sm_{TARGET.arch}"))
     triton.compiler.compile = to_ttir
     # All scores at once: else a document of millions of tokens takes thousands of launches that are all the same.
     triton_score._SCORES = 2**60
