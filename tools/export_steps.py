@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from prefill_steps import PASSES
@@ -35,15 +36,23 @@ def exported_form(model: Stack, config: Config) -> MegahybridForCausalLM:
 
 
 class Clock(StoppingCriteria):
-    """When each token was chosen; ends generation after `limit` seconds, but not before the third."""
+    """Seconds of each step of generation, and of a call of `beside` after each: in turns, so that a busy host slows
+    both alike. Ends generation after `limit` seconds, but not before the sixth step."""
 
-    def __init__(self, limit: float):
-        self.times: list[float] = []
-        self._limit = limit
+    def __init__(self, limit: float, beside: Callable[[], object]):
+        self.seconds: list[float] = []
+        self.seconds_beside: list[float] = []
+        self._limit, self._beside = limit, beside
+        self._began = self._since = time.perf_counter()
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
-        self.times.append(time.perf_counter())
-        over = len(self.times) > 4 and self.times[-1] - self.times[0] > self._limit
+        input_ids[:, -1].tolist()  # the step is over when the host has its tokens
+        after = time.perf_counter()
+        self.seconds.append(after - self._since)
+        self._beside()
+        self._since = time.perf_counter()
+        self.seconds_beside.append(self._since - after)
+        over = len(self.seconds) > 5 and self._since - self._began > self._limit
         return torch.full((len(input_ids),), over, device=input_ids.device)
 
 
@@ -68,14 +77,22 @@ def read(model: GenerationMixin, context: int, batch: int, together: int, limit:
 
 
 @torch.no_grad()
-def write(model: GenerationMixin, context: int, batch: int, graph: bool, plain: dict, limit: float) -> dict:
-    """Greedy steps of `generate` after one prompt, read once, that `batch` sequences share. `plain` hands the tokens
-    without a graph on to the case with one."""
+def write(
+    model: GenerationMixin,
+    context: int,
+    batch: int,
+    graph: bool,
+    engine: Callable[[], Callable[[], object]],
+    plain: dict,
+    limit: float,
+) -> dict:
+    """Greedy steps of `generate` after one prompt, read once, that `batch` sequences share, in turns with those of our
+    own engine, which `engine` makes. `plain` hands the tokens without a graph on to the case with one."""
     prompt = prompts(model, 1, context)
     cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
     cache.reorder_cache(torch.zeros(batch, dtype=torch.int64, device=prompt.device))
     first = torch.arange(batch, device=prompt.device)[:, None] % model.config.vocab_size
-    tokens, clock = torch.cat([prompt.expand(batch, -1), first], 1), Clock(limit)
+    tokens, clock = torch.cat([prompt.expand(batch, -1), first], 1), Clock(limit, engine())
     # A model that somebody watches is not recorded.
     watch = None if graph else model.model.layers[0].register_forward_pre_hook(lambda *_: None)
     options = {"attention_mask": torch.ones_like(tokens), "past_key_values": cache}
@@ -83,9 +100,9 @@ def write(model: GenerationMixin, context: int, batch: int, graph: bool, plain: 
     found = model.generate(tokens, **options, **_GREEDY)[:, context + 1 :].tolist()
     if watch is not None:
         watch.remove()
-    seconds = [after - before for before, after in zip(clock.times[2:], clock.times[3:], strict=False)]
-    ms = 1e3 * statistics.median(seconds)
-    result = {"ms": round(ms, 4), "tokens_per_second": round(batch / ms * 1e3, 1), "steps": len(clock.times)}
+    ms, engine_ms = (1e3 * statistics.median(each[3:]) for each in (clock.seconds, clock.seconds_beside))
+    result = {"ms": round(ms, 4), "tokens_per_second": round(batch / ms * 1e3, 1), "steps": len(clock.seconds)}
+    result |= {"engine_ms": round(engine_ms, 4), "by_engine": round(engine_ms / ms, 3)}
     result["kernels"] = cache.inference is not None
     result["recorded"] = result["kernels"] and cache.inference.graph is not None
     if "tokens" in plain:

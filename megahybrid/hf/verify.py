@@ -118,9 +118,10 @@ def verify(
 
     At the model's own sizes a text of this length may reach no limit: then once more with close ones, and with routers
     that keep about half. There a limit that, moved by one, leaves the training model's logits as they were is reported:
-    of it there was nothing to compare, as where the weights behind its layers are zero.
+    of it there was nothing to compare, as where the weights behind its layers are zero. Last the weights themselves, of
+    which logits do not show an embedding that the text does not need.
 
-    Raises UserError for sizes that differ, and logits that differ by more than TOLERANCE.
+    Raises UserError for sizes or weights that differ, and logits that differ by more than TOLERANCE.
     """
     _require_same_sizes(exported, config)
     written = tokenizer is not None and not tokenizer.of_numbers
@@ -132,9 +133,20 @@ def verify(
     if written:
         loss = float(F.cross_entropy(expected[:-1][: len(read) - 1], torch.tensor(read[1 : len(expected)])))
         report(f"{loss:.3f} nats a token of text")
-    limits = _close_limits(config)
-    if not limits:
-        return
+    if limits := _close_limits(config):
+        _compare_closely(trained, exported, config, limits, read, report)
+    _require_same_weights(trained, exported)
+
+
+def _compare_closely(
+    trained: Stack,
+    exported: MegahybridForCausalLM,
+    config: Config,
+    limits: dict[str, dict[str, int]],
+    read: list[int],
+    report: Report,
+) -> None:
+    """With these limits in place of the model's own, which both models leave with weights that are shifted alike."""
     near = _limited(config, limits)
     trained, exported = _resized(trained, near), _resized_export(exported, near)
     _balance(trained, exported, read)
@@ -177,6 +189,15 @@ def _require_same_sizes(exported: MegahybridForCausalLM, config: Config) -> None
             raise UserError(
                 f"The converted model's config.json has {key} = {found} where the model has {value}, so nothing was "
                 "written; please report it with the configuration."
+            )
+
+
+def _require_same_weights(trained: Stack, exported: MegahybridForCausalLM) -> None:
+    for name, weight in trained.named_parameters():
+        if not torch.equal(exported.get_parameter(exported_name(name)), weight):
+            raise UserError(
+                f"The converted model's {exported_name(name)} is not what the model has, so nothing was written; "
+                "convert it again, and look after the disk and the memory if that fails, too."
             )
 
 

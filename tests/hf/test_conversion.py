@@ -231,6 +231,33 @@ def test_a_wrong_conversion_leaves_nothing(reference, exported, tmp_path, monkey
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("model.embedding.weight", "The converted model's logits differ by up to"),
+        # Too little for a decision to fall differently.
+        ("model.layers.1.mixer.router.conv0_weight", "router.conv0_weight is not what the model has"),
+    ],
+)
+def test_a_file_that_changes_once_it_is_written(name, message, reference, tmp_path, monkeypatch, capsys):
+    """What is compared is what the folder holds: here with one bit changed."""
+    real = export_module._write_weights
+
+    def damaged(part, *arguments):
+        real(part, *arguments)
+        (file,) = part.glob("*.safetensors")
+        data = bytearray(file.read_bytes())
+        size = int.from_bytes(data[:8], "little")
+        end = json.loads(data[8 : 8 + size])[name]["data_offsets"][1]
+        data[8 + size + end - 2] ^= 1
+        file.write_bytes(data)
+
+    monkeypatch.setattr(export_module, "_write_weights", damaged)
+    assert main(["export", str(reference), str(tmp_path / "model"), "--verify"]) == 2
+    assert message in capsys.readouterr().err
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize("verb", ["export", "import"])
 def test_a_full_disk_leaves_nothing(verb, exported, reference, tmp_path, monkeypatch, capsys):
     module = {"export": export_module, "import": import_module}[verb]

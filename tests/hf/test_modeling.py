@@ -315,3 +315,19 @@ def test_new_weights_train():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.slow
+def test_torch_compile():
+    """All layers in one graph, and few graphs for the steps of a text."""
+    _, exported = pair("GLSFN", torch.float32)
+    tokens, graphs, cache = random_tokens(40)[None], torch._dynamo.testing.CompileCounter(), None
+    expected = exported(tokens, use_cache=False).logits
+    found = torch.compile(exported, backend="eager", fullgraph=True)(tokens, use_cache=False).logits
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5)
+    compiled = torch.compile(exported, backend=graphs)
+    for number in range(12):
+        out = compiled(tokens[:, number : number + 1], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        assert torch.allclose(out.logits[0, 0], expected[0, number], rtol=0, atol=1e-5)
+    assert graphs.frame_count < 12

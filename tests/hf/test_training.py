@@ -336,6 +336,9 @@ def test_adapters_on_all_projections():
 def gradients_by_kernels(pattern, device, autocast, monkeypatch):
     """(Of the plain form in fp32, of the plain form and by megahybrid_kernels, both under autocast or not)."""
     exported = trainable(pattern, torch.float32).to(device)
+    for name, weight in exported.named_parameters():
+        if name.endswith(("q_conv", "k_conv")):
+            weight.data *= 3  # short vectors are divided by their length, which makes much of their rounding
     row, labels, ways = packed_row((33, 5, 21))
     inputs = {"input_ids": row, "labels": labels, **ways["position_ids"]}
     inputs = {name: x.to(device) for name, x in inputs.items()}
@@ -347,6 +350,20 @@ def gradients_by_kernels(pattern, device, autocast, monkeypatch):
             return gradients(exported, exported(**inputs).loss)
 
     return found(False, False), found(False, autocast), found(True, autocast)
+
+
+def require_near(exact, plain, found):
+    """Gradients found are about as near to the exact ones as those of the plain form, which are so near that a term too
+    few would show: mostly within 2 %, two parameters within 6 %."""
+    for name, x in exact.items():
+        rounding = (plain[name] - x).norm()
+        assert rounding <= 0.08 * x.norm(), name
+        assert (found[name] - x).norm() <= max(1e-3 * x.norm(), 3 * rounding), name
+
+
+@pytest.mark.parametrize("pattern", [*PATTERN])
+def test_gradients_under_autocast(pattern, monkeypatch):
+    require_near(*gradients_by_kernels(pattern, "cpu", True, monkeypatch))
 
 
 @pytest.mark.slow
@@ -364,8 +381,4 @@ def test_triton(pattern, monkeypatch):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("pattern", [*PATTERN])
 def test_on_a_gpu(pattern, autocast, monkeypatch):
-    """Under autocast the kernels' gradients are about as near to fp32 as those of the plain form."""
-    exact, plain, found = gradients_by_kernels(pattern, "cuda", autocast, monkeypatch)
-    for name, x in exact.items():
-        allowed = max(1e-3 * x.norm(), 3 * (plain[name] - x).norm())
-        assert (found[name] - x).norm() <= allowed, name
+    require_near(*gradients_by_kernels(pattern, "cuda", autocast, monkeypatch))

@@ -126,6 +126,17 @@ def test_one_query_that_selects_a_wrong_block_for_one_head(refused):
     refused(3, wrong)
 
 
+def test_an_embedding_that_the_text_does_not_need(sized):
+    config = replace(sized, model=replace(sized.model, pattern="GL", tie_embeddings=False))
+    trained, said = build(config, "cpu", torch.float64).requires_grad_(False), []
+    exported = verify.converted_model(trained, config)
+    verify.verify(trained, exported, config, TOKENIZER, said.append)
+    exported.model.embedding.weight.data[127, 3] += 1e-3
+    with pytest.raises(UserError, match=r"model\.embedding\.weight is not what the model has"):
+        verify.verify(trained, exported, config, TOKENIZER, said.append)
+    assert len(said) == 6
+
+
 def test_a_wrong_config_json(verified):
     def damage(exported):
         exported.config.lte["buffer_size"] += 1

@@ -10,20 +10,26 @@ from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, in_own_precisi
 
 QUERY_BLOCK = 256
 TWO_PI = Decimal("6.283185307179586476925286766559005768394338798750")
+RADIANS = float(TWO_PI / 2**64)
 
 
 @lru_cache
-def frequencies(half, theta, device):
-    """Rotary embedding's turns a position, theta^(-i / half) / (2 pi), in units of 2^-64: int64 `[half]`.
+def turns(half, theta):
+    """Rotary embedding's turns a position, theta^(-i / half) / (2 pi), in units of 2^-64: integers of 64 bits.
 
-    Their products with positions wrap around, which loses whole turns alone: angles are exact at any position. Made at
-    first use, not as a buffer, which `from_pretrained` would leave without values or cast.
+    Their products with positions wrap around, which loses whole turns alone: angles are exact at any position.
     """
     with localcontext() as context:
         context.prec = 50
-        turns = [Decimal(theta) ** (-Decimal(i) / half) / TWO_PI for i in range(half)]
-        units = [int((each * 2**64).to_integral_value()) for each in turns]
-    return torch.tensor([(each + 2**63) % 2**64 - 2**63 for each in units], device=device)
+        each = [Decimal(theta) ** (-Decimal(i) / half) / TWO_PI for i in range(half)]
+        units = [int((one * 2**64).to_integral_value()) for one in each]
+    return tuple((one + 2**63) % 2**64 - 2**63 for one in units)
+
+
+@lru_cache
+def on_device(turns, device):
+    """int64 `[half]`. Made at first use, not a buffer, which `from_pretrained` would leave without values or cast."""
+    return torch.tensor(turns, device=device)
 
 
 class Attention(Mixer):
@@ -40,6 +46,7 @@ class Attention(Mixer):
         sizes, hidden = getattr(config, self.section), config.hidden_size
         self.heads, self.kv_heads, self.head_dim = sizes["num_heads"], sizes["num_kv_heads"], sizes["head_dim"]
         self.theta = sizes["rope_theta"]
+        self.turns = None if self.theta is None else turns(self.head_dim // 2, self.theta)
         self.q_proj = linear(hidden, self.heads * self.head_dim)
         self.k_proj = linear(hidden, self.kv_heads * self.head_dim)
         self.v_proj = linear(hidden, self.kv_heads * self.head_dim)
@@ -71,8 +78,8 @@ class Attention(Mixer):
             return tensors
         x = at_least_fp32(torch.cat(tensors, 1))
         first, second = x.chunk(2, -1)
-        phases = positions[:, None, :, None] * frequencies(first.shape[-1], self.theta, x.device)
-        angles = phases.to(first.dtype) * float(TWO_PI / 2**64)
+        phases = positions[:, None, :, None] * on_device(self.turns, x.device)
+        angles = phases.to(first.dtype) * RADIANS
         cos, sin = angles.cos(), angles.sin()
         x = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(tensors[0].dtype)
         return x.split([each.shape[1] for each in tensors], 1)
