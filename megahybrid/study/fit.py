@@ -147,8 +147,7 @@ def _held_out(kind: KindFit, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
         if not run.counts:
             yield made | {"actual": None, "error": None, "covered": None}
             continue
-        ends = made["interval"]
-        covered = None if ends is None else ends[0] <= run.loss <= ends[1]
+        covered = made["interval"] and made["interval"][0] <= run.loss <= made["interval"][1]
         yield made | {"actual": run.loss, "error": run.loss / made["loss"] - 1, "covered": covered}
 
 
