@@ -45,5 +45,6 @@ def visible_gpus() -> list[str]:
 
 
 def gpu_memory() -> float:
-    """Bytes of this process's GPU; infinite without one."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else math.inf
+    """Bytes of the smallest of this process's GPUs; infinite without one."""
+    gpus = range(torch.cuda.device_count())
+    return min((torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus), default=math.inf)

@@ -80,7 +80,7 @@ def tabled(config: Config, gpu: str = "H100", lengths: Mapping[int, float] | Non
     model = derived(config.model)
     letters = parse_pattern(model.pattern).letters
     mfu = _at_width(model.hidden_size, *map(fmean, zip(*(KINDS[each].utilisation for each in letters), strict=True)))
-    mfu /= 1 + _recomputed(config) / 3
+    mfu /= 1 + _recomputed(config, lengths) / 3
     guessed = ", a guess at this width" if model.hidden_size < _WIDTHS[0] else ""
     by_flops = by_utilisation(config, mfu, f"by docs/performance/whole-step.md{guessed}", gpu, lengths)
     launches = _launch_seconds(config, letters)
@@ -95,12 +95,16 @@ def _at_width(width: int, at_low: float, at_high: float) -> float:
     return min(at_high, max(_LEAST_MFU, at_low + slope * math.log(width / low)))
 
 
-def _recomputed(config: Config) -> float:
+def _recomputed(config: Config, lengths: Mapping[int, float] | None) -> float:
     """Part of the forward pass's FLOPs that is computed twice."""
-    settings, length = Settings.of(config), config.train.seq_length
+    settings = Settings.of(config)
     again = [each for each in settings.pattern.letters if each in settings.recompute]
-    twice = sum(sum(layer(settings.model, letter, length).values()) for letter in again)
-    return twice / flops_per_token(config).forward
+    twice = sum(
+        part * sum(layer(settings.model, letter, length).values())
+        for letter in again
+        for length, part in (lengths or {config.train.seq_length: 1}).items()
+    )
+    return twice / flops_per_token(config, lengths).forward
 
 
 def _launch_seconds(config: Config, letters: str) -> float:

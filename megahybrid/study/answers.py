@@ -110,6 +110,7 @@ def _forecasts(results: Results) -> Iterator[str]:
             yield f"{said}; the run is not done ({why(run)})."
             continue
         place = "inside the interval" if covered(results, run) else "outside the interval"
+        place = "which nothing was said of" if (low, high) == (-math.inf, math.inf) else place
         late = "" if predicted_before(results, run) else " The run had begun when that was written."
         yield f"{said}, {run.loss:.4f} came: {100 * error(results, run):+.2f} %, {place}.{late}"
 
@@ -130,9 +131,9 @@ def error(results: Results, run: Run) -> float:
 
 
 def covered(results: Results, run: Run) -> bool:
-    """Whether a held-out run came to lie in the interval that was frozen."""
+    """Whether a held-out run came to lie in the interval that was frozen; one that is open to both sides holds none."""
     low, high = results.frozen[run.cell]["interval"]
-    return low <= run.loss <= high
+    return low <= run.loss <= high and (low, high) != (-math.inf, math.inf)
 
 
 def _sizes(results: Results) -> Iterator[str]:

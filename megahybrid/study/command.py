@@ -117,7 +117,7 @@ def _fit(parsed: argparse.Namespace) -> None:
         found, path = fit.fit(study, parsed.bootstrap), study.folder / "fit.json"
     else:
         columns = table.parse_columns(parsed.columns) if parsed.columns else None
-        runs = table.read_runs(parsed.runs, columns, parsed.drop_largest_losses)
+        runs = table.read_runs(parsed.runs, columns, parsed.drop_largest_losses, table.FIT_COLUMNS)
         found, path = fit.fit_runs(runs, (), parsed.bootstrap), parsed.runs.with_suffix(".fit.json")
         write_json(path, found)
     print(fit_text.describe(found))

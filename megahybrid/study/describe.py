@@ -70,7 +70,9 @@ def _sentences(plan: Plan) -> Iterator[str]:
         yield f"  GPU hours on one {gpu}: {source}"
     rate, batch = study.rules.learning_rate, study.rules.batch
     yield f"rate: {rate}, {LEARNING_RATES[rate].source}; batch: {batch}, {BATCHES[batch].source}"
-    yield "  at the geometric mean of the tokens of trunk and branches; / rule: by what the rule says of the run's own"
+    if study.schedule.kind == "wsd_branches":
+        yield "  at the geometric mean of the tokens of trunk and branches"
+    yield "  / rule: by what the rule says of the run's own tokens"
     if study.rules.tune:
         yield "tune: the factor of the best run multiplies all other rates of its kind, whose runs wait for it"
     yield from _far(plan)

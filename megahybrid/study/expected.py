@@ -12,14 +12,11 @@ from megahybrid.errors import UserError
 from megahybrid.study.cells import Cell
 from megahybrid.study.file import Study
 from megahybrid.study.law.bootstrap import SHARED, SHARED_PRIOR, Noise, interval, posterior, unit_noise
-from megahybrid.study.law.fit import LEAST_RUNS
+from megahybrid.study.law.fit import LEAST_RATIO, LEAST_RUNS
 from megahybrid.study.law.law import CONDITION_LIMIT, Array, Centre, Law, condition, jacobian
 
 PRIOR = Law(A=482.01, B=2085.43, E=1.8172, alpha=0.3478, beta=0.3658)
 """Besiroglu et al., "Chinchilla Scaling: A replication attempt", arXiv 2404.10102."""
-
-LEAST_RATIO = 1.5
-"""Between the most and the fewest tokens a parameter that a kind's runs are asked for."""
 
 _STUDIES, _REPLICATES = 200, 200
 """That are made up, and drawings of each one's noise."""

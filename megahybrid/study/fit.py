@@ -69,7 +69,7 @@ def fit_runs(
     for kind in fitted:
         found[kind.name] = _described(kind, compute) | {
             "predictions": [*_held_out(kind, runs), *_targets(kind, targets)],
-            "without_embedding": _without_embedding(runs, kind.name, replicates, compute),
+            "without_embedding": _without_embedding(runs, kind, replicates, compute),
         }
     return _finite(
         {
@@ -168,15 +168,15 @@ def _predicted(kind: KindFit, parameters: float, tokens: float, flops: float) ->
     }
 
 
-def _without_embedding(runs: Sequence[Run], name: str, replicates: int, compute: Array) -> dict[str, Any] | None:
+def _without_embedding(runs: Sequence[Run], like: KindFit, replicates: int, compute: Array) -> dict[str, Any] | None:
     """The same fit with parameters counted without embeddings; None where that is not known, or cannot be fitted."""
     if any(math.isnan(run.parameters_without_embedding) for run in runs):
         return None
     try:
-        fitted = fit_kind(runs, name, "parameters_without_embedding")
+        fitted = fit_kind(runs, like.name, "parameters_without_embedding")
     except UserError:
         return None
-    (kind,) = with_replicates([fitted], replicates)
+    (kind,) = with_replicates([fitted], replicates, like.shared)
     return _described(kind, compute) | {"predictions": list(_held_out(kind, runs))}
 
 

@@ -9,13 +9,10 @@ import numpy as np
 
 from megahybrid.errors import UserError
 from megahybrid.study.law.bootstrap import ENOUGH_TRUNKS, Noise, Replicates, bootstrap, interval, posterior
-from megahybrid.study.law.fit import LEAST_RUNS, Fit, Points, fit
+from megahybrid.study.law.fit import LEAST_RATIO, LEAST_RUNS, Fit, Points, fit
 from megahybrid.study.law.frontier import Frontier, TokenCost
 from megahybrid.study.law.law import CONDITION_LIMIT, Array
 from megahybrid.study.table import Run
-
-LEAST_RATIO = 1.1
-"""Between the most and the fewest tokens a parameter of a kind's runs."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +25,7 @@ class KindFit:
         fit: of its law.
         flops, trunks: of the runs that it was fitted to, [runs].
         cost: of a token.
+        shared: how likely trunks share which part of the noise, by all kinds; None without a bootstrap.
         replicates: of the bootstrap; None without one.
     """
 
@@ -37,6 +35,7 @@ class KindFit:
     flops: Array
     trunks: Array
     cost: TokenCost
+    shared: Array | None = None
     replicates: Replicates | None = None
 
     @property
@@ -89,16 +88,18 @@ def fit_kind(runs: Sequence[Run], name: str, count: str = "parameters") -> KindF
     return KindFit(name, count, fitted, column(chosen, "flops"), trunks, cost)
 
 
-def with_replicates(kinds: Sequence[KindFit], replicates: int) -> list[KindFit]:
-    """The same with a bootstrap; what trunks share of the noise is learnt from all kinds together."""
+def with_replicates(kinds: Sequence[KindFit], replicates: int, shared: Array | None = None) -> list[KindFit]:
+    """The same with a bootstrap; what trunks share of the noise, where not given, is learnt from all kinds together."""
     if not replicates:
         return list(kinds)
-    few = (kind for kind in kinds if kind.trunks.max() + 1 < ENOUGH_TRUNKS)
-    shared = posterior(Noise(kind.fit.jacobian, kind.trunks).likelihood(kind.fit.residuals) for kind in few)
-    return [
-        replace(kind, replicates=bootstrap(kind.fit, kind.trunks, replicates, np.random.default_rng(seed), shared))
+    if shared is None:
+        few = (kind for kind in kinds if kind.trunks.max() + 1 < ENOUGH_TRUNKS)
+        shared = posterior(Noise(kind.fit.jacobian, kind.trunks).likelihood(kind.fit.residuals) for kind in few)
+    drawn = [
+        bootstrap(kind.fit, kind.trunks, replicates, np.random.default_rng(seed), shared)
         for seed, kind in enumerate(kinds)
     ]
+    return [replace(kind, shared=shared, replicates=each) for kind, each in zip(kinds, drawn, strict=True)]
 
 
 def column(runs: Sequence[Run], name: str) -> Array:

@@ -67,6 +67,7 @@ def make_plan(study: Study, estimate: Callable[[Config], Estimate] = tabled_esti
     """
     cells = [cell for cell in design(study, needs_data=False) if cell.name not in study.give_up]
     precision = expect(study, cells)
+    planned = {cell.identity for cell in cells}
     known: dict[tuple[str, str, int], tuple[float, Estimate]] = {}
     rows = []
     for cell in cells:
@@ -76,13 +77,14 @@ def make_plan(study: Study, estimate: Callable[[Config], Estimate] = tabled_esti
             known[step] = memory, estimate(cell.config)
         memory, like = known[step]
         rate, batch = optimum(study, cell.config, cell.parameters_without_embedding, cell.tokens)
+        orphan = cell.trunk not in planned  # given up: it may have left no checkpoint to begin with
         rows.append(
             Row(
                 cell=cell,
                 rate=cell.config.optimizer.learning_rate / rate,
                 batch=batch_tokens(cell.config) / batch,
                 memory=memory,
-                estimate=replace(like, steps=own_steps(cell.config)),
+                estimate=replace(like, steps=cell.config.train.steps if orphan else own_steps(cell.config)),
             )
         )
     return Plan(study, rows, precision)

@@ -72,6 +72,12 @@ class Run:
 COLUMNS = tuple(field.name for field in dataclasses.fields(Run))
 """That are read; `parameters`, `loss` and one of `tokens` and `flops` must be there."""
 
+FIT_COLUMNS = (
+    *("cell", "run", "kind", "trunk", "held_out", "retry_of", "state", "excluded"),
+    *("parameters", "parameters_without_embedding", "tokens", "flops", "loss"),
+)
+"""Those of them that a fit is made of."""
+
 _POSITIVE = "parameters", "parameters_without_embedding", "tokens", "flops", "loss"
 """Numbers that a fit is made of."""
 
@@ -87,19 +93,25 @@ def parse_columns(text: str) -> dict[str, str]:
     return names
 
 
-def read_runs(path: Path, columns: Mapping[str, str] | None = None, drop_largest_losses: int = 0) -> list[Run]:
+def read_runs(
+    path: Path,
+    columns: Mapping[str, str] | None = None,
+    drop_largest_losses: int = 0,
+    wanted: Sequence[str] = COLUMNS,
+) -> list[Run]:
     """Read a table of runs.
 
     Args:
         path: a CSV file with a line of names.
-        columns: the file's names of our columns; other columns are not read. Ours themselves when left out.
+        columns: the file's names of our columns; other columns are not read. Those of `wanted` when left out.
         drop_largest_losses: how many runs to exclude for it.
+        wanted: COLUMNS, or some of them.
 
     Raises UserError for a file that cannot be read, a missing column, a number that is none, or is not finite and
     above 0, a run that is there twice, and more runs to drop than there are.
     """
     rows = read_rows(path)
-    names = dict(columns) if columns else {name: name for name in COLUMNS if name in rows[0]}
+    names = dict(columns) if columns else {name: name for name in wanted if name in rows[0]}
     _check_names(path, names, rows[0])
     runs = [_run(path, number, row, names) for number, row in enumerate(rows, start=1)]
     _refuse_twice(path, runs)

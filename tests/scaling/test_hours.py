@@ -33,6 +33,18 @@ def test_the_table_gives_the_steps_that_were_measured(row):
     assert "MFU" in found.source and found.gpu == "H100"
 
 
+def test_what_is_computed_twice_is_counted_at_the_lengths_of_the_data():
+    """Attention alone, all of whose layers are: at any lengths they add the forward pass but the output layer."""
+    keys = ["model.pattern=(F)*24", "train.seq_length=32768", "train.micro_batch_size=4", "train.global_batch_size=4"]
+    seconds = {}
+    for name in ("none", "all"):
+        config = load_config(RECIPES / "transformer-1.4b.yaml", [*keys, f"train.recompute={name}"])
+        seconds[name] = tabled(config, lengths={512: 1.0})
+    parts = flops_per_token(config, {512: 1}).parts
+    layers = 1 - parts["output layer"] / sum(parts.values())
+    assert seconds["all"].step_seconds / seconds["none"].step_seconds == pytest.approx(1 + layers / 3, rel=1e-6)
+
+
 def test_launches_give_the_steps_that_were_measured():
     """0.069 s of the quickstart, 0.422 s of four micro-batches of one sample; docs/performance."""
     quickstart = load_config(RECIPES / "quickstart.yaml")

@@ -173,6 +173,22 @@ def test_a_second_try_is_named_and_its_first_is_not_called_missing(tmp_path):
     assert found["warnings"][0] == "The fit lacks gdn-5, which has no loss."
 
 
+def test_what_all_kinds_say_of_trunks_counts_without_embeddings_too(tmp_path):
+    """All models have as large a part without them, which moves A alone."""
+    rng, rows = np.random.default_rng(3), []
+    for kind, law in (("base", tables.LAW), ("other", OTHER)):
+        parameters, tokens = tables.ladder()
+        trunks = np.unique(parameters, return_inverse=True)[1]
+        made = tables.rows(kind, law, parameters, tokens)
+        losses = tables.noisy(law, parameters, tokens, NOISE, rng, trunks, 0.9)
+        rows += [
+            row | {"trunk": f"{kind}-{trunk}", "loss": loss}
+            for row, trunk, loss in zip(made, trunks, losses, strict=True)
+        ]
+    found = fit_runs(read_runs(tables.write(tmp_path / "runs.csv", rows)), replicates=200)["kinds"]["base"]
+    assert found["without_embedding"]["intervals"]["beta"] == pytest.approx(found["intervals"]["beta"], rel=1e-4)
+
+
 def test_held_out_runs_change_nothing_and_are_predicted_before_they_are_done(fitted, tmp_path):
     """The prediction is frozen before the run starts."""
     rows = two_kinds()

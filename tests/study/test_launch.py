@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import types
@@ -13,7 +14,7 @@ import pytest
 
 from megahybrid.cli import main
 from megahybrid.config import load_config, save_config
-from megahybrid.devices import visible_gpus
+from megahybrid.devices import gpu_memory, visible_gpus
 from megahybrid.files import read_json
 from megahybrid.scaling.memory import peak_bytes
 from megahybrid.study import launch as launching
@@ -273,6 +274,16 @@ def test_gpus_are_named_as_they_are_visible(monkeypatch):
             "CUDA_VISIBLE_DEVICES", False
         )
         assert visible_gpus() == found
+
+
+def test_the_smallest_gpu_decides_what_fits(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(
+        "torch.cuda.get_device_properties", lambda gpu: types.SimpleNamespace(total_memory=(80, 24)[gpu])
+    )
+    assert gpu_memory() == 24
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert gpu_memory() == math.inf
 
 
 def test_what_another_study_wants_of_a_run_stays(make_study, trainer):

@@ -133,6 +133,11 @@ def test_what_is_given_up_is_planned_no_more(planned):
     assert "held out: " in before and "held out: " not in printed.out
     with open(folder / "plan.csv") as file:
         assert "gdn-64x2-2e12-s0" not in {row["cell"] for row in csv.DictReader(file)}
+    planned("give_up: [gdn-64x2-8e12-s0]")
+    with open(folder / "plan.csv") as file:
+        hours = {row["cell"]: (row["gpu_hours"], row["gpu_hours_from_scratch"]) for row in csv.DictReader(file)}
+    orphan, branch = hours["gdn-64x2-2e12-s0"], hours["transformer-64x2-2e12-s0"]
+    assert orphan[0] == orphan[1] and float(branch[0]) < float(branch[1]), "without its trunk from scratch"
     code, printed, _ = planned("give_up: [gdn-64x2-2e12-s0, gdn-64x2-4e12-s0]")
     assert code == 2 and "gdn: it has 6 runs to fit the law to, which needs 7" in printed.err
 

@@ -264,6 +264,18 @@ def test_an_interval_that_is_open_to_one_side_judges_by_the_other(tmp_path):
         assert pictures.compute_figure(results) and pictures.prediction_figure(results)
 
 
+def test_an_interval_that_is_open_to_both_sides_is_no_prediction_that_was_right(tmp_path):
+    name = made_up.identity("gdn-320x10-8e16-s0")
+    before, results = (
+        answers(made_up.results(tmp_path, frozen=lambda made, ends=ends: made[name].update(interval=ends)))
+        for ends in ([1.0, 9.0], [None, None])
+    )
+    (said,) = [each for each in results if each.startswith("gdn, 8 times")]
+    assert said.endswith("which nothing was said of.")
+    right = [int(each[2]) for told in (before, results) for each in told if "frozen predictions were right" in each]
+    assert right[1] == right[0] - 1
+
+
 def test_a_study_whose_hours_nobody_measured_is_reported(tmp_path):
     made_up.write(tmp_path, [row | {"gpu_hours": ""} for row in made_up.runs()])
     (tmp_path / "plan.csv").unlink()

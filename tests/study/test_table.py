@@ -3,7 +3,7 @@
 import pytest
 
 from megahybrid.errors import UserError
-from megahybrid.study.table import parse_columns, read_runs
+from megahybrid.study.table import FIT_COLUMNS, parse_columns, read_runs
 from tests.study import tables
 
 
@@ -35,6 +35,8 @@ def test_columns_of_others_and_tokens_from_flops(tmp_path):
     assert [run.fitted for run in runs] == [False, True] and "largest" in runs[0].excluded
     path.write_text("parameters,tokens,loss\n1e6,1e8,3.5\n")
     assert read_runs(path)[0].flops == 6e14
+    path.write_text("parameters,tokens,loss,budget,gpu_hours\n1e6,1e8,3.5,small,-\n")
+    assert read_runs(path, wanted=FIT_COLUMNS)[0].loss == 3.5, "what no fit needs may be anything"
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,10 @@ POLISH = 1e-24
 """What part of the objective a step may still promise at the end: the gradient is then about 1e-13."""
 
 LEAST_RUNS = 7
-"""Two more than the law has parameters."""
+"""Of a kind: two more than the law has parameters."""
+
+LEAST_RATIO = 1.5
+"""Between the most and the fewest tokens a parameter of a kind's runs."""
 
 
 @dataclass(frozen=True)
