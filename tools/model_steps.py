@@ -14,11 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from megahybrid.config import load_config
 from megahybrid.data.packing import Batch
 from megahybrid.model.context import Context, dropout_keys
-from megahybrid.model.stack import build_stages
 from megahybrid.parallel import groups
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.memory import peak_bytes
-from megahybrid.scaling.stages import stage_layers
 from megahybrid.training import zero
 from megahybrid.training.engine import Engine
 from megahybrid.training.speed import model_flops_utilization
@@ -77,8 +75,7 @@ def measure(
     """
     config = load_config(recipe, overrides)
     groups.initialize(config.parallel, config.train.seed)
-    rank, size = groups.pipeline_parallel()
-    engine = Engine(config, build_stages(config, stage_layers(config)[rank::size], groups.device()))
+    engine = Engine(config)
     engine.initialize()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -152,7 +149,9 @@ def keep(engine: Engine, batch: Batch, share: float) -> None:
             many = aux.counts["kept"] > share * len(batch.tokens)
             low[n], high[n] = torch.where(many, low[n], biases[n]), torch.where(many, biases[n], high[n])
     for bias in biases.values():
-        zero.write(engine.deepspeed, bias, zero.WEIGHTS, bias.float())
+        begin, master = zero.place(engine.deepspeed, bias)
+        master.copy_(bias[begin : begin + len(master)])
+    zero.round_masters(engine.deepspeed)
 
 
 def parts(engine: Engine, batches: list[Batch], step: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from megahybrid.config.batch import micro_batches
 from megahybrid.config.schema import Config
 from megahybrid.parallel import groups
 from megahybrid.parallel.mpu import ModelParallelUnit
+from megahybrid.parallel.parameters import materialize
 from megahybrid.scaling.memory import BUCKET, LIVE_PARAMETERS
 
 WEIGHTS = "weights"
@@ -21,9 +22,22 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHTS, *MOMENTS)
 
 
+def make_parameters(config: Config, model: nn.Module) -> None:
+    """Make the working copies of a model on the meta device, without values. With stage 3 they are split over the
+    replicas a layer at a time, so that none ever has them all.
+    """
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    for module in [*model.layers.values(), *(each for name, each in model.named_children() if name != "layers")]:
+        materialize(module, groups.device(), dtype)
+        if config.parallel.zero_stage == 3:
+            import deepspeed
+
+            deepspeed.zero.Init(module, ModelParallelUnit().get_data_parallel_group(), dtype=dtype)
+
+
 def initialize(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-    """DeepSpeed's engine around the model, its optimizer state made and linked. Masters of bf16 weights are rounded to
-    bf16 until `write` puts others in their place.
+    """DeepSpeed's engine around the model, its optimizer state made and linked. Neither masters nor working copies have
+    values until the former get theirs through `place` and the latter by `round_masters`.
 
     With stage 1 a schedule runs all micro-batches of a step by itself: to DeepSpeed they are one. With stages 2 and 3
     DeepSpeed sees every micro-batch, and reduces its gradients at once.
@@ -88,8 +102,10 @@ def reset_optimizer_state(engine: Any, steps: int) -> None:
         zero.fp32_partitioned_groups_flat if sharded else [p for g in zero.optimizer.param_groups for p in g["params"]]
     )
     for flat in flats:
-        moments = {kind: torch.zeros_like(flat.data) for kind in MOMENTS}
-        zero.optimizer.state[flat] = {"step": torch.tensor(float(steps)), **moments}
+        state = zero.optimizer.state[flat]
+        state["step"] = torch.tensor(float(steps))
+        for kind in MOMENTS:
+            state[kind] = state[kind].zero_() if kind in state else torch.zeros_like(flat.data)
     if not sharded:
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
@@ -109,27 +125,26 @@ def read(engine: Any, parameter: nn.Parameter, kind: str) -> Tensor:
     return safe_get_full_optimizer_state(parameter, kind)
 
 
-def write(engine: Any, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-    """Put a whole fp32 weight or moment into the shards, and a weight into the working copy too."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
+def place(engine: Any, parameter: nn.Parameter, kind: str = WEIGHTS) -> tuple[int, Tensor]:
+    """Where this replica keeps its shard of a parameter's fp32 weight or moment: a `Place`, perhaps of nothing."""
+    key = None if kind == WEIGHTS else kind
     if engine.zero_optimization_stage() == 3:
-        # DeepSpeed's own setter fails where a parameter does not divide by the ranks.
-        key = None if kind == WEIGHTS else kind
         shard, _ = engine.optimizer._get_fp32_opt_state_partition(parameter, False, key)
-        rank = engine.optimizer._get_param_partition_rank(parameter)
-        _copy_part(shard, value, rank)
-        if kind == WEIGHTS:
-            _copy_part(parameter.ds_tensor, value, rank)
-            if parameter.data.shape == value.shape:  # small parameters stay gathered
-                parameter.data.copy_(value)
-    elif kind == WEIGHTS:
-        safe_set_full_fp32_param(parameter, value)
-        parameter.data.copy_(value)
-    else:
-        safe_set_full_optimizer_state(parameter, value, kind)
+        begin = engine.optimizer._get_param_partition_rank(parameter) * shard.numel()
+        return begin, shard.data.view(-1)[: max(0, parameter.ds_numel - begin)]
+    if (mapping := parameter._hp_mapping) is None:
+        return 0, torch.empty(0)
+    return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).data
 
 
-def _copy_part(shard: Tensor, value: Tensor, rank: int) -> None:
-    part = value.flatten()[rank * shard.numel() :][: shard.numel()]
-    shard.data.flatten()[: part.numel()].copy_(part)
+def round_masters(engine: Any) -> None:
+    """Make every working copy of the masters, as after a step; a collective."""
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() < 3:
+        zero.update_lp_params()
+        return
+    for copies, masters in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
+        copies.data.copy_(masters.data)
+    if small := zero.persistent_parameters:  # which stay gathered
+        small[0].partition(small)
+        small[0].all_gather(small)

@@ -103,7 +103,7 @@ class LTEAttention(AttentionProjections):
         self.heads = every // parallel_state.get_tensor_model_parallel_world_size()
         self.first_head = parallel_state.get_tensor_model_parallel_rank() * self.heads
         self.scores_per_token = every * len(settings.pattern.layers(LTEKind.letter))
-        self.l1_lambda = torch.zeros(self.heads)
+        self.l1_lambda = torch.zeros(self.heads, device="cpu")  # models are made on the meta device
         self.policy: Policy | None = None
 
     def forward(self, x: Tensor, context: Context, state: LTEState | None = None):
