@@ -76,7 +76,7 @@ class Kind(ABC):
 
     @abstractmethod
     def split(self, model: ModelConfig) -> dict[str, int]:
-        """What tensor parallel ranks share evenly: the number by the configuration key that sets it."""
+        """What ranks that split heads share evenly: the number by the configuration key that sets it."""
 
     def shared(self, model: ModelConfig) -> dict[str, int]:
         """Likewise, but where there are more ranks than that, as many neighbouring ones share each."""
@@ -114,7 +114,7 @@ class Kind(ABC):
         """The class of its exported form, a `Mixer` of megahybrid.hf.layers_megahybrid, likewise."""
 
     def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
-        """The ops of megahybrid_kernels that it runs on one of so many tensor parallel ranks, for `doctor`."""
+        """The ops of megahybrid_kernels that it runs on one of so many ranks that split heads, for `doctor`."""
         return []
 
     def regulator(self) -> type[Regulator] | None:

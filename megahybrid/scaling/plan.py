@@ -86,7 +86,7 @@ def _stages(config: Config) -> str:
         layers = ", ".join("-".join(map(str, sorted({chunk[0], chunk[-1]}))) for chunk in chunks)
         part = sum(sum(costs[chunk.start : chunk.stop]) for chunk in chunks) / sum(costs)
         rows.append((str(rank), layers, f"{part:.1%}", f"{parameters[rank]:,}", _gib(peak)))
-    gpus = pipeline * config.parallel.tensor
+    gpus = config.parallel.replica
     return table(("pipeline rank", "layers", "FLOPs", "parameters a GPU", f"GiB, {gpus} GPUs"), rows)
 
 
@@ -112,7 +112,7 @@ def _memory(config: Config) -> str:
         rows.append((f"  or with train.recompute={other.train.recompute}", *totals))
     if parallel.pipeline > 1:
         rows.append(("pipeline rank that needs most", *(str(rank) for _, rank in fullest)))
-    gpus = (str(size * parallel.tensor * parallel.pipeline) for size in REPLICAS)
+    gpus = (str(size * parallel.replica) for size in REPLICAS)
     return table(("GiB a GPU, by number of GPUs", *gpus), rows)
 
 

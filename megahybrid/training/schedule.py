@@ -27,13 +27,15 @@ def run(
     backward: bool = True,
 ) -> None:
     """Forward and backward passes: 1F1B, interleaved where this rank has several stages, or one after the other
-    without a pipeline. Gradients are left on the parameters, as of the mean over the micro-batches.
+    without a pipeline. Gradients are left on the parameters, as of the mean over the micro-batches, times the number of
+    context parallel ranks, over which a mean is to be taken: Megatron-core multiplies the loss by that.
 
     Args:
         stages: this rank's.
         micro_batches: at least one, the same on all ranks of a replica.
-        tokens: what every micro-batch holds.
-        forward: of one stage and micro-batch; gives the stage's hidden states, or the loss where it is the last one.
+        tokens: what every micro-batch holds, over all context parallel ranks.
+        forward: of one stage and micro-batch; gives the stage's hidden states, or the loss where it is the last one,
+            this context parallel rank's part of it.
         backward: whether there are backward passes.
     """
 
@@ -68,20 +70,21 @@ def _sum_tied_gradient(stages: Sequence[Stack]) -> None:
 
 
 def sum_in_order(gradient: Tensor) -> None:
-    """Sum a gradient over the replicas in the order of their ranks; each of them is left with a part of the sum, and
-    zeros. What then sums over the replicas once more gives the same bits wherever in its buffers the parameter lies: on
+    """Sum a gradient over all holders of the weight in the order of their ranks; each is left with a part of the sum,
+    and zeros. What then sums over them once more gives the same bits wherever in its buffers the parameter lies: on
     both stages that have a copy of it.
     """
-    replica, replicas = groups.data_parallel()
-    if replicas < 3:  # two summands have no order
+    holder, holders = groups.weight_holders()
+    if holders < 3:  # two summands have no order
         return
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     for piece in gradient.view(-1).split(BUCKET):
-        share = -(-len(piece) // replicas)
-        given = functional.pad(piece, (0, share * replicas - len(piece)))
+        share = -(-len(piece) // holders)
+        given = functional.pad(piece, (0, share * holders - len(piece)))
         received = torch.empty_like(given)
-        dist.all_to_all_single(received, given, group=parallel_state.get_data_parallel_group())
+        dist.all_to_all_single(received, given, group=group)
         first, *others = received.split(share)
         for other in others:
             first += other
-        mine = piece.zero_()[replica * share :][:share]
+        mine = piece.zero_()[holder * share :][:share]
         mine.copy_(first[: len(mine)])
