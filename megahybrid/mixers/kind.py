@@ -23,17 +23,20 @@ class MicroBatch(NamedTuple):
     Attributes:
         samples, length: how many samples, and tokens of each.
         width: bytes of an activation: 2 in bf16, 4 in fp32.
-        ranks: tensor parallel ranks that share the heads.
+        ranks: tensor and context parallel ranks that share the heads.
+        exchanged: whether context parallel ones are among them, who exchange what a mixer's op gives: where the op
+            keeps that, too, it is kept twice.
     """
 
     samples: int
     length: int
     width: int
     ranks: int
+    exchanged: bool = False
 
 
 class Activations(NamedTuple):
-    """Bytes a token of a mixer beside its input, on one rank.
+    """Bytes of a mixer beside its input, on one rank, for each token of the whole micro-batch.
 
     Attributes:
         saved: for the backward pass.

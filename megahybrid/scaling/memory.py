@@ -10,7 +10,8 @@ op widens to fp32 takes 4 in either case. What a mixer keeps is said by its kind
 
 With t tensor parallel ranks I, what a mixer has of heads and the vocabulary are a rank's own, so 1 / t. The residual
 stream is whole on every rank, or with sequence parallelism 1 / t of the tokens; s is that divisor, 1 or t. What
-projections read was gathered once and is kept whole.
+projections read was gathered once and is kept whole. Of c context parallel ranks each has 1 / c of the tokens; in a
+mixer all tokens and of the heads 1 / (t c).
 """
 
 from __future__ import annotations
@@ -50,19 +51,20 @@ def _gradients(parameters: int, zero_stage: int, replicas: int) -> float:
 
 
 def peak_bytes(config: Config, replicas: int) -> list[float]:
-    """Most bytes that a GPU holds in a step, by pipeline rank, with `replicas` data parallel ones.
+    """Most bytes that a GPU holds in a step, by pipeline rank, with `replicas` data parallel ones, each of which has
+    all context parallel ranks' shares of the states.
 
     Beside its states that is the activations, which ZeRO-2 and 3 replace by gradients in reduction, and what ZeRO-3 has
     gathered; or, when they are gone, what the update takes, or ZeRO-1's reduction.
     """
-    stage, peaks = config.parallel.zero_stage, []
+    stage, peaks, holders = config.parallel.zero_stage, [], replicas * config.parallel.context
     for rank, count in enumerate(parameters_by_rank(config)):
-        passes = _backward(config, activations(config, replicas, rank), count) + gathered(config, count, replicas)
+        passes = _backward(config, activations(config, replicas, rank), count) + gathered(config, count, holders)
         if config.train.dtype == "fp32" and stage < 3 and micro_batches(config, replicas) == 1:
             # Made while the activations go; elsewhere they have their place from the start.
-            passes -= _gradients(count, stage, replicas)
-        after = max(update(count, replicas), reduction(config, count) if stage == 1 else 0)
-        peaks.append(states(config, count, stage, replicas) + max(passes, after))
+            passes -= _gradients(count, stage, holders)
+        after = max(update(count, holders), reduction(config, count) if stage == 1 else 0)
+        peaks.append(states(config, count, stage, holders) + max(passes, after))
     return peaks
 
 
@@ -134,7 +136,7 @@ def _chunks(config: Config) -> list[Chunk]:
     Between chunks goes a tensor of w h / s, which the one that receives it and the one that sends it both keep.
     """
     settings, every = Settings.of(config), stage_layers(config)
-    tokens = config.train.micro_batch_size * config.train.seq_length
+    tokens = config.train.micro_batch_size * config.train.seq_length // config.parallel.context
     chunks = []
     for number, layers in enumerate(every):
         first, last = number == 0, number == len(every) - 1
@@ -207,9 +209,11 @@ def _inner(config: Config, settings: Settings) -> float:
 
 
 def _mixer(config: Config, settings: Settings, letter: str) -> Activations:
-    train = config.train
-    batch = MicroBatch(train.micro_batch_size, train.seq_length, _width(config), config.parallel.tensor)
-    return KINDS[letter].activations(settings.model, batch)
+    """Its bytes for each token of this rank."""
+    train, contexts = config.train, config.parallel.context
+    ranks = config.parallel.tensor * contexts
+    batch = MicroBatch(train.micro_batch_size, train.seq_length, _width(config), ranks, contexts > 1)
+    return Activations(*(contexts * each for each in KINDS[letter].activations(settings.model, batch)))
 
 
 def _width(config: Config) -> int:
