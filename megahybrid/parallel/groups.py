@@ -95,7 +95,8 @@ def tensor_parallel() -> tuple[int, int]:
 
 def context_parallel() -> tuple[int, int]:
     """Rank and size of this process among those that split a micro-batch's tokens."""
-    return parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    # Without any groups, as where a plan counts parameters, Megatron-core says 0.
+    return parallel_state.get_context_parallel_rank(), max(1, parallel_state.get_context_parallel_world_size())
 
 
 def head_parallel() -> tuple[int, int]:

@@ -310,10 +310,10 @@ def test_the_peak_adds_states_and_activations():
 
 
 def test_context_parallel_ranks_share_states_as_replicas_do():
-    config = config_of("GL", zero_stage=2, context=2)
+    config = config_of("GL", context=2)
     (count,) = parameters_by_rank(config)
     (peak,) = memory.peak_bytes(config, 2)
-    assert peak == count * (2 + 4 / 4 + 12 / 4) + memory.activations(config, 2, 0)
+    assert peak == count * (2 + 4 + 12 / 4) + memory.activations(config, 2, 0)
 
 
 def test_the_peak_with_zero_3_has_gathered_parameters():
