@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-SHORT = ("tensor", "pipeline", "virtual_pipeline", "sequence", "zero_stage")
+SHORT = ("tensor", "context", "pipeline", "virtual_pipeline", "sequence", "zero_stage")
 
 # (tensor, pipeline); the rest of the processes is data parallel. The first two are those with a goal on eight GPUs.
 MODEL_PARALLEL = ((1, 1), (2, 2), (2, 1), (4, 1), (1, 2), (1, 4))
@@ -24,7 +25,7 @@ def parse(layout: str) -> tuple[str, list[str], int]:
     """The layout, its keys as the recipe's, and how many processes it takes."""
     keys = split(layout)
     replicas = int(keys.pop("data", 1))
-    world = replicas * int(keys.get("tensor", 1)) * int(keys.get("pipeline", 1))
+    world = replicas * math.prod(int(keys.get(key, 1)) for key in ("tensor", "context", "pipeline"))
     return layout, [f"parallel.{k}={v}" if k in SHORT else f"{k}={v}" for k, v in keys.items()], world
 
 
@@ -56,13 +57,13 @@ def of_size(processes: int) -> list[str]:
 
 
 def micro_batch(layout: str, micro: int, samples: int) -> int:
-    """Sequences of a micro-batch in a layout, from those of one process: a tensor parallel group takes as many for each
-    of its processes. Halved while it does not divide a replica's share of the samples, or while a pipeline has fewer
+    """Sequences of a micro-batch in a layout, from those of one process: tensor and context parallel ranks take as many
+    for each of them. Halved while it does not divide a replica's share of the samples, or while a pipeline has fewer
     than eight micro-batches a stage, since those decide its bubble.
     """
     keys = split(layout)
     replicas, pipeline = int(keys.get("data", 1)), int(keys.get("pipeline", 1))
-    micro *= int(keys.get("tensor", 1))
+    micro *= int(keys.get("tensor", 1)) * int(keys.get("context", 1))
     own = samples // replicas
     while micro > 1 and (own % micro or (pipeline > 1 and own // micro < 8 * pipeline)):
         micro //= 2

@@ -19,9 +19,10 @@ _GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 # Words of Megatron-core's names for its groups, in the trace's "Process Group Description"; the first that fits.
 _GROUPS = {
     "TENSOR_MODEL": "tensor",
+    "DATA_PARALLEL": "data",  # also over context parallel ranks
+    "CONTEXT_PARALLEL": "context",
     "PIPELINE": "pipeline",
     "EMBEDDING": "pipeline",  # of its first and last stage
-    "DATA_PARALLEL": "data",
     "MODEL_PARALLEL": "all",
     "default_pg": "all",
 }
@@ -61,20 +62,19 @@ def total(intervals: Iterable[Interval]) -> float:
 
 
 def named_group(name: str, args: Mapping[str, Any]) -> str | None:
-    """tensor, pipeline, data or all: whose communication an event is by its name and the trace's process group.
+    """tensor, context, pipeline, data or all: whose communication an event is by its name and the trace's group.
 
-    Only pipelines send and receive, and one of their two directions goes through the default group.
+    Pipelines send and receive, and one of their two directions goes through the default group; so do NCCL's exchanges.
     """
-    lowered = name.lower()
-    if "sendrecv" in lowered or lowered.endswith((":send", ":recv")):
+    lowered, description = name.lower(), str(args.get("Process Group Description", ""))
+    if "CONTEXT" not in description and ("sendrecv" in lowered or lowered.endswith((":send", ":recv"))):
         return "pipeline"
-    description = str(args.get("Process Group Description", ""))
     return next((part for words, part in _GROUPS.items() if words in description), None)
 
 
 def only_group(sizes: Mapping[str, int]) -> str:
-    """Of a layout's tensor, pipeline and data parallel groups the one with more than one process, else "unknown";
-    "all" where there is one process.
+    """Of a layout's tensor, context, pipeline and data parallel groups the one with more than one process, else
+    "unknown"; "all" where there is one process.
     """
     split = [part for part, size in sizes.items() if size > 1]
     return (split or ["all"])[0] if len(split) < 2 else "unknown"
@@ -167,6 +167,7 @@ def traced(engine: Any, batches: Sequence[Any], step: int) -> dict[str, Any]:
                 torch.cuda.synchronize()
     sizes = {
         "tensor": groups.tensor_parallel()[1],
+        "context": groups.context_parallel()[1],
         "pipeline": groups.pipeline_parallel()[1],
         "data": groups.data_parallel()[1],
     }

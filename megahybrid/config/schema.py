@@ -76,10 +76,17 @@ class ParallelConfig:
     """Model chunks a pipeline stage holds (interleaved schedule)."""
     sequence: bool = key(False, may_change=True)
     """Sequence parallelism: split the residual stream's tokens over the tensor parallel ranks."""
+    context: int = key(1, may_change=True)
+    """Context parallel size (by tokens of a micro-batch, and by heads where tokens meet)."""
     zero_stage: int = key(1, may_change=True, choices=(1, 2, 3))
     """DeepSpeed ZeRO stage: 1, 2 or 3 (0 miscounts the gradient norm)."""
     gradient_reduction: str = key("fp32", may_change=True, choices=("fp32", "bf16"))
     """How gradients travel and are summed over the data parallel replicas: fp32, or bf16, at half the bytes."""
+
+    @property
+    def replica(self) -> int:
+        """Processes of a data parallel replica."""
+        return self.tensor * self.context * self.pipeline
 
 
 @dataclass

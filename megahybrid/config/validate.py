@@ -61,11 +61,14 @@ def _layout(config: Config) -> None:
         raise UserError(
             "parallel.gradient_reduction is bf16, which would round what train.dtype fp32 computes; set it to fp32."
         )
-    _tensor(config)
-    if parallel.sequence and config.train.seq_length % parallel.tensor:
+    _heads(config)
+    keys, ranks = "parallel.context", parallel.context
+    if parallel.sequence:
+        keys, ranks = "parallel.tensor * parallel.context", parallel.tensor * parallel.context
+    if config.train.seq_length % ranks:
         raise UserError(
-            f"parallel.sequence splits train.seq_length ({config.train.seq_length}) over parallel.tensor "
-            f"({parallel.tensor}) ranks, which does not come out even; change one of them."
+            f"train.seq_length ({config.train.seq_length}) is split over {keys} ({ranks}) ranks, which does not come "
+            "out even; change one of them."
         )
     _pipeline(config)
 
@@ -73,22 +76,35 @@ def _layout(config: Config) -> None:
 def tensor_parallel_fault(config: Config, tensor: int) -> str | None:
     """Why the model cannot be split over `tensor` ranks and what to choose, as the end of a sentence, or None."""
     model = derived(config.model)
-    split, shared = {"model.vocab_size": model.vocab_size, "model.intermediate_size": model.intermediate_size}, {}
+    for key in ("vocab_size", "intermediate_size"):
+        if (count := getattr(model, key)) % tensor:
+            return f"does not divide model.{key} ({count}); choose a divisor of it"
+    return _heads_fault(config, tensor)
+
+
+def _heads_fault(config: Config, ranks: int) -> str | None:
+    """The same of the mixers' heads."""
+    model, split, shared = derived(config.model), {}, {}
     for letter in parse_pattern(model.pattern).letters:
         split |= KINDS[letter].split(model)
         shared |= KINDS[letter].shared(model)
     for key, count in split.items():
-        if count % tensor:
+        if count % ranks:
             return f"does not divide {key} ({count}); choose a divisor of it"
     for key, count in shared.items():
-        if count % tensor and tensor % count:
+        if count % ranks and ranks % count:
             return f"is neither a divisor nor a multiple of {key} ({count}); choose one of them"
     return None
 
 
-def _tensor(config: Config) -> None:
-    if fault := tensor_parallel_fault(config, config.parallel.tensor):
-        raise UserError(f"parallel.tensor is {config.parallel.tensor}, which {fault}.")
+def _heads(config: Config) -> None:
+    parallel = config.parallel
+    if fault := tensor_parallel_fault(config, parallel.tensor):
+        raise UserError(f"parallel.tensor is {parallel.tensor}, which {fault}.")
+    ranks = parallel.tensor * parallel.context
+    if fault := _heads_fault(config, ranks):
+        keys = "parallel.tensor * parallel.context" if parallel.tensor > 1 else "parallel.context"
+        raise UserError(f"{keys} is {ranks}, which {fault}.")
 
 
 def _pipeline(config: Config) -> None:

@@ -43,6 +43,16 @@ class Batch:
             None if self.weights is None else moved(self.weights, device),
         )
 
+    def part(self, rank: int, ranks: int) -> Batch:
+        """Tokens, labels and weights of one of `ranks` equal parts of the row; the rest stays the whole row's."""
+        tokens, labels = self.tokens.chunk(ranks)[rank], self.labels.chunk(ranks)[rank]
+        return replace(
+            self,
+            tokens=tokens,
+            labels=labels,
+            weights=None if self.weights is None else self.weights.chunk(ranks)[rank],
+        )
+
 
 def pack(
     samples: Sequence[Mapping[str, NDArray]], indices: Sequence[int], document_masking: bool, weighted: bool = False

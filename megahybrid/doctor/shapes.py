@@ -23,13 +23,14 @@ def size_of(config: Config | None, device: torch.device) -> Size:
     if config is None:
         return SIZES["check"]
     model, ranks = derived(config.model), config.parallel.tensor
+    heads = ranks * config.parallel.context
     used = [
         shapes.RMSNorm(model.hidden_size),
         shapes.SwiGLU(model.intermediate_size // ranks),
         shapes.LinearCrossEntropy(model.hidden_size, model.vocab_size // ranks),
     ]
     for letter in dict.fromkeys(parse_pattern(model.pattern).letters):
-        used += KINDS[letter].judged(model, ranks)
+        used += KINDS[letter].judged(model, heads)
     return Size(CHECKED, tuple(dict.fromkeys(used if device.type == "cuda" else map(_small, used))))
 
 

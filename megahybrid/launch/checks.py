@@ -40,13 +40,14 @@ def _start(config: Config) -> Start:
 
 
 def _replicas(config: Config, nodes: int, gpus_per_node: int) -> int:
-    gpus, model = nodes * gpus_per_node, config.parallel.tensor * config.parallel.pipeline
-    if gpus % model:
+    gpus, replica = nodes * gpus_per_node, config.parallel.replica
+    if gpus % replica:
         raise UserError(
             f"{nodes} nodes of {gpus_per_node} GPUs are {gpus}, which is no multiple of "
-            f"parallel.tensor * parallel.pipeline = {model}; change --nodes, --gpus-per-node or the layout."
+            f"parallel.tensor * parallel.context * parallel.pipeline = {replica}; change --nodes, --gpus-per-node or "
+            "the layout."
         )
-    return gpus // model
+    return gpus // replica
 
 
 def _kernels(config: Config) -> None:

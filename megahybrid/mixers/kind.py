@@ -23,17 +23,20 @@ class MicroBatch(NamedTuple):
     Attributes:
         samples, length: how many samples, and tokens of each.
         width: bytes of an activation: 2 in bf16, 4 in fp32.
-        ranks: tensor parallel ranks that share the heads.
+        ranks: tensor and context parallel ranks that share the heads.
+        exchanged: whether context parallel ones are among them, who exchange what a mixer's op gives: where the op
+            keeps that, too, it is kept twice.
     """
 
     samples: int
     length: int
     width: int
     ranks: int
+    exchanged: bool = False
 
 
 class Activations(NamedTuple):
-    """Bytes a token of a mixer beside its input, on one rank.
+    """Bytes of a mixer beside its input, on one rank, for each token of the whole micro-batch.
 
     Attributes:
         saved: for the backward pass.
@@ -76,7 +79,7 @@ class Kind(ABC):
 
     @abstractmethod
     def split(self, model: ModelConfig) -> dict[str, int]:
-        """What tensor parallel ranks share evenly: the number by the configuration key that sets it."""
+        """What ranks that split heads share evenly: the number by the configuration key that sets it."""
 
     def shared(self, model: ModelConfig) -> dict[str, int]:
         """Likewise, but where there are more ranks than that, as many neighbouring ones share each."""
@@ -114,7 +117,7 @@ class Kind(ABC):
         """The class of its exported form, a `Mixer` of megahybrid.hf.layers_megahybrid, likewise."""
 
     def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
-        """The ops of megahybrid_kernels that it runs on one of so many tensor parallel ranks, for `doctor`."""
+        """The ops of megahybrid_kernels that it runs on one of so many ranks that split heads, for `doctor`."""
         return []
 
     def regulator(self) -> type[Regulator] | None:

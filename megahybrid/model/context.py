@@ -47,13 +47,14 @@ class Decision:
 
 @dataclass(frozen=True)
 class Context:
-    """One micro-batch, as every layer sees it.
+    """One micro-batch, as every layer sees it: of all tokens, of which a context parallel rank has a part.
 
     Attributes:
         sequences: the documents' borders.
         dropout_keys: int64 `[layers, tokens]`, hashes of (seed, step, sample, position, layer); None switches dropout
             off.
-        aux_scale: weight of the auxiliary loss beside the micro-batch's loss (1 / micro-batches of the step).
+        aux_scale: weight of the auxiliary loss beside the micro-batch's loss: 1 / micro-batches of the step, times the
+            number of context parallel ranks, over which ZeRO takes the mean.
         in_place: whether mixers may overwrite the states they are given, as they may when nobody needs those again.
         watch: of what mixers that attend say whether it is seen; not with states, and not in training.
         decision: of the one layer that gets this context, which recomputes its activations; None in all others'.
@@ -85,7 +86,8 @@ class Aux(NamedTuple):
     """What a layer gives beside its output: in training for its kind's regulator (regulation.py), else to a `Watch`.
 
     Attributes:
-        loss: scalar, this rank's part of the auxiliary loss: the sum over tensor parallel ranks is the whole.
+        loss: scalar, this rank's part of the auxiliary loss: the sum over tensor and context parallel ranks is the
+            whole.
         counts: int64, what the regulator declares, by name; of a count that is split this rank's part.
         seen: bool `[pairs, heads of this rank]`, with key-value heads: whether the query of each watched pair sees the
             key. Of ranks that share a head, one says so.

@@ -23,7 +23,7 @@ class Count(NamedTuple):
     """A named count of a layer.
 
     Attributes:
-        length: how many numbers it has over all tensor parallel ranks.
+        length: how many numbers it has over all ranks that split heads.
         split: whether each of these ranks has a part of them, in the order of ranks, or all of them alike.
     """
 

@@ -17,6 +17,7 @@ from megahybrid.config.schema import Config
 from megahybrid.model.block import Block, RMSNorm
 from megahybrid.model.context import Aux, Context, Decision
 from megahybrid.model.settings import Settings
+from megahybrid.parallel.heads import gather_rows
 from megahybrid.parallel.layers import ColumnLinear, VocabEmbedding, enter, vocabulary_argmax
 from megahybrid.parallel.parameters import initialize_parameters, materialize
 from megahybrid_kernels.linear_cross_entropy import linear_cross_entropy
@@ -93,7 +94,7 @@ class Stack(nn.Module):
             context: what every layer sees.
             states: the mixers' by layer number, to go on from.
             weights: fp32 `[tokens]`, the labels' in the loss; all 1 when left out.
-            asked: int64 `[places]`, where the last stage also says the most likely next token.
+            asked: int64 `[places]` among all tokens, where the last stage also says the most likely next token.
         """
         x, addend = self.embedding(tokens) if self.first else self._input, None
         aux: dict[int, Aux] = {}
@@ -128,7 +129,7 @@ class Stack(nn.Module):
         return linear_cross_entropy(x, self._output_weight(), labels, weights, self.z_loss, group)
 
     def _likeliest(self, hidden: Tensor, asked: Tensor) -> Tensor:
-        x = enter(hidden, self.settings.sequence_parallel).squeeze(1)[asked]
+        x = gather_rows(enter(hidden, self.settings.sequence_parallel).squeeze(1), asked)
         return vocabulary_argmax(F.linear(x, self._output_weight()))
 
     def _output_weight(self) -> Tensor:
@@ -191,6 +192,7 @@ def megatron_config(config: Config) -> TransformerConfig:
         num_attention_heads=parallel.tensor,
         hidden_size=config.model.hidden_size,
         tensor_model_parallel_size=parallel.tensor,
+        context_parallel_size=parallel.context,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,

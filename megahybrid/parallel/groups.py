@@ -29,7 +29,7 @@ def initialize(
     """Join the process group that the environment describes (torchrun's RANK, WORLD_SIZE, …), or a group of one.
 
     Waits `join_seconds` for the others to come, and later `collective_seconds` in a collective. Raises UserError where
-    the number of processes is not a multiple of tensor * pipeline, MachineFault where processes are missing.
+    the number of processes is not a multiple of a replica's, MachineFault where processes are missing.
     """
     global _store, _questions
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
@@ -43,17 +43,17 @@ def initialize(
         _questions = itertools.count()
         timeout = datetime.timedelta(seconds=collective_seconds)
         dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=timeout)
-    model_size = parallel.tensor * parallel.pipeline
-    if dist.get_world_size() % model_size:
+    if dist.get_world_size() % parallel.replica:
         raise UserError(
-            f"{dist.get_world_size()} processes cannot be split into parallel.tensor * parallel.pipeline = "
-            f"{model_size}; start a multiple of that."
+            f"{dist.get_world_size()} processes cannot be split into parallel.tensor * parallel.context * "
+            f"parallel.pipeline = {parallel.replica}; start a multiple of that."
         )
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     parallel_state.initialize_model_parallel(
         parallel.tensor,
         parallel.pipeline,
         virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=parallel.context,
         create_gloo_process_groups=False,
         # Beside matmuls, which fill a GPU, what other streams launch comes late.
         high_priority_stream_groups=["tp"] if torch.cuda.is_available() else None,
@@ -91,6 +91,26 @@ def data_parallel() -> tuple[int, int]:
 def tensor_parallel() -> tuple[int, int]:
     """Rank and size of this process among those that split its layers."""
     return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+
+
+def context_parallel() -> tuple[int, int]:
+    """Rank and size of this process among those that split a micro-batch's tokens."""
+    # Without any groups, as where a plan counts parameters, Megatron-core says 0.
+    return parallel_state.get_context_parallel_rank(), max(1, parallel_state.get_context_parallel_world_size())
+
+
+def head_parallel() -> tuple[int, int]:
+    """Rank and size of this process among those that split a mixer's heads: each tensor parallel rank's are shared by
+    the context parallel ones."""
+    (tensor, tensors), (context, contexts) = tensor_parallel(), context_parallel()
+    return tensor * contexts + context, tensors * contexts
+
+
+def weight_holders() -> tuple[int, int]:
+    """Rank and size of this process among those that hold the same weights, of all replicas and context parallel ranks:
+    ZeRO sums gradients and shares the optimizer over them."""
+    rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    return rank, parallel_state.get_data_parallel_world_size(with_context_parallel=True)
 
 
 def pipeline_parallel() -> tuple[int, int]:

@@ -7,19 +7,19 @@ from megatron.core import parallel_state as state
 
 
 class ModelParallelUnit:
-    """The names DeepSpeed calls; its model parallel group is tensor × pipeline."""
+    """The names DeepSpeed calls; model parallel is tensor × pipeline, data parallel is data × context."""
 
     def get_data_parallel_group(self):
-        return state.get_data_parallel_group()
+        return state.get_data_parallel_group(with_context_parallel=True)
 
     def get_data_parallel_rank(self):
-        return state.get_data_parallel_rank()
+        return state.get_data_parallel_rank(with_context_parallel=True)
 
     def get_data_parallel_world_size(self):
-        return state.get_data_parallel_world_size()
+        return state.get_data_parallel_world_size(with_context_parallel=True)
 
     def get_data_parallel_group_ranks(self):
-        return dist.get_process_group_ranks(state.get_data_parallel_group())
+        return dist.get_process_group_ranks(self.get_data_parallel_group())
 
     def get_model_parallel_group(self):
         return state.get_model_parallel_group()

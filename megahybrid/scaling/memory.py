@@ -10,7 +10,8 @@ op widens to fp32 takes 4 in either case. What a mixer keeps is said by its kind
 
 With t tensor parallel ranks I, what a mixer has of heads and the vocabulary are a rank's own, so 1 / t. The residual
 stream is whole on every rank, or with sequence parallelism 1 / t of the tokens; s is that divisor, 1 or t. What
-projections read was gathered once and is kept whole.
+projections read was gathered once and is kept whole. Of c context parallel ranks each has 1 / c of the tokens; in a
+mixer all tokens and of the heads 1 / (t c).
 """
 
 from __future__ import annotations
@@ -50,15 +51,16 @@ def states(config: Config, parameters: int, zero_stage: int, replicas: int) -> f
 
 
 def peak_bytes(config: Config, replicas: int) -> list[float]:
-    """Most bytes that a GPU holds in a step, by pipeline rank, with `replicas` data parallel ones.
+    """Most bytes that a GPU holds in a step, by pipeline rank, with `replicas` data parallel ones, each of which has
+    all context parallel ranks' shares of the states.
 
     Beside its states that is the activations, which gradients in reduction replace, and what ZeRO-3 has gathered. The
     update takes nothing more.
     """
-    stage, peaks = config.parallel.zero_stage, []
+    stage, peaks, holders = config.parallel.zero_stage, [], replicas * config.parallel.context
     for rank, count in enumerate(parameters_by_rank(config)):
-        passes = _backward(config, activations(config, replicas, rank), count) + gathered(config, count, replicas)
-        peaks.append(states(config, count, stage, replicas) + passes)
+        passes = _backward(config, activations(config, replicas, rank), count) + gathered(config, count, holders)
+        peaks.append(states(config, count, stage, holders) + passes)
     return peaks
 
 
@@ -129,7 +131,7 @@ def _chunks(config: Config) -> list[Chunk]:
     Between chunks goes a tensor of w h / s, which the one that receives it and the one that sends it both keep.
     """
     settings, every = Settings.of(config), stage_layers(config)
-    tokens = config.train.micro_batch_size * config.train.seq_length
+    tokens = config.train.micro_batch_size * config.train.seq_length // config.parallel.context
     chunks = []
     for number, layers in enumerate(every):
         first, last = number == 0, number == len(every) - 1
@@ -202,9 +204,11 @@ def _inner(config: Config, settings: Settings) -> float:
 
 
 def _mixer(config: Config, settings: Settings, letter: str) -> Activations:
-    train = config.train
-    batch = MicroBatch(train.micro_batch_size, train.seq_length, _width(config), config.parallel.tensor)
-    return KINDS[letter].activations(settings.model, batch)
+    """Its bytes for each token of this rank."""
+    train, contexts = config.train, config.parallel.context
+    ranks = config.parallel.tensor * contexts
+    batch = MicroBatch(train.micro_batch_size, train.seq_length, _width(config), ranks, contexts > 1)
+    return Activations(*(contexts * each for each in KINDS[letter].activations(settings.model, batch)))
 
 
 def _width(config: Config) -> int:

@@ -86,7 +86,7 @@ def _stages(config: Config) -> str:
         layers = ", ".join("-".join(map(str, sorted({chunk[0], chunk[-1]}))) for chunk in chunks)
         part = sum(sum(costs[chunk.start : chunk.stop]) for chunk in chunks) / sum(costs)
         rows.append((str(rank), layers, f"{part:.1%}", f"{parameters[rank]:,}", _gib(peak)))
-    gpus = pipeline * config.parallel.tensor
+    gpus = config.parallel.replica
     return table(("pipeline rank", "layers", "FLOPs", "parameters a GPU", f"GiB, {gpus} GPUs"), rows)
 
 
@@ -98,12 +98,12 @@ def _memory(config: Config) -> str:
     saved = (_gib(activations(config, size, rank)) for size, rank in fullest)
     rows = [(f"activations and logits, {train.micro_batch_size} × {train.seq_length} tokens", *saved)]
     if parallel.zero_stage == 3:
-        per_size = (gathered(config, parameters[rank], size) for size, rank in fullest)
+        per_size = (gathered(config, parameters[rank], size * parallel.context) for size, rank in fullest)
         rows.append(("working copies gathered by ZeRO 3", *map(_gib, per_size)))
     if parallel.zero_stage > 1:
         rows.append(("gradients being reduced", *(_gib(reduction(config, parameters[rank])) for _, rank in fullest)))
     for stage in ZERO_STAGES if parallel.pipeline == 1 else (1,):
-        per_size = (states(config, parameters[rank], stage, size) for size, rank in fullest)
+        per_size = (states(config, parameters[rank], stage, size * parallel.context) for size, rank in fullest)
         rows.append((f"weights, gradients, optimizer: ZeRO {stage}", *map(_gib, per_size)))
     totals = (_gib(max(each)) for each in peaks)
     rows.append((f"this recipe: ZeRO {parallel.zero_stage}, train.recompute={train.recompute}", *totals))
@@ -112,7 +112,7 @@ def _memory(config: Config) -> str:
         rows.append((f"  or with train.recompute={other.train.recompute}", *totals))
     if parallel.pipeline > 1:
         rows.append(("pipeline rank that needs most", *(str(rank) for _, rank in fullest)))
-    gpus = (str(size * parallel.tensor * parallel.pipeline) for size in REPLICAS)
+    gpus = (str(size * parallel.replica) for size in REPLICAS)
     return table(("GiB a GPU, by number of GPUs", *gpus), rows)
 
 

@@ -54,8 +54,7 @@ class Model:
     @property
     def replicas(self) -> int:
         """Data parallel size."""
-        parallel = self.config.parallel
-        return self.gpus // (parallel.tensor * parallel.pipeline)
+        return self.gpus // self.config.parallel.replica
 
 
 def size_name(size: SizeConfig) -> str:
@@ -116,10 +115,10 @@ def _model(study: Study, kind: str, size: SizeConfig, config: Config) -> Model:
     profile = study.limits.profile
     gpus = size.nodes * (load_profile(profile).gpus_per_node if profile else 1)
     parallel = config.parallel
-    if gpus % (parallel.tensor * parallel.pipeline):
+    if gpus % parallel.replica:
         raise UserError(
-            f"{gpus} GPUs are no multiple of parallel.tensor * parallel.pipeline ({parallel.tensor} * "
-            f"{parallel.pipeline}); change nodes, or one of them."
+            f"{gpus} GPUs are no multiple of parallel.tensor * parallel.context * parallel.pipeline "
+            f"({parallel.tensor} * {parallel.context} * {parallel.pipeline}); change nodes, or one of them."
         )
     return Model(
         kind=kind,

@@ -71,9 +71,9 @@ def make_plan(study: Study, estimate: Callable[[Config], Estimate] = tabled_esti
     known: dict[tuple[str, str, int], tuple[float, Estimate]] = {}
     rows = []
     for cell in cells:
-        parallel, step = cell.config.parallel, (cell.kind, cell.size, cell.config.train.global_batch_size)
+        step = (cell.kind, cell.size, cell.config.train.global_batch_size)
         if step not in known:
-            memory = max(peak_bytes(cell.config, cell.gpus // (parallel.tensor * parallel.pipeline)))
+            memory = max(peak_bytes(cell.config, cell.gpus // cell.config.parallel.replica))
             known[step] = memory, estimate(cell.config)
         memory, like = known[step]
         rate, batch = optimum(study, cell.config, cell.parameters_without_embedding, cell.tokens)

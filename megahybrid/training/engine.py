@@ -131,7 +131,7 @@ class Engine:
         host waits once, for the report. The gradient's norm."""
         report.squares += self.deepspeed.reduction.finish()
         report.sum_over_all()
-        norm = report.squares.sqrt() / groups.data_parallel()[1]
+        norm = report.squares.sqrt() / groups.weight_holders()[1]
         self.deepspeed.update(norm, self.guard.accepts(report.loss, norm))
         report.squares.copy_(norm)
         report.to_host()
@@ -166,7 +166,8 @@ class Engine:
             schedule.run(self.stages, batches, len(batches[0].tokens), forward)
             return
         for number, batch in enumerate(batches, start=1):
-            self.deepspeed.backward(forward(self.deepspeed, batch))
+            # Over context parallel ranks DeepSpeed, too, takes a mean, and each has a part of the loss.
+            self.deepspeed.backward(forward(self.deepspeed, batch) * groups.context_parallel()[1])
             if number < len(batches):  # the last one is the caller's
                 self.deepspeed.step()
 
@@ -185,11 +186,13 @@ class Engine:
     def _forward(
         self, model, batch: Batch, step: int, micro_batches: int, divisor: float | Tensor, report: StepReport
     ) -> Tensor:
-        """A micro-batch through one stage: its hidden states, or its loss where the stage is the last one."""
-        batch = batch.to(self.device)
+        """A micro-batch through one stage: its hidden states, or its loss where the stage is the last one, of this
+        context parallel rank's tokens."""
+        rank, ranks = groups.context_parallel()
+        batch = batch.part(rank, ranks).to(self.device)
         layers = len(self.settings.pattern.letters)
         keys = dropout_keys(self.config.train.seed, step, batch.samples, batch.sample_positions, layers)
-        context = Context(batch.sequences, keys, 1 / micro_batches)
+        context = Context(batch.sequences, keys, ranks / micro_batches)
         out = model(batch.tokens, context, labels=batch.labels, weights=batch.weights)
         for layer, aux in out.aux.items():
             report.add(layer, aux)
@@ -209,7 +212,7 @@ class Engine:
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
 
         def forward(stage: Stack, batch: Batch) -> StackOutput:
-            batch = batch.to(self.device)
+            batch = batch.part(*groups.context_parallel()).to(self.device)
             out = stage(batch.tokens, Context(batch.sequences), labels=batch.labels)
             if out.losses is not None and groups.tensor_parallel()[0] == 0:
                 total.add_(torch.stack([out.losses.double().sum(), total.new_tensor(float(len(out.losses)))]))
@@ -227,7 +230,8 @@ class Engine:
 
         Args:
             batches: each with its `tokens` `[T]`.
-            forward: takes one through a stage of this rank, with labels, so that the last stage has a loss.
+            forward: takes one, this context parallel rank's part, through a stage of this rank, with labels, so that
+                the last stage has a loss.
         """
 
         def step(stage: Stack, batch: MicroBatch | None, filler: Batch) -> Tensor:
@@ -238,7 +242,7 @@ class Engine:
             return out.hidden if out.loss is None else out.loss
 
         for group, tokens in self._groups(batches):
-            filler = _zeros(tokens).to(self.device)
+            filler = _zeros(tokens).part(*groups.context_parallel()).to(self.device)
             schedule.run(self.stages, group, tokens, functools.partial(step, filler=filler), backward=False)
 
     def _groups(self, batches: Collection[MicroBatch]) -> Iterator[tuple[list[MicroBatch | None], int]]:
@@ -250,7 +254,7 @@ class Engine:
         if self.config.parallel.pipeline == 1:
             missing = groups.max_over_all(len(batches)) - len(batches)
             if group := [*batches, *[None] * missing]:
-                yield group, self.config.parallel.tensor
+                yield group, self.config.parallel.replica
             return
         multiple = self.config.parallel.pipeline if len(self.stages) > 1 else 1
         for tokens, same in itertools.groupby(batches, key=lambda batch: len(batch.tokens)):

@@ -33,6 +33,7 @@ def rank_log(folder: Path) -> Iterator[None]:
     try:
         places = {
             "tensor": groups.tensor_parallel(),
+            "context": groups.context_parallel(),
             "pipeline": groups.pipeline_parallel(),
             "data": groups.data_parallel(),
         }

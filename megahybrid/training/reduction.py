@@ -99,7 +99,7 @@ class Bucket:
 
     def _open(self, dtype: torch.dtype) -> None:
         if not self._parts:
-            length = len(self.shard) * groups.data_parallel()[1]
+            length = len(self.shard) * groups.weight_holders()[1]
             whole = self.shard.new_empty(length, dtype=dtype) if self.sums is None else self.sums
             sizes = [parameter.numel() for parameter in self.parameters]
             *self._parts, rest = whole.split([*sizes, length - sum(sizes)])
@@ -148,7 +148,7 @@ class Reduction:
 
     def __init__(self, buckets: Sequence[Bucket], dtype: torch.dtype):
         """`dtype` is that in which gradients travel between replicas."""
-        _, self._replicas = groups.data_parallel()
+        _, self._replicas = groups.weight_holders()
         self.buckets, self._dtype = buckets, dtype if self._replicas > 1 else buckets[0].shard.dtype
         self._under_way: list[_UnderWay] = []
         self.hooks = list(self._hooked())
@@ -184,7 +184,7 @@ class Reduction:
             self._wait()  # one buffer that comes and goes is in flight at a time
             given = whole.to(self._dtype)
             piece = given.new_empty(len(bucket.shard))
-        group = parallel_state.get_data_parallel_group()
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         work = dist.reduce_scatter_tensor(piece, given, group=group, async_op=True)
         self._under_way.append(_UnderWay(bucket, given, piece, work))
 

@@ -1,8 +1,8 @@
 """Writing checkpoints beside training: it stops only while the state is copied to host memory.
 
-Within a pipeline stage the tensor × data parallel ranks share its parameters: a parameter's parts are gathered, and one
-rank copies the whole to its host memory. A thread of each rank then writes its file; when all have ended, which the
-report of every step tells, the main process makes the checkpoint current. The threads take part in no collective.
+All ranks of a pipeline stage share its parameters: a parameter's parts are gathered, and one rank copies the whole to
+its host memory. A thread of each rank then writes its file; when all have ended, which the report of every step tells,
+the main process makes the checkpoint current. The threads take part in no collective.
 """
 
 from __future__ import annotations
@@ -269,9 +269,9 @@ def saved_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def owned_parameters(model: nn.Module) -> set[str]:
     """Names of what this process saves of its stage."""
     tensor_rank, tensor_size = groups.tensor_parallel()
-    replica, replicas = groups.data_parallel()
-    member = replica * tensor_size + tensor_rank
-    return {name for name, owner in owners(model, tensor_size * replicas).items() if owner == member}
+    holder, holders = groups.weight_holders()
+    member = holder * tensor_size + tensor_rank
+    return {name for name, owner in owners(model, tensor_size * holders).items() if owner == member}
 
 
 def owners(model: nn.Module, members: int) -> dict[str, int]:

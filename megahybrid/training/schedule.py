@@ -21,13 +21,15 @@ def run(
     backward: bool = True,
 ) -> None:
     """Forward and backward passes: 1F1B, interleaved where this rank has several stages, or one after the other
-    without a pipeline. Gradients are left on the parameters, as of the mean over the micro-batches, each stage's own.
+    without a pipeline. Gradients are left on the parameters, each stage's own, as of the mean over the micro-batches, times the
+    number of context parallel ranks, over which a mean is to be taken: Megatron-core multiplies the loss by that.
 
     Args:
         stages: this rank's.
         micro_batches: at least one, the same on all ranks of a replica.
-        tokens: what every micro-batch holds.
-        forward: of one stage and micro-batch; gives the stage's hidden states, or the loss where it is the last one.
+        tokens: what every micro-batch holds, over all context parallel ranks.
+        forward: of one stage and micro-batch; gives the stage's hidden states, or the loss where it is the last one,
+            this context parallel rank's part of it.
         backward: whether there are backward passes.
     """
 

@@ -33,7 +33,7 @@ class ShardedOptimizer(BF16_Optimizer):
             optimizer,
             {parameter: name for name, parameter in model.named_parameters()},
             SimpleNamespace(enabled=True, immediate_grad_update=False),
-            dp_process_group=parallel_state.get_data_parallel_group(),
+            dp_process_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
             grad_acc_dtype=torch.float32,
         )
         self._stage, self._clip = config.parallel.zero_stage, config.optimizer.clip_grad_norm
@@ -68,7 +68,7 @@ class ShardedOptimizer(BF16_Optimizer):
             accepted: bool, on the device.
         """
         scale = ((norm + 1e-6) / self._clip).clamp(min=1) if self._clip else torch.ones_like(norm)
-        self.optimizer.grad_scale = (scale * groups.data_parallel()[1]).float()  # what gradients are divided by
+        self.optimizer.grad_scale = (scale * groups.weight_holders()[1]).float()  # what gradients are divided by
         self.optimizer.found_inf = (~accepted).float()
         for master, bucket in zip(self.fp32_groups_flat_partition, self.reduction.buckets, strict=True):
             master.grad = bucket.shard

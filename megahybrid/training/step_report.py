@@ -52,7 +52,7 @@ class StepReport:
 
     def note_longest(self, tokens: int) -> None:
         """The longest document of this replica's micro-batches has so many tokens."""
-        if groups.tensor_parallel()[0] == groups.pipeline_parallel()[0] == 0:  # a sum over all must find it once
+        if groups.head_parallel()[0] == groups.pipeline_parallel()[0] == 0:  # a sum over all must find it once
             self.longest[self._replica] = tokens
 
     def add(self, layer: int, aux: Aux) -> None:
@@ -61,7 +61,7 @@ class StepReport:
         if letter not in self._regulators:
             raise UserError(f"The mixer '{letter}' gives an auxiliary loss, but no regulator reports it; give it one.")
         self.aux_loss[letter] += aux.loss.detach()
-        rank, size = groups.tensor_parallel()
+        rank, size = groups.head_parallel()
         for name, count in self._regulators[letter].counts.items():
             whole = self.counts[letter][name][row]
             if count.split:

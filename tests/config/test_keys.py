@@ -16,7 +16,7 @@ model.init_std model.lte.dropout model.lte.train_cap model.lte.gate
 model.lte.loss.update_interval model.lte.loss.initial model.lte.loss.maximum
 model.lte.loss.increase model.lte.loss.decrease model.lte.loss.tolerance
 parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.sequence
-parallel.zero_stage parallel.gradient_reduction
+parallel.context parallel.zero_stage parallel.gradient_reduction
 train.micro_batch_size train.steps train.dtype train.recompute train.z_loss train.init_from train.branch_from
 train.resume_from
 train.skip.spikes train.skip.sigma train.skip.window train.skip.most_in_a_row

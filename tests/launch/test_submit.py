@@ -32,7 +32,10 @@ def submit(recipe, *arguments) -> int:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["parallel.tensor=4"], "are 2, which is no multiple of parallel.tensor * parallel.pipeline = 4"),
+        (
+            ["parallel.tensor=4"],
+            "are 2, which is no multiple of parallel.tensor * parallel.context * parallel.pipeline = 4",
+        ),
         (["--nodes", "3", "train.micro_batch_size=1"], "times the data parallel size (1 * 6)"),
         (
             ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.micro_batch_size=8"],

@@ -143,8 +143,13 @@ def test_its_configuration_is_checked(override, said, recipe, workers):
 
 @pytest.mark.parametrize(
     "layout",
-    [["parallel.tensor=2", "parallel.sequence=true"], ["parallel.pipeline=2"], ["parallel.zero_stage=3"]],
-    ids=["tensor", "pipeline", "zero"],
+    [
+        ["parallel.tensor=2", "parallel.sequence=true"],
+        ["parallel.context=2"],
+        ["parallel.pipeline=2"],
+        ["parallel.zero_stage=3"],
+    ],
+    ids=["tensor", "context", "pipeline", "zero"],
 )
 def test_it_trains_alike_on_two_processes(layout, trained, recipe, command, tmp_path):
     command(2, "train", recipe, f"run.dir={tmp_path}", *layout, "train.recompute=T")

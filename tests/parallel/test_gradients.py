@@ -1,6 +1,8 @@
 """Every parameter's gradient, in float64 and without DeepSpeed, in every layout of up to four processes."""
 
+import functools
 import itertools
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,9 +12,36 @@ from megahybrid.config.schema import ParallelConfig
 from megahybrid.config.validate import validate
 
 PATTERN, HEADS, TOKENS = "GLSNFGL", 4, 112
-# tensor, pipeline, virtual pipeline, sequence, tied embeddings; and the data parallel size.
+# Of the first samples. With two or four context parallel ranks, whose tokens begin at 28, 56 and 84, documents begin
+# one token before, at and after these, and two span three ranks; the longest have more blocks than N selects.
+LENGTHS = [27, 1, 84], [29, 26, 2, 55]
+
+
+class Layout(NamedTuple):
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    sequence: bool = False
+    context: int = 1
+    data: int = 1
+    tied: bool = True
+
+    @property
+    def world(self):
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def micro_batches(self):
+        """Of all replicas together: twice as many as stages for each."""
+        return 2 * self.pipeline * self.data
+
+    def __str__(self):
+        parts = [f"tp{self.tensor}", f"cp{self.context}", f"pp{self.pipeline}", f"vp{self.virtual}", f"dp{self.data}"]
+        return "-".join(parts + ["sp"] * self.sequence + ["tied"] * self.tied)
+
+
 LAYOUTS = [
-    ((tensor, pipeline, virtual, sequence, tied), data)
+    Layout(tensor, pipeline, virtual, sequence, 1, data, tied)
     for tensor, pipeline, virtual in [
         *itertools.product((1, 2, 4), (1, 2, 4), (1,)),
         *((1, 2, 2), (1, 2, 3), (2, 2, 2), (2, 2, 3)),
@@ -22,24 +51,28 @@ LAYOUTS = [
     for data in (1, 2, 4)
     if tensor * pipeline * data <= 4 and (tensor > 1 or not sequence)
 ]
+CONTEXT = [
+    Layout(context=4),
+    Layout(context=2, tensor=2, sequence=True, tied=False),
+    Layout(context=2),
+    Layout(context=2, pipeline=2),
+    Layout(context=2, data=2),
+    Layout(context=2, tensor=2),
+    Layout(context=2, pipeline=2, virtual=2, tied=False),
+]
 
 
-def micro_batches(layout, data):
-    """How many of all replicas together: twice as many as stages for each."""
-    return 2 * layout[1] * data
-
-
-def config_of(layout, count):
+def config_of(layout, count, train_cap):
     from tests.model import tiny
 
-    tensor, pipeline, virtual, sequence, tied = layout
-    config = tiny.config(PATTERN, dropout=0.3, tie_embeddings=tied)
+    tensor, pipeline, virtual, sequence, context, _, tied = layout
+    config = tiny.config(PATTERN, dropout=0.3, tie_embeddings=tied, train_cap=train_cap)
     config.model.gdn.num_heads = config.model.attention.num_kv_heads = HEADS
     config.model.attention.num_heads = 2 * HEADS
     config.model.nsa.num_heads, config.model.nsa.num_kv_heads = HEADS, 2  # which four ranks share
     config.train.seq_length = TOKENS
     config.train.global_batch_size = count
-    config.parallel = ParallelConfig(tensor, pipeline, virtual, sequence)
+    config.parallel = ParallelConfig(tensor, pipeline, virtual, sequence, context)
     config.data.path = "unused"
     config.train.z_loss = 0.1
     validate(config)
@@ -53,22 +86,23 @@ def micro_batch(number):
     from tests.model import tiny
 
     tokens = torch.randint(0, tiny.VOCAB, (TOKENS + 1,), generator=torch.Generator().manual_seed(number))
-    lengths = [23 + number, 1, 88 - number]  # the last has more blocks than N selects
+    lengths = LENGTHS[number] if number < len(LENGTHS) else [23 + number, 1, 88 - number]
     keys = dropout_keys(11, 3, torch.full((TOKENS,), number), torch.arange(TOKENS), 16)
     labels = tokens[1:].masked_fill(torch.arange(TOKENS) % 11 == 5, -100)  # which no rank's part of a vocabulary has
     return tokens[:-1], labels, Sequences.of(lengths), keys, Context
 
 
-def gradients(layout, count):
+def gradients(layout, count, train_cap=False):
     """After `count` micro-batches, on this rank's stages: {name: gradient at full shape}, {LTE layer: kept}, losses,
     and all ranks' squares."""
     from megahybrid.model.stack import build_stages
     from megahybrid.parallel import groups
+    from megahybrid.parallel.heads import own_tokens
     from megahybrid.parallel.parameters import initialize_parameters
     from megahybrid.scaling.stages import stage_layers
     from megahybrid.training import schedule
 
-    config = config_of(layout, count)
+    config = config_of(layout, count, train_cap)
     groups.initialize(config.parallel)
     rank, size = groups.pipeline_parallel()
     stages = build_stages(config, stage_layers(config)[rank::size], "cpu", torch.float64)
@@ -81,37 +115,38 @@ def gradients(layout, count):
 
     def forward(stage, batch):
         tokens, labels, sequences, keys, context = batch
-        out = stage(tokens, context(sequences, keys, replicas / count), labels=labels)
+        tokens, labels = own_tokens(tokens), own_tokens(labels)
+        out = stage(tokens, context(sequences, keys, layout.context * replicas / count), labels=labels)
         for layer, aux in out.aux.items():
             kept[layer] = kept.get(layer, 0) + aux.counts["kept"]
         if out.losses is None:
             return out.hidden
-        losses.add_(out.losses.detach().mean())
+        losses.add_(out.losses.detach().sum() / TOKENS)
         return out.loss / TOKENS
 
     batches = [micro_batch(number) for number in range(count)][replica::replicas]
     # As ZeRO-2 does, a micro-batch at a time, or as ZeRO-1.
-    reduction = reduction_of(stages, by_micro_batch=layout[1] == 1 and not layout[4])
+    reduction = reduction_of(stages, by_micro_batch=layout.pipeline == 1 and not layout.tied)
     reduction.begin(len(batches))
     schedule.run(stages, batches, TOKENS, forward)
     squares = reduction.finish()
     found = gradients_of(reduction, {p: name for stage in stages for name, p in stage.named_parameters()})
     dist.all_reduce(losses)
     dist.all_reduce(squares)
-    kept = {layer: whole(count, 0) for layer, count in kept.items()}
-    return found, kept, float(losses), float(squares) / replicas**2
+    kept = {layer: whole_count(count) for layer, count in kept.items()}
+    return found, kept, float(losses), float(squares) / groups.weight_holders()[1] ** 2
 
 
 def reduction_of(stages, by_micro_batch):
     from megahybrid.parallel import groups
     from megahybrid.training.reduction import Bucket, Reduction, in_buckets
 
-    replica, replicas = groups.data_parallel()
+    holder, holders = groups.weight_holders()
     buckets = []
     for parameters in in_buckets([p for stage in stages for p in stage.parameters()], 3000):
         sums = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
-        sums = torch.nn.functional.pad(sums, (0, -len(sums) % replicas))
-        shard = sums.chunk(replicas)[replica]
+        sums = torch.nn.functional.pad(sums, (0, -len(sums) % holders))
+        shard = sums.chunk(holders)[holder]
         sharded = by_micro_batch and not parameters[0].partial
         buckets.append(Bucket(parameters, shard.clone(), None) if sharded else Bucket(parameters, shard, sums))
     assert len(buckets) > 2
@@ -119,14 +154,14 @@ def reduction_of(stages, by_micro_batch):
 
 
 def gradients_of(reduction, names):
-    """{name: gradient at full shape} from all replicas' shards."""
+    """{name: gradient at full shape} from the shards of all that hold a weight."""
     from megahybrid.parallel import groups
 
-    replica, replicas = groups.data_parallel()
+    holder, holders = groups.weight_holders()
     pieces = {}
     for bucket in reduction.buckets:
-        flat = torch.zeros(replicas, len(bucket.shard), dtype=torch.float64)
-        flat[replica] = bucket.shard
+        flat = torch.zeros(holders, len(bucket.shard), dtype=torch.float64)
+        flat[holder] = bucket.shard
         sizes = [p.numel() for p in bucket.parameters]
         *parts, rest = flat.view(-1).split([*sizes, flat.numel() - sum(sizes)])
         assert not rest.any() and all(p.grad is None for p in bucket.parameters)
@@ -137,7 +172,7 @@ def gradients_of(reduction, names):
 def set_lambdas(stage):
     from megahybrid.parallel import groups
 
-    rank, size = groups.tensor_parallel()
+    rank, size = groups.head_parallel()
     for name, block in stage.layers.items():
         if hasattr(block.mixer, "l1_lambda"):
             lambdas = torch.linspace(0.3, 2.0, HEADS) * (1 + int(name))
@@ -145,11 +180,12 @@ def set_lambdas(stage):
 
 
 def whole_gradient(parameter, gradient):
-    """Over all ranks: replicas' mean, tensor parallel parts joined, replicated ones the same on their ranks."""
+    """Over all ranks: the mean of those that hold a weight, tensor parallel parts joined, replicated ones the same on
+    their ranks."""
     from megahybrid.parallel import groups
 
     copies = parameter.spec.copies(groups.tensor_parallel()[1])
-    gradient = whole(gradient, parameter.spec.axis, copies) / groups.data_parallel()[1]
+    gradient = whole(gradient, parameter.spec.axis, copies) / groups.weight_holders()[1]
     assert gradient.shape == parameter.spec.shape
     return gradient
 
@@ -158,7 +194,7 @@ def whole(value, axis, copies=1):
     from megatron.core import parallel_state
 
     value = value.detach().clone()
-    dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(value, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     group = parallel_state.get_tensor_model_parallel_group()
     parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, value, group=group)
@@ -167,32 +203,59 @@ def whole(value, axis, copies=1):
     return parts[0] if axis is None else torch.cat(parts[::copies], axis)
 
 
+def whole_count(count):
+    """Of heads that tensor and context parallel ranks split, over all replicas."""
+    from megatron.core import parallel_state
+
+    from megahybrid.parallel import groups
+
+    rank, size = groups.head_parallel()
+    whole = torch.zeros(HEADS, dtype=count.dtype)
+    whole.chunk(size)[rank].copy_(count)
+    dist.all_reduce(whole, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
+    return whole
+
+
 @pytest.fixture(scope="module")
 def expected(workers):
-    """One process's, with embeddings tied and not, of every number of micro-batches."""
-    run = "tests.parallel.test_gradients:gradients"
-    kinds = itertools.product((True, False), {micro_batches(*each) for each in LAYOUTS})
-    return {(tied, count): workers.run(1, run, (1, 1, 1, False, tied), count)[0] for tied, count in kinds}
+    """One process's, with embeddings tied and not, of so many micro-batches, with or without a cap in training."""
+
+    @functools.cache
+    def of(tied, count, train_cap=False):
+        return workers.run(1, "tests.parallel.test_gradients:gradients", Layout(tied=tied), count, train_cap)[0]
+
+    return of
 
 
 # Tied embeddings take turns with others over the layouts; --slow runs both for each.
-IN_TURN = {each for number, each in enumerate(LAYOUTS) if each[0][4] == (number // 2 % 2 == 0)}
+IN_TURN = {each for number, each in enumerate(LAYOUTS) if each.tied == (number // 2 % 2 == 0)} | set(CONTEXT[:2])
 
 
 @pytest.mark.parametrize(
-    ("layout", "data"),
-    [pytest.param(*each, marks=[] if each in IN_TURN else [pytest.mark.slow]) for each in LAYOUTS],
+    "layout",
+    [pytest.param(each, marks=[] if each in IN_TURN else [pytest.mark.slow]) for each in LAYOUTS + CONTEXT],
     ids=str,
 )
-def test_every_gradient_is_one_processs(layout, data, workers, expected):
-    world, count = layout[0] * layout[1] * data, micro_batches(layout, data)
-    gradient, kept, losses, squares = expected[layout[-1], count]
+def test_every_gradient_is_one_processs(layout, workers, expected):
+    assert_same_gradients(layout, workers, expected)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(context=2, tensor=2), pytest.param(Layout(context=4), marks=pytest.mark.slow)], ids=str
+)
+def test_capped_gradients_are_one_processs(layout, workers, expected):
+    """With the eviction buffer's capacity enforced in training."""
+    assert_same_gradients(layout, workers, expected, train_cap=True)
+
+
+def assert_same_gradients(layout, workers, expected, train_cap=False):
+    count = layout.micro_batches
+    gradient, kept, losses, squares = expected(layout.tied, count, train_cap)
     assert squares == pytest.approx(sum(float(value.square().sum()) for value in gradient.values()), rel=1e-12)
     names, layers = set(), set()
-    for found, found_kept, found_losses, found_squares in workers.run(
-        world, "tests.parallel.test_gradients:gradients", layout, count
-    ):
-        assert found_losses / layout[0] == pytest.approx(losses, rel=1e-12)
+    run = "tests.parallel.test_gradients:gradients", layout, count, train_cap
+    for found, found_kept, found_losses, found_squares in workers.run(layout.world, *run):
+        assert found_losses / layout.tensor == pytest.approx(losses, rel=1e-12)
         assert found_squares == pytest.approx(squares, rel=1e-10)
         for name, value in found.items():
             scale = gradient[name].abs().max()

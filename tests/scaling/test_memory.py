@@ -18,6 +18,7 @@ from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.settings import Settings
 from megahybrid.model.stack import build
 from megahybrid.parallel import groups
+from megahybrid.parallel.heads import own_tokens
 from megahybrid.scaling import memory
 from megahybrid.scaling.parameters import parameters_by_rank
 from megahybrid_kernels import Sequences
@@ -83,12 +84,12 @@ def config_of(pattern, dtype="bf16", recompute="none", dropout=0.1, kv_heads=4, 
 def step_of(config):
     """A model and a function that runs its forward pass, warmed up: what is cached for later passes does not count."""
     model = build(config, "cpu", torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
-    tokens = torch.arange(LENGTH + 1) % config.model.vocab_size
+    tokens, labels = (own_tokens(torch.arange(LENGTH + 1)[n:][:LENGTH] % config.model.vocab_size) for n in (0, 1))
     keys = dropout_keys(0, 1, torch.zeros(LENGTH, dtype=torch.int64), torch.arange(LENGTH), 16)
     context = Context(Sequences.of((LENGTH,)), keys)
 
     def forward():
-        return model(tokens[:-1], context, tokens[1:])
+        return model(tokens, context, labels)
 
     forward().loss.backward()  # makes the gradients, which stay
     return forward
@@ -148,7 +149,7 @@ def layer_bytes_of_a_rank(letter, options):
 def estimated(letter, **options):
     """A layer's bytes by the formulas."""
     config = config_of(letter, **options)
-    return LENGTH * memory.layer(config, Settings.of(config), letter)
+    return LENGTH // config.parallel.context * memory.layer(config, Settings.of(config), letter)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +187,16 @@ def test_a_layers_activations_are_what_it_leaves_allocated(letter, options):
 )
 def test_a_tensor_parallel_rank_keeps_its_part(letter, options, sequence, workers):
     options = {**options, "tensor": 2, "sequence": sequence}
+    expected = pytest.approx(estimated(letter, **options), rel=0.05)
+    assert workers.run(2, "tests.scaling.test_memory:layer_bytes_of_a_rank", letter, options) == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    ("letter", "dtype", "kv_heads"),
+    [("G", "bf16", 4), ("L", "bf16", 2), ("S", "fp32", 4), ("F", "bf16", 4), ("N", "bf16", 4)],
+)
+def test_a_context_parallel_rank_keeps_its_part(letter, dtype, kv_heads, workers):
+    options = {"dtype": dtype, "kv_heads": kv_heads, "context": 2}
     expected = pytest.approx(estimated(letter, **options), rel=0.05)
     assert workers.run(2, "tests.scaling.test_memory:layer_bytes_of_a_rank", letter, options) == [expected] * 2
 
@@ -289,6 +300,13 @@ def test_the_peak_adds_states_and_activations():
     (count,) = parameters_by_rank(config)
     (peak,) = memory.peak_bytes(config, 4)
     assert peak == count * (2 + 4 / 4 + 12 / 4) + memory.activations(config, 4, 0)
+
+
+def test_context_parallel_ranks_share_states_as_replicas_do():
+    config = config_of("GL", context=2)
+    (count,) = parameters_by_rank(config)
+    (peak,) = memory.peak_bytes(config, 2)
+    assert peak == count * (2 + 4 + 12 / 4) + memory.activations(config, 2, 0)
 
 
 def test_the_peak_with_zero_3_has_gathered_parameters():

@@ -60,6 +60,7 @@ def test_a_hosts_layouts_begin_with_its_whole_size():
         ("data=8", 4, 16, 2),
         ("tensor=2,sequence=true,pipeline=2,data=2", 4, 256, 8),  # 16 micro-batches
         ("tensor=4,sequence=true,data=2", 4, 256, 16),
+        ("context=2,data=2", 4, 256, 8),
         ("pipeline=4", 4, 64, 2),
         ("pipeline=4", 4, 8, 1),
     ],
@@ -155,5 +156,7 @@ def test_kernels_without_a_group_belong_to_their_streams_or_to_the_only_one_ther
     assert parts == ["data"] * 3
     assert step_parts.only_group({"tensor": 1, "pipeline": 1, "data": 1}) == "all"
     assert step_parts.named_group("gloo:send", {}) == "pipeline"
+    exchange = "ncclDevKernel_SendRecv", {"Process Group Description": "CONTEXT_PARALLEL_GROUP"}
+    assert step_parts.named_group(*exchange) == "context"
     assert step_parts.named_group("x", {"Process Group Description": "EMBEDDING_GROUP"}) == "pipeline"
     assert step_parts.named_group("gloo:all_reduce", {}) is None

@@ -19,10 +19,11 @@ class Layout(NamedTuple):
     sequence: bool = False
     data: int = 1
     zero_stage: int = 1
+    context: int = 1
 
     @property
     def world(self):
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     @property
     def overrides(self):
@@ -32,6 +33,7 @@ class Layout(NamedTuple):
 
     def __str__(self):
         parts = [f"tp{self.tensor}", f"pp{self.pipeline}", f"dp{self.data}", f"zero{self.zero_stage}"]
+        parts += [f"cp{self.context}"] * (self.context > 1)
         return "-".join(parts + ["sp"] * self.sequence + [f"vp{self.virtual_pipeline}"] * (self.virtual_pipeline > 1))
 
 
@@ -44,6 +46,16 @@ POSSIBLE = [
     and not (each[3] and each[0] == 1)
     and not (each[5] > 1 and each[1] > 1)
 ]
+POSSIBLE += [
+    Layout(context=2, zero_stage=2),
+    Layout(context=4, zero_stage=3),
+    Layout(context=4),
+    Layout(context=2, data=2),
+    Layout(context=2, data=2, zero_stage=3),
+    Layout(context=2, tensor=2, sequence=True, zero_stage=2),
+    Layout(context=2, pipeline=2),
+    Layout(context=2, pipeline=2, virtual_pipeline=2),
+]
 # One of every kind, and pairs of kinds, those of the first resumes left out; --slow runs all.
 REPRESENTATIVE = {
     Layout(data=4, zero_stage=2),
@@ -53,6 +65,7 @@ REPRESENTATIVE = {
     Layout(tensor=2, sequence=True, data=2, zero_stage=2),
     Layout(pipeline=4),
     Layout(tensor=2, pipeline=2, virtual_pipeline=2),
+    Layout(context=2, data=2, zero_stage=3),
 }
 RESUMES = [
     (Layout(data=2), Layout(zero_stage=3)),
@@ -65,6 +78,8 @@ RESUMES = [
     (Layout(tensor=2, data=2, zero_stage=3), Layout(pipeline=2, data=2)),
     (Layout(pipeline=2, virtual_pipeline=2), Layout(tensor=2, pipeline=2)),
     (Layout(tensor=4), Layout(pipeline=4)),
+    (Layout(context=4), Layout()),
+    (Layout(), Layout(context=2, zero_stage=3)),
 ]
 """The first six leave or enter every kind; --slow runs all."""
 

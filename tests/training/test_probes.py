@@ -28,8 +28,9 @@ LAYOUTS = [
     {"data": 2},
     {"data": 2, "zero_stage": 3},
     {"tensor": 2, "sequence": True, "zero_stage": 3},
+    {"context": 2},
 ]
-REPRESENTATIVE = [1, 3, 5]
+REPRESENTATIVE = [1, 3, 5, 7]
 
 
 def numbers(value):

@@ -84,19 +84,20 @@ class AttentionKind(Kind):
 
     def activations(self, model: ModelConfig, batch: MicroBatch) -> Activations:
         """Of torch's flash attention q, k and v, repeated for every query head, and output, 4 w Q, with w bytes an
-        activation and queries of width Q on a rank; backward their gradients, and q's in fp32 before. fp32 goes block
-        by block, with one mask for all KV heads."""
+        activation and queries of width Q on a rank, and the output exchanged, w Q; backward their gradients, and q's
+        in fp32 before. fp32 goes block by block, with one mask for all KV heads."""
         queries, keys = widths(model.attention, batch)
         if batch.width == 2:
-            return Activations(8 * queries, 12 * queries)
+            return Activations((8 + 2 * batch.exchanged) * queries, 12 * queries)
         return self._blocked(model, batch, queries, keys)
 
     def _blocked(self, model: ModelConfig, batch: MicroBatch, queries: float, keys: float) -> Activations:
         """`attention.reference` on a GPU, for a document as long as the sample, the most that there can be.
 
-        q, output before and after it is joined, w Q each, and with grouped queries two copies more; k and v, 2 w K; and
-        the mask, as SDPA adds it to the logits: w a head and column, where a block of queries has the columns that its
-        last query reaches. Backward: gradients of q and the output, of k and v and of what a block adds to them.
+        q, output before and after it is joined, w Q each, and with grouped queries two copies more (the joined one is
+        not kept where it is exchanged, but what comes of it is); k and v, 2 w K; and the mask, as SDPA adds it to the
+        logits: w a head and column, where a block of queries has the columns that its last query reaches. Backward:
+        gradients of q and the output, of k and v and of what a block adds to them.
         """
         from megahybrid_kernels.attention.reference import QUERY_BLOCK
 

@@ -12,13 +12,16 @@ from megahybrid.mixers.attention import AttentionKind
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.mixer import Fallback, Mixer
 from megahybrid.model.settings import Settings
+from megahybrid.parallel import groups
+from megahybrid.parallel.heads import to_heads, to_tokens
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, project
 from megahybrid_kernels.attention import GrowingCache, KeyValueCache, attention, attention_with_cache, unsupported
 from megahybrid_kernels.rotary import rotary
 
 
 class AttentionProjections(Mixer):
-    """The q, k, v and o projections that all softmax mixers share; heads split over tensor parallel ranks."""
+    """The q, k, v and o projections that all softmax mixers share; heads split over tensor and context parallel ranks,
+    so that a rank has all tokens of its own heads between `project` and `output`."""
 
     section = AttentionKind.section
 
@@ -33,17 +36,21 @@ class AttentionProjections(Mixer):
         self.o_proj = RowLinear(queries * self.head_dim, hidden, settings.output_projection, settings.sequence_parallel)
 
     def project(self, x: Tensor, *more: ColumnLinear) -> tuple[Tensor, ...]:
-        """`[tokens, 1, hidden]` → q, k, v `[tokens, heads of this rank, head_dim]`, not yet rotated, and what `more`
-        projections of the same input give."""
+        """`[tokens, 1, hidden]` → q, k, v `[all tokens, heads of this rank, head_dim]`, not yet rotated, and likewise
+        what `more` projections of the same input give, which have the query heads in front."""
         layers = self.q_proj, self.k_proj, self.v_proj, *more
         outputs = project(x, layers, self.settings.sequence_parallel)
-        return tuple(y.unflatten(-1, (-1, self.head_dim)) for y in outputs[:3]) + outputs[3:]
+        queries = outputs[0].shape[-1] // self.head_dim
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in outputs[:3])
+        return to_heads(q, k, v, *(y.unflatten(-1, (queries, -1)) for y in outputs[3:]))
 
     @property
     def counted_heads(self) -> int:
         """This rank's KV heads, of which what is seen and held is asked; of ranks that share one, the first's."""
-        weight = self.k_proj.weight
-        return len(weight) // self.head_dim if weight.tensor_model_parallel else 0
+        weight, (rank, ranks) = self.k_proj.weight, groups.context_parallel()
+        heads = len(weight) // self.head_dim
+        first = weight.tensor_model_parallel and rank % max(1, ranks // heads) == 0
+        return max(1, heads // ranks) if first else 0
 
     def rotate(self, x: Tensor, context: Context) -> Tensor:
         """Rotary embedding at the tokens' positions in their documents, if there is one."""
@@ -60,8 +67,8 @@ class AttentionProjections(Mixer):
         return Aux(seen=seen[:, : self.counted_heads])
 
     def output(self, o: Tensor) -> Tensor:
-        """`[tokens, heads of this rank, head_dim]` → `[tokens, 1, hidden]`."""
-        return self.o_proj(o.flatten(-2))
+        """`[all tokens, heads of this rank, head_dim]` → `[tokens, 1, hidden]`."""
+        return self.o_proj(to_tokens(o).flatten(-2))
 
 
 def every_position(cache: GrowingCache) -> Tensor:

@@ -13,6 +13,7 @@ from megahybrid.config.schema import ModelConfig
 from megahybrid.model.context import Context
 from megahybrid.model.mixer import Fallback, Mixer
 from megahybrid.model.settings import Settings
+from megahybrid.parallel.heads import own_heads, to_heads, to_tokens
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, project, shared
 from megahybrid.parallel.parameters import Initializer, constant, parameter, uniform
 from megahybrid_kernels.causal_conv1d import causal_conv1d
@@ -35,7 +36,8 @@ class GDNState(NamedTuple):
 
 
 class GatedDeltaNet(Mixer):
-    """Gated delta rule on short-convolved q, k, v, with an output gate; heads split over tensor parallel ranks."""
+    """Gated delta rule on short-convolved q, k, v, with an output gate; heads split over tensor parallel ranks, and
+    between projections and gate over context parallel ones."""
 
     def __init__(self, settings: Settings, layer: int):
         super().__init__(settings, layer)
@@ -66,23 +68,28 @@ class GatedDeltaNet(Mixer):
         options = {"output_final_state": state is not None, "in_place": context.in_place}
         projections = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj
         q, k, v, gate, a, b = project(x, projections, self.settings.sequence_parallel)
-        q, q_rows = causal_conv1d(q, self.q_conv, sequences, before[1], **options)
-        k, k_rows = causal_conv1d(k, self.k_conv, sequences, before[2], **options)
-        v, v_rows = causal_conv1d(v, self.v_conv, sequences, before[3], **options)
+        heads = [y.unflatten(-1, (len(self.A_log), -1)) for y in (q, k, v, a, b)]
+        q, k, v, a, b = (y.flatten(1) for y in to_heads(*heads))
+        q_conv, k_conv, v_conv, A_log, dt_bias = map(
+            own_heads, (self.q_conv, self.k_conv, self.v_conv, self.A_log, self.dt_bias)
+        )
+        q, q_rows = causal_conv1d(q, q_conv, sequences, before[1], **options)
+        k, k_rows = causal_conv1d(k, k_conv, sequences, before[2], **options)
+        v, v_rows = causal_conv1d(v, v_conv, sequences, before[3], **options)
         o, recurrent = gated_delta_rule(
             q.unflatten(-1, (-1, self.key_dim)),
             k.unflatten(-1, (-1, self.key_dim)),
             v.unflatten(-1, (-1, self.value_dim)),
             a,
             b,
-            self.A_log,
-            self.dt_bias,
+            A_log,
+            dt_bias,
             sequences,
             before[0],
             **options,
         )
         gate = gate.unflatten(-1, (-1, self.value_dim))
-        o = gated_rms_norm(o, gate, shared(self.norm), self.settings.model.norm_eps)
+        o = gated_rms_norm(to_tokens(o), gate, shared(self.norm), self.settings.model.norm_eps)
         y = self.o_proj(o.flatten(-2))
         return y, None, None if state is None else GDNState(recurrent, q_rows, k_rows, v_rows)
 

@@ -133,14 +133,15 @@ class LTEKind(AttentionKind):
         return super().flops(model, length) | {"router": model.attention.num_kv_heads * a_head}
 
     def activations(self, model: ModelConfig, batch: MicroBatch) -> Activations:
-        """With w bytes an activation, queries of width Q and keys of width K on a rank: q and o, 2 w Q; k before and
-        after rotation, and v, 3 w K; and the outputs of the router's convolutions, 7/4 w K. Backward: gradients of q
-        and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K.
+        """With w bytes an activation, queries of width Q and keys of width K on a rank: q and o, 2 w Q, and exchanged
+        o, w Q; k before and after rotation, and v, 3 w K; and the outputs of the router's convolutions, 7/4 w K.
+        Backward: gradients of q and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K.
         """
         queries, keys = widths(model.attention, batch)
         head_dim, width = model.attention.head_dim, batch.width
         routers = sum(router_channels(head_dim)[1:]) / head_dim
-        return Activations(width * (2 * queries + (3 + routers) * keys), 2 * width * (queries + keys) + 8 * keys)
+        saved = (2 + batch.exchanged) * queries + (3 + routers) * keys
+        return Activations(width * saved, 2 * width * (queries + keys) + 8 * keys)
 
     def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
         from megahybrid_kernels.judging import shapes

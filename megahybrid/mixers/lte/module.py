@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megahybrid.config.schema import ModelConfig
@@ -17,6 +16,8 @@ from megahybrid.mixers.lte.policies import Policy, made
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.mixer import Fallback
 from megahybrid.model.settings import Settings
+from megahybrid.parallel import groups
+from megahybrid.parallel.heads import own_heads
 from megahybrid.parallel.parameters import constant, kaiming_normal, parameter, uniform
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.exit_positions import exit_positions
@@ -79,13 +80,11 @@ class Router(nn.Module):
         return torch.sigmoid(logits) - 0.5, state
 
     def parameters_for_op(self) -> RouterParameters:
-        """The op's view of the parameters."""
-        return RouterParameters(
-            (self.conv0_weight, self.conv1_weight, self.conv2_weight),
-            (self.conv0_bias, self.conv1_bias, self.conv2_bias),
-            self.projection,
-            self.projection_bias,
-        )
+        """The op's view of the parameters of this rank's heads."""
+        weights = map(own_heads, (self.conv0_weight, self.conv1_weight, self.conv2_weight))
+        biases = map(own_heads, (self.conv0_bias, self.conv1_bias, self.conv2_bias))
+        projection, bias = own_heads(self.projection), own_heads(self.projection_bias)
+        return RouterParameters(tuple(weights), tuple(biases), projection, bias)
 
 
 class LTEAttention(AttentionProjections):
@@ -100,8 +99,9 @@ class LTEAttention(AttentionProjections):
         self.lte = settings.model.lte
         self.router = Router(settings)
         every = settings.model.attention.num_kv_heads
-        self.heads = every // parallel_state.get_tensor_model_parallel_world_size()
-        self.first_head = parallel_state.get_tensor_model_parallel_rank() * self.heads
+        rank, ranks = groups.head_parallel()
+        self.heads = every // ranks
+        self.first_head = rank * self.heads
         self.scores_per_token = every * len(settings.pattern.layers(LTEKind.letter))
         self.l1_lambda = torch.zeros(self.heads, device="cpu")  # models are made on the meta device
         self.policy: Policy | None = None

@@ -85,9 +85,10 @@ class NSAKind(AttentionKind):
 
     def activations(self, model: ModelConfig, batch: MicroBatch) -> Activations:
         """With w bytes an activation, queries of width Q, keys of width K and blocks of B tokens: q, and o of each
-        branch and of all, 5 w Q; k and v, 2 w K, and pooled, 2 w K / B; gates, 3 w a query head; the logarithms of
-        three denominators a query head, 12; and the selected blocks, 4 a KV head and block. Where ranks share a KV
-        head, the others' queries, w Q as they come and w Q by heads, are gone before there is any o, which takes more.
+        branch and of all, 5 w Q, and this exchanged in its place; k and v, 2 w K, and pooled, 2 w K / B; gates, 3 w a
+        query head; the logarithms of three denominators a query head, 12; and the selected blocks, 4 a KV head and
+        block. Where ranks share a KV head, the others' queries, w Q as they come and w Q by heads, are gone before
+        there is any o, which takes more.
 
         Backward, when the o of all is gone: gradients of q and o, w Q more, of k and v, 2 w K, and of gates, 3 w a
         query head; six scalars a query head, 24; selections by block, 8 a KV head and block; and sums of k's and v's

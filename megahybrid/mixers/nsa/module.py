@@ -14,6 +14,7 @@ from megahybrid.mixers.nsa.sharing import all_queries, select_together
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.mixer import Fallback
 from megahybrid.model.settings import Settings
+from megahybrid.parallel import groups
 from megahybrid.parallel.layers import ColumnLinear
 from megahybrid_kernels.native_sparse_attention import (
     NSACache,
@@ -36,12 +37,12 @@ class NSAAttention(AttentionProjections):
         nsa = settings.model.nsa
         self.limits = nsa.block_size, nsa.num_blocks, nsa.window_size
         self.g_proj = ColumnLinear(settings.model.hidden_size, BRANCHES * nsa.num_heads, settings.projection)
-        self.sharers = self.k_proj.copies
+        self.sharers = max(1, groups.head_parallel()[1] // nsa.num_kv_heads)
 
     def forward(self, x: Tensor, context: Context, state: NSACache | None = None):
         q, k, v, gates = self.project(x, self.g_proj)
         q, k = self.rotate(q, context), self.rotate(k, context)
-        inputs = q, k, v, gates.unflatten(-1, (-1, BRANCHES)).sigmoid()
+        inputs = q, k, v, gates.sigmoid()
         if state is not None:
             queries = all_queries(q, self.sharers) if self.sharers > 1 else None
             o, state = native_sparse_attention_with_cache(

@@ -1,9 +1,9 @@
-"""Selection where tensor parallel ranks share a KV head, each with some of the query heads that select together.
+"""Selection where ranks that split heads share a KV head, each with some of the query heads that select together.
 
 A block's score is a sum over all of these heads, but scores are as many as tokens times blocks. So ranks exchange their
 queries: each scores a share of the tokens, with all heads, and the chosen blocks go to all. They do so in the group of
-all tensor parallel ranks, where others get nothing: of collectives on one communicator none waits for another rank's
-order.
+all tensor (and context) parallel ranks, where others get nothing: of collectives on one communicator none waits for
+another rank's order.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def select_together(
     every = block_size * num_blocks
     if max(sequences.lengths) <= every:
         return None
-    (rank, size), group = groups.tensor_parallel(), parallel_state.get_tensor_model_parallel_group()
+    group, members = _group(), neighbours(ranks)
     borders = shares(sequences.lengths, every, ranks)
-    first, end = borders[rank % ranks :][:2]
-    counts, mine = [0] * size, [0] * size
-    counts[neighbours(ranks)] = [end - first for first, end in itertools.pairwise(borders)]
-    mine[neighbours(ranks)] = [end - first] * ranks
+    first, end = borders[members.index(dist.get_rank(group)) :][:2]
+    counts, mine = [0] * dist.get_world_size(group), [0] * dist.get_world_size(group)
+    for member, (begin, after) in zip(members, itertools.pairwise(borders), strict=True):
+        counts[member], mine[member] = after - begin, end - first
     received = q.new_empty(ranks, end - first, *q.shape[1:])
     dist.all_to_all_single(received.flatten(0, 1), q.contiguous(), mine, counts, group)
     chosen = select_blocks(side_by_side(received), k, sequences, block_size, num_blocks, (first, end))
@@ -51,18 +51,23 @@ def select_together(
 
 def all_queries(q: Tensor, ranks: int) -> Tensor:
     """`[tokens, heads of this rank, head_dim]` -> those of all `ranks` neighbours, who share their KV heads."""
-    _, size = groups.tensor_parallel()
-    whole = q.new_empty(size, *q.shape)
-    group = parallel_state.get_tensor_model_parallel_group()
-    dist.all_gather_into_tensor(whole.flatten(0, 1), q.contiguous(), group)
+    whole = q.new_empty(dist.get_world_size(_group()), *q.shape)
+    dist.all_gather_into_tensor(whole.flatten(0, 1), q.contiguous(), _group())
     return side_by_side(whole[neighbours(ranks)])
 
 
-def neighbours(ranks: int) -> slice:
-    """The `ranks` consecutive tensor parallel ranks among which this one is."""
-    rank, _ = groups.tensor_parallel()
+def neighbours(ranks: int) -> list[int]:
+    """The `ranks` members of the group among which this one is that have the same KV heads, in its order."""
+    (rank, _), (_, tensors), (_, contexts) = groups.head_parallel(), groups.tensor_parallel(), groups.context_parallel()
     first = rank - rank % ranks
-    return slice(first, first + ranks)
+    return sorted(each % contexts * tensors + each // contexts for each in range(first, first + ranks))
+
+
+def _group() -> dist.ProcessGroup:
+    """All ranks that split heads; of equal context parallel ranks the tensor parallel ones follow each other."""
+    if groups.context_parallel()[1] == 1:
+        return parallel_state.get_tensor_model_parallel_group()
+    return parallel_state.get_tensor_and_context_parallel_group()
 
 
 def side_by_side(parts: Tensor) -> Tensor:

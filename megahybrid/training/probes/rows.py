@@ -16,6 +16,7 @@ from megahybrid.data.packing import Batch
 from megahybrid.model.context import Context, Watch
 from megahybrid.model.stack import Stack, StackOutput
 from megahybrid.parallel import groups
+from megahybrid.parallel.heads import gather_tokens
 from megahybrid.training.engine import Engine
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.linear_cross_entropy import IGNORED
@@ -45,7 +46,7 @@ class Found(NamedTuple):
     """What a pass over one row gave on this process, on the host.
 
     Attributes:
-        losses: float64 `[T]`, nats; None but on the first tensor parallel rank of the last stage.
+        losses: float64 `[T]`, nats; None but on the first of the ranks that split heads, of the last stage.
         likeliest: int64 `[places]`, likewise.
         seen: bool `[pairs, heads of this rank]` by layer of this process.
     """
@@ -84,12 +85,15 @@ def passed(engine: Engine, rows: Sequence[Row]) -> list[Found]:
     found = {row: Found(None, None, {}) for row in rows}
 
     def forward(stage: Stack, row: Row) -> StackOutput:
-        batch, asked = row.batch.to(engine.device), None if row.asked is None else row.asked.to(engine.device)
+        batch = row.batch.part(*groups.context_parallel()).to(engine.device)
+        asked = None if row.asked is None else row.asked.to(engine.device)
         watch = None if row.watch is None else Watch(*(each.to(engine.device) for each in row.watch))
         out = stage(batch.tokens, Context(batch.sequences, watch=watch), labels=batch.labels, asked=asked)
         found[row].seen.update({layer: aux.seen for layer, aux in out.aux.items()})
-        if out.losses is not None and groups.tensor_parallel()[0] == 0:
-            found[row] = found[row]._replace(losses=out.losses, likeliest=out.likeliest)
+        if out.losses is not None:
+            losses = gather_tokens(out.losses)
+            if groups.head_parallel()[0] == 0:
+                found[row] = found[row]._replace(losses=losses, likeliest=out.likeliest)
         return out
 
     engine.look(rows, forward)

@@ -15,6 +15,7 @@ from megahybrid.model.mixer import Mixer
 from megahybrid.model.regulation import Count, Quantity
 from megahybrid.model.settings import Settings
 from megahybrid.parallel import groups
+from megahybrid.parallel.heads import own_heads, to_heads, to_tokens
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, project
 from megahybrid.parallel.parameters import constant, parameter
 
@@ -29,7 +30,8 @@ class MeanState(NamedTuple):
 
 
 class GatedMean(Mixer):
-    """o_t = sigmoid(g_t + bias) · mean of v_1 … v_t in the token's document; heads split over tensor parallel ranks.
+    """o_t = sigmoid(g_t + bias) · mean of v_1 … v_t in the token's document; heads split over tensor and context
+    parallel ranks.
 
     `weight`, `[heads of this rank]`, weighs the auxiliary loss.
     """
@@ -48,16 +50,16 @@ class GatedMean(Mixer):
 
     def forward(self, x: Tensor, context: Context, state: MeanState | None = None):
         projected = project(x, (self.v_proj, self.g_proj), self.settings.sequence_parallel)
-        v, g = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
+        v, g = to_heads(*(y.unflatten(-1, (-1, self.head_dim)) for y in projected))
         values = v.to(torch.promote_types(v.dtype, torch.float32)).split(list(context.sequences.lengths))
         sums = [each.cumsum(0) for each in values]
         if state is not None:
             sums = [each + before for each, before in zip(sums, state.total, strict=True)]
             state = MeanState(torch.stack([each[-1] for each in sums]))
         mean = torch.cat(sums) / (context.sequences.positions + 1)[:, None, None]
-        gate = torch.sigmoid(g + self.bias)
+        gate = torch.sigmoid(g + own_heads(self.bias))
         aux = self._aux(gate.mean(-1)) if context.training else None
-        return self.o_proj((gate * mean.to(v.dtype)).flatten(-2)), aux, state
+        return self.o_proj(to_tokens(gate * mean.to(v.dtype)).flatten(-2)), aux, state
 
     def _aux(self, gates: Tensor) -> Aux:
         """The mean square of the heads' gates `[tokens, heads]`, each head's times its weight."""
@@ -90,7 +92,7 @@ class GateRegulator:
         return Quantity("open", "open gates a sequence", target=("goal", goal)), Quantity("gate_weight", "weight", True)
 
     def attach(self, layer: int, mixer: GatedMean) -> None:
-        rank, size = groups.tensor_parallel()
+        rank, size = groups.head_parallel()
         mixer.weight = self.weight[self.layers.index(layer)].chunk(size)[rank]
 
     def update(self, step: int, counts: Mapping[str, Tensor] | None, longest: int) -> None:

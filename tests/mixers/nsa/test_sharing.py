@@ -15,16 +15,17 @@ def inputs(lengths):
     return q, torch.randn(sum(lengths), KV_HEADS, HEAD_DIM, generator=generator, dtype=torch.float64)
 
 
-def of_a_rank(lengths):
+def of_a_rank(lengths, layout, kv_heads):
     """What this rank selects, its number of KV heads, and how many queries it sees all heads of."""
     from megahybrid.config.schema import ParallelConfig
     from megahybrid.mixers.nsa import sharing
     from megahybrid.parallel import groups
     from megahybrid_kernels import Sequences
 
-    groups.initialize(ParallelConfig(tensor=4))
-    (q, k), rank, scored = inputs(lengths), groups.tensor_parallel()[0], []
-    mine = q.chunk(4, 1)[rank].requires_grad_(), k[:, rank // 2][:, None]
+    groups.initialize(ParallelConfig(**layout))
+    (q, k), (rank, ranks), scored = inputs(lengths), groups.head_parallel(), []
+    sharers = ranks // kv_heads
+    mine = q.chunk(4, 1)[rank].requires_grad_(), k[:, rank // sharers][:, None]
     real = sharing.select_blocks
 
     def select_blocks(q, *arguments):
@@ -33,29 +34,39 @@ def of_a_rank(lengths):
 
     sharing.select_blocks = select_blocks
     try:
-        selection = sharing.select_together(*mine, Sequences.of(lengths), BLOCK, BLOCKS, 2)
-        return selection, sharing.all_queries(mine[0].detach(), 2), scored
+        selection = sharing.select_together(*mine, Sequences.of(lengths), BLOCK, BLOCKS, sharers)
+        return rank, selection, sharing.all_queries(mine[0].detach(), sharers), scored
     finally:
         sharing.select_blocks = real
 
 
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_ranks_select_together_what_one_selects(lengths, workers):
+@pytest.mark.parametrize(
+    ("lengths", "layout", "kv_heads"),
+    [
+        *((lengths, {"tensor": 4}, KV_HEADS) for lengths in LENGTHS),
+        (LENGTHS[0], {"context": 4}, KV_HEADS),
+        (LENGTHS[0], {"tensor": 2, "context": 2}, KV_HEADS),
+        (LENGTHS[0], {"tensor": 2, "context": 2}, 1),
+    ],
+    ids=str,
+)
+def test_ranks_select_together_what_one_selects(lengths, layout, kv_heads, workers):
     from megahybrid_kernels import Sequences
     from megahybrid_kernels.native_sparse_attention import select_blocks
 
-    q, k = inputs(lengths)
-    expected = select_blocks(q, k, Sequences.of(lengths), BLOCK, BLOCKS)
-    ranks = workers.run(4, "tests.mixers.nsa.test_sharing:of_a_rank", lengths)
-    for rank, (selection, queries, scored) in enumerate(ranks):
-        assert torch.equal(queries, q.chunk(2, 1)[rank // 2])
+    (q, k), sharers = inputs(lengths), 4 // kv_heads
+    expected = select_blocks(q, k[:, :kv_heads], Sequences.of(lengths), BLOCK, BLOCKS)
+    ranks = workers.run(4, "tests.mixers.nsa.test_sharing:of_a_rank", lengths, layout, kv_heads)
+    for rank, selection, queries, scored in ranks:
+        if "context" not in layout:  # states are not split by tokens
+            assert torch.equal(queries, q.chunk(kv_heads, 1)[rank // sharers])
         if max(lengths) <= BLOCK * BLOCKS:
             assert selection is None and not scored
         else:
-            assert torch.equal(selection, expected[:, rank // 2][:, None])
-            assert [shape[1:] for shape in scored] == [(HEADS // KV_HEADS, HEAD_DIM)]
-    if all(scored for _, _, scored in ranks):
-        assert sum(scored[0][0] for _, _, scored in ranks) == KV_HEADS * sum(lengths)
+            assert torch.equal(selection, expected[:, rank // sharers][:, None])
+            assert [shape[1:] for shape in scored] == [(HEADS // kv_heads, HEAD_DIM)]
+    if all(scored for *_, scored in ranks):
+        assert sum(scored[0][0] for *_, scored in ranks) == kv_heads * sum(lengths)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
