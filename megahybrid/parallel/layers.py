@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import Initializer, ParameterSpec, attach_spec, parameter
+from megahybrid_kernels.untracked import applied
 
 
 def enter(x: Tensor, sequence_parallel: bool) -> Tensor:
@@ -63,7 +64,7 @@ class ColumnLinear(nn.Module):
 def project(x: Tensor, layers: Sequence[ColumnLinear], sequence_parallel: bool) -> tuple[Tensor, ...]:
     """Hidden states, this rank's, → each layer's output `[tokens, out]`, the tokens being all ranks'."""
     copies = [layer.copies for layer in layers]
-    return _Projections.apply(x.squeeze(1), sequence_parallel, copies, *(layer.weight for layer in layers))
+    return applied(_Projections, x.squeeze(1), sequence_parallel, copies, *(layer.weight for layer in layers))
 
 
 class _Projections(torch.autograd.Function):
@@ -107,7 +108,7 @@ class RowLinear(nn.Module):
         self.sequence_parallel = sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ReducedProduct.apply(x, self.weight, self.sequence_parallel).unsqueeze(1)
+        return applied(_ReducedProduct, x, self.weight, self.sequence_parallel).unsqueeze(1)
 
 
 class _ReducedProduct(torch.autograd.Function):

@@ -24,6 +24,7 @@ from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.shares import sum_shares
+from megahybrid_kernels.untracked import applied
 
 # Values of a program's tile and of a thread, forward and backward; a wider row is a tile by itself.
 _FORWARD_TILE, _FORWARD_PER_THREAD = 4096, 32
@@ -145,15 +146,15 @@ class _Norm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `megahybrid_kernels.norm`; float32, bfloat16 or float16."""
-    return _Norm.apply(_rows(x), None, None, weight.contiguous(), eps).view(x.shape)
+    return applied(_Norm, _rows(x), None, None, weight.contiguous(), eps).view(x.shape)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `megahybrid_kernels.norm`; float32, bfloat16 or float16."""
-    return _Norm.apply(_rows(x), _rows(gate), None, weight.contiguous(), eps).view(x.shape)
+    return applied(_Norm, _rows(x), _rows(gate), None, weight.contiguous(), eps).view(x.shape)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `megahybrid_kernels.norm`; float32, bfloat16 or float16."""
-    y, total = _Norm.apply(_rows(x), None, _rows(residual), weight.contiguous(), eps)
+    y, total = applied(_Norm, _rows(x), None, _rows(residual), weight.contiguous(), eps)
     return y.view(x.shape), total.view(x.shape)

@@ -14,6 +14,7 @@ from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.rotary.phases import RADIANS, frequencies
+from megahybrid_kernels.untracked import applied
 
 # Pairs of one head, and heads, that a program turns.
 _PAIRS, _HEADS = 1024, 8
@@ -71,4 +72,4 @@ class _Rotary(torch.autograd.Function):
 
 def rotary(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """See `megahybrid_kernels.rotary`; float32, bfloat16 or float16."""
-    return _Rotary.apply(x, positions.contiguous(), theta)
+    return applied(_Rotary, x, positions.contiguous(), theta)

@@ -9,6 +9,7 @@ from torch import Tensor
 from megahybrid_kernels.activations import silu, silu_slope
 from megahybrid_kernels.integers import cdiv
 from megahybrid_kernels.launch import kernel
+from megahybrid_kernels.untracked import applied
 
 # Values of a program: 16 for each of its 128 threads.
 _BLOCK = 2048
@@ -56,4 +57,4 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """See `megahybrid_kernels.swiglu`; float32, bfloat16 or float16."""
-    return _SwiGLU.apply(gate.contiguous(), up.contiguous())
+    return applied(_SwiGLU, gate.contiguous(), up.contiguous())

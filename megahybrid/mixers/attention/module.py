@@ -79,6 +79,7 @@ class FullAttention(AttentionProjections):
     def forward(self, x: Tensor, context: Context, state: KeyValueCache | GrowingCache | None = None):
         q, k, v = self.project(x)
         q, k = self.rotate(q, context), self.rotate(k, context)
+        state = self.begun(state, context)
         if state is None:
             o = attention(q, k, v, context.sequences, self.window_size)
         else:

@@ -63,7 +63,8 @@ class GatedDeltaNet(Mixer):
     def forward(self, x: Tensor, context: Context, state: GDNState | None = None):
         sequences, before = context.sequences, state or (None, None, None, None)
         # Training never reads the state after a document's end.
-        options = {"output_final_state": state is not None, "in_place": context.in_place}
+        going_on = state is not None or context.keep_states
+        options = {"output_final_state": going_on, "in_place": context.in_place}
         projections = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj
         q, k, v, gate, a, b = project(x, projections, self.settings.sequence_parallel)
         q, q_rows = causal_conv1d(q, self.q_conv, sequences, before[1], **options)
@@ -84,7 +85,7 @@ class GatedDeltaNet(Mixer):
         gate = gate.unflatten(-1, (-1, self.value_dim))
         o = gated_rms_norm(o, gate, shared(self.norm), self.settings.model.norm_eps)
         y = self.o_proj(o.flatten(-2))
-        return y, None, None if state is None else GDNState(recurrent, q_rows, k_rows, v_rows)
+        return y, None, GDNState(recurrent, q_rows, k_rows, v_rows) if going_on else None
 
     def initial_state(self, sequences: int) -> GDNState:
         like, taps = self.q_conv, self.q_conv.shape[1]

@@ -42,6 +42,7 @@ class NSAAttention(AttentionProjections):
         q, k, v, gates = self.project(x, self.g_proj)
         q, k = self.rotate(q, context), self.rotate(k, context)
         inputs = q, k, v, gates.unflatten(-1, (-1, BRANCHES)).sigmoid()
+        state = self.begun(state, context)
         if state is not None:
             queries = all_queries(q, self.sharers) if self.sharers > 1 else None
             o, state = native_sparse_attention_with_cache(
