@@ -17,7 +17,6 @@ from megahybrid_kernels.native_sparse_attention.triton_pool import pool
 from megahybrid_kernels.native_sparse_attention.triton_score import compress, needs_scores, select
 from megahybrid_kernels.native_sparse_attention.triton_union import union
 from megahybrid_kernels.sequences import Sequences
-from megahybrid_kernels.untracked import applied
 
 
 def _forward(
@@ -87,7 +86,7 @@ def native_sparse_attention(
     q, k, v = map(dense_rows, (q, k, v))
     shape = Shape.of(q, k, block_size, num_blocks, tune)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, gates)):
-        return applied(_NativeSparseAttention, q, k, v, gates, sequences, window_size, selection, shape)
+        return _NativeSparseAttention.apply(q, k, v, gates, sequences, window_size, selection, shape)
     return _forward(shape, q, k, v, gates, sequences, window_size, selection, False)[:2]
 
 

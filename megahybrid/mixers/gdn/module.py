@@ -13,6 +13,7 @@ from megahybrid.config.schema import ModelConfig
 from megahybrid.model.context import Context
 from megahybrid.model.mixer import Fallback, Mixer
 from megahybrid.model.settings import Settings
+from megahybrid.parallel.joined import together
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, project, shared
 from megahybrid.parallel.parameters import Initializer, constant, parameter, uniform
 from megahybrid_kernels.causal_conv1d import causal_conv1d
@@ -25,17 +26,17 @@ class GDNState(NamedTuple):
 
     Attributes:
         recurrent: `[sequences, heads, head_dim, value_head_dim]`, at least fp32.
-        q, k, v: `[sequences, conv_size - 1, channels]`, the short convolutions' last inputs.
+        rows: `[sequences, conv_size - 1, channels of q, k and v]`, the short convolutions' last inputs.
     """
 
     recurrent: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    rows: Tensor
 
 
 class GatedDeltaNet(Mixer):
     """Gated delta rule on short-convolved q, k, v, with an output gate; heads split over tensor parallel ranks."""
+
+    beside = "q_conv", "k_conv", "v_conv"  # see `parallel.joined`
 
     def __init__(self, settings: Settings, layer: int):
         super().__init__(settings, layer)
@@ -61,16 +62,20 @@ class GatedDeltaNet(Mixer):
         self.o_proj = RowLinear(values, hidden, settings.output_projection, settings.sequence_parallel)
 
     def forward(self, x: Tensor, context: Context, state: GDNState | None = None):
-        sequences, before = context.sequences, state or (None, None, None, None)
+        sequences, (memory, rows) = context.sequences, state or (None, None)
         # Training never reads the state after a document's end.
         going_on = state is not None or context.keep_states
         options = {"output_final_state": going_on, "in_place": context.in_place}
         projections = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj
-        q, k, v, gate, a, b = project(x, projections, self.settings.sequence_parallel)
-        q, q_rows = causal_conv1d(q, self.q_conv, sequences, before[1], **options)
-        k, k_rows = causal_conv1d(k, self.k_conv, sequences, before[2], **options)
-        v, v_rows = causal_conv1d(v, self.v_conv, sequences, before[3], **options)
-        o, recurrent = gated_delta_rule(
+        *qkv, gate, a, b = project(x, projections, self.settings.sequence_parallel)
+        convs = self.q_conv, self.k_conv, self.v_conv
+        if going_on:
+            y, rows = causal_conv1d(together(qkv, 1), together(convs, 0), sequences, rows, **options)
+            q, k, v = y.split([len(conv) for conv in convs], 1)
+        else:
+            pairs = zip(qkv, convs, strict=True)
+            q, k, v = (causal_conv1d(y, conv, sequences, output_final_state=False)[0] for y, conv in pairs)
+        o, memory = gated_delta_rule(
             q.unflatten(-1, (-1, self.key_dim)),
             k.unflatten(-1, (-1, self.key_dim)),
             v.unflatten(-1, (-1, self.value_dim)),
@@ -79,21 +84,21 @@ class GatedDeltaNet(Mixer):
             self.A_log,
             self.dt_bias,
             sequences,
-            before[0],
+            memory,
             **options,
         )
         gate = gate.unflatten(-1, (-1, self.value_dim))
         o = gated_rms_norm(o, gate, shared(self.norm), self.settings.model.norm_eps)
         y = self.o_proj(o.flatten(-2))
-        return y, None, GDNState(recurrent, q_rows, k_rows, v_rows) if going_on else None
+        return y, None, GDNState(memory, rows) if going_on else None
 
     def initial_state(self, sequences: int) -> GDNState:
         like, taps = self.q_conv, self.q_conv.shape[1]
         heads = self.A_log.shape[0]
         at_least_fp32 = torch.promote_types(like.dtype, torch.float32)
         recurrent = like.new_zeros(sequences, heads, self.key_dim, self.value_dim, dtype=at_least_fp32)
-        rows = [like.new_zeros(sequences, taps - 1, conv.shape[0]) for conv in (self.q_conv, self.k_conv, self.v_conv)]
-        return GDNState(recurrent, *rows)
+        channels = sum(map(len, (self.q_conv, self.k_conv, self.v_conv)))
+        return GDNState(recurrent, like.new_zeros(sequences, taps - 1, channels))
 
     @classmethod
     def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:

@@ -40,7 +40,7 @@ class NSAAttention(AttentionProjections):
 
     def forward(self, x: Tensor, context: Context, state: NSACache | None = None):
         q, k, v, gates = self.project(x, self.g_proj)
-        q, k = self.rotate(q, context), self.rotate(k, context)
+        q, k = self.rotate(q, k, context)
         inputs = q, k, v, gates.unflatten(-1, (-1, BRANCHES)).sigmoid()
         state = self.begun(state, context)
         if state is not None:
