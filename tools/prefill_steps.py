@@ -54,12 +54,12 @@ def read_prompts(model: Stack, context: int, count: int, chunk: int) -> dict[int
     """The states after `count` prompts of random tokens; waits until their next tokens are known on the host."""
     device = groups.device()
     tokens = torch.randint(0, model.settings.model.vocab_size, (count, context), device=device)
-    states = model.initial_states(count)
+    states = None
     for start in range(0, context, chunk):
         piece = tokens[:, start : start + chunk]
         starts = torch.full((count,), start, device=device) if start else None
         sequences = Sequences.of([piece.shape[1]] * count, device, starts)
-        out = model(piece.flatten(), Context(sequences, in_place=True), states=states)
+        out = model(piece.flatten(), Context(sequences, keep_states=True, in_place=True), states=states)
         states = out.states
     last = out.hidden[sequences.cu_seqlens[1:].long() - 1]
     model.logits(last).argmax(-1).tolist()

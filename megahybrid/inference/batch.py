@@ -27,7 +27,7 @@ class Batch:
     def __init__(self, model: Stack, prefill_chunk: int):
         """`prefill_chunk`: tokens that a step takes, over all sequences, if there are not more sequences than that."""
         self._model, self._prefill_chunk = model, prefill_chunk
-        self._states: dict[int, Any] | None = None
+        self._states: dict[int, Any] | None = None  # while nothing is read
         self._waiting: list[list[int]] = []
         self._read: list[int] = []
         self._graph: DecodeGraph | None = None
@@ -47,8 +47,8 @@ class Batch:
     def add(self, prompts: Sequence[Sequence[int]]) -> None:
         """Sequences that join as the last rows; each has at least one token."""
         self._leave_graph()
-        new = self._model.initial_states(len(prompts))
-        self._states = states.join(self._states, new) if self._waiting else new
+        if self._states is not None:
+            self._states = states.join(self._states, self._model.initial_states(len(prompts)))
         self._waiting += [list(prompt) for prompt in prompts]
         self._read += [0] * len(prompts)
 
@@ -57,7 +57,7 @@ class Batch:
         if list(rows) == list(range(self.count)):
             return
         self._leave_graph()
-        self._states = states.select(self._states, rows) if rows else None
+        self._states = states.select(self._states, rows) if rows and self._states else None
         self._waiting = [list(self._waiting[row]) for row in rows]
         self._read = [self._read[row] for row in rows]
 
@@ -72,7 +72,8 @@ class Batch:
         Returns the rows that have none left, and what follows their last token: logits `[rows, vocabulary]` in the
         model's dtype, the same on all ranks, which hold until the next step; None when there is no such row.
         """
-        decoding = all(len(waiting) == 1 for waiting in self._waiting) and takes_graph(self._model)
+        one_each = self._states is not None and all(len(waiting) == 1 for waiting in self._waiting)
+        decoding = one_each and takes_graph(self._model)
         if decoding and self._decoded and self._has_room():
             return self._replay()
         self._leave_graph()
@@ -83,7 +84,8 @@ class Batch:
         # Without starts the mixers know that all begin here, for which they have faster ways.
         starts = torch.tensor(self._read, device=device) if any(self._read) else None
         sequences = Sequences.of(pieces, device, starts)
-        out = self._model(torch.tensor(tokens, device=device), Context(sequences, in_place=True), states=self._states)
+        context = Context(sequences, keep_states=True, in_place=True)
+        out = self._model(torch.tensor(tokens, device=device), context, states=self._states)
         self._states = out.states
         self._read = [read + piece for read, piece in zip(self._read, pieces, strict=True)]
         self._waiting = [waiting[piece:] for waiting, piece in zip(self._waiting, pieces, strict=True)]

@@ -17,6 +17,7 @@ from megahybrid.inference.generate import Generator
 from megahybrid.model.fallbacks import kernel_notes
 from megahybrid.model.stack import Stack
 from megahybrid.parallel import groups
+from megahybrid.parallel.joined import join_weights
 from megahybrid.training import checkpoint, checkpoint_folder
 
 log = logging.getLogger("megahybrid")
@@ -43,7 +44,9 @@ def load_generator(path: Path, dtype: torch.dtype = torch.float32) -> Generator:
     if groups.is_main():
         for note in kernel_notes(config, groups.device(), dtype, training=False):
             log.warning(note)
-    return Generator(model.to(groups.device(), dtype).requires_grad_(False), tokenizer)
+    model.to(groups.device(), dtype).requires_grad_(False)
+    join_weights(model)
+    return Generator(model, tokenizer)
 
 
 def split_over_processes(config: Config, processes: int) -> None:

@@ -55,6 +55,7 @@ class Context:
             off.
         aux_scale: weight of the auxiliary loss beside the micro-batch's loss: 1 / micro-batches of the step, times the
             number of context parallel ranks, over which ZeRO takes the mean.
+        keep_states: whether mixers that are given no state, since all sequences begin here, return the next one.
         in_place: whether mixers may overwrite the states they are given, as they may when nobody needs those again.
         watch: of what mixers that attend say whether it is seen; not with states, and not in training.
         decision: of the one layer that gets this context, which recomputes its activations; None in all others'.
@@ -63,6 +64,7 @@ class Context:
     sequences: Sequences
     dropout_keys: Tensor | None = None
     aux_scale: float = 1.0
+    keep_states: bool = False
     in_place: bool = False
     watch: Watch | None = None
     decision: Decision | None = None

@@ -42,13 +42,20 @@ class Mixer(nn.Module):
         self.settings, self.layer = settings, layer
 
     def forward(self, x: Tensor, context: Context, state: Any = None) -> tuple[Tensor, Aux | None, Any]:
-        """`[tokens, 1, hidden]` → (the same, by-products in training or None, the next state where one was given)."""
+        """`[tokens, 1, hidden]` → (the same, by-products in training or None, the next state).
+
+        There is a next state where one was given, or `context.keep_states` says so; else None.
+        """
         raise NotImplementedError
 
     def initial_state(self, sequences: int) -> Any:
         """The state before the first token of `sequences` sequences: named tuples or dataclasses of tensors, and of
         `GrowingCache`s, which all have the sequences in front."""
         raise NotImplementedError
+
+    def begun(self, state: Any, context: Context) -> Any:
+        """The state, or the first one where there is none but it is to be kept."""
+        return self.initial_state(context.sequences.count) if state is None and context.keep_states else state
 
     def held(self, state: Any) -> Tensor | None:
         """Positions of the tokens whose keys the next query finds in a state, each once: int64

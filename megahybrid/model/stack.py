@@ -34,7 +34,7 @@ class StackOutput(NamedTuple):
         losses: negative log-likelihood of every label in nats, `[tokens]`, at least fp32, likewise.
         normalisers: log of the softmax's normaliser, `[tokens]`, at least fp32, likewise.
         aux: by-products by layer number, where there are any.
-        states: the mixers' next states by layer number, when states were given.
+        states: the mixers' next states by layer number, when states were given or are kept.
         likeliest: of the last stage, when places were asked for: the most likely next token at each, int64 `[places]`.
     """
 
@@ -92,7 +92,7 @@ class Stack(nn.Module):
         Args:
             tokens, labels: int64 `[tokens]`.
             context: what every layer sees.
-            states: the mixers' by layer number, to go on from.
+            states: the mixers' by layer number, to go on from; None where all sequences begin here.
             weights: fp32 `[tokens]`, the labels' in the loss; all 1 when left out.
             asked: int64 `[places]` among all tokens, where the last stage also says the most likely next token.
         """
@@ -117,7 +117,7 @@ class Stack(nn.Module):
                 loss, losses, normalisers = self._loss(x, labels, weights)
             if asked is not None:
                 likeliest = self._likeliest(x, asked)
-        return StackOutput(x, loss, losses, normalisers, aux, after if states else {}, likeliest)
+        return StackOutput(x, loss, losses, normalisers, aux, after if states or context.keep_states else {}, likeliest)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[tokens, 1, hidden]` → `[tokens, vocabulary of this tensor parallel rank]`."""

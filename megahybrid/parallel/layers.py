@@ -9,6 +9,7 @@ gathers the others', weight gradients while the input's is reduced (Korthikanti 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import Initializer, ParameterSpec, attach_spec, parameter
+from megahybrid_kernels.untracked import applied
 
 
 def enter(x: Tensor, sequence_parallel: bool) -> Tensor:
@@ -58,12 +60,37 @@ class ColumnLinear(nn.Module):
         super().__init__()
         self.weight = parameter(out_features, in_features, axis=0, initializer=initializer, parts=parts)
         self.copies = self.weight.spec.copies(groups.tensor_parallel()[1])
+        self.joined: Joined | None = None
+
+
+class Joined(NamedTuple):
+    """Projections of one input whose weights are views of one, see `parallel.joined`.
+
+    Attributes:
+        layers: in the order of their rows.
+        weight: `[rows, in]`, theirs and some of 0 behind them.
+        sizes: each one's rows.
+        places: each one's address.
+    """
+
+    layers: tuple[ColumnLinear, ...]
+    weight: Tensor
+    sizes: list[int]
+    places: list[int]
+
+    def holds(self, layers: Sequence[ColumnLinear]) -> bool:
+        """Whether it is of these, and their weights are still where they were."""
+        return self.layers == tuple(layers) and self.places == [layer.weight.data_ptr() for layer in layers]
 
 
 def project(x: Tensor, layers: Sequence[ColumnLinear], sequence_parallel: bool) -> tuple[Tensor, ...]:
     """Hidden states, this rank's, → each layer's output `[tokens, out]`, the tokens being all ranks'."""
+    joined = layers[0].joined
+    if joined is not None and not torch.is_grad_enabled() and not sequence_parallel and joined.holds(layers):
+        y = x.squeeze(1) @ joined.weight.T
+        return y.split([*joined.sizes, y.shape[1] - sum(joined.sizes)], 1)[: len(layers)]
     copies = [layer.copies for layer in layers]
-    return _Projections.apply(x.squeeze(1), sequence_parallel, copies, *(layer.weight for layer in layers))
+    return applied(_Projections, x.squeeze(1), sequence_parallel, copies, *(layer.weight for layer in layers))
 
 
 class _Projections(torch.autograd.Function):
@@ -107,7 +134,7 @@ class RowLinear(nn.Module):
         self.sequence_parallel = sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ReducedProduct.apply(x, self.weight, self.sequence_parallel).unsqueeze(1)
+        return applied(_ReducedProduct, x, self.weight, self.sequence_parallel).unsqueeze(1)
 
 
 class _ReducedProduct(torch.autograd.Function):

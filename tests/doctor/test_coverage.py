@@ -12,6 +12,7 @@ from megahybrid.inference.batch import Batch
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.stack import Stack, build, build_stages
 from megahybrid.parallel import groups
+from megahybrid.parallel.joined import join_weights
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.judging import measuring
 from megahybrid_kernels.judging.verdicts import chosen_cases, prepared
@@ -55,13 +56,13 @@ def train_and_evaluate(model: Stack, config: Config, device: str) -> None:
 
 def read_and_decode(model: Stack, count: int, pieces: tuple[int, ...]) -> None:
     """Prompts in pieces and steps of decoding, for tensors without memory."""
-    states, read = model.initial_states(count), 0
+    states, read = None, 0
     with torch.no_grad():
         for piece in (*pieces, 1, 1):
             starts = torch.full((count,), read, device="meta") if read else None
             sequences = Sequences.of((piece,) * count, "meta", starts)
             tokens = torch.zeros(count * piece, dtype=torch.int64, device="meta")
-            states = model(tokens, Context(sequences, in_place=True), states=states).states
+            states = model(tokens, Context(sequences, keep_states=True, in_place=True), states=states).states
             read += piece
 
 
@@ -100,6 +101,7 @@ def test_doctor_runs_what_a_gpu_runs(recipe):
     """Training and generation as they are, at a recipe's own shapes but for the number of layers."""
     config = load_config(f"recipes/{recipe}.yaml", ["model.pattern=GLSFN"])
     model = build(config, "cuda", DTYPES[config.train.dtype])
+    join_weights(model)
     with launches(run=True) as launched:
         train_and_evaluate(model, config, "cuda")
         for prompts in ([4500], [70] * 20):

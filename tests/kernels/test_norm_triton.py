@@ -103,3 +103,11 @@ def test_strided_rows():
 
     y, dfused, dweight = gradients(op, (fused, weight), grad)
     torch.testing.assert_close((y, dfused[..., :24], dfused[..., 24:], dweight), expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_gate_that_is_part_of_a_product():
+    x, gate, weight, _ = make_inputs((12, 3, 24), torch.float32)
+    product = torch.cat([torch.zeros_like(gate).flatten(1), gate.flatten(1), weight.expand(12, -1)], 1)
+    part = product[:, 72:144].unflatten(1, (3, 24))
+    assert torch.equal(norm.gated_rms_norm(x, part, weight, EPS), norm.gated_rms_norm(x, gate, weight, EPS))

@@ -34,3 +34,16 @@ def test_strided_heads_equal_the_pytorch_path():
     positions = (torch.arange(40) * 2**31 + 3).to(DEVICE)
     actual = triton.rotary(fused[:, 2:5], positions, THETA)
     torch.testing.assert_close(actual, reference.rotary(fused[:, 2:5], positions, THETA), rtol=0, atol=2e-6)
+
+
+def test_queries_and_keys_together_are_turned_as_each_alone():
+    positions = torch.arange(21).to(DEVICE)
+    fused = torch.randn(21, 13, 16, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    for first, last in ((9, 13), (1, 10), (3, 4)):
+        leaves = [x.clone().requires_grad_() for x in (fused[:, :first], fused[:, first:last])]
+        together = triton.rotary_of_both(*leaves, positions, THETA)
+        alone = [triton.rotary(x, positions, THETA) for x in leaves]
+        assert all(map(torch.equal, together, alone))
+        cotangents = [fused[:, :first], fused[:, first:last]]
+        found = (torch.autograd.grad(ys, leaves, cotangents) for ys in (together, alone))
+        assert all(map(torch.equal, *found))

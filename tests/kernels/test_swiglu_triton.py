@@ -38,3 +38,10 @@ def test_large_gates_and_strides():
     torch.testing.assert_close(y.double(), silu * up.double(), rtol=1e-6, atol=1e-10)
     torch.testing.assert_close(dup.double(), silu, rtol=1e-6, atol=1e-10)
     torch.testing.assert_close(dgate, up * (gate > 0), rtol=1e-6, atol=1e-7)
+
+
+@torch.no_grad()
+def test_halves_of_a_product():
+    product = torch.randn(7, 2 * triton._BLOCK + 80, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    halves = product.split(triton._BLOCK + 40, 1)
+    assert torch.equal(triton.swiglu(*halves), triton.swiglu(*(x.contiguous() for x in halves)))

@@ -65,7 +65,7 @@ class GrowingCache:
         spans: tuple[int, ...] = (1, 1),
     ) -> Self:
         """Cache of `count` sequences that have not begun; `spans` of its memory."""
-        rows = tuple(torch.zeros(count, heads, 0, head_dim, dtype=dtype, device=device) for _ in spans)
+        rows = tuple(torch.empty(count, heads, 0, head_dim, dtype=dtype, device=device) for _ in spans)
         return cls((0,) * count, _Room(rows, spans))
 
     @property
@@ -107,6 +107,8 @@ class GrowingCache:
     def append(self, k: Tensor, v: Tensor, sequences: Sequences) -> Self:
         """The cache after these tokens, k and v `[tokens, kv_heads, head_dim]`; `sequences.starts` are its lengths."""
         lengths = tuple(old + new for old, new in zip(self.lengths, sequences.lengths, strict=True))
+        if self.slots == 0 and SMALLEST_CAPACITY <= max(lengths) == min(lengths):
+            return type(self)(lengths, self._filled(k, v))
         room = self.room if self._may_write(max(lengths), k) else self._copy(max(lengths))
         places = (sequences.index, slice(None), sequences.positions)
         room.k[places], room.v[places] = k, v
@@ -143,6 +145,14 @@ class GrowingCache:
         recorded = torch.is_grad_enabled() and (k.requires_grad or self.room.k.requires_grad)
         frozen = self.room.k.is_inference() and not torch.is_inference_mode_enabled()
         return slots <= self.capacity and self.room.turn == self.turn and not recorded and not frozen
+
+    def _filled(self, k: Tensor, v: Tensor) -> _Room:
+        """Memory of sequences of one length that begin here, with room for no more; means are not yet written."""
+        rows = [x.unflatten(0, (self.count, -1)).transpose(1, 2) for x in (k, v)]
+        rows = [x.clone(memory_format=torch.contiguous_format) for x in rows]
+        count, heads, slots, head_dim = rows[0].shape
+        rows += [k.new_empty(count, heads, slots // span, head_dim) for span in self.room.spans[2:]]
+        return _Room(tuple(rows), self.room.spans)
 
     def _copy(self, slots: int) -> _Room:
         """Memory of its own with all that this cache has, for at least `slots` slots."""

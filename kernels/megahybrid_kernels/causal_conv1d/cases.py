@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from megahybrid_kernels.judging.case import Case, Inputs, Lengths, Make, Op, Shape, normals, packed
-from megahybrid_kernels.judging.streamed import PIECES, STEPS, Streamed, streamed_case
+from megahybrid_kernels.judging.streamed import PIECES, STEPS, Streamed, nothing, streamed_case
 from megahybrid_kernels.sequences import Sequences
 
 _PLACE = ("causal_conv1d",) * 3
@@ -37,7 +37,8 @@ class CausalConv1d(Shape):
     def more_cases(self, lengths: Lengths, varied: bool) -> list[Case]:
         """Prefill and decode."""
         streamed = Streamed(*_PLACE, self._make, self._first, self._call)
-        prefill = streamed_case(streamed, "prefill", PIECES, self.variant or "long")
+        begun = replace(streamed, first=nothing)
+        prefill = streamed_case(begun, "prefill", PIECES, self.variant or "long")
         return [prefill, streamed_case(streamed, "step", STEPS, self.variant)]
 
     def _make(self, tokens: int) -> Make:

@@ -28,6 +28,7 @@ from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.sequences import Sequences
 from megahybrid_kernels.shares import sum_shares
+from megahybrid_kernels.untracked import applied
 
 # Channels of a program and of a thread; bytes of a channel whose loads are on their way together; programs that run at
 # once: 16 warps on each of 132 multiprocessors have 128 registers a thread.
@@ -329,4 +330,4 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor | None]:
     """See `megahybrid_kernels.causal_conv1d`; float32, bfloat16 or float16."""
     state = None if initial_state is None else initial_state.contiguous()
-    return _Convolution.apply(dense_rows(x), weight.contiguous(), state, sequences, output_final_state)
+    return applied(_Convolution, dense_rows(x), weight.contiguous(), state, sequences, output_final_state)

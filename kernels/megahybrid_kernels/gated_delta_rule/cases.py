@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megahybrid_kernels.judging.case import Case, Inputs, Lengths, Make, Op, Shape, normal, packed
-from megahybrid_kernels.judging.streamed import PIECES, STEPS, Streamed, many_steps, streamed_case
+from megahybrid_kernels.judging.streamed import PIECES, STEPS, Streamed, many_steps, nothing, streamed_case
 from megahybrid_kernels.sequences import Sequences
 
 _PLACE = ("gated_delta_rule",) * 3
@@ -35,8 +35,9 @@ class GatedDeltaRule(Shape):
             narrow, wide = replace(self, value_dim=max(1, self.key_dim // 2)), replace(self, value_dim=2 * self.key_dim)
             more += [narrow._whole(lengths, "narrow values"), wide._whole(_LONG, "wide values in segments")]
         rule = Streamed(*_PLACE, self._make, self._first, self._call)
-        more += [streamed_case(rule, "prefill", PIECES, "long"), streamed_case(rule, "step", STEPS)]
-        return [*more, streamed_case(rule, "step", many_steps(self.heads), "many")]
+        begun = replace(rule, first=nothing)
+        more += [streamed_case(begun, "prefill", PIECES, "long"), streamed_case(rule, "step", STEPS)]
+        return [*more, streamed_case(begun, "step", many_steps(self.heads), "many")]
 
     def _whole(self, lengths: Lengths, variant: str = "") -> Case:
         return Case(

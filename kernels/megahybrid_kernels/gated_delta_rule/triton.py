@@ -25,6 +25,7 @@ from megahybrid_kernels.integers import cdiv, tile_width
 from megahybrid_kernels.sequences import Sequences
 from megahybrid_kernels.targets import table_of
 from megahybrid_kernels.tuning import Launch
+from megahybrid_kernels.untracked import applied
 
 # Keys of a tile of `gradient_kernel` at least: with 32 what Triton 3.6 compiles for Hopper is wrong.
 _NARROWEST = 64
@@ -309,7 +310,7 @@ def gated_delta_rule(
     longest = longest_segment(sequences.lengths, v.shape[1], v.shape[2], tune)
     cut = plan(sequences.lengths, tune.chunk, longest, v.device)
     strongest = 2.0 if allow_neg_eigval else 1.0
-    return _GatedDeltaRule.apply(
-        q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune, torch.is_grad_enabled(),
-        output_final_state, strongest,
+    return applied(
+        _GatedDeltaRule, q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune,
+        torch.is_grad_enabled(), output_final_state, strongest,
     )  # fmt: skip

@@ -31,7 +31,7 @@ class Streamed:
         op: its name in the table, less `_step` or `_prefill`.
         module, function, reference: as of `Case`.
         make: inputs of so many tokens; what has not a row a token is passed to every call.
-        first: the state of so many sequences before their first token.
+        first: the state of so many sequences before their first token; `nothing` where the op needs none.
         call: the op on inputs, borders and state; output and next state.
         late: rows of each sequence whose outputs mean nothing.
     """
@@ -44,6 +44,10 @@ class Streamed:
     call: Callable[[Op, Inputs, Sequences, Any], tuple[Tensor, Any]]
     reference: str | None = None
     late: int = 0
+
+
+def nothing(x: Inputs, count: int) -> None:
+    """`Streamed.first` of ops that begin without a state."""
 
 
 def many_steps(heads: int) -> Rounds:

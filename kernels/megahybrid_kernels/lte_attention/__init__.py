@@ -63,7 +63,7 @@ def lte_attention_with_cache(
     k: Tensor,
     v: Tensor,
     score: Tensor,
-    cache: LTECache,
+    cache: LTECache | None,
     sequences: Sequences,
     window_size: int,
     sink_size: int,
@@ -80,9 +80,9 @@ def lte_attention_with_cache(
         q, k, v, window_size, sink_size, buffer_size: as for `lte_attention`.
         score: `[tokens, kv_heads]`, streamed: the row of position p holds the score of position `p - delay`, as
             `retention_logits_streamed` yields it; rows with `p < delay` are ignored.
-        cache: of the sequences' earlier tokens; `LTECache.empty` at first.
+        cache: of the sequences' earlier tokens; where all begin here it is not read, and None does.
         sequences: borders of the new tokens; `sequences.starts` says how many tokens of each the cache has seen, and
-            None that it has seen none, which costs least.
+            None that all begin here.
         delay: tokens by which scores are late, the router's margin.
         in_place: the op may overwrite `cache`, as it does on a GPU for one token of every sequence, where nothing is
             copied then but the row that enters the buffer.
@@ -91,18 +91,18 @@ def lte_attention_with_cache(
         The new tokens' outputs, and the cache after them; `cache` itself is left as it was unless `in_place`.
 
     Raises:
-        ValueError: as `lte_attention`, or the cache has other sizes, or a token would leave the window before its
-            score arrives (`window_size + 1 <= delay`).
+        ValueError: as `lte_attention`, or the cache has other sizes or is missing, or a token would leave the window
+            before its score arrives (`window_size + 1 <= delay`).
     """
     _check(q, k, v, score, sequences, window_size, sink_size, buffer_size)
     if window_size + 1 <= delay:
         raise ValueError(f"a score comes {delay} tokens late: window_size + 1 must exceed it, but is {window_size + 1}")
-    expected = (sequences.count, k.shape[1], window_size + 1 + buffer_size)
-    actual = (*cache.k.shape[:2], cache.k.shape[2] + cache.buffer_k.shape[2])
-    if actual != expected or cache.k.shape[2] != window_size + 1:
-        raise ValueError(f"the cache has (sequences, heads, slots) {actual}, but {expected} are needed")
-    takes = takes_triton(q, k, v, score, cache.k, sequences.cu_seqlens) and not torch.is_grad_enabled()
-    if takes and in_place and max(sequences.lengths) == 1 and all(x.is_contiguous() for x in vars(cache).values()):
+    if cache is not None:
+        _check_cache(cache, (sequences.count, k.shape[1], window_size + 1, buffer_size))
+    elif sequences.starts is not None:
+        raise ValueError("the sequences do not begin here, but there is no cache of their earlier tokens")
+    takes = takes_triton(q, k, v, score, cache and cache.k, sequences.cu_seqlens) and not torch.is_grad_enabled()
+    if takes and in_place and cache is not None and max(sequences.lengths) == 1 and _overwritable(cache):
         from megahybrid_kernels.lte_attention.triton_decode import lte_attention_step
 
         return lte_attention_step(q, k, v, score, cache, sequences.positions, sink_size, delay), cache
@@ -110,12 +110,25 @@ def lte_attention_with_cache(
         from megahybrid_kernels.lte_attention.triton_prefill import lte_attention_piece as backend
     else:
         backend = reference.lte_attention_with_cache
+        cache = cache or LTECache.empty(
+            *(sequences.count, *k.shape[1:], window_size, buffer_size), dtype=k.dtype, device=k.device
+        )
     return backend(q, k, v, score, cache, sequences, window_size, sink_size, buffer_size, delay)
 
 
 def unsupported(dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the kernels do not take whole sequences of such heads, q in `dtype`; None where they do."""
     return unsupported_head_dims(dtype, head_dim)
+
+
+def _overwritable(cache: LTECache) -> bool:
+    return all(x.is_contiguous() for x in vars(cache).values())
+
+
+def _check_cache(cache: LTECache, expected: tuple[int, ...]) -> None:
+    actual = (*cache.k.shape[:3], cache.buffer_k.shape[2])
+    if actual != expected:
+        raise ValueError(f"the cache has (sequences, heads, window, buffer) {actual}, but {expected} are needed")
 
 
 def _check(

@@ -28,6 +28,7 @@ from megahybrid_kernels.lte_attention.triton_forward import forward_kernel
 from megahybrid_kernels.sequences import Sequences
 from megahybrid_kernels.targets import CDNA3, table_of
 from megahybrid_kernels.tuning import Launch
+from megahybrid_kernels.untracked import applied
 
 
 @dataclass(frozen=True)
@@ -210,4 +211,4 @@ def lte_attention(
         exits = exit_positions(keys, sequences, window_size, sink_size, buffer_size)
     part = partition(sequences, window_size, shape.queries, shape.tune.keys, exits is not None)
     columns = far_columns(keys, exits, sequences, part, sink_size, buffer_size)
-    return _LTEAttention.apply(q, k, v, score, columns, part, shape, gate == "logit")
+    return applied(_LTEAttention, q, k, v, score, columns, part, shape, gate == "logit")

@@ -29,8 +29,8 @@ _MOST_SPLITS = 64
 def _attend_slots(
     q, k, v, ring_k, ring_v, ring_positions, buffer_k, buffer_v, buffer_positions, positions, o, parts, statistics,
     late_score, ring_score, buffer_score, splits, heads, window_slots, buffer_slots, sinks, delay, span, scale,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BUFFER: tl.constexpr,
-    SLOTS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    v_stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    BUFFER: tl.constexpr, SLOTS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attention of a KV head's queries to `span` of its slots, buffer first; writes the new token into the ring.
 
@@ -47,7 +47,7 @@ def _attend_slots(
     position = tl.load(positions + sequence)
     new_slot = (position % window_slots).to(tl.int32)
     new_k = tl.load(k + pair * HEAD_DIM + column, mask=real, other=0)
-    new_v = tl.load(v + pair * HEAD_DIM + column, mask=real, other=0)
+    new_v = tl.load(v + sequence.to(tl.int64) * v_stride + head * HEAD_DIM + column, mask=real, other=0)
 
     # The new token itself is the first split's first key; what its slot holds is older than the window.
     own = split == 0
@@ -189,7 +189,8 @@ def lte_attention_step(
     """
     count, heads, window_slots, head_dim = cache.k.shape
     buffer_slots, groups = cache.buffer_k.shape[2], q.shape[1] // heads
-    q, k, v, score = (x.contiguous() for x in (q, k, v, score))
+    q, k, score = (x.contiguous() for x in (q, k, score))
+    v = v if v[0].is_contiguous() else v.contiguous()  # rows may lie apart, as those of a product with others do
     slots = window_slots + buffer_slots
     splits = split_count(count * heads, slots, _SLOTS, _PROGRAMS, _MOST_SPLITS)
     span = cdiv(cdiv(slots, splits), _SLOTS) * _SLOTS
@@ -208,7 +209,7 @@ def lte_attention_step(
     _attend_slots[splits * heads * count](
         q, k, v, cache.k, cache.v, cache.positions, cache.buffer_k, cache.buffer_v, cache.buffer_positions, positions,
         o, parts, statistics, score, cache.score, cache.buffer_score, splits, heads, window_slots, buffer_slots,
-        sink_size, delay, span, log2_scale(head_dim), **sizes,
+        sink_size, delay, span, log2_scale(head_dim), v.stride(0), **sizes,
         ROWS=tile_width(groups), SLOTS=_SLOTS, WHOLE=splits == 1,
         PRECISION=dot_precision(q.dtype), num_warps=2,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from megahybrid_kernels.lte_attention.cache import LTECache
 from megahybrid_kernels.lte_attention.triton import _forward, _Shape
 from megahybrid_kernels.lte_attention.triton_cache import cache_after
 from megahybrid_kernels.lte_attention.triton_columns import far_columns, partition
+from megahybrid_kernels.precision import accumulator
 from megahybrid_kernels.sequences import Sequences
 
 _SCORES = 1024  # of a program
@@ -142,7 +143,7 @@ def lte_attention_piece(
     k: Tensor,
     v: Tensor,
     late_score: Tensor,
-    cache: LTECache,
+    cache: LTECache | None,
     sequences: Sequences,
     window_size: int,
     sink_size: int,
@@ -155,7 +156,7 @@ def lte_attention_piece(
     `lte_attention_with_cache`; where `sequences.starts` is None, `cache` is not read.
     """
     q, k, v = map(dense_rows, (q, k, v))
-    late_score = late_score.detach().to(cache.score.dtype)
+    late_score = late_score.detach().to(accumulator(k.dtype))
     if sequences.starts is None:
         rows = _first_rows(q, k, v, late_score, sequences, delay, sink_size)
     else:

@@ -47,11 +47,20 @@ class NSACache(GrowingCache):
         """As `pooled_k`."""
         return self.room.rows[3][:, :, : self.slots // self.block_size]
 
-    def append(self, k: Tensor, v: Tensor, sequences: Sequences) -> Self:
-        """As a `GrowingCache` does; blocks that these tokens complete are pooled as whole documents' are."""
+    def append(self, k: Tensor, v: Tensor, sequences: Sequences, pooled: tuple[Tensor, Tensor] | None = None) -> Self:
+        """As a `GrowingCache` does; blocks that these tokens complete are pooled as whole documents' are.
+
+        pooled: their means, `[blocks of all sequences, kv_heads, head_dim]` with a last, incomplete one of each, of
+        sequences of one length that begin here.
+        """
         new, size = super().append(k, v, sequences), self.block_size
         completed = sum(b // size - a // size for a, b in zip(self.lengths, new.lengths, strict=True))
         if completed == 0:
+            return new
+        if pooled is not None:
+            each = completed // self.count
+            for means, x in zip(new.room.rows[2:], pooled, strict=True):
+                means[:, :, :each] = x.unflatten(0, (self.count, -1))[:, :each].transpose(1, 2)
             return new
         tokens = sequences.cu_seqlens.diff().long()
         starts = torch.zeros_like(tokens) if sequences.starts is None else sequences.starts

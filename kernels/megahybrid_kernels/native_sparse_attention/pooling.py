@@ -21,5 +21,6 @@ def fixed_sum(x: Tensor) -> Tensor:
     """Over dimension 1, in an order that depends on its size alone, which torch's own does not promise."""
     while (size := x.shape[1]) > 1:
         half = size // 2
-        x = torch.cat([x[:, :half] + x[:, half : 2 * half], x[:, 2 * half :]], 1)
+        pairs = x[:, :half] + x[:, half : 2 * half]
+        x = torch.cat([pairs, x[:, -1:]], 1) if size % 2 else pairs
     return x[:, 0]

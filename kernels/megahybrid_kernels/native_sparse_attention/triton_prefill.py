@@ -13,6 +13,7 @@ from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.native_sparse_attention import triton
 from megahybrid_kernels.native_sparse_attention.cache import NSACache
 from megahybrid_kernels.native_sparse_attention.triton_plan import Shape
+from megahybrid_kernels.native_sparse_attention.triton_pool import pool
 from megahybrid_kernels.sequences import Sequences
 
 
@@ -29,13 +30,17 @@ def native_sparse_attention_piece(
     queries: Tensor | None = None,
 ) -> tuple[Tensor, NSACache]:
     """`native_sparse_attention_with_cache` without gradients and without waiting for the GPU; likewise."""
-    new, sizes = cache.append(k, v, sequences), (block_size, num_blocks)
+    q, k, v, queries = (x if x is None else dense_rows(x) for x in (q, k, v, queries))
+    sizes = block_size, num_blocks
     if cache.slots == 0:
-        selection = None
+        pooled = pool(k, sequences, block_size), pool(v, sequences, block_size)
+        rows, selection = (0, sequences.tokens), None
         if queries is not None:
-            selection = triton.select_blocks(queries, k, sequences, *sizes, (0, sequences.tokens))
-        return triton.native_sparse_attention(q, k, v, gates, sequences, *sizes, window_size, selection)[0], new
-    q, queries = dense_rows(q), None if queries is None else dense_rows(queries)
+            selection = triton.select_rows(Shape.of(queries, k, *sizes), queries, pooled[0], sequences, rows)
+        shape, one_length = Shape.of(q, k, *sizes), len(set(sequences.lengths)) == 1
+        o, *_ = triton.attend_rows(shape, q, k, v, gates, *pooled, sequences, window_size, selection, False, rows)
+        return o, cache.append(k, v, sequences, pooled if one_length else None)
+    new = cache.append(k, v, sequences)
     gates, parts = gates.contiguous(), []
     for n, (start, end) in enumerate(zip(cache.lengths, new.lengths, strict=True)):
         document, rows = sequences.document(end), (start, end)

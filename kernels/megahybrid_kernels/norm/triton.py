@@ -24,6 +24,7 @@ from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.shares import sum_shares
+from megahybrid_kernels.untracked import applied
 
 # Values of a program's tile and of a thread, forward and backward; a wider row is a tile by itself.
 _FORWARD_TILE, _FORWARD_PER_THREAD = 4096, 32
@@ -39,10 +40,10 @@ def _load(x, row, stride, column, mask):
 
 @kernel
 def norm_kernel(
-    x, other, weight, y, total, x_stride, other_stride, rows, eps,
+    x, other, weight, y, total, x_stride, other_stride, members, rows, eps,
     DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """other: the gate or the residual. y, total: `[rows, DIM]`."""
+    """other: the gate, of which `members` rows lie side by side, or the residual. y, total: `[rows, DIM]`."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     mask = (row < rows)[:, None] & (column < DIM)[None, :]
@@ -56,8 +57,8 @@ def norm_kernel(
     scale = tl.rsqrt(tl.sum(value * value, 1) / DIM + eps)
     result = value * scale[:, None] * tl.load(weight + column, mask=column < DIM, other=0).to(tl.float32)[None, :]
     if GATED:
-        gate = _load(other, row, other_stride, column, mask)
-        result *= silu(gate)
+        of_gate = (row // members * other_stride + row % members * DIM)[:, None] + column[None, :]
+        result *= silu(tl.load(other + of_gate, mask=mask, other=0).to(tl.float32))
     tl.store(y + places, result.to(y.dtype.element_ty), mask=mask)
 
 
@@ -116,8 +117,9 @@ class _Norm(torch.autograd.Function):
         total = torch.empty_like(y) if residual is not None else y
         tile = _tile(x.shape[1], _FORWARD_TILE, _FORWARD_PER_THREAD)
         norm_kernel[cdiv(len(x), tile["ROWS"])](
-            x, other, weight, y, total, x.stride(0), other.stride(0), len(x), eps, **tile, **ctx.flags
-        )
+            x, other, weight, y, total, x.stride(0), other.stride(0), len(x) // len(other), len(x), eps, **tile,
+            **ctx.flags,
+        )  # fmt: skip
         ctx.eps = eps
         ctx.save_for_backward(total if residual is not None else x, gate, weight)
         ctx.set_materialize_grads(False)
@@ -145,15 +147,18 @@ class _Norm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `megahybrid_kernels.norm`; float32, bfloat16 or float16."""
-    return _Norm.apply(_rows(x), None, None, weight.contiguous(), eps).view(x.shape)
+    return applied(_Norm, _rows(x), None, None, weight.contiguous(), eps).view(x.shape)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `megahybrid_kernels.norm`; float32, bfloat16 or float16."""
-    return _Norm.apply(_rows(x), _rows(gate), None, weight.contiguous(), eps).view(x.shape)
+    # Rows of a gate's heads lie apart where it comes from a product with others.
+    apart = not torch.is_grad_enabled() and gate.dim() == 3 and gate[0].is_contiguous()
+    gate = gate.flatten(1) if apart else _rows(gate)
+    return applied(_Norm, _rows(x), gate, None, weight.contiguous(), eps).view(x.shape)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `megahybrid_kernels.norm`; float32, bfloat16 or float16."""
-    y, total = _Norm.apply(_rows(x), None, _rows(residual), weight.contiguous(), eps)
+    y, total = applied(_Norm, _rows(x), None, _rows(residual), weight.contiguous(), eps)
     return y.view(x.shape), total.view(x.shape)

@@ -64,7 +64,7 @@ def retention_logits_streamed(
     v: Tensor,
     parameters: RouterParameters,
     sequences: Sequences,
-    state: RouterState,
+    state: RouterState | None,
     dilation: int = 2,
 ) -> tuple[Tensor, RouterState]:
     """`retention_logits` for prefill in pieces and decode: each row holds the logit of `margin(...)` tokens before.
@@ -76,20 +76,22 @@ def retention_logits_streamed(
         k, v, parameters, dilation: as for `retention_logits`.
         sequences: borders of the new tokens; `sequences.starts` says how many tokens of each came before, and None that
             none did, which lets a GPU run the kernels of `retention_logits`.
-        state: from the sequences' earlier tokens; `RouterState.empty` at first.
+        state: from the sequences' earlier tokens; where all begin here it is not read, and None does.
 
     Returns:
         `[tokens, kv_heads]`, in the row of position p the logit of position `p - margin(...)`, without meaning where
         that is negative; and the new state.
 
     Raises:
-        ValueError: as `retention_logits`, or the state is of another number of sequences.
+        ValueError: as `retention_logits`, or the state is of another number of sequences or missing.
     """
     _check(k, v, parameters, sequences)
-    if state.rows[0].shape[0] != sequences.count:
+    if state is None and sequences.starts is not None:
+        raise ValueError("the sequences do not begin here, but there is no state of their earlier tokens")
+    if state is not None and state.rows[0].shape[0] != sequences.count:
         raise ValueError(f"the state holds {state.rows[0].shape[0]} sequences, but {sequences.count} were given")
     takes = _takes(k, v, parameters, sequences) and not torch.is_grad_enabled()
-    if takes and max(sequences.lengths) == 1:
+    if takes and state is not None and max(sequences.lengths) == 1:
         from megahybrid_kernels.retention_router.triton_step import retention_logits_step
 
         return retention_logits_step(k, v, parameters, sequences.positions, state, dilation)
@@ -97,6 +99,7 @@ def retention_logits_streamed(
         from megahybrid_kernels.retention_router.triton_prefill import retention_logits_first
 
         return retention_logits_first(k, v, parameters, sequences, dilation)
+    state = state or RouterState.empty(sequences.count, parameters, dilation)
     return reference.retention_logits_streamed(k, v, parameters, sequences, state, dilation)
 
 

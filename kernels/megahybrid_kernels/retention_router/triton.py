@@ -36,6 +36,7 @@ from megahybrid_kernels.retention_router.triton_layers import (
 )
 from megahybrid_kernels.sequences import Sequences
 from megahybrid_kernels.targets import table_of
+from megahybrid_kernels.untracked import applied
 
 # Tokens of a program and its num_warps.
 _FORWARD, _INPUT = (64, 4), (64, 4)
@@ -231,7 +232,7 @@ def retention_logits(
     dilation: int = 2,
 ) -> Tensor:
     """See `megahybrid_kernels.retention_router.retention_logits`; float32, bfloat16 or float16."""
-    return _Router.apply(*router_arguments(k, v, parameters, sequences, dropout, dilation))
+    return applied(_Router, *router_arguments(k, v, parameters, sequences, dropout, dilation))
 
 
 def router_arguments(

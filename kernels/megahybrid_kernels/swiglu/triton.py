@@ -7,21 +7,25 @@ import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.activations import silu, silu_slope
+from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv
 from megahybrid_kernels.launch import kernel
+from megahybrid_kernels.untracked import applied
 
 # Values of a program: 16 for each of its 128 threads.
 _BLOCK = 2048
 
 
 @kernel
-def swiglu_kernel(gate, up, y, size, BLOCK: tl.constexpr):
-    """y = silu(gate) * up, of BLOCK among `size` values."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def swiglu_kernel(gate, up, y, gate_stride, up_stride, size, BLOCK: tl.constexpr):
+    """y = silu(gate) * up, of BLOCK among the `size` values of a row."""
+    blocks = tl.cdiv(size, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    place = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
-    a = tl.load(gate + place, mask=mask, other=0).to(tl.float32)
-    b = tl.load(up + place, mask=mask, other=0).to(tl.float32)
-    tl.store(y + place, (silu(a) * b).to(y.dtype.element_ty), mask=mask)
+    a = tl.load(gate + row * gate_stride + place, mask=mask, other=0).to(tl.float32)
+    b = tl.load(up + row * up_stride + place, mask=mask, other=0).to(tl.float32)
+    tl.store(y + row * size + place, (silu(a) * b).to(y.dtype.element_ty), mask=mask)
 
 
 @kernel
@@ -42,8 +46,12 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        y = torch.empty_like(up)
-        swiglu_kernel[cdiv(up.numel(), _BLOCK)](gate, up, y, up.numel(), BLOCK=_BLOCK)
+        y = torch.empty(up.shape, dtype=up.dtype, device=up.device)
+        # Whole tensors are one row.
+        dense = gate.is_contiguous() and up.is_contiguous()
+        rows, size = (1, up.numel()) if dense else up.shape
+        strides = (size, size) if dense else (gate.stride(0), up.stride(0))
+        swiglu_kernel[rows * cdiv(size, _BLOCK)](gate, up, y, *strides, size, BLOCK=_BLOCK)
         return y
 
     @staticmethod
@@ -56,4 +64,8 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """See `megahybrid_kernels.swiglu`; float32, bfloat16 or float16."""
-    return _SwiGLU.apply(gate.contiguous(), up.contiguous())
+    if up.dim() == 2 and not torch.is_grad_enabled():
+        gate, up = map(dense_rows, (gate, up))  # those of one product lie apart
+    else:
+        gate, up = gate.contiguous(), up.contiguous()
+    return applied(_SwiGLU, gate, up)

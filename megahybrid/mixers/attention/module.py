@@ -16,7 +16,7 @@ from megahybrid.parallel import groups
 from megahybrid.parallel.heads import to_heads, to_tokens
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, project
 from megahybrid_kernels.attention import GrowingCache, KeyValueCache, attention, attention_with_cache, unsupported
-from megahybrid_kernels.rotary import rotary
+from megahybrid_kernels.rotary import rotary_of_both
 
 
 class AttentionProjections(Mixer):
@@ -52,9 +52,9 @@ class AttentionProjections(Mixer):
         first = weight.tensor_model_parallel and rank % max(1, ranks // heads) == 0
         return max(1, heads // ranks) if first else 0
 
-    def rotate(self, x: Tensor, context: Context) -> Tensor:
+    def rotate(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Rotary embedding at the tokens' positions in their documents, if there is one."""
-        return x if self.theta is None else rotary(x, context.sequences.positions, self.theta)
+        return (q, k) if self.theta is None else rotary_of_both(q, k, context.sequences.positions, self.theta)
 
     def seen(self, k: Tensor, context: Context, window: int | None, kept: Tensor | None = None) -> Aux | None:
         """What of a watch the heads see: `window` keys, the query's own included (None for all), and those that are
@@ -85,7 +85,8 @@ class FullAttention(AttentionProjections):
 
     def forward(self, x: Tensor, context: Context, state: KeyValueCache | GrowingCache | None = None):
         q, k, v = self.project(x)
-        q, k = self.rotate(q, context), self.rotate(k, context)
+        q, k = self.rotate(q, k, context)
+        state = self.begun(state, context)
         if state is None:
             o = attention(q, k, v, context.sequences, self.window_size)
         else:

@@ -96,6 +96,7 @@ class GDNKind(Kind):
         taps, convolutions = model.gdn.conv_size, [shapes.CausalConv1d(heads * key_dim, model.gdn.conv_size)]
         if value_dim != key_dim:
             convolutions += [shapes.CausalConv1d(heads * value_dim, taps, "values")]
+        convolutions += [shapes.CausalConv1d(heads * (2 * key_dim + value_dim), taps, "together")]  # as inference does
         rule, norm = shapes.GatedDeltaRule(heads, key_dim, value_dim), shapes.GatedRMSNorm(heads, value_dim)
         return [rule, *convolutions, norm]
 

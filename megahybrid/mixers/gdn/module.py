@@ -14,6 +14,7 @@ from megahybrid.model.context import Context
 from megahybrid.model.mixer import Fallback, Mixer
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.heads import own_heads, to_heads, to_tokens
+from megahybrid.parallel.joined import together
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, project, shared
 from megahybrid.parallel.parameters import Initializer, constant, parameter, uniform
 from megahybrid_kernels.causal_conv1d import causal_conv1d
@@ -26,18 +27,18 @@ class GDNState(NamedTuple):
 
     Attributes:
         recurrent: `[sequences, heads, head_dim, value_head_dim]`, at least fp32.
-        q, k, v: `[sequences, conv_size - 1, channels]`, the short convolutions' last inputs.
+        rows: `[sequences, conv_size - 1, channels of q, k and v]`, the short convolutions' last inputs.
     """
 
     recurrent: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    rows: Tensor
 
 
 class GatedDeltaNet(Mixer):
     """Gated delta rule on short-convolved q, k, v, with an output gate; heads split over tensor parallel ranks, and
     between projections and gate over context parallel ones."""
+
+    beside = "q_conv", "k_conv", "v_conv"  # see `parallel.joined`
 
     def __init__(self, settings: Settings, layer: int):
         super().__init__(settings, layer)
@@ -63,43 +64,45 @@ class GatedDeltaNet(Mixer):
         self.o_proj = RowLinear(values, hidden, settings.output_projection, settings.sequence_parallel)
 
     def forward(self, x: Tensor, context: Context, state: GDNState | None = None):
-        sequences, before = context.sequences, state or (None, None, None, None)
+        sequences, (memory, rows) = context.sequences, state or (None, None)
         # Training never reads the state after a document's end.
-        options = {"output_final_state": state is not None, "in_place": context.in_place}
+        going_on = state is not None or context.keep_states
+        options = {"output_final_state": going_on, "in_place": context.in_place}
         projections = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj
-        q, k, v, gate, a, b = project(x, projections, self.settings.sequence_parallel)
-        heads = [y.unflatten(-1, (len(self.A_log), -1)) for y in (q, k, v, a, b)]
-        q, k, v, a, b = (y.flatten(1) for y in to_heads(*heads))
-        q_conv, k_conv, v_conv, A_log, dt_bias = map(
-            own_heads, (self.q_conv, self.k_conv, self.v_conv, self.A_log, self.dt_bias)
-        )
-        q, q_rows = causal_conv1d(q, q_conv, sequences, before[1], **options)
-        k, k_rows = causal_conv1d(k, k_conv, sequences, before[2], **options)
-        v, v_rows = causal_conv1d(v, v_conv, sequences, before[3], **options)
-        o, recurrent = gated_delta_rule(
+        *qkv, gate, a, b = project(x, projections, self.settings.sequence_parallel)
+        heads = (y.unflatten(-1, (len(self.A_log), -1)) for y in (*qkv, a, b))
+        *qkv, a, b = (y.flatten(1) for y in to_heads(*heads))
+        convs = self.q_conv, self.k_conv, self.v_conv
+        if going_on:
+            y, rows = causal_conv1d(together(qkv, 1), together(convs, 0), sequences, rows, **options)
+            q, k, v = y.split([len(conv) for conv in convs], 1)
+        else:
+            pairs = zip(qkv, map(own_heads, convs), strict=True)
+            q, k, v = (causal_conv1d(y, conv, sequences, output_final_state=False)[0] for y, conv in pairs)
+        o, memory = gated_delta_rule(
             q.unflatten(-1, (-1, self.key_dim)),
             k.unflatten(-1, (-1, self.key_dim)),
             v.unflatten(-1, (-1, self.value_dim)),
             a,
             b,
-            A_log,
-            dt_bias,
+            own_heads(self.A_log),
+            own_heads(self.dt_bias),
             sequences,
-            before[0],
+            memory,
             **options,
         )
         gate = gate.unflatten(-1, (-1, self.value_dim))
         o = gated_rms_norm(to_tokens(o), gate, shared(self.norm), self.settings.model.norm_eps)
         y = self.o_proj(o.flatten(-2))
-        return y, None, None if state is None else GDNState(recurrent, q_rows, k_rows, v_rows)
+        return y, None, GDNState(memory, rows) if going_on else None
 
     def initial_state(self, sequences: int) -> GDNState:
         like, taps = self.q_conv, self.q_conv.shape[1]
         heads = self.A_log.shape[0]
         at_least_fp32 = torch.promote_types(like.dtype, torch.float32)
         recurrent = like.new_zeros(sequences, heads, self.key_dim, self.value_dim, dtype=at_least_fp32)
-        rows = [like.new_zeros(sequences, taps - 1, conv.shape[0]) for conv in (self.q_conv, self.k_conv, self.v_conv)]
-        return GDNState(recurrent, *rows)
+        channels = sum(map(len, (self.q_conv, self.k_conv, self.v_conv)))
+        return GDNState(recurrent, like.new_zeros(sequences, taps - 1, channels))
 
     @classmethod
     def fallbacks(cls, model: ModelConfig, dtype: torch.dtype) -> Iterator[Fallback]:

@@ -41,6 +41,10 @@ class LTEState(NamedTuple):
     scorer: RouterState | Tensor
 
 
+# Of sequences that begin here: the ops make nothing that they would not read.
+_NOTHING = LTEState(None, None)
+
+
 class Router(nn.Module):
     """Retention router: a stack of three convolutions and a projection a key-value head.
 
@@ -70,10 +74,12 @@ class Router(nn.Module):
         sequences: Sequences,
         dropout: Dropout | None = None,
         state: RouterState | None = None,
+        streamed: bool = False,
     ) -> tuple[Tensor, RouterState | None]:
-        """Scores in (-1/2, 1/2) `[tokens, kv heads of this rank]`; with a state they come `margin` tokens later."""
+        """Scores in (-1/2, 1/2) `[tokens, kv heads of this rank]`; streamed they come `margin` tokens later, from the
+        state, or where sequences begin without one."""
         parameters = self.parameters_for_op()
-        if state is None:
+        if not streamed:
             logits = retention_logits(k, v, parameters, sequences, dropout, self.dilation)
         else:
             logits, state = retention_logits_streamed(k, v, parameters, sequences, state, self.dilation)
@@ -109,10 +115,10 @@ class LTEAttention(AttentionProjections):
     def forward(self, x: Tensor, context: Context, state: LTEState | None = None):
         """`[tokens, 1, hidden]` → (the same, by-products in training, the next state)."""
         q, k, v = self.project(x)
-        if state is not None:
-            return self._continue(q, k, v, context, state)
+        if state is not None or context.keep_states:
+            return self._continue(q, k, v, context, state or _NOTHING)
         lte, sequences = self.lte, context.sequences
-        q, rotated = self.rotate(q, context), self.rotate(k, context)
+        q, rotated = self.rotate(q, k, context)
         if self.policy is None:
             scores, _ = self.router(k, v, sequences, self._dropout(context))
         else:
@@ -124,11 +130,12 @@ class LTEAttention(AttentionProjections):
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: LTEState):
         lte, sequences = self.lte, context.sequences
-        q, rotated = self.rotate(q, context), self.rotate(k, context)
+        q, rotated = self.rotate(q, k, context)
         if self.policy is None:
-            scores, scorer = self.router(k, v, sequences, state=state.scorer)
+            scores, scorer = self.router(k, v, sequences, state=state.scorer, streamed=True)
             delay = lte.margin
         else:
+            state = self.initial_state(sequences.count) if state is _NOTHING else state
             scores, scorer = self.policy.scores(k, (q, rotated), sequences, state.scorer, state.cache)
             delay = self.policy.delay
         o, cache = lte_attention_with_cache(

@@ -41,8 +41,9 @@ class NSAAttention(AttentionProjections):
 
     def forward(self, x: Tensor, context: Context, state: NSACache | None = None):
         q, k, v, gates = self.project(x, self.g_proj)
-        q, k = self.rotate(q, context), self.rotate(k, context)
+        q, k = self.rotate(q, k, context)
         inputs = q, k, v, gates.sigmoid()
+        state = self.begun(state, context)
         if state is not None:
             queries = all_queries(q, self.sharers) if self.sharers > 1 else None
             o, state = native_sparse_attention_with_cache(

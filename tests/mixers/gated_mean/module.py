@@ -53,6 +53,7 @@ class GatedMean(Mixer):
         v, g = to_heads(*(y.unflatten(-1, (-1, self.head_dim)) for y in projected))
         values = v.to(torch.promote_types(v.dtype, torch.float32)).split(list(context.sequences.lengths))
         sums = [each.cumsum(0) for each in values]
+        state = self.begun(state, context)
         if state is not None:
             sums = [each + before for each, before in zip(sums, state.total, strict=True)]
             state = MeanState(torch.stack([each[-1] for each in sums]))
