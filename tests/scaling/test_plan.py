@@ -15,7 +15,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 MODELS = ("lalte", "lansa", "gdn", "gdn-swa", "gdn-full", "transformer", "nsa")
 
 
-# He & Garner's models in millions of parameters (method: backbone and shapes).
+# He & Garner's models in millions of parameters (method: backbone and shapes), and ours.
 @pytest.mark.parametrize(
     ("name", "millions"),
     [
@@ -31,6 +31,7 @@ MODELS = ("lalte", "lansa", "gdn", "gdn-swa", "gdn-full", "transformer", "nsa")
         ("lalte-1.4b", 1343),
         ("lansa-1.4b", 1323),
         ("transformer-1.4b", 1213),
+        ("lalte-8b", 8110),
     ],
 )
 def test_parameter_totals_are_the_papers(name, millions):
@@ -77,6 +78,14 @@ def test_recipes_of_a_size_differ_in_pattern_and_run_directory_only():
     for size in ("0.4b", "1.4b"):
         configs = [load_config(RECIPES / f"{model}-{size}.yaml", ["model.pattern=G", "run.dir=x"]) for model in MODELS]
         assert all(config == configs[0] for config in configs)
+
+
+def test_the_8b_model_fits_four_gpus_in_both_of_its_layouts():
+    """80 GB are 79.1 GiB; 18 bytes of each of 8.11 B parameters are 136 GiB, 34 on each GPU."""
+    split = ["parallel.zero_stage=1", "parallel.tensor=4", "parallel.sequence=true", "train.micro_batch_size=4"]
+    for overrides, replicas in ([], 4), ([*split, "train.recompute=none"], 1):
+        (peak,) = peak_bytes(load_config(RECIPES / "lalte-8b.yaml", overrides), replicas)
+        assert peak / 2**30 == pytest.approx(66, rel=0.02)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
