@@ -119,6 +119,16 @@ def test_columns_are_numbers_of_gpus_and_rows_the_choices_of_recompute():
         assert float(states) + float(saved) == pytest.approx(float(peak), abs=0.11)
 
 
+def test_the_start_is_listed_where_it_needs_most():
+    """ZeRO-2 begins with 6 bytes a parameter and 8 by the replicas, where steps need 2, 16 by them, and activations."""
+    config = load_config(RECIPES / "lalte-8b.yaml", ["parallel.zero_stage=2", "train.recompute=all"])
+    (row,) = (line for line in describe(config).splitlines() if line.startswith("before the first step"))
+    (count,) = parameters_by_rank(config)
+    expected = [f"{count * (6 + 8 / size) / 2**30:.1f}" for size in (8, 64)]
+    assert row.split()[-2:] == expected and len(row.split()) == 10
+    assert "before the first step" not in describe(load_config(RECIPES / "lalte-8b.yaml"))
+
+
 def test_a_pipelines_stages_are_listed():
     overrides = ["parallel.pipeline=3", "parallel.tensor=2", "model.pattern=GL|G|LGL"]
     config = load_config(RECIPES / "lalte-0.4b.yaml", overrides)
