@@ -17,12 +17,14 @@ from torch import Tensor
 from megahybrid.config.schema import Config
 from megahybrid.config.validate import check_replicas
 from megahybrid.data.packing import Batch, moved
+from megahybrid.devices import gpu_memory
 from megahybrid.errors import UserError
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.regulation import Regulator, regulators
 from megahybrid.model.stack import Stack, StackOutput, Stages, build_stages
 from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import initialize_parameters
+from megahybrid.scaling.memory import check_room
 from megahybrid.scaling.stages import stage_layers
 from megahybrid.training import schedule, zero
 from megahybrid.training.guard import StepGuard
@@ -68,8 +70,10 @@ class Engine:
 
     def __init__(self, config: Config):
         """Without values, which `initialize` or a checkpoint gives. Raises UserError where the micro-batches do not fit
-        the pipeline's schedule."""
-        check_replicas(config, groups.data_parallel()[1])
+        the pipeline's schedule, or the model the GPU."""
+        _, replicas = groups.data_parallel()
+        check_replicas(config, replicas)
+        check_room(config, replicas, gpu_memory())
         rank, size = groups.pipeline_parallel()
         self.config, self.device = config, groups.device()
         self.stages = stages = build_stages(config, stage_layers(config)[rank::size], "meta")

@@ -46,8 +46,8 @@ def parameter_groups(config: Config, model: nn.Module) -> list[list[nn.Parameter
 
 def initialize(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     """The owner of the model's gradients and optimizer state, which is made and linked: a ShardedOptimizer, with stage
-    3 DeepSpeed's engine. Neither masters nor working copies have values until the former get theirs through `place`
-    and the latter by `round_masters`.
+    3 DeepSpeed's engine. Neither masters nor working copies have values until the former get theirs through `place` and
+    the latter by `round_masters`.
     """
     from deepspeed.utils import logger
 

@@ -56,6 +56,20 @@ def test_a_disk_that_is_full_for_one_rank_ends_all_and_keeps_the_last_checkpoint
     assert steps[0] == 4 and steps[1] in (9, 10, 11) and steps[-1] == 12  # when the others know, it is due
 
 
+def test_old_checkpoints_are_removed_beside_training(recipe, tmp_path, monkeypatch):
+    real, threads = saver.checkpoint_folder.remove_old, []
+
+    def remove(*arguments):
+        threads.append(threading.current_thread())
+        real(*arguments)
+
+    monkeypatch.setattr(saver.checkpoint_folder, "remove_old", remove)
+    assert main(["train", str(recipe), "train.steps=3", "checkpoint.every=1", "checkpoint.keep=1"]) == 0
+    assert len(threads) == 3 and threading.main_thread() not in threads
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000003"]
+
+
 def test_every_parameter_is_written_once_by_one_of_the_ranks(workers, recipe, reference, tmp_path):
     layout = ["parallel.pipeline=2", "train.steps=1"]
     workers.run(2, "tests.training.test_saver:train_with_full_disk", str(recipe), -1, 0.0, *layout)
