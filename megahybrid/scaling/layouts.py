@@ -1,7 +1,7 @@
 """Which layout a recipe should have on so many GPUs, by what layouts take of time and memory.
 
-Time is computed from kernels' and links' as they were measured on one, two and four H100s (docs/performance), and from
-a network that was not. What is named here is all that is assumed; that ranks wait for each other is not in it.
+Time is computed from kernels and links as they were measured on one and two H100s (docs/performance), and from a
+network that was not. What is named here is all that is assumed; that ranks wait for each other is not in it.
 """
 
 from __future__ import annotations
