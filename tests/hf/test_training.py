@@ -354,7 +354,7 @@ def gradients_by_kernels(pattern, device, autocast, monkeypatch):
 
 def require_near(exact, plain, found):
     """Gradients found are about as near to the exact ones as those of the plain form, which are so near that a term too
-    few would show: mostly within 2 %, two parameters within 6 %."""
+    few would show: mostly within 2 %, a few within 6 %."""
     for name, x in exact.items():
         rounding = (plain[name] - x).norm()
         assert rounding <= 0.08 * x.norm(), name
