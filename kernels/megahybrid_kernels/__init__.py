@@ -26,7 +26,7 @@ from megahybrid_kernels.retention_router import (
     retention_logits,
     retention_logits_streamed,
 )
-from megahybrid_kernels.rotary import rotary
+from megahybrid_kernels.rotary import rotary, rotary_of_both
 from megahybrid_kernels.sequences import Sequences
 from megahybrid_kernels.swiglu import swiglu
 
@@ -59,6 +59,7 @@ __all__ = [
     "retention_logits_streamed",
     "rms_norm",
     "rotary",
+    "rotary_of_both",
     "select_blocks",
     "swiglu",
 ]

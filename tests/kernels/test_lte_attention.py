@@ -209,3 +209,14 @@ def test_nothing_waits_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(cached, o, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
+
+
+def test_sequences_that_begin_need_no_cache():
+    q, k, v = torch.randn(3, 9, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sizes = 3, 1, 2, 2
+    found = lte_attention_with_cache(q, k, v, q[..., 0], None, Sequences.of([9]), *sizes)
+    cache = LTECache.empty(1, 2, 8, 3, 2, dtype=q.dtype)
+    expected = lte_attention_with_cache(q, k, v, q[..., 0], cache, Sequences.of([9]), *sizes)
+    assert all(map(torch.equal, (found[0], *vars(found[1]).values()), (expected[0], *vars(expected[1]).values())))
+    with pytest.raises(ValueError, match="no cache of their earlier tokens"):
+        lte_attention_with_cache(q, k, v, q[..., 0], None, Sequences.of([9], starts=torch.tensor([4])), *sizes)

@@ -52,8 +52,10 @@ def test_steps_equal_the_whole(window_size, sink_size, buffer_size, delay, query
     for step in range(total - int(prefill.max())):
         positions = prefill + step
         new = rows.gather(1, positions[:, None])[:, 0]
+        own_q, own_k, own_v, own_score = (x[new].to(DEVICE) for x in (q, k, v, late_rows))
+        own_v = torch.cat([own_k, own_v], 1)[:, heads:]  # as a part of a product with others
         o = triton_decode.lte_attention_step(
-            *(x[new].to(DEVICE) for x in (q, k, v, late_rows)), cache, positions.to(DEVICE), sink_size, delay
+            own_q, own_k, own_v, own_score, cache, positions.to(DEVICE), sink_size, delay
         )
         torch.testing.assert_close(o.cpu().double(), expected[new], rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
     for n in range(count):

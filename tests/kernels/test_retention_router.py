@@ -178,3 +178,14 @@ def test_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="probability"):
         dropout = Dropout(1.0, torch.zeros(5, dtype=torch.int64))
         retention_logits(k, k, random_router(2, 8, 1), Sequences.of([5]), dropout)
+
+
+def test_sequences_that_begin_need_no_state():
+    k, v = torch.randn(2, 12, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parameters, sequences = random_router(2, 8, 1), Sequences.of([12])
+    logits, state = retention_logits_streamed(k, v, parameters, sequences, None)
+    expected, after = retention_logits_streamed(k, v, parameters, sequences, RouterState.empty(1, parameters))
+    assert all(map(torch.equal, (logits, *state.rows), (expected, *after.rows)))
+    later = Sequences.of([12], starts=torch.tensor([3]))
+    with pytest.raises(ValueError, match="no state of their earlier tokens"):
+        retention_logits_streamed(k, v, parameters, later, None)
