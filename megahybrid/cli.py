@@ -88,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     speed = verb.add_mutually_exclusive_group()
     speed.add_argument("--like", type=Path, metavar="RUN", help="GPU hours at the MFU of this run, not a table's")
     speed.add_argument("--probe", action="store_true", help="GPU hours from some steps on this machine's GPU")
+    verb.add_argument(
+        "--gpus", type=int, metavar="COUNT", help="also which layout to have on so many H100s, by estimates"
+    )
     verb = verbs.add_parser("generate", help="text from a checkpoint, split over all processes")
     add_generate_arguments(verb)
     verb.set_defaults(run=generate)
@@ -193,11 +196,13 @@ def _train(parsed: argparse.Namespace) -> None:
 
 def _plan(parsed: argparse.Namespace) -> None:
     config = _config(parsed)
-    from megahybrid.scaling.plan import describe
+    from megahybrid.scaling.plan import describe, recommend
     from megahybrid.training.measuring import measured, probe
 
     estimate = measured(config, parsed.like) if parsed.like else probe(config) if parsed.probe else None
     print(describe(config, estimate))
+    if parsed.gpus:
+        print(f"\n{recommend(config, parsed.gpus)}")
 
 
 def _harness(parsed: argparse.Namespace) -> None:

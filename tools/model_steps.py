@@ -115,7 +115,7 @@ def measure(
             figures["parts"] = parts(engine, batches, warm_up + steps + 1)
         figures["device"] = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     if traced:
-        some = batches[:traced] if config.parallel.zero_stage == 1 else batches
+        some = batches[:traced] if config.parallel.zero_stage < 3 else batches
         figures["time_by_part"] = step_parts.traced(engine, some, warm_up + steps + 1)
     engine.deepspeed.destroy()
     del engine, batches

@@ -35,12 +35,12 @@ class Batch:
         """The same on a device, without waiting for the copies."""
         device = torch.device(device)
         return Batch(
-            _move(self.tokens, device),
-            _move(self.labels, device),
-            replace(self.sequences, cu_seqlens=_move(self.sequences.cu_seqlens, device)),
-            _move(self.samples, device),
-            _move(self.sample_positions, device),
-            None if self.weights is None else _move(self.weights, device),
+            moved(self.tokens, device),
+            moved(self.labels, device),
+            replace(self.sequences, cu_seqlens=moved(self.sequences.cu_seqlens, device)),
+            moved(self.samples, device),
+            moved(self.sample_positions, device),
+            None if self.weights is None else moved(self.weights, device),
         )
 
     def part(self, rank: int, ranks: int) -> Batch:
@@ -86,7 +86,8 @@ def lengths_of(sample: Mapping[str, NDArray], length: int, document_masking: boo
     return [end - begin for begin, end in pairwise([*borders, length])]
 
 
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for the copy."""
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()  # only pinned memory is copied without waiting
     return tensor.to(device, non_blocking=True)

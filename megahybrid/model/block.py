@@ -21,12 +21,15 @@ class RMSNorm(nn.Module):
 
     def __init__(self, settings: Settings):
         super().__init__()
-        self.weight = parameter(settings.model.hidden_size, initializer=constant(1.0), weight_decay=False)
+        partial = settings.sequence_parallel
+        self.weight = parameter(
+            settings.model.hidden_size, initializer=constant(1.0), weight_decay=False, partial=partial
+        )
         self.settings = settings
 
     def forward(self, x: Tensor, addend: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The norm of the residual stream and the stream, which an addend first goes into."""
-        weight = shared(self.weight) if self.settings.sequence_parallel else self.weight
+        weight = shared(self.weight)
         if addend is None:
             return rms_norm(x, weight, self.settings.model.norm_eps), x
         return add_rms_norm(addend, x, weight, self.settings.model.norm_eps)

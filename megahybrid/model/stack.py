@@ -52,7 +52,7 @@ class Stack(nn.Module):
 
     The first stage also has the embedding, the last one the final norm and the output layer. Parameter names carry
     global layer numbers, so that they are unique over all stages; but with tied embeddings the last stage has a copy of
-    the embedding under the same name; the schedule sums their gradients, which keeps them equal.
+    the embedding under the same name; training/reduction.py sums their gradients, which keeps them equal.
     """
 
     model_type = ModelType.encoder_or_decoder  # read by Megatron-core's schedules
@@ -70,6 +70,7 @@ class Stack(nn.Module):
                 settings.model.vocab_size, settings.model.hidden_size, settings.projection, self.config
             )
             self.embedding.weight.ds_pipe_replicated = not self.first  # DeepSpeed's mark: its norm counts it once
+            self.embedding.weight.tied = tied and self.first != self.last
         self.layers = nn.ModuleDict({str(i): Block(settings, i) for i in layers})
         if self.last:
             self.final_norm = RMSNorm(settings)
@@ -202,6 +203,7 @@ def megatron_config(config: Config) -> TransformerConfig:
         # With two stages, batched transfers of the interleaved schedule would mix up what is sent in one direction.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,  # the host would wait for the GPU at every transfer, as PyTorch before 2 needed
         # gloo sends in the background: a buffer freed after an overlapped send would be sent damaged.
         deallocate_pipeline_outputs=parallel.pipeline > 1 and (not interleaved or torch.cuda.is_available()),
     )

@@ -29,10 +29,10 @@ def enter(x: Tensor, sequence_parallel: bool) -> Tensor:
 
 
 def shared(weight: Tensor) -> Tensor:
-    """`weight`, of which every tensor parallel rank has the whole but sees only a part of the uses: other tokens under
-    sequence parallelism, or its own heads. Its gradient is summed over these ranks, in fp32 at least."""
-    _, ranks = groups.tensor_parallel()
-    return _Shared.apply(weight) if ranks > 1 else weight
+    """`weight`, of which every tensor parallel rank may see only a part of the uses: other tokens under sequence
+    parallelism, or its own heads. Then its gradient is summed over these ranks, in fp32 at least: here, unless the
+    owner of gradients does it once a step (training/reduction.py)."""
+    return _Shared.apply(weight) if weight.partial else weight
 
 
 class _Shared(torch.autograd.Function):

@@ -72,19 +72,22 @@ def parameter(
     initializer: Initializer,
     weight_decay: bool = True,
     parts: int | None = None,
+    partial: bool = False,
 ) -> nn.Parameter:
-    """An uninitialised parameter: this rank's part of `shape`, with its spec attached as `.spec`."""
+    """An uninitialised parameter: this rank's part of `shape`, with its spec attached as `.spec`. `partial`: every
+    tensor parallel rank has the whole but sees only a part of the uses, so that `layers.shared` must sum its gradient.
+    """
     spec = ParameterSpec(shape, axis, initializer, weight_decay, parts)
     size = parallel_state.get_tensor_model_parallel_world_size()
     _, held = spec.place(0, size)
     if size % held or (axis is not None and (parts or shape[axis]) % held):
         raise ValueError(f"axis {axis} of shape {shape} does not split over {size} tensor parallel ranks")
-    return attach_spec(nn.Parameter(torch.empty(spec.local_shape(size))), spec)
+    return attach_spec(nn.Parameter(torch.empty(spec.local_shape(size))), spec, partial and size > 1)
 
 
-def attach_spec(weight: nn.Parameter, spec: ParameterSpec) -> nn.Parameter:
+def attach_spec(weight: nn.Parameter, spec: ParameterSpec, partial: bool = False) -> nn.Parameter:
     """Tag a parameter that was made elsewhere (a Megatron-core layer's)."""
-    weight.spec = spec
+    weight.spec, weight.partial, weight.tied = spec, partial, False
     rank = parallel_state.get_tensor_model_parallel_rank()
     copies = spec.copies(parallel_state.get_tensor_model_parallel_world_size())
     weight.tensor_model_parallel = rank % copies == 0  # DeepSpeed's mark: its norm counts every part once

@@ -71,22 +71,31 @@ def by_utilisation(
 
 def tabled(config: Config, gpu: str = "H100", lengths: Mapping[int, float] | None = None) -> Estimate:
     """From what was measured of other recipes, for one that nobody has run: the longer of the time that the FLOPs, of
-    documents of these `lengths`, take at the tabled MFU, and of the launches.
+    documents of these `lengths`, take at the tabled MFU, and of the launches."""
+    by_flops, train = _by_flops(config, gpu, lengths), config.train
+    letters = parse_pattern(config.model.pattern).letters
+    launches = launch_seconds(letters, train.global_batch_size / train.micro_batch_size)
+    if launches < by_flops.step_seconds:
+        return by_flops
+    return Estimate(gpu, launches, by_flops.steps, "the host's launches, roughly by a table; --probe measures")
 
-    MFU is linear in the logarithm of the width, also below the table's, which is a guess, and not in another precision
-    or at other lengths, where long full attention is slower. Layers that recompute their activations take their
-    forward pass twice.
+
+def kernel_seconds(config: Config) -> float:
+    """Seconds of a step's kernels on one H100, by the table."""
+    return _by_flops(config, "H100", None).step_seconds
+
+
+def _by_flops(config: Config, gpu: str, lengths: Mapping[int, float] | None) -> Estimate:
+    """MFU is linear in the logarithm of the width, also below the table's, which is a guess, and not in another
+    precision or at other lengths, where long full attention is slower. Layers that recompute their activations take
+    their forward pass twice.
     """
     model = derived(config.model)
     letters = parse_pattern(model.pattern).letters
     mfu = _at_width(model.hidden_size, *map(fmean, zip(*(KINDS[each].utilisation for each in letters), strict=True)))
     mfu /= 1 + _recomputed(config) / 3
     guessed = ", a guess at this width" if model.hidden_size < _WIDTHS[0] else ""
-    by_flops = by_utilisation(config, mfu, f"by docs/performance/whole-step.md{guessed}", gpu, lengths)
-    launches = _launch_seconds(config, letters)
-    if launches < by_flops.step_seconds:
-        return by_flops
-    return Estimate(gpu, launches, by_flops.steps, "the host's launches, roughly by a table; --probe measures")
+    return by_utilisation(config, mfu, f"by docs/performance/whole-step.md{guessed}", gpu, lengths)
 
 
 def _at_width(width: int, at_low: float, at_high: float) -> float:
@@ -103,6 +112,6 @@ def _recomputed(config: Config) -> float:
     return twice / flops_per_token(config).forward
 
 
-def _launch_seconds(config: Config, letters: str) -> float:
-    a_micro_batch = sum(KINDS[letter].host_seconds for letter in letters)
-    return _STEP_SECONDS + a_micro_batch * config.train.global_batch_size / config.train.micro_batch_size
+def launch_seconds(letters: str, micro_batches: float) -> float:
+    """Seconds a step in which the host launches the passes of layers of these kinds."""
+    return _STEP_SECONDS + sum(KINDS[letter].host_seconds for letter in letters) * micro_batches

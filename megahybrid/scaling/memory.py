@@ -16,6 +16,7 @@ mixer all tokens and of the heads 1 / (t c).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megahybrid.config.batch import micro_batches
@@ -23,7 +24,7 @@ from megahybrid.config.schema import Config
 from megahybrid.mixers import KINDS
 from megahybrid.mixers.kind import Activations, MicroBatch
 from megahybrid.model.settings import Settings
-from megahybrid.scaling.parameters import parameters_by_rank
+from megahybrid.scaling.parameters import parameter_specs, parameters_by_rank
 from megahybrid.scaling.schedule import in_flight
 from megahybrid.scaling.stages import stage_layers
 from megahybrid_kernels.linear_cross_entropy.chunks import chunk_length
@@ -31,8 +32,10 @@ from megahybrid_kernels.linear_cross_entropy.chunks import chunk_length
 ZERO_STAGES = (1, 2, 3)
 LIVE_PARAMETERS = 10**9
 """What ZeRO-3 leaves gathered at most."""
-BUCKET = 10**8
-"""Gradients that are reduced at once, at most or of one parameter: enough to fill links, little beside activations."""
+BUCKET = 4 * 10**7
+"""Gradients that ZeRO 1 and 2 reduce at once, at most or of one parameter: enough to fill links, little of a step."""
+STAGE_3_BUCKET = 10**8
+"""Those of ZeRO-3, likewise."""
 
 
 def states(config: Config, parameters: int, zero_stage: int, replicas: int) -> float:
@@ -43,37 +46,28 @@ def states(config: Config, parameters: int, zero_stage: int, replicas: int) -> f
     stage splits the optimizer's over the replicas, stage 2 also the gradients, stage 3 also the working copies.
     """
     weights = parameters * _width(config) / (replicas if zero_stage >= 3 else 1)
-    return weights + _gradients(parameters, zero_stage, replicas) + parameters * 12 / replicas
-
-
-def _gradients(parameters: int, zero_stage: int, replicas: int) -> float:
-    return 4 * parameters / (replicas if zero_stage >= 2 else 1)
+    gradients = parameters * 4 / (replicas if zero_stage >= 2 else 1)
+    return weights + gradients + parameters * 12 / replicas
 
 
 def peak_bytes(config: Config, replicas: int) -> list[float]:
     """Most bytes that a GPU holds in a step, by pipeline rank, with `replicas` data parallel ones, each of which has
     all context parallel ranks' shares of the states.
 
-    Beside its states that is the activations, which ZeRO-2 and 3 replace by gradients in reduction, and what ZeRO-3 has
-    gathered; or, when they are gone, what the update takes, or ZeRO-1's reduction.
+    Beside its states that is the activations, which gradients in reduction replace, and what ZeRO-3 has gathered. The
+    update takes nothing more.
     """
     stage, peaks, holders = config.parallel.zero_stage, [], replicas * config.parallel.context
     for rank, count in enumerate(parameters_by_rank(config)):
         passes = _backward(config, activations(config, replicas, rank), count) + gathered(config, count, holders)
-        if config.train.dtype == "fp32" and stage < 3 and micro_batches(config, replicas) == 1:
-            # Made while the activations go; elsewhere they have their place from the start.
-            passes -= _gradients(count, stage, holders)
-        after = max(update(count, holders), reduction(config, count) if stage == 1 else 0)
-        peaks.append(states(config, count, stage, holders) + max(passes, after))
+        peaks.append(states(config, count, stage, holders) + passes)
     return peaks
 
 
 def _backward(config: Config, held: float, parameters: int) -> float:
-    """Activations, or what ZeRO-2 and 3 first reduce and the activations that the backward pass has left by then: it
-    has come as far as the bucket's share of the parameters."""
-    if config.parallel.zero_stage == 1:
-        return held
-    left = 1 - min(parameters, BUCKET) / parameters
+    """Activations, or what is first reduced and the activations that the backward pass has left by then: it has come as
+    far as the bucket's share of the parameters."""
+    left = 1 - _bucket(config, parameters) / parameters
     return max(held, held * left + reduction(config, parameters))
 
 
@@ -87,23 +81,24 @@ def gathered(config: Config, parameters: int, replicas: int) -> float:
 def reduction(config: Config, parameters: int) -> float:
     """What the reduction of gradients takes, of w bytes each, r on their way.
 
-    Of a bucket ZeRO-2 has the gradients, w, joins them, w, and casts that where it travels in another type, r; ZeRO-3
-    casts first, r, and joins then, r. ZeRO-1 has no other gradients than the sums in fp32. Those of bf16 weights lie in
-    one piece that is reduced in its place, or as one copy, r; those of fp32 weights are joined to buckets, w.
+    ZeRO-1 has no other gradients than the sums in fp32, which are reduced in their place, or as a copy of a bucket, r.
+    ZeRO-2 has a bucket on its way, r, while it fills the next, r. Of a bucket ZeRO-3 has the gradients, w, casts those
+    that travel in another type, r, and joins them, r.
     """
     width, travels = _width(config), 4 if config.parallel.gradient_reduction == "fp32" else 2
-    stage, bucket = config.parallel.zero_stage, min(parameters, BUCKET)
-    if stage == 1 and width == 2:
-        return travels * parameters if travels == 2 else 0
+    stage, bucket = config.parallel.zero_stage, _bucket(config, parameters)
     if stage == 1:
-        return width * bucket
-    cast = travels if travels != width else 0
-    return bucket * (width + cast + (width if stage == 2 else travels))
+        return travels * bucket if travels == 2 else 0
+    if stage == 2:
+        return 2 * travels * bucket
+    return bucket * (width + travels + (travels if travels != width else 0))
 
 
-def update(parameters: int, replicas: int) -> float:
-    """AdamW's temporary, the root of the second moment, 4 a parameter that the optimizer of this replica has."""
-    return 4 * parameters / replicas
+def _bucket(config: Config, parameters: int) -> int:
+    """How many gradients are reduced at once, of a rank's so many parameters."""
+    tensor = config.parallel.tensor
+    largest = max(math.prod(spec.local_shape(tensor)) for spec in parameter_specs(config).values())
+    return min(parameters, max(largest, STAGE_3_BUCKET if config.parallel.zero_stage == 3 else BUCKET))
 
 
 def activations(config: Config, replicas: int, rank: int) -> float:

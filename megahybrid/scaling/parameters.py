@@ -14,11 +14,16 @@ from megahybrid.model.stack import Stack
 from megahybrid.parallel.parameters import ParameterSpec
 from megahybrid.scaling.stages import layer_ranks
 
+_specs: dict[str, dict[str, ParameterSpec]] = {}
+
 
 def parameter_specs(config: Config) -> dict[str, ParameterSpec]:
     """What is known of every parameter of the whole model, by name; needs no process group."""
-    with _unsplit(), torch.device("meta"):
-        return {name: parameter.spec for name, parameter in Stack(config).named_parameters()}
+    model = repr(config.model)  # nothing else says it, and a plan asks for many layouts
+    if model not in _specs:
+        with _unsplit(), torch.device("meta"):
+            _specs[model] = {name: parameter.spec for name, parameter in Stack(config).named_parameters()}
+    return _specs[model]
 
 
 def parameters_by_rank(config: Config) -> list[int]:

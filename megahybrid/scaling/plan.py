@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from megahybrid.config import Config
+from megahybrid.config.batch import micro_batches
+from megahybrid.errors import UserError
 from megahybrid.mixers import KINDS
 from megahybrid.model.settings import Settings
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.hours import Estimate, own_steps, tabled
+from megahybrid.scaling.layouts import CLUSTER, Seconds, fitting, volumes
 from megahybrid.scaling.memory import ZERO_STAGES, activations, gathered, peak_bytes, reduction, states
 from megahybrid.scaling.parameters import parameter_specs, parameters_by_rank
 from megahybrid.scaling.stages import layer_costs, stage_layers
@@ -44,6 +47,35 @@ def describe(config: Config, estimate: Estimate | None = None) -> str:
         *_without_choice(config),
     ]
     return "\n\n".join(sections)
+
+
+def recommend(config: Config, gpus: int) -> str:
+    """A table of the fastest layouts of so many GPUs, the keys of the first, and what it sends. Raises UserError where
+    none fits."""
+    found = fitting(config, gpus)
+    if not found:
+        raise UserError(
+            f"No layout of {gpus} GPUs fits this recipe into {_gib(CLUSTER.memory)} GiB of each; give "
+            "train.recompute=all, another number of GPUs, or a train.global_batch_size that more replicas divide."
+        )
+    losses = [each.name for each in fields(Seconds)[1:]]
+    rows = []
+    for layout in found:
+        parallel, time = layout.config.parallel, layout.seconds
+        split = f"{parallel.tensor} × {parallel.pipeline}" + " interleaved" * (parallel.virtual_pipeline > 1)
+        micro, count = layout.config.train.micro_batch_size, micro_batches(layout.config, layout.replicas)
+        lost = [f"{getattr(time, name) / time.step:.1%}" for name in losses]
+        figures = (f"{count} × {micro}", _gib(layout.peak), f"{time.step:.3g}", f"{time.share:.1%}", *lost)
+        rows.append((f"{split} × {layout.replicas}, ZeRO {parallel.zero_stage}", *figures))
+    head = (f"{gpus} GPUs: tensor × pipeline × data", "micro-batches", "GiB", "s a step", "share", *losses)
+    sent = [(each.part, *map(_gib, (each.gradients, each.weights, each.activations))) for each in volumes(found[0])]
+    return "\n\n".join(
+        (
+            table(head, rows),
+            f"Recommended: {found[0].changes(config) or 'the recipe as it is'}",
+            table(("GiB that a GPU sends a step, if it holds all layers", "gradients", "weights", "activations"), sent),
+        )
+    )
 
 
 def _flops(config: Config) -> str:

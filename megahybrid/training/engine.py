@@ -1,13 +1,13 @@
 """One optimizer step: the micro-batches forward and backward, then ZeRO reduces, clips and steps.
 
-With ZeRO-1 Megatron-core's schedules run the micro-batches, with ZeRO-2 and 3 DeepSpeed's engine does.
+With ZeRO 1 and 2 Megatron-core's schedules run the micro-batches, with ZeRO-3 DeepSpeed's engine does.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megahybrid.config.schema import Config
 from megahybrid.config.validate import check_replicas
-from megahybrid.data.packing import Batch
+from megahybrid.data.packing import Batch, moved
 from megahybrid.errors import UserError
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.regulation import Regulator, regulators
@@ -74,13 +74,8 @@ class Engine:
         check_replicas(config, groups.data_parallel()[1])
         self.regulators = self._make_regulators()
         self.guard = StepGuard(config.train.skip)
-        for stage in stages:  # DeepSpeed reduces in its step, not in the backward pass
-            stage.config.no_sync_func = contextlib.nullcontext
-        self.optimizer = make_optimizer(self.model, config.optimizer)
-        self.optimizer.accept = self._accept
+        self.optimizer = make_optimizer(zero.parameter_groups(config, self.model), config.optimizer)
         self.deepspeed = zero.initialize(config, self.model, self.optimizer)
-        self._loss = 0.0
-        self._norm: float | None = None
 
     def initialize(self) -> None:
         """Give the weights their initial values from (train.seed, parameter name)."""
@@ -118,31 +113,44 @@ class Engine:
         report.note_longest(max(max(batch.sequences.lengths) for batch in batches))
         report.stop += stop
         report.saving += saving
-        report.sum_over_all()
         micro_batches = len(batches) * groups.data_parallel()[1]
-        self._loss = float(report.loss) / micro_batches
-        self._norm = None
-        self.deepspeed.step()
-        norm = self._grad_norm()
-        skipped = self.guard.reason(self._loss, norm)
+        report.loss /= micro_batches
+        norm = (self._update_by_deepspeed if self.config.parallel.zero_stage == 3 else self._update)(report)
+        loss = float(report.loss)
+        skipped = self.guard.reason(loss, norm)
         aux_losses, longest = {}, int(report.longest.max())
         for letter, regulator in self.regulators.items():
             regulator.update(step, None if skipped else report.counts[letter], longest)
             aux_losses[f"{regulator.name}_loss"] = float(report.aux_loss[letter]) / micro_batches
-        self.guard.record(self._loss, norm, skipped)
-        return StepResult(
-            self._loss, aux_losses, norm, rate, skipped, stop=bool(report.stop), saving=bool(report.saving)
-        )
+        self.guard.record(loss, norm, skipped)
+        return StepResult(loss, aux_losses, norm, rate, skipped, stop=bool(report.stop), saving=bool(report.saving))
 
-    def _accept(self) -> bool:
-        """Called between the gradient's norm and the optimizer's update."""
-        return self.guard.reason(self._loss, self._grad_norm()) is None
+    def _update(self, report: StepReport) -> float:
+        """From the gradients to the new weights or, where the guard says so, to the old ones, all on the device: the
+        host waits once, for the report. The gradient's norm."""
+        report.squares += self.deepspeed.reduction.finish()
+        report.sum_over_all()
+        norm = report.squares.sqrt() / groups.weight_holders()[1]
+        self.deepspeed.update(norm, self.guard.accepts(report.loss, norm))
+        report.squares.copy_(norm)
+        report.to_host()
+        norm = float(report.squares)
+        return norm if math.isfinite(norm) else math.inf
 
-    def _grad_norm(self) -> float:
-        """Of this step's gradient, asked for once: after the update the host would wait for that, too."""
-        if self._norm is None:
-            self._norm = zero.grad_norm(self.deepspeed)
-        return self._norm
+    def _update_by_deepspeed(self, report: StepReport) -> float:
+        """The same by DeepSpeed's step, in which the host decides."""
+        report.sum_over_all()
+        report.to_host()
+        loss, norms = float(report.loss), []
+
+        def accept() -> bool:
+            if not norms:  # after the update the host would wait for that, too
+                norms.append(zero.grad_norm(self.deepspeed))
+            return self.guard.reason(loss, norms[0]) is None
+
+        self.optimizer.accept = accept
+        self.deepspeed.step()
+        return norms[0] if norms else zero.grad_norm(self.deepspeed)
 
     def _run(self, batches: Sequence[Batch], step: int, report: StepReport) -> None:
         """All micro-batches forward and backward."""
@@ -152,7 +160,8 @@ class Engine:
         def forward(model, batch: Batch) -> Tensor:
             return self._forward(model, batch, step, len(batches), divisor, report)
 
-        if self.config.parallel.zero_stage == 1:
+        if self.config.parallel.zero_stage < 3:
+            self.deepspeed.reduction.begin(len(batches))
             schedule.run(self.stages, batches, len(batches[0].tokens), forward)
             return
         for number, batch in enumerate(batches, start=1):
@@ -170,7 +179,7 @@ class Engine:
         if batches[0].weights is None:
             return self.config.train.micro_batch_size * self.config.train.seq_length
         total = torch.stack([batch.weights.sum(dtype=torch.float64) for batch in batches]).sum()
-        total = groups.sum_over_replicas(total.to(self.device)) / (len(batches) * groups.data_parallel()[1])
+        total = groups.sum_over_replicas(moved(total, self.device)) / (len(batches) * groups.data_parallel()[1])
         return torch.where(total > 0, total, 1).float()
 
     def _forward(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections import deque
+
+from torch import Tensor
 
 from megahybrid.config.schema import SkipConfig
 from megahybrid.errors import UserError
@@ -25,15 +28,30 @@ class StepGuard:
             name: deque(maxlen=config.window) for name in ("loss", "gradient norm")
         }
 
+    def _limits(self) -> list[float]:
+        """What neither loss nor gradient norm may exceed."""
+        limits = []
+        for window in self._accepted.values():
+            full = self.config.spikes and len(window) == self.config.window
+            spread = self.config.sigma * statistics.pstdev(window) if full else 0
+            limits.append(statistics.fmean(window) + spread if full else sys.float_info.max)
+        return limits
+
+    def accepts(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Whether `reason` will have none: a bool on the device on which these float64 scalars are."""
+        fine = [
+            value.isfinite() & (value <= limit) for value, limit in zip((loss, grad_norm), self._limits(), strict=True)
+        ]
+        return fine[0] & fine[1]
+
     def reason(self, loss: float, grad_norm: float) -> str | None:
         """Why this step has to be left out, or None. Changes nothing."""
-        for (name, window), value in zip(self._accepted.items(), (loss, grad_norm), strict=True):
+        for name, value, limit in zip(self._accepted, (loss, grad_norm), self._limits(), strict=True):
             if not math.isfinite(value):
                 return f"its {name} is {value}"
-            if self.config.spikes and len(window) == self.config.window:
-                mean, deviation = statistics.fmean(window), statistics.pstdev(window)
-                if value > mean + self.config.sigma * deviation:
-                    return f"its {name} is {value:.4g}, over {mean:.4g} by more than {self.config.sigma:g} deviations"
+            if value > limit:
+                mean = statistics.fmean(self._accepted[name])
+                return f"its {name} is {value:.4g}, over {mean:.4g} by more than {self.config.sigma:g} deviations"
         return None
 
     def record(self, loss: float, grad_norm: float, reason: str | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -13,9 +13,10 @@ from megahybrid.config.schema import OptimizerConfig
 
 
 class SkippableAdamW(torch.optim.AdamW):
-    """AdamW that asks `accept` before every update, and without it changes nothing, its step count included.
+    """A fused AdamW that asks `accept` before every update, and without it changes nothing, its step count included.
 
-    DeepSpeed computes the gradient's norm inside its own step, so this is the place between norm and update.
+    With ZeRO-3 DeepSpeed computes the gradient's norm inside its own step, so this is the place between norm and
+    update. With 1 and 2 the device knows (sharded.py), and the host accepts all.
     """
 
     accept: Callable[[], bool] = staticmethod(lambda: True)
@@ -24,12 +25,13 @@ class SkippableAdamW(torch.optim.AdamW):
         return super().step(closure) if self.accept() else None
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> SkippableAdamW:
-    """AdamW with weight decay on the parameters whose spec asks for it."""
-    decayed = [p for p in model.parameters() if p.spec.weight_decay]
-    plain = [p for p in model.parameters() if not p.spec.weight_decay]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return SkippableAdamW(groups, lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps)
+def make_optimizer(groups: Sequence[Sequence[nn.Parameter]], config: OptimizerConfig) -> SkippableAdamW:
+    """AdamW with weight decay on the groups of parameters whose specs ask for it."""
+    every = [
+        {"params": list(group), "weight_decay": config.weight_decay if group[0].spec.weight_decay else 0.0}
+        for group in groups
+    ]
+    return SkippableAdamW(every, lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps, fused=True)
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

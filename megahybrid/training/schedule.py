@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
-from torch.nn import functional
 
 from megahybrid.model.stack import Stack
-from megahybrid.parallel import groups
-from megahybrid.scaling.memory import BUCKET
 
 MicroBatch = TypeVar("MicroBatch")
 
@@ -27,8 +21,8 @@ def run(
     backward: bool = True,
 ) -> None:
     """Forward and backward passes: 1F1B, interleaved where this rank has several stages, or one after the other
-    without a pipeline. Gradients are left on the parameters, as of the mean over the micro-batches, times the number of
-    context parallel ranks, over which a mean is to be taken: Megatron-core multiplies the loss by that.
+    without a pipeline. Gradients are left on the parameters, as of the mean over the micro-batches, each stage's own,
+    times the number of context parallel ranks, over which a mean is to be taken: Megatron-core multiplies the loss so.
 
     Args:
         stages: this rank's.
@@ -52,39 +46,3 @@ def run(
         micro_batch_size=1,
         forward_only=not backward,
     )
-    if backward:
-        _sum_tied_gradient(stages)
-
-
-def _sum_tied_gradient(stages: Sequence[Stack]) -> None:
-    """Sum a tied embedding's gradient over the first and the last stage: each has a copy, and they stay equal to the
-    last bit, of which a checkpoint holds one."""
-    tied = stages[0].settings.model.tie_embeddings and parallel_state.get_pipeline_model_parallel_world_size() > 1
-    for stage in stages:
-        if tied and stage.first != stage.last:
-            weight = stage.embedding.weight
-            # In bf16 DeepSpeed accumulates in fp32, in an attribute of its own.
-            gradient = weight.grad if getattr(weight, "_hp_grad", None) is None else weight._hp_grad
-            dist.all_reduce(gradient, group=parallel_state.get_embedding_group())
-            sum_in_order(gradient)
-
-
-def sum_in_order(gradient: Tensor) -> None:
-    """Sum a gradient over all holders of the weight in the order of their ranks; each is left with a part of the sum,
-    and zeros. What then sums over them once more gives the same bits wherever in its buffers the parameter lies: on
-    both stages that have a copy of it.
-    """
-    holder, holders = groups.weight_holders()
-    if holders < 3:  # two summands have no order
-        return
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    for piece in gradient.view(-1).split(BUCKET):
-        share = -(-len(piece) // holders)
-        given = functional.pad(piece, (0, share * holders - len(piece)))
-        received = torch.empty_like(given)
-        dist.all_to_all_single(received, given, group=group)
-        first, *others = received.split(share)
-        for other in others:
-            first += other
-        mine = piece.zero_()[holder * share :][:share]
-        mine.copy_(first[: len(mine)])

@@ -19,6 +19,7 @@ class StepReport:
 
     Attributes:
         loss: scalar, sum over micro-batches.
+        squares: scalar, of the gradient's entries that this rank counts.
         stop, saving: scalars, how many processes want to stop, and are still writing a checkpoint.
         longest: `[replicas]`, tokens of the longest document of each.
         aux_loss: by letter of a regulated kind, scalars, likewise.
@@ -36,17 +37,16 @@ class StepReport:
                 self._shapes[letter, name] = letters.count(letter), count.length
         self._sizes = [math.prod(shape) for shape in self._shapes.values()]
         self._replica, self._replicas = groups.data_parallel()
-        size = 3 + self._replicas + sum(self._sizes)
+        size = 4 + self._replicas + sum(self._sizes)
         self._look_at(torch.zeros(size, dtype=torch.float64, device=device))
 
     def _look_at(self, values: Tensor) -> None:
         self._values = values
-        (self.loss, self.stop, self.saving), self.longest = values[:3], values[3 : 3 + self._replicas]
+        own, self.longest, rest = values[:4], values[4 : 4 + self._replicas], values[4 + self._replicas :]
+        self.loss, self.squares, self.stop, self.saving = own
         self.aux_loss: dict[str, Tensor] = {}
         self.counts: dict[str, dict[str, Tensor]] = {letter: {} for letter in self._regulators}
-        for ((letter, name), shape), part in zip(
-            self._shapes.items(), values[3 + self._replicas :].split(self._sizes), strict=True
-        ):
+        for ((letter, name), shape), part in zip(self._shapes.items(), rest.split(self._sizes), strict=True):
             into, key = (self.aux_loss, letter) if name is None else (self.counts[letter], name)
             into[key] = part.view(shape)
 
@@ -70,5 +70,9 @@ class StepReport:
                 whole += aux.counts[name]
 
     def sum_over_all(self) -> None:
-        """Sum over all processes, and go to the host: waits for the passes to end."""
-        self._look_at(groups.sum_over_all(self._values).cpu())
+        """Sum over all processes."""
+        groups.sum_over_all(self._values)
+
+    def to_host(self) -> None:
+        """Go to the host, which waits for the device to come this far."""
+        self._look_at(self._values.cpu())

@@ -93,7 +93,8 @@ def micro_batch(number):
 
 
 def gradients(layout, count, train_cap=False):
-    """After `count` micro-batches, on this rank's stages: {name: gradient at full shape}, {LTE layer: kept}, losses."""
+    """After `count` micro-batches, on this rank's stages: {name: gradient at full shape}, {LTE layer: kept}, losses,
+    and all ranks' squares."""
     from megahybrid.model.stack import build_stages
     from megahybrid.parallel import groups
     from megahybrid.parallel.heads import own_tokens
@@ -124,10 +125,48 @@ def gradients(layout, count, train_cap=False):
         return out.loss / TOKENS
 
     batches = [micro_batch(number) for number in range(count)][replica::replicas]
+    # As ZeRO-2 does, a micro-batch at a time, or as ZeRO-1.
+    reduction = reduction_of(stages, by_micro_batch=layout.pipeline == 1 and not layout.tied)
+    reduction.begin(len(batches))
     schedule.run(stages, batches, TOKENS, forward)
-    found = {name: whole_gradient(p) for stage in stages for name, p in stage.named_parameters()}
+    squares = reduction.finish()
+    found = gradients_of(reduction, {p: name for stage in stages for name, p in stage.named_parameters()})
     dist.all_reduce(losses)
-    return found, {layer: whole_count(count) for layer, count in kept.items()}, float(losses)
+    dist.all_reduce(squares)
+    kept = {layer: whole_count(count) for layer, count in kept.items()}
+    return found, kept, float(losses), float(squares) / groups.weight_holders()[1] ** 2
+
+
+def reduction_of(stages, by_micro_batch):
+    from megahybrid.parallel import groups
+    from megahybrid.training.reduction import Bucket, Reduction, in_buckets
+
+    replica, replicas = groups.weight_holders()
+    buckets = []
+    for parameters in in_buckets([p for stage in stages for p in stage.parameters()], 3000):
+        sums = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
+        sums = torch.nn.functional.pad(sums, (0, -len(sums) % replicas))
+        shard = sums.chunk(replicas)[replica]
+        sharded = by_micro_batch and not parameters[0].partial
+        buckets.append(Bucket(parameters, shard.clone(), None) if sharded else Bucket(parameters, shard, sums))
+    assert len(buckets) > 2
+    return Reduction(buckets, torch.float64)
+
+
+def gradients_of(reduction, names):
+    """{name: gradient at full shape} from all replicas' shards."""
+    from megahybrid.parallel import groups
+
+    replica, replicas = groups.weight_holders()
+    pieces = {}
+    for bucket in reduction.buckets:
+        flat = torch.zeros(replicas, len(bucket.shard), dtype=torch.float64)
+        flat[replica] = bucket.shard
+        sizes = [p.numel() for p in bucket.parameters]
+        *parts, rest = flat.view(-1).split([*sizes, flat.numel() - sum(sizes)])
+        assert not rest.any() and all(p.grad is None for p in bucket.parameters)
+        pieces |= zip(bucket.parameters, parts, strict=True)
+    return {name: whole_gradient(p, pieces[p].view_as(p)) for p, name in names.items()}
 
 
 def set_lambdas(stage):
@@ -140,13 +179,13 @@ def set_lambdas(stage):
             block.mixer.l1_lambda = lambdas.chunk(size)[rank]
 
 
-def whole_gradient(parameter):
+def whole_gradient(parameter, gradient):
     """Over all ranks: the mean of those that hold a weight, tensor parallel parts joined, replicated ones the same on
     their ranks."""
     from megahybrid.parallel import groups
 
     copies = parameter.spec.copies(groups.tensor_parallel()[1])
-    gradient = whole(parameter.grad, parameter.spec.axis, copies) / groups.weight_holders()[1]
+    gradient = whole(gradient, parameter.spec.axis, copies) / groups.weight_holders()[1]
     assert gradient.shape == parameter.spec.shape
     return gradient
 
@@ -211,11 +250,13 @@ def test_capped_gradients_are_one_processs(layout, workers, expected):
 
 def assert_same_gradients(layout, workers, expected, train_cap=False):
     count = layout.micro_batches
-    gradient, kept, losses = expected(layout.tied, count, train_cap)
+    gradient, kept, losses, squares = expected(layout.tied, count, train_cap)
+    assert squares == pytest.approx(sum(float(value.square().sum()) for value in gradient.values()), rel=1e-12)
     names, layers = set(), set()
     run = "tests.parallel.test_gradients:gradients", layout, count, train_cap
-    for found, found_kept, found_losses in workers.run(layout.world, *run):
+    for found, found_kept, found_losses, found_squares in workers.run(layout.world, *run):
         assert found_losses / layout.tensor == pytest.approx(losses, rel=1e-12)
+        assert found_squares == pytest.approx(squares, rel=1e-10)
         for name, value in found.items():
             scale = gradient[name].abs().max()
             assert scale > 1e-9, f"{name} has no gradient to compare"
@@ -238,6 +279,7 @@ def shared_gradient(dtype, projected):
     given = torch.full((1, 1, 4), 2**-9, dtype=getattr(torch, dtype))
     given[..., groups.tensor_parallel()[0]] = 1
     layer = ColumnLinear(4, 1, constant(0), parts=1).to(given.dtype)
+    layer.weight.partial = True
     if projected:
         (y,) = project(given, [layer], sequence_parallel=False)
         y.backward(torch.ones_like(y))

@@ -291,21 +291,14 @@ def test_interleaved_chunks_hold_more_than_one_stage():
     assert memory.activations(config, 1, 0) == pytest.approx(expected)
 
 
-def test_the_update_takes_what_adamw_allocates():
+def test_the_update_takes_nothing_more():
     weight = torch.zeros(2**20, requires_grad=True)
     weight.grad = torch.ones_like(weight)
-    optimizer = torch.optim.AdamW([weight], foreach=True)  # as it is by default on GPUs
+    optimizer = torch.optim.AdamW([weight], fused=True)  # as training/optimizer.py makes it
     optimizer.step()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         optimizer.step()
-    assert memory.update(4 * 2**20, 4) == pytest.approx(most_allocated(profiled), rel=0.01)
-
-
-def test_without_activations_the_update_is_the_peak():
-    config = config_of("GL", recompute="all")
-    config.train.seq_length = 16
-    (count,) = parameters_by_rank(config)
-    assert memory.peak_bytes(config, 1) == [count * (18 + 4)]
+    assert most_allocated(profiled) < 2**12
 
 
 def test_the_peak_adds_states_and_activations():
@@ -331,21 +324,13 @@ def test_the_peak_with_zero_3_has_gathered_parameters():
     assert memory.gathered(config, 10**10, 4) == 2 * 10**9
 
 
-def test_of_a_single_micro_batch_in_fp32_gradients_come_as_activations_go():
-    config = config_of("GL", dtype="fp32")
-    (count,) = parameters_by_rank(config)
-    several, one = (count * (4 + 12 / size) + memory.activations(config, size, 0) for size in (4, 8))
-    assert memory.peak_bytes(config, 4) == [pytest.approx(several + 4 * count)]
-    assert memory.peak_bytes(config, 8) == [pytest.approx(one)]
-
-
 @pytest.mark.parametrize(
     ("stage", "dtype", "travels", "expected"),
     [
         (1, "bf16", "fp32", 0),
         (1, "bf16", "bf16", 2),
-        (1, "fp32", "fp32", 4),
-        (2, "bf16", "fp32", 2 + 2 + 4),
+        (1, "fp32", "fp32", 0),
+        (2, "bf16", "fp32", 4 + 4),
         (2, "bf16", "bf16", 2 + 2),
         (2, "fp32", "fp32", 4 + 4),
         (3, "bf16", "fp32", 2 + 4 + 4),
@@ -356,8 +341,10 @@ def test_of_a_single_micro_batch_in_fp32_gradients_come_as_activations_go():
 def test_what_the_reduction_takes(stage, dtype, travels, expected):
     config = config_of("G", dtype=dtype, zero_stage=stage, gradient_reduction=travels)
     assert memory.reduction(config, 1000) == expected * 1000
-    in_one_piece = stage == 1 and dtype == "bf16"
-    assert memory.reduction(config, 10**9) == expected * (10**9 if in_one_piece else memory.BUCKET)
+    bucket = memory.STAGE_3_BUCKET if stage == 3 else memory.BUCKET
+    assert memory.reduction(config, 10**9) == expected * bucket
+    config.model.hidden_size, config.model.vocab_size = 2**11, 2**16
+    assert memory.reduction(config, 10**9) == expected * 2**27  # one parameter
 
 
 @pytest.mark.parametrize(("stage", "travels"), [(1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")])

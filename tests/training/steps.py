@@ -37,30 +37,38 @@ def sample(step, number):
     return tiny.tokens(LENGTHS, seed=SAMPLES * step + number)
 
 
+def batches_of(step):
+    """This replica's micro-batches."""
+    from megahybrid.data.packing import Batch
+    from megahybrid.parallel import groups
+    from megahybrid_kernels import Sequences
+
+    replica, replicas = groups.data_parallel()
+    batches = []
+    for number in range(replica, SAMPLES, replicas):
+        tokens = sample(step, number)
+        positions = torch.arange(len(tokens) - 1)
+        where = torch.full_like(positions, number)
+        batches.append(Batch(tokens[:-1], tokens[1:], Sequences.of(LENGTHS), where, positions))
+    return batches
+
+
 def by_engine(dtype, parallel, tied=True, vocab_size=None):
     """What this rank knows: a list of `losses`, `norms`, and of the weights and moments before and after every step, by
     kind and name at full shape; and how many elements of each type the replicas summed in a step."""
-    from megahybrid.data.packing import Batch
     from megahybrid.model.stack import build_stages
     from megahybrid.parallel import groups
     from megahybrid.scaling.stages import stage_layers
     from megahybrid.training.engine import Engine
-    from megahybrid_kernels import Sequences
 
     config = config_of(dtype, tied, parallel, vocab_size)
     groups.initialize(config.parallel)
     rank, size = groups.pipeline_parallel()
     engine = Engine(config, build_stages(config, stage_layers(config)[rank::size], "cpu"))
     engine.initialize()
-    replica, replicas = groups.data_parallel()
     found = {"losses": [], "norms": [], "states": [states(engine)], "sums": []}
     for step in range(1, STEPS + 1):
-        batches = []
-        for number in range(replica, SAMPLES, replicas):
-            tokens = sample(step, number)
-            positions = torch.arange(len(tokens) - 1)
-            where = torch.full_like(positions, number)
-            batches.append(Batch(tokens[:-1], tokens[1:], Sequences.of(LENGTHS), where, positions))
+        batches = batches_of(step)
         with summed() as sums:
             result = engine.step(batches, step)
         found["losses"].append(result.loss)
@@ -149,17 +157,3 @@ def by_torch(dtype, tied=True, vocab_size=None):
         moments = {k: {n: adamw.state[m][k].clone() for n, m in masters.items()} for k in ("exp_avg", "exp_avg_sq")}
         found["states"].append({"weights": {n: m.clone() for n, m in masters.items()}, **moments})
     return found
-
-
-def summed_in_order(offset):
-    """In a worker: what three replicas' sum of a gradient gives that lies at `offset` of a larger buffer."""
-    from megahybrid.parallel import groups
-    from megahybrid.training.schedule import sum_in_order
-
-    groups.initialize(ParallelConfig())
-    gradient = torch.randn(17, 59, generator=torch.Generator().manual_seed(groups.world()[0]))
-    mine, buffer = gradient.clone(), torch.zeros(9_000)
-    sum_in_order(mine)
-    buffer[offset:][: mine.numel()] = mine.view(-1)
-    groups.sum_over_all(buffer)
-    return gradient, buffer[offset:][: mine.numel()].view(mine.shape).clone()

@@ -116,14 +116,6 @@ def test_steps_do_not_depend_on_the_layout(dtype, layout, workers, expected):
     assert distance({TIED: holders[0][1]["exp_avg"][TIED]}, {TIED: of_one}) < 0.06
 
 
-@pytest.mark.parametrize("offset", [0, 1234])
-def test_replicas_are_summed_in_one_order_wherever_a_gradient_lies(offset, workers):
-    found = workers.run(3, "tests.training.steps:summed_in_order", offset)
-    first, second, third = (gradient for gradient, _ in found)
-    assert not torch.equal(first + second + third, third + second + first)
-    assert all(torch.equal(total, first + second + third) for _, total in found)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_copies_of_a_tied_embedding_stay_equal_to_the_last_bit(dtype, workers):

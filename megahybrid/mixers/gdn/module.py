@@ -59,7 +59,7 @@ class GatedDeltaNet(Mixer):
         self.A_log = parameter(heads, axis=0, initializer=_log_of_uniform(1e-4, 16), weight_decay=False)
         steps = _inverse_softplus_of_log_uniform(1e-3, 1e-1)
         self.dt_bias = parameter(heads, axis=0, initializer=steps, weight_decay=False)
-        self.norm = parameter(self.value_dim, initializer=constant(1.0), weight_decay=False)
+        self.norm = parameter(self.value_dim, initializer=constant(1.0), weight_decay=False, partial=True)
         self.o_proj = RowLinear(values, hidden, settings.output_projection, settings.sequence_parallel)
 
     def forward(self, x: Tensor, context: Context, state: GDNState | None = None):

@@ -22,7 +22,7 @@ class LambdaController:
     """Lambda and the moving average of kept tokens, for every LTE layer and key-value head: a `Regulator`.
 
     Attributes:
-        lambdas: fp32 `[layers, heads]`; the mixers read their row of it.
+        lambdas: fp32 `[layers, heads]`; the mixers read their row of a copy on the device.
         kept: fp32 `[layers, heads]`, moving average of `kept_now`.
         kept_now: fp32 `[layers, heads]`, tokens kept in the last step by the share of all that were, of a document as
             long as that step's longest: every document has a buffer of its own, and that one's must suffice.
@@ -36,8 +36,10 @@ class LambdaController:
     ):
         self.config, self.layers = config, layers
         self.counts = {"kept": Count(heads, split=True), "positions": Count(1, split=False)}
-        self.lambdas = torch.zeros(len(layers), heads, device=device)
-        self.kept = torch.full((len(layers), heads), float(seq_length), device=device)
+        # On the host, which gets the counts anyway, and never waits for what it tells of them.
+        self.lambdas = torch.zeros(len(layers), heads)
+        self._steering = self.lambdas.to(device)
+        self.kept = torch.full((len(layers), heads), float(seq_length))
         self.kept_now = self.kept.clone()
 
     @classmethod
@@ -66,7 +68,7 @@ class LambdaController:
     def attach(self, layer: int, mixer: nn.Module) -> None:
         """See `Regulator`."""
         rank, size = groups.head_parallel()
-        mixer.l1_lambda = self.lambdas[self.layers.index(layer)].chunk(size)[rank]
+        mixer.l1_lambda = self._steering[self.layers.index(layer)].chunk(size)[rank]
 
     def update(self, step: int, counts: Mapping[str, Tensor] | None, longest: int) -> None:
         """Take in an optimizer step, and every update_interval steps adjust lambda; see `Regulator`.
@@ -76,10 +78,14 @@ class LambdaController:
         if counts is not None and counts["positions"].all():
             rate = 2 / (1 + self.config.loss.update_interval / 2)
             scale = (longest / counts["positions"].double()).to(torch.float32)
-            self.kept_now = (counts["kept"].to(torch.float32) * scale).to(self.kept.device)
+            self.kept_now = counts["kept"].to(torch.float32) * scale
             self.kept = (1 - rate) * self.kept + rate * self.kept_now
         if step % self.config.loss.update_interval == 0:
-            self.lambdas.copy_(self._adjusted())  # in place: the mixers hold views
+            self._steer(self._adjusted())
+
+    def _steer(self, lambdas: Tensor) -> None:
+        self.lambdas = lambdas
+        self._steering.copy_(lambdas, non_blocking=True)  # in place: the mixers hold views
 
     def _adjusted(self) -> Tensor:
         loss, size = self.config.loss, self.config.buffer_size
@@ -100,5 +106,5 @@ class LambdaController:
 
     def load_state(self, state: dict[str, list[list[float]]]) -> None:
         """Take over a state that `state` gave."""
-        self.lambdas.copy_(torch.tensor(state["lambdas"]))
-        self.kept = torch.tensor(state["kept"]).to(self.kept)
+        self._steer(torch.tensor(state["lambdas"]))
+        self.kept = torch.tensor(state["kept"])

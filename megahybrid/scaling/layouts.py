@@ -1,0 +1,262 @@
+"""Which layout a recipe should have on so many GPUs, by what layouts take of time and memory.
+
+Time is computed from kernels' and links' as they were measured on one, two and four H100s (docs/performance), and from
+a network that was not. What is named here is all that is assumed; that ranks wait for each other is not in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+from megahybrid.config import Config
+from megahybrid.config.batch import micro_batches
+from megahybrid.config.validate import check_replicas, validate
+from megahybrid.errors import UserError
+from megahybrid.mixers import KINDS
+from megahybrid.model.settings import Settings
+from megahybrid.scaling.hours import kernel_seconds, launch_seconds
+from megahybrid.scaling.memory import BUCKET, peak_bytes, residual
+from megahybrid.scaling.parameters import parameter_specs, parameters_by_rank
+from megahybrid.scaling.stages import layer_costs, stage_layers
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """H100s with NVLink, and what layouts lose on them.
+
+    Attributes:
+        host: GPUs of one.
+        memory: bytes that training may allocate of a GPU's 80 GB, so that some are left for NCCL and fragments.
+        link: bytes a second that a GPU gives and gets in a collective over its host.
+        beside_matmuls: the same of those that tensor parallel ranks make beside matmuls.
+        exposed: part of these during which nothing is multiplied.
+        smaller: what kernels take longer each time that tensor parallel ranks halve them.
+        network: bytes a second that a GPU gives and gets between hosts: 80 % of 400 Gbit/s, not measured.
+        gathering: seconds a layer and micro-batch by which the host holds ZeRO-3 up.
+    """
+
+    host: int = 8
+    memory: float = 74 * 2**30
+    link: float = 300e9
+    beside_matmuls: float = 175e9
+    exposed: float = 0.54
+    smaller: float = 1.06
+    network: float = 40e9
+    gathering: float = 2.1e-3
+
+
+CLUSTER = Cluster()
+_BACKWARD = 2 / 3  # of a micro-batch's time
+_EXCHANGES = 8  # of a layer's input or output over its tensor parallel ranks: two gathers, two sums, and as many back
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What a step takes on the rank that is slowest, one after the other.
+
+    Attributes:
+        kernels: on as many GPUs as there are, if nothing were lost.
+        smaller: kernels that are smaller, stages that are not equal, or launches that take longer than kernels.
+        tensor: exposed gathers and sums of activations.
+        bubble: the pipeline's.
+        transfers: exposed ones between stages.
+        gradients: reductions that last longer than the backward pass beside them, and the last bucket's.
+        weights: gathered after the update, or with ZeRO-3 in the passes.
+    """
+
+    kernels: float
+    smaller: float
+    tensor: float
+    bubble: float
+    transfers: float
+    gradients: float
+    weights: float
+
+    @property
+    def step(self) -> float:
+        """All of it."""
+        return sum(getattr(self, each.name) for each in fields(self))
+
+    @property
+    def share(self) -> float:
+        """Of one GPU's tokens a second, what each makes."""
+        return self.kernels / self.step
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A recipe on some replicas.
+
+    Attributes:
+        config: with its layout and micro-batch.
+        replicas: data parallel ones.
+        seconds: of a step.
+    """
+
+    config: Config
+    replicas: int
+    seconds: Seconds
+
+    def changes(self, recipe: Config) -> str:
+        """What to write behind a recipe for it."""
+        before, after = (_layout_keys(each) for each in (recipe, self.config))
+        return " ".join(f"{key}={value}" for key, value in after.items() if value != before[key])
+
+    @property
+    def peak(self) -> float:
+        """Bytes that the GPU allocates that needs most."""
+        return max(peak_bytes(self.config, self.replicas))
+
+
+def _layout_keys(config: Config) -> dict[str, str]:
+    chosen = {f"parallel.{each.name}": getattr(config.parallel, each.name) for each in fields(config.parallel)}
+    chosen["train.micro_batch_size"] = config.train.micro_batch_size
+    return {key: str(value).lower() for key, value in chosen.items()}
+
+
+def fitting(config: Config, gpus: int, most: int = 5) -> list[Layout]:
+    """The fastest layouts of all these GPUs that their memory is enough for, at the recipe's global batch,
+    recomputation and sums of gradients."""
+    found: dict[str, Layout] = {}
+    for layout in sorted(_possible(config, gpus), key=lambda layout: layout.seconds.step):
+        split = repr(layout.config.parallel)  # each with its fastest micro-batch
+        if len(found) < most and split not in found and layout.peak <= CLUSTER.memory:
+            found[split] = layout
+    return list(found.values())
+
+
+def _possible(config: Config, gpus: int) -> Iterator[Layout]:
+    powers = [2**n for n in range(int(math.log2(CLUSTER.host)) + 1)]
+    for tensor, pipeline, chunks, stage in itertools.product(powers, powers, (1, 2), (1, 2, 3)):
+        parallel = replace(
+            config.parallel,
+            tensor=tensor,
+            sequence=tensor > 1,
+            pipeline=pipeline,
+            virtual_pipeline=chunks,
+            zero_stage=stage,
+        )
+        if gpus % parallel.replica:
+            continue
+        micro = config.train.micro_batch_size * tensor
+        while micro:
+            train, replicas = replace(config.train, micro_batch_size=micro), gpus // parallel.replica
+            other = replace(config, parallel=parallel, train=train)
+            micro //= 2
+            try:
+                validate(other)
+                check_replicas(other, replicas)
+            except UserError:
+                continue
+            yield Layout(other, replicas, seconds(other, replicas))
+
+
+def seconds(config: Config, replicas: int) -> Seconds:
+    """What a step of a recipe takes in its layout."""
+    parallel, count = config.parallel, micro_batches(config, replicas)
+    kernels = kernel_seconds(config) / (replicas * parallel.replica)
+    costs, layers = layer_costs(config), _layers_by_rank(config)
+    largest = max(sum(costs[layer] for layer in own) for own in layers) * parallel.pipeline / sum(costs)
+    letters = Settings.of(config).pattern.letters
+    launches = max(launch_seconds("".join(letters[layer] for layer in own), count) for own in layers)
+    computing = max(kernels * largest * CLUSTER.smaller ** math.log2(parallel.tensor), launches)
+    tensor = CLUSTER.exposed * max(map(len, layers)) * count * exchanged(config) / CLUSTER.beside_matmuls
+    bubble = (parallel.pipeline - 1) / (parallel.virtual_pipeline * count) * (computing + tensor)
+    transfers = 0.0
+    if parallel.pipeline > 1 and parallel.virtual_pipeline == 1:  # interleaved ones go beside the passes
+        transfers = 2 * count * handed_on(config) / _rate(parallel.tensor * replicas * 2, parallel.tensor * replicas)
+    gradients, weights = _replicas_seconds(config, replicas, computing / count)
+    return Seconds(kernels, computing - kernels, tensor, bubble, transfers, gradients, weights)
+
+
+def _replicas_seconds(config: Config, replicas: int, a_micro_batch: float) -> tuple[float, float]:
+    """What replicas exchange of gradients and weights, exposed."""
+    parallel, count = config.parallel, micro_batches(config, replicas)
+    holders = replicas * parallel.context
+    if holders == 1:
+        return 0.0, 0.0
+    rate = _rate(parallel.tensor * holders, parallel.tensor)
+    sent, width = _travelling(config), 2 if config.train.dtype == "bf16" else 4
+    parameters, part = max(parameters_by_rank(config)), (holders - 1) / holders
+    reducing, gathering = parameters * sent * part / rate, parameters * width * part / rate
+    hidden, last = _BACKWARD * a_micro_batch, min(BUCKET, parameters) * sent * part / rate
+    gradients = (count if parallel.zero_stage > 1 else 1) * max(reducing - hidden, last)
+    if parallel.zero_stage < 3:
+        return gradients, gathering
+    layers = max(map(len, _layers_by_rank(config)))
+    return gradients, count * (layers * CLUSTER.gathering + max(0, 2 * gathering - a_micro_batch))
+
+
+def _rate(ranks: int, stride: int) -> float:
+    """Bytes a second of each in a collective of every `stride`-th of so many GPUs: between hosts each host gives as
+    much as those of its GPUs that take part."""
+    return (
+        CLUSTER.link if ranks <= CLUSTER.host else min(CLUSTER.link, CLUSTER.network * max(1, CLUSTER.host // stride))
+    )
+
+
+def _travelling(config: Config) -> int:
+    return 4 if config.parallel.gradient_reduction == "fp32" else 2
+
+
+def exchanged(config: Config) -> float:
+    """Bytes that a tensor parallel rank gives, and gets, of a layer's inputs and outputs in a micro-batch."""
+    ranks, train = config.parallel.tensor, config.train
+    width = 2 if train.dtype == "bf16" else 4
+    whole = train.micro_batch_size * train.seq_length * config.model.hidden_size * width
+    return _EXCHANGES * whole * (ranks - 1) / ranks
+
+
+def handed_on(config: Config) -> float:
+    """Bytes that a micro-batch has between two stages, on one rank."""
+    tokens = config.train.micro_batch_size * config.train.seq_length
+    return tokens * residual(config, Settings.of(config))
+
+
+def _layers_by_rank(config: Config) -> list[list[int]]:
+    every, pipeline = stage_layers(config), config.parallel.pipeline
+    return [[layer for chunk in every[rank::pipeline] for layer in chunk] for rank in range(pipeline)]
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Bytes that the GPUs that hold a part of the model each give, and get, for it in a step.
+
+    Attributes:
+        part: a kind of layer, with its SwiGLU and norms, or what is not a layer.
+        gradients, weights: between replicas.
+        activations: between tensor parallel ranks.
+    """
+
+    part: str
+    gradients: float
+    weights: float
+    activations: float
+
+
+def volumes(layout: Layout) -> list[Volume]:
+    """By part, of all layers of a kind together, as if one pipeline rank held them all."""
+    config, replicas = layout.config, layout.replicas
+    letters, count = Settings.of(config).pattern.letters, micro_batches(config, replicas)
+    holders = replicas * config.parallel.context
+    stage, part = config.parallel.zero_stage, (holders - 1) / holders
+    sizes: Counter[str] = Counter()
+    for name, spec in parameter_specs(config).items():
+        words = name.split(".")
+        sizes[letters[int(words[1])] if words[0] == "layers" else ""] += math.prod(
+            spec.local_shape(config.parallel.tensor)
+        )
+    width = 2 if config.train.dtype == "bf16" else 4
+    return [
+        Volume(
+            f"{KINDS[letter].title} layers" if letter else "embedding and output",
+            size * _travelling(config) * part * (count if stage > 1 else 1),
+            size * width * part * (2 * count if stage == 3 else 1),
+            letters.count(letter) * count * exchanged(config) if letter else 0,
+        )
+        for letter, size in sizes.items()
+    ]

@@ -1,0 +1,107 @@
+"""What a layout is expected to take, beside what layouts took (docs/performance/layouts.md) and beside closed forms."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from megahybrid.config import load_config
+from megahybrid.errors import UserError
+from megahybrid.scaling.layouts import CLUSTER, Layout, Seconds, fitting, seconds, volumes
+from megahybrid.scaling.memory import peak_bytes
+from megahybrid.scaling.plan import recommend
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def config_of(recipe, samples, micro, **parallel):
+    keys = [f"parallel.{key}={value}" for key, value in parallel.items()]
+    batch = [f"train.global_batch_size={samples}", f"train.micro_batch_size={micro}"]
+    return load_config(RECIPES / f"{recipe}.yaml", [*batch, *keys])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "samples", "micro", "replicas", "share", "parallel"),
+    [
+        ("lalte-1.4b", 64, 4, 2, 0.99, {}),
+        ("lalte-1.4b", 64, 4, 2, 0.84, {"zero_stage": 3, "gradient_reduction": "bf16"}),
+        ("lalte-1.4b", 64, 8, 1, 0.83, {"tensor": 2, "sequence": "true"}),
+        ("lalte-1.4b", 64, 4, 1, 0.88, {"pipeline": 2}),
+        ("lalte-1.4b", 32, 4, 1, 0.82, {"pipeline": 2}),
+        ("lalte-0.4b", 128, 8, 2, 0.98, {}),
+        ("lalte-0.4b", 128, 8, 1, 0.88, {"pipeline": 2}),
+        ("lalte-0.4b", 128, 16, 1, 0.77, {"tensor": 2, "sequence": "true"}),
+    ],
+)
+def test_two_gpus_have_the_measured_share(recipe, samples, micro, replicas, share, parallel):
+    found = seconds(config_of(recipe, samples, micro, **parallel), replicas)
+    assert share - 0.005 < found.share < share + 0.05  # ranks also wait for each other
+    assert found.step == pytest.approx(sum(getattr(found, each.name) for each in fields(Seconds)))
+
+
+def test_replicas_expose_what_lasts_longer_than_the_backward_pass():
+    """On 64 GPUs, eight a host: a ring over hosts takes all that a host's eight give, but no more than NVLink."""
+    config = config_of("lalte-1.4b", 256, 4)
+    found, parameters = seconds(config, 64), 1.343e9
+    link = min(8 * 40e9, 300e9)
+    assert found.weights == pytest.approx(2 * parameters * 63 / 64 / link, rel=0.01)
+    assert found.gradients == pytest.approx(4 * 4e7 * 63 / 64 / link, rel=0.01)  # the last bucket
+    by_one = seconds(
+        config_of("lalte-1.4b", 512, 8, tensor=8, sequence="true"), 64
+    )  # a GPU a host for each of 8 groups
+    assert by_one.weights == pytest.approx(2 * parameters / 8 * 63 / 64 / 40e9, rel=0.02)
+    hidden = by_one.kernels * 1.06**3 * 2 / 3
+    reduced = 4 * parameters / 8 * 63 / 64 / 40e9
+    assert by_one.gradients == pytest.approx(max(reduced - hidden, 4 * 4e7 * 63 / 64 / 40e9), rel=0.1)
+
+
+def test_a_pipeline_waits_for_its_first_and_last_micro_batches():
+    plain, interleaved = (
+        seconds(config_of("gdn-1.4b", 64, 4, pipeline=4, virtual_pipeline=chunks), 1) for chunks in (1, 2)
+    )
+    assert plain.bubble == pytest.approx((plain.kernels + plain.smaller) * 3 / 16)
+    assert interleaved.bubble == pytest.approx((interleaved.kernels + interleaved.smaller) * 3 / 32)
+    assert plain.transfers == pytest.approx(2 * 16 * 4 * 4096 * 2048 * 2 / 300e9) and not interleaved.transfers
+
+
+def test_what_is_sent_is_what_the_parts_have():
+    config = config_of("lalte-1.4b", 64, 8, tensor=2, sequence="true")
+    found = {each.part: each for each in volumes(Layout(config, 4, seconds(config, 4)))}
+    assert sum(each.gradients for each in found.values()) == pytest.approx(1.343e9 / 2 * 4 * 3 / 4, rel=0.01)
+    assert found["embedding and output"].activations == 0
+    whole = 8 * 4096 * 2048 * 2
+    assert found["LTE layers"].activations == 12 * 2 * 8 * whole / 2  # layers, micro-batches, exchanges
+    assert found["LTE layers"].gradients < found["Gated DeltaNet layers"].gradients
+
+
+@pytest.mark.parametrize("gpus", [4])
+def test_layouts_that_are_recommended_fit_and_use_all_gpus(gpus):
+    config = config_of("lalte-1.4b", 256, 4)
+    found = fitting(config, gpus)
+    assert len(found) == 5 and len({repr(each.config.parallel) for each in found}) == 5
+    assert [each.seconds.step for each in found] == sorted(each.seconds.step for each in found)
+    for each in found:
+        parallel = each.config.parallel
+        assert parallel.tensor * parallel.pipeline * each.replicas == gpus
+        assert max(peak_bytes(each.config, each.replicas)) <= CLUSTER.memory
+    assert (found[0].config.parallel.tensor, found[0].config.parallel.zero_stage) == (1, 1)
+    assert "Recommended: the recipe as it is\n" in recommend(config, gpus)
+    other = config_of("lalte-1.4b", 256, 8, zero_stage=3)
+    assert found[0].changes(other) == "parallel.zero_stage=1 train.micro_batch_size=4"
+
+
+@pytest.mark.parametrize(("gpus", "samples"), [(64, 256), (512, 2048)])
+def test_the_page_has_what_the_plan_says(gpus, samples):
+    page = (RECIPES.parent / "docs" / "parallelism.md").read_text()
+    assert recommend(config_of("lalte-1.4b", samples, 4), gpus) in page
+
+
+def test_a_model_that_is_too_large_for_plain_replicas_is_split():
+    large = config_of("lalte-1.4b", 256, 4)
+    large.model.hidden_size, large.model.intermediate_size, large.model.pattern = 4096, 11008, "(GL)*20"
+    for each in fitting(large, 4):
+        parallel = each.config.parallel
+        assert parallel.tensor * parallel.pipeline > 1 or parallel.zero_stage > 1
+    large.model.hidden_size = 2**15
+    with pytest.raises(UserError, match="No layout of 8 GPUs fits this recipe into"):
+        recommend(large, 8)
