@@ -132,8 +132,6 @@ def fitting(config: Config, gpus: int, most: int = 5) -> list[Layout]:
 def _possible(config: Config, gpus: int) -> Iterator[Layout]:
     powers = [2**n for n in range(int(math.log2(CLUSTER.host)) + 1)]
     for tensor, pipeline, chunks, stage in itertools.product(powers, powers, (1, 2), (1, 2, 3)):
-        if gpus % (tensor * pipeline):
-            continue
         parallel = replace(
             config.parallel,
             tensor=tensor,
@@ -142,9 +140,11 @@ def _possible(config: Config, gpus: int) -> Iterator[Layout]:
             virtual_pipeline=chunks,
             zero_stage=stage,
         )
+        if gpus % parallel.replica:
+            continue
         micro = config.train.micro_batch_size * tensor
         while micro:
-            train, replicas = replace(config.train, micro_batch_size=micro), gpus // (tensor * pipeline)
+            train, replicas = replace(config.train, micro_batch_size=micro), gpus // parallel.replica
             other = replace(config, parallel=parallel, train=train)
             micro //= 2
             try:
@@ -158,7 +158,7 @@ def _possible(config: Config, gpus: int) -> Iterator[Layout]:
 def seconds(config: Config, replicas: int) -> Seconds:
     """What a step of a recipe takes in its layout."""
     parallel, count = config.parallel, micro_batches(config, replicas)
-    kernels = kernel_seconds(config) / (replicas * parallel.tensor * parallel.pipeline)
+    kernels = kernel_seconds(config) / (replicas * parallel.replica)
     costs, layers = layer_costs(config), _layers_by_rank(config)
     largest = max(sum(costs[layer] for layer in own) for own in layers) * parallel.pipeline / sum(costs)
     letters = Settings.of(config).pattern.letters
@@ -175,12 +175,13 @@ def seconds(config: Config, replicas: int) -> Seconds:
 
 def _replicas_seconds(config: Config, replicas: int, a_micro_batch: float) -> tuple[float, float]:
     """What replicas exchange of gradients and weights, exposed."""
-    if replicas == 1:
-        return 0.0, 0.0
     parallel, count = config.parallel, micro_batches(config, replicas)
-    rate = _rate(parallel.tensor * replicas, parallel.tensor)
+    holders = replicas * parallel.context
+    if holders == 1:
+        return 0.0, 0.0
+    rate = _rate(parallel.tensor * holders, parallel.tensor)
     sent, width = _travelling(config), 2 if config.train.dtype == "bf16" else 4
-    parameters, part = max(parameters_by_rank(config)), (replicas - 1) / replicas
+    parameters, part = max(parameters_by_rank(config)), (holders - 1) / holders
     reducing, gathering = parameters * sent * part / rate, parameters * width * part / rate
     hidden, last = _BACKWARD * a_micro_batch, min(BUCKET, parameters) * sent * part / rate
     gradients = (count if parallel.zero_stage > 1 else 1) * max(reducing - hidden, last)
@@ -241,7 +242,8 @@ def volumes(layout: Layout) -> list[Volume]:
     """By part, of all layers of a kind together, as if one pipeline rank held them all."""
     config, replicas = layout.config, layout.replicas
     letters, count = Settings.of(config).pattern.letters, micro_batches(config, replicas)
-    stage, part = config.parallel.zero_stage, (replicas - 1) / replicas
+    holders = replicas * config.parallel.context
+    stage, part = config.parallel.zero_stage, (holders - 1) / holders
     sizes: Counter[str] = Counter()
     for name, spec in parameter_specs(config).items():
         words = name.split(".")

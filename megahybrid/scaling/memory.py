@@ -52,8 +52,8 @@ def states(config: Config, parameters: int, zero_stage: int, replicas: int) -> f
 
 
 def peak_bytes(config: Config, replicas: int) -> list[float]:
-    """Most bytes that a GPU holds at the start or in a step, by pipeline rank, with `replicas` data parallel ones, each of
-    which has all context parallel ranks' shares of the states.
+    """Most bytes that a GPU holds at the start or in a step, by pipeline rank, with `replicas` data parallel ones, each
+    of which has all context parallel ranks' shares of the states.
 
     In a step, beside its states, that is the activations, which gradients in reduction replace, and what ZeRO-3 has
     gathered. The update takes nothing more.
@@ -77,7 +77,7 @@ def start_up(config: Config, parameters: int, replicas: int) -> float:
 
 def check_room(config: Config, replicas: int, room: float) -> None:
     """Raise UserError where a GPU of `room` bytes cannot hold what a run has before its first step."""
-    needed = max(start_up(config, count, replicas) for count in parameters_by_rank(config))
+    needed = max(start_up(config, count, replicas * config.parallel.context) for count in parameters_by_rank(config))
     if needed > room:
         raise UserError(
             f"In this layout a GPU holds {needed / 2**30:.1f} GiB before the first step, and this one has "

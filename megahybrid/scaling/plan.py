@@ -137,7 +137,7 @@ def _memory(config: Config) -> str:
     for stage in ZERO_STAGES if parallel.pipeline == 1 else (1,):
         per_size = (states(config, parameters[rank], stage, size * parallel.context) for size, rank in fullest)
         rows.append((f"weights, gradients, optimizer: ZeRO {stage}", *map(_gib, per_size)))
-    starts = [start_up(config, parameters[rank], size) for size, rank in fullest]
+    starts = [start_up(config, parameters[rank], size * parallel.context) for size, rank in fullest]
     largest = [start == max(each) for start, each in zip(starts, peaks, strict=True)]
     if any(largest):
         per_size = (_gib(start) if needed else "" for start, needed in zip(starts, largest, strict=True))

@@ -21,9 +21,8 @@ def run(
     backward: bool = True,
 ) -> None:
     """Forward and backward passes: 1F1B, interleaved where this rank has several stages, or one after the other
-    without a pipeline. Gradients are left on the parameters, each stage's own, as of the mean over the micro-batches,
-    times the number of context parallel ranks, over which a mean is to be taken: Megatron-core multiplies the loss by
-    that.
+    without a pipeline. Gradients are left on the parameters, as of the mean over the micro-batches, each stage's own,
+    times the number of context parallel ranks, over which a mean is to be taken: Megatron-core multiplies the loss so.
 
     Args:
         stages: this rank's.

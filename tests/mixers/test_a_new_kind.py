@@ -145,7 +145,7 @@ def test_its_configuration_is_checked(override, said, recipe, workers):
     "layout",
     [
         ["parallel.tensor=2", "parallel.sequence=true"],
-        ["parallel.context=2"],
+        pytest.param(["parallel.context=2"], marks=pytest.mark.slow),
         ["parallel.pipeline=2"],
         ["parallel.zero_stage=3"],
     ],

@@ -193,7 +193,13 @@ def test_a_tensor_parallel_rank_keeps_its_part(letter, options, sequence, worker
 
 @pytest.mark.parametrize(
     ("letter", "dtype", "kv_heads"),
-    [("G", "bf16", 4), ("L", "bf16", 2), ("S", "fp32", 4), ("F", "bf16", 4), ("N", "bf16", 4)],
+    [
+        ("G", "bf16", 4),
+        ("L", "bf16", 2),
+        pytest.param("S", "fp32", 4, marks=pytest.mark.slow),
+        pytest.param("F", "bf16", 4, marks=pytest.mark.slow),
+        ("N", "bf16", 4),
+    ],
 )
 def test_a_context_parallel_rank_keeps_its_part(letter, dtype, kv_heads, workers):
     options = {"dtype": dtype, "kv_heads": kv_heads, "context": 2}

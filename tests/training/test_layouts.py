@@ -138,6 +138,7 @@ def test_losses_do_not_depend_on_the_layout(layout, workers, brief_reference, br
         (Layout(data=2, zero_stage=3), "all"),
         (Layout(tensor=2, sequence=True), "LG"),
         pytest.param(Layout(pipeline=2), "L", marks=pytest.mark.slow),
+        pytest.param(Layout(context=2), "all", marks=pytest.mark.slow),
     ],
     ids=str,
 )

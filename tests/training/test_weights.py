@@ -1,5 +1,7 @@
 """Losses, gradients and updates where labels weigh unequally, in every kind of layout."""
 
+import math
+
 import pytest
 
 from tests.training.test_engine import distance
@@ -15,6 +17,7 @@ LAYOUTS = [
     {"pipeline": 2},
     {"pipeline": 2, "virtual_pipeline": 2},
     {"tensor": 2, "data": 2, "sequence": True, "zero_stage": 3},
+    {"context": 2},
     {"pipeline": 2, "data": 2},
     {"tensor": 2, "pipeline": 2, "sequence": True},
 ]
@@ -26,7 +29,7 @@ def expected(workers):
 
 
 def world(layout):
-    return layout.get("data", 1) * layout.get("tensor", 1) * layout.get("pipeline", 1)
+    return math.prod(layout.get(key, 1) for key in ("data", "tensor", "context", "pipeline"))
 
 
 def possibly_slow(layout):
