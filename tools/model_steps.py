@@ -14,11 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from megahybrid.config import load_config
 from megahybrid.data.packing import Batch
 from megahybrid.model.context import Context, dropout_keys
-from megahybrid.model.stack import build_stages
 from megahybrid.parallel import groups
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.memory import peak_bytes
-from megahybrid.scaling.stages import stage_layers
 from megahybrid.training import zero
 from megahybrid.training.engine import Engine
 from megahybrid.training.speed import model_flops_utilization
@@ -77,10 +75,14 @@ def measure(
     """
     config = load_config(recipe, overrides)
     groups.initialize(config.parallel, config.train.seed)
-    rank, size = groups.pipeline_parallel()
-    engine = Engine(config, build_stages(config, stage_layers(config)[rank::size], groups.device()))
-    engine.initialize()
     if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    engine = Engine(config)
+    engine.initialize()
+    start = {"start_seconds": round(time.perf_counter() - began, 1)}
+    if torch.cuda.is_available():
+        start["start_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         torch.cuda.reset_peak_memory_stats()
     batches = random_batches(config)
     if kept is not None:
@@ -96,6 +98,7 @@ def measure(
         "tokens_per_second": round(speed),
         "mfu": round(model_flops_utilization(flops_per_token(config).training, speed).get("mfu", 0), 4),
         "step_seconds": round(median, 4),
+        **start,
         "first_step_seconds": round(seconds[0], 1),
         "seconds_of_steps": [round(each, 3) for each in seconds],
         "losses": [result.loss for result in results],
@@ -144,15 +147,17 @@ def keep(engine: Engine, batch: Batch, share: float) -> None:
     biases = {n: engine.model.layers[str(n)].mixer.router.projection_bias for n in engine.settings.pattern.layers("L")}
     if not biases:
         return
-    low, high = ({n: torch.full_like(bias, end) for n, bias in biases.items()} for end in (-16.0, 16.0))
+    shape = next(iter(biases.values())).spec.local_shape(groups.tensor_parallel()[1])
+    low, high = ({n: torch.full(shape, end, device=engine.device) for n in biases} for end in (-16.0, 16.0))
     for _ in range(12):
+        middle = {n: (low[n] + high[n]) / 2 for n in biases}
         for n, bias in biases.items():
-            bias.copy_((low[n] + high[n]) / 2)
+            begin, master = zero.place(engine.deepspeed, bias)
+            master.copy_(middle[n][begin : begin + len(master)])
+        zero.round_masters(engine.deepspeed)
         for n, aux in engine.model(batch.tokens, context).aux.items():
             many = aux.counts["kept"] > share * len(batch.tokens)
-            low[n], high[n] = torch.where(many, low[n], biases[n]), torch.where(many, biases[n], high[n])
-    for bias in biases.values():
-        zero.write(engine.deepspeed, bias, zero.WEIGHTS, bias.float())
+            low[n], high[n] = torch.where(many, low[n], middle[n]), torch.where(many, middle[n], high[n])
 
 
 def parts(engine: Engine, batches: list[Batch], step: int) -> dict[str, float]:

@@ -19,7 +19,7 @@ from megahybrid.model.context import Aux, Context, Decision
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.heads import gather_rows
 from megahybrid.parallel.layers import ColumnLinear, VocabEmbedding, enter, vocabulary_argmax
-from megahybrid.parallel.parameters import initialize_parameters
+from megahybrid.parallel.parameters import initialize_parameters, materialize
 from megahybrid_kernels.linear_cross_entropy import linear_cross_entropy
 
 
@@ -172,7 +172,9 @@ def build_stages(
     """This rank's stages, one for each entry of `layers`, their parameters without values."""
     stages = []
     for number, each in enumerate(layers):
-        stage = Stack(config, each).to(device=device, dtype=dtype)
+        with torch.device("meta"):
+            stage = Stack(config, each)
+        materialize(stage, device, dtype)
         if len(layers) > 1:
             stage.vp_stage = number  # Megatron-core's interleaved schedule asks for it
         stages.append(stage)

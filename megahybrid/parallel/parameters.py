@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+_DRAWN_AT_ONCE = 16
 Initializer = Callable[[tuple[int, ...], torch.Generator], Tensor]
-Put = Callable[[nn.Parameter, Tensor], None]
-"""Gives a parameter its value, this tensor parallel rank's part in fp32."""
+Place = Callable[[nn.Parameter], tuple[int, Tensor]]
+"""Where this process keeps what it holds of a parameter's value: the number of the first element in this tensor
+parallel rank's part, laid flat, and the elements from there on, `[n]`, to be written to."""
 
 
 @dataclass(frozen=True)
@@ -94,31 +97,43 @@ def attach_spec(weight: nn.Parameter, spec: ParameterSpec, partial: bool = False
     return weight
 
 
-@torch.no_grad()
-def put_in_place(weight: nn.Parameter, value: Tensor) -> None:
-    """The `Put` of a model that no optimizer owns."""
-    weight.copy_(value)
+def materialize(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Make the parameters of a model on the meta device where they belong, without values."""
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            made = nn.Parameter(torch.empty_like(weight, device=device, dtype=dtype))
+            vars(made).update(vars(weight))
+            setattr(module, name, made)
 
 
-def initialize_parameters(model: nn.Module, seed: int, put: Put = put_in_place) -> None:
-    """Give every parameter its initial value from (seed, global name); `put` is called by several threads."""
+def whole(weight: nn.Parameter) -> tuple[int, Tensor]:
+    """The `Place` of a model that no optimizer owns: all of the weight itself."""
+    return 0, weight.data.view(-1)
+
+
+def initialize_parameters(model: nn.Module, seed: int, place: Place = whole) -> None:
+    """Give every parameter its initial value from (seed, global name). One that has no part here is not drawn."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
 
     def draw(name: str, weight: nn.Parameter) -> None:
+        begin, held = place(weight)
+        if not len(held):
+            return
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         full = weight.spec.initializer(weight.spec.shape, generator)
-        put(weight, weight.spec.shard(full, rank, size))
+        held.copy_(weight.spec.shard(full, rank, size).reshape(-1)[begin : begin + len(held)])
 
-    # A generator draws on one core, and each parameter has its own.
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    # A generator draws on one core, and each parameter has its own; so many whole ones are in host memory at a time.
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    with ThreadPoolExecutor(max(1, min(cores, _DRAWN_AT_ONCE))) as pool:
         list(pool.map(draw, *zip(*model.named_parameters(), strict=True)))
 
 
 def normal(std: float) -> Initializer:
     """N(0, std²)."""
-    return lambda shape, generator: torch.randn(shape, generator=generator) * std
+    return lambda shape, generator: torch.randn(shape, generator=generator).mul_(std)
 
 
 def constant(value: float) -> Initializer:

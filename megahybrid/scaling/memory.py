@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from megahybrid.config.batch import micro_batches
 from megahybrid.config.schema import Config
+from megahybrid.errors import UserError
 from megahybrid.mixers import KINDS
 from megahybrid.mixers.kind import Activations, MicroBatch
 from megahybrid.model.settings import Settings
@@ -51,17 +52,38 @@ def states(config: Config, parameters: int, zero_stage: int, replicas: int) -> f
 
 
 def peak_bytes(config: Config, replicas: int) -> list[float]:
-    """Most bytes that a GPU holds in a step, by pipeline rank, with `replicas` data parallel ones, each of which has
-    all context parallel ranks' shares of the states.
+    """Most bytes that a GPU holds at the start or in a step, by pipeline rank, with `replicas` data parallel ones, each
+    of which has all context parallel ranks' shares of the states.
 
-    Beside its states that is the activations, which gradients in reduction replace, and what ZeRO-3 has gathered. The
-    update takes nothing more.
+    In a step, beside its states, that is the activations, which gradients in reduction replace, and what ZeRO-3 has
+    gathered. The update takes nothing more.
     """
     stage, peaks, holders = config.parallel.zero_stage, [], replicas * config.parallel.context
     for rank, count in enumerate(parameters_by_rank(config)):
         passes = _backward(config, activations(config, replicas, rank), count) + gathered(config, count, holders)
-        peaks.append(states(config, count, stage, holders) + passes)
+        peaks.append(max(start_up(config, count, holders), states(config, count, stage, holders) + passes))
     return peaks
+
+
+def start_up(config: Config, parameters: int, replicas: int) -> float:
+    """Most bytes that a GPU holds until the first step: its states, or with ZeRO-2, before it has moments, beside
+    working copies, masters and shards of gradients DeepSpeed's sums of all gradients. Working copies are split by
+    ZeRO-3 a layer at a time, less than it gathers later; what is drawn or read is so on the host.
+    """
+    stage = config.parallel.zero_stage
+    before = parameters * (_width(config) + 4 + 8 / replicas) if stage == 2 else 0
+    return max(states(config, parameters, stage, replicas), before)
+
+
+def check_room(config: Config, replicas: int, room: float) -> None:
+    """Raise UserError where a GPU of `room` bytes cannot hold what a run has before its first step."""
+    holders = replicas * config.parallel.context
+    needed = max(start_up(config, count, holders) for count in parameters_by_rank(config))
+    if needed > room:
+        raise UserError(
+            f"In this layout a GPU holds {needed / 2**30:.1f} GiB before the first step, and this one has "
+            f"{room / 2**30:.1f}; use parallel.zero_stage=3, more parallel.tensor or more GPUs."
+        )
 
 
 def _backward(config: Config, held: float, parameters: int) -> float:

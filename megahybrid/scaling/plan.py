@@ -14,7 +14,7 @@ from megahybrid.model.settings import Settings
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.hours import Estimate, own_steps, tabled
 from megahybrid.scaling.layouts import CLUSTER, Seconds, fitting, volumes
-from megahybrid.scaling.memory import ZERO_STAGES, activations, gathered, peak_bytes, reduction, states
+from megahybrid.scaling.memory import ZERO_STAGES, activations, gathered, peak_bytes, reduction, start_up, states
 from megahybrid.scaling.parameters import parameter_specs, parameters_by_rank
 from megahybrid.scaling.stages import layer_costs, stage_layers
 
@@ -137,6 +137,11 @@ def _memory(config: Config) -> str:
     for stage in ZERO_STAGES if parallel.pipeline == 1 else (1,):
         per_size = (states(config, parameters[rank], stage, size * parallel.context) for size, rank in fullest)
         rows.append((f"weights, gradients, optimizer: ZeRO {stage}", *map(_gib, per_size)))
+    starts = [start_up(config, parameters[rank], size * parallel.context) for size, rank in fullest]
+    largest = [start == max(each) for start, each in zip(starts, peaks, strict=True)]
+    if any(largest):
+        per_size = (_gib(start) if needed else "" for start, needed in zip(starts, largest, strict=True))
+        rows.append(("before the first step, where that is most", *per_size))
     totals = (_gib(max(each)) for each in peaks)
     rows.append((f"this recipe: ZeRO {parallel.zero_stage}, train.recompute={train.recompute}", *totals))
     for other in _other_recomputes(config):

@@ -13,6 +13,7 @@ kill at any moment leaves the last good one so. There is no random state to keep
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from megahybrid import code_version
 from megahybrid.errors import UserError
 from megahybrid.parallel import groups
-from megahybrid.parallel.parameters import ParameterSpec, Put, put_in_place
+from megahybrid.parallel.parameters import ParameterSpec, Place, whole
 from megahybrid.retry import retry
 from megahybrid.training import zero
 from megahybrid.training.checkpoint_folder import others
@@ -73,8 +74,8 @@ def load(path: Path, engine: Engine) -> None:
     zero.reset_optimizer_state(engine.deepspeed, accepted)
     for name, parameter in engine.model.named_parameters():
         for kind in zero.KINDS:
-            value = _read(path, facts, kind, name, parameter).to(engine.device)
-            zero.write(engine.deepspeed, parameter, kind, value)
+            _read(path, facts, kind, name, parameter, *zero.place(engine.deepspeed, parameter, kind))
+    zero.round_masters(engine.deepspeed)
     for letter, regulator in engine.regulators.items():
         regulator.load_state(facts["regulators"][letter])
 
@@ -90,12 +91,18 @@ def other_code(path: Path) -> str | None:
     return None if wrote == ours else f"{path} was written by megahybrid {wrote}, this is {ours}."
 
 
-def load_weights(path: Path, model: nn.Module, put: Put = put_in_place) -> None:
+def load_weights(path: Path, model: nn.Module, place: Place = whole) -> None:
     """Give a model a checkpoint's weights, and nothing else. Called by every process; raises as `load`."""
     facts = read_facts(path)
     _verify(path, facts, model, [zero.WEIGHTS])
     for name, parameter in model.named_parameters():
-        put(parameter, _read(path, facts, zero.WEIGHTS, name, parameter))
+        _read(path, facts, zero.WEIGHTS, name, parameter, *place(parameter))
+
+
+def init_from(path: Path, engine: Engine) -> None:
+    """Give an engine a checkpoint's weights, and nothing else. Called by every process; raises as `load`."""
+    load_weights(path, engine.model, functools.partial(zero.place, engine.deepspeed))
+    zero.round_masters(engine.deepspeed)
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -171,7 +178,11 @@ def _damaged(file: Path) -> str:
     return f"'{file}' is missing or not what was saved; {others(file.parent)}."
 
 
-def _read(path: Path, facts: dict[str, Any], kind: str, name: str, parameter: nn.Parameter) -> Tensor:
-    """This tensor parallel rank's part of a weight or moment."""
-    file = path / file_name(kind, facts["parameters"][name]["file"])
-    return retry(lambda: read_part(file, name, parameter.spec, *groups.tensor_parallel()), f"Reading '{file}'")
+def _read(
+    path: Path, facts: dict[str, Any], kind: str, name: str, parameter: nn.Parameter, begin: int, held: Tensor
+) -> None:
+    """Fill what a `Place` says with its elements of a weight or moment."""
+    if len(held):
+        file, elements = path / file_name(kind, facts["parameters"][name]["file"]), range(begin, begin + len(held))
+        part = (parameter.spec, *groups.tensor_parallel())
+        held.copy_(retry(lambda: read_part(file, name, *part, elements), f"Reading '{file}'"))

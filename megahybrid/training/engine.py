@@ -12,17 +12,20 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megahybrid.config.schema import Config
 from megahybrid.config.validate import check_replicas
 from megahybrid.data.packing import Batch, moved
+from megahybrid.devices import gpu_memory
 from megahybrid.errors import UserError
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.regulation import Regulator, regulators
-from megahybrid.model.stack import Stack, StackOutput, Stages
+from megahybrid.model.stack import Stack, StackOutput, Stages, build_stages
 from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import initialize_parameters
+from megahybrid.scaling.memory import check_room
+from megahybrid.scaling.stages import stage_layers
 from megahybrid.training import schedule, zero
 from megahybrid.training.guard import StepGuard
 from megahybrid.training.metrics_file import OWN_KEYS
@@ -65,13 +68,18 @@ class Engine:
         regulators: by letter of the kinds in the pattern that have one.
     """
 
-    def __init__(self, config: Config, stages: Sequence[Stack]):
-        """`stages` need no values, `initialize` or a checkpoint gives them: DeepSpeed would round those they have to
-        bf16, masters included. Raises UserError where the micro-batches do not fit the pipeline's schedule."""
-        self.config, self.stages, self.settings = config, stages, stages[0].settings
+    def __init__(self, config: Config):
+        """Without values, which `initialize` or a checkpoint gives. Raises UserError where the micro-batches do not fit
+        the pipeline's schedule, or the model the GPU."""
+        _, replicas = groups.data_parallel()
+        check_replicas(config, replicas)
+        check_room(config, replicas, gpu_memory())
+        rank, size = groups.pipeline_parallel()
+        self.config, self.device = config, groups.device()
+        self.stages = stages = build_stages(config, stage_layers(config)[rank::size], "meta")
+        self.settings = stages[0].settings
         self.model = stages[0] if len(stages) == 1 else Stages(stages)
-        self.device = groups.device()
-        check_replicas(config, groups.data_parallel()[1])
+        zero.make_parameters(config, self.model)
         self.regulators = self._make_regulators()
         self.guard = StepGuard(config.train.skip)
         self.optimizer = make_optimizer(zero.parameter_groups(config, self.model), config.optimizer)
@@ -79,11 +87,8 @@ class Engine:
 
     def initialize(self) -> None:
         """Give the weights their initial values from (train.seed, parameter name)."""
-        initialize_parameters(self.model, self.config.train.seed, self.put_weight)
-
-    def put_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Set a parameter's fp32 master and its working copy to this tensor parallel rank's part of a weight."""
-        zero.write(self.deepspeed, parameter, zero.WEIGHTS, value.to(self.device))
+        initialize_parameters(self.model, self.config.train.seed, functools.partial(zero.place, self.deepspeed))
+        zero.round_masters(self.deepspeed)
 
     def _make_regulators(self) -> dict[str, Regulator]:
         """Those of the whole model; this rank's mixers get to read what they steer."""

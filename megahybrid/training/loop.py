@@ -18,13 +18,11 @@ from megahybrid.data.loader import TrainingData, validation_batches
 from megahybrid.errors import UserError
 from megahybrid.model.fallbacks import kernel_notes
 from megahybrid.model.regulation import filled
-from megahybrid.model.stack import build_stages
 from megahybrid.parallel import groups
 from megahybrid.parallel.peers import PeerWatch
 from megahybrid.parallel.self_check import self_check
 from megahybrid.retry import retry
 from megahybrid.scaling.flops import flops_per_token
-from megahybrid.scaling.stages import stage_layers
 from megahybrid.training import attempts, checkpoint, checkpoint_folder, failures, tracking
 from megahybrid.training.checkpoint import Position
 from megahybrid.training.engine import Engine, StepResult
@@ -166,11 +164,9 @@ class Trainer:
         dtype = torch.bfloat16 if self.config.train.dtype == "bf16" else torch.float32
         for note in kernel_notes(self.config, groups.device(), dtype, training=True):
             self._tell(note)
-        rank, size = groups.pipeline_parallel()
-        stages = build_stages(self.config, stage_layers(self.config)[rank::size], groups.device())
-        engine = Engine(self.config, stages)
+        engine = Engine(self.config)
         if weights is not None:
-            checkpoint.load_weights(weights, engine.model, engine.put_weight)
+            checkpoint.init_from(weights, engine)
             self.say(f"Starting from the weights of {weights}.")
         elif start is None:
             engine.initialize()

@@ -63,6 +63,7 @@ class Saver:
         self._name, self._part = "", Path()
         self._facts: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
+        self._removal: threading.Thread | None = None  # of checkpoints before the current one
         self._files: dict[str, dict[str, Any]] = {}
         self._fault: OSError | UserError | None = None
 
@@ -113,9 +114,15 @@ class Saver:
             time.sleep(_SECONDS_BETWEEN_LAST_TRIES)
             self.start(position)
             self.finish()
+        self._await_removal()
+
+    def _await_removal(self) -> None:
+        if self._removal is not None:
+            self._removal.join()
 
     def _make_room(self) -> OSError | UserError | None:
         """Remove what interrupted runs left, and make the folder; what went wrong, if anything did."""
+        self._await_removal()
         try:
             self._owner.check_here()
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -240,6 +247,10 @@ class Saver:
         if not (self._folder / name / "checkpoint.json").is_file():
             raise FileNotFoundError(errno.ENOENT, "what was written of it is gone")
         checkpoint_folder.make_current(self._folder, name)
+        self._removal = threading.Thread(target=self._remove_old)  # a hundred GB take a file system seconds
+        self._removal.start()
+
+    def _remove_old(self) -> None:
         with contextlib.suppress(OSError):  # what is too much today is removed next time
             checkpoint_folder.remove_old(self._folder, self._engine.config.checkpoint)
 

@@ -61,12 +61,16 @@ def facts_of(file: Path) -> dict[str, Any]:
         return {"bytes": file.stat().st_size, "blake2b": hashlib.file_digest(handle, "blake2b").hexdigest()}
 
 
-def read_part(file: Path, name: str, spec: ParameterSpec, rank: int, size: int) -> Tensor:
-    """The part of a tensor of shape spec.shape that tensor parallel rank `rank` of `size` holds."""
+def read_part(file: Path, name: str, spec: ParameterSpec, rank: int, size: int, elements: range) -> Tensor:
+    """Consecutive `elements` of the part, laid flat, that tensor parallel rank `rank` of `size` holds of a tensor of
+    shape spec.shape; only the rows they are in are read."""
+    local = spec.local_shape(size)
+    row = math.prod(local[1:])
+    first, end = elements.start // row, -(-elements.stop // row)
+    part, _ = spec.place(rank, size)
+    at = [(first, end), *((0, length) for length in local[1:])]
+    if spec.axis is not None:
+        at[spec.axis] = tuple(part * local[spec.axis] + each for each in at[spec.axis])
     with safe_open(file, "pt") as tensors:
-        part, parts = spec.place(rank, size)
-        if parts == 1:
-            return tensors.get_tensor(name)
-        length = spec.shape[spec.axis] // parts
-        rows = slice(part * length, (part + 1) * length)
-        return tensors.get_slice(name)[(slice(None),) * spec.axis + (rows,)]
+        rows = tensors.get_slice(name)[tuple(slice(*each) for each in at)]
+    return rows.reshape(-1)[elements.start - first * row :][: len(elements)]

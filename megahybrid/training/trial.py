@@ -13,9 +13,7 @@ import torch
 from megahybrid.config import Config, load_config
 from megahybrid.data.packing import Batch
 from megahybrid.errors import UserError
-from megahybrid.model.stack import build_stages
 from megahybrid.parallel import groups
-from megahybrid.scaling.stages import stage_layers
 from megahybrid.training.engine import Engine
 from megahybrid_kernels import Sequences
 
@@ -25,7 +23,7 @@ def main(file: Path, steps: int) -> dict:
     config = load_config(file)
     groups.initialize(config.parallel, config.train.seed)
     try:
-        engine = Engine(config, build_stages(config, stage_layers(config), groups.device()))
+        engine = Engine(config)
         engine.initialize()
         batches, seconds = random_batches(config), []
         for step in range(1, steps + 1):

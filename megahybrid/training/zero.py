@@ -14,12 +14,26 @@ from megahybrid.config.batch import micro_batches
 from megahybrid.config.schema import Config
 from megahybrid.parallel import groups
 from megahybrid.parallel.mpu import ModelParallelUnit
+from megahybrid.parallel.parameters import materialize
 from megahybrid.scaling.memory import BUCKET, LIVE_PARAMETERS, STAGE_3_BUCKET
 from megahybrid.training.reduction import in_buckets
 
 WEIGHTS = "weights"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (WEIGHTS, *MOMENTS)
+
+
+def make_parameters(config: Config, model: nn.Module) -> None:
+    """Make the working copies of a model on the meta device, without values. With stage 3 they are split over the
+    replicas a layer at a time, so that none ever has them all.
+    """
+    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    for module in [*model.layers.values(), *(each for name, each in model.named_children() if name != "layers")]:
+        materialize(module, groups.device(), dtype)
+        if config.parallel.zero_stage == 3:
+            import deepspeed
+
+            deepspeed.zero.Init(module, ModelParallelUnit().get_data_parallel_group(), dtype=dtype)
 
 
 def parameter_groups(config: Config, model: nn.Module) -> list[list[nn.Parameter]]:
@@ -32,7 +46,8 @@ def parameter_groups(config: Config, model: nn.Module) -> list[list[nn.Parameter
 
 def initialize(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
     """The owner of the model's gradients and optimizer state, which is made and linked: a ShardedOptimizer, with stage
-    3 DeepSpeed's engine. Masters of bf16 weights are rounded to bf16 until `write` puts others in their place.
+    3 DeepSpeed's engine. Neither masters nor working copies have values until the former get theirs through `place` and
+    the latter by `round_masters`.
     """
     from deepspeed.utils import logger
 
@@ -49,8 +64,6 @@ def _sharded(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer)
     from megahybrid.training.sharded import ShardedOptimizer
 
     comm.init_distributed(dist_init_required=False)
-    if config.train.dtype == "bf16":
-        model.bfloat16()
     return ShardedOptimizer(config, model, optimizer)
 
 
@@ -93,9 +106,10 @@ def reset_optimizer_state(owner: Any, steps: int) -> None:
     sharded = owner.zero_optimization_stage() < 3
     zero = owner if sharded else owner.optimizer
     for flat in zero.fp32_groups_flat_partition if sharded else zero.fp32_partitioned_groups_flat:
-        moments = {kind: torch.zeros_like(flat.data) for kind in MOMENTS}
-        count = torch.full((), float(steps), device=flat.device)  # where a fused AdamW has it
-        zero.optimizer.state[flat] = {"step": count, **moments}
+        state = zero.optimizer.state[flat]
+        state["step"] = torch.full((), float(steps), device=flat.device)  # where a fused AdamW has it
+        for kind in MOMENTS:
+            state[kind] = state[kind].zero_() if kind in state else torch.zeros_like(flat.data)
     if sharded:
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
@@ -116,27 +130,26 @@ def read(owner: Any, parameter: nn.Parameter, kind: str) -> Tensor:
     return safe_get_full_optimizer_state(parameter, kind)
 
 
-def write(owner: Any, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-    """Put a whole fp32 weight or moment into the shards, and a weight into the working copy too."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
+def place(owner: Any, parameter: nn.Parameter, kind: str = WEIGHTS) -> tuple[int, Tensor]:
+    """Where this replica keeps its shard of a parameter's fp32 weight or moment: a `Place`, perhaps of nothing."""
+    key = None if kind == WEIGHTS else kind
     if owner.zero_optimization_stage() == 3:
-        # DeepSpeed's own setter fails where a parameter does not divide by the ranks.
-        key = None if kind == WEIGHTS else kind
         shard, _ = owner.optimizer._get_fp32_opt_state_partition(parameter, False, key)
-        rank = owner.optimizer._get_param_partition_rank(parameter)
-        _copy_part(shard, value, rank)
-        if kind == WEIGHTS:
-            _copy_part(parameter.ds_tensor, value, rank)
-            if parameter.data.shape == value.shape:  # small parameters stay gathered
-                parameter.data.copy_(value)
-    elif kind == WEIGHTS:
-        safe_set_full_fp32_param(parameter, value)
-        parameter.data.copy_(value)
-    else:
-        safe_set_full_optimizer_state(parameter, value, kind)
+        begin = owner.optimizer._get_param_partition_rank(parameter) * shard.numel()
+        return begin, shard.data.view(-1)[: max(0, parameter.ds_numel - begin)]
+    if (mapping := parameter._hp_mapping) is None:
+        return 0, torch.empty(0)
+    return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).data
 
 
-def _copy_part(shard: Tensor, value: Tensor, rank: int) -> None:
-    part = value.flatten()[rank * shard.numel() :][: shard.numel()]
-    shard.data.flatten()[: part.numel()].copy_(part)
+def round_masters(owner: Any) -> None:
+    """Make every working copy of the masters, as after a step; a collective."""
+    if owner.zero_optimization_stage() < 3:
+        owner.update_lp_params()
+        return
+    zero = owner.optimizer
+    for copies, masters in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
+        copies.data.copy_(masters.data)
+    if small := zero.persistent_parameters:  # which stay gathered
+        small[0].partition(small)
+        small[0].all_gather(small)

@@ -15,7 +15,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 MODELS = ("lalte", "lansa", "gdn", "gdn-swa", "gdn-full", "transformer", "nsa")
 
 
-# He & Garner's models in millions of parameters (method: backbone and shapes).
+# He & Garner's models in millions of parameters (method: backbone and shapes), and ours.
 @pytest.mark.parametrize(
     ("name", "millions"),
     [
@@ -31,6 +31,7 @@ MODELS = ("lalte", "lansa", "gdn", "gdn-swa", "gdn-full", "transformer", "nsa")
         ("lalte-1.4b", 1343),
         ("lansa-1.4b", 1323),
         ("transformer-1.4b", 1213),
+        ("lalte-8b", 8110),
     ],
 )
 def test_parameter_totals_are_the_papers(name, millions):
@@ -79,6 +80,14 @@ def test_recipes_of_a_size_differ_in_pattern_and_run_directory_only():
         assert all(config == configs[0] for config in configs)
 
 
+def test_the_8b_model_fits_four_gpus_in_both_of_its_layouts():
+    """80 GB are 79.1 GiB; 18 bytes of each of 8.11 B parameters are 136 GiB, 34 on each GPU."""
+    split = ["parallel.zero_stage=1", "parallel.tensor=4", "parallel.sequence=true", "train.micro_batch_size=4"]
+    for overrides, replicas in ([], 4), ([*split, "train.recompute=none"], 1):
+        (peak,) = peak_bytes(load_config(RECIPES / "lalte-8b.yaml", overrides), replicas)
+        assert peak / 2**30 == pytest.approx(66, rel=0.02)
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_has_a_plan(path):
     config = load_config(path)
@@ -108,6 +117,16 @@ def test_columns_are_numbers_of_gpus_and_rows_the_choices_of_recompute():
     for size, states, saved, peak in zip((1, 8, 64), rest[0][-3:], activations[-3:], rest[3][-3:], strict=True):
         assert float(peak) == pytest.approx(peak_bytes(config, size)[0] / 2**30, abs=0.06)
         assert float(states) + float(saved) == pytest.approx(float(peak), abs=0.11)
+
+
+def test_the_start_is_listed_where_it_needs_most():
+    """ZeRO-2 begins with 6 bytes a parameter and 8 by the replicas, where steps need 2, 16 by them, and activations."""
+    config = load_config(RECIPES / "lalte-8b.yaml", ["parallel.zero_stage=2", "train.recompute=all"])
+    (row,) = (line for line in describe(config).splitlines() if line.startswith("before the first step"))
+    (count,) = parameters_by_rank(config)
+    expected = [f"{count * (6 + 8 / size) / 2**30:.1f}" for size in (8, 64)]
+    assert row.split()[-2:] == expected and len(row.split()) == 10
+    assert "before the first step" not in describe(load_config(RECIPES / "lalte-8b.yaml"))
 
 
 def test_a_pipelines_stages_are_listed():

@@ -14,9 +14,7 @@ ON_CPU_ALONE = {"_check_values"}  # functions that ops call for a CPU's tensors
 
 
 def engine_of(dtype, parallel):
-    from megahybrid.model.stack import build_stages
     from megahybrid.parallel import groups
-    from megahybrid.scaling.stages import stage_layers
     from megahybrid.training import zero
     from megahybrid.training.engine import Engine
     from tests.training.steps import batches_of, config_of
@@ -24,8 +22,7 @@ def engine_of(dtype, parallel):
     config = config_of(dtype, True, parallel)
     groups.initialize(config.parallel)
     zero.BUCKET = 3000
-    rank, size = groups.pipeline_parallel()
-    engine = Engine(config, build_stages(config, stage_layers(config)[rank::size], "cpu"))
+    engine = Engine(config)
     engine.initialize()
     return engine, batches_of
 

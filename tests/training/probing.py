@@ -97,9 +97,7 @@ def partitioned():
 
 def by_engine(pattern, parallel, micro_batch_size=2, **evaluate):
     """What this rank's probes give, and the weights."""
-    from megahybrid.model.stack import build_stages
     from megahybrid.parallel import groups
-    from megahybrid.scaling.stages import stage_layers
     from megahybrid.tasks import Vocabulary
     from megahybrid.training.engine import Engine
     from megahybrid.training.probes.recall import RecallProbes
@@ -107,9 +105,8 @@ def by_engine(pattern, parallel, micro_batch_size=2, **evaluate):
 
     config = config_of(pattern, parallel, micro_batch_size, **evaluate)
     groups.initialize(config.parallel)
-    rank, size = groups.pipeline_parallel()
     with partitioned():
-        engine = Engine(config, build_stages(config, stage_layers(config)[rank::size], "cpu"))
+        engine = Engine(config)
     engine.initialize()
     text = TextProbes(config, list(batches(micro_batch_size, *groups.data_parallel())))
     recall = RecallProbes(config, questions(48), Vocabulary(VOCABULARY, 0))

@@ -43,9 +43,7 @@ def gradients(kv_heads, parallel):
 def steps(kv_heads, dtype, parallel):
     """Two steps of the engine: losses, norms, weights and moments at full shape, and this rank's parts of weights."""
     from megahybrid.data.packing import Batch
-    from megahybrid.model.stack import build_stages
     from megahybrid.parallel import groups
-    from megahybrid.scaling.stages import stage_layers
     from megahybrid.training import zero
     from megahybrid.training.engine import Engine
     from megahybrid_kernels import Sequences
@@ -53,8 +51,7 @@ def steps(kv_heads, dtype, parallel):
 
     config = config_of(kv_heads, dtype, **parallel)
     groups.initialize(config.parallel)
-    rank, size = groups.pipeline_parallel()
-    engine = Engine(config, build_stages(config, stage_layers(config)[rank::size], "cpu"))
+    engine = Engine(config)
     engine.initialize()
     replica, replicas = groups.data_parallel()
     found = {"losses": [], "norms": []}

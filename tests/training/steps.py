@@ -56,15 +56,12 @@ def batches_of(step):
 def by_engine(dtype, parallel, tied=True, vocab_size=None):
     """What this rank knows: a list of `losses`, `norms`, and of the weights and moments before and after every step, by
     kind and name at full shape; and how many elements of each type the replicas summed in a step."""
-    from megahybrid.model.stack import build_stages
     from megahybrid.parallel import groups
-    from megahybrid.scaling.stages import stage_layers
     from megahybrid.training.engine import Engine
 
     config = config_of(dtype, tied, parallel, vocab_size)
     groups.initialize(config.parallel)
-    rank, size = groups.pipeline_parallel()
-    engine = Engine(config, build_stages(config, stage_layers(config)[rank::size], "cpu"))
+    engine = Engine(config)
     engine.initialize()
     found = {"losses": [], "norms": [], "states": [states(engine)], "sums": []}
     for step in range(1, STEPS + 1):

@@ -30,16 +30,13 @@ def weights(step, number):
 def by_engine(parallel):
     """This rank's `losses`, `aux`, `norms`, and the `states` after every step."""
     from megahybrid.data.packing import Batch
-    from megahybrid.model.stack import build_stages
     from megahybrid.parallel import groups
-    from megahybrid.scaling.stages import stage_layers
     from megahybrid.training.engine import Engine
     from megahybrid_kernels import Sequences
 
     config = config_for(parallel)
     groups.initialize(config.parallel)
-    rank, size = groups.pipeline_parallel()
-    engine = Engine(config, build_stages(config, stage_layers(config)[rank::size], "cpu"))
+    engine = Engine(config)
     engine.initialize()
     engine.regulators["L"].lambdas.fill_(LAMBDA)
     replica, replicas = groups.data_parallel()

@@ -103,7 +103,7 @@ class LTEAttention(AttentionProjections):
         self.heads = every // ranks
         self.first_head = rank * self.heads
         self.scores_per_token = every * len(settings.pattern.layers(LTEKind.letter))
-        self.l1_lambda = torch.zeros(self.heads)
+        self.l1_lambda = torch.zeros(self.heads, device="cpu")  # models are made on the meta device
         self.policy: Policy | None = None
 
     def forward(self, x: Tensor, context: Context, state: LTEState | None = None):
