@@ -77,7 +77,8 @@ def start_up(config: Config, parameters: int, replicas: int) -> float:
 
 def check_room(config: Config, replicas: int, room: float) -> None:
     """Raise UserError where a GPU of `room` bytes cannot hold what a run has before its first step."""
-    needed = max(start_up(config, count, replicas * config.parallel.context) for count in parameters_by_rank(config))
+    holders = replicas * config.parallel.context
+    needed = max(start_up(config, count, holders) for count in parameters_by_rank(config))
     if needed > room:
         raise UserError(
             f"In this layout a GPU holds {needed / 2**30:.1f} GiB before the first step, and this one has "

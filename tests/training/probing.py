@@ -146,7 +146,7 @@ class Oracle:
 
         mixer, x, context = self.inputs[layer]
         q, k, _ = mixer.project(x)
-        q, k = (mixer.rotate(each, context) for each in (q, k))
+        q, k = mixer.rotate(q, k, context)
         return oracle_selection(q, k, (len(q),), NSA.block_size, NSA.num_blocks, [len(q) - 1])[0].tolist()
 
     @torch.no_grad()
