@@ -26,9 +26,9 @@ from megahybrid.errors import MachineFault, UserError
 class TrainingData:
     """One data parallel rank's part of every global batch, from any position.
 
-    Ranks that share `dp_rank` (tensor and pipeline parallel) read the same. The order (order.py) knows no ranks and
-    no steps: its state is the number of samples consumed. Constructing it is collective when torch.distributed is
-    initialised: what one rank finds wrong is raised on all.
+    Ranks that share `dp_rank` (tensor, context and pipeline parallel) read the same. The order (order.py) knows no
+    ranks and no steps: its state is the number of samples consumed. Constructing it is collective when
+    torch.distributed is initialised: what one rank finds wrong is raised on all.
     """
 
     def __init__(self, config: Config, dp_rank: int, dp_size: int, consumed: int = 0):

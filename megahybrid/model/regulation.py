@@ -77,7 +77,7 @@ class Regulator(Protocol):
         """What `metrics` gives, in the order in which it is drawn; at least one."""
 
     def attach(self, layer: int, mixer: nn.Module) -> None:
-        """Let a layer's mixer on this process read what is steered, this tensor parallel rank's part of it."""
+        """Let a layer's mixer on this process read what is steered, the part of this rank's heads."""
 
     def update(self, step: int, counts: Mapping[str, Tensor] | None, longest: int) -> None:
         """Take in an optimizer step and steer.

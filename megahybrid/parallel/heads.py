@@ -42,12 +42,6 @@ def own_heads(weight: Tensor) -> Tensor:
     return weight.chunk(ranks)[rank]
 
 
-def own_tokens(x: Tensor) -> Tensor:
-    """Of all tokens, this rank's."""
-    rank, ranks = groups.context_parallel()
-    return x.chunk(ranks)[rank]
-
-
 def gather_tokens(x: Tensor) -> Tensor:
     """The ranks' tokens together, without a gradient."""
     _, ranks = groups.context_parallel()

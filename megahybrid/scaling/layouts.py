@@ -168,7 +168,8 @@ def seconds(config: Config, replicas: int) -> Seconds:
     bubble = (parallel.pipeline - 1) / (parallel.virtual_pipeline * count) * (computing + tensor)
     transfers = 0.0
     if parallel.pipeline > 1 and parallel.virtual_pipeline == 1:  # interleaved ones go beside the passes
-        transfers = 2 * count * handed_on(config) / _rate(parallel.tensor * replicas * 2, parallel.tensor * replicas)
+        ranks = parallel.replica // parallel.pipeline * replicas
+        transfers = 2 * count * handed_on(config) / _rate(2 * ranks, ranks)
     gradients, weights = _replicas_seconds(config, replicas, computing / count)
     return Seconds(kernels, computing - kernels, tensor, bubble, transfers, gradients, weights)
 
@@ -205,16 +206,19 @@ def _travelling(config: Config) -> int:
 
 def exchanged(config: Config) -> float:
     """Bytes that a tensor parallel rank gives, and gets, of a layer's inputs and outputs in a micro-batch."""
-    ranks, train = config.parallel.tensor, config.train
-    width = 2 if train.dtype == "bf16" else 4
-    whole = train.micro_batch_size * train.seq_length * config.model.hidden_size * width
+    ranks, width = config.parallel.tensor, 2 if config.train.dtype == "bf16" else 4
+    whole = _tokens(config) * config.model.hidden_size * width
     return _EXCHANGES * whole * (ranks - 1) / ranks
 
 
 def handed_on(config: Config) -> float:
     """Bytes that a micro-batch has between two stages, on one rank."""
-    tokens = config.train.micro_batch_size * config.train.seq_length
-    return tokens * residual(config, Settings.of(config))
+    return _tokens(config) * residual(config, Settings.of(config))
+
+
+def _tokens(config: Config) -> int:
+    """Of a micro-batch, on a context parallel rank."""
+    return config.train.micro_batch_size * config.train.seq_length // config.parallel.context
 
 
 def _layers_by_rank(config: Config) -> list[list[int]]:

@@ -60,7 +60,8 @@ def peak_bytes(config: Config, replicas: int) -> list[float]:
     """
     stage, peaks, holders = config.parallel.zero_stage, [], replicas * config.parallel.context
     for rank, count in enumerate(parameters_by_rank(config)):
-        passes = _backward(config, activations(config, replicas, rank), count) + gathered(config, count, holders)
+        passes = _backward(config, activations(config, replicas, rank), count, holders)
+        passes += gathered(config, count, holders)
         peaks.append(max(start_up(config, count, holders), states(config, count, stage, holders) + passes))
     return peaks
 
@@ -86,11 +87,11 @@ def check_room(config: Config, replicas: int, room: float) -> None:
         )
 
 
-def _backward(config: Config, held: float, parameters: int) -> float:
+def _backward(config: Config, held: float, parameters: int, replicas: int) -> float:
     """Activations, or what is first reduced and the activations that the backward pass has left by then: it has come as
     far as the bucket's share of the parameters."""
     left = 1 - _bucket(config, parameters) / parameters
-    return max(held, held * left + reduction(config, parameters))
+    return max(held, held * left + reduction(config, parameters, replicas))
 
 
 def gathered(config: Config, parameters: int, replicas: int) -> float:
@@ -100,19 +101,20 @@ def gathered(config: Config, parameters: int, replicas: int) -> float:
     return _width(config) * min(parameters, LIVE_PARAMETERS)
 
 
-def reduction(config: Config, parameters: int) -> float:
+def reduction(config: Config, parameters: int, replicas: int) -> float:
     """What the reduction of gradients takes, of w bytes each, r on their way.
 
-    ZeRO-1 has no other gradients than the sums in fp32, which are reduced in their place, or as a copy of a bucket, r.
-    ZeRO-2 has a bucket on its way, r, while it fills the next, r. Of a bucket ZeRO-3 has the gradients, w, casts those
-    that travel in another type, r, and joins them, r.
+    ZeRO-1 has no other gradients than the sums in fp32, which are reduced in their place, or as a copy of a bucket, r,
+    into another of the rank's piece, r / replicas. ZeRO-2 has these while it fills the next bucket, r. Of a bucket
+    ZeRO-3 has the gradients, w, casts those that travel in another type, r, and joins them, r.
     """
     width, travels = _width(config), 4 if config.parallel.gradient_reduction == "fp32" else 2
     stage, bucket = config.parallel.zero_stage, _bucket(config, parameters)
+    piece = travels * bucket / replicas
     if stage == 1:
-        return travels * bucket if travels == 2 else 0
+        return travels * bucket + piece if travels == 2 else 0
     if stage == 2:
-        return 2 * travels * bucket
+        return 2 * travels * bucket + piece
     return bucket * (width + travels + (travels if travels != width else 0))
 
 

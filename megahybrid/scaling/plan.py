@@ -62,12 +62,14 @@ def recommend(config: Config, gpus: int) -> str:
     rows = []
     for layout in found:
         parallel, time = layout.config.parallel, layout.seconds
-        split = f"{parallel.tensor} × {parallel.pipeline}" + " interleaved" * (parallel.virtual_pipeline > 1)
+        context = f" × {parallel.context}" * (parallel.context > 1)
+        split = f"{parallel.tensor}{context} × {parallel.pipeline}" + " interleaved" * (parallel.virtual_pipeline > 1)
         micro, count = layout.config.train.micro_batch_size, micro_batches(layout.config, layout.replicas)
         lost = [f"{getattr(time, name) / time.step:.1%}" for name in losses]
         figures = (f"{count} × {micro}", _gib(layout.peak), f"{time.step:.3g}", f"{time.share:.1%}", *lost)
         rows.append((f"{split} × {layout.replicas}, ZeRO {parallel.zero_stage}", *figures))
-    head = (f"{gpus} GPUs: tensor × pipeline × data", "micro-batches", "GiB", "s a step", "share", *losses)
+    shares = "tensor × context × pipeline × data" if config.parallel.context > 1 else "tensor × pipeline × data"
+    head = (f"{gpus} GPUs: {shares}", "micro-batches", "GiB", "s a step", "share", *losses)
     sent = [(each.part, *map(_gib, (each.gradients, each.weights, each.activations))) for each in volumes(found[0])]
     return "\n\n".join(
         (
@@ -133,7 +135,8 @@ def _memory(config: Config) -> str:
         per_size = (gathered(config, parameters[rank], size * parallel.context) for size, rank in fullest)
         rows.append(("working copies gathered by ZeRO 3", *map(_gib, per_size)))
     if parallel.zero_stage > 1:
-        rows.append(("gradients being reduced", *(_gib(reduction(config, parameters[rank])) for _, rank in fullest)))
+        reduced = (reduction(config, parameters[rank], size * parallel.context) for size, rank in fullest)
+        rows.append(("gradients being reduced", *map(_gib, reduced)))
     for stage in ZERO_STAGES if parallel.pipeline == 1 else (1,):
         per_size = (states(config, parameters[rank], stage, size * parallel.context) for size, rank in fullest)
         rows.append((f"weights, gradients, optimizer: ZeRO {stage}", *map(_gib, per_size)))

@@ -8,6 +8,7 @@ micro-batch, when two buckets at most are whole at a time.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -151,12 +152,13 @@ class Reduction:
         _, self._replicas = groups.weight_holders()
         self.buckets, self._dtype = buckets, dtype if self._replicas > 1 else buckets[0].shard.dtype
         self._under_way: list[_UnderWay] = []
+        for parameter in itertools.chain.from_iterable(bucket.parameters for bucket in buckets):
+            parameter.partial = False  # this sums its gradient, the backward pass need not
         self.hooks = list(self._hooked())
 
     def _hooked(self) -> Iterator[RemovableHandle]:
         for bucket in self.buckets:
             for number, parameter in enumerate(bucket.parameters):
-                parameter.partial = False  # `finish` sums its gradient, the backward pass need not
                 yield parameter.register_post_accumulate_grad_hook(functools.partial(self._take, bucket, number))
 
     def begin(self, micro_batches: int) -> None:
@@ -205,5 +207,7 @@ class Reduction:
             if bucket.kind.tied:  # after the replicas': of two summands copies are equal to the last bit
                 dist.all_reduce(bucket.shard, group=parallel_state.get_embedding_group())
         counted = [bucket.shard for bucket in self.buckets if bucket.kind.counted]
-        squares = [torch.linalg.vector_norm(shard, dtype=torch.float64).square() for shard in counted]
-        return torch.stack(squares).sum() if squares else self.buckets[0].shard.new_zeros((), dtype=torch.float64)
+        if not counted:
+            return self.buckets[0].shard.new_zeros((), dtype=torch.float64)
+        # Sums in float64 without a copy, on a GPU.
+        return torch.stack(torch._foreach_norm(counted, 2, torch.float64)).square().sum()

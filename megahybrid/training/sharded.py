@@ -11,6 +11,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from megatron.core import parallel_state
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from megahybrid.config.schema import Config
 from megahybrid.parallel import groups
 from megahybrid.training.reduction import Bucket, Reduction
+
+# Before and after every group it collects garbage, and prints.
+bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 
 class ShardedOptimizer(BF16_Optimizer):

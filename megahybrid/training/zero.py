@@ -1,4 +1,4 @@
-"""DeepSpeed as the owner of gradients' reduction and of the optimizer's sharded state (ZeRO 1, 2 and 3)."""
+"""DeepSpeed as the owner of the optimizer's sharded state (ZeRO 1, 2, 3), and with stage 3 of gradients' reduction."""
 
 from __future__ import annotations
 

@@ -326,8 +326,9 @@ def test_torch_compile():
     found = torch.compile(exported, backend="eager", fullgraph=True)(tokens, use_cache=False).logits
     assert torch.allclose(found, expected, rtol=0, atol=1e-5)
     compiled = torch.compile(exported, backend=graphs)
-    for number in range(12):
-        out = compiled(tokens[:, number : number + 1], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        assert torch.allclose(out.logits[0, 0], expected[0, number], rtol=0, atol=1e-5)
-    assert graphs.frame_count < 12
+    with torch._dynamo.config.patch(recompile_limit=64):
+        for number in range(12):
+            out = compiled(tokens[:, number : number + 1], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            assert torch.allclose(out.logits[0, 0], expected[0, number], rtol=0, atol=1e-5)
+    assert graphs.frame_count <= 4

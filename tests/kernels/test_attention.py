@@ -104,6 +104,28 @@ def test_growing_cache_selects_and_joins_sequences():
     assert torch.equal(more.k[1, :, 3], k[1]) and torch.equal(more.k[2, :, 0], k[2])
 
 
+@pytest.mark.parametrize(("first", "second"), [(100, 10), (97, 3), (100, 70), (3, 5)])
+def test_growing_caches_that_began_apart_are_joined(first, second):
+    k = torch.randn(first + second, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    empty = GrowingCache.empty(1, 2, 8, dtype=torch.float64)
+    one = empty.append(k[:first], -k[:first], Sequences.of([first]))
+    other = empty.append(k[first:], -k[first:], Sequences.of([second]))
+    joined = one.join(other)
+    assert joined.lengths == (first, second) and joined.capacity == max(one.capacity, other.capacity)
+    assert torch.equal(joined.packed(joined.room.k), k) and torch.equal(joined.packed(joined.room.v), -k)
+
+
+def test_a_sequence_that_begins_in_memory_keeps_it():
+    k = torch.randn(180, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    room = GrowingCache.empty(1, 2, 8, dtype=torch.float64).with_room(4096)
+    assert room.append(k[:100], k[:100], Sequences.of([100])).capacity == 4096
+    both = GrowingCache.empty(2, 2, 8, dtype=torch.float64).with_room(100)
+    begun, waiting = both.select([0]), both.select([1])
+    begun = begun.append(k[:100], k[:100], Sequences.of([100]))
+    joined = begun.join(waiting.append(k[100:], k[100:], Sequences.of([80])))
+    assert joined.lengths == (100, 80) and torch.equal(joined.packed(joined.room.k), k)
+
+
 @pytest.mark.parametrize("window_size", [None, 10])
 def test_gradients_through_the_cache(window_size):
     lengths = (40, 3, 300)

@@ -179,7 +179,7 @@ def test_refuses_what_does_not_fit():
     cache = LTECache.empty(1, 2, 8, 5, 8, dtype=q.dtype)
     with pytest.raises(ValueError, match="late"):
         lte_attention_with_cache(q, q, q, score, cache, sequences, 5, 4, 8, 6)
-    with pytest.raises(ValueError, match="slots"):
+    with pytest.raises(ValueError, match="window, buffer"):
         lte_attention_with_cache(q, q, q, score, cache, sequences, 9, 4, 8, 6)
 
 

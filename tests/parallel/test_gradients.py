@@ -97,10 +97,10 @@ def gradients(layout, count, train_cap=False):
     and all ranks' squares."""
     from megahybrid.model.stack import build_stages
     from megahybrid.parallel import groups
-    from megahybrid.parallel.heads import own_tokens
     from megahybrid.parallel.parameters import initialize_parameters
     from megahybrid.scaling.stages import stage_layers
     from megahybrid.training import schedule
+    from tests.parallel.tokens import own_tokens
 
     config = config_of(layout, count, train_cap)
     groups.initialize(config.parallel)

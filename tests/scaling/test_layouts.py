@@ -7,7 +7,7 @@ import pytest
 
 from megahybrid.config import load_config
 from megahybrid.errors import UserError
-from megahybrid.scaling.layouts import CLUSTER, Layout, Seconds, fitting, seconds, volumes
+from megahybrid.scaling.layouts import CLUSTER, Layout, Seconds, exchanged, fitting, handed_on, seconds, volumes
 from megahybrid.scaling.memory import peak_bytes
 from megahybrid.scaling.plan import recommend
 
@@ -53,6 +53,13 @@ def test_replicas_expose_what_lasts_longer_than_the_backward_pass():
     hidden = by_one.kernels * 1.06**3 * 2 / 3
     reduced = 4 * parameters / 8 * 63 / 64 / 40e9
     assert by_one.gradients == pytest.approx(max(reduced - hidden, 4 * 4e7 * 63 / 64 / 40e9), rel=0.1)
+
+
+def test_context_parallel_ranks_exchange_and_hand_on_their_own_tokens():
+    whole, parts = (config_of("lalte-1.4b", 64, 4, tensor=2, pipeline=2, context=ranks) for ranks in (1, 2))
+    assert exchanged(parts) == exchanged(whole) / 2 and handed_on(parts) == handed_on(whole) / 2
+    found = recommend(config_of("lalte-0.4b", 64, 4, context=2), 4)
+    assert "4 GPUs: tensor × context × pipeline × data" in found and "\n1 × 2 × 1 × 2, ZeRO 1 " in found
 
 
 def test_a_pipeline_waits_for_its_first_and_last_micro_batches():

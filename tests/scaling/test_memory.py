@@ -18,11 +18,11 @@ from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.settings import Settings
 from megahybrid.model.stack import build
 from megahybrid.parallel import groups
-from megahybrid.parallel.heads import own_tokens
 from megahybrid.scaling import memory
 from megahybrid.scaling.parameters import parameters_by_rank
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.linear_cross_entropy import chunks
+from tests.parallel.tokens import own_tokens
 
 LENGTH = 1024
 OPS = """causal_conv1d gated_delta_rule lte_attention native_sparse_attention norm retention_router rotary swiglu
@@ -328,11 +328,11 @@ def test_the_peak_with_zero_3_has_gathered_parameters():
     ("stage", "dtype", "travels", "expected"),
     [
         (1, "bf16", "fp32", 0),
-        (1, "bf16", "bf16", 2),
+        (1, "bf16", "bf16", 2 + 2 / 64),
         (1, "fp32", "fp32", 0),
-        (2, "bf16", "fp32", 4 + 4),
-        (2, "bf16", "bf16", 2 + 2),
-        (2, "fp32", "fp32", 4 + 4),
+        (2, "bf16", "fp32", 4 + 4 + 4 / 64),
+        (2, "bf16", "bf16", 2 + 2 + 2 / 64),
+        (2, "fp32", "fp32", 4 + 4 + 4 / 64),
         (3, "bf16", "fp32", 2 + 4 + 4),
         (3, "bf16", "bf16", 2 + 2),
         (3, "fp32", "fp32", 4 + 4),
@@ -340,11 +340,11 @@ def test_the_peak_with_zero_3_has_gathered_parameters():
 )
 def test_what_the_reduction_takes(stage, dtype, travels, expected):
     config = config_of("G", dtype=dtype, zero_stage=stage, gradient_reduction=travels)
-    assert memory.reduction(config, 1000) == expected * 1000
+    assert memory.reduction(config, 1000, 64) == expected * 1000
     bucket = memory.STAGE_3_BUCKET if stage == 3 else memory.BUCKET
-    assert memory.reduction(config, 10**9) == expected * bucket
+    assert memory.reduction(config, 10**9, 64) == expected * bucket
     config.model.hidden_size, config.model.vocab_size = 2**11, 2**16
-    assert memory.reduction(config, 10**9) == expected * 2**27  # one parameter
+    assert memory.reduction(config, 10**9, 64) == expected * 2**27  # one parameter
 
 
 @pytest.mark.parametrize(("stage", "travels"), [(1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")])
@@ -353,5 +353,5 @@ def test_without_activations_the_reduction_is_the_peak(stage, travels):
     config.train.seq_length = 16
     (count,) = parameters_by_rank(config)
     gathered = memory.gathered(config, count, 64)
-    expected = memory.states(config, count, stage, 64) + gathered + memory.reduction(config, count)
+    expected = memory.states(config, count, stage, 64) + gathered + memory.reduction(config, count, 64)
     assert memory.peak_bytes(config, 64) == [expected]

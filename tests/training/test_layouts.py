@@ -65,7 +65,7 @@ REPRESENTATIVE = {
     Layout(tensor=2, sequence=True, data=2, zero_stage=2),
     Layout(pipeline=4),
     Layout(tensor=2, pipeline=2, virtual_pipeline=2),
-    Layout(context=2, data=2, zero_stage=3),
+    Layout(context=2, zero_stage=2),
 }
 RESUMES = [
     (Layout(data=2), Layout(zero_stage=3)),

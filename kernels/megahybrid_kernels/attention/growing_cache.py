@@ -107,7 +107,7 @@ class GrowingCache:
     def append(self, k: Tensor, v: Tensor, sequences: Sequences) -> Self:
         """The cache after these tokens, k and v `[tokens, kv_heads, head_dim]`; `sequences.starts` are its lengths."""
         lengths = tuple(old + new for old, new in zip(self.lengths, sequences.lengths, strict=True))
-        if self.slots == 0 and SMALLEST_CAPACITY <= max(lengths) == min(lengths):
+        if self.capacity == 0 and SMALLEST_CAPACITY <= max(lengths) == min(lengths):
             return type(self)(lengths, self._filled(k, v))
         room = self.room if self._may_write(max(lengths), k) else self._copy(max(lengths))
         places = (sequences.index, slice(None), sequences.positions)
@@ -137,7 +137,7 @@ class GrowingCache:
     def join(self, other: Self) -> Self:
         """These sequences followed by those of `other`."""
         capacity = max(self.capacity, other.capacity)
-        first, second = self._copy(capacity), other._copy(capacity)
+        first, second = self._with(capacity), other._with(capacity)
         rows = tuple(torch.cat(pair) for pair in zip(first.rows, second.rows, strict=True))
         return type(self)(self.lengths + other.lengths, _Room(rows, self.room.spans))
 
@@ -149,7 +149,7 @@ class GrowingCache:
     def _filled(self, k: Tensor, v: Tensor) -> _Room:
         """Memory of sequences of one length that begin here, with room for no more; means are not yet written."""
         rows = [x.unflatten(0, (self.count, -1)).transpose(1, 2) for x in (k, v)]
-        rows = [x.clone(memory_format=torch.contiguous_format) for x in rows]
+        rows = [x.to(self.room.k.dtype).clone(memory_format=torch.contiguous_format) for x in rows]
         count, heads, slots, head_dim = rows[0].shape
         rows += [k.new_empty(count, heads, slots // span, head_dim) for span in self.room.spans[2:]]
         return _Room(tuple(rows), self.room.spans)
@@ -159,6 +159,10 @@ class GrowingCache:
         capacity = self.capacity
         if slots > capacity:
             capacity = max(SMALLEST_CAPACITY, 2 * capacity, slots)
+        return self._with(capacity)
+
+    def _with(self, capacity: int) -> _Room:
+        """The same for just so many slots."""
 
         def grown(x: Tensor, span: int) -> Tensor:
             y, used = x.new_zeros(*x.shape[:2], capacity // span, x.shape[3]), self.slots // span

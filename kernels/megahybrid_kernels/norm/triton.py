@@ -117,7 +117,7 @@ class _Norm(torch.autograd.Function):
         total = torch.empty_like(y) if residual is not None else y
         tile = _tile(x.shape[1], _FORWARD_TILE, _FORWARD_PER_THREAD)
         norm_kernel[cdiv(len(x), tile["ROWS"])](
-            x, other, weight, y, total, x.stride(0), other.stride(0), len(x) // len(other), len(x), eps, **tile,
+            x, other, weight, y, total, x.stride(0), other.stride(0), len(x) // max(1, len(other)), len(x), eps, **tile,
             **ctx.flags,
         )  # fmt: skip
         ctx.eps = eps
@@ -153,7 +153,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `megahybrid_kernels.norm`; float32, bfloat16 or float16."""
     # Rows of a gate's heads lie apart where it comes from a product with others.
-    apart = not torch.is_grad_enabled() and gate.dim() == 3 and gate[0].is_contiguous()
+    apart = not torch.is_grad_enabled() and gate.dim() == 3 and gate.stride()[1:] == (gate.shape[2], 1)
     gate = gate.flatten(1) if apart else _rows(gate)
     return applied(_Norm, _rows(x), gate, None, weight.contiguous(), eps).view(x.shape)
 
