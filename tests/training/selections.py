@@ -64,9 +64,8 @@ class Record:
 def first_head(mixer):
     from megahybrid.parallel import groups
 
-    rank, size = groups.tensor_parallel()
-    part, parts = mixer.k_proj.weight.spec.place(rank, size)
-    return part * mixer.settings.model.nsa.num_kv_heads // parts
+    rank, ranks = groups.head_parallel()
+    return rank * mixer.settings.model.nsa.num_kv_heads // ranks
 
 
 def margins(q, k, selection, block_size):
