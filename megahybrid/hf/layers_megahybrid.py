@@ -81,6 +81,8 @@ def in_own_precision(function):
 
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean x² + eps) times a weight, `[..., size]`; computed in fp32 at least."""
+
     def __init__(self, size, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
@@ -111,10 +113,13 @@ def scaled_to_unit(x, weight, eps):
 
 
 def linear(in_features, out_features):
+    """A projection without a bias."""
     return nn.Linear(in_features, out_features, bias=False)
 
 
 class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)), `[..., hidden_size]`."""
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = linear(config.hidden_size, config.intermediate_size)

@@ -75,6 +75,8 @@ class MegahybridCache:
 
 
 class Block(GradientCheckpointingLayer):
+    """A layer: the mixer of its letter in the pattern, then a SwiGLU, each behind a norm and added to its input."""
+
     def __init__(self, config, letter):
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -96,6 +98,8 @@ class Block(GradientCheckpointingLayer):
 
 
 class MegahybridPreTrainedModel(PreTrainedModel):
+    """What transformers asks of a model's class."""
+
     config_class = MegahybridConfig
     base_model_prefix = "model"
     _no_split_modules = ("Block",)
@@ -120,6 +124,8 @@ class MegahybridPreTrainedModel(PreTrainedModel):
 
 
 class MegahybridModel(MegahybridPreTrainedModel):
+    """Embedding, layers and final norm."""
+
     def __init__(self, config):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -281,6 +287,8 @@ class MegahybridOutput(BaseModelOutputWithPast):
 
 
 class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
+    """The language model, with its output layer, loss and generation."""
+
     # transformers 4 wants the names, transformers 5 what they are tied to; each takes this dictionary.
     _tied_weights_keys = {"lm_head.weight": "model.embedding.weight"}  # noqa: RUF012
 

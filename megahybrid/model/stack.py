@@ -69,7 +69,8 @@ class Stack(nn.Module):
             self.embedding = VocabEmbedding(
                 settings.model.vocab_size, settings.model.hidden_size, settings.projection, self.config
             )
-            self.embedding.weight.ds_pipe_replicated = not self.first  # DeepSpeed's mark: its norm counts it once
+            # DeepSpeed's mark of a copy: the gradient's norm counts one, a checkpoint holds one.
+            self.embedding.weight.ds_pipe_replicated = not self.first
             self.embedding.weight.tied = tied and self.first != self.last
         self.layers = nn.ModuleDict({str(i): Block(settings, i) for i in layers})
         if self.last:
