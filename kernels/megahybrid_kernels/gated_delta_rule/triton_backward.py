@@ -32,6 +32,7 @@ from megahybrid_kernels.gated_delta_rule.triton_prepare import (
     NORM_Q,
     ROW_KINDS,
     decay_between,
+    gate_inputs,
     load_square,
     log_decay,
 )
@@ -246,9 +247,10 @@ def gate_gradient_kernel(
     inside = row < stop
     place = chunk * HEADS + head
     parts += place * (PART_KINDS * CHUNK) + i
-    rate, x, g, beta = log_decay(
-        a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride, STRONGEST
+    rate, x, beta = gate_inputs(
+        a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride
     )  # fmt: skip
+    g, beta = log_decay(rate, x, beta, inside, STRONGEST)
     read = tl.load(parts + PART_READ_Q * CHUNK) + tl.load(parts + PART_READ_K * CHUNK)
     written = tl.load(parts + PART_WRITTEN * CHUNK)
     dg = tl.load(parts + PART_Q * CHUNK) + tl.load(parts + PART_K * CHUNK)

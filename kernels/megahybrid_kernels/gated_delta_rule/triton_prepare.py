@@ -40,16 +40,20 @@ def load_square(pointer, SIZE: tl.constexpr):
 
 
 @triton.jit
-def log_decay(
-    a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride, STRONGEST: tl.constexpr
-):  # fmt: skip
-    """fp32 `[rows]`: -exp(A_log), a + dt_bias, the log-decay g and beta (both 0 where not inside)."""
+def gate_inputs(a, b, a_log, dt_bias, row, inside, head, a_stride, a_head_stride, b_stride, b_head_stride):
+    """fp32: -exp(A_log), and `[rows]` a + dt_bias and b."""
     head = head.to(tl.int64)
     x = tl.load(a + row.to(tl.int64) * a_stride + head * a_head_stride, mask=inside, other=0).to(tl.float32)
     x += tl.load(dt_bias + head).to(tl.float32)
     rate = -tl.exp(tl.load(a_log + head).to(tl.float32))
     beta = tl.load(b + row.to(tl.int64) * b_stride + head * b_head_stride, mask=inside, other=0).to(tl.float32)
-    return rate, x, tl.where(inside, rate * softplus(x), 0.0), tl.where(inside, STRONGEST * tl.sigmoid(beta), 0.0)
+    return rate, x, beta
+
+
+@triton.jit
+def log_decay(rate, x, b, inside, STRONGEST: tl.constexpr):
+    """fp32 `[rows]`, of `gate_inputs`: the log-decay g and beta, both 0 where not inside."""
+    return tl.where(inside, rate * softplus(x), 0.0), tl.where(inside, STRONGEST * tl.sigmoid(b), 0.0)
 
 
 @triton.jit
@@ -63,16 +67,17 @@ def _unit_lower_inverse(lower, SIZE: tl.constexpr, DOT: tl.constexpr, PRECISION:
     """(I + lower)^-1 of a strictly lower `[SIZE, SIZE]` matrix.
 
     From the inverses X of the diagonal blocks of one size follow those of twice the size: the part of `lower` between
-    two neighbours, C, adds -X C X. Every X is part of the inverse itself, so nothing grows on the way.
+    two neighbours, C, adds -X C X. Every X is part of the inverse itself, so nothing grows on the way. Blocks of X meet
+    no others in X lower X, so that its part between neighbours is X C X without C being cut out.
     """
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     x = tl.where(i == j, 1.0, tl.where(i // 2 == j // 2, -lower, 0.0))
+    narrow = lower.to(DOT)
     for level in tl.static_range(1, 7):
         if 2 << level <= SIZE:
-            between = (i >> (level + 1) == j >> (level + 1)) & (i >> level != j >> level)
-            coupling = tl.where(between, lower, 0.0).to(DOT)
-            left = tl.dot(x.to(DOT), coupling, input_precision=PRECISION)
-            x -= tl.dot(left.to(DOT), x.to(DOT), input_precision=PRECISION)
+            left = tl.dot(x.to(DOT), narrow, input_precision=PRECISION)
+            added = tl.dot(left.to(DOT), x.to(DOT), input_precision=PRECISION)
+            x = tl.where((i ^ j) >> level == 1, -added, x)
     return x
 
 
@@ -97,20 +102,21 @@ def prepare_kernel(
     token, key_head = begin.to(tl.int64), (head // GROUPS).to(tl.int64)
     k += token * k_stride + key_head * k_head_stride
     q += token * q_stride + key_head * q_head_stride
+    rate, x, beta = gate_inputs(
+        a, b, a_log, dt_bias, begin + i, inside, head, a_stride, a_head_stride, b_stride, b_head_stride
+    )  # fmt: skip
     qk = tl.zeros([CHUNK, CHUNK], tl.float32)
     kk = tl.zeros([CHUNK, CHUNK], tl.float32)
-    q_square, k_square = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
+    q_square = tl.zeros([CHUNK], tl.float32)
     for first in tl.range(0, KEY_DIM, COLUMNS):
         k_tile = load_rows(k, i, inside, k_stride, first, KEY_DIM, COLUMNS)
         q_tile = load_rows(q, i, inside, q_stride, first, KEY_DIM, COLUMNS)
         qk = tl.dot(q_tile, tl.trans(k_tile), qk, input_precision=PRECISION)
         kk = tl.dot(k_tile, tl.trans(k_tile), kk, input_precision=PRECISION)
-        k_wide, q_wide = k_tile.to(tl.float32), q_tile.to(tl.float32)
-        k_square += tl.sum(k_wide * k_wide, 1)
+        q_wide = q_tile.to(tl.float32)
         q_square += tl.sum(q_wide * q_wide, 1)
-    _, _, g, beta = log_decay(
-        a, b, a_log, dt_bias, begin + i, inside, head, a_stride, a_head_stride, b_stride, b_head_stride, STRONGEST
-    )  # fmt: skip
+    k_square = tl.sum(tl.where(i[:, None] == i[None, :], kk, 0.0), 1)
+    g, beta = log_decay(rate, x, beta, inside, STRONGEST)
     total = tl.cumsum(g.to(tl.float64), 0)
     high = total.to(tl.float32)
     low = (total - high.to(tl.float64)).to(tl.float32)
@@ -118,18 +124,21 @@ def prepare_kernel(
     until_end = tl.exp((end - total).to(tl.float32))
     since_start = tl.exp(high)
 
-    k_norm, q_norm = 1.0 / tl.sqrt(k_square + 1e-6), 1.0 / tl.sqrt(q_square + 1e-6)
     rows += (chunk * HEADS + head) * (ROW_KINDS * CHUNK) + i
+    tl.store(rows + NORM_Q * CHUNK, tl.rsqrt(q_square + 1e-6))
+    tl.store(rows + NORM_K * CHUNK, tl.rsqrt(k_square + 1e-6))
+    tl.store(rows + BETA * CHUNK, beta)
+    tl.store(rows + G_HIGH * CHUNK, high)
+    tl.store(rows + G_LOW * CHUNK, low)
+    tl.store(ends + chunk * HEADS + head, tl.exp(end.to(tl.float32)))
+    # Through memory, which costs one wait; through shared memory every vector would cost two barriers a layout.
+    tl.debug_barrier()
+    q_norm, k_norm = tl.load(rows + NORM_Q * CHUNK), tl.load(rows + NORM_K * CHUNK)
+    beta, high, low = tl.load(rows + BETA * CHUNK), tl.load(rows + G_HIGH * CHUNK), tl.load(rows + G_LOW * CHUNK)
     tl.store(rows + READ_Q * CHUNK, tl.where(inside, since_start * q_norm * scale, 0.0))
     tl.store(rows + READ_RATIO * CHUNK, k_norm / (q_norm * scale))
     tl.store(rows + READ_K * CHUNK, tl.where(inside, since_start * k_norm, 0.0))
     tl.store(rows + WRITE * CHUNK, tl.where(inside, until_end * k_norm, 0.0))
-    tl.store(rows + BETA * CHUNK, beta)
-    tl.store(rows + G_HIGH * CHUNK, high)
-    tl.store(rows + G_LOW * CHUNK, low)
-    tl.store(rows + NORM_Q * CHUNK, q_norm)
-    tl.store(rows + NORM_K * CHUNK, k_norm)
-    tl.store(ends + chunk * HEADS + head, tl.exp(end.to(tl.float32)))
 
     place = (chunk * HEADS + head) * (CHUNK * CHUNK) + i[:, None] * CHUNK + i[None, :]
     between = decay_between(high[:, None], low[:, None], high[None, :], low[None, :], i[:, None] >= i[None, :])
