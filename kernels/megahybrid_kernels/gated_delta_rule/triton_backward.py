@@ -58,26 +58,26 @@ def _gates(rows, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _decay_to(high, low, CHUNK: tl.constexpr):
-    """D."""
-    i = tl.arange(0, CHUNK)
-    return decay_between(high[:, None], low[:, None], high[None, :], low[None, :], i[:, None] >= i[None, :])
+def _decay(high, low):
+    """exp(-|G_i - G_j|): D where i >= j, and D^T where i <= j."""
+    return tl.exp(-tl.abs((high[:, None] - high[None, :]) + (low[:, None] - low[None, :])))
 
 
 @triton.jit
-def _decay_from(high, low, CHUNK: tl.constexpr):
-    """D^T."""
-    i = tl.arange(0, CHUNK)
-    return decay_between(high[None, :], low[None, :], high[:, None], low[:, None], i[:, None] <= i[None, :])
-
-
-@triton.jit
-def _across(pairs, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
+def _across(pairs, CHUNK: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """`[CHUNK]`, at t the sum of pairs_ij over j < t <= i."""
     i = tl.arange(0, CHUNK)
-    before = tl.where(i[:, None] < i[None, :], 1.0, 0.0)
-    sums = tl.dot(pairs, before, input_precision=PRECISION)
-    return tl.sum(tl.where(i[:, None] >= i[None, :], sums, 0.0), 0)
+    after = tl.where(i[:, None] <= i[None, :], 1.0, 0.0)
+    if dtype == tl.bfloat16:
+        # In two parts: what is in registers is an operand of 16 bits as it lies there. A loop keeps the products apart.
+        sums = tl.zeros([CHUNK, CHUNK], tl.float32)
+        for _ in tl.range(0, 2, num_stages=1):
+            high = (pairs.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+            sums = tl.dot(after.to(dtype), high.to(dtype), sums)
+            pairs -= high
+    else:
+        sums = tl.dot(after, pairs, input_precision=PRECISION)
+    return tl.sum(tl.where(i[:, None] > i[None, :], sums, 0.0), 1)
 
 
 @triton.jit
@@ -101,10 +101,13 @@ def _query_gradient(
         dstate = load_rows(dstates, first + column, first + column < VALUE_DIM, KEY_DIM, 0, KEY_DIM, WIDTH)
         passed += tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1)
     pairs = load_square(attention, CHUNK).to(tl.float32) * do_u
-    tl.store(parts + PART_Q * CHUNK + i, _across(pairs, CHUNK, PRECISION) + end * tl.sum(passed, 0))
+    tl.store(
+        parts + PART_Q * CHUNK + i, _across(pairs, CHUNK, key.dtype.element_ty, PRECISION) + end * tl.sum(passed, 0)
+    )
     high, low, q_norm, k_norm = _gates(rows, CHUNK)
     k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
-    by_q = (do_u * _decay_to(high, low, CHUNK) * (scale * k_norm)[None, :]).to(k_tile.dtype)
+    by_q = tl.where(i[:, None] >= i[None, :], do_u * _decay(high, low) * (scale * k_norm)[None, :], 0.0)
+    by_q = by_q.to(k_tile.dtype)
     dq_tile *= (scale * tl.exp(high))[:, None]
     q_wide = load_rows(query, row, inside, q_stride, 0, KEY_DIM, WIDTH).to(tl.float32)
     tl.store(parts + PART_READ_Q * CHUNK + i, q_norm * tl.sum(q_wide * dq_tile, 1))
@@ -129,16 +132,18 @@ def _key_gradient(
     end_high, end_low = tl.load(rows + G_HIGH * CHUNK + CHUNK - 1), tl.load(rows + G_LOW * CHUNK + CHUNK - 1)
     until_end = decay_between(end_high, end_low, high, low, inside)
     column = tl.arange(0, COLUMNS)
-    # One tile of sums for want of registers: what the state after adds comes first and meets k alone, and of what the
-    # state before adds <k, dv S^T> is <k S, dv>. Two loops, which keep the products apart.
+    # Two loops for want of registers. What the state after adds meets k as <k dS'^T, u>, of what the state before adds
+    # <k, dv S^T> is <k S, dv>: dk itself, the sum of both, is spread over the threads in another way.
     dk_tile = tl.zeros([CHUNK, WIDTH], tl.float32)
+    k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
+    written = tl.zeros([CHUNK], tl.float32)
     for first in tl.range(0, VALUE_DIM, COLUMNS):
         u_tile = load_rows(u, row, inside, value_stride, first, VALUE_DIM, COLUMNS)
         dstate = load_rows(dstates, first + column, first + column < VALUE_DIM, KEY_DIM, 0, KEY_DIM, WIDTH)
         scaled = until_end[:, None] * u_tile.to(tl.float32)
+        written += tl.sum(tl.dot(k_tile, tl.trans(dstate), input_precision=PRECISION) * scaled, 1)
         dk_tile = tl.dot(scaled.to(dtype), dstate, dk_tile, input_precision=PRECISION)
-    k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
-    tl.store(parts + PART_WRITTEN * CHUNK + i, k_norm * tl.sum(k_tile.to(tl.float32) * dk_tile, 1))
+    tl.store(parts + PART_WRITTEN * CHUNK + i, k_norm * written)
     read = tl.zeros([CHUNK], tl.float32)
     since_start = -tl.exp(high)
     for first in tl.range(0, VALUE_DIM, COLUMNS):
@@ -160,22 +165,22 @@ def _key_gradient(
         u_dv = tl.dot(u_tile, tl.trans(dv_tile), u_dv, input_precision=PRECISION)
         dv_u = tl.dot(dv_tile, tl.trans(u_tile), dv_u, input_precision=PRECISION)
     high, low, q_norm, k_norm = _gates(rows, CHUNK)
-    by_k = (u_do * _decay_from(high, low, CHUNK) * (scale * q_norm)[None, :]).to(dtype)
+    decay = _decay(high, low)
+    by_k = tl.where(i[:, None] <= i[None, :], u_do * decay * (scale * q_norm)[None, :], 0.0).to(dtype)
     # Loops of one turn: where one product is seen to enter another, the compiler gives eight warps the rows of sixteen.
     for _ in tl.range(0, turns, num_stages=1):
         q_tile = load_rows(query, row, inside, q_stride, 0, KEY_DIM, WIDTH)
         dk_tile = tl.dot(by_k, q_tile, dk_tile, input_precision=PRECISION)
     tl.store(parts + PART_B * CHUNK + i, tl.sum(tl.where(i[:, None] == i[None, :], dv_u, 0.0), 1))
-    high, low, q_norm, k_norm = _gates(rows, CHUNK)
-    upper = tl.where(i[:, None] < i[None, :], u_dv * _decay_from(high, low, CHUNK), 0.0)
-    lower = tl.where(i[:, None] > i[None, :], dv_u * _decay_to(high, low, CHUNK), 0.0)
-    by_kk = ((lower + upper) * -k_norm[None, :]).to(dtype)
+    # N + N^T, but for the keys' norms and the sign.
+    both = tl.where(i[:, None] > i[None, :], dv_u, tl.where(i[:, None] < i[None, :], u_dv, 0.0)) * decay
+    by_kk = (both * -k_norm[None, :]).to(dtype)
     kk = tl.zeros([CHUNK, CHUNK], tl.float32)
     for first in tl.range(0, KEY_DIM, COLUMNS):
         k_part = load_rows(key, row, inside, k_stride, first, KEY_DIM, COLUMNS)
         kk = tl.dot(k_part, tl.trans(k_part), kk, input_precision=PRECISION)
-    pairs = kk * lower * -k_norm[:, None] * k_norm[None, :]
-    tl.store(parts + PART_K * CHUNK + i, _across(pairs, CHUNK, PRECISION))
+    pairs = tl.where(i[:, None] > i[None, :], kk * both * -k_norm[:, None] * k_norm[None, :], 0.0)
+    tl.store(parts + PART_K * CHUNK + i, _across(pairs, CHUNK, dtype, PRECISION))
     for _ in tl.range(0, turns, num_stages=1):
         k_tile = load_rows(key, row, inside, k_stride, 0, KEY_DIM, WIDTH)
         dk_tile = tl.dot(by_kk, k_tile, dk_tile, input_precision=PRECISION)

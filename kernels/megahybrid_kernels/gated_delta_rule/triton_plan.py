@@ -52,7 +52,7 @@ _HALF = {
     # Half and a quarter of the columns: the state is in registers, and so are both operands of its products.
     AMPERE: (
         Tuning(
-            Launch(32, 4, 1), Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2), Launch(64, 4, 3), Launch(16, 4, 2)
+            Launch(32, 4, 1), Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 4, 3), Launch(16, 4, 2)
         ),
         Tuning(
             Launch(32, 4, 1), Launch(32, 8, 1), Launch(32, 8, 2), Launch(32, 8, 1), Launch(64, 8, 2), Launch(16, 4, 2)
