@@ -61,7 +61,8 @@ def import_model(source: Path, target: Path, check: bool | None = None, report: 
     specs = parameter_specs(config)
     places = _places(source)
     sources = {name: name_of(name) for name in specs}
-    _require_fit(source, config, specs, sources, places)
+    ours = found["model_type"] == MODEL_TYPE
+    _require_fit(source, config, specs, sources, places, published=not ours)
     with staged(target) as part:
         _write(part, config, specs, sources, places, found["model_type"], report)
         if tokenizer is not None:
@@ -70,7 +71,7 @@ def import_model(source: Path, target: Path, check: bool | None = None, report: 
         save_config(config, part / "config.yaml")
         if verify.wanted(config, check, report):
             trained = verify.trained_model(part, config)
-            if found["model_type"] == MODEL_TYPE:
+            if ours:
                 exported = verify.exported_model(found, {file for file, _ in places.values()})
             else:
                 exported = verify.converted_model(trained, config)
@@ -155,19 +156,21 @@ def _require_fit(
     specs: Mapping[str, ParameterSpec],
     sources: Mapping[str, str],
     places: Mapping[str, tuple[Path, list[int]]],
+    published: bool,
 ) -> None:
     for name, spec in specs.items():
         if sources[name] not in places:
             raise UserError(f"'{source}' has no tensor {sources[name]}; download its weights again.")
         file, shape = places[sources[name]]
         # The published convolutions have axes of length 1 that ours do not need.
-        if [n for n in shape if n != 1] != [n for n in spec.shape if n != 1]:
+        ones = {1} if published else set()
+        if [n for n in shape if n not in ones] != [n for n in spec.shape if n not in ones]:
             raise UserError(
                 f"'{file}': {sources[name]} is {shape}, but config.json calls for {list(spec.shape)}; "
                 "one of the two is another model's: download both again."
             )
     tied = {"lm_head.weight"} if config.model.tie_embeddings else set()
-    extra = places.keys() - set(sources.values()) - tied - set(reference_format.IGNORED)
+    extra = places.keys() - set(sources.values()) - tied - set(reference_format.IGNORED if published else ())
     if extra:
         raise UserError(
             f"'{source}' has {len(extra)} tensors that its config.json has no place for, such as {min(extra)}; "

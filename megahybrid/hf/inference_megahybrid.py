@@ -85,7 +85,7 @@ class Inference:
         of them or None)."""
         count, length = x.shape[:2]
         if cache.seen == 0:
-            cache.states, self.counts = initial_states(model, x), [0] * count
+            cache.states, self.counts = [{} for _ in model.layers], [0] * count
         elif cache.lengths.is_inference() and not torch.is_inference_mode_enabled():
             self.graph = None
             self.select(cache, list(range(count)))  # into tensors that may be overwritten
@@ -96,6 +96,8 @@ class Inference:
         # Padding is on the left: none follows a token, and a look at the mask would wait for the GPU at every step.
         packing = Packing.of(x, None if step else attention_mask)
         rows = [row for row, tokens in enumerate(packing.lengths) if tokens]
+        if cache.seen == 0 and len(rows) < count:
+            cache.states = initial_states(model, x)
         states = cache.states if len(rows) == count else selected(cache.states, rows)
         if not rows:
             y = torch.zeros_like(x)
@@ -112,7 +114,7 @@ class Inference:
         return y, hidden_states
 
     def _sequences(self, cache, packing, rows):
-        if set(packing.lengths) == {1}:
+        if cache.seen and set(packing.lengths) == {1}:
             return one_token_each(cache.lengths)
         starts = cache.lengths if len(rows) == len(packing.lengths) else cache.lengths[rows]
         # Without starts the ops know that all begin here, for which they have faster ways.

@@ -34,10 +34,10 @@ class Mixer(nn.Module):
 
     A mixer that `packs` has a second form, by megahybrid_kernels: `mixer(x, sequences, state)` with x and the output
     `[tokens, hidden]`, the tokens of all sequences end to end, and `sequences` their `megahybrid_kernels.Sequences`.
-    Its state may be of another form, see inference_megahybrid, and is updated in place; without one (None) the
-    sequences are whole, and there is no next state, but in training there may be `loss`, a scalar.
-    `packed_state(count, dtype, device)` is that of `count` sequences before their first token, for projections in
-    `dtype`.
+    Its state may be of another form, see inference_megahybrid, and is updated in place; an empty one ({}) is that of
+    sequences that all begin here. Without one (None) they are whole, and there is no next state, but in training there
+    may be `loss`, a scalar. `packed_state(count, dtype, device)` is that of `count` sequences before their first token,
+    for projections in `dtype`, where others begin later.
     """
 
     packs = False
@@ -117,6 +117,78 @@ def linear(in_features, out_features):
     return nn.Linear(in_features, out_features, bias=False)
 
 
+def as_made(module, kind):
+    """Whether a module is what `kind` says: nothing else stands in its place, and nobody watches it."""
+    watched = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return type(module) is kind and not watched
+
+
+def multiplies(layer):
+    """Whether a layer is the product with its weight alone."""
+    return as_made(layer, nn.Linear) and layer.bias is None and type(layer.weight) is nn.Parameter
+
+
+def project(x, *layers):
+    """Each layer's output of x `[..., in]`. Tokens laid end to end go through one product where no gradient is asked
+    for, for which weights that have their memory to themselves move beside each other."""
+    if x.dim() == 2 and not torch.is_grad_enabled() and all(map(multiplies, layers)):
+        weights = [layer.weight for layer in layers]
+        whole = moved_beside(weights, ROWS)
+        if whole is not None:
+            sizes = list(map(len, weights))
+            return F.linear(x, whole).split([*sizes, len(whole) - sum(sizes)], 1)[: len(layers)]
+    return [layer(x) for layer in layers]
+
+
+ROWS = 64  # of which a product's are a multiple, so that those of its output begin at multiples of 128 bytes
+
+
+def moved_beside(weights, multiple=1):
+    """Parameters as one along their first dimension, see `beside`. They move into one memory if each has one of its
+    own: what an optimizer or a wrapper has laid together stays where it is. None where they do not lie so."""
+    whole = beside(weights, 0, multiple)
+    if whole is None and all(may_move(each, weights[0]) for each in weights):
+        rows, at = sum(map(len, weights)), 0
+        with torch.inference_mode(False), torch.no_grad():
+            memory = weights[0].new_zeros(-(-rows // multiple) * multiple, *weights[0].shape[1:])
+            for each in weights:
+                part = memory[at : at + len(each)]
+                each.data = part.copy_(each)
+                at += len(part)
+        whole = beside(weights, 0, multiple)
+    return whole
+
+
+def may_move(weight, first):
+    """Whether a parameter may get another memory, beside that of `first`."""
+    alone = type(weight) is nn.Parameter and weight.untyped_storage().nbytes() == weight.nbytes
+    alike = (weight.dtype, weight.device, weight.shape[1:]) == (first.dtype, first.device, first.shape[1:])
+    recording = weight.is_cuda and torch.cuda.is_current_stream_capturing()
+    return alone and alike and weight.is_contiguous() and not weight.is_inference() and not recording
+
+
+def beside(parts, dim, multiple=1):
+    """Tensors that lie beside each other along a dimension of one memory, as one; with what follows there up to a
+    multiple of that size, if anything does. None where they do not."""
+    first, at = parts[0], parts[0].storage_offset()
+    memory, strides = first.untyped_storage(), first.stride()
+    for part in parts:
+        if part.untyped_storage()._cdata != memory._cdata or part.storage_offset() != at or part.stride() != strides:
+            return None
+        at += part.shape[dim] * strides[dim]
+    sizes, size = list(first.shape), sum(part.shape[dim] for part in parts)
+    more = -size % multiple
+    fits = (at + more * strides[dim]) * first.itemsize <= memory.nbytes()
+    sizes[dim] = size + more if fits else size
+    return first.as_strided(sizes, strides)
+
+
+def joined(parts, dim):
+    """`torch.cat`, for nothing where the parts lie beside each other."""
+    whole = beside(parts, dim)
+    return torch.cat(parts, dim) if whole is None else whole
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) · up(x)), `[..., hidden_size]`."""
 
@@ -127,7 +199,20 @@ class SwiGLU(nn.Module):
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x):
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(self.inner(x))
+
+    def inner(self, x):
+        gate, up = project(x, self.gate_proj, self.up_proj)
         if takes_kernels(gate):
-            return self.down_proj(kernels.swiglu(gate, up))
-        return self.down_proj((F.silu(at_least_fp32(gate)) * up).to(x.dtype))
+            return kernels.swiglu(gate, up)
+        return (F.silu(at_least_fp32(gate)) * up).to(x.dtype)
+
+    def added(self, x, y):
+        """y + forward(x): of tokens laid end to end over y, in the product's launch, where no gradient is asked for."""
+        down = self.down_proj
+        if y.dim() != 2 or torch.is_grad_enabled() or not (as_made(self, SwiGLU) and multiplies(down)):
+            return y + self(x)
+        inner = self.inner(x)
+        if not inner.dtype == y.dtype == down.weight.dtype:
+            return y + down(inner)  # cast by autocast
+        return y.addmm_(inner, down.weight.T)

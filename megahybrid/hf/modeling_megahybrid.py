@@ -94,7 +94,7 @@ class Block(GradientCheckpointingLayer):
             state = self.mixer.empty_state(inputs)
         y, state = self.mixer(inputs, places, state)
         normalised, x = self.mlp_norm.of_sum(x, y if documents is None else documents.unpadded(y))
-        return x + self.mlp(normalised), state, None if state is None else state.pop("loss", None)
+        return self.mlp.added(normalised, x), state, None if state is None else state.pop("loss", None)
 
 
 class MegahybridPreTrainedModel(PreTrainedModel):

@@ -87,15 +87,31 @@ def exported_model(description: dict[str, Any], files: Iterable[Path]) -> Megahy
 
     from_pretrained is not for a stranger's folder: some keys of config.json have it load code from the hub, and an
     adapter's file other weights.
+
+    Raises UserError for a tensor that the model has no place for, that has another shape, or that is missing or there
+    twice.
     """
     config = exported_config(imported_config(description))
     with torch.device("meta"):
         model = MegahybridForCausalLM(MegahybridConfig(**config))
-    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-    found = (item for file in files for item in load_file(file).items() if item[0] in shapes)
-    weights = {name: weight.double().reshape(shapes[name]) for name, weight in found}
-    if config["tie_word_embeddings"]:
-        weights[exported_name("output.weight")] = weights[exported_name("embedding.weight")]
+    shapes = {name: list(weight.shape) for name, weight in model.state_dict().items()}
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        for name, weight in load_file(file).items():
+            if list(weight.shape) != shapes.get(name) or name in weights:
+                expected = "it is there twice" if name in weights else f"the model has {shapes.get(name, 'no such')}"
+                raise UserError(
+                    f"The converted model's '{file.name}' holds {name} {list(weight.shape)}, but {expected}, so "
+                    "nothing was written; convert it again, and report it if that fails, too."
+                )
+            weights[name] = weight.double()
+    if config["tie_word_embeddings"] and (embedding := exported_name("embedding.weight")) in weights:
+        weights[exported_name("output.weight")] = weights[embedding]
+    if missing := shapes.keys() - weights.keys():
+        raise UserError(
+            f"The converted model's files lack {min(missing)}, so nothing was written; convert it again, and report it "
+            "if that fails, too."
+        )
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     return model.eval()
@@ -117,11 +133,11 @@ def verify(
     """Compare both forms of a model with this configuration on TEXT, or random tokens; weights may change.
 
     At the model's own sizes a text of this length may reach no limit: then once more with close ones, and with routers
-    that keep about half. There a limit that, moved by one, leaves the training model's logits as they were is reported:
+    that keep about half. There a limit that, moved by one, leaves the training model's logits as they were is refused:
     of it there was nothing to compare, as where the weights behind its layers are zero. Last the weights themselves, of
     which logits do not show an embedding that the text does not need.
 
-    Raises UserError for sizes or weights that differ, and logits that differ by more than TOLERANCE.
+    Raises UserError for sizes or weights that differ, logits that differ by more than TOLERANCE, and limits unseen.
     """
     _require_same_sizes(exported, config)
     written = tokenizer is not None and not tokenizer.of_numbers
@@ -155,7 +171,10 @@ def _compare_closely(
     for section, key in ((section, key) for section, values in limits.items() for key in values):
         moved = _limited(config, limits | {section: limits[section] | {key: limits[section][key] + 1}})
         if float((_logits(_resized(trained, moved), tokens) - expected).abs().max()) <= TOLERANCE:
-            report(f"Not verified: whether model.{section}.{key} is kept to, since with one more no logit changes.")
+            raise UserError(
+                f"It cannot be verified that model.{section}.{key} is kept to, since with one more no logit of this "
+                "model changes, so nothing was written; --no-verify converts it as it is."
+            )
 
 
 def _compare(trained: Stack, exported: nn.Module, read: list[int], how: str, report: Report) -> Tensor:

@@ -132,13 +132,17 @@ def test_an_adapter_does_not_redirect_the_comparison(exported, tmp_path, monkeyp
     assert main(["import", str(tmp_path / "source"), str(tmp_path / "imported"), "--verify"]) == 0
 
 
-def test_the_comparison_takes_the_tensors_that_import_takes(exported, tmp_path):
-    """Axes of length 1, and what published models hold beside their weights."""
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: {n: w[:, None] for n, w in x.items()}, lambda x: x | {"model.num_kept": torch.zeros(1)}],
+)
+def test_what_only_published_models_have_is_refused_in_ours(exported, tmp_path, change, capsys):
+    """Axes of length 1, and tensors beside the weights."""
     shutil.copytree(exported, tmp_path / "source")
     file = next((tmp_path / "source").glob("model-00001-*"))
-    extra = {"model.num_kept": torch.zeros(1)}
-    save_file({name: weight[:, None] for name, weight in load_file(file).items()} | extra, file)
-    assert main(["import", str(tmp_path / "source"), str(tmp_path / "imported"), "--verify"]) == 0
+    save_file(change(load_file(file)), file)
+    assert main(["import", str(tmp_path / "source"), str(tmp_path / "imported"), "--no-verify"]) == 2
+    assert "config.json " in capsys.readouterr().err
 
 
 def test_without_a_tokenizer(exported, reference, tmp_path, capsys):

@@ -5,13 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megahybrid.errors import UserError
 from megahybrid.hf import verify
+from megahybrid.hf.naming import exported_config, exported_name
 from megahybrid.model.stack import build
 from tests.model import tiny
 
 TOKENIZER = SimpleNamespace(document_id=0, of_numbers=False, vocab_size=128, encode=lambda text: list(text.encode()))
+
+NAME = "model.layers.1.mlp.down_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +161,10 @@ def test_routers_that_have_learnt_to_keep_nothing(verified, sized, monkeypatch):
     monkeypatch.setattr(verify, "converted_model", unwilling)
     assert len(verified()) == 3
     monkeypatch.setattr(verify, "_balance", lambda *_: None)
-    assert any(line.startswith("Not verified: whether model.lte.buffer_size is kept to") for line in verified())
+    assert verified()[-1].startswith("It cannot be verified that model.lte.buffer_size is kept to")
 
 
-def test_what_a_right_model_leaves_open_is_said_and_no_error(verified, monkeypatch):
+def test_limits_that_nothing_shows_are_refused(verified, monkeypatch):
     """Layers that have learnt to add nothing: their limits change no logit."""
     real = verify.converted_model
 
@@ -170,9 +174,44 @@ def test_what_a_right_model_leaves_open_is_said_and_no_error(verified, monkeypat
         return real(trained, config)
 
     monkeypatch.setattr(verify, "converted_model", silent)
-    _, _, close, *left_open = verified()
+    *_, close, refusal = verified()
     assert close.startswith("Logits of 256 tokens with ")
-    assert left_open == [
-        f"Not verified: whether model.lte.{key} is kept to, since with one more no logit changes."
-        for key in ("window_size", "buffer_size", "sink_size")
-    ]
+    assert refusal == (
+        "It cannot be verified that model.lte.window_size is kept to, since with one more no logit of this model "
+        "changes, so nothing was written; --no-verify converts it as it is."
+    )
+
+
+@pytest.fixture
+def folder(tmp_path, sized):
+    """An exported model's tensors in two files, and what reads them."""
+    config = replace(sized, model=replace(sized.model, pattern="GL"))
+    trained = build(config, "cpu", torch.float64)
+    tensors = {exported_name(name): weight.data for name, weight in trained.named_parameters()}
+    later = tensors.pop("model.final_norm.weight")
+    files = {"one": tensors, "two": {"model.final_norm.weight": later}}
+
+    def read():
+        paths = [tmp_path / f"{name}.safetensors" for name in files]
+        for path, content in zip(paths, files.values(), strict=True):
+            save_file(content, path)
+        return verify.exported_model(exported_config(config), paths)
+
+    assert torch.equal(read().model.final_norm.weight, later)
+    return files, read
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda x: x["two"].update(other=torch.zeros(2)), r"'two\.safetensors' holds other \[2\], but .* no such"),
+        (lambda x: x["two"].update(x["one"]), r"'two\.safetensors' holds model\..*, but it is there twice"),
+        (lambda x: x["two"].clear(), r"files lack model\.final_norm\.weight"),
+        (lambda x: x["one"].update({NAME: x["one"][NAME].T.contiguous()}), rf"holds {NAME} .*, but the model has \["),
+    ],
+)
+def test_tensors_that_have_no_place(folder, change, said):
+    files, read = folder
+    change(files)
+    with pytest.raises(UserError, match=said):
+        read()

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, in_own_precision, kernels, last, linear
+from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, in_own_precision, kernels, last, linear, project
 
 QUERY_BLOCK = 256
 TWO_PI = Decimal("6.283185307179586476925286766559005768394338798750")
@@ -57,17 +57,22 @@ class Attention(Mixer):
         layers = (self.q_proj, self.k_proj, self.v_proj)
         return (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in layers)
 
-    def project_packed(self, x):
-        """q, k, v `[tokens, H, D]`, not yet rotated."""
-        return (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+    def project_packed(self, x, *more):
+        """q, k, v `[tokens, H, D]`, not yet rotated, and what `more` layers give."""
+        q, k, v, *others = project(x, self.q_proj, self.k_proj, self.v_proj, *more)
+        return *(y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v)), *others
 
-    def rotate_packed(self, x, sequences):
-        return x if self.theta is None else kernels.rotary(x, sequences.positions, self.theta)
+    def rotate_packed(self, q, k, sequences):
+        return (q, k) if self.theta is None else kernels.rotary_of_both(q, k, sequences.positions, self.theta)
+
+    def begun(self, state, k, sequences):
+        """The state, or that before the first token where it is empty."""
+        return state if state or state is None else self.packed_state(sequences.count, k.dtype, k.device)
 
     @in_own_precision
     def attend_packed(self, q, k, v, sequences, cache, window=None):
         """(Output, cache): softmax attention to all earlier tokens or a window, of q, k, v not yet rotated."""
-        inputs = self.rotate_packed(q, sequences), self.rotate_packed(k, sequences), v
+        inputs = *self.rotate_packed(q, k, sequences), v
         if cache is None:
             return kernels.attention(*inputs, sequences, window), None
         return kernels.attention_with_cache(*inputs, cache, sequences, window, in_place=True)
@@ -121,8 +126,10 @@ class WindowAttention(Attention):
 
     def forward(self, x, positions, state):
         if not isinstance(positions, torch.Tensor):
+            q, k, v = self.project_packed(x)
+            state = self.begun(state, k, positions)
             cache = None if state is None else kernels.KeyValueCache(**state)
-            o, cache = self.attend_packed(*self.project_packed(x), positions, cache, self.window)
+            o, cache = self.attend_packed(q, k, v, positions, cache, self.window)
             return self.o_proj(o.flatten(-2)), None if cache is None else vars(cache)
         q, k, v = self.project(x)
         q, k = self.rotate(positions, q, k)
@@ -150,8 +157,10 @@ class FullAttention(Attention):
 
     def forward(self, x, positions, state):
         if not isinstance(positions, torch.Tensor):
+            q, k, v = self.project_packed(x)
+            state = self.begun(state, k, positions)
             cache = None if state is None else state["cache"]
-            o, cache = self.attend_packed(*self.project_packed(x), positions, cache)
+            o, cache = self.attend_packed(q, k, v, positions, cache)
             return self.o_proj(o.flatten(-2)), None if state is None else {"cache": cache}
         q, k, v = self.project(x)
         q, k = self.rotate(positions, q, k)

@@ -10,9 +10,12 @@ from megahybrid.hf.layers_megahybrid import (
     Mixer,
     at_least_fp32,
     in_own_precision,
+    joined,
     kernels,
     last,
     linear,
+    moved_beside,
+    project,
     scaled_to_unit,
     takes_kernels,
 )
@@ -25,7 +28,8 @@ class GatedDeltaNet(Mixer):
     """A matrix-valued memory a head, behind short convolutions.
 
     Configuration: `gdn` with `num_heads`, `head_dim`, `value_head_dim`, `conv_size`.
-    State: `recurrent` `[B, H, Dk, Dv]`, and the convolutions' last inputs `q, k, v` `[B, taps - 1, H D]`.
+    State: `recurrent` `[B, H, Dk, Dv]`, and the convolutions' last inputs `q, k, v` `[B, taps - 1, H D]`; of the packed
+    form these are one, `rows`.
     """
 
     packs = True
@@ -65,7 +69,8 @@ class GatedDeltaNet(Mixer):
         }
 
     def packed_state(self, count, dtype, device):
-        return self.empty_state(torch.empty(count, 0, dtype=dtype, device=device))
+        state = self.empty_state(torch.empty(count, 0, dtype=dtype, device=device))
+        return {"recurrent": state["recurrent"], "rows": torch.cat([state[name] for name in "qkv"], -1)}
 
     def forward(self, x, positions, state):
         if not isinstance(positions, torch.Tensor):
@@ -87,20 +92,27 @@ class GatedDeltaNet(Mixer):
 
     def packed(self, x, sequences, state):
         layers = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj
-        o, after = self.mixed(*(layer(x) for layer in layers), sequences, state)
+        o, after = self.mixed(*project(x, *layers), sequences, state)
         return self.o_proj(o.flatten(-2)), after
 
     @in_own_precision
     def mixed(self, q, k, v, gate, a, b, sequences, state):
         options = {"output_final_state": state is not None, "in_place": True}
-        before, after, parts = state or {}, {}, []
-        for name, x, weight in (("q", q, self.q_conv), ("k", k, self.k_conv), ("v", v, self.v_conv)):
-            x, after[name] = kernels.causal_conv1d(x, weight, sequences, before.get(name), **options)
-            parts.append(x.unflatten(-1, (self.heads, -1)))
-        gates = a, b, self.A_log, self.dt_bias
-        o, after["recurrent"] = kernels.gated_delta_rule(*parts, *gates, sequences, before.get("recurrent"), **options)
+        inputs, convs, rows = (q, k, v), (self.q_conv, self.k_conv, self.v_conv), None
+        if state is None:
+            parts = [
+                kernels.causal_conv1d(x, conv, sequences, **options)[0] for x, conv in zip(inputs, convs, strict=True)
+            ]
+        else:
+            moved_beside(convs)
+            x, weight = joined(inputs, 1), joined(convs, 0)
+            x, rows = kernels.causal_conv1d(x, weight, sequences, state.get("rows"), **options)
+            parts = x.split(list(map(len, convs)), 1)
+        parts = [x.unflatten(-1, (self.heads, -1)) for x in parts]
+        gates, memory = (a, b, self.A_log, self.dt_bias), (state or {}).get("recurrent")
+        o, memory = kernels.gated_delta_rule(*parts, *gates, sequences, memory, **options)
         o = kernels.gated_rms_norm(o, gate.unflatten(-1, (self.heads, -1)), self.norm, self.eps)
-        return o, None if state is None else after
+        return o, None if state is None else {"recurrent": memory, "rows": rows}
 
 
 @in_own_precision

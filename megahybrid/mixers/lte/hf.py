@@ -53,12 +53,13 @@ class LTEAttention(Attention):
     @in_own_precision
     def mixed(self, q, k, v, sequences, state):
         scores, rows = self.router(k, v, sequences, state)
-        inputs = self.rotate_packed(q, sequences), self.rotate_packed(k, sequences), v, scores
+        inputs = *self.rotate_packed(q, k, sequences), v, scores
         limits = self.columns - 1, self.sinks, self.buffer
         if state is None:
             o, cut = kernels.lte_attention(*inputs, sequences, *limits), sequences.remaining < self.router.margin
             return o, {"loss": excess(scores, cut[:, None]).sum(0, keepdim=True)} if self.training else None
-        cache = kernels.LTECache(**{name: x for name, x in state.items() if not name.startswith("rows")})
+        cache = {name: x for name, x in state.items() if not name.startswith("rows")}
+        cache = kernels.LTECache(**cache) if cache else None
         inputs = *inputs, cache, sequences
         o, cache = kernels.lte_attention_with_cache(*inputs, *limits, self.router.margin, in_place=True)
         return o, {**vars(cache), **rows}
@@ -196,7 +197,7 @@ class Router(nn.Module):
         if state is None:
             logits = kernels.retention_logits(k, v, self._parameters_of_op(), sequences, None, self.dilation)
         else:
-            rows = kernels.RouterState(tuple(state[f"rows{n}"] for n in range(3)))
+            rows = kernels.RouterState(tuple(state[f"rows{n}"] for n in range(3))) if state else None
             logits, rows = kernels.retention_logits_streamed(
                 k, v, self._parameters_of_op(), sequences, rows, self.dilation
             )

@@ -37,12 +37,13 @@ class NSAAttention(Attention):
         return {"cache": kernels.NSACache.empty(*sizes, dtype=dtype, device=device)}
 
     def packed(self, x, sequences, state):
-        o, after = self.mixed(*self.project_packed(x), self.g_proj(x), sequences, state)
+        q, k, v, gates = self.project_packed(x, self.g_proj)
+        o, after = self.mixed(q, k, v, gates, sequences, self.begun(state, k, sequences))
         return self.o_proj(o.flatten(-2)), after
 
     @in_own_precision
     def mixed(self, q, k, v, gates, sequences, state):
-        q, k = self.rotate_packed(q, sequences), self.rotate_packed(k, sequences)
+        q, k = self.rotate_packed(q, k, sequences)
         inputs, limits = (q, k, v, gates.unflatten(-1, (-1, 3)).sigmoid()), (self.block, self.count, self.window)
         if state is None:
             return kernels.native_sparse_attention(*inputs, sequences, *limits)[0], None
