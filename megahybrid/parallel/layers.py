@@ -116,7 +116,10 @@ class _Projections(torch.autograd.Function):
         # Of copies each rank's heads have used one for themselves.
         copied = [number for number, copies in enumerate(ctx.copies) if copies > 1]
         sums, summed = _start_sum_over_copies([grads[n].T @ x for n in copied], [ctx.copies[n] for n in copied])
-        weight_grads = [None if number in copied else grad.T @ x for number, grad in enumerate(grads)]
+        weight_grads = [
+            None if number in copied else _weight_gradient(weight, grad, x)
+            for number, (weight, grad) in enumerate(zip(weights, grads, strict=True))
+        ]
         reduced.wait()
         summed.wait()
         for number, total in zip(copied, sums, strict=True):
@@ -155,7 +158,15 @@ class _ReducedProduct(torch.autograd.Function):
             dy, (dx,) = _gathered_products(dy, [weight])
         else:
             dx = dy @ weight
-        return dx, dy.T @ x, None
+        return dx, _weight_gradient(weight, dy, x), None
+
+
+def _weight_gradient(weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
+    """dyᵀ x, or nothing where the owner of gradients lets the product add it to its sums (training/reduction.py)."""
+    if weight.add_product is None:
+        return dy.T @ x
+    weight.add_product(dy, x)
+    return None
 
 
 def _gathered_products(x: Tensor, matrices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
