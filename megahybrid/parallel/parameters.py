@@ -90,7 +90,7 @@ def parameter(
 
 def attach_spec(weight: nn.Parameter, spec: ParameterSpec, partial: bool = False) -> nn.Parameter:
     """Tag a parameter that was made elsewhere (a Megatron-core layer's)."""
-    weight.spec, weight.partial, weight.tied, weight.add_product = spec, partial, False, None
+    weight.spec, weight.partial, weight.tied = spec, partial, False
     rank = parallel_state.get_tensor_model_parallel_rank()
     copies = spec.copies(parallel_state.get_tensor_model_parallel_world_size())
     weight.tensor_model_parallel = rank % copies == 0  # DeepSpeed's mark: its norm counts every part once

@@ -17,8 +17,10 @@ def process_group():
     groups.shut_down()
 
 
-def test_gradients_of_a_shared_input_are_those_of_separate_projections():
-    layers = [ColumnLinear(12, width, normal(0.1)).double() for width in (8, 3, 20)]
+@pytest.mark.parametrize("widths", [(8, 3, 20), (20, 3, 8), (20, 3, 2), (3, 8, 2)])
+def test_gradients_of_a_shared_input_are_those_of_separate_projections(widths):
+    """The last ones are one product where they are as narrow as 16."""
+    layers = [ColumnLinear(12, width, normal(0.1)).double() for width in widths]
     for layer in layers:
         torch.nn.init.normal_(layer.weight)
     x = torch.randn(5, 1, 12, dtype=torch.float64, requires_grad=True)
