@@ -25,6 +25,7 @@ from megahybrid_kernels.retention_router import (
     margin,
     retention_logits,
     retention_logits_streamed,
+    retention_scores,
 )
 from megahybrid_kernels.rotary import rotary, rotary_of_both
 from megahybrid_kernels.sequences import Sequences
@@ -57,6 +58,7 @@ __all__ = [
     "native_sparse_attention_with_cache",
     "retention_logits",
     "retention_logits_streamed",
+    "retention_scores",
     "rms_norm",
     "rotary",
     "rotary_of_both",

@@ -39,7 +39,7 @@ def to_tokens(x: Tensor) -> Tensor:
 def own_heads(weight: Tensor) -> Tensor:
     """Of a tensor parallel rank's part of a parameter with the heads in front, what this rank's heads have."""
     rank, ranks = groups.context_parallel()
-    return weight.chunk(ranks)[rank]
+    return weight if ranks == 1 else weight.chunk(ranks)[rank]  # whose gradient would be copied
 
 
 def gather_tokens(x: Tensor) -> Tensor:

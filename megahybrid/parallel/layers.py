@@ -8,6 +8,7 @@ gathers the others', weight gradients while the input's is reduced (Korthikanti 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import Initializer, ParameterSpec, attach_spec, parameter
 from megahybrid_kernels.untracked import applied
+
+# Rows of a weight whose product takes as long as reading x does, whether they are of one or of several projections.
+_FEW_ROWS = 16
 
 
 def enter(x: Tensor, sequence_parallel: bool) -> Tensor:
@@ -89,12 +93,19 @@ def project(x: Tensor, layers: Sequence[ColumnLinear], sequence_parallel: bool) 
     if joined is not None and not torch.is_grad_enabled() and not sequence_parallel and joined.holds(layers):
         y = x.squeeze(1) @ joined.weight.T
         return y.split([*joined.sizes, y.shape[1] - sum(joined.sizes)], 1)[: len(layers)]
-    copies = [layer.copies for layer in layers]
-    return applied(_Projections, x.squeeze(1), sequence_parallel, copies, *(layer.weight for layer in layers))
+    weights, copies = [layer.weight for layer in layers], [layer.copies for layer in layers]
+    few = [*itertools.takewhile(lambda n: copies[n] == 1 and len(weights[n]) <= _FEW_ROWS, range(len(layers))[::-1])]
+    if len(few) < 2:
+        return applied(_Projections, x.squeeze(1), sequence_parallel, copies, *weights)
+    together = weights[few[-1] :]
+    del weights[few[-1] :], copies[few[-1] + 1 :]
+    *outputs, y = applied(_Projections, x.squeeze(1), sequence_parallel, copies, *weights, torch.cat(together))
+    return *outputs, *y.split([len(weight) for weight in together], 1)
 
 
 class _Projections(torch.autograd.Function):
-    """Autograd alone would write one input gradient a projection and add them up in kernels of their own."""
+    """Autograd alone would write one input gradient a projection and add them up in kernels of their own. The last
+    one's is first: where it has few rows, it is bound by what it writes, and would have to read it, too."""
 
     @staticmethod
     def forward(ctx, x: Tensor, sequence_parallel: bool, copies: Sequence[int], *weights: Tensor) -> tuple[Tensor, ...]:
@@ -109,14 +120,17 @@ class _Projections(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        dx = grads[0] @ weights[0]
-        for grad, weight in zip(grads[1:], weights[1:], strict=True):
+        dx = grads[-1] @ weights[-1]
+        for grad, weight in zip(grads[:-1], weights[:-1], strict=True):
             dx.addmm_(grad, weight)
         dx, reduced = _start_reduction(dx, ctx.sequence_parallel)
         # Of copies each rank's heads have used one for themselves.
         copied = [number for number, copies in enumerate(ctx.copies) if copies > 1]
         sums, summed = _start_sum_over_copies([grads[n].T @ x for n in copied], [ctx.copies[n] for n in copied])
-        weight_grads = [None if number in copied else grad.T @ x for number, grad in enumerate(grads)]
+        weight_grads = [
+            None if number in copied else _weight_gradient(weight, grad, x)
+            for number, (weight, grad) in enumerate(zip(weights, grads, strict=True))
+        ]
         reduced.wait()
         summed.wait()
         for number, total in zip(copied, sums, strict=True):
@@ -155,7 +169,13 @@ class _ReducedProduct(torch.autograd.Function):
             dy, (dx,) = _gathered_products(dy, [weight])
         else:
             dx = dy @ weight
-        return dx, dy.T @ x, None
+        return dx, _weight_gradient(weight, dy, x), None
+
+
+def _weight_gradient(weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
+    """dyᵀ x, or nothing where the owner of gradients lets the product add it to its sums (training/reduction.py)."""
+    add_product = getattr(weight, "add_product", None)
+    return dy.T @ x if add_product is None else add_product(dy, x)
 
 
 def _gathered_products(x: Tensor, matrices: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

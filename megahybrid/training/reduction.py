@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megahybrid.parallel import groups
+from megahybrid_kernels.products import add_product
 
 
 @dataclass(frozen=True)
@@ -90,15 +91,24 @@ class Bucket:
 
     def put(self, number: int, gradient: Tensor, dtype: torch.dtype) -> None:
         """Add a parameter's gradient, in `dtype` where it has its place for a while."""
-        if self.reduced and self.sums is not None:
-            raise RuntimeError("A gradient came after the last one of its step.")
         self._open(dtype)
         part, gradient = self._parts[number], gradient.reshape(-1)
         part.add_(gradient) if number in self._filled else part.copy_(gradient)
+        self._note(number)
+
+    def put_product(self, number: int, dy: Tensor, x: Tensor, dtype: torch.dtype) -> None:
+        """Likewise that of a weight, dyᵀ x, which the product itself adds."""
+        self._open(dtype)
+        add_product(self._parts[number].view(dy.shape[1], x.shape[1]), dy.T, x, number in self._filled)
+        self._note(number)
+
+    def _note(self, number: int) -> None:
         self._filled.add(number)
         self.missing -= 1
 
     def _open(self, dtype: torch.dtype) -> None:
+        if self.reduced and self.sums is not None:
+            raise RuntimeError("A gradient came after the last one of its step.")
         if not self._parts:
             length = len(self.shard) * groups.weight_holders()[1]
             whole = self.shard.new_empty(length, dtype=dtype) if self.sums is None else self.sums
@@ -140,7 +150,7 @@ class _UnderWay:
 
 
 class Reduction:
-    """Takes every gradient that a backward pass leaves on a parameter of its buckets.
+    """Takes every gradient that a backward pass leaves on a parameter of its buckets, or gives it as a product.
 
     Attributes:
         buckets: as they were given.
@@ -159,6 +169,7 @@ class Reduction:
     def _hooked(self) -> Iterator[RemovableHandle]:
         for bucket in self.buckets:
             for number, parameter in enumerate(bucket.parameters):
+                parameter.add_product = functools.partial(self._take_product, bucket, number)
                 yield parameter.register_post_accumulate_grad_hook(functools.partial(self._take, bucket, number))
 
     def begin(self, micro_batches: int) -> None:
@@ -169,7 +180,17 @@ class Reduction:
     @torch.no_grad()
     def _take(self, bucket: Bucket, number: int, parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
+        if gradient is None:  # it came as a product
+            return
         bucket.put(number, gradient, self._dtype)
+        self._came(bucket)
+
+    @torch.no_grad()
+    def _take_product(self, bucket: Bucket, number: int, dy: Tensor, x: Tensor) -> None:
+        bucket.put_product(number, dy, x, self._dtype)
+        self._came(bucket)
+
+    def _came(self, bucket: Bucket) -> None:
         if not bucket.missing and not bucket.kind.partial:
             self._reduce(bucket)
 

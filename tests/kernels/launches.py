@@ -175,7 +175,7 @@ def evictions(case: Case) -> None:
 
 def retention(case: Case) -> None:
     dropout = Dropout(0.1, new(case.tokens, dtype=torch.int64, grad=False))
-    backward(router.retention_logits(case.rows(), case.rows(), case.router(), case.sequences, dropout))
+    backward(*router.retention_scores(case.rows(), case.rows(), case.router(), case.sequences, dropout))
 
 
 def convolution(case: Case) -> None:

@@ -19,6 +19,7 @@ SHAPES = [(1, 1), (7, 16), (70, 3, 40), (5, 1, 1000)]
 def few_programs_and_poisoned_memory(monkeypatch, poisoned_memory):
     """Several tiles a program; what a kernel leaves unwritten is NaN."""
     monkeypatch.setattr(norm, "_PROGRAMS", 3)
+    monkeypatch.setattr(norm, "_GATED_PROGRAMS", 3)
     monkeypatch.setattr(norm, "_BACKWARD_TILE", 256)
 
 

@@ -47,6 +47,32 @@ def test_outputs_and_gradients(lengths, heads, head_dim, kernel_size, dilation, 
     assert_same_gradients(logits.cpu(), truth, pairs, FLOAT32_TOLERANCE)
 
 
+@pytest.mark.parametrize("others", [(True, True), (True, False), (False, False)])
+def test_scores_add_to_the_gradients_of_other_uses(others):
+    """Of k and v, which may have none."""
+    lengths, heads, head_dim = (3, 40), 2, 8
+    k, v = (leaf(sum(lengths), heads, head_dim, seed=i, dtype=torch.float32) for i in range(2))
+    actual = leaves(random_router(heads, head_dim, 1), torch.float32)
+    expected = leaves(actual, torch.float64)
+
+    def result(backend, k, v, parameters, device):
+        scores, *after = backend.retention_scores(k, v, parameters, Sequences.of(lengths, device))
+        return scores + sum(x.sin().sum(-1) for x, used in zip(after, others, strict=True) if used)
+
+    found = result(router, k[0].to(DEVICE), v[0].to(DEVICE), moved(actual), DEVICE)
+    truth = result(reference, k[1], v[1], expected, "cpu")
+    pairs = {"k": k, "v": v} | {name: (x, named(expected)[name]) for name, x in named(actual).items()}
+    assert_same_gradients(found.cpu(), truth, pairs, FLOAT32_TOLERANCE)
+
+
+def test_k_alone_has_its_gradient_from_others():
+    (k, _), (v, _) = (leaf(5, 2, 8, seed=i, dtype=torch.float32) for i in range(2))
+    parameters = leaves(random_router(2, 8, 1), torch.float32)
+    _, after, _ = router.retention_scores(k.to(DEVICE), v.to(DEVICE), moved(parameters), Sequences.of((5,), DEVICE))
+    after.sum().backward()
+    assert torch.equal(k.grad, torch.ones_like(k)) and v.grad is None and parameters.projection.grad is None
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_fewer_layers_than_a_launch_serves(count):
     lengths, heads, head_dim = (3, 40), 2, 8

@@ -31,8 +31,8 @@ from megahybrid_kernels.retention_router import (
     Dropout,
     RouterParameters,
     RouterState,
-    retention_logits,
     retention_logits_streamed,
+    retention_scores,
 )
 from megahybrid_kernels.rotary import rotary
 from megahybrid_kernels.swiglu import swiglu
@@ -244,7 +244,7 @@ CASES: dict[str, Case] = {
     ),
     "rotary": Case(lambda x: (rotary(x["x"], x["positions"], 1e4),), wide(LENGTHS, "x"), POSITIONS),
     "router": Case(
-        lambda x: (retention_logits(x["k"], x["v"], parameters(x), whole(), Dropout(0.2, x["keys"])),),
+        lambda x: retention_scores(x["k"], x["v"], parameters(x), whole(), Dropout(0.2, x["keys"])),
         FIRST, {"keys": torch.arange(20) * 7},
     ),
     "router's first piece": Case(lambda x: streamed(x, whole()), FIRST | router_states(3), {}, ("all",)),

@@ -1,5 +1,6 @@
 """Optimizer steps of a tiny model by the engine, in any layout, and by plain autograd and torch's AdamW."""
 
+import functools
 from collections import Counter
 from contextlib import contextmanager
 
@@ -89,6 +90,10 @@ def states(engine):
     return found
 
 
+def add_product(master, dy, x):
+    master.grad += dy.double().T @ x.double() / SAMPLES
+
+
 @contextmanager
 def summed():
     """Counts the elements that this rank gives to sums over its data parallel group, by type."""
@@ -112,9 +117,9 @@ def summed():
         yield sums
 
 
-def by_torch(dtype, tied=True, vocab_size=None):
+def by_torch(dtype, tied=True, vocab_size=None, products=False):
     """The same of one process, as `by_engine`: a sample after the other through the model, gradients added up and
-    divided in float64."""
+    divided in float64; with `products` those of projections' weights are never rounded before."""
     from megahybrid.model.context import Context, dropout_keys
     from megahybrid.model.stack import build
     from megahybrid.parallel import groups
@@ -133,6 +138,8 @@ def by_torch(dtype, tied=True, vocab_size=None):
         eps=1e-3,
     )
     model.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    for name, parameter in model.named_parameters() if products else ():
+        parameter.add_product = functools.partial(add_product, masters[name])
     found = {"losses": [], "norms": [], "states": [{"weights": {n: m.clone() for n, m in masters.items()}}]}
     for step in range(1, STEPS + 1):
         for name, parameter in model.named_parameters():
@@ -144,9 +151,9 @@ def by_torch(dtype, tied=True, vocab_size=None):
             where = torch.arange(sum(LENGTHS))
             keys = dropout_keys(0, step, torch.zeros_like(where), where, 5)
             out = model(tokens[:-1], Context(Sequences.of(LENGTHS), keys), labels=tokens[1:])
-            gradients = torch.autograd.grad(out.loss / len(where), list(model.parameters()))
+            gradients = torch.autograd.grad(out.loss / len(where), list(model.parameters()), allow_unused=products)
             for master, gradient in zip(masters.values(), gradients, strict=True):
-                master.grad += gradient.double() / SAMPLES
+                master.grad += 0 if gradient is None else gradient.double() / SAMPLES
             loss += float(out.loss) / len(where) / SAMPLES
         found["losses"].append(loss)
         found["norms"].append(float(torch.nn.utils.clip_grad_norm_(list(masters.values()), 0.3)))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megahybrid_kernels.backend import takes_triton
 from megahybrid_kernels.linear_cross_entropy import reference
+from megahybrid_kernels.products import add_product
 
 # Of a chunk's logits. Each chunk also reads and writes weight's whole gradient once, so that few are better.
 CHUNK_BYTES = 2**30
@@ -54,7 +55,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         token_weights = token_weights.masked_fill(ignored, 0)
         losses, normalisers = (torch.empty(tokens, dtype=wide, device=x.device) for _ in range(2))
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted[0] else None
-        dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if wanted[1] else None
+        dweight = torch.empty(weight.shape, dtype=wide, device=x.device) if wanted[1] else None
         split = group is not None and dist.get_world_size(group) > 1
         local_labels = labels - dist.get_rank(group) * len(weight) if split else labels
         length = chunk_length(tokens, len(weight), x.element_size())
@@ -76,7 +77,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if dx is not None:
                 torch.mm(logits, weight, out=dx[rows])
             if dweight is not None:
-                _add_product(dweight, logits, x[rows])
+                add_product(dweight, logits.T, x[rows], begin > 0)
         losses.masked_fill_(ignored, 0)
         ctx.save_for_backward(dx, dweight)
         ctx.dtype = weight.dtype
@@ -108,13 +109,3 @@ def _over_ranks(peak: Tensor, total: Tensor, target: Tensor, group) -> tuple[Ten
     both = torch.stack([total * (own_peak - peak).exp(), target])
     dist.all_reduce(both, group=group)
     return peak, *both
-
-
-def _add_product(dweight: Tensor, dlogits: Tensor, x: Tensor) -> None:
-    """dweight += dlogits^T x, without a rounding between chunks."""
-    if dweight.dtype == x.dtype:
-        dweight.addmm_(dlogits.T, x)
-    elif x.is_cuda:
-        torch.addmm(dweight, dlogits.T, x, out_dtype=dweight.dtype, out=dweight)
-    else:
-        dweight.addmm_(dlogits.T.to(dweight.dtype), x.to(dweight.dtype))

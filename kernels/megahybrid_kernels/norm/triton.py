@@ -29,8 +29,9 @@ from megahybrid_kernels.untracked import applied
 # Values of a program's tile and of a thread, forward and backward; a wider row is a tile by itself.
 _FORWARD_TILE, _FORWARD_PER_THREAD = 4096, 32
 _BACKWARD_TILE, _BACKWARD_PER_THREAD = 2048, 16
-# Most programs of the backward pass, 4 on each of 132 multiprocessors at once: each leaves a row of dw behind.
-_PROGRAMS = 528
+# Most programs of the backward pass, as many as run at once on 132 multiprocessors: 6 on each, which have 85 registers
+# a thread, or 4 with a gate, which have 128. Each leaves a row of dw behind.
+_PROGRAMS, _GATED_PROGRAMS = 132 * 6, 132 * 4
 
 
 @triton.jit
@@ -136,7 +137,7 @@ class _Norm(torch.autograd.Function):
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         tile = _tile(x.shape[1], _BACKWARD_TILE, _BACKWARD_PER_THREAD)
-        programs = min(_PROGRAMS, cdiv(len(x), tile["ROWS"]))
+        programs = min(_PROGRAMS if gate is None else _GATED_PROGRAMS, cdiv(len(x), tile["ROWS"]))
         dweight = torch.empty(programs, x.shape[1], dtype=torch.float32, device=x.device)
         norm_backward_kernel[programs](
             x, other, weight, dy, dx, dx if dgate is None else dgate, dweight, x.stride(0), other.stride(0),

@@ -18,6 +18,7 @@ __all__ = [
     "margin",
     "retention_logits",
     "retention_logits_streamed",
+    "retention_scores",
     "unsupported",
 ]
 
@@ -49,14 +50,25 @@ def retention_logits(
     Raises:
         ValueError: shapes do not fit, or a kernel size is even.
     """
-    _check(k, v, parameters, sequences)
-    if dropout is not None and not 0 <= dropout.probability < 1:
-        raise ValueError(f"the dropout probability must lie in [0, 1), but is {dropout.probability}")
-    if _takes(k, v, parameters, sequences) and _fits(k, parameters):
-        from megahybrid_kernels.retention_router import triton as backend
-    else:
-        backend = reference
+    backend = _backend(k, v, parameters, sequences, dropout)
     return backend.retention_logits(k, v, parameters, sequences, dropout, dilation)
+
+
+def retention_scores(
+    k: Tensor,
+    v: Tensor,
+    parameters: RouterParameters,
+    sequences: Sequences,
+    dropout: Dropout | None = None,
+    dilation: int = 2,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, `sigmoid(retention_logits(...)) - 1/2`, and k and v for all that comes after: their gradients from there
+    are added to by the kernel that has the router's, instead of in passes of their own.
+
+    Arguments and errors are those of `retention_logits`.
+    """
+    backend = _backend(k, v, parameters, sequences, dropout)
+    return backend.retention_scores(k, v, parameters, sequences, dropout, dilation)
 
 
 def retention_logits_streamed(
@@ -117,6 +129,17 @@ def unsupported(dtype: torch.dtype, head_dim: int, layers: int = 3) -> str | Non
     if head_dim > most:
         return f"take head dims up to {most} in {str(dtype).removeprefix('torch.')}, not {head_dim}"
     return None
+
+
+def _backend(k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequences, dropout: Dropout | None):
+    _check(k, v, parameters, sequences)
+    if dropout is not None and not 0 <= dropout.probability < 1:
+        raise ValueError(f"the dropout probability must lie in [0, 1), but is {dropout.probability}")
+    if _takes(k, v, parameters, sequences) and _fits(k, parameters):
+        from megahybrid_kernels.retention_router import triton as backend
+    else:
+        backend = reference
+    return backend
 
 
 def _takes(k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequences) -> bool:

@@ -38,10 +38,11 @@ class RetentionRouter(Shape):
         def route(op: Op, x: Inputs, sequences: Sequences) -> Tensor:
             keys = torch.arange(sequences.tokens, device=x["k"].device) * 2654435761 % 2**32
             dropout = Dropout(dropped, keys) if dropped else None
-            return op(x["k"], x["v"], _parameters(x), sequences, dropout=dropout, dilation=self.dilation)
+            scores, k, v = op(x["k"], x["v"], _parameters(x), sequences, dropout=dropout, dilation=self.dilation)
+            return torch.cat([scores[..., None], k, v], -1)
 
         shape = f"{packed(lengths)} heads={self.heads} head_dim={self.head_dim}"
-        place = ("retention_router", "retention_router", "retention_logits")
+        place = ("retention_router", "retention_router", "retention_scores")
         return Case(*place, shape, lengths, self._make(sum(lengths)), route, variant=variant)
 
     def _streamed(self) -> Streamed:

@@ -55,6 +55,18 @@ def retention_logits(
     return _logits(x, parameters)
 
 
+def retention_scores(
+    k: Tensor,
+    v: Tensor,
+    parameters: RouterParameters,
+    sequences: Sequences,
+    dropout: Dropout | None = None,
+    dilation: int = 2,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `megahybrid_kernels.retention_router.retention_scores`."""
+    return retention_logits(k, v, parameters, sequences, dropout, dilation).sigmoid() - 0.5, k, v
+
+
 def retention_logits_streamed(
     k: Tensor,
     v: Tensor,

@@ -35,6 +35,7 @@ from megahybrid_kernels.retention_router.triton_layers import (
     forward_layer_kernel,
 )
 from megahybrid_kernels.sequences import Sequences
+from megahybrid_kernels.shares import sum_shares
 from megahybrid_kernels.targets import table_of
 from megahybrid_kernels.untracked import applied
 
@@ -133,8 +134,10 @@ class _Layer:
             return small and self.taps == 3, 32, 4 if small else 8, 1
         return small and self.taps == 3, 128 if small else 32, 4 if small else 8, 2
 
-    def forward(self, inputs: tuple[Tensor, ...], packed, bias, projection, projection_bias, logits: Tensor | None):
-        """y from (k, v) or from the last y and the packed weight; logits are written if given."""
+    def forward(
+        self, inputs: tuple[Tensor, ...], packed, bias, projection, projection_bias, logits: Tensor | None, scored: bool
+    ):
+        """y from (k, v) or from the last y, and the packed weight; logits, or scores, are written if given."""
         tokens = self.sequences.tokens
         y = torch.empty(self.heads, tokens, self.out, dtype=_dtype_of_y(inputs[0].dtype), device=packed.device)
         first, second = inputs[0], inputs[-1]
@@ -144,12 +147,14 @@ class _Layer:
         forward_layer_kernel[cdiv(tokens, block - 2 * halo) * self.heads](
             first, second, packed, bias, *self.places, y, projection, projection_bias,
             y if logits is None else logits, *self.strides(first), *self.strides(second), tokens, self.dilation,
-            self.threshold, self.keep_scale, **self.constants, LAST=logits is not None, BLOCK=block, num_warps=warps,
+            self.threshold, self.keep_scale, **self.constants, LAST=logits is not None,
+            SCORES=scored and logits is not None, BLOCK=block, num_warps=warps,
         )  # fmt: skip
         return y
 
-    def backward(self, inputs: tuple[Tensor, ...], packed: Tensor, dy: Tensor):
-        """Gradients of the inputs (for a y of what comes before its activation), and what `sum_splits` takes."""
+    def backward(self, inputs: tuple[Tensor, ...], packed: Tensor, dy: Tensor, before: tuple[Tensor | None, ...]):
+        """Gradients of the inputs (for a y of what comes before its activation), of which k and v have some `before`;
+        and what `sum_splits` takes."""
         tokens, heads = self.sequences.tokens, self.heads
         together, block, warps, stages = self.weight_launch(dy.dtype)
         span = cdiv(cdiv(tokens, _SPLITS), block) * block
@@ -161,8 +166,8 @@ class _Layer:
         scalars = (tokens, self.dilation, self.threshold, self.keep_scale)
         gradients = [torch.empty(x.shape, dtype=dy.dtype, device=x.device) for x in inputs]
         backward_input_kernel[cdiv(tokens, _INPUT[0]) * heads](
-            dy, packed, inputs[0], gradients[0], gradients[-1], *self.places, *self.strides(gradients[0]), *scalars,
-            **self.constants, BLOCK=_INPUT[0], num_warps=_INPUT[1],
+            dy, packed, inputs[0], *before, gradients[0], gradients[-1], *self.places, *self.strides(gradients[0]),
+            *scalars, **self.constants, BLOCK=_INPUT[0], num_warps=_INPUT[1],
         )  # fmt: skip
         backward_weight_kernel[self.halves * (1 if together else self.taps) * splits * heads](
             dy, inputs[0], inputs[-1], dweight, dbias, *self.places, *self.strides(inputs[0]),
@@ -173,54 +178,78 @@ class _Layer:
 
 
 def forward_layers(
-    layers: list[_Layer], logits: Tensor, k: Tensor, v: Tensor, projection: Tensor, projection_bias: Tensor, *rest
+    layers: list[_Layer],
+    logits: Tensor,
+    scored: bool,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    projection_bias: Tensor,
+    *rest: Tensor,
 ) -> list[Tensor]:
-    """Every layer's y; fills logits, fp32 `[tokens, kv_heads]`. `rest` are the weights and then the biases."""
+    """Every layer's y; fills logits, fp32 `[tokens, kv_heads]`, or if `scored` with scores. `rest` are the weights and
+    then the biases."""
     weights, biases = rest[: len(layers)], rest[len(layers) :]
     dtypes = [k.dtype] + [_dtype_of_y(k.dtype)] * (len(layers) - 1)
     packed = pack_weights(list(weights), layers[0].heads, dtypes)
     inputs, ys = (k, v), []
     for layer, weight, bias in zip(layers, packed, biases, strict=True):
         out = logits if layer is layers[-1] else None
-        ys.append(layer.forward(inputs, weight, bias, projection, projection_bias, out))
+        ys.append(layer.forward(inputs, weight, bias, projection, projection_bias, out, scored))
         inputs = (ys[-1],)
     return ys
 
 
 class _Router(torch.autograd.Function):
-    """Saves k, v, the weights and every layer's y."""
+    """Scores, and k and v, whose gradients from all other uses come in one with its own. Saves k, v, the weights, every
+    layer's y and the scores; without `scored` there are logits in their place."""
 
     @staticmethod
-    def forward(ctx, layers: list[_Layer], k: Tensor, v: Tensor, projection: Tensor, projection_bias: Tensor, *rest):
+    def forward(
+        ctx,
+        scored: bool,
+        layers: list[_Layer],
+        k: Tensor,
+        v: Tensor,
+        projection: Tensor,
+        projection_bias: Tensor,
+        *rest: Tensor,
+    ):
         weights = rest[: len(layers)]
-        logits = torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
-        ys = forward_layers(layers, logits, k, v, projection, projection_bias, *rest)
+        scores = torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
+        ys = forward_layers(layers, scores, scored, k, v, projection, projection_bias, *rest)
         ctx.layers = layers
-        ctx.save_for_backward(k, v, projection, projection_bias, *weights, *ys)
-        return logits
+        ctx.save_for_backward(k, v, projection, projection_bias, scores if scored else None, *weights, *ys)
+        ctx.set_materialize_grads(False)
+        return scores, k.view_as(k), v.view_as(v)
 
     @staticmethod
-    def backward(ctx, dlogits: Tensor):
-        k, v, projection, projection_bias, *rest = ctx.saved_tensors
+    def backward(ctx, dscores: Tensor | None, *before: Tensor | None):
+        k, v, projection, projection_bias, scores, *rest = ctx.saved_tensors
         layers, count = ctx.layers, len(ctx.layers)
         weights, ys = rest[:count], rest[count:]
-        dlogits, tokens = dlogits.contiguous(), k.shape[0]
+        if dscores is None:
+            return None, None, *before, *[None] * (2 + 2 * count)
+        before = tuple(x if x is None else x.contiguous() for x in before)
+        dscores, tokens = dscores.contiguous(), k.shape[0]
         last, blocks = layers[-1], cdiv(tokens, _BLOCK)
         dy = torch.empty(ys[-1].shape, dtype=k.dtype, device=k.device)
-        dprojection = torch.empty(last.heads, blocks, last.out, dtype=torch.float32, device=k.device)
+        dprojection, dbias = (
+            torch.empty(blocks, last.heads * out, dtype=torch.float32, device=k.device) for out in (last.out, 1)
+        )
         backward_projection_kernel[blocks * last.heads](
-            ys[-1], dlogits, projection, dy, dprojection, tokens, OUT=last.out, OUT_WIDTH=tile_width(last.out),
-            BLOCK=_BLOCK,
+            ys[-1], scores, dscores, projection, dy, dprojection, dbias, tokens, OUT=last.out,
+            OUT_WIDTH=tile_width(last.out), BLOCK=_BLOCK,
         )  # fmt: skip
         packed, splits = pack_weights(weights, last.heads, [dy.dtype] * count), []
         for number in reversed(range(count)):
-            inputs = (ys[number - 1],) if number else (k, v)
-            gradients, sums = layers[number].backward(inputs, packed[number], dy)
+            inputs, others = ((ys[number - 1],), (None, None)) if number else ((k, v), before)
+            gradients, sums = layers[number].backward(inputs, packed[number], dy, others)
             dy = gradients[0]
             splits.insert(0, sums)
         dweights, dbiases = sum_splits(weights, last.heads, splits)
-        dprojection = dprojection.sum(1).to(projection.dtype)
-        return None, *gradients, dprojection, dlogits.sum(0).to(projection_bias.dtype), *dweights, *dbiases
+        dprojection = sum_shares(dprojection, projection.view(-1)).view_as(projection)
+        return None, None, *gradients, dprojection, sum_shares(dbias, projection_bias), *dweights, *dbiases
 
 
 def retention_logits(
@@ -232,7 +261,19 @@ def retention_logits(
     dilation: int = 2,
 ) -> Tensor:
     """See `megahybrid_kernels.retention_router.retention_logits`; float32, bfloat16 or float16."""
-    return applied(_Router, *router_arguments(k, v, parameters, sequences, dropout, dilation))
+    return applied(_Router, False, *router_arguments(k, v, parameters, sequences, dropout, dilation))[0]
+
+
+def retention_scores(
+    k: Tensor,
+    v: Tensor,
+    parameters: RouterParameters,
+    sequences: Sequences,
+    dropout: Dropout | None = None,
+    dilation: int = 2,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `megahybrid_kernels.retention_router.retention_scores`; likewise."""
+    return applied(_Router, True, *router_arguments(k, v, parameters, sequences, dropout, dilation))
 
 
 def router_arguments(

@@ -41,10 +41,11 @@ def forward_layer_kernel(
     first, second, weight, bias, keys, channel_keys, begins, ends, y, projection, projection_bias, logits,
     stride, head_stride, second_stride, second_head_stride, tokens, dilation, threshold, keep_scale,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, HALVES: tl.constexpr,
-    TAPS: tl.constexpr, ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TAPS: tl.constexpr, ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, LAST: tl.constexpr, SCORES: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y of a layer, and the logits of the last. weight: `[kv_heads, TAPS, HALVES * CHANNELS, OUT]`.
+    """y of a layer, and the logits of the last, or with SCORES its scores. weight: `[kv_heads, TAPS, HALVES * CHANNELS,
+    OUT]`.
 
     A program multiplies BLOCK rows by the weights of all taps and then shifts the products, so that each input is read,
     activated and dropped once; its first and last `TAPS // 2 * dilation` rows serve the others only.
@@ -94,14 +95,18 @@ def forward_layer_kernel(
         vector = tl.load(projection + head * OUT + out, mask=out < OUT, other=0).to(tl.float32)
         logit = tl.sum(silu(acc) * vector[None, :], 1)
         logit += tl.load(projection_bias + head).to(tl.float32)
+        if SCORES:
+            logit = tl.sigmoid(logit) - 0.5
         tl.store(logits + row.to(tl.int64) * heads + head, logit, mask=exists)
 
 
 @kernel
 def backward_projection_kernel(
-    y, dlogits, projection, dy, dprojection, tokens, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    y, scores, dlogits, projection, dy, dprojection, dbias, tokens, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dy of the last layer; dprojection: `[kv_heads, blocks, OUT]`, a sum for each block of tokens."""
+    """dy of the last layer; sums for each block of tokens, dprojection `[blocks, kv_heads, OUT]` and dbias `[blocks,
+    kv_heads]`. With scores unless None, dlogits is their gradient."""
     blocks = tl.cdiv(tokens, BLOCK)
     block, head = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     heads = tl.num_programs(0) // blocks
@@ -111,22 +116,27 @@ def backward_projection_kernel(
     places = (head * tokens + row)[:, None] * OUT + out[None, :]
     value = tl.load(y + places, mask=mask, other=0).to(tl.float32)
     grad = tl.load(dlogits + row.to(tl.int64) * heads + head, mask=row < tokens, other=0).to(tl.float32)
+    if scores is not None:
+        score = tl.load(scores + row.to(tl.int64) * heads + head, mask=row < tokens, other=0)
+        grad *= 0.25 - score * score  # the sigmoid's slope, s (1 - s) with s = score + 1/2
     vector = tl.load(projection + head * OUT + out, mask=out < OUT, other=0).to(tl.float32)
     dvalue = grad[:, None] * vector[None, :] * silu_slope(value, tl.sigmoid(value))
     tl.store(dy + places, dvalue.to(dy.dtype.element_ty), mask=mask)
     sums = tl.sum(grad[:, None] * value * tl.sigmoid(value), 0)
-    tl.store(dprojection + (head * blocks + block) * OUT + out, sums, mask=out < OUT)
+    place = block.to(tl.int64) * heads + head
+    tl.store(dprojection + place * OUT + out, sums, mask=out < OUT)
+    tl.store(dbias + place, tl.sum(grad, 0))
 
 
 @kernel
 def backward_input_kernel(
-    dy, weight, y, first, second, keys, channel_keys, begins, ends, stride, head_stride, tokens, dilation, threshold,
-    keep_scale,
+    dy, weight, y, first_before, second_before, first, second, keys, channel_keys, begins, ends, stride, head_stride,
+    tokens, dilation, threshold, keep_scale,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, HALVES: tl.constexpr,
     TAPS: tl.constexpr, ACTIVATE: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the first layer's halves (dk and dv, alike in strides), or with ACTIVATE dy of the layer before from
-    its y, into `first`."""
+    """Gradients of the first layer's halves (dk and dv, alike in strides), added to those before unless None; or with
+    ACTIVATE dy of the layer before from its y, into `first`."""
     blocks = tl.cdiv(tokens, BLOCK)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -148,20 +158,35 @@ def backward_input_kernel(
             other_acc = tl.dot(grad.to(matrix.dtype), tl.trans(matrix), other_acc, input_precision=PRECISION)
     mask = exists[:, None] & (channel < CHANNELS)[None, :]
     places = head * head_stride + row.to(tl.int64)[:, None] * stride + channel[None, :]
-    if DROPOUT:
-        token_keys = tl.load(keys + row, mask=exists, other=0)
-        numbers = channel_keys + head * HALVES * CHANNELS + channel
-        channel_key = tl.load(numbers, mask=channel < CHANNELS, other=0)
-        acc = tl.where(_keep(token_keys, channel_key, threshold), acc * keep_scale, 0)
-        if HALVES == 2:
-            channel_key = tl.load(numbers + CHANNELS, mask=channel < CHANNELS, other=0)
-            other_acc = tl.where(_keep(token_keys, channel_key, threshold), other_acc * keep_scale, 0)
+    numbers = channel_keys + head * HALVES * CHANNELS
     if ACTIVATE:
         before = tl.load(y + places, mask=mask, other=0).to(tl.float32)
         acc *= silu_slope(before, tl.sigmoid(before))
-    tl.store(first + places, acc.to(first.dtype.element_ty), mask=mask)
+    _store_input_gradient(
+        acc, first, first_before, places, mask, keys, numbers, row, exists, threshold, keep_scale, CHANNELS, WIDTH,
+        DROPOUT,
+    )  # fmt: skip
     if HALVES == 2:
-        tl.store(second + places, other_acc.to(second.dtype.element_ty), mask=mask)
+        _store_input_gradient(
+            other_acc, second, second_before, places, mask, keys, numbers + CHANNELS, row, exists, threshold,
+            keep_scale, CHANNELS, WIDTH, DROPOUT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_input_gradient(
+    value, target, before, places, mask, keys, channel_keys, row, exists, threshold, keep_scale,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """What dropout leaves of a value, and what there is before unless None."""
+    if DROPOUT:
+        channel = tl.arange(0, WIDTH)
+        token_keys = tl.load(keys + row, mask=exists, other=0)
+        channel_key = tl.load(channel_keys + channel, mask=channel < CHANNELS, other=0)
+        value = tl.where(_keep(token_keys, channel_key, threshold), value * keep_scale, 0)
+    if before is not None:
+        value += tl.load(before + places, mask=mask, other=0).to(tl.float32)
+    tl.store(target + places, value.to(target.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -23,5 +23,5 @@ def retention_logits_first(
     late = sum(layer.taps // 2 * dilation for layer in layers)
     # The kernels write `late` rows further on; what then stands where a row means nothing is never read.
     logits = torch.empty(tokens + late, heads, dtype=torch.float32, device=k.device)
-    ys = forward_layers(layers, logits[late:], k, v, *rest)
+    ys = forward_layers(layers, logits[late:], False, k, v, *rest)
     return logits[:tokens], RouterState(state_rows(k, v, ys, list(parameters.weights), sequences, dilation))

@@ -29,6 +29,7 @@ from megahybrid_kernels.retention_router import (
     RouterState,
     retention_logits,
     retention_logits_streamed,
+    retention_scores,
 )
 from megahybrid_kernels.retention_router import unsupported as router_unsupported
 
@@ -68,21 +69,16 @@ class Router(nn.Module):
         self.projection_bias = parameter(heads, axis=0, initializer=constant(0.5), weight_decay=False)
 
     def forward(
-        self,
-        k: Tensor,
-        v: Tensor,
-        sequences: Sequences,
-        dropout: Dropout | None = None,
-        state: RouterState | None = None,
-        streamed: bool = False,
-    ) -> tuple[Tensor, RouterState | None]:
-        """Scores in (-1/2, 1/2) `[tokens, kv heads of this rank]`; streamed they come `margin` tokens later, from the
-        state, or where sequences begin without one."""
-        parameters = self.parameters_for_op()
-        if not streamed:
-            logits = retention_logits(k, v, parameters, sequences, dropout, self.dilation)
-        else:
-            logits, state = retention_logits_streamed(k, v, parameters, sequences, state, self.dilation)
+        self, k: Tensor, v: Tensor, sequences: Sequences, dropout: Dropout | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores in (-1/2, 1/2) `[tokens, kv heads of this rank]`; and k and v for all other uses, see the op."""
+        return retention_scores(k, v, self.parameters_for_op(), sequences, dropout, self.dilation)
+
+    def streamed(
+        self, k: Tensor, v: Tensor, sequences: Sequences, state: RouterState | None
+    ) -> tuple[Tensor, RouterState]:
+        """Scores, `margin` tokens later, from the state, or where sequences begin without one."""
+        logits, state = retention_logits_streamed(k, v, self.parameters_for_op(), sequences, state, self.dilation)
         return torch.sigmoid(logits) - 0.5, state
 
     def parameters_for_op(self) -> RouterParameters:
@@ -118,10 +114,10 @@ class LTEAttention(AttentionProjections):
         if state is not None or context.keep_states:
             return self._continue(q, k, v, context, state or _NOTHING)
         lte, sequences = self.lte, context.sequences
-        q, rotated = self.rotate(q, k, context)
         if self.policy is None:
-            scores, _ = self.router(k, v, sequences, self._dropout(context))
-        else:
+            scores, k, v = self.router(k, v, sequences, self._dropout(context))
+        q, rotated = self.rotate(q, k, context)
+        if self.policy is not None:
             scores, _ = self.policy.scores(k, (q, rotated), sequences, self.policy.state(sequences.count))
         cap = None if context.training and not lte.train_cap else lte.buffer_size
         o = lte_attention(q, rotated, v, scores, sequences, lte.window_size, lte.sink_size, cap, lte.gate)
@@ -132,7 +128,7 @@ class LTEAttention(AttentionProjections):
         lte, sequences = self.lte, context.sequences
         q, rotated = self.rotate(q, k, context)
         if self.policy is None:
-            scores, scorer = self.router(k, v, sequences, state=state.scorer, streamed=True)
+            scores, scorer = self.router.streamed(k, v, sequences, state.scorer)
             delay = lte.margin
         else:
             state = self.initial_state(sequences.count) if state is _NOTHING else state
