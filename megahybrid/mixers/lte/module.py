@@ -118,7 +118,7 @@ class LTEAttention(AttentionProjections):
         if state is not None or context.keep_states:
             return self._continue(q, k, v, context, state or _NOTHING)
         lte, sequences = self.lte, context.sequences
-        q, rotated = self.rotate(q, k, context)
+        q, rotated = self.rotate(q, k, context.sequences)
         if self.policy is None:
             scores, _ = self.router(k, v, sequences, self._dropout(context))
         else:
@@ -130,7 +130,7 @@ class LTEAttention(AttentionProjections):
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: LTEState):
         lte, sequences = self.lte, context.sequences
-        q, rotated = self.rotate(q, k, context)
+        q, rotated = self.rotate(q, k, context.sequences)
         if self.policy is None:
             scores, scorer = self.router(k, v, sequences, state=state.scorer, streamed=True)
             delay = lte.margin
