@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -150,6 +152,15 @@ class Sequences:
         """One of so many tokens, alone, made once."""
         return self.once(_document, length)
 
+    def part(self, first: int, end: int) -> Sequences:
+        """What rows `first` to before `end` have of sequences that begin here, `starts` where in its sequence the first
+        row stands; made once."""
+        return self.once(_part, first, end)
+
+    def longer(self, rows: int) -> Sequences:
+        """The same sequences with `rows` more rows before the first one's own, all counted from 0; made once."""
+        return self.once(_longer, rows)
+
     def rows_behind(self, rows: int) -> Tensor:
         """int64 `[tokens]`: where the tokens stand in `behind(rows)`."""
         return torch.arange(self.tokens, device=self.cu_seqlens.device) + (self.index + 1) * rows
@@ -167,6 +178,21 @@ def _behind(sequences: Sequences, rows: int) -> Sequences:
     _check_tokens(sequences.tokens + sequences.count * rows)
     more = torch.arange(sequences.count + 1, dtype=torch.int32, device=sequences.cu_seqlens.device) * rows
     return Sequences(sequences.cu_seqlens + more, tuple(rows + length for length in sequences.lengths))
+
+
+def _part(sequences: Sequences, first: int, end: int) -> Sequences:
+    borders = sequences.borders
+    one, last = bisect_right(borders, first) - 1, bisect_left(borders, end)
+    own = sequences.cu_seqlens[one : last + 1]
+    lengths = tuple(min(after, end) - max(before, first) for before, after in pairwise(borders[one : last + 1]))
+    starts = None if borders[one] == first else (first - own[:-1].long()).clamp(min=0)
+    return Sequences(own.clamp(first, end) - first, lengths, starts)
+
+
+def _longer(sequences: Sequences, rows: int) -> Sequences:
+    first, *others = sequences.lengths
+    _check_tokens(sequences.tokens + rows)
+    return Sequences(torch.cat([sequences.cu_seqlens[:1], sequences.cu_seqlens[1:] + rows]), (first + rows, *others))
 
 
 def _document(sequences: Sequences, length: int) -> Sequences:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,22 +80,23 @@ def tensor_parallel_fault(config: Config, tensor: int) -> str | None:
     for key in ("vocab_size", "intermediate_size"):
         if (count := getattr(model, key)) % tensor:
             return f"does not divide model.{key} ({count}); choose a divisor of it"
-    return _heads_fault(config, tensor)
+    return _heads_fault(config, parse_pattern(model.pattern).letters, tensor)
 
 
-def _heads_fault(config: Config, ranks: int) -> str | None:
-    """The same of the mixers' heads."""
-    model, split, shared = derived(config.model), {}, {}
-    for letter in parse_pattern(model.pattern).letters:
-        split |= KINDS[letter].split(model)
-        shared |= KINDS[letter].shared(model)
-    for key, count in split.items():
-        if count % ranks:
-            return f"does not divide {key} ({count}); choose a divisor of it"
-    for key, count in shared.items():
-        if count % ranks and ranks % count:
-            return f"is neither a divisor nor a multiple of {key} ({count}); choose one of them"
-    return None
+def _heads_fault(config: Config, letters: Iterable[str], ranks: int) -> str | None:
+    """The same of these mixers' heads."""
+    model = derived(config.model)
+    faults = (KINDS[letter].heads_fault(model, ranks) for letter in dict.fromkeys(letters))
+    return next(filter(None, faults), None)
+
+
+def keepers(config: Config) -> str:
+    """Letters of the mixers with which context parallel ranks keep their tokens (`Kind.keeps_tokens`)."""
+    model, train, parallel = derived(config.model), config.train, config.parallel
+    tokens = train.micro_batch_size * train.seq_length // parallel.context
+    sizes = tokens, parallel.tensor, parallel.context, 2 if train.dtype == "bf16" else 4
+    letters = dict.fromkeys(parse_pattern(model.pattern).letters)
+    return "".join(letter for letter in letters if KINDS[letter].keeps_tokens(model, *sizes))
 
 
 def _heads(config: Config) -> None:
@@ -102,7 +104,8 @@ def _heads(config: Config) -> None:
     if fault := tensor_parallel_fault(config, parallel.tensor):
         raise UserError(f"parallel.tensor is {parallel.tensor}, which {fault}.")
     ranks = parallel.tensor * parallel.context
-    if fault := _heads_fault(config, ranks):
+    keeping, letters = keepers(config), parse_pattern(config.model.pattern).letters
+    if fault := _heads_fault(config, (letter for letter in letters if letter not in keeping), ranks):
         keys = "parallel.tensor * parallel.context" if parallel.tensor > 1 else "parallel.context"
         raise UserError(f"{keys} is {ranks}, which {fault}.")
 

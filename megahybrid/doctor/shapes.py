@@ -8,6 +8,7 @@ import torch
 
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config
+from megahybrid.config.validate import keepers
 from megahybrid.key import derived
 from megahybrid.mixers import KINDS
 from megahybrid_kernels.judging import shapes
@@ -23,14 +24,14 @@ def size_of(config: Config | None, device: torch.device) -> Size:
     if config is None:
         return SIZES["check"]
     model, ranks = derived(config.model), config.parallel.tensor
-    heads = ranks * config.parallel.context
+    keeping = keepers(config)
     used = [
         shapes.RMSNorm(model.hidden_size),
         shapes.SwiGLU(model.intermediate_size // ranks),
         shapes.LinearCrossEntropy(model.hidden_size, model.vocab_size // ranks),
     ]
     for letter in dict.fromkeys(parse_pattern(model.pattern).letters):
-        used += KINDS[letter].judged(model, heads)
+        used += KINDS[letter].judged(model, ranks * (1 if letter in keeping else config.parallel.context))
     return Size(CHECKED, tuple(dict.fromkeys(used if device.type == "cuda" else map(_small, used))))
 
 

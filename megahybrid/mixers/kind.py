@@ -26,6 +26,7 @@ class MicroBatch(NamedTuple):
         ranks: tensor and context parallel ranks that share the heads.
         exchanged: whether context parallel ones are among them, who exchange what a mixer's op gives: where the op
             keeps that, too, it is kept twice.
+        rows: how many context parallel ranks have a part each, of which this is one, and keep their tokens.
     """
 
     samples: int
@@ -33,6 +34,7 @@ class MicroBatch(NamedTuple):
     width: int
     ranks: int
     exchanged: bool = False
+    rows: int = 1
 
 
 class Activations(NamedTuple):
@@ -84,6 +86,34 @@ class Kind(ABC):
     def shared(self, model: ModelConfig) -> dict[str, int]:
         """Likewise, but where there are more ranks than that, as many neighbouring ones share each."""
         return {}
+
+    def heads_fault(self, model: ModelConfig, ranks: int) -> str | None:
+        """Why its heads cannot be split over so many ranks and what to choose, as the end of a sentence, or None."""
+        for key, count in self.split(model).items():
+            if count % ranks:
+                return f"does not divide {key} ({count}); choose a divisor of it"
+        for key, count in self.shared(model).items():
+            if count % ranks and ranks % count:
+                return f"is neither a divisor nor a multiple of {key} ({count}); choose one of them"
+        return None
+
+    @abstractmethod
+    def exchanged(self, model: ModelConfig) -> int:
+        """Channels of a token that context parallel ranks exchange for heads, and back again, in a forward pass."""
+
+    def passed_on(self, model: ModelConfig, ranks: int, width: int) -> float | None:
+        """Bytes that a context parallel rank receives at most in a forward pass if all of `ranks` keep their tokens,
+        with all heads, and pass on what others need of them; `width` bytes an activation. None where they cannot."""
+        return None
+
+    def keeps_tokens(self, model: ModelConfig, tokens: int, tensor: int, ranks: int, width: int) -> bool:
+        """Whether context parallel ranks of so many tokens each, of which each tensor parallel rank has its own, keep
+        them, rather than exchange them for heads: where fewer bytes travel so, or heads are too few."""
+        passed = self.passed_on(model, ranks, width) if ranks > 1 else None
+        if passed is None:
+            return False
+        exchanged = width * self.exchanged(model) * tokens * (ranks - 1) / ranks
+        return passed < exchanged or self.heads_fault(model, tensor * ranks) is not None
 
     @abstractmethod
     def flops(self, model: ModelConfig, length: int) -> dict[str, float]:

@@ -40,6 +40,8 @@ class Mixer(nn.Module):
     def __init__(self, settings: Settings, layer: int):
         super().__init__()
         self.settings, self.layer = settings, layer
+        # Of context parallel ranks each keeps its tokens, with all heads, or they exchange them for all of some heads.
+        self.keeps_tokens = settings.pattern.letters[layer] in settings.keepers
 
     def forward(self, x: Tensor, context: Context, state: Any = None) -> tuple[Tensor, Aux | None, Any]:
         """`[tokens, 1, hidden]` → (the same, by-products in training or None, the next state).

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megahybrid.config.pattern import Pattern, parse_pattern
 from megahybrid.config.schema import Config, ModelConfig
+from megahybrid.config.validate import keepers
 from megahybrid.key import derived
 from megahybrid.parallel.parameters import Initializer, normal
 
@@ -20,12 +21,15 @@ class Settings:
         pattern: the parsed layer pattern.
         sequence_parallel: whether the residual stream is split over the tensor parallel ranks.
         recompute: letters of the layers that recompute their activations in the backward pass.
+        keepers: letters of those with which context parallel ranks keep their tokens, rather than exchange them for
+            heads.
     """
 
     model: ModelConfig
     pattern: Pattern
     sequence_parallel: bool
     recompute: str
+    keepers: str
 
     @classmethod
     def of(cls, config: Config) -> Settings:
@@ -37,6 +41,7 @@ class Settings:
             pattern=pattern,
             sequence_parallel=config.parallel.sequence and config.parallel.tensor > 1,
             recompute=recompute,
+            keepers=keepers(config),
         )
 
     @property

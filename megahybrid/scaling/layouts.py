@@ -62,6 +62,7 @@ class Seconds:
         kernels: on as many GPUs as there are, if nothing were lost.
         smaller: kernels that are smaller, stages that are not equal, or launches that take longer than kernels.
         tensor: exposed gathers and sums of activations.
+        context: what context parallel ranks exchange in mixers, beside which nothing else is done.
         bubble: the pipeline's.
         transfers: exposed ones between stages.
         gradients: reductions that last longer than the backward pass beside them, and the last bucket's.
@@ -71,6 +72,7 @@ class Seconds:
     kernels: float
     smaller: float
     tensor: float
+    context: float
     bubble: float
     transfers: float
     gradients: float
@@ -165,13 +167,15 @@ def seconds(config: Config, replicas: int) -> Seconds:
     launches = max(launch_seconds("".join(letters[layer] for layer in own), count) for own in layers)
     computing = max(kernels * largest * CLUSTER.smaller ** math.log2(parallel.tensor), launches)
     tensor = CLUSTER.exposed * max(map(len, layers)) * count * exchanged(config) / CLUSTER.beside_matmuls
-    bubble = (parallel.pipeline - 1) / (parallel.virtual_pipeline * count) * (computing + tensor)
+    crossing_rank = max(crossing(config, "".join(letters[layer] for layer in own)) for own in layers)
+    context = count * crossing_rank / _rate(parallel.tensor * parallel.context, parallel.tensor)
+    bubble = (parallel.pipeline - 1) / (parallel.virtual_pipeline * count) * (computing + tensor + context)
     transfers = 0.0
     if parallel.pipeline > 1 and parallel.virtual_pipeline == 1:  # interleaved ones go beside the passes
         ranks = parallel.replica // parallel.pipeline * replicas
         transfers = 2 * count * handed_on(config) / _rate(2 * ranks, ranks)
     gradients, weights = _replicas_seconds(config, replicas, computing / count)
-    return Seconds(kernels, computing - kernels, tensor, bubble, transfers, gradients, weights)
+    return Seconds(kernels, computing - kernels, tensor, context, bubble, transfers, gradients, weights)
 
 
 def _replicas_seconds(config: Config, replicas: int, a_micro_batch: float) -> tuple[float, float]:
@@ -209,6 +213,21 @@ def exchanged(config: Config) -> float:
     ranks, width = config.parallel.tensor, 2 if config.train.dtype == "bf16" else 4
     whole = _tokens(config) * config.model.hidden_size * width
     return _EXCHANGES * whole * (ranks - 1) / ranks
+
+
+def crossing(config: Config, letters: str) -> float:
+    """Bytes that a context parallel rank gets in these layers' mixers in a micro-batch, forward and backward."""
+    settings, ranks, width = Settings.of(config), config.parallel.context, 2 if config.train.dtype == "bf16" else 4
+    if ranks == 1:
+        return 0.0
+    total = 0.0
+    for letter in letters:
+        kind, passes = KINDS[letter], 3 if letter in settings.recompute else 2
+        once = width * kind.exchanged(settings.model) * _tokens(config) * (ranks - 1) / ranks
+        if letter in settings.keepers:
+            once = kind.passed_on(settings.model, ranks, width)
+        total += passes * once / config.parallel.tensor
+    return total
 
 
 def handed_on(config: Config) -> float:

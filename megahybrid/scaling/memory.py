@@ -11,7 +11,7 @@ op widens to fp32 takes 4 in either case. What a mixer keeps is said by its kind
 With t tensor parallel ranks I, what a mixer has of heads and the vocabulary are a rank's own, so 1 / t. The residual
 stream is whole on every rank, or with sequence parallelism 1 / t of the tokens; s is that divisor, 1 or t. What
 projections read was gathered once and is kept whole. Of c context parallel ranks each has 1 / c of the tokens; in a
-mixer all tokens and of the heads 1 / (t c).
+mixer that exchanges them all tokens and of the heads 1 / (t c).
 """
 
 from __future__ import annotations
@@ -229,9 +229,12 @@ def _inner(config: Config, settings: Settings) -> float:
 
 def _mixer(config: Config, settings: Settings, letter: str) -> Activations:
     """Its bytes for each token of this rank."""
-    train, contexts = config.train, config.parallel.context
-    ranks = config.parallel.tensor * contexts
-    batch = MicroBatch(train.micro_batch_size, train.seq_length, _width(config), ranks, contexts > 1)
+    train, width, tensor, contexts = config.train, _width(config), config.parallel.tensor, config.parallel.context
+    samples, length = train.micro_batch_size, train.seq_length
+    if letter in settings.keepers:
+        own = max(1, samples // contexts), min(length, samples * length // contexts)
+        return KINDS[letter].activations(settings.model, MicroBatch(*own, width, tensor, rows=contexts))
+    batch = MicroBatch(samples, length, width, tensor * contexts, contexts > 1)
     return Activations(*(contexts * each for each in KINDS[letter].activations(settings.model, batch)))
 
 

@@ -58,7 +58,7 @@ def recommend(config: Config, gpus: int) -> str:
             f"No layout of {gpus} GPUs fits this recipe into {_gib(CLUSTER.memory)} GiB of each; give "
             "train.recompute=all, another number of GPUs, or a train.global_batch_size that more replicas divide."
         )
-    losses = [each.name for each in fields(Seconds)[1:]]
+    losses = [each.name for each in fields(Seconds)[1:] if each.name != "context" or config.parallel.context > 1]
     rows = []
     for layout in found:
         parallel, time = layout.config.parallel, layout.seconds

@@ -1,8 +1,10 @@
 """Every parameter's gradient, in float64 and without DeepSpeed, in every layout of up to four processes."""
 
+import contextlib
 import functools
 import itertools
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ class Layout(NamedTuple):
     context: int = 1
     data: int = 1
     tied: bool = True
+    few: bool = False  # heads: fewer than context parallel ranks, as mixers allow whose tokens stay
 
     @property
     def world(self):
@@ -37,7 +40,7 @@ class Layout(NamedTuple):
 
     def __str__(self):
         parts = [f"tp{self.tensor}", f"cp{self.context}", f"pp{self.pipeline}", f"vp{self.virtual}", f"dp{self.data}"]
-        return "-".join(parts + ["sp"] * self.sequence + ["tied"] * self.tied)
+        return "-".join(parts + ["sp"] * self.sequence + ["tied"] * self.tied + ["few"] * self.few)
 
 
 LAYOUTS = [
@@ -59,16 +62,18 @@ CONTEXT = [
     Layout(context=2, data=2),
     Layout(context=2, tensor=2),
     Layout(context=2, pipeline=2, virtual=2, tied=False),
+    Layout(context=4, few=True),
 ]
 
 
 def config_of(layout, count, train_cap):
     from tests.model import tiny
 
-    tensor, pipeline, virtual, sequence, context, _, tied = layout
-    config = tiny.config(PATTERN, dropout=0.3, tie_embeddings=tied, train_cap=train_cap)
-    config.model.gdn.num_heads = config.model.attention.num_kv_heads = HEADS
-    config.model.attention.num_heads = 2 * HEADS
+    tensor, pipeline, virtual, sequence, context, _, tied, few = layout
+    config = tiny.config("GSGS" if few else PATTERN, dropout=0.3, tie_embeddings=tied, train_cap=train_cap)
+    config.model.gdn.num_heads = config.model.attention.num_kv_heads = 2 if few else HEADS
+    config.model.attention.num_heads = 2 * config.model.attention.num_kv_heads
+    config.model.attention.window_size = 36 if few else 7  # more than a context parallel rank's tokens
     config.model.nsa.num_heads, config.model.nsa.num_kv_heads = HEADS, 2  # which four ranks share
     config.train.seq_length = TOKENS
     config.train.global_batch_size = count
@@ -92,7 +97,15 @@ def micro_batch(number):
     return tokens[:-1], labels, Sequences.of(lengths), keys, Context
 
 
-def gradients(layout, count, train_cap=False):
+def gradients(layout, count, train_cap=False, exchanging=False):
+    """With mixers that choose themselves what context parallel ranks do, or all exchanging tokens for heads."""
+    from megahybrid.mixers.kind import Kind
+
+    with mock.patch.object(Kind, "keeps_tokens", lambda *_: False) if exchanging else contextlib.nullcontext():
+        return found_gradients(layout, count, train_cap)
+
+
+def found_gradients(layout, count, train_cap):
     """After `count` micro-batches, on this rank's stages: {name: gradient at full shape}, {LTE layer: kept}, losses,
     and all ranks' squares."""
     from megahybrid.model.stack import build_stages
@@ -221,14 +234,16 @@ def expected(workers):
     """One process's, with embeddings tied and not, of so many micro-batches, with or without a cap in training."""
 
     @functools.cache
-    def of(tied, count, train_cap=False):
-        return workers.run(1, "tests.parallel.test_gradients:gradients", Layout(tied=tied), count, train_cap)[0]
+    def of(tied, few, count, train_cap=False):
+        layout = Layout(tied=tied, few=few)
+        return workers.run(1, "tests.parallel.test_gradients:gradients", layout, count, train_cap)[0]
 
     return of
 
 
 # Tied embeddings take turns with others over the layouts; --slow runs both for each.
-IN_TURN = {each for number, each in enumerate(LAYOUTS) if each.tied == (number // 2 % 2 == 0)} | set(CONTEXT[:2])
+IN_TURN = {each for number, each in enumerate(LAYOUTS) if each.tied == (number // 2 % 2 == 0)}
+IN_TURN |= {*CONTEXT[:2], CONTEXT[-1]}
 
 
 @pytest.mark.parametrize(
@@ -248,12 +263,20 @@ def test_capped_gradients_are_one_processs(layout, workers, expected):
     assert_same_gradients(layout, workers, expected, train_cap=True)
 
 
-def assert_same_gradients(layout, workers, expected, train_cap=False):
+@pytest.mark.parametrize(
+    "layout", [Layout(context=2, tensor=2), pytest.param(Layout(context=4), marks=pytest.mark.slow)], ids=str
+)
+def test_gradients_of_tokens_exchanged_for_heads_are_one_processs(layout, workers, expected):
+    """As mixers would choose of few tokens a rank, of which here there are too many."""
+    assert_same_gradients(layout, workers, expected, exchanging=True)
+
+
+def assert_same_gradients(layout, workers, expected, train_cap=False, exchanging=False):
     count = layout.micro_batches
-    gradient, kept, losses, squares = expected(layout.tied, count, train_cap)
+    gradient, kept, losses, squares = expected(layout.tied, layout.few, count, train_cap)
     assert squares == pytest.approx(sum(float(value.square().sum()) for value in gradient.values()), rel=1e-12)
     names, layers = set(), set()
-    run = "tests.parallel.test_gradients:gradients", layout, count, train_cap
+    run = "tests.parallel.test_gradients:gradients", layout, count, train_cap, exchanging
     for found, found_kept, found_losses, found_squares in workers.run(layout.world, *run):
         assert found_losses / layout.tensor == pytest.approx(losses, rel=1e-12)
         assert found_squares == pytest.approx(squares, rel=1e-10)

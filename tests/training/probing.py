@@ -146,7 +146,7 @@ class Oracle:
 
         mixer, x, context = self.inputs[layer]
         q, k, _ = mixer.project(x)
-        q, k = mixer.rotate(q, k, context)
+        q, k = mixer.rotate(q, k, context.sequences)
         return oracle_selection(q, k, (len(q),), NSA.block_size, NSA.num_blocks, [len(q) - 1])[0].tolist()
 
     @torch.no_grad()

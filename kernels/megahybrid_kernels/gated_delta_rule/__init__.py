@@ -7,9 +7,10 @@ from torch import Tensor
 
 from megahybrid_kernels.backend import takes_triton, unsupported_head_dims
 from megahybrid_kernels.gated_delta_rule import reference
+from megahybrid_kernels.gated_delta_rule.border import Border
 from megahybrid_kernels.sequences import Sequences
 
-__all__ = ["gated_delta_rule", "unsupported"]
+__all__ = ["Border", "gated_delta_rule", "unsupported"]
 
 
 def gated_delta_rule(
@@ -26,6 +27,7 @@ def gated_delta_rule(
     output_final_state: bool = True,
     in_place: bool = False,
     allow_neg_eigval: bool = False,
+    border: Border | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Read and write a matrix-valued memory token by token, every sequence its own.
 
@@ -50,14 +52,17 @@ def gated_delta_rule(
         in_place: the op may overwrite `initial_state`, as it does on a GPU for one token of every sequence.
         allow_neg_eigval: beta_t is 2 sigmoid(b_t), so that a write may turn what the memory holds along k_t around
             (Grazzi et al., arXiv 2411.12537).
+        border: the tokens are one of several rows that follow each other; without states, which are these rows' own.
 
     Returns:
         o `[tokens, value_heads, Dv]` in v's dtype, and the memory after each sequence's last token
         `[sequences, value_heads, Dk, Dv]` in at least float32, or None without `output_final_state`.
 
     Raises:
-        ValueError: a shape does not fit the others or `sequences`.
+        ValueError: a shape does not fit the others or `sequences`, or there are states at a border.
     """
+    if border is not None and (output_final_state or initial_state is not None):
+        raise ValueError("the states of rows that follow each other pass from one to the next, not in or out")
     (tokens, key_heads, key_dim), (value_heads, value_dim) = k.shape, v.shape[1:]
     if tokens != sequences.tokens:
         raise ValueError(f"k has {tokens} tokens, but the sequences have {sequences.tokens}")
@@ -85,7 +90,7 @@ def gated_delta_rule(
         from megahybrid_kernels.gated_delta_rule import triton as backend
     else:
         backend = reference
-    options = (output_final_state, allow_neg_eigval)
+    options = (output_final_state, allow_neg_eigval, border)
     return backend.gated_delta_rule(q, k, v, a, b, A_log, dt_bias, sequences, initial_state, *options)
 
 

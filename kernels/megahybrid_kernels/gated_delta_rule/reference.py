@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megahybrid_kernels.gated_delta_rule.border import Border
 from megahybrid_kernels.precision import at_least_fp32
 from megahybrid_kernels.sequences import Sequences
 
@@ -112,6 +113,47 @@ def _scan(
     return o, torch.cat([state, *reversed(ended)]).unflatten(0, (-1, heads)) if output_final_state else None
 
 
+class _Gathered(torch.autograd.Function):
+    """What all holders of rows give; backward, what they have to say of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, border: Border) -> Tensor:
+        ctx.border = border
+        return border.gather(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.border.gather(grad)[:, ctx.border.number].sum(0), None
+
+
+def _passed_on(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    sequences: Sequences,
+    allow_neg_eigval: bool,
+    border: Border,
+) -> Tensor:
+    """The states before the sequences, of which the first comes from the rows before. The last one's map, M beside B,
+    is what becomes of the identity beside nothing under values that are nothing beside v."""
+    length, (heads, value_dim), key_dim = sequences.lengths[-1], v.shape[1:], k.shape[2]
+    *inputs, v = (x[-length:] for x in (q, k, a, b, v))
+    q, k, a, b = inputs
+    identity = torch.eye(key_dim, key_dim + value_dim, dtype=at_least_fp32(v).dtype, device=v.device)
+    start, alone = identity.expand(1, heads, -1, -1), Sequences.of((length,), v.device)
+    values = F.pad(v, (key_dim, 0))
+    _, last = gated_delta_rule(q, k, values, a, b, A_log, dt_bias, alone, start, True, allow_neg_eigval)
+    maps, rests = _Gathered.apply(last[0], border).split([key_dim, value_dim], -1)
+    state = 0 * rests[border.number]  # of what all gave, so that backward all take part, too
+    for number in range(border.first, border.number):
+        state = torch.baddbmm(rests[number], maps[number], state)
+    return torch.cat([state[None], state.new_zeros(sequences.count - 1, *state.shape)])
+
+
 def gated_delta_rule(
     q: Tensor,
     k: Tensor,
@@ -124,6 +166,7 @@ def gated_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     allow_neg_eigval: bool = False,
+    border: Border | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """See `megahybrid_kernels.gated_delta_rule`.
 
@@ -134,6 +177,8 @@ def gated_delta_rule(
         S'  = exp(G_end) S + sum_j exp(G_end - G_j) k_j u_j^T
     (Yang et al., "Gated Delta Networks", arXiv 2412.06464, section 3.3).
     """
+    if border is not None:
+        initial_state = _passed_on(q, k, v, a, b, A_log, dt_bias, sequences, allow_neg_eigval, border)
     plan = plan_chunks(sequences.lengths, v.device)
     out_dtype, dtype = v.dtype, at_least_fp32(v).dtype
     groups = v.shape[1] // k.shape[1]

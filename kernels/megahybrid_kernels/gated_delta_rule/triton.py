@@ -3,7 +3,7 @@
 Forward: `prepare_kernel` for all chunks at once, then `scan_kernel` from chunk to chunk. Backward: `scan_kernel` again,
 which now leaves every chunk's state and u; `reverse_scan_kernel`; `gradient_kernel` and `gate_gradient_kernel` for all
 chunks at once. Of few long sequences the scans go segment by segment, all at once, after `join_kernel` has found the
-states between them.
+states between them. At a border (see `border`) the maps of the rows before and behind are joined in the same way.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from megahybrid_kernels.backend import dense_rows
+from megahybrid_kernels.gated_delta_rule.border import Border
 from megahybrid_kernels.gated_delta_rule.triton_backward import PART_KINDS, gate_gradient_kernel, gradient_kernel
-from megahybrid_kernels.gated_delta_rule.triton_plan import Plan, Tuning, longest_segment, plan, tuning
+from megahybrid_kernels.gated_delta_rule.triton_plan import Plan, Tuning, longest_segment, plan, rows_between, tuning
 from megahybrid_kernels.gated_delta_rule.triton_prepare import ROW_KINDS, prepare_kernel
 from megahybrid_kernels.gated_delta_rule.triton_scan import join_kernel, reverse_scan_kernel, scan_kernel
 from megahybrid_kernels.integers import cdiv, tile_width
@@ -187,15 +188,49 @@ def _at_once(device: torch.device, first: Callable[[], None], second: Callable[[
     current.wait_stream(beside)
 
 
-def _join(call: _Call, transfer: Tensor, own: Tensor, start: Tensor | None, last: Tensor, reverse: bool) -> Tensor:
-    """fp32 `[segments, heads, Dk, Dv]`: the state that each segment starts from; fills `last`."""
-    states, values, width = torch.empty_like(own), call.columns(call.tune.join), tile_width(call.key_dim)
+def _join(
+    call: _Call, transfer: Tensor, own: Tensor, start: Tensor | None, last: Tensor, bounds: Tensor, reverse: bool
+) -> Tensor:
+    """fp32, as `own`: the state that each segment of the sequences in `bounds` starts from; fills `last`."""
+    states, values = torch.empty_like(own), call.columns(call.tune.join, own.shape[3])
+    width = tile_width(call.key_dim)
     join_kernel[call.programs(values, len(last))](
-        transfer, own, start, states, last, call.plan.bounds, HEADS=call.heads, KEY_DIM=call.key_dim,
+        transfer, own, start, states, last, bounds, HEADS=call.heads, KEY_DIM=call.key_dim,
         WIDTH=width, ROWS=min(64, width), REVERSE=reverse, PRECISION=table_of(call.v.device).precise,
         **values,
     )  # fmt: skip
     return states
+
+
+def _from_rows_before(
+    call: _Call, transfer: Tensor, own: Tensor, border: Border
+) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+    """The states before the sequences, and of every row M `[rows, heads, Dk, Dk]` and B of its last sequence."""
+    key_dim, value_dim = call.key_dim, call.value_dim
+    whole = torch.eye(key_dim, key_dim + value_dim, device=own.device).expand(1, call.heads, -1, -1).contiguous()
+    last = torch.empty_like(whole)
+    wide = torch.cat([torch.zeros_like(transfer), own], 3)
+    _join(call, transfer, wide, whole, last, call.plan.bounds[-2:], reverse=False)
+    maps, rests = (x.contiguous() for x in border.gather(last[0]).split([key_dim, value_dim], 3))
+    if border.first == border.number:
+        return None, (maps, rests)
+    initial = own.new_zeros(call.state_shape(len(call.plan.bounds) - 1))
+    between = rows_between(border.first, border.number, own.device)
+    _join(call, maps, rests, None, initial[:1], between, reverse=False)
+    return initial, (maps, rests)
+
+
+def _from_rows_behind(call: _Call, transfer: Tensor, own: Tensor, maps: Tensor, border: Border) -> Tensor | None:
+    """The gradients of the states after the sequences."""
+    first = call.empty(*call.state_shape(1))
+    _join(call, transfer, own, None, first, call.plan.bounds[:2], reverse=True)
+    firsts = border.gather(first[0])
+    if border.last == border.number:
+        return None
+    dfinal = own.new_zeros(call.state_shape(len(call.plan.bounds) - 1))
+    between = rows_between(border.number + 1, border.last + 1, own.device)
+    _join(call, maps, firsts, None, dfinal[-1:], between, reverse=True)
+    return dfinal
 
 
 class _GatedDeltaRule(torch.autograd.Function):
@@ -204,14 +239,14 @@ class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, q, k, v, a, b, A_log, dt_bias, initial, cut: Plan, count: int, tune: Tuning, training: bool,
-        output_final_state: bool, strongest: float,
+        output_final_state: bool, strongest: float, border: Border | None,
     ):  # fmt: skip
         call = _Call(q, k, v, a, b, A_log, dt_bias, cut, tune, strongest)
         prepared = _prepare(call, training)
         # The states between segments pass through `final`, which is small beside them.
         asked = output_final_state or cut.bounds is not None
         final = call.empty(*call.state_shape(count)) if asked else None
-        o, starts, transfer = torch.empty(v.shape, dtype=v.dtype, device=v.device), initial, None
+        o, starts, transfer, maps = torch.empty(v.shape, dtype=v.dtype, device=v.device), initial, None, None
         if cut.bounds is not None:
             segments = len(cut.segments)
             own = call.empty(*call.state_shape(segments))
@@ -221,19 +256,22 @@ class _GatedDeltaRule(torch.autograd.Function):
                 partial(_scan, call, prepared, tune.states, final=own),
                 partial(_scan, call, prepared, tune.states, final=transfer, transfer=True),
             )
-            starts = _join(call, transfer, own, initial, final, reverse=False)
+            before = initial
+            if border is not None:
+                before, (maps, _) = _from_rows_before(call, transfer, own, border)
+            starts = _join(call, transfer, own, before, final, cut.bounds, reverse=False)
         _scan(call, prepared, tune.scan, starts, o=o, final=final if cut.bounds is None else None)
         ctx.save_for_backward(
-            q, k, v, a, b, A_log, dt_bias, initial, starts, transfer,
+            q, k, v, a, b, A_log, dt_bias, initial, starts, transfer, maps,
             prepared.rows, prepared.ends, prepared.inverse, prepared.rest, prepared.attention,
         )  # fmt: skip
-        ctx.cut, ctx.tune, ctx.strongest = cut, tune, strongest
+        ctx.cut, ctx.tune, ctx.strongest, ctx.border = cut, tune, strongest, border
         ctx.set_materialize_grads(False)
         return o, final if output_final_state else None
 
     @staticmethod
     def backward(ctx, do: Tensor | None, dfinal: Tensor | None):
-        *inputs, initial, starts, transfer, rows, ends, inverse, rest, attention = ctx.saved_tensors
+        *inputs, initial, starts, transfer, maps, rows, ends, inverse, rest, attention = ctx.saved_tensors
         call = _Call(*inputs, ctx.cut, ctx.tune, ctx.strongest)
         prepared = _Prepared(rows, ends, inverse, rest, attention)
         tune, bounds = ctx.tune, ctx.cut.bounds
@@ -251,10 +289,12 @@ class _GatedDeltaRule(torch.autograd.Function):
             first = partial(_reverse_scan, call, prepared, do, None, dinitial=own)
         _at_once(do.device, first, partial(_scan, call, prepared, tune.states, starts, u=u, states=states))
         if bounds is not None:
-            ends_of = _join(call, transfer, own, dfinal, dinitial, reverse=True)
+            if ctx.border is not None:
+                dfinal = _from_rows_behind(call, transfer, own, maps, ctx.border)
+            ends_of = _join(call, transfer, own, dfinal, dinitial, bounds, reverse=True)
             _reverse_scan(call, prepared, do, ends_of, dv, dstates)
         grads = _gradients(call, prepared, do, u, dv, states, dstates)
-        return *grads, None if initial is None else dinitial.to(initial.dtype), *[None] * 6
+        return *grads, None if initial is None else dinitial.to(initial.dtype), *[None] * 7
 
 
 def _gradients(
@@ -294,6 +334,7 @@ def gated_delta_rule(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     allow_neg_eigval: bool = False,
+    border: Border | None = None,
     *,
     tune: Tuning | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -308,9 +349,9 @@ def gated_delta_rule(
         initial_state = initial_state.contiguous()
     tune = tune or tuning(max(k.shape[2], v.shape[2]), v.dtype, v.device)
     longest = longest_segment(sequences.lengths, v.shape[1], v.shape[2], tune)
-    cut = plan(sequences.lengths, tune.chunk, longest, v.device)
+    cut = plan(sequences.lengths, tune.chunk, longest, v.device, joined=border is not None)
     strongest = 2.0 if allow_neg_eigval else 1.0
     return applied(
         _GatedDeltaRule, q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune,
-        torch.is_grad_enabled(), output_final_state, strongest,
+        torch.is_grad_enabled(), output_final_state, strongest, border,
     )  # fmt: skip

@@ -87,7 +87,8 @@ class Plan:
     Attributes:
         chunks: `[chunks, 2]`, first row and the row after the last.
         segments: `[segments, 3]`, the same of a segment, and its first chunk.
-        bounds: `[sequences + 1]`, each sequence's first segment; None where segments are sequences.
+        bounds: `[sequences + 1]`, each sequence's first segment; None where nothing is joined, since segments are
+            sequences.
     """
 
     chunks: Tensor
@@ -105,21 +106,31 @@ def _pieces(begins: Tensor, lengths: Tensor, size: int) -> tuple[Tensor, Tensor,
 
 
 @lru_cache(maxsize=16)
-def plan(lengths: tuple[int, ...], chunk: int, longest: int, device: torch.device) -> Plan:
-    """The plan with segments of at most `longest` chunks, made on the host once for all layers that share a packing."""
+def plan(lengths: tuple[int, ...], chunk: int, longest: int, device: torch.device, joined: bool = False) -> Plan:
+    """The plan with segments of at most `longest` chunks, made on the host once for all layers that share a packing.
+
+    joined: in any case, as the maps of sequences have to be known.
+    """
     # Out of inference mode, because a plan first made during evaluation is saved for backward by later training.
     with torch.inference_mode(False):
         length = torch.tensor(lengths)
         begin = length.cumsum(0) - length
         starts, stops, first = _pieces(begin, length, chunk)
         chunks, segments, bounds = torch.stack([starts, stops], 1), [begin, begin + length, first[:-1]], None
-        if max(lengths) > longest * chunk:
+        if joined or max(lengths) > longest * chunk:
             starts, stops, bounds = _pieces(begin, length, longest * chunk)
             owner = torch.repeat_interleave(bounds.diff())
             segments = [starts, stops, first[owner] + (starts - begin[owner]) // chunk]
         tensors = (chunks, torch.stack(segments, 1), bounds)
         moved = (x if x is None else x.to(torch.int32).to(device, non_blocking=True) for x in tensors)
         return Plan(*moved)
+
+
+@lru_cache(maxsize=64)
+def rows_between(first: int, end: int, device: torch.device) -> Tensor:
+    """Bounds of one sequence whose segments are rows of their own."""
+    with torch.inference_mode(False):
+        return torch.tensor([first, end], dtype=torch.int32, device=device)
 
 
 def longest_segment(lengths: tuple[int, ...], heads: int, value_dim: int, tune: Tuning) -> int:

@@ -68,6 +68,10 @@ class AttentionKind(Kind):
     def shared(self, model: ModelConfig) -> dict[str, int]:
         return {f"model.{self.section}.num_kv_heads": self.heads(model).num_kv_heads}
 
+    def exchanged(self, model: ModelConfig) -> int:
+        heads = self.heads(model)
+        return 2 * (heads.num_heads + heads.num_kv_heads) * heads.head_dim
+
     @abstractmethod
     def keys(self, model: ModelConfig, length: int) -> float:
         """Keys that a query sees, averaged over the positions of a document of `length` tokens."""
@@ -170,6 +174,19 @@ class SlidingWindowKind(AttentionKind):
 
     def window(self, model: ModelConfig) -> float:
         return model.attention.window_size
+
+    def activations(self, model: ModelConfig, batch: MicroBatch) -> Activations:
+        """Where a context parallel rank keeps its tokens, of so many more as are in a window."""
+        every = super().activations(model, batch)
+        if batch.rows == 1:
+            return every
+        more = 1 + (model.attention.window_size - 1) / (batch.samples * batch.length)
+        return Activations(*(more * each for each in every))
+
+    def passed_on(self, model: ModelConfig, ranks: int, width: int) -> float:
+        """Keys and values of the window before a rank's first token."""
+        attention = model.attention
+        return width * 2 * attention.num_kv_heads * attention.head_dim * (attention.window_size - 1)
 
     def close_limits(self, model: ModelConfig) -> dict[str, dict[str, int]]:
         return {"attention": {"window_size": 24}}

@@ -12,16 +12,20 @@ from megahybrid.mixers.attention import AttentionKind
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.mixer import Fallback, Mixer
 from megahybrid.model.settings import Settings
-from megahybrid.parallel import groups
+from megahybrid.parallel import groups, tokens
 from megahybrid.parallel.heads import to_heads, to_tokens
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, project
+from megahybrid_kernels import Sequences
 from megahybrid_kernels.attention import GrowingCache, KeyValueCache, attention, attention_with_cache, unsupported
 from megahybrid_kernels.rotary import rotary_of_both
 
 
 class AttentionProjections(Mixer):
-    """The q, k, v and o projections that all softmax mixers share; heads split over tensor and context parallel ranks,
-    so that a rank has all tokens of its own heads between `project` and `output`."""
+    """The q, k, v and o projections that all softmax mixers share; heads split over tensor parallel ranks.
+
+    Between `project` and `output` a context parallel rank has all tokens of its own heads, or its own tokens where it
+    keeps them.
+    """
 
     section = AttentionKind.section
 
@@ -36,25 +40,28 @@ class AttentionProjections(Mixer):
         self.o_proj = RowLinear(queries * self.head_dim, hidden, settings.output_projection, settings.sequence_parallel)
 
     def project(self, x: Tensor, *more: ColumnLinear) -> tuple[Tensor, ...]:
-        """`[tokens, 1, hidden]` → q, k, v `[all tokens, heads of this rank, head_dim]`, not yet rotated, and likewise
-        what `more` projections of the same input give, which have the query heads in front."""
+        """`[tokens, 1, hidden]` → q, k, v `[tokens, heads of this rank, head_dim]`, not yet rotated, and likewise what
+        `more` projections of the same input give, which have the query heads in front."""
         layers = self.q_proj, self.k_proj, self.v_proj, *more
         outputs = project(x, layers, self.settings.sequence_parallel)
         queries = outputs[0].shape[-1] // self.head_dim
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in outputs[:3])
-        return to_heads(q, k, v, *(y.unflatten(-1, (queries, -1)) for y in outputs[3:]))
+        parts = q, k, v, *(y.unflatten(-1, (queries, -1)) for y in outputs[3:])
+        return parts if self.keeps_tokens else to_heads(*parts)
 
     @property
     def counted_heads(self) -> int:
         """This rank's KV heads, of which what is seen and held is asked; of ranks that share one, the first's."""
         weight, (rank, ranks) = self.k_proj.weight, groups.context_parallel()
         heads = len(weight) // self.head_dim
+        if self.keeps_tokens:
+            return heads if weight.tensor_model_parallel and rank == 0 else 0
         first = weight.tensor_model_parallel and rank % max(1, ranks // heads) == 0
         return max(1, heads // ranks) if first else 0
 
-    def rotate(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def rotate(self, q: Tensor, k: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Rotary embedding at the tokens' positions in their documents, if there is one."""
-        return (q, k) if self.theta is None else rotary_of_both(q, k, context.sequences.positions, self.theta)
+        return (q, k) if self.theta is None else rotary_of_both(q, k, sequences.positions, self.theta)
 
     def seen(self, k: Tensor, context: Context, window: int | None, kept: Tensor | None = None) -> Aux | None:
         """What of a watch the heads see: `window` keys, the query's own included (None for all), and those that are
@@ -67,8 +74,8 @@ class AttentionProjections(Mixer):
         return Aux(seen=seen[:, : self.counted_heads])
 
     def output(self, o: Tensor) -> Tensor:
-        """`[all tokens, heads of this rank, head_dim]` → `[tokens, 1, hidden]`."""
-        return self.o_proj(to_tokens(o).flatten(-2))
+        """What comes of `project` → `[tokens, 1, hidden]`."""
+        return self.o_proj((o if self.keeps_tokens else to_tokens(o)).flatten(-2))
 
 
 def every_position(cache: GrowingCache) -> Tensor:
@@ -85,7 +92,7 @@ class FullAttention(AttentionProjections):
 
     def forward(self, x: Tensor, context: Context, state: KeyValueCache | GrowingCache | None = None):
         q, k, v = self.project(x)
-        q, k = self.rotate(q, k, context)
+        q, k = self.rotate(q, k, context.sequences)
         state = self.begun(state, context)
         if state is None:
             o = attention(q, k, v, context.sequences, self.window_size)
@@ -124,3 +131,16 @@ class SlidingWindowAttention(FullAttention):
     def __init__(self, settings: Settings, layer: int):
         super().__init__(settings, layer)
         self.window_size = settings.model.attention.window_size
+
+    def forward(self, x: Tensor, context: Context, state: KeyValueCache | None = None):
+        if not self.keeps_tokens:
+            return super().forward(x, context, state)
+        q, k, v = self.project(x)
+        q, k = self.rotate(q, k, tokens.own(context.sequences))
+        keys, values = tokens.borrow(tokens.rows_around(context.sequences, self.window_size - 1), k, v)
+        before = len(keys.before)
+        # Nobody asks for what queries of the rows before would give.
+        queries = torch.cat([q.new_zeros(before, *q.shape[1:]), q])
+        rows = tokens.own(context.sequences, before)
+        o = attention(queries, keys.joined(), values.joined(), rows, self.window_size)[before:]
+        return self.output(o), self.seen(k, context, self.window_size), None

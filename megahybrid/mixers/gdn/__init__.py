@@ -44,6 +44,18 @@ class GDNKind(Kind):
     def split(self, model: ModelConfig) -> dict[str, int]:
         return {"model.gdn.num_heads": model.gdn.num_heads}
 
+    def exchanged(self, model: ModelConfig) -> int:
+        gdn = model.gdn
+        return gdn.num_heads * 2 * (gdn.head_dim + gdn.value_head_dim + 1)
+
+    def passed_on(self, model: ModelConfig, ranks: int, width: int) -> float:
+        """Of every other rank a map of a head's memory, Dk (Dk + Dv) numbers of 4 bytes, and of the one before the last
+        rows that the short convolutions see."""
+        gdn = model.gdn
+        map_size = gdn.head_dim * (gdn.head_dim + gdn.value_head_dim)
+        rows = (gdn.conv_size - 1) * (2 * gdn.head_dim + gdn.value_head_dim)
+        return gdn.num_heads * (4 * (ranks - 1) * map_size + width * rows)
+
     def flops(self, model: ModelConfig, length: int) -> dict[str, float]:
         """Projections of q, k, v, gate, output and the two scalars a head; `taps` products a channel of q, k and v; and
         the delta rule."""
@@ -62,8 +74,8 @@ class GDNKind(Kind):
         - q, k and v before and after the short convolution, 2 w (2 K + V); o, gate and their normed product, 3 w V;
         - a and b, 2 w a head; nine scalings of rows, 36 a head; two matrices `[C, C]` a head and chunk, in bf16 three,
           w C a head each;
-        - where sequences are cut into segments of S tokens, the state before each and how it passes through,
-          4 K (Dk + Dv) / S.
+        - where sequences are cut into segments of S tokens, or a sequence into the rows of context parallel ranks, the
+          state before each and how it passes through, 4 K (Dk + Dv) / S, and of every row this, 4 K Dk.
 
         A document's last chunk counts in full, however short: where documents are shorter than a chunk, all of chunks
         is as many times larger, which the shapes do not tell. No state after a document is kept.
@@ -84,8 +96,10 @@ class GDNKind(Kind):
         segment = tune.chunk * longest_segment((batch.length,) * batch.samples, heads, value_dim, tune)
         a_head = 2 * width + 4 * ROW_KINDS.value + (3 if width == 2 else 2) * width * tune.chunk
         saved = width * (4 * keys + 5 * values) + heads * a_head
-        if segment < batch.length:
-            saved += 4 * keys * (key_dim + value_dim) / segment
+        if segment < batch.length or batch.rows > 1:
+            saved += 4 * keys * (key_dim + value_dim) / min(segment, batch.length)
+        if batch.rows > 1:
+            saved += 4 * keys * key_dim * batch.rows / (batch.samples * batch.length)
         chunk = min(tune.chunk, batch.length)
         return Activations(saved, width * (4 * values + 2 * keys + 2 * keys * value_dim / chunk))
 

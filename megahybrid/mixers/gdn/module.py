@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,10 +13,12 @@ from megahybrid.config.schema import ModelConfig
 from megahybrid.model.context import Context
 from megahybrid.model.mixer import Fallback, Mixer
 from megahybrid.model.settings import Settings
+from megahybrid.parallel import tokens
 from megahybrid.parallel.heads import own_heads, to_heads, to_tokens
 from megahybrid.parallel.joined import together
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, project, shared
 from megahybrid.parallel.parameters import Initializer, constant, parameter, uniform
+from megahybrid_kernels import Sequences
 from megahybrid_kernels.causal_conv1d import causal_conv1d
 from megahybrid_kernels.gated_delta_rule import gated_delta_rule, unsupported
 from megahybrid_kernels.norm import gated_rms_norm
@@ -35,8 +37,10 @@ class GDNState(NamedTuple):
 
 
 class GatedDeltaNet(Mixer):
-    """Gated delta rule on short-convolved q, k, v, with an output gate; heads split over tensor parallel ranks, and
-    between projections and gate over context parallel ones."""
+    """Gated delta rule on short-convolved q, k, v, with an output gate; heads split over tensor parallel ranks.
+
+    Context parallel ranks exchange tokens for heads between projections and gate, or pass on rows and memories.
+    """
 
     beside = "q_conv", "k_conv", "v_conv"  # see `parallel.joined`
 
@@ -64,14 +68,36 @@ class GatedDeltaNet(Mixer):
         self.o_proj = RowLinear(values, hidden, settings.output_projection, settings.sequence_parallel)
 
     def forward(self, x: Tensor, context: Context, state: GDNState | None = None):
-        sequences, (memory, rows) = context.sequences, state or (None, None)
+        projections = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj
+        *qkv, gate, a, b = project(x, projections, self.settings.sequence_parallel)
+        if self.keeps_tokens:
+            o, state = self._own_tokens(*qkv, a, b, context.sequences), None
+        else:
+            heads = (y.unflatten(-1, (len(self.A_log), -1)) for y in (*qkv, a, b))
+            o, state = self._own_heads(*(y.flatten(1) for y in to_heads(*heads)), context, state)
+            o = to_tokens(o)
+        gate = gate.unflatten(-1, (-1, self.value_dim))
+        o = gated_rms_norm(o, gate, shared(self.norm), self.settings.model.norm_eps)
+        return self.o_proj(o.flatten(-2)), None, state
+
+    def _own_tokens(self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, sequences: Sequences) -> Tensor:
+        own, before = tokens.own(sequences), self.q_conv.shape[1] - 1
+        parts = tokens.borrow(tokens.rows_around(sequences, before), q, k, v)
+        q, k, v = (
+            causal_conv1d(part.own, conv, own, _begun(part.before, before, own.count), output_final_state=False)[0]
+            for part, conv in zip(parts, (self.q_conv, self.k_conv, self.v_conv), strict=True)
+        )
+        return self._rule(
+            (q, k, v, a, b, self.A_log, self.dt_bias), own, output_final_state=False, border=tokens.border(sequences)
+        )[0]
+
+    def _own_heads(
+        self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, context: Context, state: GDNState | None
+    ) -> tuple[Tensor, GDNState | None]:
+        qkv, sequences, (memory, rows) = (q, k, v), context.sequences, state or (None, None)
         # Training never reads the state after a document's end.
         going_on = state is not None or context.keep_states
         options = {"output_final_state": going_on, "in_place": context.in_place}
-        projections = self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj
-        *qkv, gate, a, b = project(x, projections, self.settings.sequence_parallel)
-        heads = (y.unflatten(-1, (len(self.A_log), -1)) for y in (*qkv, a, b))
-        *qkv, a, b = (y.flatten(1) for y in to_heads(*heads))
         convs = self.q_conv, self.k_conv, self.v_conv
         if going_on:
             y, rows = causal_conv1d(together(qkv, 1), together(convs, 0), sequences, rows, **options)
@@ -79,22 +105,14 @@ class GatedDeltaNet(Mixer):
         else:
             pairs = zip(qkv, map(own_heads, convs), strict=True)
             q, k, v = (causal_conv1d(y, conv, sequences, output_final_state=False)[0] for y, conv in pairs)
-        o, memory = gated_delta_rule(
-            q.unflatten(-1, (-1, self.key_dim)),
-            k.unflatten(-1, (-1, self.key_dim)),
-            v.unflatten(-1, (-1, self.value_dim)),
-            a,
-            b,
-            own_heads(self.A_log),
-            own_heads(self.dt_bias),
-            sequences,
-            memory,
-            **options,
-        )
-        gate = gate.unflatten(-1, (-1, self.value_dim))
-        o = gated_rms_norm(to_tokens(o), gate, shared(self.norm), self.settings.model.norm_eps)
-        y = self.o_proj(o.flatten(-2))
-        return y, None, GDNState(memory, rows) if going_on else None
+        gates = a, b, own_heads(self.A_log), own_heads(self.dt_bias)
+        o, memory = self._rule((q, k, v, *gates), sequences, initial_state=memory, **options)
+        return o, GDNState(memory, rows) if going_on else None
+
+    def _rule(self, inputs: Sequence[Tensor], sequences: Sequences, **options) -> tuple[Tensor, Tensor | None]:
+        q, k, v, *gates = inputs
+        q, k = (x.unflatten(-1, (-1, self.key_dim)) for x in (q, k))
+        return gated_delta_rule(q, k, v.unflatten(-1, (-1, self.value_dim)), *gates, sequences, **options)
 
     def initial_state(self, sequences: int) -> GDNState:
         like, taps = self.q_conv, self.q_conv.shape[1]
@@ -110,6 +128,15 @@ class GatedDeltaNet(Mixer):
         if reason := unsupported(dtype, *dims):
             wider = "head_dim" if dims[0] >= dims[1] else "value_head_dim"
             yield Fallback("gated_delta_rule", reason, f"model.gdn.{wider}")
+
+
+def _begun(rows: Tensor, before: int, count: int) -> Tensor | None:
+    """`[count, before, channels]`: the last inputs before each sequence, of which the first has `rows`, if any."""
+    if len(rows) == 0:
+        return None
+    blank = rows.new_zeros(count * before - len(rows), rows.shape[1])
+    first = torch.cat([blank[: before - len(rows)], rows, blank[before - len(rows) :]])
+    return first.unflatten(0, (count, before))
 
 
 def _log_of_uniform(low: float, high: float) -> Initializer:

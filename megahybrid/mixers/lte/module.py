@@ -116,7 +116,7 @@ class LTEAttention(AttentionProjections):
         lte, sequences = self.lte, context.sequences
         if self.policy is None:
             scores, k, v = self.router(k, v, sequences, self._dropout(context))
-        q, rotated = self.rotate(q, k, context)
+        q, rotated = self.rotate(q, k, context.sequences)
         if self.policy is not None:
             scores, _ = self.policy.scores(k, (q, rotated), sequences, self.policy.state(sequences.count))
         cap = None if context.training and not lte.train_cap else lte.buffer_size
@@ -126,7 +126,7 @@ class LTEAttention(AttentionProjections):
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: LTEState):
         lte, sequences = self.lte, context.sequences
-        q, rotated = self.rotate(q, k, context)
+        q, rotated = self.rotate(q, k, context.sequences)
         if self.policy is None:
             scores, scorer = self.router.streamed(k, v, sequences, state.scorer)
             delay = lte.margin

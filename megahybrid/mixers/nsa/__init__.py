@@ -50,6 +50,9 @@ class NSAKind(AttentionKind):
     sections: ClassVar = {"nsa": NSAConfig}
     section = "nsa"
 
+    def exchanged(self, model: ModelConfig) -> int:
+        return super().exchanged(model) + BRANCHES * model.nsa.num_heads
+
     def flops(self, model: ModelConfig, length: int) -> dict[str, float]:
         """Those of attention, and the projection to the gates."""
         parts = super().flops(model, length)

@@ -41,7 +41,7 @@ class NSAAttention(AttentionProjections):
 
     def forward(self, x: Tensor, context: Context, state: NSACache | None = None):
         q, k, v, gates = self.project(x, self.g_proj)
-        q, k = self.rotate(q, k, context)
+        q, k = self.rotate(q, k, context.sequences)
         inputs = q, k, v, gates.sigmoid()
         state = self.begun(state, context)
         if state is not None:

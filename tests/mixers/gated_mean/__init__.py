@@ -40,6 +40,9 @@ class GatedMeanKind(Kind):
     def split(self, model: ModelConfig) -> dict[str, int]:
         return {"model.mean.num_heads": model.mean.num_heads}
 
+    def exchanged(self, model: ModelConfig) -> int:
+        return 3 * model.mean.num_heads * model.mean.head_dim
+
     def flops(self, model: ModelConfig, length: int) -> dict[str, float]:
         return {"projections": linear(model.hidden_size, 3 * model.mean.num_heads * model.mean.head_dim)}
 
