@@ -17,7 +17,6 @@ from megahybrid.model.context import Context, dropout_keys
 from megahybrid.parallel import groups
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.memory import peak_bytes
-from megahybrid.training import zero
 from megahybrid.training.engine import Engine
 from megahybrid.training.speed import model_flops_utilization
 from megahybrid.training.trial import random_batches
@@ -120,7 +119,7 @@ def measure(
     if traced:
         some = batches[:traced] if config.parallel.zero_stage < 3 else batches
         figures["time_by_part"] = step_parts.traced(engine, some, warm_up + steps + 1)
-    engine.deepspeed.destroy()
+    engine.zero.destroy()
     del engine, batches
     free_tensors()
     return figures
@@ -152,9 +151,9 @@ def keep(engine: Engine, batch: Batch, share: float) -> None:
     for _ in range(12):
         middle = {n: (low[n] + high[n]) / 2 for n in biases}
         for n, bias in biases.items():
-            begin, master = zero.place(engine.deepspeed, bias)
+            begin, master = engine.zero.place(bias)
             master.copy_(middle[n][begin : begin + len(master)])
-        zero.round_masters(engine.deepspeed)
+        engine.zero.round_masters()
         for n, aux in engine.model(batch.tokens, context).aux.items():
             many = aux.counts["kept"] > share * len(batch.tokens)
             low[n], high[n] = torch.where(many, low[n], middle[n]), torch.where(many, middle[n], high[n])

@@ -165,7 +165,6 @@ def _call(pipe: connection.Connection, function: str, arguments: tuple, rank: in
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
-    _reset_deepspeed()
     try:
         module, name = function.split(":")
         answer = True, getattr(importlib.import_module(module), name)(*arguments)
@@ -177,14 +176,3 @@ def _call(pipe: connection.Connection, function: str, arguments: tuple, rank: in
             from megahybrid.parallel import groups
 
             groups.shut_down()
-
-
-def _reset_deepspeed() -> None:
-    """Start ZeRO-3's numbers of parameters and modules anew: ranks that took part in other calls would differ."""
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-    from deepspeed.runtime.zero.partition_parameters import Init
-
-    Init.param_id = 0
-    for default in DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__ or ():
-        if isinstance(default, list):
-            default[0] = 0

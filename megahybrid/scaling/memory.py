@@ -27,16 +27,13 @@ from megahybrid.mixers.kind import Activations, MicroBatch
 from megahybrid.model.settings import Settings
 from megahybrid.scaling.parameters import parameter_specs, parameters_by_rank
 from megahybrid.scaling.schedule import in_flight
+from megahybrid.scaling.splitting import gathered
 from megahybrid.scaling.stages import stage_layers
 from megahybrid_kernels.linear_cross_entropy.chunks import chunk_length
 
 ZERO_STAGES = (1, 2, 3)
-LIVE_PARAMETERS = 10**9
-"""What ZeRO-3 leaves gathered at most."""
 BUCKET = 4 * 10**7
-"""Gradients that ZeRO 1 and 2 reduce at once, at most or of one parameter: enough to fill links, little of a step."""
-STAGE_3_BUCKET = 10**8
-"""Those of ZeRO-3, likewise."""
+"""Gradients that are reduced at once, at most or of one parameter: enough to fill links, little of a step."""
 
 
 def states(config: Config, parameters: int, zero_stage: int, replicas: int) -> float:
@@ -56,12 +53,12 @@ def peak_bytes(config: Config, replicas: int) -> list[float]:
     of which has all context parallel ranks' shares of the states.
 
     In a step, beside its states, that is the activations, which gradients in reduction replace, and what ZeRO-3 has
-    gathered. The update takes nothing more.
+    whole. The update takes nothing more.
     """
     stage, peaks, holders = config.parallel.zero_stage, [], replicas * config.parallel.context
     for rank, count in enumerate(parameters_by_rank(config)):
         passes = _backward(config, activations(config, replicas, rank), count, holders)
-        passes += gathered(config, count, holders)
+        passes += _width(config) * gathered(config, holders)
         peaks.append(max(start_up(config, count, holders), states(config, count, stage, holders) + passes))
     return peaks
 
@@ -94,35 +91,24 @@ def _backward(config: Config, held: float, parameters: int, replicas: int) -> fl
     return max(held, held * left + reduction(config, parameters, replicas))
 
 
-def gathered(config: Config, parameters: int, replicas: int) -> float:
-    """Whole working copies that ZeRO-3 keeps for the backward pass or for the next micro-batch, w each."""
-    if config.parallel.zero_stage < 3 or replicas == 1:
-        return 0
-    return _width(config) * min(parameters, LIVE_PARAMETERS)
-
-
 def reduction(config: Config, parameters: int, replicas: int) -> float:
     """What the reduction of gradients takes, of w bytes each, r on their way.
 
     ZeRO-1 has no other gradients than the sums in fp32, which are reduced in their place, or as a copy of a bucket, r,
-    into another of the rank's piece, r / replicas. ZeRO-2 has these while it fills the next bucket, r. Of a bucket
-    ZeRO-3 has the gradients, w, casts those that travel in another type, r, and joins them, r.
+    into another of the rank's piece, r / replicas. ZeRO 2 and 3 have these while they fill the next bucket, r.
     """
-    width, travels = _width(config), 4 if config.parallel.gradient_reduction == "fp32" else 2
-    stage, bucket = config.parallel.zero_stage, _bucket(config, parameters)
+    travels, bucket = 4 if config.parallel.gradient_reduction == "fp32" else 2, _bucket(config, parameters)
     piece = travels * bucket / replicas
-    if stage == 1:
+    if config.parallel.zero_stage == 1:
         return travels * bucket + piece if travels == 2 else 0
-    if stage == 2:
-        return 2 * travels * bucket + piece
-    return bucket * (width + travels + (travels if travels != width else 0))
+    return 2 * travels * bucket + piece
 
 
 def _bucket(config: Config, parameters: int) -> int:
     """How many gradients are reduced at once, of a rank's so many parameters."""
     tensor = config.parallel.tensor
     largest = max(math.prod(spec.local_shape(tensor)) for spec in parameter_specs(config).values())
-    return min(parameters, max(largest, STAGE_3_BUCKET if config.parallel.zero_stage == 3 else BUCKET))
+    return min(parameters, max(largest, BUCKET))
 
 
 def activations(config: Config, replicas: int, rank: int) -> float:

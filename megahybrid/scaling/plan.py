@@ -14,8 +14,9 @@ from megahybrid.model.settings import Settings
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.hours import Estimate, own_steps, tabled
 from megahybrid.scaling.layouts import CLUSTER, Seconds, fitting, volumes
-from megahybrid.scaling.memory import ZERO_STAGES, activations, gathered, peak_bytes, reduction, start_up, states
+from megahybrid.scaling.memory import ZERO_STAGES, activations, peak_bytes, reduction, start_up, states
 from megahybrid.scaling.parameters import parameter_specs, parameters_by_rank
+from megahybrid.scaling.splitting import gathered
 from megahybrid.scaling.stages import layer_costs, stage_layers
 
 REPLICAS = (1, 8, 64)
@@ -132,8 +133,9 @@ def _memory(config: Config) -> str:
     saved = (_gib(activations(config, size, rank)) for size, rank in fullest)
     rows = [(f"activations and logits, {train.micro_batch_size} × {train.seq_length} tokens", *saved)]
     if parallel.zero_stage == 3:
-        per_size = (gathered(config, parameters[rank], size * parallel.context) for size, rank in fullest)
-        rows.append(("working copies gathered by ZeRO 3", *map(_gib, per_size)))
+        width = 2 if train.dtype == "bf16" else 4
+        per_size = (width * gathered(config, size * parallel.context) for size in REPLICAS)
+        rows.append(("working copies that ZeRO 3 has whole", *map(_gib, per_size)))
     if parallel.zero_stage > 1:
         reduced = (reduction(config, parameters[rank], size * parallel.context) for size, rank in fullest)
         rows.append(("gradients being reduced", *map(_gib, reduced)))

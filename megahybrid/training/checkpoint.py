@@ -13,7 +13,6 @@ kill at any moment leaves the last good one so. There is no random state to keep
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -71,11 +70,11 @@ def load(path: Path, engine: Engine) -> None:
         )
     engine.guard.load_state(facts["guard"])
     accepted = facts["position"]["step"] - engine.guard.skipped  # what AdamW counts
-    zero.reset_optimizer_state(engine.deepspeed, accepted)
+    engine.zero.reset_state(accepted)
     for name, parameter in engine.model.named_parameters():
         for kind in zero.KINDS:
-            _read(path, facts, kind, name, parameter, *zero.place(engine.deepspeed, parameter, kind))
-    zero.round_masters(engine.deepspeed)
+            _read(path, facts, kind, name, parameter, *engine.zero.place(parameter, kind))
+    engine.zero.round_masters()
     for letter, regulator in engine.regulators.items():
         regulator.load_state(facts["regulators"][letter])
 
@@ -101,8 +100,8 @@ def load_weights(path: Path, model: nn.Module, place: Place = whole) -> None:
 
 def init_from(path: Path, engine: Engine) -> None:
     """Give an engine a checkpoint's weights, and nothing else. Called by every process; raises as `load`."""
-    load_weights(path, engine.model, functools.partial(zero.place, engine.deepspeed))
-    zero.round_masters(engine.deepspeed)
+    load_weights(path, engine.model, engine.zero.place)
+    engine.zero.round_masters()
 
 
 def read_facts(path: Path) -> dict[str, Any]:

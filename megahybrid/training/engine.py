@@ -1,7 +1,4 @@
-"""One optimizer step: the micro-batches forward and backward, then ZeRO reduces, clips and steps.
-
-With ZeRO 1 and 2 Megatron-core's schedules run the micro-batches, with ZeRO-3 DeepSpeed's engine does.
-"""
+"""One optimizer step: micro-batches forward and backward by Megatron-core's schedules, then ZeRO clips and steps."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ from megahybrid.scaling.stages import stage_layers
 from megahybrid.training import schedule, zero
 from megahybrid.training.guard import StepGuard
 from megahybrid.training.metrics_file import OWN_KEYS
-from megahybrid.training.optimizer import learning_rate, make_optimizer
+from megahybrid.training.optimizer import learning_rate
 from megahybrid.training.probes import names
 from megahybrid.training.schedule import MicroBatch
 from megahybrid.training.step_report import StepReport
@@ -65,6 +62,7 @@ class Engine:
     Attributes:
         stages: this rank's pipeline stages.
         model: one module with all their parameters.
+        zero: owner of their values, gradients and the optimizer's state.
         regulators: by letter of the kinds in the pattern that have one.
     """
 
@@ -79,16 +77,14 @@ class Engine:
         self.stages = stages = build_stages(config, stage_layers(config)[rank::size], "meta")
         self.settings = stages[0].settings
         self.model = stages[0] if len(stages) == 1 else Stages(stages)
-        zero.make_parameters(config, self.model)
+        self.zero = zero.own(config, self.model)
         self.regulators = self._make_regulators()
         self.guard = StepGuard(config.train.skip)
-        self.optimizer = make_optimizer(zero.parameter_groups(config, self.model), config.optimizer)
-        self.deepspeed = zero.initialize(config, self.model, self.optimizer)
 
     def initialize(self) -> None:
         """Give the weights their initial values from (train.seed, parameter name)."""
-        initialize_parameters(self.model, self.config.train.seed, functools.partial(zero.place, self.deepspeed))
-        zero.round_masters(self.deepspeed)
+        initialize_parameters(self.model, self.config.train.seed, self.zero.place)
+        self.zero.round_masters()
 
     def _make_regulators(self) -> dict[str, Regulator]:
         """Those of the whole model; this rank's mixers get to read what they steer."""
@@ -109,7 +105,7 @@ class Engine:
         whether any process is.
         """
         rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
-        for group in self.optimizer.param_groups:
+        for group in self.zero.optimizer.param_groups:
             group["lr"] = rate
         report = StepReport(self.settings.pattern.letters, self.regulators, self.device)
         # On this thread: handing Python's lock to autograd's and back costs the host time for nothing.
@@ -120,7 +116,7 @@ class Engine:
         report.saving += saving
         micro_batches = len(batches) * groups.data_parallel()[1]
         report.loss /= micro_batches
-        norm = (self._update_by_deepspeed if self.config.parallel.zero_stage == 3 else self._update)(report)
+        norm = self._update(report)
         loss = float(report.loss)
         skipped = self.guard.reason(loss, norm)
         aux_losses, longest = {}, int(report.longest.max())
@@ -133,29 +129,14 @@ class Engine:
     def _update(self, report: StepReport) -> float:
         """From the gradients to the new weights or, where the guard says so, to the old ones, all on the device: the
         host waits once, for the report. The gradient's norm."""
-        report.squares += self.deepspeed.reduction.finish()
+        report.squares += self.zero.reduction.finish()
         report.sum_over_all()
         norm = report.squares.sqrt() / groups.weight_holders()[1]
-        self.deepspeed.update(norm, self.guard.accepts(report.loss, norm))
+        self.zero.update(norm, self.guard.accepts(report.loss, norm))
         report.squares.copy_(norm)
         report.to_host()
         norm = float(report.squares)
         return norm if math.isfinite(norm) else math.inf
-
-    def _update_by_deepspeed(self, report: StepReport) -> float:
-        """The same by DeepSpeed's step, in which the host decides."""
-        report.sum_over_all()
-        report.to_host()
-        loss, norms = float(report.loss), []
-
-        def accept() -> bool:
-            if not norms:  # after the update the host would wait for that, too
-                norms.append(zero.grad_norm(self.deepspeed))
-            return self.guard.reason(loss, norms[0]) is None
-
-        self.optimizer.accept = accept
-        self.deepspeed.step()
-        return norms[0] if norms else zero.grad_norm(self.deepspeed)
 
     def _run(self, batches: Sequence[Batch], step: int, report: StepReport) -> None:
         """All micro-batches forward and backward."""
@@ -165,15 +146,8 @@ class Engine:
         def forward(model, batch: Batch) -> Tensor:
             return self._forward(model, batch, step, len(batches), divisor, report)
 
-        if self.config.parallel.zero_stage < 3:
-            self.deepspeed.reduction.begin(len(batches))
-            schedule.run(self.stages, batches, len(batches[0].tokens), forward)
-            return
-        for number, batch in enumerate(batches, start=1):
-            # Over context parallel ranks DeepSpeed, too, takes a mean, and each has a part of the loss.
-            self.deepspeed.backward(forward(self.deepspeed, batch) * groups.context_parallel()[1])
-            if number < len(batches):  # the last one is the caller's
-                self.deepspeed.step()
+        self.zero.reduction.begin(len(batches))
+        schedule.run(self.stages, batches, len(batches[0].tokens), forward)
 
     def _divisor(self, batches: Sequence[Batch]) -> float | Tensor:
         """What a micro-batch's loss is divided by, on the way to the mean over all labels of the step by their weights:

@@ -1,37 +1,56 @@
-"""AdamW with steps that can be left out, its parameter groups, and the learning rate schedule."""
+"""AdamW on shards of flat weights, its updates, and the learning rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megahybrid.config.branching import decay_start
 from megahybrid.config.schema import OptimizerConfig
+from megahybrid.parallel import groups
+from megahybrid.training.zero import MOMENTS
 
 
-class SkippableAdamW(torch.optim.AdamW):
-    """A fused AdamW that asks `accept` before every update, and without it changes nothing, its step count included.
-
-    With ZeRO-3 DeepSpeed computes the gradient's norm inside its own step, so this is the place between norm and
-    update. With 1 and 2 the device knows (sharded.py), and the host accepts all.
-    """
-
-    accept: Callable[[], bool] = staticmethod(lambda: True)
-
-    def step(self, closure=None):
-        return super().step(closure) if self.accept() else None
-
-
-def make_optimizer(groups: Sequence[Sequence[nn.Parameter]], config: OptimizerConfig) -> SkippableAdamW:
-    """AdamW with weight decay on the groups of parameters whose specs ask for it."""
+def make_optimizer(buckets: Sequence[Sequence[nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """A fused AdamW with weight decay on the groups of parameters whose specs ask for it."""
     every = [
         {"params": list(group), "weight_decay": config.weight_decay if group[0].spec.weight_decay else 0.0}
-        for group in groups
+        for group in buckets
     ]
-    return SkippableAdamW(every, lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps, fused=True)
+    return torch.optim.AdamW(every, lr=config.learning_rate, betas=tuple(config.betas), eps=config.eps, fused=True)
+
+
+def reset_state(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """AdamW's state as after `steps` steps, with moments of zero."""
+    for group in optimizer.param_groups:
+        for master in group["params"]:
+            state = optimizer.state[master]
+            state["step"] = torch.full((), float(steps), device=master.device)  # where a fused AdamW has it
+            for kind in MOMENTS:
+                state[kind] = state[kind].zero_() if kind in state else torch.zeros_like(master.data)
+
+
+@torch.no_grad()
+def update(
+    optimizer: torch.optim.Optimizer, shards: Sequence[Tensor], norm: Tensor, accepted: Tensor, clip: float
+) -> None:
+    """Clip and step; where not accepted nothing changes, AdamW's count of steps included. The host does not wait.
+
+    Args:
+        shards: of gradients, summed over those that hold the same weights; one of each parameter group's master.
+        norm: of the whole gradient, their mean; on the device.
+        accepted: bool, on the device.
+        clip: the largest norm; 0 for any.
+    """
+    scale = ((norm + 1e-6) / clip).clamp(min=1) if clip else torch.ones_like(norm)
+    optimizer.grad_scale = (scale * groups.weight_holders()[1]).float()  # what gradients are divided by
+    optimizer.found_inf = (~accepted).float()
+    for group, shard in zip(optimizer.param_groups, shards, strict=True):
+        group["params"][0].grad = shard
+    optimizer.step()
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -186,7 +186,7 @@ class Saver:
         _, size = groups.tensor_parallel()
         for name, parameter in saved_parameters(self._engine.model):
             for kind in zero.KINDS:
-                local = zero.read(self._engine.deepspeed, parameter, kind).view(parameter.spec.local_shape(size))
+                local = self._engine.zero.read(parameter, kind).view(parameter.spec.local_shape(size))
                 value = groups.gather_tensor_parallel(local, parameter.spec.axis, parameter.spec.copies(size))
                 if name in self._mine:
                     shares[kind][name] = self._host[kind, name].copy_(value.detach(), non_blocking=True)

@@ -8,62 +8,88 @@ bucket, of which every rank has a piece.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 from types import SimpleNamespace
 
 import torch
+from deepspeed import comm
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.utils import logger, safe_get_full_fp32_param, safe_get_full_optimizer_state
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megahybrid.config.schema import Config
-from megahybrid.parallel import groups
-from megahybrid.training.reduction import Bucket, Reduction
+from megahybrid.scaling.memory import BUCKET
+from megahybrid.training.optimizer import make_optimizer, reset_state, update
+from megahybrid.training.reduction import Bucket, Reduction, in_buckets
+from megahybrid.training.zero import WEIGHTS
 
 # Before and after every group it collects garbage, and prints.
 bf16_optimizer.see_memory_usage = lambda *_, **__: None
+logger.setLevel(logging.ERROR)
 
 
 class ShardedOptimizer(BF16_Optimizer):
     """Of working copies in bf16 or fp32; masters, their gradients and moments are fp32.
 
     Attributes:
+        optimizer: of the masters, a parameter group each.
         reduction: of the gradients.
     """
 
-    def __init__(self, config: Config, model: nn.Module, optimizer: torch.optim.Optimizer):
-        """`optimizer` is a fused one, whose parameter groups are buckets (reduction.py)."""
-        super().__init__(
-            optimizer,
-            {parameter: name for name, parameter in model.named_parameters()},
-            SimpleNamespace(enabled=True, immediate_grad_update=False),
-            dp_process_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
-            grad_acc_dtype=torch.float32,
-        )
-        self._stage, self._clip = config.parallel.zero_stage, config.optimizer.clip_grad_norm
+    def __init__(self, config: Config, model: nn.Module):
+        """The model's parameters become views of what this owns, without values."""
+        comm.init_distributed(dist_init_required=False)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints memory tables
+            super().__init__(
+                make_optimizer(in_buckets(model.parameters(), BUCKET), config.optimizer),
+                {parameter: name for name, parameter in model.named_parameters()},
+                SimpleNamespace(enabled=True, immediate_grad_update=False),
+                dp_process_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+                grad_acc_dtype=torch.float32,
+            )
+        self._clip = config.optimizer.clip_grad_norm
         travels = torch.bfloat16 if config.parallel.gradient_reduction == "bf16" else torch.float32
-        self.reduction = Reduction(self._buckets(), travels)
+        self.reduction = Reduction(self._buckets(config.parallel.zero_stage == 2), travels)
         self._grad_acc_hooks = self.reduction.hooks  # which `destroy` removes
+        self.reset_state(0)
 
-    def _buckets(self) -> list[Bucket]:
+    def _buckets(self, sharded: bool) -> list[Bucket]:
         """Over DeepSpeed's buffers of gradients, or with ZeRO-2 over shards alone. Partial gradients, which are few,
         always have their sums."""
         shards, sums = self.fp32_groups_gradient_flat_partition, self.fp32_groups_gradients_flat
         buckets = []
         for parameters, shard, each in zip(self.bf16_groups, shards, sums, strict=True):
-            sharded = self._stage == 2 and not parameters[0].partial
-            buckets.append(Bucket(parameters, shard.clone()) if sharded else Bucket(parameters, shard, each))
+            alone = sharded and not parameters[0].partial
+            buckets.append(Bucket(parameters, shard.clone()) if alone else Bucket(parameters, shard, each))
         self.fp32_groups_gradient_dict.clear()
         views = self.fp32_groups_gradients, self.fp32_groups_actual_gradients_flat, self.non_expert_gradients
         for each in (*views, shards, sums):
             each.clear()
         return buckets
 
-    def zero_optimization_stage(self) -> int:
-        """As DeepSpeed's engine, which stage 3 has in this one's place."""
-        return self._stage
+    def reset_state(self, steps: int) -> None:
+        """AdamW's state as after `steps` steps, with moments of zero, linked to the parameters."""
+        reset_state(self.optimizer, steps)
+        self._hp_optimizer_states_linked = False
+        self._lazy_init_hp_params_optimizer_state()
 
-    @torch.no_grad()
+    def place(self, parameter: nn.Parameter, kind: str = WEIGHTS) -> tuple[int, Tensor]:
+        """Where this rank keeps its shard of a parameter's fp32 weight or moment: a `Place`, perhaps of nothing."""
+        if (mapping := parameter._hp_mapping) is None:
+            return 0, torch.empty(0)
+        shard = mapping.get_hp_fragment(None if kind == WEIGHTS else kind)
+        return mapping.lp_fragment_address.start, shard.data
+
+    def read(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """This tensor parallel rank's whole fp32 weight or moment; a collective."""
+        if kind == WEIGHTS:
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, kind)
+
     def update(self, norm: Tensor, accepted: Tensor) -> None:
         """Clip, step and give every replica the new working copies; nothing but the last where not accepted.
 
@@ -71,10 +97,9 @@ class ShardedOptimizer(BF16_Optimizer):
             norm: of the gradient, the replicas' mean; on the device.
             accepted: bool, on the device.
         """
-        scale = ((norm + 1e-6) / self._clip).clamp(min=1) if self._clip else torch.ones_like(norm)
-        self.optimizer.grad_scale = (scale * groups.weight_holders()[1]).float()  # what gradients are divided by
-        self.optimizer.found_inf = (~accepted).float()
-        for master, bucket in zip(self.fp32_groups_flat_partition, self.reduction.buckets, strict=True):
-            master.grad = bucket.shard
-        self.optimizer.step()
+        update(self.optimizer, [bucket.shard for bucket in self.reduction.buckets], norm, accepted, self._clip)
+        self.round_masters()
+
+    def round_masters(self) -> None:
+        """Make every working copy of the masters; a collective."""
         self.update_lp_params()

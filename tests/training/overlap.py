@@ -15,13 +15,13 @@ ON_CPU_ALONE = {"_check_values"}  # functions that ops call for a CPU's tensors
 
 def engine_of(dtype, parallel):
     from megahybrid.parallel import groups
-    from megahybrid.training import zero
+    from megahybrid.training import sharded, split
     from megahybrid.training.engine import Engine
     from tests.training.steps import batches_of, config_of
 
     config = config_of(dtype, True, parallel)
     groups.initialize(config.parallel)
-    zero.BUCKET = 3000
+    sharded.BUCKET = split.BUCKET = 3000
     engine = Engine(config)
     engine.initialize()
     return engine, batches_of

@@ -1,7 +1,6 @@
 """Probes of a tiny model with its initial weights by the engine, in any layout, and the same by brute force."""
 
 import math
-from contextlib import contextmanager
 
 import torch
 
@@ -77,24 +76,6 @@ def questions(length):
     ]
 
 
-@contextmanager
-def partitioned():
-    """ZeRO-3 parts weights however small, which DeepSpeed would leave whole: forward passes become collectives."""
-    import deepspeed
-
-    real = deepspeed.initialize
-
-    def initialize(config, **others):
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return real(config=config, **others)
-
-    deepspeed.initialize = initialize
-    try:
-        yield
-    finally:
-        deepspeed.initialize = real
-
-
 def by_engine(pattern, parallel, micro_batch_size=2, **evaluate):
     """What this rank's probes give, and the weights."""
     from megahybrid.parallel import groups
@@ -105,8 +86,7 @@ def by_engine(pattern, parallel, micro_batch_size=2, **evaluate):
 
     config = config_of(pattern, parallel, micro_batch_size, **evaluate)
     groups.initialize(config.parallel)
-    with partitioned():
-        engine = Engine(config)
+    engine = Engine(config)
     engine.initialize()
     text = TextProbes(config, list(batches(micro_batch_size, *groups.data_parallel())))
     recall = RecallProbes(config, questions(48), Vocabulary(VOCABULARY, 0))

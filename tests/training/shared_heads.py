@@ -66,7 +66,7 @@ def steps(kv_heads, dtype, parallel):
         found["losses"].append(result.loss)
         found["norms"].append(result.grad_norm)
     parts = {
-        (name, kind): zero.read(engine.deepspeed, each, kind).detach().clone()
+        (name, kind): engine.zero.read(each, kind).detach().clone()
         for name, each in engine.model.named_parameters()
         for kind in zero.KINDS
     }

@@ -84,7 +84,7 @@ def states(engine):
     found = {kind: {} for kind in zero.KINDS}
     for name, parameter in engine.model.named_parameters():
         for kind in zero.KINDS:
-            local = zero.read(engine.deepspeed, parameter, kind).view(parameter.spec.local_shape(size))
+            local = engine.zero.read(parameter, kind).view(parameter.spec.local_shape(size))
             value = groups.gather_tensor_parallel(local, parameter.spec.axis, parameter.spec.copies(size))
             found[kind][name] = value.detach().clone()
     return found

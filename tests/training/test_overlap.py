@@ -6,13 +6,14 @@ EVENTS, WAITS = "tests.training.overlap:events", "tests.training.overlap:host_wa
 LAYOUTS = [
     ({"zero_stage": 1}, 4),
     ({"zero_stage": 2}, 2),
+    ({"zero_stage": 3}, 2),
     ({"tensor": 2, "sequence": True}, 2),
     ({"pipeline": 2}, 2),
     ({"pipeline": 2, "virtual_pipeline": 2}, 1),
 ]
 
 
-@pytest.mark.parametrize(("stage", "micro_batches"), [(1, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("stage", "micro_batches"), [(1, 1), (1, 2), (2, 2), (3, 2)])
 def test_reductions_begin_before_the_first_layers_backward_pass_has_ended(stage, micro_batches, workers):
     for found in workers.run(4 // micro_batches, EVENTS, "bf16", {"zero_stage": stage}):
         first_layer = [number for number, name in enumerate(found) if name.startswith("layers.0.")]

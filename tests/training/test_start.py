@@ -37,37 +37,48 @@ def config_of(**parallel):
 
 
 def started(parallel):
-    """In a worker: elements that stood whole on this rank at a time while ZeRO-3 split them, and by name and kind where
-    its shards begin, how long they are, and how many this tensor parallel rank has in all."""
+    """In a worker: elements that stood whole on this rank at a time while the model was made, and by name and kind
+    where its shards begin, how long they are, and how many this tensor parallel rank has in all."""
     import math
     from unittest import mock
 
-    import deepspeed
-
     from megahybrid.parallel import groups
-    from megahybrid.training import zero
+    from megahybrid.training import gathering, zero
     from megahybrid.training.engine import Engine
 
-    config, whole = config_of(**parallel), []
+    config, whole, models = config_of(**parallel), [], []
     groups.initialize(config.parallel)
-    real, made = deepspeed.zero.Init, zero.make_parameters
+    make, own, weights = zero.materialize, zero.own, gathering.Weights.__init__
 
-    def make(config, model):
-        def split(module, *rest, **options):
-            assert all(each.dtype == torch.bfloat16 for each in module.parameters())
-            whole.append(sum(each.numel() for each in model.parameters() if not each.is_meta))
-            return real(module, *rest, **options)
+    def note():
+        stand = [each for model in models for each in model.parameters() if not each.is_meta]
+        memory = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in stand}
+        assert all(each.dtype == torch.bfloat16 for each in stand)
+        whole.append(sum(memory.values()) // 2)
 
-        with mock.patch.object(deepspeed.zero, "Init", split):
-            made(config, model)
+    def owning(config, model):
+        models.append(model)
+        return own(config, model)
 
-    with mock.patch.object(zero, "make_parameters", make):
+    def making(*arguments):
+        make(*arguments)
+        note()
+
+    def laying(self, *arguments, **options):
+        weights(self, *arguments, **options)
+        note()
+
+    with (
+        mock.patch.object(zero, "own", owning),
+        mock.patch.object(zero, "materialize", making),
+        mock.patch.object(gathering.Weights, "__init__", laying),
+    ):
         engine = Engine(config)
     _, size = groups.tensor_parallel()
     places = {}
     for name, parameter in engine.model.named_parameters():
         for kind in zero.KINDS:
-            begin, held = zero.place(engine.deepspeed, parameter, kind)
+            begin, held = engine.zero.place(parameter, kind)
             places[name, kind] = begin, len(held), math.prod(parameter.spec.local_shape(size))
     return groups.tensor_parallel()[0], whole, places
 
@@ -88,11 +99,13 @@ def test_replicas_hold_every_element_once(layout, workers):
 
 
 def test_zero_3_makes_a_layer_at_a_time(workers):
-    layer = 250 * 64  # the largest piece is the embedding or the output layer, or one of three layers
+    """The largest piece is the embedding or the output layer, or one of three layers; at most half stays whole."""
     for _, whole, places in workers.run(2, "tests.training.test_start:started", {"zero_stage": 3}):
         every = {name: count for (name, _), (*_, count) in places.items()}
         layers = [sum(n for name, n in every.items() if name.startswith(f"layers.{i}.")) for i in range(3)]
-        assert max(whole) == max(layer, *layers) < sum(every.values()) / 2
+        made, laid = whole[:6], whole[6:]
+        assert max(made) == max(250 * 64, *layers) < sum(every.values()) / 2
+        assert 2 * 250 * 64 <= laid[-1] <= max(laid) < sum(every.values()) * 0.6
 
 
 @pytest.mark.parametrize(

@@ -47,10 +47,7 @@ _NOTHING = LTEState(None, None)
 
 
 class Router(nn.Module):
-    """Retention router: a stack of three convolutions and a projection a key-value head.
-
-    Its parameters are attributes of the module that uses them, since ZeRO-3 gathers a module's own parameters only.
-    """
+    """Retention router: a stack of three convolutions and a projection a key-value head."""
 
     def __init__(self, settings: Settings):
         super().__init__()

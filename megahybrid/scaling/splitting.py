@@ -1,0 +1,52 @@
+"""Which working copies ZeRO-3 splits over the replicas, and what a GPU has whole beside its pieces."""
+
+from __future__ import annotations
+
+import math
+
+from megahybrid.config.schema import Config
+from megahybrid.model.settings import Settings
+from megahybrid.parallel.parameters import ParameterSpec
+from megahybrid.scaling.parameters import parameter_specs
+
+WHOLE = 10**9
+"""Parameters that stay whole at most, of a rank's, and at most half of them."""
+
+
+def is_split(spec: ParameterSpec) -> bool:
+    """Whether a parameter of a split layer is: vectors are little, and a collective for little takes as long."""
+    return spec.weight_decay
+
+
+def split_layers(config: Config, replicas: int) -> list[int]:
+    """The layers whose matrices are split over all that hold the same weights: as many as must be, spread evenly, so
+    that there is time to gather one beside those before it. Embedding, output layer and vectors stay whole."""
+    if config.parallel.zero_stage < 3 or replicas == 1:
+        return []
+    sizes, total = _matrices(config), _parameters(config)
+    count, room = len(sizes), min(WHOLE, total // 2) - (total - sum(sizes))
+    whole = max(0, room) // max(sizes)
+    return [layer for layer in range(count) if layer * whole // count == (layer + 1) * whole // count]
+
+
+def gathered(config: Config, replicas: int) -> float:
+    """Parameters of which a GPU has working copies beside its pieces: those that stay whole, and two split layers."""
+    if not (layers := split_layers(config, replicas)):
+        return 0
+    sizes = _matrices(config)
+    whole = _parameters(config) - sum(sizes[layer] for layer in layers)
+    return whole * (1 - 1 / replicas) + 2 * max(sizes[layer] for layer in layers)
+
+
+def _matrices(config: Config) -> list[int]:
+    """Elements that one tensor parallel rank has of each layer's matrices."""
+    sizes = [0] * len(Settings.of(config).pattern.letters)
+    for name, spec in parameter_specs(config).items():
+        part, *rest = name.split(".")
+        if part == "layers" and is_split(spec):
+            sizes[int(rest[0])] += math.prod(spec.local_shape(config.parallel.tensor))
+    return sizes
+
+
+def _parameters(config: Config) -> int:
+    return sum(math.prod(spec.local_shape(config.parallel.tensor)) for spec in parameter_specs(config).values())
