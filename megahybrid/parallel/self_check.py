@@ -19,14 +19,17 @@ log = logging.getLogger(__name__)
 _SLOW = 0.7  # of the median speed
 
 
-def self_check() -> None:
+def self_check(needed: float) -> None:
     """Compute on every device and send between all nodes, collectively; about a second.
+
+    Args:
+        needed: bytes that a GPU will hold at most; where other processes have left less, it is said.
 
     Raises MachineFault, on every process, which names the nodes whose GPU or link gave a wrong result. What is merely
     slow is told in the log.
     """
     began, device = time.perf_counter(), groups.device()
-    fault, speed = _check_device(device)
+    fault, speed = _check_device(device, needed)
     checks = groups.gather((_name(), fault, speed))
     _raise_faults((name, fault) for name, fault, _ in checks)
     _warn_about_slow("computes", [(name, speed) for name, _, speed in checks])
@@ -38,7 +41,7 @@ def self_check() -> None:
     log.info("Devices and links checked in %.1f s.", time.perf_counter() - began)
 
 
-def _check_device(device: torch.device) -> tuple[str | None, float]:
+def _check_device(device: torch.device, needed: float) -> tuple[str | None, float]:
     """A matrix product of small whole numbers, exact in every precision: (what is wrong, products a second)."""
     size = 4096 if device.type == "cuda" else 64
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -59,9 +62,15 @@ def _check_device(device: torch.device) -> tuple[str | None, float]:
         return f"it fails to compute ({str(error).splitlines()[0][:100]})", 0.0
     if not right:
         return "it computes a matrix product wrongly", 0.0
-    if free < 0.8 * total:
-        return f"only {free / 2**30:.0f} of its {total / 2**30:.0f} GiB of memory are free", 0.0
-    return None, speed
+    return _too_little(free, total, needed), speed
+
+
+def _too_little(free: float, total: float, needed: float) -> str | None:
+    """What is wrong with so much memory, of which other processes have some; no more than an empty GPU's is asked for."""
+    if free >= min(needed, 0.8 * total):
+        return None
+    taken, total, needed = (number / 2**30 for number in (total - free, total, needed))
+    return f"{taken:.1f} of its {total:.1f} GiB of memory are taken, and this run needs {needed:.1f}"
 
 
 def _check_sum(device: torch.device) -> None:

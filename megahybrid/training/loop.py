@@ -23,6 +23,7 @@ from megahybrid.parallel.peers import PeerWatch
 from megahybrid.parallel.self_check import self_check
 from megahybrid.retry import retry
 from megahybrid.scaling.flops import flops_per_token
+from megahybrid.scaling.memory import peak_bytes
 from megahybrid.training import attempts, checkpoint, checkpoint_folder, failures, tracking
 from megahybrid.training.checkpoint import Position
 from megahybrid.training.engine import Engine, StepResult
@@ -120,7 +121,7 @@ class Trainer:
         self.position = self._check_data(start)
         resources.enter_context(rank_log(run.logs))
         self.watchdog = resources.enter_context(Watchdog(run, config.train.watch, groups.world()[0]))
-        self_check()
+        self_check(max(peak_bytes(config, replicas)))
         self.engine = self._build(start.checkpoint)
         if start.checkpoint is not None:
             self._load(start)

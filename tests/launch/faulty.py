@@ -19,7 +19,7 @@ def install(kind: str, rank: int, at: int, pause: float) -> None:
 
     real, first = Engine.step, os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
 
-    def killed():
+    def killed(needed):
         if int(os.environ["SLURM_PROCID"]) == rank:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(600)

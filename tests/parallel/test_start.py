@@ -51,9 +51,9 @@ def check(wrong: int | None) -> str | None:
     real, host = self_check._check_device, socket.gethostname
     socket.gethostname = lambda: f"node{rank}"
     if rank == wrong:
-        self_check._check_device = lambda device: ("it computes a matrix product wrongly", 0.0)
+        self_check._check_device = lambda device, needed: ("it computes a matrix product wrongly", 0.0)
     try:
-        self_check.self_check()
+        self_check.self_check(needed=0)
     except MachineFault as error:
         return str(error)
     finally:
@@ -68,3 +68,15 @@ def test_a_node_that_computes_wrongly_is_named(workers, wrong):
         assert said == [None] * 3
     else:
         assert all("failed at node node1" in each and "node0" not in each for each in said)
+
+
+def test_runs_share_a_gpu_that_has_room_for_them():
+    from megahybrid.parallel.self_check import _too_little
+
+    free, total = 30 * 2**30, 80 * 2**30
+    assert _too_little(free, total, needed=2 * 2**30) is None
+    told = "50.0 of its 80.0 GiB of memory are taken, and this run needs 40.0"
+    assert _too_little(free, total, needed=40 * 2**30) == told
+    # An estimate above what a GPU has: training will tell, unless others are on it.
+    assert _too_little(0.9 * total, total, needed=1.1 * total) is None
+    assert _too_little(0.7 * total, total, needed=1.1 * total)
