@@ -66,7 +66,7 @@ def _check_device(device: torch.device, needed: float) -> tuple[str | None, floa
 
 
 def _too_little(free: float, total: float, needed: float) -> str | None:
-    """What is wrong with so much memory, of which other processes have some; no more than an empty GPU's is asked for."""
+    """What is wrong where others have taken so much memory that a run has too little, however high its estimate."""
     if free >= min(needed, 0.8 * total):
         return None
     taken, total, needed = (number / 2**30 for number in (total - free, total, needed))
