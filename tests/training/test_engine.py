@@ -83,19 +83,25 @@ def test_fp32_steps_are_those_of_torch(stage, workers, expected):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_steps_are_those_of_torch_on_exact_sums_of_bf16_gradients(stage, workers, expected):
-    """Not so if the sums over micro-batches and replicas were rounded, or of stages 1 and 2 the products that are
-    added to them: that is 1e-3 and more."""
+    """Not so if the sums over micro-batches and replicas were rounded, or the products that are added to them: that is
+    1e-3 and more."""
     ranks = run(workers, "bf16", data=2, zero_stage=stage)
-    assert_same_steps(ranks, expected("bf16", products=stage < 3), *EXACT)
+    assert_same_steps(ranks, expected("bf16", products=True), *EXACT)
     for rank in ranks:
         assert all(sums.keys() == {"torch.float32"} for sums in rank["sums"])
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_reduction_sends_bf16(stage, workers, expected):
-    theirs = expected("bf16")["states"][1]["exp_avg"]
+    theirs = expected("bf16", products=True)["states"][1]["exp_avg"]
     for rank in run(workers, "bf16", data=2, zero_stage=stage, gradient_reduction="bf16"):
-        assert 5e-4 < distance(rank["states"][1]["exp_avg"], theirs) < 1e-2
+        found = rank["states"][1]["exp_avg"]
+        # Of all parameters together: one of two numbers has whatever its ranks' parts lose when they cancel.
+        off, norm = (
+            sum(float(x.norm()) ** 2 for x in xs) ** 0.5
+            for xs in ([found[n] - theirs[n] for n in theirs], theirs.values())
+        )
+        assert 5e-4 < off / norm < 2**-8
         parameters = sum(value.numel() for value in theirs.values())
         assert all(sums["torch.bfloat16"] >= parameters for sums in rank["sums"])
 
