@@ -342,10 +342,12 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
             return {**inputs, "inputs_embeds": inputs_embeds[:, seen:]}
         # Transformers 4 tells by the mask how many tokens there are in all, 5 how many are new, if not all given ones.
         count = input_ids.shape[1] if next_sequence_length is None else next_sequence_length
-        if attention_mask is not None and (count := attention_mask.shape[1] - seen) < 1:
+        if attention_mask is not None:
+            count = attention_mask.shape[1] - seen
+        if count < 1:
             raise ValueError(
-                f"The cache has {seen} tokens and the text no more ({attention_mask.shape[1]}): give all of it, those "
-                "in the cache included, and no prefill_chunk_size, or another cache."
+                f"The cache has {seen} tokens and the text no more ({seen + count}): give all of it, those in the "
+                "cache included, and no prefill_chunk_size, or another cache."
             )
         return {**inputs, "input_ids": input_ids[:, -count:]}
 
