@@ -26,6 +26,7 @@ from megahybrid_kernels.retention_router import (
     retention_logits,
     retention_logits_streamed,
     retention_scores,
+    retention_scores_streamed,
 )
 from megahybrid_kernels.rotary import rotary, rotary_of_both
 from megahybrid_kernels.sequences import Sequences
@@ -59,6 +60,7 @@ __all__ = [
     "retention_logits",
     "retention_logits_streamed",
     "retention_scores",
+    "retention_scores_streamed",
     "rms_norm",
     "rotary",
     "rotary_of_both",

@@ -1,6 +1,7 @@
 """The model without any cache: what every way of generating is compared with."""
 
 import contextlib
+from unittest import mock
 
 import torch
 
@@ -48,15 +49,16 @@ def in_pieces(model, rows, pieces):
 @contextlib.contextmanager
 def router_logits(seen):
     """Adds `[tokens, heads]` of every LTE layer to the list `seen`, in order of depth."""
-    original = Router.forward
 
-    def forward(self, *arguments, **options):
-        scores, state = original(self, *arguments, **options)
-        seen.append(torch.logit(scores.double() + 0.5))
-        return scores, state
+    def watched(original):
+        def forward(self, *arguments):
+            scores, *rest = original(self, *arguments)
+            seen.append(torch.logit(scores.double() + 0.5))
+            return scores, *rest
 
-    Router.forward = forward
-    try:
+        return forward
+
+    with contextlib.ExitStack() as stack:
+        for name in ("forward", "streamed"):
+            stack.enter_context(mock.patch.object(Router, name, watched(getattr(Router, name))))
         yield
-    finally:
-        Router.forward = original

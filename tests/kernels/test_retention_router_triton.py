@@ -119,7 +119,10 @@ def test_steps_equal_the_streamed_path(count, heads, head_dim, kernel_size, dila
         sequences = Sequences.of((1,) * count, starts=starts + step)
         expected, state = retention_logits_streamed(k, v, parameters, sequences, state, dilation)
         k, v = (x.to(DEVICE)[:, part] for x, part in ((fused, slice(heads)), (fused, slice(heads, 2 * heads))))
-        logits, fast = retention_logits_step(k, v, moved(parameters), (starts + step).to(DEVICE), fast, dilation)
+        before, positions = fast, (starts + step).to(DEVICE)
+        logits, fast = retention_logits_step(k, v, moved(parameters), positions, before, dilation)
+        scores, _ = retention_logits_step(k, v, moved(parameters), positions, before, dilation, scored=True)
+        torch.testing.assert_close(scores, logits.sigmoid() - 0.5)
         torch.testing.assert_close(logits.cpu(), expected, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
         for ours, theirs in zip(fast.rows, state.rows, strict=True):
             torch.testing.assert_close(ours.cpu(), theirs, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)

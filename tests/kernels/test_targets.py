@@ -112,7 +112,7 @@ if not triton.__version__.startswith("3.6."):  # for which they were made; 3.8 s
     SPILLS = dict.fromkeys(SPILLS, 512)
 # A router of heads of 128 holds a whole layer's weights; a gradient of NSA's heads of 128 and more has both sums.
 SPILLING = {"retention_router_forward_layer_kernel", "retention_router_backward_input_kernel"}
-SPILLING |= {"retention_router_step", "native_sparse_attention_key_gradient_kernel"}
+SPILLING |= {"native_sparse_attention_key_gradient_kernel"}
 MOST_SPILLS = 4096
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "retention_logits",
     "retention_logits_streamed",
     "retention_scores",
+    "retention_scores_streamed",
     "unsupported",
 ]
 
@@ -97,22 +98,47 @@ def retention_logits_streamed(
     Raises:
         ValueError: as `retention_logits`, or the state is of another number of sequences or missing.
     """
+    return _streamed(k, v, parameters, sequences, state, dilation, scored=False)
+
+
+def retention_scores_streamed(
+    k: Tensor,
+    v: Tensor,
+    parameters: RouterParameters,
+    sequences: Sequences,
+    state: RouterState | None,
+    dilation: int = 2,
+) -> tuple[Tensor, RouterState]:
+    """`retention_logits_streamed` with scores, `sigmoid(logit) - 1/2`, in the logits' place."""
+    return _streamed(k, v, parameters, sequences, state, dilation, scored=True)
+
+
+def _streamed(
+    k: Tensor,
+    v: Tensor,
+    parameters: RouterParameters,
+    sequences: Sequences,
+    state: RouterState | None,
+    dilation: int,
+    scored: bool,
+) -> tuple[Tensor, RouterState]:
     _check(k, v, parameters, sequences)
     if state is None and sequences.starts is not None:
         raise ValueError("the sequences do not begin here, but there is no state of their earlier tokens")
     if state is not None and state.rows[0].shape[0] != sequences.count:
         raise ValueError(f"the state holds {state.rows[0].shape[0]} sequences, but {sequences.count} were given")
     takes = _takes(k, v, parameters, sequences) and not torch.is_grad_enabled()
-    if takes and state is not None and max(sequences.lengths) == 1:
+    if takes and state is not None and max(sequences.lengths) == 1 and _steps(parameters):
         from megahybrid_kernels.retention_router.triton_step import retention_logits_step
 
-        return retention_logits_step(k, v, parameters, sequences.positions, state, dilation)
+        return retention_logits_step(k, v, parameters, sequences.positions, state, dilation, scored)
     if takes and sequences.starts is None and _fits(k, parameters):
         from megahybrid_kernels.retention_router.triton_prefill import retention_logits_first
 
-        return retention_logits_first(k, v, parameters, sequences, dilation)
+        return retention_logits_first(k, v, parameters, sequences, dilation, scored)
     state = state or RouterState.empty(sequences.count, parameters, dilation)
-    return reference.retention_logits_streamed(k, v, parameters, sequences, state, dilation)
+    logits, state = reference.retention_logits_streamed(k, v, parameters, sequences, state, dilation)
+    return torch.sigmoid(logits) - 0.5 if scored else logits, state
 
 
 def unsupported(dtype: torch.dtype, head_dim: int, layers: int = 3) -> str | None:
@@ -149,6 +175,11 @@ def _takes(k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequen
 
 def _fits(k: Tensor, parameters: RouterParameters) -> bool:
     return unsupported(k.dtype, k.shape[2], len(parameters.weights)) is None
+
+
+def _steps(parameters: RouterParameters) -> bool:
+    """Whether a launch serves all layers, each of which has a state."""
+    return len(parameters.weights) <= 3 and all(weight.shape[2] > 1 for weight in parameters.weights)
 
 
 def _check(k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequences) -> None:

@@ -52,7 +52,7 @@ class RetentionRouter(Shape):
         def call(op: Op, x: Inputs, sequences: Sequences, state: RouterState) -> tuple[Tensor, Any]:
             return op(x["k"], x["v"], _parameters(x), sequences, state, self.dilation)
 
-        place = ("retention_router", "retention_router", "retention_logits_streamed")
+        place = ("retention_router", "retention_router", "retention_scores_streamed")
         return Streamed(*place, self._make, first, call, late=margin(self.taps, self.dilation))
 
     def _make(self, tokens: int) -> Make:

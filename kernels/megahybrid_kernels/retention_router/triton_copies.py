@@ -158,14 +158,14 @@ def state_rows_kernel(
         )  # fmt: skip
 
 
-def _three(*columns: list) -> Iterator:
+def three(*columns: list) -> Iterator:
     """Values of each column, one a layer, up to three layers; the last repeated where there are fewer."""
     return itertools.chain.from_iterable(column + column[-1:] * (_LAYERS - len(column)) for column in columns)
 
 
 def _sizes(weights: list[Tensor], heads: int) -> Iterator[int]:
     """Channels, taps and outputs of the kernels' layers."""
-    return _three([w.shape[1] for w in weights], [w.shape[2] for w in weights], [w.shape[0] // heads for w in weights])
+    return three([w.shape[1] for w in weights], [w.shape[2] for w in weights], [w.shape[0] // heads for w in weights])
 
 
 def _blocks(weights: list[Tensor], heads: int) -> int:
@@ -182,7 +182,7 @@ def pack_weights(weights: list[Tensor], heads: int, dtypes: list[torch.dtype]) -
     ]
     blocks = _blocks(weights, heads)
     pack_weights_kernel[blocks * heads * len(weights)](
-        *_three(weights, packed), heads, blocks, *_sizes(weights, heads), BLOCK=_VALUES
+        *three(weights, packed), heads, blocks, *_sizes(weights, heads), BLOCK=_VALUES
     )
     return packed
 
@@ -197,7 +197,7 @@ def sum_splits(
     counts = [dweight.shape[0] for dweight, _ in splits]
     blocks = _blocks(weights, heads)
     sum_splits_kernel[blocks * heads * len(weights)](
-        *_three(*parts, dweights, dbiases, counts), heads, blocks, *_sizes(weights, heads), BLOCK=_VALUES
+        *three(*parts, dweights, dbiases, counts), heads, blocks, *_sizes(weights, heads), BLOCK=_VALUES
     )
     return dweights, dbiases
 
@@ -214,12 +214,12 @@ def state_rows(
         torch.empty(sequences.count, count, heads, width, dtype=torch.float32, device=k.device)
         for count, width in zip(past, channels, strict=True)
     ]
-    y0, y1, _ = _three(ys)
-    _, *later_channels = _three(channels)
-    *later_late, _ = _three(late)
+    y0, y1, _ = three(ys)
+    _, *later_channels = three(channels)
+    *later_late, _ = three(late)
     state_rows_kernel[sequences.count * heads * len(weights)](
-        k, v, y0, y1, *_three(rows), sequences.cu_seqlens, sequences.count, heads, *k.stride()[:2], *v.stride()[:2],
-        y0.stride(0), y1.stride(0), half, *later_channels, *_three(past), *later_late,
+        k, v, y0, y1, *three(rows), sequences.cu_seqlens, sequences.count, heads, *k.stride()[:2], *v.stride()[:2],
+        y0.stride(0), y1.stride(0), half, *later_channels, *three(past), *later_late,
         WIDTH=tile_width(max([half, *channels[1:]])), ROWS=_ROWS,
     )  # fmt: skip
     return tuple(rows)

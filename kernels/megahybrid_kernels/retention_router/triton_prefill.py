@@ -12,9 +12,14 @@ from megahybrid_kernels.sequences import Sequences
 
 
 def retention_logits_first(
-    k: Tensor, v: Tensor, parameters: RouterParameters, sequences: Sequences, dilation: int = 2
+    k: Tensor,
+    v: Tensor,
+    parameters: RouterParameters,
+    sequences: Sequences,
+    dilation: int = 2,
+    scored: bool = False,
 ) -> tuple[Tensor, RouterState]:
-    """`retention_logits_streamed` for sequences that begin here, without gradients.
+    """`retention_logits_streamed`, or `scored` the scores, for sequences that begin here, without gradients.
 
     The logits are those of `retention_logits`, moved; the state's rows have their whole right context here, too.
     """
@@ -23,5 +28,5 @@ def retention_logits_first(
     late = sum(layer.taps // 2 * dilation for layer in layers)
     # The kernels write `late` rows further on; what then stands where a row means nothing is never read.
     logits = torch.empty(tokens + late, heads, dtype=torch.float32, device=k.device)
-    ys = forward_layers(layers, logits[late:], False, k, v, *rest)
+    ys = forward_layers(layers, logits[late:], scored, k, v, *rest)
     return logits[:tokens], RouterState(state_rows(k, v, ys, list(parameters.weights), sequences, dilation))

@@ -28,8 +28,8 @@ from megahybrid_kernels.retention_router import (
     RouterParameters,
     RouterState,
     retention_logits,
-    retention_logits_streamed,
     retention_scores,
+    retention_scores_streamed,
 )
 from megahybrid_kernels.retention_router import unsupported as router_unsupported
 
@@ -75,8 +75,7 @@ class Router(nn.Module):
         self, k: Tensor, v: Tensor, sequences: Sequences, state: RouterState | None
     ) -> tuple[Tensor, RouterState]:
         """Scores, `margin` tokens later, from the state, or where sequences begin without one."""
-        logits, state = retention_logits_streamed(k, v, self.parameters_for_op(), sequences, state, self.dilation)
-        return torch.sigmoid(logits) - 0.5, state
+        return retention_scores_streamed(k, v, self.parameters_for_op(), sequences, state, self.dilation)
 
     def parameters_for_op(self) -> RouterParameters:
         """The op's view of the parameters of this rank's heads."""
