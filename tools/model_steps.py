@@ -70,7 +70,6 @@ def measure(
         with_parts: whether to add the GPU's time by kernels' names, of one more step.
         kept: the share of tokens that LTE's heads keep at first, as after training; None leaves routers as they are.
         traced: micro-batches of one more step whose time by part is added on the first and the last rank; 0 for none.
-            With ZeRO 2 and 3 all of a step's, since DeepSpeed counts them.
     """
     config = load_config(recipe, overrides)
     groups.initialize(config.parallel, config.train.seed)
@@ -117,8 +116,7 @@ def measure(
             figures["parts"] = parts(engine, batches, warm_up + steps + 1)
         figures["device"] = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     if traced:
-        some = batches[:traced] if config.parallel.zero_stage < 3 else batches
-        figures["time_by_part"] = step_parts.traced(engine, some, warm_up + steps + 1)
+        figures["time_by_part"] = step_parts.traced(engine, batches[:traced], warm_up + steps + 1)
     engine.zero.destroy()
     del engine, batches
     free_tensors()

@@ -79,7 +79,7 @@ class ParallelConfig:
     context: int = key(1, may_change=True)
     """Context parallel size (by tokens of a micro-batch, and by heads where tokens meet)."""
     zero_stage: int = key(1, may_change=True, choices=(1, 2, 3))
-    """DeepSpeed ZeRO stage: 1, 2 or 3 (0 miscounts the gradient norm)."""
+    """ZeRO stage: 1, 2 or 3."""
     gradient_reduction: str = key("fp32", may_change=True, choices=("fp32", "bf16"))
     """How gradients travel and are summed over the data parallel replicas: fp32, or bf16, at half the bytes."""
 

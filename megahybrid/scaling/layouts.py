@@ -21,6 +21,7 @@ from megahybrid.model.settings import Settings
 from megahybrid.scaling.hours import kernel_seconds, launch_seconds
 from megahybrid.scaling.memory import BUCKET, peak_bytes, residual
 from megahybrid.scaling.parameters import parameter_specs, parameters_by_rank
+from megahybrid.scaling.splitting import split_matrices
 from megahybrid.scaling.stages import layer_costs, stage_layers
 
 
@@ -33,10 +34,9 @@ class Cluster:
         memory: bytes that training may allocate of a GPU's 80 GB, so that some are left for NCCL and fragments.
         link: bytes a second that a GPU gives and gets in a collective over its host.
         beside_matmuls: the same of those that tensor parallel ranks make beside matmuls.
-        exposed: part of these during which nothing is multiplied.
+        exposed: part of these during which nothing is multiplied; assumed also of what ZeRO-3 gathers in passes.
         smaller: what kernels take longer each time that tensor parallel ranks halve them.
         network: bytes a second that a GPU gives and gets between hosts: 80 % of 400 Gbit/s, not measured.
-        gathering: seconds a layer and micro-batch by which the host holds ZeRO-3 up.
     """
 
     host: int = 8
@@ -46,7 +46,6 @@ class Cluster:
     exposed: float = 0.54
     smaller: float = 1.06
     network: float = 40e9
-    gathering: float = 2.1e-3
 
 
 CLUSTER = Cluster()
@@ -66,7 +65,7 @@ class Seconds:
         bubble: the pipeline's.
         transfers: exposed ones between stages.
         gradients: reductions that last longer than the backward pass beside them, and the last bucket's.
-        weights: gathered after the update, or with ZeRO-3 in the passes.
+        weights: gathered after the update, and with ZeRO-3 in the passes.
     """
 
     kernels: float
@@ -187,13 +186,12 @@ def _replicas_seconds(config: Config, replicas: int, a_micro_batch: float) -> tu
     rate = _rate(parallel.tensor * holders, parallel.tensor)
     sent, width = _travelling(config), 2 if config.train.dtype == "bf16" else 4
     parameters, part = max(parameters_by_rank(config)), (holders - 1) / holders
-    reducing, gathering = parameters * sent * part / rate, parameters * width * part / rate
+    split = sum(split_matrices(config, holders).values())
+    reducing, gathering = parameters * sent * part / rate, (parameters - split) * width * part / rate
     hidden, last = _BACKWARD * a_micro_batch, min(BUCKET, parameters) * sent * part / rate
     gradients = (count if parallel.zero_stage > 1 else 1) * max(reducing - hidden, last)
-    if parallel.zero_stage < 3:
-        return gradients, gathering
-    layers = max(map(len, _layers_by_rank(config)))
-    return gradients, count * (layers * CLUSTER.gathering + max(0, 2 * gathering - a_micro_batch))
+    passes = 2 * split * width * part / rate  # forward and backward
+    return gradients, gathering + count * max(CLUSTER.exposed * passes, passes - a_micro_batch)
 
 
 def _rate(ranks: int, stride: int) -> float:
@@ -273,12 +271,15 @@ def volumes(layout: Layout) -> list[Volume]:
         sizes[letters[int(words[1])] if words[0] == "layers" else ""] += math.prod(
             spec.local_shape(config.parallel.tensor)
         )
+    split: Counter[str] = Counter()
+    for layer, size in split_matrices(config, holders).items():
+        split[letters[layer]] += size
     width = 2 if config.train.dtype == "bf16" else 4
     return [
         Volume(
             f"{KINDS[letter].title} layers" if letter else "embedding and output",
             size * _travelling(config) * part * (count if stage > 1 else 1),
-            size * width * part * (2 * count if stage == 3 else 1),
+            (size - split[letter] + 2 * count * split[letter]) * width * part,
             letters.count(letter) * count * exchanged(config) if letter else 0,
         )
         for letter, size in sizes.items()

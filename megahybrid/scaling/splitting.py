@@ -18,24 +18,24 @@ def is_split(spec: ParameterSpec) -> bool:
     return spec.weight_decay
 
 
-def split_layers(config: Config, replicas: int) -> list[int]:
-    """The layers whose matrices are split over all that hold the same weights: as many as must be, spread evenly, so
-    that there is time to gather one beside those before it. Embedding, output layer and vectors stay whole."""
+def split_matrices(config: Config, replicas: int) -> dict[int, int]:
+    """How many elements a tensor parallel rank has of the matrices of each layer that is split over all that hold the
+    same weights: as many layers as must be, spread evenly, so that there is time to gather one beside those before it.
+    Embedding, output layer and vectors stay whole."""
     if config.parallel.zero_stage < 3 or replicas == 1:
-        return []
+        return {}
     sizes, total = _matrices(config), _parameters(config)
     count, room = len(sizes), min(WHOLE, total // 2) - (total - sum(sizes))
     whole = max(0, room) // max(sizes)
-    return [layer for layer in range(count) if layer * whole // count == (layer + 1) * whole // count]
+    return {n: sizes[n] for n in range(count) if n * whole // count == (n + 1) * whole // count}
 
 
 def gathered(config: Config, replicas: int) -> float:
     """Parameters of which a GPU has working copies beside its pieces: those that stay whole, and two split layers."""
-    if not (layers := split_layers(config, replicas)):
+    if not (split := split_matrices(config, replicas)):
         return 0
-    sizes = _matrices(config)
-    whole = _parameters(config) - sum(sizes[layer] for layer in layers)
-    return whole * (1 - 1 / replicas) + 2 * max(sizes[layer] for layer in layers)
+    whole = _parameters(config) - sum(split.values())
+    return whole * (1 - 1 / replicas) + sum(sorted(split.values())[-2:])
 
 
 def _matrices(config: Config) -> list[int]:

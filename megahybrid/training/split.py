@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megahybrid.config.schema import Config
 from megahybrid.parallel import groups
 from megahybrid.scaling.memory import BUCKET
-from megahybrid.scaling.splitting import is_split, split_layers
+from megahybrid.scaling.splitting import is_split, split_matrices
 from megahybrid.training.gathering import Gathering, Weights
 from megahybrid.training.optimizer import make_optimizer, reset_state, update
 from megahybrid.training.reduction import Bucket, Reduction, in_buckets
@@ -34,7 +34,7 @@ class SplitOptimizer:
     def __init__(self, config: Config, model: nn.Module):
         """The model's parameters become views of what this owns, without values."""
         self._clip = config.optimizer.clip_grad_norm
-        layers = {layer: model.layers[str(layer)] for layer in split_layers(config, groups.weight_holders()[1])}
+        layers = {layer: model.layers[str(layer)] for layer in split_matrices(config, groups.weight_holders()[1])}
         apart = {layer: [each for each in layers[layer].parameters() if is_split(each.spec)] for layer in layers}
         known = {each for parameters in apart.values() for each in parameters}
         self._whole = _weights((each for each in model.parameters() if each not in known), split=False)

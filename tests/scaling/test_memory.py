@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import KernelInterface
 
+from megahybrid.config import load_config
 from megahybrid.config.schema import Config, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megahybrid.mixers.attention import AttentionConfig
 from megahybrid.mixers.gdn import GDNConfig
@@ -18,13 +20,14 @@ from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.settings import Settings
 from megahybrid.model.stack import build
 from megahybrid.parallel import groups
-from megahybrid.scaling import memory
-from megahybrid.scaling.parameters import parameters_by_rank
+from megahybrid.scaling import memory, splitting
+from megahybrid.scaling.parameters import parameter_specs, parameters_by_rank
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.linear_cross_entropy import chunks
 from tests.parallel.tokens import own_tokens
 
 LENGTH = 1024
+RECIPES = Path(__file__).parents[2] / "recipes"
 OPS = """causal_conv1d gated_delta_rule lte_attention native_sparse_attention norm retention_router rotary swiglu
 linear_cross_entropy.chunks"""
 
@@ -315,13 +318,35 @@ def test_context_parallel_ranks_share_states_as_replicas_do():
     assert peak == count * (2 + 4 + 12 / 4) + memory.activations(config, 2, 0)
 
 
-def test_the_peak_with_zero_3_has_gathered_parameters():
-    config = config_of("GL", zero_stage=3)
+def test_the_peak_with_zero_3_has_what_is_whole():
+    config = config_of("GLGL", zero_stage=3)
     (count,) = parameters_by_rank(config)
-    passes = memory.activations(config, 4, 0)
-    assert memory.peak_bytes(config, 4) == [pytest.approx(count * (2 / 4 + 4 / 4 + 12 / 4 + 2) + passes)]
+    sizes = {n: sum(each.full_size for each in matrices_of(config, n)) for n in range(4)}
+    passes, split = memory.activations(config, 4, 0), splitting.split_matrices(config, 4)
+    assert split == {n: sizes[n] for n in split} and list(split) in ([0, 1, 2, 3], [0, 1, 2], [0, 2])
+    whole = count - sum(split.values())
+    assert whole <= count / 2 or len(split) == 4
+    copies = (whole + sum(split.values()) / 4 + sum(sorted(split.values())[-2:])) * 2
+    assert memory.peak_bytes(config, 4) == [pytest.approx(copies + count * (4 / 4 + 12 / 4) + passes)]
     assert memory.peak_bytes(config, 1) == [pytest.approx(count * (2 + 4 + 12) + memory.activations(config, 1, 0))]
-    assert memory.gathered(config, 10**10, 4) == 2 * 10**9
+
+
+def matrices_of(config, layer):
+    specs = parameter_specs(config).items()
+    return [spec for name, spec in specs if name.startswith(f"layers.{layer}.") and len(spec.shape) > 1]
+
+
+def test_zero_3_leaves_so_much_whole_and_splits_the_rest_evenly():
+    config = load_config(RECIPES / "lalte-8b.yaml", ["parallel.zero_stage=3"])
+    split = splitting.split_matrices(config, 4)
+    (count,) = parameters_by_rank(config)
+    assert 0.8 * 10**9 < count - sum(split.values()) <= 1.01 * 10**9  # vectors are not counted
+    gaps = [after - before for before, after in itertools.pairwise(split)]
+    assert min(gaps) == 1 and max(gaps) == 2 and gaps.count(2) == 40 - len(split) - (39 not in split)
+    config = load_config(RECIPES / "lalte-0.4b.yaml", ["parallel.zero_stage=3"])
+    (count,) = parameters_by_rank(config)
+    assert 0.5 * count <= sum(splitting.split_matrices(config, 4).values()) < 0.6 * count
+    assert splitting.split_matrices(config, 1) == {}
 
 
 @pytest.mark.parametrize(
@@ -333,16 +358,13 @@ def test_the_peak_with_zero_3_has_gathered_parameters():
         (2, "bf16", "fp32", 4 + 4 + 4 / 64),
         (2, "bf16", "bf16", 2 + 2 + 2 / 64),
         (2, "fp32", "fp32", 4 + 4 + 4 / 64),
-        (3, "bf16", "fp32", 2 + 4 + 4),
-        (3, "bf16", "bf16", 2 + 2),
-        (3, "fp32", "fp32", 4 + 4),
+        (3, "bf16", "fp32", 4 + 4 + 4 / 64),
     ],
 )
 def test_what_the_reduction_takes(stage, dtype, travels, expected):
     config = config_of("G", dtype=dtype, zero_stage=stage, gradient_reduction=travels)
     assert memory.reduction(config, 1000, 64) == expected * 1000
-    bucket = memory.STAGE_3_BUCKET if stage == 3 else memory.BUCKET
-    assert memory.reduction(config, 10**9, 64) == expected * bucket
+    assert memory.reduction(config, 10**9, 64) == expected * memory.BUCKET
     config.model.hidden_size, config.model.vocab_size = 2**11, 2**16
     assert memory.reduction(config, 10**9, 64) == expected * 2**27  # one parameter
 
@@ -352,6 +374,6 @@ def test_without_activations_the_reduction_is_the_peak(stage, travels):
     config = config_of("G" * 8, recompute="all", zero_stage=stage, gradient_reduction=travels)
     config.train.seq_length = 16
     (count,) = parameters_by_rank(config)
-    gathered = memory.gathered(config, count, 64)
+    gathered = 2 * splitting.gathered(config, 64)
     expected = memory.states(config, count, stage, 64) + gathered + memory.reduction(config, count, 64)
     assert memory.peak_bytes(config, 64) == [expected]
