@@ -142,7 +142,8 @@ class TrainConfig:
     z_loss: float = key(0.0, may_change=True, at_least=0)
     """Weight of the squared log of the softmax's normaliser (PaLM, arXiv 2204.02311, section 5)."""
     init_from: str | None = key(None, may_change=True)
-    """A checkpoint (or run directory) whose weights a new run starts from; nothing else of it is taken over."""
+    """A checkpoint (or run directory) whose weights a new run starts from, and what regulates them, such as lambda;
+    nothing else of it is taken over: another seq_length, rope_theta or data make a stage of long context."""
     branch_from: str | None = key(None, may_change=True)
     """RUN@STEP, a run directory and the step of a checkpoint of it, with all of whose state a new run begins: it goes
     on as that run would, with its own checkpoints, metrics and W&B run."""

@@ -99,9 +99,14 @@ def load_weights(path: Path, model: nn.Module, place: Place = whole) -> None:
 
 
 def init_from(path: Path, engine: Engine) -> None:
-    """Give an engine a checkpoint's weights, and nothing else. Called by every process; raises as `load`."""
+    """Give an engine a checkpoint's weights, and what regulates them, if it has that. Called by every process; raises
+    as `load`."""
     load_weights(path, engine.model, engine.zero.place)
     engine.zero.round_masters()
+    states = read_facts(path).get("regulators", {})
+    for letter, regulator in engine.regulators.items():
+        if letter in states:
+            regulator.load_state(states[letter])
 
 
 def read_facts(path: Path) -> dict[str, Any]:

@@ -65,7 +65,9 @@ class StepReport:
         for name, count in self._regulators[letter].counts.items():
             whole = self.counts[letter][name][row]
             if count.split:
-                whole.chunk(size)[rank].add_(aux.counts[name])
+                # Of context parallel ranks that keep their tokens each has a part of the same heads' count.
+                shares = whole.unflatten(0, (-1, len(aux.counts[name])))
+                shares[rank * len(shares) // size].add_(aux.counts[name])
             elif rank == 0:
                 whole += aux.counts[name]
 

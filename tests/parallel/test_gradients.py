@@ -185,9 +185,9 @@ def gradients_of(reduction, names):
 def set_lambdas(stage):
     from megahybrid.parallel import groups
 
-    rank, size = groups.head_parallel()
     for name, block in stage.layers.items():
         if hasattr(block.mixer, "l1_lambda"):
+            rank, size = groups.tensor_parallel() if block.mixer.keeps_tokens else groups.head_parallel()
             lambdas = torch.linspace(0.3, 2.0, HEADS) * (1 + int(name))
             block.mixer.l1_lambda = lambdas.chunk(size)[rank]
 
@@ -223,8 +223,9 @@ def whole_count(count):
     from megahybrid.parallel import groups
 
     rank, size = groups.head_parallel()
+    parts = HEADS // len(count)
     whole = torch.zeros(HEADS, dtype=count.dtype)
-    whole.chunk(size)[rank].copy_(count)
+    whole.chunk(parts)[rank * parts // size].copy_(count)
     dist.all_reduce(whole, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
     return whole
 
@@ -256,11 +257,12 @@ def test_every_gradient_is_one_processs(layout, workers, expected):
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(context=2, tensor=2), pytest.param(Layout(context=4), marks=pytest.mark.slow)], ids=str
+    "layout", [Layout(context=4), pytest.param(Layout(context=2, tensor=2), marks=pytest.mark.slow)], ids=str
 )
-def test_capped_gradients_are_one_processs(layout, workers, expected):
+@pytest.mark.parametrize("exchanging", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_capped_gradients_are_one_processs(layout, exchanging, workers, expected):
     """With the eviction buffer's capacity enforced in training."""
-    assert_same_gradients(layout, workers, expected, train_cap=True)
+    assert_same_gradients(layout, workers, expected, train_cap=True, exchanging=exchanging)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,9 @@ def triton(monkeypatch):
     use_triton(monkeypatch)
 
 
-def config_of(pattern, dtype="bf16", recompute="none", dropout=0.1, kv_heads=4, vocab=1024, **parallel):
+def config_of(
+    pattern, dtype="bf16", recompute="none", dropout=0.1, kv_heads=4, vocab=1024, train_cap=False, **parallel
+):
     return Config(
         run=RunConfig(dir="unused"),
         model=ModelConfig(
@@ -74,7 +76,7 @@ def config_of(pattern, dtype="bf16", recompute="none", dropout=0.1, kv_heads=4, 
             vocab_size=vocab,
             gdn=GDNConfig(num_heads=4, head_dim=64, value_head_dim=96),
             attention=AttentionConfig(num_heads=4, num_kv_heads=kv_heads, head_dim=64, window_size=100),
-            lte=LTEConfig(window_size=63, buffer_size=64, dropout=dropout),
+            lte=LTEConfig(window_size=63, buffer_size=64, dropout=dropout, train_cap=train_cap),
             nsa=NSAConfig(num_heads=8, num_kv_heads=2, block_size=32, num_blocks=8, window_size=100),
         ),
         train=TrainConfig(
@@ -195,17 +197,19 @@ def test_a_tensor_parallel_rank_keeps_its_part(letter, options, sequence, worker
 
 
 @pytest.mark.parametrize(
-    ("letter", "dtype", "kv_heads"),
+    ("letter", "dtype", "kv_heads", "train_cap"),
     [
-        ("G", "bf16", 4),
-        ("L", "bf16", 2),
-        pytest.param("S", "fp32", 4, marks=pytest.mark.slow),
-        pytest.param("F", "bf16", 4, marks=pytest.mark.slow),
-        ("N", "bf16", 4),
+        ("G", "bf16", 4, False),
+        ("L", "bf16", 2, False),
+        ("L", "bf16", 2, True),
+        pytest.param("S", "fp32", 4, False, marks=pytest.mark.slow),
+        pytest.param("S", "bf16", 4, False, marks=pytest.mark.slow),
+        pytest.param("F", "bf16", 4, False, marks=pytest.mark.slow),
+        ("N", "bf16", 4, False),
     ],
 )
-def test_a_context_parallel_rank_keeps_its_part(letter, dtype, kv_heads, workers):
-    options = {"dtype": dtype, "kv_heads": kv_heads, "context": 2}
+def test_a_context_parallel_rank_keeps_its_part(letter, dtype, kv_heads, train_cap, workers):
+    options = {"dtype": dtype, "kv_heads": kv_heads, "train_cap": train_cap, "context": 2}
     expected = pytest.approx(estimated(letter, **options), rel=0.05)
     assert workers.run(2, "tests.scaling.test_memory:layer_bytes_of_a_rank", letter, options) == [expected] * 2
 

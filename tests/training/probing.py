@@ -18,7 +18,7 @@ DOCUMENTS = ((64,), (40, 24), (1, 2, 61), (50, 14), (20, 20, 24))
 def config_of(pattern, parallel, micro_batch_size=2, **evaluate):
     from tests.model import tiny
 
-    config = tiny.config(pattern)
+    config = tiny.config(pattern, train_cap=True)  # with which context parallel ranks keep LTE's tokens, too
     config.model.vocab_size, config.train.seq_length, config.train.global_batch_size = VOCABULARY, LENGTH, 8
     config.train.micro_batch_size, config.data.path = micro_batch_size, "unused"
     config.parallel = ParallelConfig(**parallel)

@@ -107,14 +107,27 @@ def test_which_keys_may_change_on_resume(override, refused, recipe, two_steps, t
         assert len(metrics(tmp_path / "run")) == 2
 
 
-def test_init_from_takes_weights_and_nothing_else(recipe, reference, tmp_path):
+def test_init_from_takes_weights_and_lambdas_and_nothing_else(recipe, reference, tmp_path):
     overrides = ["train.steps=1", f"train.init_from={reference}", "optimizer.learning_rate=1e-12"]
     assert main(["train", str(recipe), *overrides]) == 0
     line = metrics(tmp_path / "run")[0]
     assert line["step"] == 1
     assert line["loss"] < metrics(reference)[0]["loss"] - 0.7
-    assert all(value == 0 for head in line["lambda"] for value in head)
+    assert line["lambda"] == metrics(reference)[-1]["lambda"]
     assert line["validation_loss"] == pytest.approx(metrics(reference)[-1]["validation_loss"], rel=1e-5)
+
+
+def test_a_stage_of_long_context_goes_on_from_weights_and_lambdas(recipe, reference, tmp_path):
+    """Samples three times as long, another rotation and a capped buffer, to whose size the controller steers on."""
+    length = ["train.seq_length=192", "train.micro_batch_size=1", f"data.path={tmp_path / 'long'}"]
+    model = ["model.attention.rope_theta=50000", "model.lte.train_cap=true", "model.lte.loss.maximum=4"]
+    assert main(["prepare", str(recipe), *length]) == 0
+    command = ["train", str(recipe), *length, *model, f"train.init_from={reference}", "train.steps=4"]
+    assert main([*command, "optimizer.learning_rate=1e-3"]) == 0
+    first, *_, last = metrics(tmp_path / "run")
+    assert first["lambda"] == metrics(reference)[-1]["lambda"] != last["lambda"]
+    assert first["loss"] < metrics(reference)[0]["loss"] - 0.7
+    assert 64 < max(kept for layer in first["kept"] for kept in layer) <= 192
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -106,6 +106,15 @@ class LTEKind(AttentionKind):
         heads, kv_heads = model.attention.num_heads, model.attention.num_kv_heads
         return {f"model.attention.{'num_heads' if heads == kv_heads else 'num_kv_heads'}": kv_heads}
 
+    def passed_on(self, model: ModelConfig, ranks: int, width: int) -> float | None:
+        """With a capped buffer: keys and values around a rank's tokens that the router sees, those in the window before
+        them, and of every other rank the buffer that it gives; with scores of 4 bytes."""
+        if not model.lte.train_cap:
+            return None
+        lte, heads, head_dim = model.lte, model.attention.num_kv_heads, model.attention.head_dim
+        keys, retained = 2 * width * head_dim, (ranks - 1) * lte.buffer_size
+        return heads * (2 * lte.margin * keys + lte.window_size * (keys + 4) + retained * (keys + 8))
+
     def keys(self, model: ModelConfig, length: int) -> float:
         """The query at position i sees min(i + 1, w + 1) keys in its window. Of the max(0, i - w) tokens that left it
         it sees at most buffer_size, as in inference: in training, too, this is what the controller of lambda steers to.
@@ -134,14 +143,18 @@ class LTEKind(AttentionKind):
 
     def activations(self, model: ModelConfig, batch: MicroBatch) -> Activations:
         """With w bytes an activation, queries of width Q and keys of width K on a rank: q and o, 2 w Q, and exchanged
-        o, w Q; k before and after rotation, and v, 3 w K; and the outputs of the router's convolutions, 7/4 w K.
+        o, w Q; k before and after rotation, and v, 3 w K; and the outputs of the router's convolutions, 7/4 w K. A rank
+        that keeps its tokens joins them to others around them, v twice, and before them to a window and a buffer.
         Backward: gradients of q and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K.
         """
         queries, keys = widths(model.attention, batch)
         head_dim, width = model.attention.head_dim, batch.width
         routers = sum(router_channels(head_dim)[1:]) / head_dim
-        saved = (2 + batch.exchanged) * queries + (3 + routers) * keys
-        return Activations(width * saved, 2 * width * (queries + keys) + 8 * keys)
+        saved, more = (2 + batch.exchanged) * queries + (3 + routers) * keys, 1.0
+        if batch.rows > 1:
+            more += (model.lte.window_size + model.lte.buffer_size) / (batch.samples * batch.length)
+            saved = more * (2 * queries + 2 * keys) + (2 + routers) * keys
+        return Activations(width * saved, more * (2 * width * (queries + keys) + 8 * keys))
 
     def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
         from megahybrid_kernels.judging import shapes

@@ -67,7 +67,7 @@ class LambdaController:
 
     def attach(self, layer: int, mixer: nn.Module) -> None:
         """See `Regulator`."""
-        rank, size = groups.head_parallel()
+        rank, size = groups.tensor_parallel() if mixer.keeps_tokens else groups.head_parallel()
         mixer.l1_lambda = self._steering[self.layers.index(layer)].chunk(size)[rank]
 
     def update(self, step: int, counts: Mapping[str, Tensor] | None, longest: int) -> None:

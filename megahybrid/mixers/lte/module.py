@@ -13,11 +13,12 @@ from megahybrid.config.schema import ModelConfig
 from megahybrid.mixers.attention.module import AttentionProjections
 from megahybrid.mixers.lte import LTEKind, router_channels
 from megahybrid.mixers.lte.policies import Policy, made
+from megahybrid.mixers.lte.retained import Rows, retained, rows_seen
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.mixer import Fallback
 from megahybrid.model.settings import Settings
-from megahybrid.parallel import groups
-from megahybrid.parallel.heads import own_heads
+from megahybrid.parallel import groups, tokens
+from megahybrid.parallel.heads import gather_tokens, own_heads
 from megahybrid.parallel.parameters import constant, kaiming_normal, parameter, uniform
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.exit_positions import exit_positions
@@ -49,8 +50,10 @@ _NOTHING = LTEState(None, None)
 class Router(nn.Module):
     """Retention router: a stack of three convolutions and a projection a key-value head."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, whole: bool):
+        """whole: whether a rank works for all of its parameters' heads, whatever context parallel ranks there are."""
         super().__init__()
+        self.whole = whole
         attention, lte = settings.model.attention, settings.model.lte
         heads, channels = attention.num_kv_heads, router_channels(attention.head_dim)
         self.dilation = lte.conv_dilation
@@ -79,10 +82,14 @@ class Router(nn.Module):
 
     def parameters_for_op(self) -> RouterParameters:
         """The op's view of the parameters of this rank's heads."""
-        weights = map(own_heads, (self.conv0_weight, self.conv1_weight, self.conv2_weight))
-        biases = map(own_heads, (self.conv0_bias, self.conv1_bias, self.conv2_bias))
+        weights, biases = (
+            (self.conv0_weight, self.conv1_weight, self.conv2_weight),
+            (self.conv0_bias, self.conv1_bias, self.conv2_bias),
+        )
+        if self.whole:
+            return RouterParameters(weights, biases, self.projection, self.projection_bias)
         projection, bias = own_heads(self.projection), own_heads(self.projection_bias)
-        return RouterParameters(tuple(weights), tuple(biases), projection, bias)
+        return RouterParameters(tuple(map(own_heads, weights)), tuple(map(own_heads, biases)), projection, bias)
 
 
 class LTEAttention(AttentionProjections):
@@ -95,9 +102,9 @@ class LTEAttention(AttentionProjections):
     def __init__(self, settings: Settings, layer: int):
         super().__init__(settings, layer)
         self.lte = settings.model.lte
-        self.router = Router(settings)
+        self.router = Router(settings, self.keeps_tokens)
         every = settings.model.attention.num_kv_heads
-        rank, ranks = groups.head_parallel()
+        rank, ranks = groups.tensor_parallel() if self.keeps_tokens else groups.head_parallel()
         self.heads = every // ranks
         self.first_head = rank * self.heads
         self.scores_per_token = every * len(settings.pattern.layers(LTEKind.letter))
@@ -109,6 +116,8 @@ class LTEAttention(AttentionProjections):
         q, k, v = self.project(x)
         if state is not None or context.keep_states:
             return self._continue(q, k, v, context, state or _NOTHING)
+        if self.keeps_tokens:
+            return self._own_tokens(q, k, v, context)
         lte, sequences = self.lte, context.sequences
         if self.policy is None:
             scores, k, v = self.router(k, v, sequences, self._dropout(context))
@@ -118,6 +127,34 @@ class LTEAttention(AttentionProjections):
         cap = None if context.training and not lte.train_cap else lte.buffer_size
         o = lte_attention(q, rotated, v, scores, sequences, lte.window_size, lte.sink_size, cap, lte.gate)
         aux = self._aux(scores, context) if context.training else self._seen(k, scores, context)
+        return self.output(o), aux, None
+
+    def _own_tokens(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
+        """With a buffer of limited capacity."""
+        lte, sequences, count = self.lte, context.sequences, len(k)
+        around = tokens.rows_around(sequences, lte.margin, lte.margin)
+        keys, values = tokens.borrow(around, k, v)
+        before, after = len(keys.before), len(keys.after)
+        first = groups.context_parallel()[0] * count
+        dropout = self._dropout(context, slice(first - before, first + count + after))
+        scores, _ = self.router(keys.joined(), values.joined(), tokens.own(sequences, before, after), dropout)
+        scores = scores[before : before + count]
+        q, k = self.rotate(q, keys.own, tokens.own(sequences))
+        seen = rows_seen(sequences, lte)
+        k, v = (part.joined() for part in tokens.borrow(seen, k, values.own))
+        (borrowed,) = tokens.borrow(seen, scores)
+        borders = tokens.own(sequences, len(borrowed.before))
+        q, more = retained(q, Rows(k, v, borrowed.joined()), sequences, lte)
+        rows = Rows(k, v, borrowed.joined())
+        if more is not None:
+            rows, borders = Rows(*map(torch.cat, zip(more, rows, strict=True))), borders.longer(lte.buffer_size)
+        # Nobody asks for what queries of the rows before would give.
+        queries = torch.cat([q.new_zeros(len(rows.k) - count, *q.shape[1:]), q])
+        o = lte_attention(queries, *rows, borders, lte.window_size, lte.sink_size, lte.buffer_size, lte.gate)[-count:]
+        if context.training:
+            aux = self._aux(borrowed.own, context, slice(first, first + count))
+        else:
+            aux = self._seen(k, gather_tokens(scores), context)
         return self.output(o), aux, None
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: LTEState):
@@ -136,20 +173,20 @@ class LTEAttention(AttentionProjections):
         )
         return self.output(o), None, LTEState(cache, scorer)
 
-    def _dropout(self, context: Context) -> Dropout | None:
+    def _dropout(self, context: Context, rows: slice = slice(None)) -> Dropout | None:
         if not context.training or self.lte.dropout == 0:
             return None
-        return Dropout(self.lte.dropout, context.dropout_keys[self.layer], self.first_head * 2 * self.head_dim)
+        return Dropout(self.lte.dropout, context.dropout_keys[self.layer][rows], self.first_head * 2 * self.head_dim)
 
-    def _aux(self, scores: Tensor, context: Context) -> Aux:
+    def _aux(self, scores: Tensor, context: Context, rows: slice = slice(None)) -> Aux:
         """L1 term, and how many positions are kept and counted: those whose right context is whole.
 
         The L1 sum is divided by a number fixed by shapes (tokens times scores a token), so that it does not depend on
-        how documents fall into micro-batches.
+        how documents fall into micro-batches. Of all tokens `scores` has those `rows`.
         """
         cut = (context.sequences.remaining < self.lte.margin).unsqueeze(-1)
-        excess = scores.masked_fill(cut, 0).relu()
-        loss = torch.dot(self.l1_lambda.to(scores), excess.sum(0)) / (len(scores) * self.scores_per_token)
+        excess = scores.masked_fill(cut[rows], 0).relu()
+        loss = torch.dot(self.l1_lambda.to(scores), excess.sum(0)) / (len(cut) * self.scores_per_token)
         return Aux(loss, {"kept": (excess > 0).sum(0), "positions": len(cut) - cut.sum(0)})
 
     def _seen(self, k: Tensor, scores: Tensor, context: Context) -> Aux | None:
