@@ -57,7 +57,7 @@ class MegahybridCache:
     def crop(self, *_):
         raise NotImplementedError(
             "The last tokens cannot be taken back from a MegahybridCache, whose states hold sums of all: keep a "
-            "copy.deepcopy of it, or read the text anew."
+            "copy.deepcopy of one that was made under torch.no_grad(), or read the text anew."
         )
 
     def get_seq_length(self, layer_idx=0):
@@ -256,12 +256,10 @@ def _refuse(arguments):
 
 def _refuse_unfit(x, attention_mask, cache):
     """Raise ValueError where x `[B, T, hidden]`, its mask and its cache are not of one batch; looks at sizes alone."""
-    if not (cache is None or isinstance(cache, MegahybridCache)):
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__}, whose keys and values are not all that these layers keep: "
-            "leave it out, and the model makes a MegahybridCache."
-        )
+    _refuse_other(cache)
     count, length = x.shape[:2]
+    if not length:
+        raise ValueError("There is no token in input_ids: give one at least.")
     seen, known = (0, None) if cache is None else (cache.seen, cache.lengths)
     if known is not None and len(known) != count:
         raise ValueError(f"The cache has {len(known)} sequences and the batch {count}: give those of the cache.")
@@ -277,6 +275,14 @@ def _refuse_unfit(x, attention_mask, cache):
                 f"attention_mask has {rows} rows of {columns} tokens: give {count} of {length}, the new ones, or of "
                 f"{seen + length}, those in the cache included."
             )
+
+
+def _refuse_other(cache):
+    if not (cache is None or isinstance(cache, MegahybridCache)):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}, whose keys and values are not all that these layers keep: "
+            "leave it out, and the model makes a MegahybridCache."
+        )
 
 
 @dataclasses.dataclass
@@ -330,6 +336,7 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
         """The tokens that the cache has not seen. Of several documents in a row `generate` knows nothing: its
         position_ids follow from the mask."""
         cache = past_key_values if cache is None else cache
+        _refuse_other(cache)
         inputs = {
             "attention_mask": attention_mask,
             "past_key_values": cache,

@@ -68,7 +68,7 @@ def imported_config(found: dict[str, Any]) -> Config:
             hidden_size=found["hidden_size"],
             vocab_size=found["vocab_size"],
             intermediate_size=found["intermediate_size"],
-            tie_embeddings=found["tie_word_embeddings"],
+            tie_embeddings=found.get("tie_word_embeddings", True),  # transformers 4 leaves its defaults out
             norm_eps=found["norm_eps"],
             init_std=found["initializer_range"],
             **{name: section(**found[name]) for name, section in _sections(letters).items()},

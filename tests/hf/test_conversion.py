@@ -132,6 +132,16 @@ def test_an_adapter_does_not_redirect_the_comparison(exported, tmp_path, monkeyp
     assert main(["import", str(tmp_path / "source"), str(tmp_path / "imported"), "--verify"]) == 0
 
 
+def test_what_transformers_has_stored(exported, reference, tmp_path):
+    """Once a model has been tuned there."""
+    AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True).save_pretrained(tmp_path / "tuned")
+    assert main(["import", str(tmp_path / "tuned"), str(tmp_path / "imported"), "--verify"]) == 0
+    saved, found = (
+        load_file(each / "weights-00000.safetensors") for each in (last_checkpoint(reference), tmp_path / "imported")
+    )
+    assert found.keys() == saved.keys() and all(torch.equal(found[name], weight) for name, weight in saved.items())
+
+
 @pytest.mark.parametrize(
     "change",
     [lambda x: {n: w[:, None] for n, w in x.items()}, lambda x: x | {"model.num_kept": torch.zeros(1)}],

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
 from tests.hf.test_modeling import NO_END, padded
@@ -70,6 +71,10 @@ def test_the_cache_forgets_all_or_nothing(read):
     expected = model(rows[:1]).logits
     cache.reset()
     assert cache.get_seq_length() == 0 and torch.equal(model(rows[:1], past_key_values=cache).logits, expected)
+    with pytest.raises(ValueError, match="past_key_values is a DynamicCache, whose"):
+        model.generate(rows, attention_mask=mask, past_key_values=DynamicCache(), **OPTIONS)
+    with pytest.raises(ValueError, match="There is no token in input_ids: give one at least"):
+        model(rows[:, :0])
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(rows, attention_mask=mask, prompt_lookup_num_tokens=3, **OPTIONS)
 

@@ -55,3 +55,11 @@ def test_both_versions_give_the_same(prepared, other_python, tmp_path):
                 assert torch.equal(found.get_tensor(name), value), name
     real = mask.bool()
     assert torch.allclose(expected["steps"][real], expected["whole"][real], rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+def test_the_tests_of_this_version(other_python):
+    """All but those that look into transformers 4 itself."""
+    names = ("beside", "generation", "inference", "kinds", "modeling", "training")
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in names]
+    subprocess.run([str(other_python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], check=True)
