@@ -110,8 +110,9 @@ def test_a_launch_caps_registers_only_where_it_says_so():
 SPILLS = {"hopper": 512, "ampere": 160, "cdna3": 160}
 if not triton.__version__.startswith("3.6."):  # for which they were made; 3.8 spills more
     SPILLS = dict.fromkeys(SPILLS, 512)
-# A router of heads of 128 holds a whole layer's weights; a gradient of NSA's heads of 128 and more has both sums.
-SPILLING = {"retention_router_forward_layer_kernel", "retention_router_backward_input_kernel"}
+# A router of heads of 256 holds a whole layer's weights or their gradient; that of NSA's heads of 128 and more has both
+# sums.
+SPILLING = {f"retention_router_{name}_kernel" for name in ("forward_layer", "backward_input", "backward_weight")}
 SPILLING |= {"native_sparse_attention_key_gradient_kernel"}
 MOST_SPILLS = 4096
 

@@ -39,9 +39,7 @@ from megahybrid_kernels.shares import sum_shares
 from megahybrid_kernels.targets import table_of
 from megahybrid_kernels.untracked import applied
 
-# Tokens of a program and its num_warps.
-_FORWARD, _INPUT = (64, 4), (64, 4)
-_BLOCK = 64  # of the projection's gradient
+_BLOCK = 64  # tokens of a program, at least
 # Token ranges whose weight gradients are summed separately first.
 _SPLITS = 16
 
@@ -127,6 +125,11 @@ class _Layer:
         """Of tokens and heads: y is `[heads, tokens, channels]`, k and v `[tokens, heads, channels]`."""
         return (x.stride(1), x.stride(0)) if self.number else (x.stride(0), x.stride(1))
 
+    @property
+    def warps(self) -> int:
+        """Of the kernels that hold a row's products: two tiles of them should stay in registers."""
+        return 8 if max(self.channels, self.out) > 64 else 4
+
     def weight_launch(self, dtype: torch.dtype) -> tuple[bool, int, int, int]:
         """Of the weight's gradient: whether it takes all taps at once, tokens of a step, num_warps and num_stages."""
         small = tile_width(self.channels) * tile_width(self.out) <= 64 * 64
@@ -141,14 +144,13 @@ class _Layer:
         tokens = self.sequences.tokens
         y = torch.empty(self.heads, tokens, self.out, dtype=_dtype_of_y(inputs[0].dtype), device=packed.device)
         first, second = inputs[0], inputs[-1]
-        block, warps = _FORWARD
         halo = self.taps // 2 * self.dilation
-        block = max(block, next_power_of_2(4 * halo))
+        block = max(_BLOCK, next_power_of_2(4 * halo))
         forward_layer_kernel[cdiv(tokens, block - 2 * halo) * self.heads](
             first, second, packed, bias, *self.places, y, projection, projection_bias,
             y if logits is None else logits, *self.strides(first), *self.strides(second), tokens, self.dilation,
             self.threshold, self.keep_scale, **self.constants, LAST=logits is not None,
-            SCORES=scored and logits is not None, BLOCK=block, num_warps=warps,
+            SCORES=scored and logits is not None, BLOCK=block, num_warps=self.warps,
         )  # fmt: skip
         return y
 
@@ -165,9 +167,9 @@ class _Layer:
         )
         scalars = (tokens, self.dilation, self.threshold, self.keep_scale)
         gradients = [torch.empty(x.shape, dtype=dy.dtype, device=x.device) for x in inputs]
-        backward_input_kernel[cdiv(tokens, _INPUT[0]) * heads](
+        backward_input_kernel[cdiv(tokens, _BLOCK) * heads](
             dy, packed, inputs[0], *before, gradients[0], gradients[-1], *self.places, *self.strides(gradients[0]),
-            *scalars, **self.constants, BLOCK=_INPUT[0], num_warps=_INPUT[1],
+            *scalars, **self.constants, BLOCK=_BLOCK, num_warps=self.warps,
         )  # fmt: skip
         backward_weight_kernel[self.halves * (1 if together else self.taps) * splits * heads](
             dy, inputs[0], inputs[-1], dweight, dbias, *self.places, *self.strides(inputs[0]),
