@@ -44,7 +44,7 @@ class StepResult:
         learning_rate: the learning rate of this step.
         skipped: why the update was left out, or None.
         stop: whether any process was asked to stop.
-        saving: whether any process is still writing a checkpoint.
+        saving: whether any process is at work on a checkpoint.
     """
 
     loss: float
@@ -101,7 +101,7 @@ class Engine:
     def step(self, batches: Sequence[Batch], step: int, stop: bool = False, saving: bool = False) -> StepResult:
         """Train on this replica's micro-batches of the 1-based optimizer step.
 
-        `stop` is this process's wish to stop, `saving` whether it is still writing a checkpoint; the result says
+        `stop` is this process's wish to stop, `saving` whether it is at work on a checkpoint; the result says
         whether any process is.
         """
         rate = learning_rate(self.config.optimizer, step, self.config.train.steps)

@@ -204,7 +204,7 @@ class Trainer:
             if self.probes is not None and (last or step % probe_every == 0):
                 metrics |= self.probes.run(self.engine)
             if self.saver.pending and not result.saving:
-                self.saver.finish()
+                self.saver.go_on()
             milestone = step in save.milestones
             if last or result.stop or milestone or self.saver.failed or step % save.every == 0:
                 metrics["checkpoint_seconds"] = self.saver.start(self.position)
@@ -257,7 +257,7 @@ class Trainer:
         batches = self.data.next_step()
         loaded = time.perf_counter()
         stop = self.stop_request.signal is not None
-        result = self.engine.step(batches, step, stop, saving=self.saver.writing)
+        result = self.engine.step(batches, step, stop, saving=self.saver.working)
         seconds = time.perf_counter() - started
         self.position = replace(
             self.position,

@@ -2,7 +2,8 @@
 
 All ranks of a pipeline stage share its parameters: a parameter's parts are gathered, and one rank copies the whole to
 its host memory. A thread of each rank then writes its file; when all have ended, which the report of every step tells,
-the main process makes the checkpoint current. The threads take part in no collective.
+one of the main process makes the checkpoint current, and another removes old ones. The threads take part in no
+collective.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Saver:
         self._allocation.start()
         self._name, self._part = "", Path()
         self._facts: dict[str, Any] = {}
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None  # at work on the checkpoint in the making
+        self._next: Callable[[], None] | None = None  # what follows for it when no process is
         self._removal: threading.Thread | None = None  # of checkpoints before the current one
         self._files: dict[str, dict[str, Any]] = {}
         self._fault: OSError | UserError | None = None
@@ -70,11 +72,11 @@ class Saver:
     @property
     def pending(self) -> bool:
         """Whether a checkpoint has been started and not finished."""
-        return self._thread is not None
+        return self._next is not None
 
     @property
-    def writing(self) -> bool:
-        """Whether this process is still writing its part of it."""
+    def working(self) -> bool:
+        """Whether this process is still at work on its part of it."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, position: Position) -> float:
@@ -89,22 +91,44 @@ class Saver:
         shares = self._snapshot()
         self._facts = self._facts_at(position)
         self._files, self._fault = {}, None
-        self._thread = threading.Thread(target=self._write, args=(shares,), daemon=True)
-        self._thread.start()
+        self._beside_training(lambda: self._write(shares))
+        self._next = self._begin_sealing
         return time.perf_counter() - began
 
-    def finish(self) -> None:
-        """Wait until the checkpoint in the making, if there is one, is durable, and make it current."""
-        if self._thread is None:
-            return
+    def go_on(self) -> None:
+        """What follows for the checkpoint in the making: where all is written, that it becomes current beside training;
+        where that is done, that it is finished. Waits where this process is at work on it."""
         self._thread.join()
-        self._thread = None
+        following, self._next = self._next, None
+        following()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint in the making, if there is one, is durable and current."""
+        while self.pending:
+            self.go_on()
+
+    def _beside_training(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except Exception as fault:  # a thread's own traceback would reach nobody
+                sentence = f"A checkpoint could not be written to '{self._folder}': {type(fault).__name__}: {fault}."
+                self._fault = UserError(sentence)
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def _begin_sealing(self) -> None:
         written = groups.gather((self._files, self._fault))
-        fault = next((each for _, each in written if each), None)
-        if groups.is_main() and fault is None:
+        self._fault, self._next = next((each for _, each in written if each), None), self._conclude
+        if groups.is_main() and self._fault is None:
+            self._fault = self._attempt(self._before_sealing)
+        if groups.is_main() and self._fault is None:
             facts = self._completed_facts([files for files, _ in written])
-            fault = self._attempt(lambda: self._seal(facts))
-        if not self._fails(fault):
+            self._beside_training(lambda: self._seal(facts))
+
+    def _conclude(self) -> None:
+        if not self._fails(self._fault):
             self._patience.relax()
 
     def insist(self, position: Position) -> None:
@@ -121,17 +145,21 @@ class Saver:
             self._removal.join()
 
     def _make_room(self) -> OSError | UserError | None:
-        """Remove what interrupted runs left, and make the folder; what went wrong, if anything did."""
-        self._await_removal()
+        """Make the folder; what went wrong, if anything did."""
         try:
             self._owner.check_here()
             self._folder.mkdir(parents=True, exist_ok=True)
-            for left in [*self._folder.glob(".step_*.part"), *self._folder.glob(".step_*.old")]:
-                shutil.rmtree(left, ignore_errors=True)
             self._part.mkdir(exist_ok=True)
         except (OSError, UserError) as fault:
             return fault
         return None
+
+    def _remove_left(self) -> None:
+        """What interrupted runs, or saves that failed, have left."""
+        self._await_removal()
+        for left in [*self._folder.glob(".step_*.part"), *self._folder.glob(".step_*.old")]:
+            if left != self._part:
+                shutil.rmtree(left, ignore_errors=True)
 
     def _attempt(self, action: Callable[[], Any]) -> OSError | UserError | None:
         """Do what writes a part of the checkpoint, with a few tries; why it failed, if it did."""
@@ -206,16 +234,14 @@ class Saver:
         }
 
     def _write(self, shares: dict[str, dict[str, Tensor]]) -> None:
-        """The thread: this process's files."""
+        """This process's files."""
         rank, _ = groups.world()
-        try:
-            for kind, tensors in shares.items():
-                if tensors and self._fault is None:
-                    name = file_name(kind, rank)
-                    self._fault = self._attempt(lambda name=name, tensors=tensors: self._write_file(name, tensors))
-        except Exception as fault:  # a thread's own traceback would reach nobody
-            sentence = f"A checkpoint could not be written to '{self._folder}': {type(fault).__name__}: {fault}."
-            self._fault = UserError(sentence)
+        if groups.is_main():
+            self._remove_left()
+        for kind, tensors in shares.items():
+            if tensors and self._fault is None:
+                name = file_name(kind, rank)
+                self._fault = self._attempt(lambda name=name, tensors=tensors: self._write_file(name, tensors))
 
     def _write_file(self, name: str, tensors: dict[str, Tensor]) -> None:
         facts = write_tensors(self._part / name, tensors)
@@ -232,10 +258,16 @@ class Saver:
         return facts
 
     def _seal(self, facts: dict[str, Any]) -> None:
-        """Complete the folder and make it current, on the main process; goes on where a try before it has failed."""
+        """Complete the folder, make it current and begin to remove old ones, on the main process."""
+        self._fault = self._attempt(lambda: self._make_current(facts))
+        if self._fault is None:
+            self._removal = threading.Thread(target=self._remove_old)  # a hundred GB take a file system seconds
+            self._removal.start()
+
+    def _make_current(self, facts: dict[str, Any]) -> None:
+        """Goes on where a try before it has failed."""
         name = self._name
         self._owner.check_here()
-        self._before_sealing()
         if self._part.exists():
             save_config(self._engine.config, self._part / "config.yaml")
             (self._part / "tokenizer.json").write_text(self._tokenizer, encoding="utf-8")
@@ -247,8 +279,6 @@ class Saver:
         if not (self._folder / name / "checkpoint.json").is_file():
             raise FileNotFoundError(errno.ENOENT, "what was written of it is gone")
         checkpoint_folder.make_current(self._folder, name)
-        self._removal = threading.Thread(target=self._remove_old)  # a hundred GB take a file system seconds
-        self._removal.start()
 
     def _remove_old(self) -> None:
         with contextlib.suppress(OSError):  # what is too much today is removed next time

@@ -20,7 +20,7 @@ class StepReport:
     Attributes:
         loss: scalar, sum over micro-batches.
         squares: scalar, of the gradient's entries that this rank counts.
-        stop, saving: scalars, how many processes want to stop, and are still writing a checkpoint.
+        stop, saving: scalars, how many processes want to stop, and are at work on a checkpoint.
         longest: `[replicas]`, tokens of the longest document of each.
         aux_loss: by letter of a regulated kind, scalars, likewise.
         counts: by letter and name, `[layers of the kind, length]` of the whole model.

@@ -1,5 +1,6 @@
 import errno
 import json
+import operator
 import os
 import threading
 from collections import Counter
@@ -56,16 +57,22 @@ def test_a_disk_that_is_full_for_one_rank_ends_all_and_keeps_the_last_checkpoint
     assert steps[0] == 4 and steps[1] in (9, 10, 11) and steps[-1] == 12  # when the others know, it is due
 
 
-def test_old_checkpoints_are_removed_beside_training(recipe, tmp_path, monkeypatch):
-    real, threads = saver.checkpoint_folder.remove_old, []
+def test_old_checkpoints_and_what_is_left_of_others_are_removed_beside_training(recipe, tmp_path, monkeypatch):
+    threads = []
 
-    def remove(*arguments):
-        threads.append(threading.current_thread())
-        real(*arguments)
+    def noting(remove):
+        def noted(*arguments):
+            threads.append(threading.current_thread())
+            remove(*arguments)
 
-    monkeypatch.setattr(saver.checkpoint_folder, "remove_old", remove)
+        return noted
+
+    monkeypatch.setattr(saver.checkpoint_folder, "remove_old", noting(saver.checkpoint_folder.remove_old))
+    monkeypatch.setattr(saver.Saver, "_remove_left", noting(saver.Saver._remove_left))
+    for left in (".step_00000007.0123.part", ".step_00000002.old"):
+        (tmp_path / "run" / "checkpoints" / left / "files").mkdir(parents=True)
     assert main(["train", str(recipe), "train.steps=3", "checkpoint.every=1", "checkpoint.keep=1"]) == 0
-    assert len(threads) == 3 and threading.main_thread() not in threads
+    assert len(threads) == 6 and threading.main_thread() not in threads
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000003"]
 
@@ -89,14 +96,16 @@ def names(folder, kind):
     return found
 
 
-def test_steps_go_on_while_a_checkpoint_is_written(recipe, reference, tmp_path, monkeypatch):
-    """The write of step 5 is held back until step 8: `latest` comes after that, the losses stay."""
+@pytest.mark.parametrize("held", ["write_tensors", "checkpoint_folder.make_current"])
+def test_steps_go_on_while_a_checkpoint_is_written(held, recipe, reference, tmp_path, monkeypatch):
+    """The write of step 5, or that it becomes current, is held back until step 8: `latest` comes after that, the
+    losses stay."""
     go_on, latest, seen = threading.Event(), tmp_path / "run" / "checkpoints" / "latest", {}
-    real_write, real_step = saver.write_tensors, Engine.step
+    real, real_step = operator.attrgetter(held)(saver), Engine.step
 
-    def held_back(file, tensors):
+    def held_back(*arguments):
         assert go_on.wait(60)
-        return real_write(file, tensors)
+        return real(*arguments)
 
     def step(self, batches, step, *flags, **others):
         if step == 8:
@@ -105,10 +114,12 @@ def test_steps_go_on_while_a_checkpoint_is_written(recipe, reference, tmp_path, 
         seen[step] = latest.exists(), result.saving
         return result
 
-    monkeypatch.setattr(saver, "write_tensors", held_back)
+    monkeypatch.setattr(f"{saver.__name__}.{held}", held_back)
     monkeypatch.setattr(Engine, "step", step)
     assert main(["train", str(recipe)]) == 0
-    assert [seen[number] for number in (5, 6, 7)] == [(False, False), (False, True), (False, True)]
+    assert [seen[number][0] for number in (5, 6, 7)] == [False] * 3
+    if held == "write_tensors":
+        assert [seen[number][1] for number in (5, 6, 7)] == [False, True, True]
     assert latest.read_text() == "step_00000020\n"
     assert metrics(tmp_path / "run") == metrics(reference)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

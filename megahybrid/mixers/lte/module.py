@@ -48,7 +48,10 @@ _NOTHING = LTEState(None, None)
 
 
 class Router(nn.Module):
-    """Retention router: a stack of three convolutions and a projection a key-value head."""
+    """Retention router: a stack of three convolutions and a projection a key-value head.
+
+    Its parameters are attributes of the module that uses them, since ZeRO-3 gathers a module's own parameters only.
+    """
 
     def __init__(self, settings: Settings, whole: bool):
         """whole: whether a rank works for all of its parameters' heads, whatever context parallel ranks there are."""
