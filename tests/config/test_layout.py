@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from megahybrid.config import load_config
+from megahybrid.config.validate import keepers
 from megahybrid.errors import UserError
 
 LALTE = Path(__file__).parents[2] / "recipes" / "lalte-1.4b.yaml"  # 24 layers, 8 Gated DeltaNet and 8 KV heads
@@ -60,3 +61,22 @@ def test_impossible_layouts_are_refused_in_one_sentence(overrides, reason):
 )
 def test_possible_layouts_are_taken(overrides):
     load_config(LALTE, overrides.split())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            "train.seq_length=4096",
+            "",
+        ),  # maps are as large as what 1,025 tokens would exchange
+        ("train.seq_length=4112", "G"),
+        ("train.seq_length=4096 model.pattern=G model.gdn.num_heads=6", "G"),
+        ("train.seq_length=65536 model.lte.train_cap=true", "GL"),
+        ("train.seq_length=65536 model.pattern=GSFN", "GS"),
+        ("train.seq_length=65536 parallel.context=1", ""),
+    ],
+)
+def test_context_parallel_ranks_keep_tokens_where_fewer_bytes_travel_so(overrides, expected):
+    config = load_config(LALTE, ["parallel.context=4", "train.micro_batch_size=1", *overrides.split()])
+    assert keepers(config) == expected

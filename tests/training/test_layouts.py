@@ -9,6 +9,8 @@ from typing import NamedTuple
 import pytest
 
 from megahybrid.cli import main
+from megahybrid.config import load_config
+from megahybrid.config.validate import keepers
 from tests.training.conftest import assert_same_run, metrics
 
 
@@ -86,7 +88,6 @@ RESUMES = [
 
 def train(recipe: str, *overrides: str, stop_after: int | None = None) -> None:
     """One rank of a run; the last rank gets SIGTERM before step `stop_after`, which all then finish and save."""
-    from megahybrid.config import load_config
     from megahybrid.data.loader import TrainingData
     from megahybrid.training.loop import train
 
@@ -146,6 +147,20 @@ def test_recompute_changes_nothing(layout, recompute, workers, brief_reference, 
     overrides = [*layout.overrides, f"train.recompute={recompute}"]
     workers.run(layout.world, "tests.training.test_layouts:train", str(brief_recipe), *overrides)
     assert_same_run(metrics(tmp_path / "run"), metrics(brief_reference))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [Layout(context=4, zero_stage=3), Layout(context=2, tensor=2, sequence=True)], ids=str
+)
+def test_layers_whose_tokens_stay_change_nothing(layout, workers, brief_recipe, tmp_path):
+    """Of all kinds that can: of so many tokens LTE's, too, with a capped buffer."""
+    same = [str(brief_recipe), "model.lte.train_cap=true", "train.micro_batch_size=4", "train.recompute=L"]
+    overrides = [*same[1:], *layout.overrides]
+    assert set("GLS") == set(keepers(load_config(brief_recipe, overrides)))
+    workers.run(1, "tests.training.test_layouts:train", *same, f"run.dir={tmp_path / 'one'}")
+    workers.run(layout.world, "tests.training.test_layouts:train", str(brief_recipe), *overrides)
+    assert_same_run(metrics(tmp_path / "run"), metrics(tmp_path / "one"))
 
 
 @pytest.mark.parametrize(

@@ -85,14 +85,10 @@ class Router(nn.Module):
 
     def parameters_for_op(self) -> RouterParameters:
         """The op's view of the parameters of this rank's heads."""
-        weights, biases = (
-            (self.conv0_weight, self.conv1_weight, self.conv2_weight),
-            (self.conv0_bias, self.conv1_bias, self.conv2_bias),
-        )
-        if self.whole:
-            return RouterParameters(weights, biases, self.projection, self.projection_bias)
-        projection, bias = own_heads(self.projection), own_heads(self.projection_bias)
-        return RouterParameters(tuple(map(own_heads, weights)), tuple(map(own_heads, biases)), projection, bias)
+        own = (lambda weight: weight) if self.whole else own_heads
+        weights = map(own, (self.conv0_weight, self.conv1_weight, self.conv2_weight))
+        biases = map(own, (self.conv0_bias, self.conv1_bias, self.conv2_bias))
+        return RouterParameters(tuple(weights), tuple(biases), own(self.projection), own(self.projection_bias))
 
 
 class LTEAttention(AttentionProjections):
@@ -147,8 +143,8 @@ class LTEAttention(AttentionProjections):
         k, v = (part.joined() for part in tokens.borrow(seen, k, values.own))
         (borrowed,) = tokens.borrow(seen, scores)
         borders = tokens.own(sequences, len(borrowed.before))
-        q, more = retained(q, Rows(k, v, borrowed.joined()), sequences, lte)
         rows = Rows(k, v, borrowed.joined())
+        q, more = retained(q, rows, sequences, lte)
         if more is not None:
             rows, borders = Rows(*map(torch.cat, zip(more, rows, strict=True))), borders.longer(lte.buffer_size)
         # Nobody asks for what queries of the rows before would give.
