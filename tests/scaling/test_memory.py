@@ -54,7 +54,7 @@ def use_triton(patch):
         patch.setattr(function, "__getitem__", lambda self, grid: lambda *x, **constants: None)
     for op in OPS.split():
         patch.setattr(importlib.import_module(f"megahybrid_kernels.{op}"), "takes_triton", lambda *_: True)
-    patch.setattr(chunks, "_add_product", lambda dweight, dlogits, x: None)
+    patch.setattr(chunks, "add_product", lambda *_: None)
     attention = importlib.import_module("megahybrid_kernels.attention")
     patch.setattr(attention, "_takes_varlen", lambda q: q.dtype == torch.bfloat16)
     patch.setattr(attention, "varlen_attn", lambda *x, window_size: Flash.apply(*x, window_size))
