@@ -1,5 +1,5 @@
-"""Run by another interpreter: OTHER FOLDER INPUTS OUTPUTS; the exported model's logits and texts by its transformers,
-in a process that has the code of another one whose folder has the same name."""
+"""Run by another interpreter: FOLDER INPUTS OUTPUTS [OTHER …]; the exported model's logits and texts by its
+transformers, in a process that has loaded the other folders before."""
 
 import sys
 
@@ -48,8 +48,9 @@ def outputs(folder, rows, mask):
 
 
 if __name__ == "__main__":
-    other, folder, inputs, target = sys.argv[1:]
-    AutoModelForCausalLM.from_pretrained(other, trust_remote_code=True)
+    folder, inputs, target, *others = sys.argv[1:]
+    for other in others:
+        AutoModelForCausalLM.from_pretrained(other, trust_remote_code=True)
     given = load_file(inputs)
     found = {name: value.contiguous() for name, value in outputs(folder, given["rows"], given["mask"]).items()}
     save_file(found, target, metadata={"transformers": transformers.__version__})

@@ -41,7 +41,7 @@ def test_both_versions_give_the_same(prepared, other_python, tmp_path):
     rows = torch.randint(0, 384, (3, 90), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(90) >= torch.tensor([0, 15, 84])[:, None]).long()
     save_file({"rows": rows, "mask": mask}, tmp_path / "inputs")
-    command = [other_python, other_transformers.__file__, other, exported, tmp_path / "inputs", tmp_path / "outputs"]
+    command = [other_python, other_transformers.__file__, exported, tmp_path / "inputs", tmp_path / "outputs", other]
     subprocess.run(list(map(str, command)), check=True, cwd=tmp_path)
     expected = other_transformers.outputs(exported, rows, mask)
     with safe_open(tmp_path / "outputs", "pt") as found:
