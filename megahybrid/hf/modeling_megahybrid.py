@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
 from megahybrid.hf.inference_megahybrid import Inference, modules_below, packs, through_layers
-from megahybrid.hf.layers_megahybrid import RMSNorm, SwiGLU, as_computed, kernels, linear, real_tokens
+from megahybrid.hf.layers_megahybrid import RMSNorm, SwiGLU, added, as_computed, kernels, linear, real_tokens
 from megahybrid.hf.mixer_classes import MIXERS
 from megahybrid.hf.packing_megahybrid import Documents, several_documents
 
@@ -94,7 +94,7 @@ class Block(GradientCheckpointingLayer):
             state = self.mixer.empty_state(inputs)
         y, state = self.mixer(inputs, places, state)
         normalised, x = self.mlp_norm.of_sum(x, y if documents is None else documents.unpadded(y))
-        return self.mlp.added(normalised, x), state, None if state is None else state.pop("loss", None)
+        return added(self.mlp, normalised, x), state, None if state is None else state.pop("loss", None)
 
 
 class MegahybridPreTrainedModel(PreTrainedModel):

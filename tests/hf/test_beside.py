@@ -120,6 +120,9 @@ def test_what_stands_in_a_layers_place_is_asked():
         block.mlp.down_proj.register_forward_hook(lambda *given: seen.append("down"))
     close(read(model), expected)
     assert seen == ["up", "down"] * 5 * 11
+    for block in model.model.layers:
+        block.mlp = nn.Sequential(block.mlp)
+    close(read(model), expected)
 
 
 def test_who_watches_a_swiglu_sees_its_own_output():
