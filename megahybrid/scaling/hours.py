@@ -92,13 +92,15 @@ def _by_flops(config: Config, gpu: str, lengths: Mapping[int, float] | None) -> 
     """
     model = derived(config.model)
     letters = parse_pattern(model.pattern).letters
-    mfu = _at_width(model.hidden_size, *map(fmean, zip(*(KINDS[each].utilisation for each in letters), strict=True)))
+    mfu = utilisation(model.hidden_size, letters)
     mfu /= 1 + _recomputed(config, lengths) / 3
     guessed = ", a guess at this width" if model.hidden_size < _WIDTHS[0] else ""
     return by_utilisation(config, mfu, f"by docs/performance/whole-step.md{guessed}", gpu, lengths)
 
 
-def _at_width(width: int, at_low: float, at_high: float) -> float:
+def utilisation(width: int, letters: str) -> float:
+    """MFU of layers of these kinds in training, by the table."""
+    at_low, at_high = map(fmean, zip(*(KINDS[each].utilisation for each in letters), strict=True))
     low, high = _WIDTHS
     slope = (at_high - at_low) / math.log(high / low)
     return min(at_high, max(_LEAST_MFU, at_low + slope * math.log(width / low)))

@@ -122,7 +122,7 @@ def _stages(config: Config) -> str:
         part = sum(sum(costs[chunk.start : chunk.stop]) for chunk in chunks) / sum(costs)
         rows.append((str(rank), layers, f"{part:.1%}", f"{parameters[rank]:,}", _gib(peak)))
     gpus = config.parallel.replica
-    return table(("pipeline rank", "layers", "FLOPs", "parameters a GPU", f"GiB, {gpus} GPUs"), rows)
+    return table(("pipeline rank", "layers", "time", "parameters a GPU", f"GiB, {gpus} GPUs"), rows)
 
 
 def _memory(config: Config) -> str:

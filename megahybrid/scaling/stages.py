@@ -11,14 +11,17 @@ from megahybrid.config.schema import Config
 from megahybrid.key import derived
 from megahybrid.mixers.counting import linear
 from megahybrid.scaling.flops import layer
+from megahybrid.scaling.hours import utilisation
+
+_OUTPUT = 0.62
+"""Utilisation of the output layer with the loss: docs/performance/small-ops.md, 32,768 tokens in 85.5 ms."""
 
 
 def stage_layers(config: Config) -> list[range]:
     """Layers of every model chunk in the order in which a token passes them: parallel.pipeline of them, times
     parallel.virtual_pipeline; chunk c belongs to pipeline rank c % parallel.pipeline.
 
-    A `|` in the pattern says where they begin. Without it the costliest chunk is as cheap as can be, by FLOPs a token,
-    the output layer counted with the last one.
+    A `|` in the pattern says where they begin. Without it the costliest chunk is as cheap as can be, by `layer_costs`.
     """
     pattern, parallel = parse_pattern(config.model.pattern), config.parallel
     chunks = parallel.pipeline * parallel.virtual_pipeline
@@ -30,10 +33,14 @@ def stage_layers(config: Config) -> list[range]:
 
 
 def layer_costs(config: Config) -> list[float]:
-    """FLOPs a token of every layer's forward pass, the output layer counted with the last one."""
+    """Time of every layer, the output layer and the loss counted with the last one: FLOPs a token of the forward pass
+    by the utilisation that was measured of such layers."""
     model, length = derived(config.model), config.train.seq_length
-    costs = [sum(layer(model, letter, length).values()) for letter in parse_pattern(model.pattern).letters]
-    costs[-1] += linear(model.hidden_size, model.vocab_size)
+    costs = [
+        sum(layer(model, letter, length).values()) / utilisation(model.hidden_size, letter)
+        for letter in parse_pattern(model.pattern).letters
+    ]
+    costs[-1] += linear(model.hidden_size, model.vocab_size) / _OUTPUT
     return costs
 
 

@@ -1,8 +1,10 @@
 import itertools
 import random
 
+import pytest
+
 from megahybrid.config import load_config
-from megahybrid.scaling.stages import balanced, stage_layers
+from megahybrid.scaling.stages import balanced, layer_costs, stage_layers
 
 
 def test_balanced_is_the_best_of_all_splits():
@@ -22,6 +24,14 @@ def test_the_last_stage_holds_fewer_layers_for_the_output_layer():
     config = load_config("recipes/lalte-0.4b.yaml", ["parallel.pipeline=4"])
     sizes = [len(each) for each in stage_layers(config)]
     assert sum(sizes) == 24 and sizes[-1] < min(sizes[:-1])
+
+
+def test_stages_are_balanced_by_measured_time():
+    """By FLOPs the output layer of 1.4B is 1.14 layers; it takes the time of 0.83."""
+    config = load_config("recipes/lalte-1.4b.yaml", ["parallel.pipeline=4"])
+    assert [len(each) for each in stage_layers(config)] == [6] * 4
+    costs = layer_costs(config)
+    assert (costs[-1] - costs[-3]) / costs[-4] == pytest.approx(1.14 * 0.462 / 0.62, rel=0.05)
 
 
 def test_bars_in_the_pattern_say_where_stages_begin():
