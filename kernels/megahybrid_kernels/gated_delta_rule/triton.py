@@ -196,7 +196,7 @@ def _join(
     width = tile_width(call.key_dim)
     join_kernel[call.programs(values, len(last))](
         transfer, own, start, states, last, bounds, HEADS=call.heads, KEY_DIM=call.key_dim,
-        WIDTH=width, ROWS=min(64, width), REVERSE=reverse, PRECISION=table_of(call.v.device).precise,
+        WIDTH=width, ROWS=min(64, width, 8192 // width), REVERSE=reverse, PRECISION=table_of(call.v.device).precise,
         **values,
     )  # fmt: skip
     return states
