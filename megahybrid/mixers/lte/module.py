@@ -136,7 +136,7 @@ class LTEAttention(AttentionProjections):
         before, after = len(keys.before), len(keys.after)
         first = groups.context_parallel()[0] * count
         dropout = self._dropout(context, slice(first - before, first + count + after))
-        scores, _ = self.router(keys.joined(), values.joined(), tokens.own(sequences, before, after), dropout)
+        scores, *_ = self.router(keys.joined(), values.joined(), tokens.own(sequences, before, after), dropout)
         scores = scores[before : before + count]
         q, k = self.rotate(q, keys.own, tokens.own(sequences))
         seen = rows_seen(sequences, lte)
