@@ -26,7 +26,7 @@ from megahybrid_kernels.lte_attention.triton_backward import (
 from megahybrid_kernels.lte_attention.triton_columns import Columns, Partition, far_columns, partition
 from megahybrid_kernels.lte_attention.triton_forward import forward_kernel
 from megahybrid_kernels.sequences import Sequences
-from megahybrid_kernels.targets import CDNA3, table_of
+from megahybrid_kernels.targets import CDNA3, HOPPER, table_of
 from megahybrid_kernels.tuning import Launch
 from megahybrid_kernels.untracked import applied
 
@@ -68,7 +68,8 @@ def tuning(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
         return Tuning(128, 64, 64, Launch(64, 4, 3), Launch(32, 4, 3), Launch(64, 4, 3), Launch(64, 4, 3))
     if head_dim <= 128:
         return Tuning(128, 64, 64, Launch(64, 8, 3), Launch(64, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2))
-    return Tuning(64, 32, 32, Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2))
+    dq = Launch(32, 4, 2 if table_of(device) is HOPPER else 1)
+    return Tuning(64, 32, 32, Launch(32, 4, 2), dq, Launch(32, 4, 2), Launch(32, 4, 2))
 
 
 def _pack(groups: int, rows: int) -> int:
