@@ -54,7 +54,6 @@ class ShardedOptimizer(BF16_Optimizer):
         self._clip = config.optimizer.clip_grad_norm
         travels = torch.bfloat16 if config.parallel.gradient_reduction == "bf16" else torch.float32
         self.reduction = Reduction(self._buckets(config.parallel.zero_stage == 2), travels)
-        self._grad_acc_hooks = self.reduction.hooks  # which `destroy` removes
         self.reset_state(0)
 
     def _buckets(self, sharded: bool) -> list[Bucket]:
@@ -103,3 +102,8 @@ class ShardedOptimizer(BF16_Optimizer):
     def round_masters(self) -> None:
         """Make every working copy of the masters; a collective."""
         self.update_lp_params()
+
+    def destroy(self) -> None:
+        """Leave the model alone, whose parameters stay views of what this owned."""
+        super().destroy()
+        self.reduction.stop()

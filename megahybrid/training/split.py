@@ -94,10 +94,9 @@ class SplitOptimizer:
             weights.wait()
 
     def destroy(self) -> None:
-        """Leave the model alone."""
+        """Leave the model alone, whose parameters stay views of what this owned: those of split layers without memory."""
         self._gathering.stop()
-        for hook in self.reduction.hooks:
-            hook.remove()
+        self.reduction.stop()
 
 
 def _weights(parameters: Iterable[nn.Parameter], split: bool) -> list[Weights]:
