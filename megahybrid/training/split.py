@@ -85,16 +85,16 @@ class SplitOptimizer:
     @torch.no_grad()
     def round_masters(self) -> None:
         """Make every working copy of the masters; a collective."""
+        self._gathering.forget()  # waits for gathers that still read pieces
         for group, weights in zip(self.optimizer.param_groups, self._weights, strict=True):
             weights.piece.copy_(group["params"][0])
-        self._gathering.forget()
         for weights in self._whole:
             weights.gather()
         for weights in self._whole:
             weights.wait()
 
     def destroy(self) -> None:
-        """Leave the model alone, whose parameters stay views of what this owned: those of split layers without memory."""
+        """Leave the model alone, whose parameters stay views of what this owned, in split layers without memory."""
         self._gathering.stop()
         self.reduction.stop()
 
