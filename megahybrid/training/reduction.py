@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from megahybrid.config.schema import ParallelConfig
 from megahybrid.parallel import groups
 from megahybrid_kernels.products import add_product
 
@@ -57,6 +58,16 @@ def in_buckets(parameters: Iterable[nn.Parameter], most: int) -> list[list[nn.Pa
             bucket = filling[Kind.of(parameter)] = []
         bucket.append(parameter)
     return full + list(filling.values())
+
+
+def travelling(config: ParallelConfig) -> torch.dtype:
+    """In which type gradients travel between replicas."""
+    return torch.bfloat16 if config.gradient_reduction == "bf16" else torch.float32
+
+
+def has_sums(parameters: Sequence[nn.Parameter], zero_stage: int) -> bool:
+    """Whether a bucket keeps whole sums of all micro-batches. Those of partial gradients, which are few, always are."""
+    return zero_stage == 1 or parameters[0].partial
 
 
 class Bucket:
