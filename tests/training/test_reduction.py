@@ -9,6 +9,7 @@ from megahybrid.parallel import groups
 from megahybrid.parallel.layers import ColumnLinear, project
 from megahybrid.parallel.parameters import normal
 from megahybrid.training.reduction import Bucket, Reduction
+from tests.training.overlap import engine_of
 
 MICRO_BATCHES = 2
 
@@ -55,3 +56,16 @@ def test_a_weight_may_be_used_twice_in_a_pass(by_micro_batch, layers, monkeypatc
     reduction.stop()
     sum(loss(layers, number) for number in range(MICRO_BATCHES)).backward()
     torch.testing.assert_close([weight.grad for weight in weights], list(gradients))
+
+
+def left_of(stage):
+    """In a worker: what an owner of gradients that was destroyed leaves on the model's parameters."""
+    engine, _ = engine_of("bf16", {"zero_stage": stage})
+    engine.zero.destroy()
+    return [(each.add_product, list(each._post_accumulate_grad_hooks.values())) for each in engine.model.parameters()]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_destroyed_owner_takes_no_gradients(stage, workers):
+    (left,) = workers.run(1, "tests.training.test_reduction:left_of", stage)
+    assert left and all(each == (None, []) for each in left)
