@@ -69,7 +69,7 @@ class Stack(nn.Module):
             self.embedding = VocabEmbedding(
                 settings.model.vocab_size, settings.model.hidden_size, settings.projection, self.config
             )
-            # DeepSpeed's mark of a copy: the gradient's norm counts one, a checkpoint holds one.
+            # Of copies training/reduction.py counts one in the gradient's norm, and saver.py saves one.
             self.embedding.weight.ds_pipe_replicated = not self.first
             self.embedding.weight.tied = tied and self.first != self.last
         self.layers = nn.ModuleDict({str(i): Block(settings, i) for i in layers})

@@ -93,7 +93,7 @@ def attach_spec(weight: nn.Parameter, spec: ParameterSpec, partial: bool = False
     weight.spec, weight.partial, weight.tied = spec, partial, False
     rank = parallel_state.get_tensor_model_parallel_rank()
     copies = spec.copies(parallel_state.get_tensor_model_parallel_world_size())
-    weight.tensor_model_parallel = rank % copies == 0  # DeepSpeed's mark: its norm counts every part once
+    weight.tensor_model_parallel = rank % copies == 0  # counted by training/reduction.py, once a part
     return weight
 
 

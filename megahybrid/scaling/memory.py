@@ -27,7 +27,7 @@ from megahybrid.mixers.kind import Activations, MicroBatch
 from megahybrid.model.settings import Settings
 from megahybrid.scaling.parameters import parameter_specs, parameters_by_rank
 from megahybrid.scaling.schedule import in_flight
-from megahybrid.scaling.splitting import gathered
+from megahybrid.scaling.splitting import gathered, kept_whole
 from megahybrid.scaling.stages import stage_layers
 from megahybrid_kernels.linear_cross_entropy.chunks import chunk_length
 
@@ -64,13 +64,13 @@ def peak_bytes(config: Config, replicas: int) -> list[float]:
 
 
 def start_up(config: Config, parameters: int, replicas: int) -> float:
-    """Most bytes that a GPU holds until the first step: its states, and what ZeRO-3 has whole; or with ZeRO-2, before
+    """Most bytes that a GPU holds until the first step: its states, and what ZeRO-3 keeps whole; or with ZeRO-2, before
     it has moments, beside working copies, masters and shards of gradients DeepSpeed's sums of all gradients. Working
-    copies are split by ZeRO-3 a layer at a time, less than it gathers later; what is drawn or read is so on the host.
+    copies are split by ZeRO-3 a layer at a time, before there are masters; what is drawn or read is so on the host.
     """
     stage = config.parallel.zero_stage
     before = parameters * (_width(config) + 4 + 8 / replicas) if stage == 2 else 0
-    return max(states(config, parameters, stage, replicas) + _width(config) * gathered(config, replicas), before)
+    return max(states(config, parameters, stage, replicas) + _width(config) * kept_whole(config, replicas), before)
 
 
 def check_room(config: Config, replicas: int, room: float) -> None:

@@ -10,7 +10,8 @@ from megahybrid.parallel.parameters import ParameterSpec
 from megahybrid.scaling.parameters import parameter_specs
 
 WHOLE = 10**9
-"""Parameters that stay whole at most, of a rank's, and at most half of them."""
+"""Of a rank's parameters embedding, output layer and vectors always stay whole; layers do, too, up to so many in all or
+half of them, if that is less."""
 
 
 def is_split(spec: ParameterSpec) -> bool:
@@ -21,7 +22,7 @@ def is_split(spec: ParameterSpec) -> bool:
 def split_matrices(config: Config, replicas: int) -> dict[int, int]:
     """How many elements a tensor parallel rank has of the matrices of each layer that is split over all that hold the
     same weights: as many layers as must be, spread evenly, so that there is time to gather one beside those before it.
-    Embedding, output layer and vectors stay whole."""
+    Embedding, output layer and vectors are not among them."""
     if config.parallel.zero_stage < 3 or replicas == 1:
         return {}
     sizes, total = _matrices(config), _parameters(config)
@@ -30,12 +31,16 @@ def split_matrices(config: Config, replicas: int) -> dict[int, int]:
     return {n: sizes[n] for n in range(count) if n * whole // count == (n + 1) * whole // count}
 
 
-def gathered(config: Config, replicas: int) -> float:
-    """Parameters of which a GPU has working copies beside its pieces: those that stay whole, and two split layers."""
+def kept_whole(config: Config, replicas: int) -> float:
+    """Parameters that stay whole, less the pieces of them that a GPU has in any case."""
     if not (split := split_matrices(config, replicas)):
         return 0
-    whole = _parameters(config) - sum(split.values())
-    return whole * (1 - 1 / replicas) + sum(sorted(split.values())[-2:])
+    return (_parameters(config) - sum(split.values())) * (1 - 1 / replicas)
+
+
+def gathered(config: Config, replicas: int) -> float:
+    """Parameters of which a GPU has working copies beside its pieces in a step: those, and two split layers."""
+    return kept_whole(config, replicas) + sum(sorted(split_matrices(config, replicas).values())[-2:])
 
 
 def _matrices(config: Config) -> list[int]:

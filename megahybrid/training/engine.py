@@ -26,7 +26,7 @@ from megahybrid.scaling.stages import stage_layers
 from megahybrid.training import schedule, zero
 from megahybrid.training.guard import StepGuard
 from megahybrid.training.metrics_file import OWN_KEYS
-from megahybrid.training.optimizer import learning_rate
+from megahybrid.training.optimizer import learning_rate, update
 from megahybrid.training.probes import names
 from megahybrid.training.schedule import MicroBatch
 from megahybrid.training.step_report import StepReport
@@ -132,7 +132,10 @@ class Engine:
         report.squares += self.zero.reduction.finish()
         report.sum_over_all()
         norm = report.squares.sqrt() / groups.weight_holders()[1]
-        self.zero.update(norm, self.guard.accepts(report.loss, norm))
+        shards = [bucket.shard for bucket in self.zero.reduction.buckets]
+        accepted = self.guard.accepts(report.loss, norm)
+        update(self.zero.optimizer, shards, norm, accepted, self.config.optimizer.clip_grad_norm)
+        self.zero.round_masters()
         report.squares.copy_(norm)
         report.to_host()
         norm = float(report.squares)

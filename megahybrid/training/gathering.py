@@ -43,7 +43,9 @@ class Weights:
 
     def gather(self) -> None:
         """Begin to make `whole` of all ranks' pieces; a collective."""
-        self.whole.untyped_storage().resize_(self._bytes)
+        storage = self.whole.untyped_storage()
+        if not storage.nbytes():  # or all would be copied to a new place
+            storage.resize_(self._bytes)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._work = dist.all_gather_into_tensor(self.whole, self.piece, group=group, async_op=True)
 
@@ -69,19 +71,16 @@ class Gathering:
         self._at: int | None = None
         self._hooks = []
         for number, (layer, _) in enumerate(layers):
-            self._hooks.append(layer.register_forward_pre_hook(functools.partial(self._before, number)))
+            self._hooks.append(layer.register_forward_pre_hook(functools.partial(self._enter, number)))
             self._hooks.append(layer.register_forward_hook(functools.partial(self._after, number)))
-
-    def _before(self, number: int, *_: Any) -> None:
-        self._enter(number)
 
     def _after(self, number: int, layer: nn.Module, given: Any, outputs: Sequence[Any]) -> None:
         for output in outputs:
             if isinstance(output, Tensor) and output.requires_grad:  # whose gradient the backward pass has first
-                output.register_hook(lambda _: self._enter(number))
+                output.register_hook(functools.partial(self._enter, number))
 
     @torch.no_grad()
-    def _enter(self, number: int) -> None:
+    def _enter(self, number: int, *_: Any) -> None:
         if number == self._at:
             return
         ahead = self._ahead(number)
@@ -112,7 +111,7 @@ class Gathering:
             weights.free()
 
     def forget(self) -> None:
-        """Free all, since pieces have other values now."""
+        """Free all, since pieces are to have other values."""
         for number in list(self._gathered):
             self._free(number)
         self._at = None

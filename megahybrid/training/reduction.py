@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from megahybrid.config.schema import ParallelConfig
 from megahybrid.parallel import groups
 from megahybrid_kernels.products import add_product
 
@@ -59,6 +60,16 @@ def in_buckets(parameters: Iterable[nn.Parameter], most: int) -> list[list[nn.Pa
     return full + list(filling.values())
 
 
+def travelling(config: ParallelConfig) -> torch.dtype:
+    """In which type gradients travel between replicas."""
+    return torch.bfloat16 if config.gradient_reduction == "bf16" else torch.float32
+
+
+def has_sums(parameters: Sequence[nn.Parameter], zero_stage: int) -> bool:
+    """Whether a bucket keeps whole sums of all micro-batches. Those of partial gradients, which are few, always are."""
+    return zero_stage == 1 or parameters[0].partial
+
+
 class Bucket:
     """Parameters whose gradients are reduced at once.
 
@@ -66,7 +77,7 @@ class Bucket:
         parameters: of one kind, in the order in which their gradients lie.
         kind: theirs.
         shard: `[length / replicas]`, this rank's piece of the sum; zero beyond the last parameter's.
-        missing: how many gradients are still to come before it is reduced.
+        missing: of how many gradients the last part is still to come before it is reduced.
         reduced: whether it was, in this step.
     """
 
@@ -94,17 +105,13 @@ class Bucket:
         self._open(dtype)
         part, gradient = self._parts[number], gradient.reshape(-1)
         part.add_(gradient) if number in self._filled else part.copy_(gradient)
-        self._note(number)
+        self._filled.add(number)
 
     def put_product(self, number: int, dy: Tensor, x: Tensor, dtype: torch.dtype) -> None:
         """Likewise that of a weight, dyᵀ x, which the product itself adds."""
         self._open(dtype)
         add_product(self._parts[number].view(dy.shape[1], x.shape[1]), dy.T, x, number in self._filled)
-        self._note(number)
-
-    def _note(self, number: int) -> None:
         self._filled.add(number)
-        self.missing -= 1
 
     def _open(self, dtype: torch.dtype) -> None:
         if self.reduced and self.sums is not None:
@@ -154,7 +161,6 @@ class Reduction:
 
     Attributes:
         buckets: as they were given.
-        hooks: to be removed.
     """
 
     def __init__(self, buckets: Sequence[Bucket], dtype: torch.dtype):
@@ -164,13 +170,21 @@ class Reduction:
         self._under_way: list[_UnderWay] = []
         for parameter in itertools.chain.from_iterable(bucket.parameters for bucket in buckets):
             parameter.partial = False  # this sums its gradient, the backward pass need not
-        self.hooks = list(self._hooked())
+        self._hooks = list(self._hooked())
 
     def _hooked(self) -> Iterator[RemovableHandle]:
         for bucket in self.buckets:
             for number, parameter in enumerate(bucket.parameters):
                 parameter.add_product = functools.partial(self._take_product, bucket, number)
                 yield parameter.register_post_accumulate_grad_hook(functools.partial(self._take, bucket, number))
+
+    def stop(self) -> None:
+        """Leave gradients to the backward pass again."""
+        for hook in self._hooks:
+            hook.remove()
+        for bucket in self.buckets:
+            for parameter in bucket.parameters:
+                parameter.add_product, parameter.partial = None, bucket.kind.partial
 
     def begin(self, micro_batches: int) -> None:
         """Call before the passes of a step."""
@@ -179,20 +193,17 @@ class Reduction:
 
     @torch.no_grad()
     def _take(self, bucket: Bucket, number: int, parameter: nn.Parameter) -> None:
+        """Called once a backward pass, when all uses of a parameter have given theirs; also where all were products."""
         gradient, parameter.grad = parameter.grad, None
-        if gradient is None:  # it came as a product
-            return
-        bucket.put(number, gradient, self._dtype)
-        self._came(bucket)
+        if gradient is not None:
+            bucket.put(number, gradient, self._dtype)
+        bucket.missing -= 1
+        if not bucket.missing and not bucket.kind.partial:
+            self._reduce(bucket)
 
     @torch.no_grad()
     def _take_product(self, bucket: Bucket, number: int, dy: Tensor, x: Tensor) -> None:
         bucket.put_product(number, dy, x, self._dtype)
-        self._came(bucket)
-
-    def _came(self, bucket: Bucket) -> None:
-        if not bucket.missing and not bucket.kind.partial:
-            self._reduce(bucket)
 
     def _reduce(self, bucket: Bucket) -> None:
         """Called in the same order on all replicas, whose graphs are the same."""

@@ -157,9 +157,10 @@ class Saver:
     def _remove_left(self) -> None:
         """What interrupted runs, or saves that failed, have left."""
         self._await_removal()
-        for left in [*self._folder.glob(".step_*.part"), *self._folder.glob(".step_*.old")]:
-            if left != self._part:
-                shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a later save lists them again
+            for left in [*self._folder.glob(".step_*.part"), *self._folder.glob(".step_*.old")]:
+                if left != self._part:
+                    shutil.rmtree(left, ignore_errors=True)
 
     def _attempt(self, action: Callable[[], Any]) -> OSError | UserError | None:
         """Do what writes a part of the checkpoint, with a few tries; why it failed, if it did."""

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from megahybrid.config.schema import Config
 from megahybrid.scaling.memory import BUCKET
-from megahybrid.training.optimizer import make_optimizer, reset_state, update
-from megahybrid.training.reduction import Bucket, Reduction, in_buckets
+from megahybrid.training.optimizer import make_optimizer, reset_state
+from megahybrid.training.reduction import Bucket, Reduction, has_sums, in_buckets, travelling
 from megahybrid.training.zero import WEIGHTS
 
 # Before and after every group it collects garbage, and prints.
@@ -51,20 +51,16 @@ class ShardedOptimizer(BF16_Optimizer):
                 dp_process_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
                 grad_acc_dtype=torch.float32,
             )
-        self._clip = config.optimizer.clip_grad_norm
-        travels = torch.bfloat16 if config.parallel.gradient_reduction == "bf16" else torch.float32
-        self.reduction = Reduction(self._buckets(config.parallel.zero_stage == 2), travels)
-        self._grad_acc_hooks = self.reduction.hooks  # which `destroy` removes
+        self.reduction = Reduction(self._buckets(config.parallel.zero_stage), travelling(config.parallel))
         self.reset_state(0)
 
-    def _buckets(self, sharded: bool) -> list[Bucket]:
-        """Over DeepSpeed's buffers of gradients, or with ZeRO-2 over shards alone. Partial gradients, which are few,
-        always have their sums."""
+    def _buckets(self, zero_stage: int) -> list[Bucket]:
+        """Over DeepSpeed's buffers of gradients, or shards alone."""
         shards, sums = self.fp32_groups_gradient_flat_partition, self.fp32_groups_gradients_flat
         buckets = []
         for parameters, shard, each in zip(self.bf16_groups, shards, sums, strict=True):
-            alone = sharded and not parameters[0].partial
-            buckets.append(Bucket(parameters, shard.clone()) if alone else Bucket(parameters, shard, each))
+            summed = has_sums(parameters, zero_stage)
+            buckets.append(Bucket(parameters, shard, each) if summed else Bucket(parameters, shard.clone()))
         self.fp32_groups_gradient_dict.clear()
         views = self.fp32_groups_gradients, self.fp32_groups_actual_gradients_flat, self.non_expert_gradients
         for each in (*views, shards, sums):
@@ -90,16 +86,11 @@ class ShardedOptimizer(BF16_Optimizer):
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, kind)
 
-    def update(self, norm: Tensor, accepted: Tensor) -> None:
-        """Clip, step and give every replica the new working copies; nothing but the last where not accepted.
-
-        Args:
-            norm: of the gradient, the replicas' mean; on the device.
-            accepted: bool, on the device.
-        """
-        update(self.optimizer, [bucket.shard for bucket in self.reduction.buckets], norm, accepted, self._clip)
-        self.round_masters()
-
     def round_masters(self) -> None:
         """Make every working copy of the masters; a collective."""
         self.update_lp_params()
+
+    def destroy(self) -> None:
+        """Leave the model alone, whose parameters stay views of what this owned."""
+        super().destroy()
+        self.reduction.stop()

@@ -18,8 +18,8 @@ from megahybrid.parallel import groups
 from megahybrid.scaling.memory import BUCKET
 from megahybrid.scaling.splitting import is_split, split_matrices
 from megahybrid.training.gathering import Gathering, Weights
-from megahybrid.training.optimizer import make_optimizer, reset_state, update
-from megahybrid.training.reduction import Bucket, Reduction, in_buckets
+from megahybrid.training.optimizer import make_optimizer, reset_state
+from megahybrid.training.reduction import Bucket, Reduction, has_sums, in_buckets, travelling
 from megahybrid.training.zero import WEIGHTS
 
 
@@ -33,7 +33,6 @@ class SplitOptimizer:
 
     def __init__(self, config: Config, model: nn.Module):
         """The model's parameters become views of what this owns, without values."""
-        self._clip = config.optimizer.clip_grad_norm
         layers = {layer: model.layers[str(layer)] for layer in split_matrices(config, groups.weight_holders()[1])}
         apart = {layer: [each for each in layers[layer].parameters() if is_split(each.spec)] for layer in layers}
         known = {each for parameters in apart.values() for each in parameters}
@@ -44,10 +43,9 @@ class SplitOptimizer:
         self.optimizer = make_optimizer([each.parameters for each in self._weights], config.optimizer)
         for group, weights in zip(self.optimizer.param_groups, self._weights, strict=True):
             group["params"] = [nn.Parameter(torch.zeros_like(weights.piece, dtype=torch.float32))]
-        travels = torch.bfloat16 if config.parallel.gradient_reduction == "bf16" else torch.float32
-        self.reduction = Reduction([_bucket(each) for each in self._weights], travels)
+        self.reduction = Reduction([_bucket(each) for each in self._weights], travelling(config.parallel))
         self._places = dict(self._placed())
-        reset_state(self.optimizer, 0)
+        self.reset_state(0)
 
     def _placed(self) -> Iterable[tuple[nn.Parameter, tuple[Tensor, int]]]:
         """Every parameter's master, and where it begins in the whole of which that is a piece."""
@@ -77,27 +75,21 @@ class SplitOptimizer:
         dist.all_reduce(value, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         return value
 
-    def update(self, norm: Tensor, accepted: Tensor) -> None:
-        """As ShardedOptimizer's."""
-        update(self.optimizer, [bucket.shard for bucket in self.reduction.buckets], norm, accepted, self._clip)
-        self.round_masters()
-
     @torch.no_grad()
     def round_masters(self) -> None:
         """Make every working copy of the masters; a collective."""
+        self._gathering.forget()  # waits for gathers that still read pieces
         for group, weights in zip(self.optimizer.param_groups, self._weights, strict=True):
             weights.piece.copy_(group["params"][0])
-        self._gathering.forget()
         for weights in self._whole:
             weights.gather()
         for weights in self._whole:
             weights.wait()
 
     def destroy(self) -> None:
-        """Leave the model alone."""
+        """Leave the model alone, whose parameters stay views of what this owned, in split layers without memory."""
         self._gathering.stop()
-        for hook in self.reduction.hooks:
-            hook.remove()
+        self.reduction.stop()
 
 
 def _weights(parameters: Iterable[nn.Parameter], split: bool) -> list[Weights]:
@@ -105,8 +97,7 @@ def _weights(parameters: Iterable[nn.Parameter], split: bool) -> list[Weights]:
 
 
 def _bucket(weights: Weights) -> Bucket:
-    """Of gradients' shards alone. Partial gradients, which are few, always have their sums."""
-    if not weights.parameters[0].partial:
+    if not has_sums(weights.parameters, zero_stage=3):
         return Bucket(weights.parameters, torch.zeros_like(weights.piece, dtype=torch.float32))
     sums, (rank, holders) = torch.zeros_like(weights.whole, dtype=torch.float32), groups.weight_holders()
     return Bucket(weights.parameters, sums.chunk(holders)[rank], sums)

@@ -4,6 +4,7 @@ import operator
 import os
 import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from safetensors import safe_open
@@ -75,6 +76,20 @@ def test_old_checkpoints_and_what_is_left_of_others_are_removed_beside_training(
     assert len(threads) == 6 and threading.main_thread() not in threads
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000003"]
+
+
+def test_a_folder_that_cannot_be_listed_once_does_not_end_the_run(recipe, tmp_path, monkeypatch):
+    faults, real = [OSError(errno.ESTALE, os.strerror(errno.ESTALE))], Path.glob
+
+    def glob(self, pattern):
+        if pattern == ".step_*.part" and faults:
+            raise faults.pop()
+        return real(self, pattern)
+
+    monkeypatch.setattr(Path, "glob", glob)
+    (left := tmp_path / "run" / "checkpoints" / ".step_00000007.0123.part").mkdir(parents=True)
+    assert main(["train", str(recipe), "train.steps=2", "checkpoint.every=1"]) == 0
+    assert not faults and not left.exists()
 
 
 def test_every_parameter_is_written_once_by_one_of_the_ranks(workers, recipe, reference, tmp_path):
