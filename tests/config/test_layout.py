@@ -66,12 +66,11 @@ def test_possible_layouts_are_taken(overrides):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (
-            "train.seq_length=4096",
-            "",
-        ),  # maps are as large as what 1,025 tokens would exchange
+        ("train.seq_length=4096", ""),  # a rank has 1,024 tokens; maps are as large as what 1,025 would exchange
         ("train.seq_length=4112", "G"),
         ("train.seq_length=4096 model.pattern=G model.gdn.num_heads=6", "G"),
+        ("train.seq_length=3088 model.lte.train_cap=true", ""),  # likewise 772.3 for window, buffer and others' buffers
+        ("train.seq_length=3092 model.lte.train_cap=true", "L"),
         ("train.seq_length=65536 model.lte.train_cap=true", "GL"),
         ("train.seq_length=65536 model.pattern=GSFN", "GS"),
         ("train.seq_length=65536 parallel.context=1", ""),
