@@ -80,6 +80,7 @@ class LTEKind(AttentionKind):
     sections: ClassVar = {**AttentionKind.sections, "lte": LTEConfig}
     parts = ("router",)
     policies = ("recency", "random", "key_norm", "attention_mass", "oracle")
+    keeps_with = "model.lte.train_cap=true"
 
     def check(self, model: ModelConfig) -> None:
         super().check(model)
