@@ -77,7 +77,7 @@ class ParallelConfig:
     sequence: bool = key(False, may_change=True)
     """Sequence parallelism: split the residual stream's tokens over the tensor parallel ranks."""
     context: int = key(1, may_change=True)
-    """Context parallel size (by tokens of a micro-batch, and by heads where tokens meet)."""
+    """Context parallel size (by tokens of a micro-batch; where tokens meet they stay, or are exchanged for heads)."""
     zero_stage: int = key(1, may_change=True, choices=(1, 2, 3))
     """ZeRO stage: 1, 2 or 3."""
     gradient_reduction: str = key("fp32", may_change=True, choices=("fp32", "bf16"))

@@ -105,9 +105,11 @@ def _heads(config: Config) -> None:
         raise UserError(f"parallel.tensor is {parallel.tensor}, which {fault}.")
     ranks = parallel.tensor * parallel.context
     keeping, letters = keepers(config), parse_pattern(config.model.pattern).letters
-    if fault := _heads_fault(config, (letter for letter in letters if letter not in keeping), ranks):
-        keys = "parallel.tensor * parallel.context" if parallel.tensor > 1 else "parallel.context"
-        raise UserError(f"{keys} is {ranks}, which {fault}.")
+    for letter in dict.fromkeys(letters):
+        if letter not in keeping and (fault := _heads_fault(config, letter, ranks)):
+            keys = "parallel.tensor * parallel.context" if parallel.tensor > 1 else "parallel.context"
+            way = KINDS[letter].keeps_with
+            raise UserError(f"{keys} is {ranks}, which {fault}{f', or set {way}' if way else ''}.")
 
 
 def _pipeline(config: Config) -> None:

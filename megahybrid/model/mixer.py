@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megahybrid.config.schema import ModelConfig
+from megahybrid.errors import UserError
 from megahybrid.mixers.kind import LEARNED
 from megahybrid.model.context import Aux, Context
 from megahybrid.model.settings import Settings
@@ -80,6 +81,15 @@ class Mixer(nn.Module):
         return ()
 
 
+def check_whole(settings: Settings) -> None:
+    """Raise UserError where ranks keep a part of the tokens: such mixers have neither states nor policies."""
+    if settings.keepers:
+        raise UserError(
+            "Context parallel ranks that keep their tokens neither generate nor keep tokens by another policy; "
+            "set parallel.context to 1."
+        )
+
+
 @contextlib.contextmanager
 def swapped(
     model: nn.Module, policy: str, wanted: Sequence[Sequence[int]], numbers: Sequence[int] = ()
@@ -90,8 +100,12 @@ def swapped(
         policy: LEARNED, or one of those of its kinds (`Kind.policies`).
         wanted: positions in each sequence that will be asked for, which an oracle keeps.
         numbers: of 32 bits, what tells the sequences apart where a policy draws.
+
+    Raises UserError as `check_whole`.
     """
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    if policy != LEARNED:
+        check_whole(mixers[0].settings)
     for mixer in mixers:
         mixer.swap(policy, wanted, numbers)
     try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megahybrid.config.schema import Config
 from megahybrid.model.block import Block, RMSNorm
 from megahybrid.model.context import Aux, Context, Decision
+from megahybrid.model.mixer import check_whole
 from megahybrid.model.settings import Settings
 from megahybrid.parallel.heads import gather_rows
 from megahybrid.parallel.layers import ColumnLinear, VocabEmbedding, enter, vocabulary_argmax
@@ -96,7 +97,11 @@ class Stack(nn.Module):
             states: the mixers' by layer number, to go on from; None where all sequences begin here.
             weights: fp32 `[tokens]`, the labels' in the loss; all 1 when left out.
             asked: int64 `[places]` among all tokens, where the last stage also says the most likely next token.
+
+        Raises UserError where there are or would be states, as `check_whole`.
         """
+        if states or context.keep_states:
+            check_whole(self.settings)
         x, addend = self.embedding(tokens) if self.first else self._input, None
         aux: dict[int, Aux] = {}
         after: dict[int, Any] = {}

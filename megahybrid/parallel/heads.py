@@ -1,8 +1,8 @@
 """Context parallelism: a rank has its own tokens with all heads, or all tokens with its own heads.
 
 A micro-batch's row of tokens is cut into equal parts, wherever its documents begin. Norms, projections and SwiGLUs work
-on a rank's own tokens. Where tokens meet, in a mixer, ranks exchange: each gets all tokens of a part of the heads, and
-gives back what comes out (Jacobs et al., "DeepSpeed Ulysses", arXiv 2309.14509).
+on a rank's own tokens. Where tokens meet, in a mixer, they stay (see `tokens`), or ranks exchange: each gets all tokens
+of a part of the heads, and gives back what comes out (Jacobs et al., "DeepSpeed Ulysses", arXiv 2309.14509).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def to_tokens(x: Tensor) -> Tensor:
 def own_heads(weight: Tensor) -> Tensor:
     """Of a tensor parallel rank's part of a parameter with the heads in front, what this rank's heads have."""
     rank, ranks = groups.context_parallel()
-    return weight if ranks == 1 else weight.chunk(ranks)[rank]  # whose gradient would be copied
+    return weight if ranks == 1 else weight.chunk(ranks)[rank]  # a chunk, even the only one, copies its gradient
 
 
 def gather_tokens(x: Tensor) -> Tensor:

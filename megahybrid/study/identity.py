@@ -38,9 +38,10 @@ def identify(config: Config, data: str | None) -> str:
     Raises UserError where there is no checkpoint of train.init_from.
     """
     facts = {name: value for name, value, _ in unusual(config) if not name.startswith(_NO_RESULT)} | meaning(config)
-    if (initial := initial_weights(config)) is not None:  # the weights, wherever they lie
-        files = checkpoint.read_facts(initial)["files"]
-        facts["train.init_from"] = {name: each for name, each in files.items() if name.startswith(f"{WEIGHTS}-")}
+    if (initial := initial_weights(config)) is not None:  # what it takes of that, wherever it lies
+        there = checkpoint.read_facts(initial)
+        weights = {name: each for name, each in there["files"].items() if name.startswith(f"{WEIGHTS}-")}
+        facts["train.init_from"] = weights, there.get("regulators")
     point = branch_point(config.train)
     facts["branch"] = point and (point[0].name, point[1])
     text = json.dumps([data, facts], sort_keys=True, default=str)

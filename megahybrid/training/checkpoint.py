@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from megahybrid import code_version
@@ -98,15 +99,21 @@ def load_weights(path: Path, model: nn.Module, place: Place = whole) -> None:
         _read(path, facts, zero.WEIGHTS, name, parameter, *place(parameter))
 
 
-def init_from(path: Path, engine: Engine) -> None:
-    """Give an engine a checkpoint's weights, and what regulates them, if it has that. Called by every process; raises
-    as `load`."""
+def init_from(path: Path, engine: Engine) -> list[str]:
+    """Give an engine a checkpoint's weights, and the states of those regulators that have as many layers and members
+    there, whose letters it returns; others begin as ever. Called by every process; raises as `load`."""
     load_weights(path, engine.model, engine.zero.place)
     engine.zero.round_masters()
-    states = read_facts(path).get("regulators", {})
+    states, taken = read_facts(path).get("regulators", {}), []
     for letter, regulator in engine.regulators.items():
-        if letter in states:
+        if letter in states and _shapes(states[letter]) == _shapes(regulator.state()):
             regulator.load_state(states[letter])
+            taken.append(letter)
+    return taken
+
+
+def _shapes(state: Mapping[str, list]) -> dict[str, torch.Size]:
+    return {name: torch.tensor(values).shape for name, values in state.items()}
 
 
 def read_facts(path: Path) -> dict[str, Any]:

@@ -167,8 +167,11 @@ class Trainer:
             self._tell(note)
         engine = Engine(self.config)
         if weights is not None:
-            checkpoint.init_from(weights, engine)
+            taken = checkpoint.init_from(weights, engine)
             self.say(f"Starting from the weights of {weights}.")
+            for letter, regulator in engine.regulators.items():
+                begins = "goes on as it was there" if letter in taken else "begins anew"
+                self.say(f"What regulates {letter} ({regulator.name}) {begins}.")
         elif start is None:
             engine.initialize()
         return engine

@@ -47,12 +47,12 @@ def in_turn(inputs, lengths, do, tune):
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_rows_that_follow_each_other_equal_one(packing):
-    lengths = PACKINGS[packing]
-    inputs = change(make_inputs(lengths, 2, 1, 1, 16, 24), "repeated keys" if packing == "begun" else "plain")
+    lengths, heads = PACKINGS[packing], 2 if packing == "begun" else 1  # of values, for one of keys
+    inputs = change(make_inputs(lengths, 2, 1, heads, 16, 24), "repeated keys" if packing == "begun" else "plain")
     inputs = in_dtype(inputs[:7], torch.float32)
-    do = torch.randn(sum(lengths), 1, 24, generator=torch.Generator().manual_seed(3))
+    do = torch.randn(sum(lengths), heads, 24, generator=torch.Generator().manual_seed(3))
     exact = [x.double().requires_grad_() for x in inputs]
-    expected, _ = oracle(*exact, torch.zeros(len(lengths), 1, 16, 24), lengths)
+    expected, _ = oracle(*exact, torch.zeros(len(lengths), heads, 16, 24), lengths)
     truth = [expected.detach(), *torch.autograd.grad(expected, exact, do.double())]
     found = in_turn(inputs, lengths, do, WHOLE if packing == "around" else CUT)
     for name, x, y in zip(("o", *NAMES[:-1]), found, truth, strict=True):

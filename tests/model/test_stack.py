@@ -1,11 +1,15 @@
 import random
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from megahybrid.errors import UserError
+from megahybrid.model import settings
 from megahybrid.model.context import Context
 from megahybrid.model.loss import attach_loss
+from megahybrid.model.mixer import swapped
 from megahybrid.model.stack import build
 from megahybrid_kernels import Sequences
 from tests.model import tiny
@@ -43,6 +47,16 @@ def test_pieces_with_state_equal_one_pass(pattern, prompt):
             assert torch.allclose(row, expected[at : at + size], rtol=0, atol=1e-9), at
         at += size
         size = min(draw.choice([1, 1, 2, 9, 17]), max(1, count - at))
+
+
+def test_tokens_that_stay_with_ranks_have_no_states_or_other_policies():
+    with mock.patch.object(settings, "keepers", lambda config: "L"):
+        model, tokens, sequences = tiny.model("GL"), tiny.tokens([9])[:-1], Sequences.of([9])
+    for context, states in ((Context(sequences, keep_states=True), None), (Context(sequences), {0: 0, 1: 0})):
+        with pytest.raises(UserError, match=r"set parallel\.context to 1"):
+            model(tokens, context, states=states)
+    with pytest.raises(UserError, match=r"set parallel\.context to 1"), swapped(model, "recency", [[]]):
+        pass
 
 
 @pytest.mark.parametrize("theta, seen", [(10000.0, True), (None, False)])

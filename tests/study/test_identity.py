@@ -35,10 +35,12 @@ def test_a_key_that_the_schema_gets_later_changes_no_identity(config):
     assert len({same, of(later=4), of(fixed=[2]), of(half=7)}) == 4
 
 
-def test_initial_weights_count_by_what_is_in_them_not_by_where_they_lie(config, tmp_path):
-    def weights(run, step, content, moments="m"):
+def test_initial_weights_and_lambdas_count_by_what_is_in_them_not_by_where_they_lie(config, tmp_path):
+    def weights(run, step, content, moments="m", weight=1.0):
         files = {"weights-00000.safetensors": {"blake2b": content}, "exp_avg-00000.safetensors": {"blake2b": moments}}
-        write_json(tmp_path / run / "checkpoints" / name(step) / "checkpoint.json", {"files": files})
+        regulators = {"L": {"lambdas": [[weight]], "kept": [[8.0]]}}
+        facts = {"files": files, "regulators": regulators}
+        write_json(tmp_path / run / "checkpoints" / name(step) / "checkpoint.json", facts)
         return str(tmp_path / run)
 
     def of(path):
@@ -47,6 +49,7 @@ def test_initial_weights_count_by_what_is_in_them_not_by_where_they_lie(config, 
     first = of(weights("a", 5, "w"))
     assert identify(config, "data") != first
     assert first == of(weights("b", 7, "w", "other")) == of(str(tmp_path / "a" / "checkpoints" / name(5)))
+    assert first != of(weights("c", 5, "w", weight=2.0)), "heads are regulated otherwise"
     assert first != of(weights("a", 6, "v")), "the run has gone on"
     with pytest.raises(UserError, match="there is no checkpoint"):
         of(str(tmp_path / "none"))

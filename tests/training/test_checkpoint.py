@@ -107,14 +107,22 @@ def test_which_keys_may_change_on_resume(override, refused, recipe, two_steps, t
         assert len(metrics(tmp_path / "run")) == 2
 
 
-def test_init_from_takes_weights_and_lambdas_and_nothing_else(recipe, reference, tmp_path):
+def test_init_from_takes_weights_and_lambdas_and_nothing_else(recipe, reference, tmp_path, capsys):
     overrides = ["train.steps=1", f"train.init_from={reference}", "optimizer.learning_rate=1e-12"]
     assert main(["train", str(recipe), *overrides]) == 0
     line = metrics(tmp_path / "run")[0]
     assert line["step"] == 1
     assert line["loss"] < metrics(reference)[0]["loss"] - 0.7
     assert line["lambda"] == metrics(reference)[-1]["lambda"]
+    assert "What regulates L (retention) goes on as it was there.\n" in capsys.readouterr().out
     assert line["validation_loss"] == pytest.approx(metrics(reference)[-1]["validation_loss"], rel=1e-5)
+
+
+def test_init_from_of_another_pattern_begins_with_lambdas_of_its_own(recipe, reference, tmp_path, capsys):
+    command = ["train", str(recipe), "train.steps=1", f"train.init_from={reference}", "model.pattern=GLSFF"]
+    assert main(command) == 0
+    assert metrics(tmp_path / "run")[0]["lambda"] == [[0.0] * 4]
+    assert "What regulates L (retention) begins anew" in capsys.readouterr().out
 
 
 def test_a_stage_of_long_context_goes_on_from_weights_and_lambdas(recipe, reference, tmp_path):

@@ -151,7 +151,9 @@ def test_recompute_changes_nothing(layout, recompute, workers, brief_reference, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layout", [Layout(context=4, zero_stage=3), Layout(context=2, tensor=2, sequence=True)], ids=str
+    "layout",
+    [Layout(context=4, zero_stage=3), Layout(context=2, tensor=2, sequence=True), Layout(context=2, pipeline=2)],
+    ids=str,
 )
 def test_layers_whose_tokens_stay_change_nothing(layout, workers, brief_recipe, tmp_path):
     """Of all kinds that can: of so many tokens LTE's, too, with a capped buffer."""

@@ -206,11 +206,12 @@ def _from_rows_before(
     call: _Call, transfer: Tensor, own: Tensor, border: Border
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
     """The states before the sequences, and of every row M `[rows, heads, Dk, Dk]` and B of its last sequence."""
-    key_dim, value_dim = call.key_dim, call.value_dim
+    key_dim, value_dim, count = call.key_dim, call.value_dim, call.plan.last
+    transfer, own = transfer[-count:], own[-count:]
     whole = torch.eye(key_dim, key_dim + value_dim, device=own.device).expand(1, call.heads, -1, -1).contiguous()
     last = torch.empty_like(whole)
     wide = torch.cat([torch.zeros_like(transfer), own], 3)
-    _join(call, transfer, wide, whole, last, call.plan.bounds[-2:], reverse=False)
+    _join(call, transfer, wide, whole, last, rows_between(0, count, own.device), reverse=False)
     maps, rests = (x.contiguous() for x in border.gather(last[0]).split([key_dim, value_dim], 3))
     if border.first == border.number:
         return None, (maps, rests)

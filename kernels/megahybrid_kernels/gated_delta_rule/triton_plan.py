@@ -89,11 +89,13 @@ class Plan:
         segments: `[segments, 3]`, the same of a segment, and its first chunk.
         bounds: `[sequences + 1]`, each sequence's first segment; None where nothing is joined, since segments are
             sequences.
+        last: segments of the last sequence.
     """
 
     chunks: Tensor
     segments: Tensor
     bounds: Tensor | None
+    last: int
 
 
 def _pieces(begins: Tensor, lengths: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,14 +118,15 @@ def plan(lengths: tuple[int, ...], chunk: int, longest: int, device: torch.devic
         length = torch.tensor(lengths)
         begin = length.cumsum(0) - length
         starts, stops, first = _pieces(begin, length, chunk)
-        chunks, segments, bounds = torch.stack([starts, stops], 1), [begin, begin + length, first[:-1]], None
+        chunks, segments, bounds, last = torch.stack([starts, stops], 1), [begin, begin + length, first[:-1]], None, 1
         if joined or max(lengths) > longest * chunk:
             starts, stops, bounds = _pieces(begin, length, longest * chunk)
-            owner = torch.repeat_interleave(bounds.diff())
+            counts = bounds.diff()
+            owner, last = torch.repeat_interleave(counts), int(counts[-1])
             segments = [starts, stops, first[owner] + (starts - begin[owner]) // chunk]
         tensors = (chunks, torch.stack(segments, 1), bounds)
         moved = (x if x is None else x.to(torch.int32).to(device, non_blocking=True) for x in tensors)
-        return Plan(*moved)
+        return Plan(*moved, last)
 
 
 @lru_cache(maxsize=64)

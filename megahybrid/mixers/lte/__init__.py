@@ -80,6 +80,7 @@ class LTEKind(AttentionKind):
     sections: ClassVar = {**AttentionKind.sections, "lte": LTEConfig}
     parts = ("router",)
     policies = ("recency", "random", "key_norm", "attention_mass", "oracle")
+    keeps_with = "model.lte.train_cap=true"
 
     def check(self, model: ModelConfig) -> None:
         super().check(model)
@@ -107,13 +108,14 @@ class LTEKind(AttentionKind):
         return {f"model.attention.{'num_heads' if heads == kv_heads else 'num_kv_heads'}": kv_heads}
 
     def passed_on(self, model: ModelConfig, ranks: int, width: int) -> float | None:
-        """With a capped buffer: keys and values around a rank's tokens that the router sees, those in the window before
-        them, and of every other rank the buffer that it gives; with scores of 4 bytes."""
+        """With a capped buffer: keys and values around a rank's tokens that the router sees, those before them that
+        window and buffer hold, and of every other rank the buffer that it gives to those whose document begins farther
+        back; with scores of 4 bytes."""
         if not model.lte.train_cap:
             return None
         lte, heads, head_dim = model.lte, model.attention.num_kv_heads, model.attention.head_dim
-        keys, retained = 2 * width * head_dim, (ranks - 1) * lte.buffer_size
-        return heads * (2 * lte.margin * keys + lte.window_size * (keys + 4) + retained * (keys + 8))
+        keys, before, retained = 2 * width * head_dim, lte.window_size + lte.buffer_size, (ranks - 1) * lte.buffer_size
+        return heads * (2 * lte.margin * keys + before * (keys + 4) + retained * (keys + 8))
 
     def keys(self, model: ModelConfig, length: int) -> float:
         """The query at position i sees min(i + 1, w + 1) keys in its window. Of the max(0, i - w) tokens that left it
