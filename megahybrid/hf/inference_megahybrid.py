@@ -6,6 +6,7 @@ A state is a dictionary whose parts have the sequences in front: tensors, and ca
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers.utils import logging
 
 from megahybrid.hf.layers_megahybrid import kernels, real_tokens, takes_kernels
@@ -246,6 +247,8 @@ def parts_of(model):
     """What a graph of the model's layers holds for as long as it stays the same: modules and where the weights are.
     None where a module has hooks, or something in the place of its forward, which a graph would not repeat."""
     modules = modules_below(model)
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return None
     if any(each._forward_hooks or each._forward_pre_hooks or "forward" in each.__dict__ for each in modules):
         return None
     weights = [w.data_ptr() for each in modules for w in each._parameters.values() if w is not None]

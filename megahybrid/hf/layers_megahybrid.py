@@ -6,6 +6,7 @@ import os
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 try:
     import megahybrid_kernels as kernels
@@ -119,22 +120,25 @@ def linear(in_features, out_features):
 
 def as_made(module, kind):
     """Whether a module is what `kind` says: nothing else stands in its place, and nobody watches it."""
-    watched = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return type(module) is kind and not watched
+    hooks = module._forward_hooks, module._forward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks
+    return type(module) is kind and not any(hooks) and "forward" not in module.__dict__
 
 
 def multiplies(layer):
-    """Whether a layer is the product with its weight alone."""
+    """Whether a layer is the product with its weight alone, and not in training: there a forward without gradients may
+    be the first of two that have to agree, as where reentrant checkpointing recomputes."""
     own = layer._parameters  # half as long as by name, at every step
-    return as_made(layer, nn.Linear) and own.get("bias") is None and type(own.get("weight")) is nn.Parameter
+    alone = as_made(layer, nn.Linear) and own.get("bias") is None and type(own.get("weight")) is nn.Parameter
+    return alone and not layer.training
 
 
 def project(x, *layers):
     """Each layer's output of x `[..., in]`. Tokens laid end to end go through one product where no gradient is asked
-    for, for which weights that have their memory to themselves move beside each other."""
+    for, for which weights that have their memory to themselves move beside each other; not where autocast would cast
+    the whole at every step, which it does only once to each."""
     if x.dim() == 2 and not torch.is_grad_enabled() and all(map(multiplies, layers)):
-        weights = [layer.weight for layer in layers]
-        whole = moved_beside(weights, ROWS)
+        x, weights = as_computed(x), [layer.weight for layer in layers]
+        whole = moved_beside(weights, ROWS) if x.dtype == weights[0].dtype else None
         if whole is not None:
             sizes = list(map(len, weights))
             return F.linear(x, whole).split([*sizes, len(whole) - sum(sizes)], 1)[: len(layers)]
@@ -154,15 +158,43 @@ def moved_beside(weights, multiple=1):
             memory = weights[0].new_zeros(-(-rows // multiple) * multiple, *weights[0].shape[1:])
             for each in weights:
                 part = memory[at : at + len(each)]
-                each.data = part.copy_(each)
+                move(each, part.copy_(each))
                 at += len(part)
         whole = beside(weights, 0, multiple)
     return whole
 
 
+def move(weight, part):
+    """Give a parameter the memory of `part`. Its old one may be in use on this stream still, not its own."""
+    if weight.is_cuda:
+        weight.record_stream(torch.cuda.current_stream(weight.device))
+    weight.data = part
+
+
+def holders(weight):
+    """How many tensors have the memory of this one, itself included."""
+    memory = weight.untyped_storage()  # which is counted, too
+    return torch._C._storage_Use_Count(memory._cdata) - 1
+
+
+def move_apart(weights):
+    """Give parameters that `moved_beside` moved a memory of their own again: who saves and loads tensors takes those
+    that share one for the same. What is held by others, too, stays where it is."""
+    sharing = {}
+    for weight in weights:
+        if type(weight) is nn.Parameter:
+            sharing.setdefault(weight.untyped_storage()._cdata, []).append(weight)
+    with torch.inference_mode(False), torch.no_grad():
+        for group in sharing.values():
+            if 1 < len(group) == holders(group[0]):
+                for each in group:
+                    move(each, each.clone())
+
+
 def may_move(weight, first):
-    """Whether a parameter may get another memory, beside that of `first`."""
-    alone = type(weight) is nn.Parameter and weight.untyped_storage().nbytes() == weight.nbytes
+    """Whether a parameter may get another memory, beside that of `first`: not where others see it in its present one,
+    as FSDP does, and who took a state_dict."""
+    alone = type(weight) is nn.Parameter and weight.untyped_storage().nbytes() == weight.nbytes and holders(weight) == 1
     alike = (weight.dtype, weight.device, weight.shape[1:]) == (first.dtype, first.device, first.shape[1:])
     recording = weight.is_cuda and torch.cuda.is_current_stream_capturing()
     return alone and alike and weight.is_contiguous() and not weight.is_inference() and not recording

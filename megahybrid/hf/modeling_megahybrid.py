@@ -17,7 +17,16 @@ from transformers.utils import can_return_tuple
 
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
 from megahybrid.hf.inference_megahybrid import Inference, modules_below, packs, through_layers
-from megahybrid.hf.layers_megahybrid import RMSNorm, SwiGLU, added, as_computed, kernels, linear, real_tokens
+from megahybrid.hf.layers_megahybrid import (
+    RMSNorm,
+    SwiGLU,
+    added,
+    as_computed,
+    kernels,
+    linear,
+    move_apart,
+    real_tokens,
+)
 from megahybrid.hf.mixer_classes import MIXERS
 from megahybrid.hf.packing_megahybrid import Documents, several_documents
 
@@ -113,6 +122,11 @@ class MegahybridPreTrainedModel(PreTrainedModel):
     @classmethod
     def _supports_default_dynamic_cache(cls):
         return False
+
+    def state_dict(self, *args, **kwargs):
+        """The weights themselves, not beside each other: who saves or loads them may take those for tied ones."""
+        move_apart(self.parameters())
+        return super().state_dict(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):

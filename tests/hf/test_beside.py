@@ -3,8 +3,11 @@
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import megahybrid.hf.inference_megahybrid as inference
 import megahybrid.hf.layers_megahybrid as layers
@@ -102,6 +105,76 @@ def test_what_somebody_has_laid_together_stays_where_it_is():
     assert not any(weight.any() for weight in weights)
 
 
+def test_what_somebody_else_sees_stays_where_it_is():
+    trained, model = pair(PATTERN)
+    taken = model.state_dict()
+    close(read(model), expected_logits(trained, TOKENS))
+    assert not any(lie_beside(model))
+    for weight in taken.values():
+        weight.zero_()
+    assert not any(weight.any() for weight in model.parameters())
+
+
+def trained_steps(model, evaluated=True):
+    """Losses of three steps, each after one of evaluation."""
+    optimizer, losses = torch.optim.SGD(model.requires_grad_(True).parameters(), 0.3), []
+    for _ in range(3):
+        if evaluated:
+            with torch.no_grad():
+                losses.append(float(model.eval()(TOKENS[None], labels=TOKENS[None], use_cache=False).loss))
+        loss = model.train()(TOKENS[None], labels=TOKENS[None]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_training_under_fsdp2_between_evaluations():
+    """Whose gathered weights have memory that it writes the next ones to."""
+    _, model = pair("GL", torch.float32)
+    sharded, mesh = copy.deepcopy(model), init_device_mesh("cpu", (1,))
+    for part in (*sharded.model.layers, sharded):
+        fully_shard(part, mesh=mesh)
+    assert trained_steps(sharded) == pytest.approx(trained_steps(model), abs=1e-5)
+
+
+def test_reentrant_checkpointing_moves_nothing():
+    """Whose first forward is without gradients, and whose second has to be the same."""
+    _, model = pair(PATTERN, torch.float32)
+    other = copy.deepcopy(model)
+    other.gradient_checkpointing_enable({"use_reentrant": True})
+    assert trained_steps(other, evaluated=False) == trained_steps(model, evaluated=False)
+    assert not any(lie_beside(other))
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_whoever_saves_and_loads_finds_weights_of_their_own(tmp_path):
+    _, model = pair(PATTERN, torch.float32)
+    expected, file = read(model), tmp_path / "model.safetensors"
+    assert all(lie_beside(model))
+    safetensors.torch.save_model(model, file)
+    assert len(safetensors.torch.load_file(file)) == len(list(model.parameters()))
+    other = MegahybridForCausalLM(model.config).eval()
+    read(other)
+    safetensors.torch.load_model(other, file)
+    close(read(other), expected, 1e-4)
+    assert all(lie_beside(other))
+    taken = model.state_dict()
+    alone = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in taken.values()}
+    assert sum(alone.values()) == sum(weight.nbytes for weight in model.parameters())
+    taken["model.embedding.weight"].zero_()  # they are the model's, no copies
+    taken["model.layers.0.mlp.gate_proj.weight"].zero_()
+    assert not model.model.embedding.weight.any() and not model.model.layers[0].mlp.gate_proj.weight.any()
+
+
+def test_autocast_casts_no_weight_twice():
+    _, model = pair(PATTERN, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        read(model)
+    assert not any(lie_beside(model))
+
+
 def test_not_while_a_graph_is_recorded(monkeypatch):
     _, model = pair(PATTERN)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
@@ -123,6 +196,16 @@ def test_what_stands_in_a_layers_place_is_asked():
     for block in model.model.layers:
         block.mlp = nn.Sequential(block.mlp)
     close(read(model), expected)
+
+
+def test_who_watches_all_modules_sees_every_layer():
+    _, model = pair(PATTERN)
+    seen = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
+    read(model)
+    assert inference.parts_of(model.model) is None
+    handle.remove()
+    assert {each for each in model.model.modules() if isinstance(each, nn.Linear)} <= seen
 
 
 def test_who_watches_a_swiglu_sees_its_own_output():

@@ -104,7 +104,8 @@ class GatedDeltaNet(Mixer):
                 kernels.causal_conv1d(x, conv, sequences, **options)[0] for x, conv in zip(inputs, convs, strict=True)
             ]
         else:
-            moved_beside(convs)
+            if not self.training:
+                moved_beside(convs)
             x, weight = joined(inputs, 1), joined(convs, 0)
             x, rows = kernels.causal_conv1d(x, weight, sequences, state.get("rows"), **options)
             parts = x.split(list(map(len, convs)), 1)

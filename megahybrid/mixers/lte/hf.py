@@ -52,7 +52,7 @@ class LTEAttention(Attention):
 
     @in_own_precision
     def mixed(self, q, k, v, sequences, state):
-        scores, rows = self.router(k, v, sequences, state)
+        scores, k, v, rows = self.router(k, v, sequences, state)
         inputs = *self.rotate_packed(q, k, sequences), v, scores
         limits = self.columns - 1, self.sinks, self.buffer
         if state is None:
@@ -193,16 +193,14 @@ class Router(nn.Module):
         return self._named(kernels.RouterState.empty(count, self._parameters_of_op(), self.dilation))
 
     def packed(self, k, v, sequences, state):
-        """k, v `[tokens, H, D]` → scores `[tokens, H]`: with a state of the tokens `margin` earlier."""
+        """k, v `[tokens, H, D]` → (scores `[tokens, H]`, with a state of the tokens `margin` earlier; k and v for all
+        other uses; the next state)."""
+        parameters = self._parameters_of_op()
         if state is None:
-            logits = kernels.retention_logits(k, v, self._parameters_of_op(), sequences, None, self.dilation)
-        else:
-            rows = kernels.RouterState(tuple(state[f"rows{n}"] for n in range(3))) if state else None
-            logits, rows = kernels.retention_logits_streamed(
-                k, v, self._parameters_of_op(), sequences, rows, self.dilation
-            )
-            state = self._named(rows)
-        return torch.sigmoid(logits) - 0.5, state
+            return *kernels.retention_scores(k, v, parameters, sequences, None, self.dilation), None
+        rows = kernels.RouterState(tuple(state[f"rows{n}"] for n in range(3))) if state else None
+        scores, rows = kernels.retention_scores_streamed(k, v, parameters, sequences, rows, self.dilation)
+        return scores, k, v, self._named(rows)
 
     @staticmethod
     def _named(state):
