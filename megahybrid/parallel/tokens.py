@@ -133,6 +133,8 @@ class _Borrowed(torch.autograd.Function):
         count = len(ctx.widths)
         borrowed = [torch.cat([x.flatten(1) for x in grads[first : first + count]], 1) for first in (count, 2 * count)]
         returned = _exchanged(torch.cat(borrowed), ctx.taken, list(map(_length, ctx.given)))
+        if not len(returned):
+            return None, None, *grads[:count]
         sums = []
         for grad, back in zip(grads[:count], returned.split(ctx.widths, 1), strict=True):
             grad = grad.clone()

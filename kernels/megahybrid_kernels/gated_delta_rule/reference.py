@@ -141,8 +141,7 @@ def _passed_on(
     """The states before the sequences, of which the first comes from the rows before. The last one's map, M beside B,
     is what becomes of the identity beside nothing under values that are nothing beside v."""
     length, (heads, value_dim), key_dim = sequences.lengths[-1], v.shape[1:], k.shape[2]
-    *inputs, v = (x[-length:] for x in (q, k, a, b, v))
-    q, k, a, b = inputs
+    q, k, v, a, b = (x[-length:] for x in (q, k, v, a, b))
     identity = torch.eye(key_dim, key_dim + value_dim, dtype=at_least_fp32(v).dtype, device=v.device)
     start, alone = identity.expand(1, heads, -1, -1), Sequences.of((length,), v.device)
     values = F.pad(v, (key_dim, 0))

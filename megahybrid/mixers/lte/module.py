@@ -136,6 +136,7 @@ class LTEAttention(AttentionProjections):
         before, after = len(keys.before), len(keys.after)
         first = groups.context_parallel()[0] * count
         dropout = self._dropout(context, slice(first - before, first + count + after))
+        # k and v that it gives on would save a pass backward, but are joined: a slice's gradient is filled with zeros.
         scores, *_ = self.router(keys.joined(), values.joined(), tokens.own(sequences, before, after), dropout)
         scores = scores[before : before + count]
         q, k = self.rotate(q, keys.own, tokens.own(sequences))
