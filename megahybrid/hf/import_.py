@@ -37,6 +37,7 @@ from megahybrid.training.tensor_files import write_stream
 
 Report = Callable[[str], None]
 
+_HEAD = exported_name("output.weight")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -123,6 +124,9 @@ def _places(source: Path) -> dict[str, tuple[Path, list[int]]]:
         try:
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (it is no dictionary)
+                    if name in places:
+                        both = f"{places[name][0].name} and {file.name}"
+                        raise UserError(f"'{source}' has {name} twice, in {both}; download it again.")
                     places[name] = (file, tensors.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise UserError(f"'{file}' is damaged or no safetensors file; download it again.") from error
@@ -169,13 +173,24 @@ def _require_fit(
                 f"'{file}': {sources[name]} is {shape}, but config.json calls for {list(spec.shape)}; "
                 "one of the two is another model's: download both again."
             )
-    tied = {"lm_head.weight"} if config.model.tie_embeddings else set()
+    tied = {_HEAD} if config.model.tie_embeddings else set()
+    both = _HEAD, sources["embedding.weight"]
+    if tied & places.keys() and not torch.equal(*(_tensor(places, name) for name in both)):
+        raise UserError(
+            f"'{source}' has an output layer, {_HEAD}, that is not the embedding, to which config.json ties it; set "
+            "tie_word_embeddings to false there, or download both again."
+        )
     extra = places.keys() - set(sources.values()) - tied - set(reference_format.IGNORED if published else ())
     if extra:
         raise UserError(
             f"'{source}' has {len(extra)} tensors that its config.json has no place for, such as {min(extra)}; "
             "download both again."
         )
+
+
+def _tensor(places: Mapping[str, tuple[Path, list[int]]], name: str) -> Tensor:
+    with safe_open(places[name][0], "pt") as source:
+        return source.get_tensor(name).to(torch.float32)
 
 
 def _write(
@@ -189,9 +204,7 @@ def _write(
 ) -> None:
     def tensors() -> Iterator[Tensor]:
         for name, spec in specs.items():
-            file, _ = places[sources[name]]
-            with safe_open(file, "pt") as source:
-                yield source.get_tensor(sources[name]).to(torch.float32).reshape(spec.shape)
+            yield _tensor(places, sources[name]).reshape(spec.shape)
 
     file = checkpoint.file_name("weights", 0)
     entries = {name: ("F32", spec.shape) for name, spec in specs.items()}

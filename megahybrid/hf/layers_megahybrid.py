@@ -150,7 +150,10 @@ ROWS = 64  # of which a product's are a multiple, so that those of its output be
 
 def moved_beside(weights, multiple=1):
     """Parameters as one along their first dimension, see `beside`. They move into one memory if each has one of its
-    own: what an optimizer or a wrapper has laid together stays where it is. None where they do not lie so."""
+    own: what an optimizer or a wrapper has laid together stays where it is. None where they do not lie so.
+
+    Our own engine does likewise, by megahybrid/parallel/joined.py, which an exported model's files cannot import.
+    """
     whole = beside(weights, 0, multiple)
     if whole is None and all(may_move(each, weights[0]) for each in weights):
         rows, at = sum(map(len, weights)), 0

@@ -101,16 +101,16 @@ def exported_model(description: dict[str, Any], files: Iterable[Path]) -> Megahy
             if list(weight.shape) != shapes.get(name) or name in weights:
                 expected = "it is there twice" if name in weights else f"the model has {shapes.get(name, 'no such')}"
                 raise UserError(
-                    f"The converted model's '{file.name}' holds {name} {list(weight.shape)}, but {expected}, so "
-                    "nothing was written; convert it again, and report it if that fails, too."
+                    f"'{file.name}' holds {name} {list(weight.shape)}, but {expected}, so nothing was written; export "
+                    "or download the model again, and report it if that fails, too."
                 )
             weights[name] = weight.double()
     if config["tie_word_embeddings"] and (embedding := exported_name("embedding.weight")) in weights:
         weights[exported_name("output.weight")] = weights[embedding]
     if missing := shapes.keys() - weights.keys():
         raise UserError(
-            f"The converted model's files lack {min(missing)}, so nothing was written; convert it again, and report it "
-            "if that fails, too."
+            f"The exported model's files lack {min(missing)}, so nothing was written; export or download it again, and "
+            "report it if that fails, too."
         )
     model.load_state_dict(weights, assign=True)
     model.tie_weights()

@@ -1,6 +1,8 @@
 """Weights of one input side by side in memory, for models that are not trained: one product takes them all.
 
-Each stays a parameter of its own, a view of the whole, so that names and shapes are as before.
+Each stays a parameter of its own, a view of the whole, so that names and shapes are as before. The exported model's
+files, which cannot import this package, have the same idea once more, in hf/layers_megahybrid.py, for weights that may
+be trained and replaced.
 """
 
 from __future__ import annotations

@@ -93,11 +93,12 @@ def test_round_trip_and_a_training_step(exported, reference, recipe, tmp_path, c
     imported = load_file(tmp_path / "imported" / "weights-00000.safetensors")
     assert saved.keys() == imported.keys()
     assert all(torch.equal(imported[name], weight) for name, weight in saved.items())
-    trained, bare = [], shutil.copytree(last_checkpoint(reference), tmp_path / "bare")
-    facts = json.loads((bare / "checkpoint.json").read_text())
-    del facts["regulators"]  # which an export does not have
-    (bare / "checkpoint.json").write_text(json.dumps(facts))
-    for name, start in (("before", bare), ("after", tmp_path / "imported")):
+    weights = shutil.copytree(last_checkpoint(reference), tmp_path / "weights")
+    facts = json.loads((weights / "checkpoint.json").read_text())
+    del facts["regulators"]  # lambda, which an exported folder does not have
+    (weights / "checkpoint.json").write_text(json.dumps(facts))
+    trained = []
+    for name, start in (("before", weights), ("after", tmp_path / "imported")):
         run = tmp_path / name
         assert main(["train", str(recipe), f"run.dir={run}", "train.steps=1", f"train.init_from={start}"]) == 0
         trained.append(
@@ -347,12 +348,26 @@ def test_bad_imports(exported, tmp_path, capsys):
         tensors.pop(min(tensors))
         save_file(tensors, file)
 
+    def put_first(**tensors):
+        def change(source):
+            file = next(source.glob("model-00001-*"))
+            save_file(load_file(file) | tensors, file)
+
+        return change
+
     def damaged(source):
         next(source.glob("model-00002-*")).write_bytes(b"\xff" * 100)
 
     assert "is missing; download it again" in refused(lambda source: next(source.glob("model-00002-*")).unlink())
     assert "damaged or no safetensors" in refused(damaged)
     assert "has no tensor model." in refused(without_a_tensor)
+    last = load_file(max(exported.glob("model-*.safetensors")))
+    name = min(last)
+    assert f"has {name} twice, in model-00001-of" in refused(put_first(**{name: last[name] + 1}))
+    output = load_file(next(exported.glob("model-00001-*")))["model.embedding.weight"] + 1
+    assert "an output layer, lm_head.weight, that is not the embedding" in refused(
+        put_first(**{"lm_head.weight": output})
+    )
     assert "but config.json calls for" in refused(set_config(hidden_size=48))
     assert "has no place for" in refused(set_config(layers="GLSF"))
     assert "model_type 'llama'" in refused(set_config(model_type="llama"))
