@@ -137,8 +137,8 @@ def _streamed(
 
         return retention_logits_first(k, v, parameters, sequences, dilation, scored)
     state = state or RouterState.empty(sequences.count, parameters, dilation)
-    logits, state = reference.retention_logits_streamed(k, v, parameters, sequences, state, dilation)
-    return torch.sigmoid(logits) - 0.5 if scored else logits, state
+    streamed = reference.retention_scores_streamed if scored else reference.retention_logits_streamed
+    return streamed(k, v, parameters, sequences, state, dilation)
 
 
 def unsupported(dtype: torch.dtype, head_dim: int, layers: int = 3) -> str | None:

@@ -96,3 +96,16 @@ def retention_logits_streamed(
         # Before the document's start the next layer must find zeros, as its padding would be.
         x = y.masked_fill((sequences.positions < late)[:, None], 0).transpose(0, 1)
     return _logits(x.transpose(0, 1), parameters), RouterState(tuple(rows))
+
+
+def retention_scores_streamed(
+    k: Tensor,
+    v: Tensor,
+    parameters: RouterParameters,
+    sequences: Sequences,
+    state: RouterState | None,
+    dilation: int = 2,
+) -> tuple[Tensor, RouterState]:
+    """See `megahybrid_kernels.retention_router.retention_scores_streamed`."""
+    logits, state = retention_logits_streamed(k, v, parameters, sequences, state, dilation)
+    return logits.sigmoid() - 0.5, state
