@@ -155,6 +155,7 @@ def one_token(q, k, v, a, b, A_log, dt_bias, state):
 
 
 def unit(x):
+    """x `[..., size]` over its norm, whose square is 1e-6 more, so that zeros stay zeros."""
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
 
 
