@@ -80,7 +80,7 @@ class _Call:
         return count, self.heads, self.key_dim, value_dim or self.value_dim
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.v.device)
+        return torch.empty(*shape, dtype=dtype, device=self.v.device)
 
     @property
     def precision(self) -> str:
@@ -247,7 +247,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         # The states between segments pass through `final`, which is small beside them.
         asked = output_final_state or cut.bounds is not None
         final = call.empty(*call.state_shape(count)) if asked else None
-        o, starts, transfer, maps = torch.empty(v.shape, dtype=v.dtype, device=v.device), initial, None, None
+        o, starts, transfer, maps = torch.empty(*v.shape, dtype=v.dtype, device=v.device), initial, None, None
         if cut.bounds is not None:
             segments = len(cut.segments)
             own = call.empty(*call.state_shape(segments))
