@@ -349,10 +349,11 @@ def gated_delta_rule(
     if initial_state is not None:
         initial_state = initial_state.contiguous()
     tune = tune or tuning(max(k.shape[2], v.shape[2]), v.dtype, v.device)
-    longest = longest_segment(sequences.lengths, v.shape[1], v.shape[2], tune)
+    training = torch.is_grad_enabled()
+    longest = longest_segment(sequences.lengths, v.shape[1], v.shape[2], tune, training)
     cut = plan(sequences.lengths, tune.chunk, longest, v.device, joined=border is not None)
     strongest = 2.0 if allow_neg_eigval else 1.0
     return applied(
-        _GatedDeltaRule, q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune,
-        torch.is_grad_enabled(), output_final_state, strongest, border,
+        _GatedDeltaRule, q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune, training,
+        output_final_state, strongest, border,
     )  # fmt: skip
