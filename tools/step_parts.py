@@ -107,7 +107,9 @@ def classify(events: Iterable[Mapping[str, Any]], sizes: Mapping[str, int]) -> I
             continue
         if communicates(each):
             group = named_group(each["name"], args) or streams.get(args.get("stream")) or only_group(sizes)
-            yield group, start, end
+            # Context parallel ranks send and receive, too, in a group whose name a trace may lack.
+            unnamed = group == "pipeline" and sizes.get("pipeline", 1) == 1
+            yield only_group(sizes) if unnamed else group, start, end
         elif category in _GPU or (not on_gpu and category == "cpu_op" and each["name"].startswith("aten::")):
             yield "compute", start, end
 

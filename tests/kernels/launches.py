@@ -33,6 +33,7 @@ from megahybrid_kernels.attention.triton_decode import attention_step
 from megahybrid_kernels.causal_conv1d import triton as conv
 from megahybrid_kernels.causal_conv1d.triton_step import causal_conv1d_step
 from megahybrid_kernels.exit_positions.triton import exit_positions
+from megahybrid_kernels.gated_delta_rule import Border
 from megahybrid_kernels.gated_delta_rule import triton as gdn
 from megahybrid_kernels.gated_delta_rule.triton_step import gated_delta_rule_step
 from megahybrid_kernels.launch import Kernel
@@ -136,18 +137,27 @@ def backward(*outputs: Tensor) -> None:
     sum(x.float().sum() for x in outputs).backward()
 
 
+def delta_rule_inputs(case: Case) -> list[Tensor]:
+    rows = [case.rows() for _ in range(3)] + [new(case.tokens, case.heads) for _ in range(2)]
+    return rows + [new(case.heads, dtype=torch.float32) for _ in range(2)]
+
+
 def delta_rule(case: Case, tune: gdn.Tuning | None = None) -> None:
-    q, k, v = (case.rows() for _ in range(3))
-    a, b = (new(case.tokens, case.heads) for _ in range(2))
-    gates = (new(case.heads, dtype=torch.float32) for _ in range(2))
     state = new(len(case.lengths), case.heads, case.dim, case.dim, dtype=torch.float32)
-    outputs = gdn.gated_delta_rule(q, k, v, a, b, *gates, case.sequences, state, True, tune=tune)
+    outputs = gdn.gated_delta_rule(*delta_rule_inputs(case), case.sequences, state, True, tune=tune)
     if torch.is_grad_enabled():
         backward(*outputs)
 
 
 def delta_rule_in_segments(case: Case) -> None:
     delta_rule(case, replace(gdn.tuning(case.dim, BF16, torch.device("meta")), programs=10**9, shortest=1, whole=0))
+
+
+def delta_rule_at_a_border(case: Case) -> None:
+    """The second of three rows that follow each other, in a sequence that begins before and ends behind it."""
+    border = Border(1, 0, 2, lambda x: x.new_empty(3, *x.shape))
+    o, _ = gdn.gated_delta_rule(*delta_rule_inputs(case), case.sequences, border=border)
+    backward(o)
 
 
 @torch.no_grad()
@@ -240,7 +250,7 @@ TRAINING = (
 )  # fmt: skip
 CASES: dict[str, tuple[Case, tuple[Callable[[Case], None], ...]]] = {
     "many tokens": (Case((1_200_000,), 8, 256), (delta_rule, delta_rule_in_segments)),
-    "very many tokens": (Case((2**24 + 1000,), 8, 256, groups=2), TRAINING),
+    "very many tokens": (Case((2**24 + 1000,), 8, 256, groups=2), (*TRAINING, delta_rule_at_a_border)),
     # The scans' row numbers have 32 bits up to here.
     "just enough tokens": (Case((2**20 - 257,), 8, 256, most=2**20 - 257), (delta_rule_forward,)),
     "many documents": (Case((1,) * 70_000, 8, 256, groups=2), TRAINING),

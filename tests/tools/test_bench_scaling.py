@@ -154,6 +154,10 @@ def test_kernels_without_a_group_belong_to_their_streams_or_to_the_only_one_ther
     assert parts == ["data", "data", "unknown"]
     parts = [part for part, *_ in step_parts.classify(events, {"tensor": 1, "pipeline": 1, "data": 8})]
     assert parts == ["data"] * 3
+    exchanges = [kernel(step_parts.STEP, 0, 1000, "user_annotation"), kernel("ncclDevKernel_SendRecv", 0, 10, stream=7)]
+    sizes = {"tensor": 1, "context": 4, "pipeline": 1, "data": 1}
+    assert [part for part, *_ in step_parts.classify(exchanges, sizes)] == ["context"]
+    assert [part for part, *_ in step_parts.classify(exchanges, sizes | {"pipeline": 2})] == ["pipeline"]
     assert step_parts.only_group({"tensor": 1, "pipeline": 1, "data": 1}) == "all"
     assert step_parts.named_group("gloo:send", {}) == "pipeline"
     exchange = "ncclDevKernel_SendRecv", {"Process Group Description": "CONTEXT_PARALLEL_GROUP"}

@@ -1,0 +1,297 @@
+"""Single mixers over one process or several context parallel ones, judged and timed: what tools/bench_context runs."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from context_case import JUDGED, VARIANTS, Given
+from torch import Tensor
+
+from megahybrid.config import Config
+from megahybrid.key import derived
+from megahybrid.mixers import KINDS
+from megahybrid.model.context import Context, dropout_keys
+from megahybrid.model.loss import attach_loss
+from megahybrid.model.mixer import Mixer
+from megahybrid.model.settings import Settings
+from megahybrid.parallel import groups
+from megahybrid.parallel.heads import gather_tokens
+from megahybrid.parallel.parameters import initialize_parameters, materialize
+from megahybrid_kernels import Sequences
+from megahybrid_kernels.retention_router import retention_logits
+
+STAY, EXCHANGE = "tokens stay", "heads for tokens"
+WORSE, FLOOR = 2.0, 0.01  # an error may be so many times one process's, and so much more
+Errors = dict[str, float]
+
+
+class Pass:
+    """A mixer with weights from the seed, and an input and cotangent that all layouts share, this rank's part."""
+
+    def __init__(self, config: Config, lengths: Sequence[int], stays: bool, dtype: torch.dtype, bias: Sequence[float]):
+        (letter,), device = config.model.pattern, groups.device()
+        settings = replace(Settings.of(config), keepers=letter if stays else "")
+        with torch.device("meta"):
+            self.mixer: Mixer = KINDS[letter].module()(settings, 0)
+        rounded = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+        materialize(self.mixer, device, rounded)
+        initialize_parameters(self.mixer, config.train.seed)
+        if letter == "L":
+            self.mixer.l1_lambda = torch.ones(self.mixer.heads, device=device)
+            if bias:
+                self.mixer.router.projection_bias.data.copy_(torch.tensor(bias))
+        self.mixer.to(dtype)
+        self.context = _context(lengths, device)
+        rank, ranks = groups.context_parallel()
+        generator = torch.Generator(device).manual_seed(1)
+        shape = sum(lengths), 1, config.model.hidden_size
+        # One after the other, since the whole is long.
+        self.x, self.dy = (
+            torch.randn(shape, generator=generator, device=device, dtype=rounded)
+            .chunk(ranks)[rank]
+            .to(dtype, copy=True)
+            for _ in range(2)
+        )
+        self.x.requires_grad_()
+        self.parameters = dict(self.mixer.named_parameters())
+
+    def run(self) -> tuple[Tensor, Mapping[str, Tensor], dict[str, Tensor | None]]:
+        """Forward and backward: the output, what was counted, and the gradients of input and parameters."""
+        y, aux, _ = self.mixer(self.x, self.context, None)
+        counts = {} if aux is None else aux.counts
+        if aux is not None and aux.loss is not None:
+            y = attach_loss(y, aux.loss, 1.0)
+        wanted = {"x": self.x} | self.parameters
+        with torch.autograd.set_multithreading_enabled(False):
+            grads = torch.autograd.grad(y, list(wanted.values()), self.dy, allow_unused=True)
+        return y.detach(), counts, dict(zip(wanted, grads, strict=True))
+
+
+def _context(lengths: Sequence[int], device: torch.device) -> Context:
+    samples = torch.zeros(sum(lengths), dtype=torch.int64, device=device)
+    keys = dropout_keys(7, 1, samples, torch.arange(len(samples), device=device), 1)
+    return Context(Sequences.of(lengths, device), keys)
+
+
+def alone(given: Given, variants: Sequence[str], sizes: Mapping[int, int]) -> dict[str, Any]:
+    """By variant: errors of one process, and by size L's biases and time, of all processes at once without a word
+    between them. A collective.
+
+    Args:
+        sizes: tokens over all context parallel ranks, and of the one process that each is compared with.
+    """
+    groups.initialize(given.config(variants[0], sum(given.judged), 1).parallel)
+    rank, world = groups.world()
+    found: dict[str, Any] = {}
+    for number, variant in enumerate(variants):
+        biases = {tokens: _bias(given, variant, tokens) for tokens in {*sizes, *sizes.values()}}
+        biases[JUDGED] = _bias(given, variant, JUDGED)
+        found[variant] = figures = {"biases": biases, "times": {}}
+        if number % world == rank:
+            figures["errors"] = _reference(given, variant, biases[JUDGED])
+        for tokens in sizes.values():
+            figures["times"][tokens] = _timed(given, variant, tokens, 1, False, biases[tokens])
+    ranks = groups.gather(found)
+    for number, variant in enumerate(variants):
+        found[variant]["errors"] = ranks[number % world][variant]["errors"]
+    return found
+
+
+def together(
+    given: Given, variants: Sequence[str], sizes: Mapping[int, int], one: Mapping[str, Any], progress: Path
+) -> None:
+    """A line in `progress` for each variant, way of context parallel ranks and size, and one where a variant begins. A
+    collective.
+
+    Args:
+        sizes: as for `alone`.
+        one: what `alone` found on the first process.
+    """
+    ranks = int(os.environ["WORLD_SIZE"])
+    groups.initialize(given.config(variants[0], sum(given.judged), ranks).parallel)
+    for variant in variants:
+        _note(progress, {"begun": variant})
+        for way in _ways(given.config(variant, sum(given.judged), ranks)):
+            for line in _lines(given, variant, sizes, one[variant], way):
+                _note(progress, {"mixer": variant, "way": way, "gpus": ranks} | line)
+
+
+def _ways(config: Config) -> list[str]:
+    """What context parallel ranks can do with the mixer."""
+    kind, model, ranks = KINDS[config.model.pattern], derived(config.model), config.parallel.context
+    stays = kind.passed_on(model, ranks, _width(config)) is not None
+    return [STAY] * stays + [EXCHANGE] * (kind.heads_fault(model, ranks) is None)
+
+
+def _lines(
+    given: Given, variant: str, sizes: Mapping[int, int], one: Mapping[str, Any], way: str
+) -> Iterator[dict[str, Any]]:
+    _, ranks = groups.context_parallel()
+    kind, stays = KINDS[VARIANTS[variant][0]], way == STAY
+    errors = _errors(given, variant, stays, one["biases"][JUDGED])
+    judged = {"errors": _told(errors), "errors_of_one": _told(one["errors"])}
+    if faults := off(errors, one["errors"]):
+        yield judged | {"error": f"{', '.join(faults)} are off; it was not timed"}
+        return
+    for tokens, part in sizes.items():
+        times = _timed(given, variant, tokens, ranks, stays, one["biases"][tokens])
+        config = given.config(variant, tokens, ranks)
+        model, of_one = derived(config.model), one["times"][part]
+        work, work_of_one = (sum(kind.flops(model, length).values()) for length in (tokens, part))
+        yield {
+            "tokens": tokens,
+            **times,
+            "tokens_of_one": part,
+            "ms_of_one": of_one["ms"],
+            "efficiency": round(of_one["ms"] / times["ms"], 4),
+            "flops_a_token": round(work / work_of_one, 3),
+            "chosen": stays == kind.keeps_tokens(model, tokens // ranks, 1, ranks, _width(config)),
+            **judged,
+        }
+        judged = {}
+
+
+def off(errors: Errors, of_one: Errors) -> list[str]:
+    """The names of what is further from float64 than one process's result would explain."""
+    return [name for name, error in errors.items() if not error <= WORSE * of_one[name] + FLOOR]
+
+
+def _told(errors: Errors) -> Errors:
+    """Of the weights the largest alone."""
+    own = {name: errors[name] for name in ("y", "x")}
+    return own | {"weights": max(error for name, error in errors.items() if name not in own)}
+
+
+def _bias(given: Given, variant: str, tokens: int) -> list[float]:
+    """For L's heads, with which the wanted share of a sample of tokens has a positive score; [] for other mixers.
+
+    tokens: of the document, or JUDGED, where half of them have.
+    """
+    if VARIANTS[variant][0] != "L":
+        return []
+    share = 0.5 if tokens == JUDGED else given.kept(variant, tokens)
+    config = given.config(variant, min(tokens or sum(given.judged), 65536), 1)
+    made = Pass(config, (config.train.seq_length,), False, _dtype(config), [])
+    router = made.mixer.router
+    with torch.no_grad():
+        _, k, v = made.mixer.project(made.x)
+        parameters = router.parameters_for_op()
+        logits = retention_logits(k, v, parameters, made.context.sequences, None, router.dilation).float()
+    last = min(len(logits) - 1, round((1 - share) * len(logits)))
+    return (router.projection_bias.float() - logits.sort(0).values[last]).tolist()
+
+
+def _reference(given: Given, variant: str, bias: list[float]) -> Errors:
+    """Leave what float64 gives in the folder; how far one process is from it in the type that is measured."""
+    config = given.config(variant, sum(given.judged), 1)
+    y, _, grads = Pass(config, given.judged, False, torch.float64, bias).run()
+    exact = {"y": y} | grads
+    torch.save({name: x if x is None else x.cpu() for name, x in exact.items()}, given.folder / f"{variant}.pt")
+    y, _, grads = Pass(config, given.judged, False, _dtype(config), bias).run()
+    return _compared({"y": y} | grads, exact)
+
+
+def _errors(given: Given, variant: str, stays: bool, bias: list[float]) -> Errors:
+    """Likewise of context parallel ranks, on all of them."""
+    config = given.config(variant, sum(given.judged), groups.context_parallel()[1])
+    made = Pass(config, given.judged, stays, _dtype(config), bias)
+    y, _, grads = made.run()
+    found = {"y": gather_tokens(y), "x": gather_tokens(grads.pop("x"))}
+    for name, grad in grads.items():
+        total = torch.zeros_like(made.parameters[name], dtype=torch.float32) if grad is None else grad.float()
+        dist.all_reduce(total)
+        found[name] = total
+    if not groups.is_main():
+        return groups.broadcast(None)
+    exact = torch.load(given.folder / f"{variant}.pt", map_location=groups.device())
+    return groups.broadcast(_compared(found, exact))
+
+
+def _compared(found: Mapping[str, Tensor | None], exact: Mapping[str, Tensor | None]) -> Errors:
+    """Norm of the difference by the norm."""
+    errors = {}
+    for name, y in exact.items():
+        if y is not None and y.norm() > 0:
+            errors[name] = round(float((found[name].double() - y).norm() / y.norm()), 6)
+    return errors
+
+
+def _timed(given: Given, variant: str, tokens: int, ranks: int, stays: bool, bias: Sequence[float]) -> dict[str, Any]:
+    """Median ms of forward and backward, of the slowest process each time."""
+    config = given.config(variant, tokens, ranks)
+    made = Pass(config, (tokens,), stays, _dtype(config), bias)
+    before, elapsed, counts = _peak(reset=True), 0.0, {}
+    for _ in range(2):
+        began = time.perf_counter()
+        counts = made.run()[1]
+        _synchronize()
+        elapsed = time.perf_counter() - began
+    found: dict[str, Any] = {"peak_gib": round((_peak() - before) / 2**30, 2)} if torch.cuda.is_available() else {}
+    if "kept" in counts:
+        heads = config.model.attention.num_kv_heads
+        found["kept"] = round(float(gather_tokens(counts["kept"]).sum() / (heads * counts["positions"])), 5)
+    repeats = 9 if groups.max_over_all(round(1e3 * elapsed)) < 150 else 3
+    times = [_milliseconds(made.run) for _ in range(repeats)]
+    slowest = [max(each) for each in zip(*groups.gather(times), strict=True)]
+    del made
+    _release()
+    return {"ms": round(statistics.median(slowest), 3), "repeats": repeats} | found
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    if not torch.cuda.is_available():
+        began = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - began)
+    torch.cuda._sleep(60_000_000)  # cycles: some 30 ms
+    dist.all_reduce(torch.zeros(1, device=groups.device()))  # all ranks begin at once
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+
+
+def _width(config: Config) -> int:
+    return 2 if config.train.dtype == "bf16" else 4
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak(reset: bool = False) -> int:
+    if not torch.cuda.is_available():
+        return 0
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    return torch.cuda.max_memory_allocated()
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _note(progress: Path, line: dict[str, Any]) -> None:
+    if groups.is_main():
+        with open(progress, "a") as file:
+            file.write(json.dumps(line) + "\n")
