@@ -18,10 +18,10 @@ def train(recipe, *overrides):
 
     record, real = {}, LTEAttention._aux
 
-    def noted(mixer, scores, context, rows=slice(None)):
+    def noted(mixer, scores, context, rows=slice(None), *more):
         entry = context.dropout_keys[0][rows], mixer.first_head, scores.detach(), context.sequences.lengths
         record.setdefault(mixer.layer, []).append(entry)
-        return real(mixer, scores, context, rows)
+        return real(mixer, scores, context, rows, *more)
 
     with mock.patch.object(LTEAttention, "_aux", noted):
         loop.train(load_config(recipe, overrides))

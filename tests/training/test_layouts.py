@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 from typing import NamedTuple
 
@@ -187,6 +188,37 @@ def test_layers_whose_tokens_stay_change_nothing(layout, workers, brief_recipe, 
     assert_same_run(found[:until], expected[:until])
 
 
+def train_with_little_room(recipe: str, *overrides: str) -> None:
+    """One rank of a run in which LTE's tokens stay without a cap: from the second step on with room for a third, or on
+    two ranks a sixth, of what is expected to be retained, and for twice that whenever it was too little."""
+    from megahybrid.mixers.lte import LTEKind, controller
+
+    part = 0.3 if "parallel.context=4" in overrides else 0.15
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LTEKind, "keeps_tokens", lambda *_: True)
+        patch.setattr(controller, "most_room", lambda lte: 32)
+        patch.setattr(controller, "room_for", lambda expected, sinks: round(part * expected))
+        train(recipe, *overrides)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(context=4, zero_stage=3),
+        pytest.param(Layout(context=2, tensor=2, sequence=True, zero_stage=2), marks=pytest.mark.slow),
+        pytest.param(Layout(context=2, pipeline=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_step_for_which_there_was_no_room_is_done_again(layout, workers, brief_reference, brief_recipe, tmp_path):
+    """And nothing else of it is seen."""
+    overrides = [*layout.overrides, "train.micro_batch_size=1", "train.recompute=L"]
+    workers.run(layout.world, "tests.training.test_layouts:train_with_little_room", str(brief_recipe), *overrides)
+    again = re.findall(r"Step (\d+) is done again", (tmp_path / "run" / "logs" / "rank_00000.log").read_text())
+    assert again == ["2", "3"]
+    assert_same_run(metrics(tmp_path / "run"), metrics(brief_reference))
+
+
 @pytest.mark.parametrize(
     "layouts",
     [
@@ -217,16 +249,19 @@ def test_a_run_goes_on_in_another_layout(layouts, workers, brief_reference, brie
         Layout(pipeline=2, data=2),
         Layout(pipeline=2, data=4),
         Layout(pipeline=2, virtual_pipeline=2, data=3),
+        Layout(context=4),
     ],
     ids=str,
 )
 def test_a_run_goes_on_in_its_own_layout_to_the_last_bit(layout, dtype, brief_recipe, tmp_path, workers):
-    """With a tied embedding, of which a pipeline has two copies and a checkpoint one."""
+    """With a tied embedding, of which a pipeline has two copies and a checkpoint one; and with as much room for what
+    is retained as it came to be."""
+    trained = "train_with_little_room" if layout.context > 1 else "train"
     keys = ["train.steps=6", "checkpoint.every=3", f"train.dtype={dtype}", *layout.overrides]
     keys += [f"train.global_batch_size={4 * layout.data}", "train.micro_batch_size=1", "model.tie_embeddings=true"]
     run, found = tmp_path / "run", []
     for back in ([], ["train.resume_from=3"]):
-        workers.run(layout.world, "tests.training.test_layouts:train", str(brief_recipe), *keys, *back)
+        workers.run(layout.world, f"tests.training.test_layouts:{trained}", str(brief_recipe), *keys, *back)
         files = sorted((run / "checkpoints" / "step_00000006").glob("*.safetensors"))
         found.append((metrics(run), [file.read_bytes() for file in files]))
     assert found[0] == found[1]
