@@ -49,9 +49,10 @@ class DecodeStep:
     @property
     def states(self) -> dict[int, Any]:
         """The mixers' states after all steps so far."""
-        if self._advanced:
+        if self._advanced and self._room is not None:  # else no cache grows, and all stay as they are
             self._states = state_tools.advance(self._states, self._advanced)
-            self._room, self._advanced = state_tools.room(self._states), 0
+            self._room = state_tools.room(self._states)
+        self._advanced = 0
         return self._states
 
     def run(self) -> Tensor:
