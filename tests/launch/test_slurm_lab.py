@@ -32,7 +32,8 @@ def submit(lab, recipe, tmp_path, capsys):
             f"gpus_per_node: 2\ncpus_per_gpu: 1\ntime: '{minutes}'\nsignal_seconds: 60\n"
             f"python: [{sys.executable}, {faulty}]\nenvironment: {json.dumps(environment)}\n"
         )
-        assert main(["submit", str(recipe), "--profile", str(profile), "checkpoint.every=4", *arguments]) == 0
+        keys = "checkpoint.every=4", "train.micro_batch_size=2"  # of four processes, too
+        assert main(["submit", str(recipe), "--profile", str(profile), *keys, *arguments]) == 0
         said = capsys.readouterr().out
         return re.findall(r"\d+", said.splitlines()[0])
 

@@ -78,7 +78,8 @@ def test_the_script_says_what_was_asked_for(recipe, tmp_path, capsys):
         "partition: gpu\naccount: me\nsetup: [module load x]\nenvironment: {NCCL_SOCKET_IFNAME: ib0}\n"
         "python: [apptainer, exec, 'an image.sif', python]\nsbatch: [--exclusive]\n"
     )
-    assert submit(recipe, "--dry-run", "--profile", str(profile), "--nodes", "2", "--time", "1:00:00") == 0
+    two_nodes = "--nodes", "2", "--time", "1:00:00", "train.micro_batch_size=2"
+    assert submit(recipe, "--dry-run", "--profile", str(profile), *two_nodes) == 0
     script = capsys.readouterr().out
     for line in (
         "#SBATCH --nodes=2",

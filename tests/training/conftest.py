@@ -17,7 +17,7 @@ model:
   gdn: {{num_heads: 4, head_dim: 8}}
   attention: {{num_heads: 4, head_dim: 8, window_size: 24}}
   lte: {{window_size: 15, buffer_size: 8, sink_size: 2, loss: {{update_interval: 2, initial: 1.0}}}}
-train: {{seq_length: 64, micro_batch_size: 2, global_batch_size: 8, steps: 20, dtype: fp32,
+train: {{seq_length: 64, micro_batch_size: 4, global_batch_size: 8, steps: 20, dtype: fp32,
          validation_samples: 6, log_every: 1}}
 optimizer: {{learning_rate: 0.005, warmup_steps: 4, eps: 1.0e-8}}
 data:

@@ -15,7 +15,7 @@ def test_a_run_names_what_has_no_kernel_and_refuses_what_cannot_train(recipe, tm
     monkeypatch.setattr(loop, "kernel_notes", as_on_a_gpu)
     assert main(["train", str(recipe), "model.attention.head_dim=264"]) != 0
     assert "lte_attention's kernels take head dims up to 256, not 264" in capsys.readouterr().err
-    small = ["model.pattern=G", "model.gdn.num_heads=1", "train.steps=1", "train.global_batch_size=2"]
+    small = ["model.pattern=G", "model.gdn.num_heads=1", "train.steps=1", "train.micro_batch_size=2"]
     assert main(["train", str(recipe), "model.gdn.head_dim=264", *small]) == 0
     note = "gated_delta_rule runs in PyTorch here, many times slower than its kernels, which take head dims up to 256"
     assert capsys.readouterr().out.count(note) == 1

@@ -234,7 +234,7 @@ def bytes_tokenizer():
     [
         ("evaluate.tasks=[mcar]", "evaluate.tasks is 'mcar', which is no task; did you mean mqar?"),
         ("evaluate.probes=[recal]", "choose one of position, gain, hits, recall, kept"),
-        ("evaluate.lengths=[64,200]", "evaluate.lengths has 200, more tokens than a micro-batch"),
+        ("evaluate.lengths=[64,300]", "evaluate.lengths has 300, more tokens than a micro-batch"),
         ("evaluate.lengths=[20]", "mqar has room for 4 pairs in 20 tokens, not for 8"),
         ("evaluate.samples=0", "evaluate.samples is 0"),
     ],
