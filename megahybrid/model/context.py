@@ -59,6 +59,7 @@ class Context:
         in_place: whether mixers may overwrite the states they are given, as they may when nobody needs those again.
         watch: of what mixers that attend say whether it is seen; not with states, and not in training.
         decision: of the one layer that gets this context, which recomputes its activations; None in all others'.
+        step: 1-based number of the optimizer step in training; None where nothing is trained.
     """
 
     sequences: Sequences
@@ -68,6 +69,7 @@ class Context:
     in_place: bool = False
     watch: Watch | None = None
     decision: Decision | None = None
+    step: int | None = None
 
     @property
     def training(self) -> bool:
