@@ -72,6 +72,31 @@ def test_a_gate_on_the_logit(window_size, sink_size, buffer_size, query_heads):
     check(inputs(lengths, query_heads, 2), lengths, window_size, sink_size, buffer_size, gate="logit")
 
 
+@pytest.mark.parametrize("lengths", [(24, 24), (8, 8, 8, 24), (9, 31, 1)])
+@pytest.mark.parametrize("query_heads", [2, 4])
+def test_what_a_token_would_change_if_it_were_kept(lengths, query_heads):
+    """The loss is linear in the outputs, so the gradient of a token that is not kept is, beside the gate's part of the
+    queries that see it, what the loss changes by when it alone is kept, too."""
+    pairs = inputs(lengths, query_heads, 2)
+    q, k, v, score = (pair[0].detach() for pair in pairs.values())
+    weights = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(5))
+
+    def loss(score, gate="value"):
+        return (lte_attention(q, k, v, score, Sequences.of(lengths), 4, 1, None, gate) * weights).sum()
+
+    gradients = {}
+    for gate in ("logit", "counterfactual"):
+        leaf = score.clone().requires_grad_()
+        (gradients[gate],) = torch.autograd.grad(loss(leaf, gate), leaf)
+    expected = torch.zeros_like(score)
+    for token, head in (score <= 0).nonzero().tolist():
+        kept = score.clone()
+        kept[token, head] = 1.0
+        expected[token, head] = loss(kept) - loss(score)
+    assert (expected.abs() > 1e-3).sum() > 5
+    torch.testing.assert_close(gradients["counterfactual"] - gradients["logit"], expected)
+
+
 @pytest.mark.parametrize("buffer_size", [None, 6])
 @pytest.mark.parametrize("fill", [-0.2, 0.0, 0.3])
 def test_nothing_kept_and_all_kept(fill, buffer_size):

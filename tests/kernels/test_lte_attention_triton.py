@@ -13,7 +13,7 @@ from megahybrid_kernels.exit_positions import reference as exits_reference
 from megahybrid_kernels.exit_positions import triton as exits_triton
 from megahybrid_kernels.lte_attention import triton as lte
 from megahybrid_kernels.lte_attention import triton_columns
-from megahybrid_kernels.lte_attention.reference import _visible_until
+from megahybrid_kernels.lte_attention.reference import visible_until
 from megahybrid_kernels.lte_attention.triton import Tuning
 from megahybrid_kernels.tuning import Launch
 
@@ -137,7 +137,7 @@ def test_lists_hold_what_is_visible(chunk, monkeypatch):
             exits = exits_reference.exit_positions(score, sequences, window_size, sink_size, cap).contiguous()
         part = triton_columns.partition(sequences, window_size, queries, keys, cap is not None)
         columns = triton_columns.far_columns(score, exits, sequences, part, sink_size, cap)
-        until = _visible_until(score, sequences, window_size, sink_size, cap).T.cpu()
+        until = visible_until(score, sequences, window_size, sink_size, cap).T.cpu()
         assert torch.equal(columns.until.cpu(), until.int())
         for head in range(2):
             for tile in range(part.tiles):
@@ -216,7 +216,7 @@ def test_full_sizes_on_a_gpu(case, dtype, tolerance):
 
 def masked_attention(q, k, v, score, sequences, window_size, sink_size, buffer_size):
     """`dense_lte_attention` without its loops over tokens, with the exits of the PyTorch reference."""
-    until = _visible_until(score.detach(), sequences, window_size, sink_size, buffer_size).T[:, None]
+    until = visible_until(score.detach(), sequences, window_size, sink_size, buffer_size).T[:, None]
     rows = torch.arange(q.shape[0], device=q.device)
     visible = (rows <= rows[:, None]) & (rows[:, None] < until)
     groups = q.shape[1] // k.shape[1]

@@ -8,6 +8,7 @@ from torch import Tensor
 from megahybrid_kernels.backend import takes_triton, unsupported_head_dims
 from megahybrid_kernels.lte_attention import reference
 from megahybrid_kernels.lte_attention.cache import LTECache
+from megahybrid_kernels.lte_attention.counterfactual import with_unseen
 from megahybrid_kernels.lte_attention.gate import Gate
 from megahybrid_kernels.sequences import Sequences
 
@@ -33,6 +34,9 @@ def lte_attention(
     `d score_j = <dv_j, v_j>` (the paper's), or of one added to the logit, which is 0,
     `d score_j = sum_i p_ij <do_i, v_j - o_i>`; over all queries and query heads that see j, summed in at least fp32.
     The second adds up to 0 over what a query sees: what is worth as much as the rest pushes no score.
+    "counterfactual" adds to the second, over all queries that do not see j, what the loss would change to first order
+    if the query saw j, too: `<do_i, v_j - o_i>` times the p_ij that j would have. Its memory is quadratic in the
+    longest document, on every device.
 
     Args:
         q: `[tokens, query_heads, head_dim]`, rotated.
@@ -42,7 +46,7 @@ def lte_attention(
         window_size: w; a query sees itself and the w keys before it.
         sink_size: the first tokens of a document that all see.
         buffer_size: at most so many keys, sinks included, beyond the window; None for no cap.
-        gate: whose gradient the score gets, "value" or "logit".
+        gate: whose gradient the score gets, "value", "logit" or "counterfactual".
 
     Returns:
         `[tokens, query_heads, head_dim]` in q's dtype; logits are scaled by `head_dim ** -0.5`.
@@ -55,7 +59,11 @@ def lte_attention(
         from megahybrid_kernels.lte_attention import triton as backend
     else:
         backend = reference
-    return backend.lte_attention(q, k, v, score, sequences, window_size, sink_size, buffer_size, gate)
+    limits = window_size, sink_size, buffer_size
+    if gate != "counterfactual":
+        return backend.lte_attention(q, k, v, score, sequences, *limits, gate)
+    o = backend.lte_attention(q, k, v, score, sequences, *limits, "logit")
+    return with_unseen(o, q, k, v, score, sequences, *limits) if score.requires_grad else o
 
 
 def lte_attention_with_cache(

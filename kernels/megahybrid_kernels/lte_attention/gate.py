@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from typing import Literal
 
-Gate = Literal["value", "logit"]
+Gate = Literal["value", "logit", "counterfactual"]

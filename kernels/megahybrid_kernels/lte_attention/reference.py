@@ -52,7 +52,7 @@ class _LogitGate(torch.autograd.Function):
         return (at_least_fp32(grad) * ctx.factor).to(ctx.score_dtype), None, None
 
 
-def _visible_until(
+def visible_until(
     score: Tensor, sequences: Sequences, window_size: int, sink_size: int, buffer_size: int | None
 ) -> Tensor:
     """int64 `[tokens, heads]`: each key is visible from its own row on to the rows before this one."""
@@ -95,7 +95,7 @@ def lte_attention(
     gate: Gate = "value",
 ) -> Tensor:
     """See `megahybrid_kernels.lte_attention.lte_attention`."""
-    until = _visible_until(score.detach(), sequences, window_size, sink_size, buffer_size)
+    until = visible_until(score.detach(), sequences, window_size, sink_size, buffer_size)
     blocks = [
         (slice(first, end), _kept_columns(until, first_key, first, end, window_size))
         for first, end, first_key in query_blocks(sequences.lengths, QUERY_BLOCK)

@@ -59,9 +59,14 @@ class LTEConfig:
     """Dropout before each of the router's convolutions, in training."""
     train_cap: bool = key(False, may_change=True)
     """Train with the buffer's capacity enforced, as in inference, instead of leaving it to the L1 term alone."""
-    gate: str = key("value", may_change=True, choices=("value", "logit"))
+    gate: str = key("value", may_change=True, choices=("value", "logit", "counterfactual"))
     """Whose gradient a retention score gets, since the mask has none. value: that of a gate on the token's value, as in
-    the paper (equation 6); logit: that of a gate on its logits, which adds up to 0 over what a query sees."""
+    the paper (equation 6); logit: that of a gate on its logits, which adds up to 0 over what a query sees;
+    counterfactual: as logit, and what it would change for every query that does not see the token to see it, too."""
+    keep_all_steps: int = key(0, may_change=True, at_least=0)
+    """Steps at the beginning of training in which queries see all tokens; scores get their gradient by that."""
+    keep_all_every: int = key(0, may_change=True, at_least=0)
+    """In every so manieth step queries see all tokens, too; 0 for never."""
     loss: RetentionLossConfig = field(default_factory=RetentionLossConfig)
     """The L1 term and its controller."""
 
@@ -69,6 +74,12 @@ class LTEConfig:
     def margin(self) -> int:
         """Tokens on either side that the router looks at for a token's score."""
         return CONVOLUTIONS * (self.conv_size // 2) * self.conv_dilation
+
+    def keeps_all(self, step: int | None) -> bool:
+        """Whether queries see all tokens in this step of training, counted from 1; None where nothing is trained."""
+        if step is None:
+            return False
+        return step <= self.keep_all_steps or (self.keep_all_every > 0 and step % self.keep_all_every == 0)
 
 
 class LTEKind(AttentionKind):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megahybrid.config.schema import ModelConfig
+from megahybrid.errors import UserError
 from megahybrid.mixers.attention.module import AttentionProjections
 from megahybrid.mixers.lte import LTEKind, router_channels
 from megahybrid.mixers.lte.policies import Policy, made
@@ -104,6 +105,13 @@ class LTEAttention(AttentionProjections):
     def __init__(self, settings: Settings, layer: int):
         super().__init__(settings, layer)
         self.lte = settings.model.lte
+        if self.keeps_tokens and (
+            self.lte.keep_all_steps or self.lte.keep_all_every or self.lte.gate == "counterfactual"
+        ):
+            raise UserError(
+                "Context parallel ranks that keep their tokens never see all others'; set model.lte.keep_all_steps and "
+                "model.lte.keep_all_every to 0 and model.lte.gate to value or logit, or parallel.context to 1."
+            )
         self.router = Router(settings)
         every = settings.model.attention.num_kv_heads
         rank, ranks = groups.tensor_parallel() if self.keeps_tokens else groups.head_parallel()
@@ -129,9 +137,10 @@ class LTEAttention(AttentionProjections):
         q, rotated = self.rotate(q, k, context.sequences)
         if self.policy is not None:
             scores, _ = self.policy.scores(k, (q, rotated), sequences, self.policy.state(sequences.count))
-        o = lte_attention(
-            q, rotated, v, scores, sequences, lte.window_size, lte.sink_size, self._cap(context), lte.gate
-        )
+        cap, judged = self._cap(context), scores
+        if lte.keeps_all(context.step):  # all scores are 1, with the gradient of those that the router gave
+            cap, judged = None, scores - scores.detach() + 1
+        o = lte_attention(q, rotated, v, judged, sequences, lte.window_size, lte.sink_size, cap, lte.gate)
         aux = self._aux(scores, context) if context.training else self._seen(k, scores, context)
         return self.output(o, stay), aux, None
 
