@@ -19,6 +19,7 @@ from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.memory import peak_bytes
 from megahybrid.training.engine import Engine
 from megahybrid.training.speed import model_flops_utilization
+from megahybrid.training.step_report import StepReport
 from megahybrid.training.trial import random_batches
 
 # Of our kernels by the op that their names begin with, of others by the first whose words stand in the name.
@@ -137,24 +138,33 @@ def free_tensors() -> None:
 
 @torch.no_grad()
 def keep(engine: Engine, batch: Batch, share: float) -> None:
-    """Set the biases of all routers, a head each, so that this share of the batch's tokens has a positive score."""
-    batch = batch.to(engine.device)
-    keys = dropout_keys(0, 0, batch.samples, batch.sample_positions, len(engine.settings.pattern.letters))
-    context = Context(batch.sequences, keys)
-    biases = {n: engine.model.layers[str(n)].mixer.router.projection_bias for n in engine.settings.pattern.layers("L")}
-    if not biases:
+    """Set the biases of all routers, a head each, so that this share of the batch's tokens, and those that other
+    replicas have of it, has a positive score. A collective of all processes; without a pipeline."""
+    letters, count = engine.settings.pattern.letters, len(batch.tokens)
+    layers = engine.settings.pattern.layers("L")
+    if not layers:
         return
-    shape = next(iter(biases.values())).spec.local_shape(groups.tensor_parallel()[1])
-    low, high = ({n: torch.full(shape, end, device=engine.device) for n in biases} for end in (-16.0, 16.0))
+    if groups.pipeline_parallel()[1] > 1:
+        raise ValueError("--kept goes with no pipeline, whose stages see no whole pass: leave out one of the two")
+    keys = dropout_keys(0, 0, batch.samples, batch.sample_positions, len(letters)).to(engine.device)
+    part = batch.part(*groups.context_parallel()).to(engine.device)
+    context = Context(part.sequences, keys)
+    biases = [engine.model.layers[str(layer)].mixer.router.projection_bias for layer in layers]
+    rank, ranks = groups.tensor_parallel()
+    (heads,) = biases[0].spec.shape
+    low, high = (torch.full((len(layers), heads), end, device=engine.device) for end in (-16.0, 16.0))
     for _ in range(12):
-        middle = {n: (low[n] + high[n]) / 2 for n in biases}
-        for n, bias in biases.items():
+        middle = (low + high) / 2
+        for bias, values in zip(biases, middle.chunk(ranks, 1)[rank], strict=True):
             begin, master = engine.zero.place(bias)
-            master.copy_(middle[n][begin : begin + len(master)])
+            master.copy_(values[begin : begin + len(master)])
         engine.zero.round_masters()
-        for n, aux in engine.model(batch.tokens, context).aux.items():
-            many = aux.counts["kept"] > share * len(batch.tokens)
-            low[n], high[n] = torch.where(many, low[n], middle[n]), torch.where(many, middle[n], high[n])
+        report = StepReport(letters, engine.regulators, engine.device)
+        for layer, aux in engine.model(part.tokens, context).aux.items():
+            report.add(layer, aux)
+        report.sum_over_all()
+        many = report.counts["L"]["kept"] > share * count * groups.data_parallel()[1]
+        low, high = torch.where(many, low, middle), torch.where(many, middle, high)
 
 
 def parts(engine: Engine, batches: list[Batch], step: int) -> dict[str, float]:

@@ -24,7 +24,6 @@ from megahybrid_kernels.retention_router import (
     RouterState,
     margin,
     retention_logits,
-    retention_logits_streamed,
     retention_scores,
     retention_scores_streamed,
 )
@@ -58,7 +57,6 @@ __all__ = [
     "native_sparse_attention",
     "native_sparse_attention_with_cache",
     "retention_logits",
-    "retention_logits_streamed",
     "retention_scores",
     "retention_scores_streamed",
     "rms_norm",

@@ -108,8 +108,7 @@ def _heads(config: Config) -> None:
     for letter in dict.fromkeys(letters):
         if letter not in keeping and (fault := _heads_fault(config, letter, ranks)):
             keys = "parallel.tensor * parallel.context" if parallel.tensor > 1 else "parallel.context"
-            way = KINDS[letter].keeps_with
-            raise UserError(f"{keys} is {ranks}, which {fault}{f', or set {way}' if way else ''}.")
+            raise UserError(f"{keys} is {ranks}, which {fault}.")
 
 
 def _pipeline(config: Config) -> None:

@@ -21,7 +21,16 @@ def takes_kernels(x):
     return kernels is not None and x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling()
 
 
-class Mixer(nn.Module):
+class Joining(nn.Module):
+    """What may move its weights beside each other (`moved_beside`)."""
+
+    def state_dict(self, *args, **kwargs):
+        """The weights themselves, not beside each other: who saves or loads them may take those for tied ones."""
+        move_apart(self.parameters())
+        return super().state_dict(*args, **kwargs)
+
+
+class Mixer(Joining):
     """What mixes the tokens of a layer: `mixer(x, positions, state) → (output, next state)`.
 
     Shapes: B sequences, T new tokens, H heads, D channels a head; x and the output `[B, T, hidden]`, positions int64
@@ -225,7 +234,7 @@ def joined(parts, dim):
     return torch.cat(parts, dim) if whole is None else whole
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Joining):
     """down(silu(gate(x)) · up(x)), `[..., hidden_size]`."""
 
     def __init__(self, config):

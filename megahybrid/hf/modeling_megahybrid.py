@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from megahybrid.hf.cache_megahybrid import MegahybridCache, refuse_other
 from megahybrid.hf.configuration_megahybrid import MegahybridConfig
 from megahybrid.hf.inference_megahybrid import Inference, modules_below, packs, through_layers
 from megahybrid.hf.layers_megahybrid import (
@@ -24,7 +25,6 @@ from megahybrid.hf.layers_megahybrid import (
     as_computed,
     kernels,
     linear,
-    move_apart,
     real_tokens,
 )
 from megahybrid.hf.mixer_classes import MIXERS
@@ -35,52 +35,6 @@ _FOLLOWING = {"cu_seq_lens_k", "max_length_q", "max_length_k", "cache_position"}
 
 # transformers 4 calls the cache past_key_values, the newest 5 cache, and gives outputs both names.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-
-class MegahybridCache:
-    """The states of all layers: a dictionary of tensors `[B, ...]` a layer.
-
-    Attributes:
-        states: one dictionary a layer, None before the first token.
-        lengths: int64 `[B]`, tokens of each sequence so far, padding not counted; None before the first token.
-        seen: tokens so far, padding counted.
-        ended: bool `[B]`, of the plain form: whether padding follows what a sequence has; None where nobody looked.
-        inference: what else there is where the states are those of the layers' packed form; None where they are not.
-    """
-
-    # What transformers asks of a cache.
-    is_compileable = False
-    is_croppable = False
-    is_linear = (False,)
-
-    def __init__(self, layers):
-        self.states = [None] * layers
-        self.reset()
-
-    def reset(self):
-        """Forget all tokens."""
-        self.states = [None] * len(self.states)
-        self.lengths = self.ended = self.inference = None
-        self.seen = 0
-
-    def crop(self, *_):
-        raise NotImplementedError(
-            "The last tokens cannot be taken back from a MegahybridCache, whose states hold sums of all: keep a "
-            "copy.deepcopy of one that was made under torch.no_grad(), or read the text anew."
-        )
-
-    def get_seq_length(self, layer_idx=0):
-        """Tokens so far, padding counted."""
-        return self.seen
-
-    def reorder_cache(self, beam_idx):
-        """Replace every sequence by the sequence `beam_idx[n]`; beam search asks for it."""
-        if self.inference is not None:
-            self.inference.select(self, beam_idx.tolist())
-            return
-        rows = beam_idx.to(self.lengths.device)
-        self.lengths, self.ended = self.lengths[rows], None if self.ended is None else self.ended[rows]
-        self.states = [{name: x[beam_idx.to(x.device)] for name, x in state.items()} for state in self.states]
 
 
 class Block(GradientCheckpointingLayer):
@@ -122,11 +76,6 @@ class MegahybridPreTrainedModel(PreTrainedModel):
     @classmethod
     def _supports_default_dynamic_cache(cls):
         return False
-
-    def state_dict(self, *args, **kwargs):
-        """The weights themselves, not beside each other: who saves or loads them may take those for tied ones."""
-        move_apart(self.parameters())
-        return super().state_dict(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -270,7 +219,7 @@ def _refuse(arguments):
 
 def _refuse_unfit(x, attention_mask, cache):
     """Raise ValueError where x `[B, T, hidden]`, its mask and its cache are not of one batch; looks at sizes alone."""
-    _refuse_other(cache)
+    refuse_other(cache)
     count, length = x.shape[:2]
     if not length:
         raise ValueError("There is no token in input_ids: give one at least.")
@@ -289,14 +238,6 @@ def _refuse_unfit(x, attention_mask, cache):
                 f"attention_mask has {rows} rows of {columns} tokens: give {count} of {length}, the new ones, or of "
                 f"{seen + length}, those in the cache included."
             )
-
-
-def _refuse_other(cache):
-    if not (cache is None or isinstance(cache, MegahybridCache)):
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__}, whose keys and values are not all that these layers keep: "
-            "leave it out, and the model makes a MegahybridCache."
-        )
 
 
 @dataclasses.dataclass
@@ -350,7 +291,7 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
         """The tokens that the cache has not seen. Of several documents in a row `generate` knows nothing: its
         position_ids follow from the mask."""
         cache = past_key_values if cache is None else cache
-        _refuse_other(cache)
+        refuse_other(cache)
         inputs = {
             "attention_mask": attention_mask,
             "past_key_values": cache,

@@ -63,7 +63,6 @@ class Kind(ABC):
             `megahybrid.key.key`. Kinds may share one.
         parts: submodules of its module whose parameters a plan counts apart.
         policies: by what else than LEARNED its module can keep tokens in evaluation (`Mixer.swap`).
-        keeps_with: the override with which `passed_on` is not None, where there is one.
         utilisation, host_seconds: of layers of this kind in training on an H100, for the plan of a recipe that nobody
             has run (`megahybrid.scaling.hours`): MFU at widths of 1,024 and 2,048, and what the host takes to launch a
             layer's forward and backward pass. Both are guesses where nothing else is said.
@@ -74,7 +73,6 @@ class Kind(ABC):
     sections: ClassVar[Mapping[str, type]] = {}
     parts: tuple[str, ...] = ()
     policies: tuple[str, ...] = ()
-    keeps_with: str | None = None
     utilisation: tuple[float, float] = (0.38, 0.455)
     host_seconds: float = 3.1e-3
 
@@ -116,6 +114,11 @@ class Kind(ABC):
             return False
         exchanged = width * self.exchanged(model) * tokens * (ranks - 1) / ranks
         return passed < exchanged or self.heads_fault(model, tensor * ranks) is not None
+
+    def exchanges_at_times(self, model: ModelConfig, ranks: int) -> bool:
+        """Whether of so many tensor and context parallel ranks those that keep their tokens nevertheless exchange them
+        for heads in some steps."""
+        return False
 
     @abstractmethod
     def flops(self, model: ModelConfig, length: int) -> dict[str, float]:

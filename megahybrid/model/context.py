@@ -58,6 +58,7 @@ class Context:
         keep_states: whether mixers that are given no state, since all sequences begin here, return the next one.
         in_place: whether mixers may overwrite the states they are given, as they may when nobody needs those again.
         watch: of what mixers that attend say whether it is seen; not with states, and not in training.
+        whole: whether no layer may leave out what it has no room for, since in this step's first passes one did.
         decision: of the one layer that gets this context, which recomputes its activations; None in all others'.
     """
 
@@ -67,6 +68,7 @@ class Context:
     keep_states: bool = False
     in_place: bool = False
     watch: Watch | None = None
+    whole: bool = False
     decision: Decision | None = None
 
     @property

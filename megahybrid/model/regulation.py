@@ -25,10 +25,13 @@ class Count(NamedTuple):
     Attributes:
         length: how many numbers it has over all ranks that split heads.
         split: whether each of these ranks has a part of them, in the order of ranks, or all of them alike.
+        void: whether it counts what a layer left out, so that a step in which it is not 0 changes nothing: it is done
+            once more, with `Context.whole`, and its counts are those of this time but for such ones.
     """
 
     length: int
     split: bool
+    void: bool = False
 
 
 class Quantity(NamedTuple):

@@ -214,14 +214,18 @@ def _inner(config: Config, settings: Settings) -> float:
 
 
 def _mixer(config: Config, settings: Settings, letter: str) -> Activations:
-    """Its bytes for each token of this rank."""
+    """Its bytes for each token of this rank, at most where its ranks keep tokens in some steps, and not in others."""
     train, width, tensor, contexts = config.train, _width(config), config.parallel.tensor, config.parallel.context
-    samples, length = train.micro_batch_size, train.seq_length
-    if letter in settings.keepers:
-        own = max(1, samples // contexts), min(length, samples * length // contexts)
-        return KINDS[letter].activations(settings.model, MicroBatch(*own, width, tensor, rows=contexts))
+    kind, model, samples, length = KINDS[letter], settings.model, train.micro_batch_size, train.seq_length
     batch = MicroBatch(samples, length, width, tensor * contexts, contexts > 1)
-    return Activations(*(contexts * each for each in KINDS[letter].activations(settings.model, batch)))
+    exchanging = Activations(*(contexts * each for each in kind.activations(model, batch)))
+    if letter not in settings.keepers:
+        return exchanging
+    own = max(1, samples // contexts), min(length, samples * length // contexts)
+    keeping = kind.activations(model, MicroBatch(*own, width, tensor, rows=contexts))
+    if not kind.exchanges_at_times(model, tensor * contexts):
+        return keeping
+    return Activations(*map(max, exchanging, keeping))
 
 
 def _width(config: Config) -> int:

@@ -106,14 +106,16 @@ def init_from(path: Path, engine: Engine) -> list[str]:
     engine.zero.round_masters()
     states, taken = read_facts(path).get("regulators", {}), []
     for letter, regulator in engine.regulators.items():
-        if letter in states and _shapes(states[letter]) == _shapes(regulator.state()):
+        if letter in states and _fits(states[letter], regulator.state()):
             regulator.load_state(states[letter])
             taken.append(letter)
     return taken
 
 
-def _shapes(state: Mapping[str, list]) -> dict[str, torch.Size]:
-    return {name: torch.tensor(values).shape for name, values in state.items()}
+def _fits(state: Mapping[str, list], own: Mapping[str, list]) -> bool:
+    """Whether a state has the shapes of a regulator's own, of which an older one may lack some."""
+    shapes = {name: torch.tensor(values).shape for name, values in own.items()}
+    return bool(state) and all(torch.tensor(values).shape == shapes.get(name) for name, values in state.items())
 
 
 def read_facts(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from megahybrid.scaling.memory import check_room
 from megahybrid.scaling.stages import stage_layers
 from megahybrid.training import schedule, zero
 from megahybrid.training.guard import StepGuard
+from megahybrid.training.logs import log
 from megahybrid.training.metrics_file import OWN_KEYS
 from megahybrid.training.optimizer import learning_rate, update
 from megahybrid.training.probes import names
@@ -107,17 +108,13 @@ class Engine:
         rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
         for group in self.zero.optimizer.param_groups:
             group["lr"] = rate
-        report = StepReport(self.settings.pattern.letters, self.regulators, self.device)
-        # On this thread: handing Python's lock to autograd's and back costs the host time for nothing.
-        with torch.autograd.set_multithreading_enabled(False):
-            self._run(batches, step, report)
-        report.note_longest(max(max(batch.sequences.lengths) for batch in batches))
-        report.stop += stop
-        report.saving += saving
-        micro_batches = len(batches) * groups.data_parallel()[1]
-        report.loss /= micro_batches
-        norm = self._update(report)
-        loss = float(report.loss)
+        report, norm = self._passes_and_update(batches, step, stop, saving, whole=False)
+        if report.void():
+            log.info("Step %d is done again: a layer retained more than its ranks had made room for.", step)
+            void = report
+            report, norm = self._passes_and_update(batches, step, stop, saving, whole=True)
+            report.take_left_out(void)
+        loss, micro_batches = float(report.loss), len(batches) * groups.data_parallel()[1]
         skipped = self.guard.reason(loss, norm)
         aux_losses, longest = {}, int(report.longest.max())
         for letter, regulator in self.regulators.items():
@@ -126,14 +123,29 @@ class Engine:
         self.guard.record(loss, norm, skipped)
         return StepResult(loss, aux_losses, norm, rate, skipped, stop=bool(report.stop), saving=bool(report.saving))
 
+    def _passes_and_update(
+        self, batches: Sequence[Batch], step: int, stop: bool, saving: bool, whole: bool
+    ) -> tuple[StepReport, float]:
+        """All that a step does on the device, and what it reports, on the host, with the gradient's norm. Where that is
+        `void`, nothing has changed; `whole` passes never are."""
+        report = StepReport(self.settings.pattern.letters, self.regulators, self.device)
+        # On this thread: handing Python's lock to autograd's and back costs the host time for nothing.
+        with torch.autograd.set_multithreading_enabled(False):
+            self._run(batches, step, report, whole)
+        report.note_longest(max(max(batch.sequences.lengths) for batch in batches))
+        report.stop += stop
+        report.saving += saving
+        report.loss /= len(batches) * groups.data_parallel()[1]
+        return report, self._update(report)
+
     def _update(self, report: StepReport) -> float:
-        """From the gradients to the new weights or, where the guard says so, to the old ones, all on the device: the
-        host waits once, for the report. The gradient's norm."""
+        """From the gradients to the new weights or, where the guard says so or the step is void, to the old ones, all
+        on the device: the host waits once, for the report. The gradient's norm."""
         report.squares += self.zero.reduction.finish()
         report.sum_over_all()
         norm = report.squares.sqrt() / groups.weight_holders()[1]
         shards = [bucket.shard for bucket in self.zero.reduction.buckets]
-        accepted = self.guard.accepts(report.loss, norm)
+        accepted = self.guard.accepts(report.loss, norm) & (report.void() == 0)
         update(self.zero.optimizer, shards, norm, accepted, self.config.optimizer.clip_grad_norm)
         self.zero.round_masters()
         report.squares.copy_(norm)
@@ -141,13 +153,13 @@ class Engine:
         norm = float(report.squares)
         return norm if math.isfinite(norm) else math.inf
 
-    def _run(self, batches: Sequence[Batch], step: int, report: StepReport) -> None:
+    def _run(self, batches: Sequence[Batch], step: int, report: StepReport, whole: bool) -> None:
         """All micro-batches forward and backward."""
 
         divisor = self._divisor(batches)
 
         def forward(model, batch: Batch) -> Tensor:
-            return self._forward(model, batch, step, len(batches), divisor, report)
+            return self._forward(model, batch, step, len(batches), divisor, report, whole)
 
         self.zero.reduction.begin(len(batches))
         schedule.run(self.stages, batches, len(batches[0].tokens), forward)
@@ -165,7 +177,14 @@ class Engine:
         return torch.where(total > 0, total, 1).float()
 
     def _forward(
-        self, model, batch: Batch, step: int, micro_batches: int, divisor: float | Tensor, report: StepReport
+        self,
+        model,
+        batch: Batch,
+        step: int,
+        micro_batches: int,
+        divisor: float | Tensor,
+        report: StepReport,
+        whole: bool,
     ) -> Tensor:
         """A micro-batch through one stage: its hidden states, or its loss where the stage is the last one, of this
         context parallel rank's tokens."""
@@ -173,7 +192,7 @@ class Engine:
         batch = batch.part(rank, ranks).to(self.device)
         layers = len(self.settings.pattern.letters)
         keys = dropout_keys(self.config.train.seed, step, batch.samples, batch.sample_positions, layers)
-        context = Context(batch.sequences, keys, ranks / micro_batches)
+        context = Context(batch.sequences, keys, ranks / micro_batches, whole=whole)
         out = model(batch.tokens, context, labels=batch.labels, weights=batch.weights)
         for layer, aux in out.aux.items():
             report.add(layer, aux)

@@ -50,6 +50,23 @@ class StepReport:
             into, key = (self.aux_loss, letter) if name is None else (self.counts[letter], name)
             into[key] = part.view(shape)
 
+    def void(self) -> Tensor:
+        """Scalar: how much layers left out, by counts that make a step void."""
+        return sum((part.sum() for part in self._left_out().values()), torch.zeros_like(self.loss))
+
+    def take_left_out(self, before: StepReport) -> None:
+        """Have the counts of the void passes before these of what they left out."""
+        for key, part in before._left_out().items():
+            self._left_out()[key].copy_(part)
+
+    def _left_out(self) -> dict[tuple[str, str], Tensor]:
+        return {
+            (letter, name): self.counts[letter][name]
+            for letter, regulator in self._regulators.items()
+            for name, count in regulator.counts.items()
+            if count.void
+        }
+
     def note_longest(self, tokens: int) -> None:
         """The longest document of this replica's micro-batches has so many tokens."""
         if groups.head_parallel()[0] == groups.pipeline_parallel()[0] == 0:  # a sum over all must find it once

@@ -21,9 +21,8 @@ LALTE = Path(__file__).parents[2] / "recipes" / "lalte-1.4b.yaml"  # 24 layers, 
             "is neither a divisor nor a multiple of model.nsa.num_kv_heads (6)",
         ),
         ("parallel.tensor=8 parallel.sequence=true train.seq_length=4100", "does not come out even"),
-        ("parallel.context=3", "parallel.context is 3, which does not divide model.attention.num_kv_heads (8)"),
-        ("parallel.context=4 parallel.tensor=4", "choose a divisor of it, or set model.lte.train_cap=true."),
-        ("parallel.context=4 parallel.tensor=4", "is 16, which does not divide model.attention.num_kv_heads (8)"),
+        ("parallel.context=3 model.pattern=GF", "parallel.context is 3, which does not divide"),
+        ("parallel.context=16 parallel.tensor=4 model.pattern=GF", "is 64, which does not divide model.attention.num"),
         ("parallel.context=16 model.pattern=GN model.nsa.num_heads=8", "num_heads (8); choose a divisor of it."),
         ("parallel.context=8 train.seq_length=4100", "parallel.context (8) ranks, which does not come out even"),
         ("parallel.pipeline=2 parallel.zero_stage=2", "set parallel.zero_stage to 1"),
@@ -55,6 +54,7 @@ def test_impossible_layouts_are_refused_in_one_sentence(overrides, reason):
         "parallel.context=4 parallel.tensor=2 parallel.sequence=true parallel.zero_stage=3",
         "parallel.context=8 model.pattern=GN",  # of two KV heads
         "parallel.context=64 model.pattern=GS",  # beyond all heads
+        "parallel.context=4 parallel.tensor=4",
         "parallel.context=4 parallel.tensor=4 model.lte.train_cap=true",
         "parallel.pipeline=5",
         "parallel.pipeline=4 parallel.virtual_pipeline=3 parallel.tensor=2",
@@ -72,9 +72,13 @@ def test_possible_layouts_are_taken(overrides):
         ("train.seq_length=4096", ""),  # a rank has 1,024 tokens; maps are as large as what 1,025 would exchange
         ("train.seq_length=4112", "G"),
         ("train.seq_length=4096 model.pattern=G model.gdn.num_heads=6", "G"),
+        ("train.seq_length=5332", "G"),  # likewise 1,333.3 for window and room for what all ranks retain
+        ("train.seq_length=5336", "GL"),
         ("train.seq_length=3088 model.lte.train_cap=true", ""),  # likewise 772.3 for window, buffer and others' buffers
         ("train.seq_length=3092 model.lte.train_cap=true", "L"),
         ("train.seq_length=65536 model.lte.train_cap=true", "GL"),
+        ("train.seq_length=65536", "GL"),
+        ("train.seq_length=768 parallel.tensor=4", "GL"),  # heads are too few
         ("train.seq_length=65536 model.pattern=GSFN", "GS"),
         ("train.seq_length=65536 parallel.context=1", ""),
     ],

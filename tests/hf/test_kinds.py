@@ -18,7 +18,7 @@ from megahybrid.hf.modeling_megahybrid import MegahybridForCausalLM
 from megahybrid.hf.naming import MODEL_TYPE, exported_config
 from tests.model import tiny
 
-ALWAYS = {f"{name}_megahybrid.py" for name in ("configuration", "inference", "layers", "modeling", "packing")}
+ALWAYS = {f"{name}_megahybrid.py" for name in ("cache", "configuration", "inference", "layers", "modeling", "packing")}
 
 
 def round_trip(letters, folder, prepared, theta=10000.0):

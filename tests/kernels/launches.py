@@ -49,8 +49,8 @@ from megahybrid_kernels.native_sparse_attention.triton_prefill import native_spa
 from megahybrid_kernels.norm import triton as norm
 from megahybrid_kernels.retention_router import Dropout, RouterParameters, RouterState
 from megahybrid_kernels.retention_router import triton as router
-from megahybrid_kernels.retention_router.triton_prefill import retention_logits_first
-from megahybrid_kernels.retention_router.triton_step import retention_logits_step
+from megahybrid_kernels.retention_router.triton_prefill import retention_scores_first
+from megahybrid_kernels.retention_router.triton_step import retention_scores_step
 from megahybrid_kernels.rotary import triton as rotary
 from megahybrid_kernels.swiglu import triton as swiglu
 
@@ -207,7 +207,7 @@ def elementwise(case: Case) -> None:
 
 @torch.no_grad()
 def prefill(case: Case) -> None:
-    retention_logits_first(case.rows(), case.rows(), case.router(), case.sequences)
+    retention_scores_first(case.rows(), case.rows(), case.router(), case.sequences)
     cache = LTECache.empty(len(case.lengths), case.heads, case.dim, 768, 512, dtype=BF16, device="meta")
     q, k, v, score = case.rows(case.heads * case.groups), case.rows(), case.rows(), new(case.tokens, case.heads)
     starts = new(len(case.lengths), dtype=torch.int64, grad=False)
@@ -225,7 +225,7 @@ def decode(case: Case, window: int = 768) -> None:
     gated_delta_rule_step(q, k, v, *gates, new(heads), new(heads), state)
     causal_conv1d_step(new(count, heads * dim), new(heads * dim, 4), new(count, 3, heads * dim))
     parameters = case.router()
-    retention_logits_step(k, v, parameters, positions, RouterState.empty(count, parameters), 2)
+    retention_scores_step(k, v, parameters, positions, RouterState.empty(count, parameters), 2)
     cache = LTECache.empty(count, heads, dim, window, 512, dtype=BF16, device="meta")
     q = case.rows(heads * case.groups)
     lte_attention_step(q, k, v, gates[0], cache, positions, 4, 6)

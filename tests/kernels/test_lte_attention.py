@@ -22,7 +22,7 @@ from megahybrid_kernels.retention_router import (
     RouterState,
     margin,
     retention_logits,
-    retention_logits_streamed,
+    retention_scores_streamed,
 )
 
 TOLERANCES = {
@@ -149,9 +149,9 @@ def test_streamed_router_and_cache_equal_the_full_pass_with_exits():
     cache = LTECache.empty(4, heads, head_dim, window_size, buffer_size, dtype=q.dtype)
     state = RouterState.empty(4, parameters)
     for sequences, rows in cut(pieces):
-        logit, state = retention_logits_streamed(k[rows], v[rows], parameters, sequences, state)
+        late, state = retention_scores_streamed(k[rows], v[rows], parameters, sequences, state)
         o, cache = lte_attention_with_cache(
-            q[rows], rotated[rows], v[rows], torch.sigmoid(logit) - 0.5, cache, sequences,
+            q[rows], rotated[rows], v[rows], late, cache, sequences,
             window_size, sink_size, buffer_size, delay,
         )  # fmt: skip
         torch.testing.assert_close(o, expected[rows], rtol=FLOAT64_TOLERANCE, atol=FLOAT64_TOLERANCE)
@@ -201,8 +201,7 @@ def test_nothing_waits_for_the_gpu():
         score = torch.sigmoid(retention_logits(k, v, parameters, sequences)) - 0.5
         o = lte_attention(q, k, v, score, sequences, window_size, sink_size, buffer_size)
         o.sum().backward()
-        logit, _ = retention_logits_streamed(k, v, parameters, sequences, state)
-        late = torch.sigmoid(logit) - 0.5
+        late, _ = retention_scores_streamed(k, v, parameters, sequences, state)
         cached, _ = lte_attention_with_cache(
             q, k, v, late, cache, sequences, window_size, sink_size, buffer_size, margin(3, 2)
         )

@@ -14,7 +14,7 @@ from megahybrid_kernels.lte_attention import LTECache, reference
 from megahybrid_kernels.lte_attention.triton_prefill import lte_attention_piece
 from megahybrid_kernels.retention_router import RouterParameters, RouterState, margin
 from megahybrid_kernels.retention_router import reference as router_reference
-from megahybrid_kernels.retention_router.triton_prefill import retention_logits_first
+from megahybrid_kernels.retention_router.triton_prefill import retention_scores_first
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,12 +144,12 @@ def test_the_routers_first_piece_equals_the_streamed_path(lengths, heads, head_d
     k, v = (leaf(sum(lengths), heads, head_dim, seed=i, dtype=torch.float32)[0].detach() for i in range(2))
     sequences, late = Sequences.of(lengths), margin(kernel_size, dilation)
     state = RouterState.empty(len(lengths), parameters, dilation)
-    expected, state = router_reference.retention_logits_streamed(k, v, parameters, sequences, state, dilation)
+    expected, state = router_reference.retention_scores_streamed(k, v, parameters, sequences, state, dilation)
     on_device = RouterParameters(*(tuple(moved(*x)) for x in parameters[:2]), *moved(*parameters[2:]))
     with torch.no_grad():
-        logits, fast = retention_logits_first(*moved(k, v), on_device, Sequences.of(lengths, DEVICE), dilation)
+        scores, fast = retention_scores_first(*moved(k, v), on_device, Sequences.of(lengths, DEVICE), dilation)
     known = sequences.offsets >= late
-    torch.testing.assert_close(logits.cpu()[known], expected[known], rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
+    torch.testing.assert_close(scores.cpu()[known], expected[known], rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
     for one, other in zip(fast.rows, state.rows, strict=True):
         assert one.is_contiguous()
         torch.testing.assert_close(one.cpu(), other, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
@@ -163,10 +163,10 @@ def test_the_routers_rows_in_half_precision(lengths):
     k, v = fused[:, :heads], fused[:, heads : 2 * heads]
     state = RouterState.empty(len(lengths), parameters)
     with torch.no_grad():
-        _, state = router_reference.retention_logits_streamed(k, v, parameters, Sequences.of(lengths), state)
+        _, state = router_reference.retention_scores_streamed(k, v, parameters, Sequences.of(lengths), state)
         on_device = RouterParameters(*(tuple(moved(*x)) for x in parameters[:2]), *moved(*parameters[2:]))
         k, v = (x.to(DEVICE)[:, part] for x, part in ((fused, slice(heads)), (fused, slice(heads, 2 * heads))))
-        _, fast = retention_logits_first(k, v, on_device, Sequences.of(lengths, DEVICE))
+        _, fast = retention_scores_first(k, v, on_device, Sequences.of(lengths, DEVICE))
     assert torch.equal(fast.rows[0].cpu(), state.rows[0])
     for one, other in zip(fast.rows[1:], state.rows[1:], strict=True):
         assert one.dtype == torch.float32

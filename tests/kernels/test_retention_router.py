@@ -19,7 +19,7 @@ from megahybrid_kernels.retention_router import (
     RouterState,
     margin,
     retention_logits,
-    retention_logits_streamed,
+    retention_scores_streamed,
 )
 
 TOLERANCES = {torch.float64: FLOAT64_TOLERANCE, torch.float32: FLOAT32_TOLERANCE}
@@ -157,12 +157,12 @@ def test_pieces_equal_one_pass_save_for_the_margin():
         pieces = random_pieces(count=4, rounds=12, seed=3)
         lengths = tuple(map(sum, zip(*pieces, strict=True)))
         k, v = (leaf(sum(lengths), heads, head_dim, seed=i)[1].detach() for i in range(2))
-        expected = conv_router(k, v, parameters, lengths, dilation)
+        expected = torch.sigmoid(conv_router(k, v, parameters, lengths, dilation)) - 0.5
         streamed = torch.full_like(expected, torch.nan)
         state = RouterState.empty(4, parameters, dilation)
         for sequences, rows in cut(pieces):
-            logit, state = retention_logits_streamed(k[rows], v[rows], parameters, sequences, state, dilation)
-            streamed[rows] = logit
+            score, state = retention_scores_streamed(k[rows], v[rows], parameters, sequences, state, dilation)
+            streamed[rows] = score
         for rows in documents(lengths):
             torch.testing.assert_close(
                 streamed[rows][delay:], expected[rows][:-delay], rtol=FLOAT64_TOLERANCE, atol=FLOAT64_TOLERANCE
@@ -183,9 +183,9 @@ def test_refuses_what_does_not_fit():
 def test_sequences_that_begin_need_no_state():
     k, v = torch.randn(2, 12, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     parameters, sequences = random_router(2, 8, 1), Sequences.of([12])
-    logits, state = retention_logits_streamed(k, v, parameters, sequences, None)
-    expected, after = retention_logits_streamed(k, v, parameters, sequences, RouterState.empty(1, parameters))
-    assert all(map(torch.equal, (logits, *state.rows), (expected, *after.rows)))
+    scores, state = retention_scores_streamed(k, v, parameters, sequences, None)
+    expected, after = retention_scores_streamed(k, v, parameters, sequences, RouterState.empty(1, parameters))
+    assert all(map(torch.equal, (scores, *state.rows), (expected, *after.rows)))
     later = Sequences.of([12], starts=torch.tensor([3]))
     with pytest.raises(ValueError, match="no state of their earlier tokens"):
-        retention_logits_streamed(k, v, parameters, later, None)
+        retention_scores_streamed(k, v, parameters, later, None)

@@ -9,8 +9,8 @@ from test_retention_router import leaves, named, random_router
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.retention_router import Dropout, RouterParameters, RouterState, reference
 from megahybrid_kernels.retention_router import triton as router
-from megahybrid_kernels.retention_router.reference import retention_logits_streamed
-from megahybrid_kernels.retention_router.triton_step import retention_logits_step
+from megahybrid_kernels.retention_router.reference import retention_scores_streamed
+from megahybrid_kernels.retention_router.triton_step import retention_scores_step
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,12 +117,9 @@ def test_steps_equal_the_streamed_path(count, heads, head_dim, kernel_size, dila
         fused = torch.randn(count, 3 * heads, head_dim, generator=generator)
         k, v = fused[:, :heads], fused[:, heads : 2 * heads]
         sequences = Sequences.of((1,) * count, starts=starts + step)
-        expected, state = retention_logits_streamed(k, v, parameters, sequences, state, dilation)
+        expected, state = retention_scores_streamed(k, v, parameters, sequences, state, dilation)
         k, v = (x.to(DEVICE)[:, part] for x, part in ((fused, slice(heads)), (fused, slice(heads, 2 * heads))))
-        before, positions = fast, (starts + step).to(DEVICE)
-        logits, fast = retention_logits_step(k, v, moved(parameters), positions, before, dilation)
-        scores, _ = retention_logits_step(k, v, moved(parameters), positions, before, dilation, scored=True)
-        torch.testing.assert_close(scores, logits.sigmoid() - 0.5)
-        torch.testing.assert_close(logits.cpu(), expected, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
+        scores, fast = retention_scores_step(k, v, moved(parameters), (starts + step).to(DEVICE), fast, dilation)
+        torch.testing.assert_close(scores.cpu(), expected, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
         for ours, theirs in zip(fast.rows, state.rows, strict=True):
             torch.testing.assert_close(ours.cpu(), theirs, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)

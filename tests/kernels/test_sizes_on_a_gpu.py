@@ -21,7 +21,7 @@ from megahybrid_kernels.retention_router import (
     RouterParameters,
     RouterState,
     retention_logits,
-    retention_logits_streamed,
+    retention_scores_streamed,
 )
 from megahybrid_kernels.rotary import rotary
 from megahybrid_kernels.swiglu import swiglu
@@ -125,7 +125,7 @@ def step(x: Inputs) -> tuple[Tensor, ...]:
         conv = causal_conv1d(x.tokens(200), x.shared(200, 4), sequences, x.states(3, 200), in_place=True)
         parameters = x.router()
         state = RouterState(tuple(x.states(*row.shape[1:]) for row in RouterState.empty(1, parameters).rows))
-        logits, state = retention_logits_streamed(x.heads_of(), x.heads_of(), parameters, sequences, state)
+        scores, state = retention_scores_streamed(x.heads_of(), x.heads_of(), parameters, sequences, state)
         options = {"dtype": torch.float32, "device": x.device}
         cache = LTECache.empty(count, heads, DIM, WINDOW, BUFFER, **options)
         q, k, v = x.heads_of(2), x.heads_of(), x.heads_of()
@@ -133,19 +133,19 @@ def step(x: Inputs) -> tuple[Tensor, ...]:
         o, cache = lte_attention_with_cache(q, k, v, x.tokens(heads), *late, in_place=True)
         ring = KeyValueCache.empty(count, heads, DIM, WINDOW, **options)
         windowed, ring = attention_with_cache(q, k, v, ring, sequences, WINDOW, in_place=True)
-    return *delta, *conv, logits, *state.rows, o, cache.k, cache.score, windowed, ring.k
+    return *delta, *conv, scores, *state.rows, o, cache.k, cache.score, windowed, ring.k
 
 
 def prefill(x: Inputs) -> tuple[Tensor, ...]:
     with torch.no_grad():
         parameters, count = x.router(), len(x.lengths)
         state = RouterState.empty(count, parameters)
-        logits, state = retention_logits_streamed(x.heads_of(), x.heads_of(), parameters, x.sequences(), state)
+        scores, state = retention_scores_streamed(x.heads_of(), x.heads_of(), parameters, x.sequences(), state)
         cache = LTECache.empty(count, x.heads, DIM, WINDOW, BUFFER, dtype=torch.float32, device=x.device)
         late = (x.tokens(x.heads), cache, x.sequences(), WINDOW, 2, BUFFER, 6)
         o, cache = lte_attention_with_cache(x.heads_of(2), x.heads_of(), x.heads_of(), *late)
-    # A sequence's first rows have no logit, and mean nothing.
-    return o, cache.k, cache.score, cache.buffer_k, *state.rows, logits.where(x.sequences().offsets[:, None] >= 6, 0)
+    # A sequence's first rows have no score, and mean nothing.
+    return o, cache.k, cache.score, cache.buffer_k, *state.rows, scores.where(x.sequences().offsets[:, None] >= 6, 0)
 
 
 OPS: dict[str, Op] = {

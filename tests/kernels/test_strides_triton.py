@@ -31,8 +31,8 @@ from megahybrid_kernels.retention_router import (
     Dropout,
     RouterParameters,
     RouterState,
-    retention_logits_streamed,
     retention_scores,
+    retention_scores_streamed,
 )
 from megahybrid_kernels.rotary import rotary
 from megahybrid_kernels.swiglu import swiglu
@@ -117,10 +117,10 @@ def parameters(x: Inputs) -> RouterParameters:
 def streamed(x: Inputs, sequences: Sequences) -> tuple[Tensor, ...]:
     states = tuple(x[f"state{n}"] for n in range(3))
     state = RouterState(tuple(map(torch.zeros_like, states)) if sequences.starts is None else states)
-    logits, state = retention_logits_streamed(x["k"], x["v"], parameters(x), sequences, state)
-    if sequences.starts is None:  # the first rows have no logit, and mean nothing
-        logits = logits.where(sequences.offsets[:, None] >= LATE, 0)
-    return logits, *state.rows
+    scores, state = retention_scores_streamed(x["k"], x["v"], parameters(x), sequences, state)
+    if sequences.starts is None:  # the first rows have no score, and mean nothing
+        scores = scores.where(sequences.offsets[:, None] >= LATE, 0)
+    return scores, *state.rows
 
 
 def router_states(count: int) -> dict[str, tuple[int, ...]]:

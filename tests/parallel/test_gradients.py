@@ -17,6 +17,7 @@ PATTERN, HEADS, TOKENS = "GLSNFGL", 4, 112
 # Of the first samples. With two or four context parallel ranks, whose tokens begin at 28, 56 and 84, documents begin
 # one token before, at and after these, and two span three ranks; the longest have more blocks than N selects.
 LENGTHS = [27, 1, 84], [29, 26, 2, 55]
+ROOM = 16
 
 
 class Layout(NamedTuple):
@@ -97,15 +98,23 @@ def micro_batch(number):
     return tokens[:-1], labels, Sequences.of(lengths), keys, Context
 
 
-def gradients(layout, count, train_cap=False, exchanging=False):
-    """With mixers that choose themselves what context parallel ranks do, or all exchanging tokens for heads."""
+def gradients(layout, count, train_cap=False, exchanging=False, uncapped=None):
+    """With mixers that choose themselves what context parallel ranks do, or all exchanging tokens for heads; or with
+    LTE's tokens staying, and what is retained passed on `uncapped` in one of the ways that there are: ROOM has room
+    for it, or ranks pass on everything, or exchange tokens for heads in this step."""
     from megahybrid.mixers.kind import Kind
+    from megahybrid.mixers.lte import LTEKind
 
-    with mock.patch.object(Kind, "keeps_tokens", lambda *_: False) if exchanging else contextlib.nullcontext():
-        return found_gradients(layout, count, train_cap)
+    with contextlib.ExitStack() as patches:
+        if exchanging:
+            patches.enter_context(mock.patch.object(Kind, "keeps_tokens", lambda *_: False))
+        if uncapped:
+            patches.enter_context(mock.patch.object(LTEKind, "keeps_tokens", lambda *_: layout.context > 1))
+            patches.enter_context(mock.patch.object(LTEKind, "exchanges_at_times", lambda *_: uncapped != "everything"))
+        return found_gradients(layout, count, train_cap, ROOM if uncapped == "room" else 0)
 
 
-def found_gradients(layout, count, train_cap):
+def found_gradients(layout, count, train_cap, room):
     """After `count` micro-batches, on this rank's stages: {name: gradient at full shape}, {LTE layer: kept}, losses,
     and all ranks' squares."""
     from megahybrid.model.stack import build_stages
@@ -122,7 +131,7 @@ def found_gradients(layout, count, train_cap):
     for stage in stages:
         initialize_parameters(stage, config.train.seed)
         stage.config.pipeline_dtype = torch.float64
-        set_lambdas(stage)
+        steer(stage, room)
     replica, replicas = groups.data_parallel()
     kept, losses = {}, torch.zeros((), dtype=torch.float64)
 
@@ -132,6 +141,7 @@ def found_gradients(layout, count, train_cap):
         out = stage(tokens, context(sequences, keys, layout.context * replicas / count), labels=labels)
         for layer, aux in out.aux.items():
             kept[layer] = kept.get(layer, 0) + aux.counts["kept"]
+            assert not aux.counts["missing"].any()
         if out.losses is None:
             return out.hidden
         losses.add_(out.losses.detach().sum() / TOKENS)
@@ -182,14 +192,16 @@ def gradients_of(reduction, names):
     return {name: whole_gradient(p, pieces[p].view_as(p)) for p, name in names.items()}
 
 
-def set_lambdas(stage):
+def steer(stage, room):
+    """As the controller does, once routers keep some of the tokens."""
     from megahybrid.parallel import groups
 
     for name, block in stage.layers.items():
         if hasattr(block.mixer, "l1_lambda"):
             rank, size = groups.tensor_parallel() if block.mixer.keeps_tokens else groups.head_parallel()
             lambdas = torch.linspace(0.3, 2.0, HEADS) * (1 + int(name))
-            block.mixer.l1_lambda = lambdas.chunk(size)[rank]
+            block.mixer.router.projection_bias.data -= 0.9
+            block.mixer.l1_lambda, block.mixer.room = lambdas.chunk(size)[rank], torch.tensor(room)
 
 
 def whole_gradient(parameter, gradient):
@@ -265,6 +277,27 @@ def test_capped_gradients_are_one_processs(layout, exchanging, workers, expected
     assert_same_gradients(layout, workers, expected, train_cap=True, exchanging=exchanging)
 
 
+UNCAPPED = [
+    ("room", Layout(context=4)),
+    ("room", Layout(context=2, tensor=2, sequence=True)),
+    ("room", Layout(context=2, pipeline=2)),
+    ("everything", Layout(context=4)),
+    ("everything", Layout(context=2, tensor=2)),
+    ("heads", Layout(context=2, tensor=2)),
+    ("heads", Layout(context=2, pipeline=2)),
+]
+
+
+@pytest.mark.parametrize(
+    ("uncapped", "layout"),
+    [pytest.param(*each, marks=[pytest.mark.slow] * (n in (2, 4, 6))) for n, each in enumerate(UNCAPPED)],
+    ids=str,
+)
+def test_uncapped_gradients_are_one_processs(uncapped, layout, workers, expected):
+    """With tokens that stay, in all ways to pass on what is retained."""
+    assert_same_gradients(layout, workers, expected, uncapped=uncapped)
+
+
 @pytest.mark.parametrize(
     "layout", [Layout(context=2, tensor=2), pytest.param(Layout(context=4), marks=pytest.mark.slow)], ids=str
 )
@@ -273,12 +306,12 @@ def test_gradients_of_tokens_exchanged_for_heads_are_one_processs(layout, worker
     assert_same_gradients(layout, workers, expected, exchanging=True)
 
 
-def assert_same_gradients(layout, workers, expected, train_cap=False, exchanging=False):
+def assert_same_gradients(layout, workers, expected, train_cap=False, exchanging=False, uncapped=None):
     count = layout.micro_batches
     gradient, kept, losses, squares = expected(layout.tied, layout.few, count, train_cap)
     assert squares == pytest.approx(sum(float(value.square().sum()) for value in gradient.values()), rel=1e-12)
     names, layers = set(), set()
-    run = "tests.parallel.test_gradients:gradients", layout, count, train_cap, exchanging
+    run = "tests.parallel.test_gradients:gradients", layout, count, train_cap, exchanging, uncapped
     for found, found_kept, found_losses, found_squares in workers.run(layout.world, *run):
         assert found_losses / layout.tensor == pytest.approx(losses, rel=1e-12)
         assert found_squares == pytest.approx(squares, rel=1e-10)

@@ -72,10 +72,12 @@ def test_replicas_expose_what_lasts_longer_than_the_backward_pass():
 def test_context_parallel_ranks_exchange_and_hand_on_their_own_tokens():
     whole, parts = (config_of("lalte-1.4b", 64, 4, tensor=2, pipeline=2, context=ranks) for ranks in (1, 2))
     assert exchanged(parts) == exchanged(whole) / 2 and handed_on(parts) == handed_on(whole) / 2
-    # Of LTE q, k, v and o of 16 heads of 64 channels, of Gated DeltaNet every other rank's maps and three rows.
+    # Of full attention q, k, v and o of 16 heads of 64 channels, of Gated DeltaNet every other rank's maps and three
+    # rows, of LTE without a cap rows for the router, the window and retained tokens, for which there is twice room.
     exchanging, keeping = 4 * 1024 * 8192 / 2, 8 * (128 * 256 * 2 + 3 * 384)
     config = config_of("lalte-0.4b", 64, 4, context=2)
-    assert crossing(config, "GL") == 2 * 2 * (exchanging + keeping)
+    retained = 16 * (2 * 6 * 256 + (768 + 1024) * (256 + 4) + 1024 * (256 + 8))
+    assert crossing(config, "GF") == 2 * 2 * (exchanging + keeping) and crossing(config, "L") == 2 * retained
     assert seconds(config, 2).context == pytest.approx(8 * crossing(config, "GL" * 12) / 300e9)
     found = recommend(config, 4)
     assert "4 GPUs: tensor × context × pipeline × data" in found and "\n1 × 2 × 1 × 2, ZeRO 1 " in found

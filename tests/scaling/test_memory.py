@@ -15,6 +15,7 @@ from megahybrid.config.schema import Config, ModelConfig, ParallelConfig, RunCon
 from megahybrid.mixers.attention import AttentionConfig
 from megahybrid.mixers.gdn import GDNConfig
 from megahybrid.mixers.lte import LTEConfig
+from megahybrid.mixers.lte.module import LTEAttention
 from megahybrid.mixers.nsa import NSAConfig
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.settings import Settings
@@ -66,7 +67,16 @@ def triton(monkeypatch):
 
 
 def config_of(
-    pattern, dtype="bf16", recompute="none", dropout=0.1, kv_heads=4, vocab=1024, train_cap=False, **parallel
+    pattern,
+    dtype="bf16",
+    recompute="none",
+    dropout=0.1,
+    heads=4,
+    kv_heads=4,
+    vocab=1024,
+    buffer=64,
+    train_cap=False,
+    **parallel,
 ):
     return Config(
         run=RunConfig(dir="unused"),
@@ -75,8 +85,8 @@ def config_of(
             hidden_size=256,
             vocab_size=vocab,
             gdn=GDNConfig(num_heads=4, head_dim=64, value_head_dim=96),
-            attention=AttentionConfig(num_heads=4, num_kv_heads=kv_heads, head_dim=64, window_size=100),
-            lte=LTEConfig(window_size=63, buffer_size=64, dropout=dropout, train_cap=train_cap),
+            attention=AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=64, window_size=100),
+            lte=LTEConfig(window_size=63, buffer_size=buffer, dropout=dropout, train_cap=train_cap),
             nsa=NSAConfig(num_heads=8, num_kv_heads=2, block_size=32, num_blocks=8, window_size=100),
         ),
         train=TrainConfig(
@@ -144,10 +154,12 @@ def layer_bytes(letter, counted=kept_bytes, **options):
     return counted(config_of(letter * 3, **options)) - counted(config_of(letter * 2, **options))
 
 
-def layer_bytes_of_a_rank(letter, options):
+def layer_bytes_of_a_rank(letter, options, room=0):
+    """room: of LTE without a cap, whose tokens stay then."""
     groups.initialize(config_of(letter, **options).parallel)
     with pytest.MonkeyPatch.context() as patch:
         use_triton(patch)
+        patch.setattr(LTEAttention, "room", property(lambda _: room, lambda *_: None), raising=False)
         return layer_bytes(letter, saved_bytes, **options)
 
 
@@ -200,7 +212,6 @@ def test_a_tensor_parallel_rank_keeps_its_part(letter, options, sequence, worker
     ("letter", "dtype", "kv_heads", "train_cap"),
     [
         ("G", "bf16", 4, False),
-        ("L", "bf16", 2, False),
         ("L", "bf16", 2, True),
         pytest.param("S", "fp32", 4, False, marks=pytest.mark.slow),
         pytest.param("S", "bf16", 4, False, marks=pytest.mark.slow),
@@ -212,6 +223,24 @@ def test_a_context_parallel_rank_keeps_its_part(letter, dtype, kv_heads, train_c
     options = {"dtype": dtype, "kv_heads": kv_heads, "train_cap": train_cap, "context": 2}
     expected = pytest.approx(estimated(letter, **options), rel=0.05)
     assert workers.run(2, "tests.scaling.test_memory:layer_bytes_of_a_rank", letter, options) == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "room", "most"),
+    [
+        ({"heads": 16, "kv_heads": 4}, 256, True),
+        ({"heads": 16, "kv_heads": 4}, 0, False),  # with room it has more
+        ({"heads": 16, "kv_heads": 2, "buffer": 8}, 0, True),
+        ({"heads": 4, "kv_heads": 1}, 0, True),
+    ],
+)
+def test_a_context_parallel_rank_keeps_what_is_retained_without_a_cap(options, room, most, workers):
+    """With room for it, exchanged for heads where there is none, or where heads are too few all that is before: a plan
+    has the most, which is the last rank's."""
+    options = {"context": 2, **options}
+    *_, last = workers.run(2, "tests.scaling.test_memory:layer_bytes_of_a_rank", "L", options, room)
+    expected = estimated("L", **options)
+    assert last == pytest.approx(expected, rel=0.05) if most else last < 0.95 * expected
 
 
 @pytest.mark.parametrize("letter", "GLSFN")

@@ -1,4 +1,4 @@
-"""Where a step's time goes, by kernels' names."""
+"""Where a step's time goes, by kernels' names; and routers that keep a share of the tokens."""
 
 import importlib
 import pkgutil
@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import megahybrid_kernels
+from megahybrid.config.schema import ParallelConfig
+from megahybrid.config.validate import keepers
 from megahybrid_kernels.launch import Kernel
+from tests.model import tiny
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 model_steps = importlib.import_module("model_steps")
@@ -44,3 +48,44 @@ def test_every_kernel_has_a_name_of_its_own_and_one_part():
 )
 def test_kernels_of_others(kernel, part):
     assert model_steps.part_of(kernel) == part
+
+
+def biases_that_keep(share, stay, parallel):
+    """Those of the routers, by name, and how many tokens a document each head then keeps in a step."""
+    from megahybrid.parallel import groups
+    from megahybrid.training.engine import Engine
+    from megahybrid.training.trial import random_batches
+    from tests.training.steps import states
+
+    config = tiny.config("LGL", dropout=0.2, train_cap=True)
+    config.train.global_batch_size = config.train.micro_batch_size = 4
+    config.parallel = ParallelConfig(**parallel)
+    assert "L" in keepers(config) or not parallel.get("context")
+    config.model.lte.train_cap = stay
+    assert stay or "L" not in keepers(config)
+    groups.initialize(config.parallel)
+    engine = Engine(config)
+    engine.initialize()
+    batches = random_batches(config)
+    model_steps.keep(engine, batches[0], share)
+    biases = {name: bias for name, bias in states(engine)["weights"].items() if name.endswith("projection_bias")}
+    engine.step(batches, 1)
+    return biases, engine.regulators["L"].kept_now
+
+
+@pytest.mark.parametrize(
+    ("stay", "parallel"),
+    [
+        (True, {"context": 2}),
+        (False, {"context": 2, "zero_stage": 3}),
+        (True, {"context": 2, "tensor": 2, "sequence": True}),
+    ],
+    ids=str,
+)
+def test_all_layouts_keep_the_same_share_of_tokens(stay, parallel, workers):
+    call = "tests.tools.test_model_steps:biases_that_keep", 0.25, stay
+    ((expected, kept),) = workers.run(1, *call, {})
+    assert len(expected) == 2 and (kept / 64 - 0.25).abs().max() < 0.15  # in other noise than that of dropout then
+    for biases, counts in workers.run(parallel["context"] * parallel.get("tensor", 1), *call, parallel):
+        assert all(torch.equal(biases[name], bias) for name, bias in expected.items())
+        assert torch.equal(counts, kept)

@@ -67,13 +67,16 @@ def reference(tmp_path_factory, text, prepared):
 
 @pytest.fixture(scope="session")
 def brief(pytestconfig):
-    """The recipe of runs that are compared in many layouts: with --slow the usual one, else of 8 steps.
+    """The recipe of runs that are compared in many layouts: with --slow of the usual 20 steps, else of 8.
 
-    They take four times the learning rate, so that as many heads come to evict (test_layouts.py sees to it).
+    They take four times the learning rate, so that as many heads come to evict (test_layouts.py sees to it). Adam's
+    epsilon is far above the rounding of a gradient (1e-9): with 1e-8 a weight whose first gradient was 1.5e-8 had a
+    first step that layouts rounded up to 9e-6 apart, and with it gradient norms of later steps 1e-5.
     """
+    recipe = RECIPE.replace("eps: 1.0e-8", "eps: 1.0e-5")
     if pytestconfig.getoption("--slow"):
-        return RECIPE
-    return RECIPE.replace("steps: 20", "steps: 8").replace("learning_rate: 0.005", "learning_rate: 0.02")
+        return recipe
+    return recipe.replace("steps: 20", "steps: 8").replace("learning_rate: 0.005", "learning_rate: 0.02")
 
 
 @pytest.fixture
@@ -113,4 +116,5 @@ def assert_same_run(found: list[dict], expected: list[dict]) -> None:
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5), ours["step"]
         assert ours["lambda"] == theirs["lambda"], ours["step"]
         assert ours["kept"] == theirs["kept"], ours["step"]
-    assert found[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=2e-6)
+        if "validation_loss" in theirs:
+            assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=2e-6), ours["step"]

@@ -79,7 +79,7 @@ def lte_attention_with_cache(
     Args:
         q, k, v, window_size, sink_size, buffer_size: as for `lte_attention`.
         score: `[tokens, kv_heads]`, streamed: the row of position p holds the score of position `p - delay`, as
-            `retention_logits_streamed` yields it; rows with `p < delay` are ignored.
+            `retention_scores_streamed` yields it; rows with `p < delay` are ignored.
         cache: of the sequences' earlier tokens; where all begin here it is not read, and None does.
         sequences: borders of the new tokens; `sequences.starts` says how many tokens of each the cache has seen, and
             None that all begin here.

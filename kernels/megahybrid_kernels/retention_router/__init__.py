@@ -17,7 +17,6 @@ __all__ = [
     "RouterState",
     "margin",
     "retention_logits",
-    "retention_logits_streamed",
     "retention_scores",
     "retention_scores_streamed",
     "unsupported",
@@ -72,35 +71,6 @@ def retention_scores(
     return backend.retention_scores(k, v, parameters, sequences, dropout, dilation)
 
 
-def retention_logits_streamed(
-    k: Tensor,
-    v: Tensor,
-    parameters: RouterParameters,
-    sequences: Sequences,
-    state: RouterState | None,
-    dilation: int = 2,
-) -> tuple[Tensor, RouterState]:
-    """`retention_logits` for prefill in pieces and decode: each row holds the logit of `margin(...)` tokens before.
-
-    A layer is computed as soon as its right context has come, from a few past rows of its input; every logit is final
-    when it appears. The last `margin(...)` tokens of a document, whose right context is cut, never get one.
-
-    Args:
-        k, v, parameters, dilation: as for `retention_logits`.
-        sequences: borders of the new tokens; `sequences.starts` says how many tokens of each came before, and None that
-            none did, which lets a GPU run the kernels of `retention_logits`.
-        state: from the sequences' earlier tokens; where all begin here it is not read, and None does.
-
-    Returns:
-        `[tokens, kv_heads]`, in the row of position p the logit of position `p - margin(...)`, without meaning where
-        that is negative; and the new state.
-
-    Raises:
-        ValueError: as `retention_logits`, or the state is of another number of sequences or missing.
-    """
-    return _streamed(k, v, parameters, sequences, state, dilation, scored=False)
-
-
 def retention_scores_streamed(
     k: Tensor,
     v: Tensor,
@@ -109,19 +79,24 @@ def retention_scores_streamed(
     state: RouterState | None,
     dilation: int = 2,
 ) -> tuple[Tensor, RouterState]:
-    """`retention_logits_streamed` with scores, `sigmoid(logit) - 1/2`, in the logits' place."""
-    return _streamed(k, v, parameters, sequences, state, dilation, scored=True)
+    """`retention_scores` for prefill in pieces and decode: each row holds the score of `margin(...)` tokens before.
 
+    A layer is computed as soon as its right context has come, from a few past rows of its input; every score is final
+    when it appears. The last `margin(...)` tokens of a document, whose right context is cut, never get one.
 
-def _streamed(
-    k: Tensor,
-    v: Tensor,
-    parameters: RouterParameters,
-    sequences: Sequences,
-    state: RouterState | None,
-    dilation: int,
-    scored: bool,
-) -> tuple[Tensor, RouterState]:
+    Args:
+        k, v, parameters, dilation: as for `retention_logits`.
+        sequences: borders of the new tokens; `sequences.starts` says how many tokens of each came before, and None that
+            none did, which lets a GPU run the kernels of `retention_scores`.
+        state: from the sequences' earlier tokens; where all begin here it is not read, and None does.
+
+    Returns:
+        `[tokens, kv_heads]` in at least fp32, in the row of position p the score of position `p - margin(...)`, without
+        meaning where that is negative; and the new state.
+
+    Raises:
+        ValueError: as `retention_logits`, or the state is of another number of sequences or missing.
+    """
     _check(k, v, parameters, sequences)
     if state is None and sequences.starts is not None:
         raise ValueError("the sequences do not begin here, but there is no state of their earlier tokens")
@@ -129,16 +104,15 @@ def _streamed(
         raise ValueError(f"the state holds {state.rows[0].shape[0]} sequences, but {sequences.count} were given")
     takes = _takes(k, v, parameters, sequences) and not torch.is_grad_enabled()
     if takes and state is not None and max(sequences.lengths) == 1 and _steps(parameters):
-        from megahybrid_kernels.retention_router.triton_step import retention_logits_step
+        from megahybrid_kernels.retention_router.triton_step import retention_scores_step
 
-        return retention_logits_step(k, v, parameters, sequences.positions, state, dilation, scored)
+        return retention_scores_step(k, v, parameters, sequences.positions, state, dilation)
     if takes and sequences.starts is None and _fits(k, parameters):
-        from megahybrid_kernels.retention_router.triton_prefill import retention_logits_first
+        from megahybrid_kernels.retention_router.triton_prefill import retention_scores_first
 
-        return retention_logits_first(k, v, parameters, sequences, dilation, scored)
+        return retention_scores_first(k, v, parameters, sequences, dilation)
     state = state or RouterState.empty(sequences.count, parameters, dilation)
-    streamed = reference.retention_scores_streamed if scored else reference.retention_logits_streamed
-    return streamed(k, v, parameters, sequences, state, dilation)
+    return reference.retention_scores_streamed(k, v, parameters, sequences, state, dilation)
 
 
 def unsupported(dtype: torch.dtype, head_dim: int, layers: int = 3) -> str | None:

@@ -67,7 +67,7 @@ def retention_scores(
     return retention_logits(k, v, parameters, sequences, dropout, dilation).sigmoid() - 0.5, k, v
 
 
-def retention_logits_streamed(
+def retention_scores_streamed(
     k: Tensor,
     v: Tensor,
     parameters: RouterParameters,
@@ -75,7 +75,7 @@ def retention_logits_streamed(
     state: RouterState,
     dilation: int = 2,
 ) -> tuple[Tensor, RouterState]:
-    """See `megahybrid_kernels.retention_router.retention_logits_streamed`.
+    """See `megahybrid_kernels.retention_router.retention_scores_streamed`.
 
     Each layer's past rows are put before its sequence's new ones, in one packed row.
     """
@@ -95,17 +95,4 @@ def retention_logits_streamed(
         y = F.silu(y + at_least_fp32(bias).view(heads, 1, -1))
         # Before the document's start the next layer must find zeros, as its padding would be.
         x = y.masked_fill((sequences.positions < late)[:, None], 0).transpose(0, 1)
-    return _logits(x.transpose(0, 1), parameters), RouterState(tuple(rows))
-
-
-def retention_scores_streamed(
-    k: Tensor,
-    v: Tensor,
-    parameters: RouterParameters,
-    sequences: Sequences,
-    state: RouterState | None,
-    dilation: int = 2,
-) -> tuple[Tensor, RouterState]:
-    """See `megahybrid_kernels.retention_router.retention_scores_streamed`."""
-    logits, state = retention_logits_streamed(k, v, parameters, sequences, state, dilation)
-    return logits.sigmoid() - 0.5, state
+    return _logits(x.transpose(0, 1), parameters).sigmoid() - 0.5, RouterState(tuple(rows))

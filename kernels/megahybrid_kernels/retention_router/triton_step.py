@@ -69,14 +69,14 @@ def _layer(
 @kernel
 def step_kernel(
     k, v, state0, state1, state2, next0, next1, next2, weight0, weight1, weight2, bias0, bias1, bias2, projection,
-    projection_bias, logits, positions, count, k_stride, k_head_stride, v_stride, v_head_stride, dilation,
+    projection_bias, scores, positions, count, k_stride, k_head_stride, v_stride, v_head_stride, dilation,
     CHANNELS0: tl.constexpr, CHANNELS1: tl.constexpr, CHANNELS2: tl.constexpr, OUT0: tl.constexpr, OUT1: tl.constexpr,
     OUT2: tl.constexpr, TAPS0: tl.constexpr, TAPS1: tl.constexpr, TAPS2: tl.constexpr, WIDTH0: tl.constexpr,
     WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, OUT_WIDTH0: tl.constexpr, OUT_WIDTH1: tl.constexpr,
-    OUT_WIDTH2: tl.constexpr, LAYERS: tl.constexpr, SCORES: tl.constexpr, SEQUENCES: tl.constexpr, STEP: tl.constexpr,
+    OUT_WIDTH2: tl.constexpr, LAYERS: tl.constexpr, SEQUENCES: tl.constexpr, STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The logits, or with SCORES the scores, and the next states of up to three layers."""
+    """The scores and the next states of up to three layers."""
     blocks = tl.cdiv(count, SEQUENCES)
     head, heads = (tl.program_id(0) // blocks).to(tl.int64), tl.num_programs(0) // blocks
     number = tl.program_id(0) % blocks * SEQUENCES + tl.arange(0, SEQUENCES)
@@ -117,30 +117,27 @@ def step_kernel(
     last: tl.constexpr = OUT2 if LAYERS > 2 else OUT1 if LAYERS > 1 else OUT0
     vector = tl.load(projection + head * last + out, mask=out < last, other=0).to(tl.float32)
     logit = tl.sum(value * vector[None, :], 1) + tl.load(projection_bias + head).to(tl.float32)
-    if SCORES:
-        logit = tl.sigmoid(logit) - 0.5
-    tl.store(logits + sequence * heads + head, logit, mask=exists)
+    tl.store(scores + sequence * heads + head, tl.sigmoid(logit) - 0.5, mask=exists)
 
 
-def retention_logits_step(
+def retention_scores_step(
     k: Tensor,
     v: Tensor,
     parameters: RouterParameters,
     positions: Tensor,
     state: RouterState,
     dilation: int,
-    scored: bool = False,
 ) -> tuple[Tensor, RouterState]:
-    """`retention_logits_streamed`, or `scored` the scores, for one new token of every sequence, without gradients.
+    """`retention_scores_streamed` for one new token of every sequence, without gradients.
 
     Args:
         k, v: `[sequences, kv_heads, head_dim]`.
         positions: int64 `[sequences]`, of the new tokens.
-        parameters, state, dilation: as for `retention_logits_streamed`.
+        parameters, state, dilation: as for `retention_scores_streamed`.
     """
     k, v = map(dense_rows, (k, v))
     count, heads = k.shape[:2]
-    logits = torch.empty(count, heads, dtype=torch.float32, device=k.device)
+    scores = torch.empty(count, heads, dtype=torch.float32, device=k.device)
     weights, biases, states = ([x.contiguous() for x in each] for each in (*parameters[:2], state.rows))
     rows = [torch.empty_like(past) for past in states]
     channels, outs = [weight.shape[1] for weight in weights], [weight.shape[0] // heads for weight in weights]
@@ -150,8 +147,8 @@ def retention_logits_step(
     constants = {f"{name}{n}": each[min(n, len(each) - 1)] for name, each in sizes.items() for n in range(3)}
     step_kernel[cdiv(count, _SEQUENCES) * heads](
         k, v, *three(states, rows, weights, biases), parameters.projection.contiguous(),
-        parameters.projection_bias.contiguous(), logits, positions, count, *k.stride()[:2], *v.stride()[:2], dilation,
-        **constants, LAYERS=len(weights), SCORES=scored, SEQUENCES=_SEQUENCES, STEP=_CHANNELS,
+        parameters.projection_bias.contiguous(), scores, positions, count, *k.stride()[:2], *v.stride()[:2], dilation,
+        **constants, LAYERS=len(weights), SEQUENCES=_SEQUENCES, STEP=_CHANNELS,
         PRECISION=table_of(k.device).precise,
     )  # fmt: skip
-    return logits, RouterState(tuple(rows))
+    return scores, RouterState(tuple(rows))

@@ -39,15 +39,18 @@ class AttentionProjections(Mixer):
         self.v_proj = ColumnLinear(hidden, keys * self.head_dim, settings.projection, parts=keys)
         self.o_proj = RowLinear(queries * self.head_dim, hidden, settings.output_projection, settings.sequence_parallel)
 
-    def project(self, x: Tensor, *more: ColumnLinear) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor, *more: ColumnLinear, stay: bool | None = None) -> tuple[Tensor, ...]:
         """`[tokens, 1, hidden]` → q, k, v `[tokens, heads of this rank, head_dim]`, not yet rotated, and likewise what
-        `more` projections of the same input give, which have the query heads in front."""
+        `more` projections of the same input give, which have the query heads in front.
+
+        stay: whether a rank keeps its tokens in this pass; `keeps_tokens` when left out.
+        """
         layers = self.q_proj, self.k_proj, self.v_proj, *more
         outputs = project(x, layers, self.settings.sequence_parallel)
         queries = outputs[0].shape[-1] // self.head_dim
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in outputs[:3])
         parts = q, k, v, *(y.unflatten(-1, (queries, -1)) for y in outputs[3:])
-        return parts if self.keeps_tokens else to_heads(*parts)
+        return parts if (self.keeps_tokens if stay is None else stay) else to_heads(*parts)
 
     @property
     def counted_heads(self) -> int:
@@ -73,9 +76,9 @@ class AttentionProjections(Mixer):
         seen = near if kept is None else near | (kept & (distance >= 0))
         return Aux(seen=seen[:, : self.counted_heads])
 
-    def output(self, o: Tensor) -> Tensor:
+    def output(self, o: Tensor, stay: bool | None = None) -> Tensor:
         """What comes of `project` → `[tokens, 1, hidden]`."""
-        return self.o_proj((o if self.keeps_tokens else to_tokens(o)).flatten(-2))
+        return self.o_proj((o if (self.keeps_tokens if stay is None else stay) else to_tokens(o)).flatten(-2))
 
 
 def every_position(cache: GrowingCache) -> Tensor:

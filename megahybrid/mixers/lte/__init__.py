@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -80,7 +81,6 @@ class LTEKind(AttentionKind):
     sections: ClassVar = {**AttentionKind.sections, "lte": LTEConfig}
     parts = ("router",)
     policies = ("recency", "random", "key_norm", "attention_mass", "oracle")
-    keeps_with = "model.lte.train_cap=true"
 
     def check(self, model: ModelConfig) -> None:
         super().check(model)
@@ -108,14 +108,18 @@ class LTEKind(AttentionKind):
         return {f"model.attention.{'num_heads' if heads == kv_heads else 'num_kv_heads'}": kv_heads}
 
     def passed_on(self, model: ModelConfig, ranks: int, width: int) -> float | None:
-        """With a capped buffer: keys and values around a rank's tokens that the router sees, those before them that
-        window and buffer hold, and of every other rank the buffer that it gives to those whose document begins farther
-        back; with scores of 4 bytes."""
-        if not model.lte.train_cap:
-            return None
+        """Keys and values around a rank's tokens that the router sees, those before them that the window and one
+        rank's room for retained tokens hold, and of every other rank what it has room for, for those whose document
+        begins farther back; with scores of 4 bytes. Where heads are too few to be exchanged, in some steps
+        instead all keys and values of the ranks before."""
         lte, heads, head_dim = model.lte, model.attention.num_kv_heads, model.attention.head_dim
-        keys, before, retained = 2 * width * head_dim, lte.window_size + lte.buffer_size, (ranks - 1) * lte.buffer_size
+        keys, given = 2 * width * head_dim, most_room(lte)
+        before, retained = lte.window_size + given, (ranks - 1) * given
         return heads * (2 * lte.margin * keys + before * (keys + 4) + retained * (keys + 8))
+
+    def exchanges_at_times(self, model: ModelConfig, ranks: int) -> bool:
+        """Without a capped buffer, where a head retains more than a rank makes room for."""
+        return not model.lte.train_cap and self.heads_fault(model, ranks) is None
 
     def keys(self, model: ModelConfig, length: int) -> float:
         """The query at position i sees min(i + 1, w + 1) keys in its window. Of the max(0, i - w) tokens that left it
@@ -146,7 +150,8 @@ class LTEKind(AttentionKind):
     def activations(self, model: ModelConfig, batch: MicroBatch) -> Activations:
         """With w bytes an activation, queries of width Q and keys of width K on a rank: q and o, 2 w Q, and exchanged
         o, w Q; k before and after rotation, and v, 3 w K; and the outputs of the router's convolutions, 7/4 w K. A rank
-        that keeps its tokens joins them to others around them, v twice, and before them to a window and a buffer.
+        that keeps its tokens joins them to others around them, v twice, and before them to a window and a buffer, or
+        without a cap to what all ranks have room for; where heads are too few to be exchanged, at first to all before.
         Backward: gradients of q and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K.
         """
         queries, keys = widths(model.attention, batch)
@@ -154,9 +159,17 @@ class LTEKind(AttentionKind):
         routers = sum(router_channels(head_dim)[1:]) / head_dim
         saved, more = (2 + batch.exchanged) * queries + (3 + routers) * keys, 1.0
         if batch.rows > 1:
-            more += (model.lte.window_size + model.lte.buffer_size) / (batch.samples * batch.length)
+            more += self._rows_before(model, batch) / (batch.samples * batch.length)
             saved = more * (2 * queries + 2 * keys) + (2 + routers) * keys
         return Activations(width * saved, more * (2 * width * (queries + keys) + 8 * keys))
+
+    def _rows_before(self, model: ModelConfig, batch: MicroBatch) -> int:
+        """Of a rank that keeps its tokens."""
+        if model.lte.train_cap:
+            return model.lte.window_size + model.lte.buffer_size
+        if self.exchanges_at_times(model, batch.ranks * batch.rows):
+            return model.lte.window_size + (batch.rows - 1) * most_room(model.lte)
+        return (batch.rows - 1) * batch.samples * batch.length
 
     def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
         from megahybrid_kernels.judging import shapes
@@ -184,6 +197,18 @@ class LTEKind(AttentionKind):
         from megahybrid.mixers.lte.controller import LambdaController
 
         return LambdaController
+
+
+def room_for(expected: float, sinks: int) -> int:
+    """For how many tokens of a head a context parallel rank makes room where so many are expected to be retained: half
+    as many more, four standard deviations of a number by chance, and the sinks, as a power of two, so that it rarely
+    changes."""
+    return 1 << math.ceil(math.log2(1.5 * expected + 4 * math.sqrt(expected) + sinks + 1))
+
+
+def most_room(lte: LTEConfig) -> int:
+    """The most that there is: for a head that retains of one rank's tokens as many as its buffer holds."""
+    return lte.buffer_size if lte.train_cap else room_for(lte.buffer_size, lte.sink_size)
 
 
 def router_channels(head_dim: int) -> list[int]:

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from megahybrid.config.schema import Config
 from megahybrid.key import derived
-from megahybrid.mixers.lte import LTEConfig
+from megahybrid.mixers.lte import LTEConfig, most_room, room_for
 from megahybrid.model.regulation import Count, Quantity
 from megahybrid.parallel import groups
+
+FORGET = 0.9998
+"""A step, of the margins: half of one in 3,466 steps."""
 
 
 class LambdaController:
@@ -24,6 +27,9 @@ class LambdaController:
     Attributes:
         lambdas: fp32 `[layers, heads]`; the mixers read their row of a copy on the device.
         kept: fp32 `[layers, heads]`, moving average of `kept_now`.
+        shares: fp32 `[layers]`, of all tokens those that the head kept in the last step that kept most of them.
+        margins: fp32 `[layers]`, by what that is multiplied when ranks make room for it: doubled when it was not
+            enough, and forgotten slowly.
         kept_now: fp32 `[layers, heads]`, tokens kept in the last step by the share of all that were, of a document as
             long as that step's longest: every document has a buffer of its own, and that one's must suffice.
     """
@@ -32,10 +38,23 @@ class LambdaController:
     member = "head"
 
     def __init__(
-        self, config: LTEConfig, seq_length: int, layers: Sequence[int], heads: int, device: torch.device | str = "cpu"
+        self,
+        config: LTEConfig,
+        seq_length: int,
+        layers: Sequence[int],
+        heads: int,
+        device: torch.device | str = "cpu",
+        tokens: int = 0,
     ):
-        self.config, self.layers = config, layers
-        self.counts = {"kept": Count(heads, split=True), "positions": Count(1, split=False)}
+        """tokens: of a context parallel rank, where there are several."""
+        self.config, self.layers, self.tokens = config, layers, tokens
+        self.counts = {
+            "kept": Count(heads, split=True),
+            "positions": Count(1, split=False),
+            "missing": Count(heads, split=True, void=True),
+        }
+        self.shares, self.margins = torch.ones(len(layers)), torch.ones(len(layers))
+        self._rooms = torch.zeros(len(layers), dtype=torch.int64, device="cpu")
         # On the host, which gets the counts anyway, and never waits for what it tells of them.
         self.lambdas = torch.zeros(len(layers), heads)
         self._steering = self.lambdas.to(device)
@@ -46,7 +65,9 @@ class LambdaController:
     def of(cls, config: Config, layers: Sequence[int], device: torch.device) -> LambdaController:
         """See `Regulator`."""
         model = derived(config.model)
-        return cls(model.lte, config.train.seq_length, layers, model.attention.num_kv_heads, device)
+        train, contexts = config.train, config.parallel.context
+        tokens = train.micro_batch_size * train.seq_length // contexts if contexts > 1 else 0
+        return cls(model.lte, train.seq_length, layers, model.attention.num_kv_heads, device, tokens)
 
     @staticmethod
     def quantities(config: Config) -> tuple[Quantity, ...]:
@@ -68,7 +89,8 @@ class LambdaController:
     def attach(self, layer: int, mixer: nn.Module) -> None:
         """See `Regulator`."""
         rank, size = groups.tensor_parallel() if mixer.keeps_tokens else groups.head_parallel()
-        mixer.l1_lambda = self._steering[self.layers.index(layer)].chunk(size)[rank]
+        row = self.layers.index(layer)
+        mixer.l1_lambda, mixer.room = self._steering[row].chunk(size)[rank], self._rooms[row]
 
     def update(self, step: int, counts: Mapping[str, Tensor] | None, longest: int) -> None:
         """Take in an optimizer step, and every update_interval steps adjust lambda; see `Regulator`.
@@ -80,8 +102,19 @@ class LambdaController:
             scale = (longest / counts["positions"].double()).to(torch.float32)
             self.kept_now = counts["kept"].to(torch.float32) * scale
             self.kept = (1 - rate) * self.kept + rate * self.kept_now
+            self.shares = (counts["kept"] / counts["positions"]).amax(1).to(torch.float32)
+            short = (counts["missing"] > 0).any(1)
+            self.margins = torch.where(short, 2 * self.margins, (FORGET * self.margins).clamp(min=1))
+            self._make_room()
         if step % self.config.loss.update_interval == 0:
             self._steer(self._adjusted())
+
+    def _make_room(self) -> None:
+        """For what a rank retains; none for more than a plan counts with."""
+        most = most_room(self.config)
+        for row, share in enumerate((self.shares * self.margins).tolist()):
+            room = room_for(share * self.tokens, self.config.sink_size)
+            self._rooms[row] = room if self.tokens and room <= most else 0
 
     def _steer(self, lambdas: Tensor) -> None:
         self.lambdas = lambdas
@@ -100,11 +133,15 @@ class LambdaController:
         """See `Regulator`."""
         return {"kept": self.kept_now, "lambda": self.lambdas}
 
-    def state(self) -> dict[str, list[list[float]]]:
+    def state(self) -> dict[str, list]:
         """What a checkpoint keeps; float32 survives the way through JSON's decimals exactly."""
-        return {"lambdas": self.lambdas.tolist(), "kept": self.kept.tolist()}
+        every = {"lambdas": self.lambdas, "kept": self.kept, "shares": self.shares, "margins": self.margins}
+        return {name: values.tolist() for name, values in every.items()}
 
     def load_state(self, state: dict[str, list[list[float]]]) -> None:
         """Take over a state that `state` gave."""
         self._steer(torch.tensor(state["lambdas"]))
         self.kept = torch.tensor(state["kept"])
+        if "shares" in state:  # checkpoints from before ranks made room have none
+            self.shares, self.margins = torch.tensor(state["shares"]), torch.tensor(state["margins"])
+            self._make_room()

@@ -53,10 +53,8 @@ class Router(nn.Module):
     Its parameters are attributes of the module that uses them, since ZeRO-3 gathers a module's own parameters only.
     """
 
-    def __init__(self, settings: Settings, whole: bool):
-        """whole: whether a rank works for all of its parameters' heads, whatever context parallel ranks there are."""
+    def __init__(self, settings: Settings):
         super().__init__()
-        self.whole = whole
         attention, lte = settings.model.attention, settings.model.lte
         heads, channels = attention.num_kv_heads, router_channels(attention.head_dim)
         self.dilation = lte.conv_dilation
@@ -72,10 +70,13 @@ class Router(nn.Module):
         self.projection_bias = parameter(heads, axis=0, initializer=constant(0.5), weight_decay=False)
 
     def forward(
-        self, k: Tensor, v: Tensor, sequences: Sequences, dropout: Dropout | None
+        self, k: Tensor, v: Tensor, sequences: Sequences, dropout: Dropout | None, whole: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores in (-1/2, 1/2) `[tokens, kv heads of this rank]`; and k and v for all other uses, see the op."""
-        return retention_scores(k, v, self.parameters_for_op(), sequences, dropout, self.dilation)
+        """Scores in (-1/2, 1/2) `[tokens, kv heads of this rank]`; and k and v for all other uses, see the op.
+
+        whole: whether the rank works for all of its parameters' heads, whatever context parallel ranks there are.
+        """
+        return retention_scores(k, v, self.parameters_for_op(whole), sequences, dropout, self.dilation)
 
     def streamed(
         self, k: Tensor, v: Tensor, sequences: Sequences, state: RouterState | None
@@ -83,9 +84,9 @@ class Router(nn.Module):
         """Scores, `margin` tokens later, from the state, or where sequences begin without one."""
         return retention_scores_streamed(k, v, self.parameters_for_op(), sequences, state, self.dilation)
 
-    def parameters_for_op(self) -> RouterParameters:
-        """The op's view of the parameters of this rank's heads."""
-        own = (lambda weight: weight) if self.whole else own_heads
+    def parameters_for_op(self, whole: bool = False) -> RouterParameters:
+        """The op's view of the parameters of this rank's heads, or `whole` ones."""
+        own = (lambda weight: weight) if whole else own_heads
         weights = map(own, (self.conv0_weight, self.conv1_weight, self.conv2_weight))
         biases = map(own, (self.conv0_bias, self.conv1_bias, self.conv2_bias))
         return RouterParameters(tuple(weights), tuple(biases), own(self.projection), own(self.projection_bias))
@@ -94,68 +95,82 @@ class Router(nn.Module):
 class LTEAttention(AttentionProjections):
     """Attention to a window, the sinks, and older tokens whose retention score is positive.
 
-    `l1_lambda`, fp32 `[kv heads of this rank]`, weighs the L1 term; the controller sets it between steps. A `policy`
+    `l1_lambda`, fp32 `[kv heads of this rank]`, weighs the L1 term. `room`, int64 on the host, is for how many retained
+    tokens of a head a context parallel rank has room that trains without a cap and keeps its tokens; at 0 ranks
+    exchange tokens for heads, or heads being too few, pass on all. The controller sets both between steps. A `policy`
     takes the place of the router's scores.
     """
 
     def __init__(self, settings: Settings, layer: int):
         super().__init__(settings, layer)
         self.lte = settings.model.lte
-        self.router = Router(settings, self.keeps_tokens)
+        self.router = Router(settings)
         every = settings.model.attention.num_kv_heads
         rank, ranks = groups.tensor_parallel() if self.keeps_tokens else groups.head_parallel()
         self.heads = every // ranks
         self.first_head = rank * self.heads
         self.scores_per_token = every * len(settings.pattern.layers(LTEKind.letter))
         self.l1_lambda = torch.zeros(self.heads, device="cpu")  # models are made on the meta device
+        self.room = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.exchanges_at_times = LTEKind().exchanges_at_times(settings.model, groups.head_parallel()[1])
         self.policy: Policy | None = None
 
     def forward(self, x: Tensor, context: Context, state: LTEState | None = None):
         """`[tokens, 1, hidden]` → (the same, by-products in training, the next state)."""
-        q, k, v = self.project(x)
+        stay = self.keeps_tokens and not (self.exchanges_at_times and self._room(context) is None)
+        q, k, v = self.project(x, stay=stay)
         if state is not None or context.keep_states:
             return self._continue(q, k, v, context, state or _NOTHING)
-        if self.keeps_tokens:
+        if stay:
             return self._own_tokens(q, k, v, context)
         lte, sequences = self.lte, context.sequences
         if self.policy is None:
-            scores, k, v = self.router(k, v, sequences, self._dropout(context))
+            scores, k, v = self.router(k, v, sequences, self._dropout(context, k.shape[1]), whole=False)
         q, rotated = self.rotate(q, k, context.sequences)
         if self.policy is not None:
             scores, _ = self.policy.scores(k, (q, rotated), sequences, self.policy.state(sequences.count))
-        cap = None if context.training and not lte.train_cap else lte.buffer_size
-        o = lte_attention(q, rotated, v, scores, sequences, lte.window_size, lte.sink_size, cap, lte.gate)
+        o = lte_attention(
+            q, rotated, v, scores, sequences, lte.window_size, lte.sink_size, self._cap(context), lte.gate
+        )
         aux = self._aux(scores, context) if context.training else self._seen(k, scores, context)
-        return self.output(o), aux, None
+        return self.output(o, stay), aux, None
+
+    def _cap(self, context: Context) -> int | None:
+        """How many retained tokens a query sees."""
+        return None if context.training and not self.lte.train_cap else self.lte.buffer_size
+
+    def _room(self, context: Context) -> int | None:
+        """For `retained`."""
+        return self._cap(context) or (0 if context.whole else int(self.room)) or None
 
     def _own_tokens(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
-        """With a buffer of limited capacity."""
-        lte, sequences, count = self.lte, context.sequences, len(k)
+        lte, sequences, count, cap, room = self.lte, context.sequences, len(k), self._cap(context), self._room(context)
         around = tokens.rows_around(sequences, lte.margin, lte.margin)
         keys, values = tokens.borrow(around, k, v)
         before, after = len(keys.before), len(keys.after)
         first = groups.context_parallel()[0] * count
-        dropout = self._dropout(context, slice(first - before, first + count + after))
+        dropout = self._dropout(context, self.heads, slice(first - before, first + count + after))
         # k and v that it gives on would save a pass backward, but are joined: a slice's gradient is filled with zeros.
-        scores, *_ = self.router(keys.joined(), values.joined(), tokens.own(sequences, before, after), dropout)
+        around = tokens.own(sequences, before, after)
+        scores, *_ = self.router(keys.joined(), values.joined(), around, dropout, whole=True)
         scores = scores[before : before + count]
         q, k = self.rotate(q, keys.own, tokens.own(sequences))
-        seen = rows_seen(sequences, lte)
+        seen = rows_seen(sequences, lte, room)
         k, v = (part.joined() for part in tokens.borrow(seen, k, values.own))
         (borrowed,) = tokens.borrow(seen, scores)
         borders = tokens.own(sequences, len(borrowed.before))
         rows = Rows(k, v, borrowed.joined())
-        q, more = retained(q, rows, sequences, lte)
+        q, more, missing = retained(q, rows, sequences, lte, room, cap is not None)
         if more is not None:
-            rows, borders = Rows(*map(torch.cat, zip(more, rows, strict=True))), borders.longer(lte.buffer_size)
+            rows, borders = Rows(*map(torch.cat, zip(more, rows, strict=True))), borders.longer(len(more.k))
         # Nobody asks for what queries of the rows before would give.
         queries = torch.cat([q.new_zeros(len(rows.k) - count, *q.shape[1:]), q])
-        o = lte_attention(queries, *rows, borders, lte.window_size, lte.sink_size, lte.buffer_size, lte.gate)[-count:]
+        o = lte_attention(queries, *rows, borders, lte.window_size, lte.sink_size, cap, lte.gate)[-count:]
         if context.training:
-            aux = self._aux(borrowed.own, context, slice(first, first + count))
+            aux = self._aux(borrowed.own, context, slice(first, first + count), missing)
         else:
             aux = self._seen(k, gather_tokens(scores), context)
-        return self.output(o), aux, None
+        return self.output(o, stay=True), aux, None
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: LTEState):
         lte, sequences = self.lte, context.sequences
@@ -173,12 +188,15 @@ class LTEAttention(AttentionProjections):
         )
         return self.output(o), None, LTEState(cache, scorer)
 
-    def _dropout(self, context: Context, rows: slice = slice(None)) -> Dropout | None:
+    def _dropout(self, context: Context, heads: int, rows: slice = slice(None)) -> Dropout | None:
         if not context.training or self.lte.dropout == 0:
             return None
-        return Dropout(self.lte.dropout, context.dropout_keys[self.layer][rows], self.first_head * 2 * self.head_dim)
+        first = self.first_head
+        if heads < self.heads:  # those of this rank, which usually works for all
+            first += groups.context_parallel()[0] * heads
+        return Dropout(self.lte.dropout, context.dropout_keys[self.layer][rows], first * 2 * self.head_dim)
 
-    def _aux(self, scores: Tensor, context: Context, rows: slice = slice(None)) -> Aux:
+    def _aux(self, scores: Tensor, context: Context, rows: slice = slice(None), missing: Tensor | None = None) -> Aux:
         """L1 term, and how many positions are kept and counted: those whose right context is whole.
 
         The L1 sum is divided by a number fixed by shapes (tokens times scores a token), so that it does not depend on
@@ -186,8 +204,11 @@ class LTEAttention(AttentionProjections):
         """
         cut = (context.sequences.remaining < self.lte.margin).unsqueeze(-1)
         excess = scores.masked_fill(cut[rows], 0).relu()
-        loss = torch.dot(self.l1_lambda.to(scores), excess.sum(0)) / (len(cut) * self.scores_per_token)
-        return Aux(loss, {"kept": (excess > 0).sum(0), "positions": len(cut) - cut.sum(0)})
+        kept = (excess > 0).sum(0)
+        lambdas = self.l1_lambda if len(kept) == self.heads else own_heads(self.l1_lambda)
+        loss = torch.dot(lambdas.to(scores), excess.sum(0)) / (len(cut) * self.scores_per_token)
+        missing = torch.zeros_like(kept) if missing is None else missing
+        return Aux(loss, {"kept": kept, "positions": len(cut) - cut.sum(0), "missing": missing})
 
     def _seen(self, k: Tensor, scores: Tensor, context: Context) -> Aux | None:
         if context.watch is None:

@@ -5,6 +5,13 @@ window by then. The best of all are the best of each rank's best: every rank giv
 which ends a window before its tokens do, so that the next rank's goes on from there, and each merges what ranks before
 it gave. What it gets stands before its window like so many tokens of the document, for each head its own: sinks first,
 since they outrank all. Exits, which count what is better and leaves the window later, are the same.
+
+Without a buffer's limit a query finds every sink and positive score. Then ranks give the best of their stretches
+likewise, as many as they have room for, and each has all that ranks before it gave. Those for which there was no room
+are counted: a step that misses any is void.
+
+Gradients of what was given are summed at its owner. A score's, <dv, v>, is made by each rank that has a copy of v, from
+its own part of dv: their sum is that of the sum.
 """
 
 from __future__ import annotations
@@ -29,33 +36,59 @@ class Rows(NamedTuple):
     score: Tensor
 
 
-def rows_seen(sequences: Sequences, lte: LTEConfig) -> list[tuple[int, int]]:
-    """For `tokens.borrow`: a window, or all of a document's earlier tokens where window and buffer hold as many."""
+class Retained(NamedTuple):
+    """What `retained` gives.
+
+    Attributes:
+        x: as it was, to be used in its place.
+        rows: what is retained of this rank's first document before the rows that it has; None where these are all.
+        missing: int64 `[heads]`, tokens of this rank that others should retain, but for which it had no room.
+    """
+
+    x: Tensor
+    rows: Rows | None
+    missing: Tensor
+
+
+def rows_seen(sequences: Sequences, lte: LTEConfig, room: int | None) -> list[tuple[int, int]]:
+    """For `tokens.borrow`: a window, or all of a document's earlier tokens where it and the room of one rank hold as
+    many, or where there is None."""
     return [
-        (lte.window_size if _merges(place, lte) else place.first - place.begin, 0) for place in tokens.places(sequences)
+        (lte.window_size if _merges(place, lte, room) else place.first - place.begin, 0)
+        for place in tokens.places(sequences)
     ]
 
 
-def retained(x: Tensor, rows: Rows, sequences: Sequences, lte: LTEConfig) -> tuple[Tensor, Rows | None]:
-    """x, to be used in its place, and what the buffer of this rank's first document has before `rows`, its own and
-    those that it has borrowed; None where these are all."""
+def retained(x: Tensor, rows: Rows, sequences: Sequences, lte: LTEConfig, room: int | None, capped: bool) -> Retained:
+    """What ranks give each other of what they retain.
+
+    Args:
+        x: something that every rank goes on with.
+        rows: this rank's own, and those that `rows_seen` says before them.
+        room: of a head, how many each rank gives; the buffer's size where the buffer is `capped`, and None for no
+            limit, where ranks have borrowed all rows.
+    """
     places, (rank, _) = tokens.places(sequences), groups.context_parallel()
-    if not any(_merges(place, lte) for place in places):
-        return x, None
+    missing = torch.zeros(rows.score.shape[1], dtype=torch.int64, device=x.device)
+    if room is None or not any(_merges(place, lte, room) for place in places):
+        return Retained(x, None, missing)
     place = places[rank]
-    best, order = _best(_merit(rows.score, place, sequences, lte), lte.buffer_size)
+    merit = _merit(rows.score, place, sequences, lte)
+    if not capped and any(_merges(each, lte, room) and each.begin < place.end for each in places[rank + 1 :]):
+        missing = ((merit > 0).sum(1) - room).clamp(min=0)
+    best, order = _best(merit, room)
     given = _chosen(rows, best, order)
     x, k, v, scores = tokens.gather_beside(x, given.k, given.v, torch.stack([given.score, best.T]))
-    if not _merges(place, lte):
-        return x, None
+    if not _merges(place, lte, room):
+        return Retained(x, None, missing)
     before = slice(place.begin // (place.end - place.first), rank)
     k, v, scores, merit = (part[before].flatten(0, 1) for part in (k, v, scores[:, 0], scores[:, 1]))
-    best, order = _best(merit.detach().T, lte.buffer_size)
-    return x, _chosen(Rows(k, v, scores), best, order)
+    best, order = _best(merit.detach().T, room if capped else len(merit))
+    return Retained(x, _chosen(Rows(k, v, scores), best, order), missing)
 
 
-def _merges(place: tokens.Place, lte: LTEConfig) -> bool:
-    return place.first - place.begin > lte.window_size + lte.buffer_size
+def _merges(place: tokens.Place, lte: LTEConfig, room: int | None) -> bool:
+    return room is not None and place.first - place.begin > lte.window_size + room
 
 
 def _merit(score: Tensor, place: tokens.Place, sequences: Sequences, lte: LTEConfig) -> Tensor:

@@ -1,5 +1,8 @@
+from unittest.mock import patch
+
 import pytest
 import torch
+from torch import nn
 
 from megahybrid.mixers.lte import LTEConfig, RetentionLossConfig
 from megahybrid.mixers.lte.controller import LambdaController
@@ -10,8 +13,10 @@ def controller(**options):
     return LambdaController(LTEConfig(buffer_size=100, loss=loss), seq_length=1000, layers=[0], heads=1)
 
 
-def counts(kept, positions):
-    return {"kept": torch.tensor(kept).double(), "positions": torch.full((len(kept), 1), positions).double()}
+def counts(kept, positions, missing=None):
+    kept = torch.tensor(kept).double()
+    positions = torch.full((len(kept), 1), positions).double()
+    return {"kept": kept, "positions": positions, "missing": torch.zeros_like(kept) if missing is None else missing}
 
 
 def test_trajectory_from_a_table():
@@ -81,3 +86,50 @@ def test_state_survives_json_exactly():
     other.load_state(json.loads(json.dumps(subject.state())))
     assert torch.equal(subject.lambdas, other.lambdas)
     assert torch.equal(subject.kept, other.kept)
+
+
+def context_parallel(tokens=1000):
+    loss = RetentionLossConfig(update_interval=2)
+    return LambdaController(
+        LTEConfig(buffer_size=100, sink_size=4, loss=loss), 4000, layers=[1, 3], heads=2, tokens=tokens
+    )
+
+
+def rooms(subject):
+    mixers = [nn.Identity(), nn.Identity()]
+    for layer, mixer in zip((1, 3), mixers, strict=True):
+        mixer.keeps_tokens = False
+        with patch("megahybrid.mixers.lte.controller.groups.head_parallel", lambda: (0, 1)):
+            subject.attach(layer, mixer)
+    return [int(mixer.room) for mixer in mixers]
+
+
+def test_room_for_what_the_head_that_keeps_most_is_expected_to_retain():
+    """Half as many more, four standard deviations and the sinks, up to a power of two; and no more than for a rank that
+    retains all that a buffer holds."""
+    subject = context_parallel()
+    assert rooms(subject) == [0, 0]
+    subject.update(1, counts([[1210, 100], [20, 100]], 10_000), 4000)  # of 1,000 121 and 10: 230.5 and 32.6
+    assert rooms(subject) == [256, 64]
+    subject.update(2, counts([[1400, 0], [0, 0]], 10_000), 4000)  # 140: 262.3; none: only sinks
+    assert rooms(subject) == [0, 8]
+    assert rooms(context_parallel(tokens=0)) == [0, 0]
+
+
+def test_what_was_not_enough_is_doubled_and_a_checkpoint_knows_it():
+    import json
+
+    subject, other, older = (context_parallel() for _ in range(3))
+    missing = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    for step in (1, 2):
+        subject.update(step, counts([[100, 0], [100, 0]], 10_000, missing), 4000)  # 10: 32.6, 40: 90.3
+    assert rooms(subject) == [64, 128]
+    subject.update(3, None, 4000)
+    assert rooms(subject) == [64, 128]
+    other.load_state(json.loads(json.dumps(subject.state())))
+    assert rooms(other) == [64, 128]
+    older.load_state({name: subject.state()[name] for name in ("lambdas", "kept")})
+    assert rooms(older) == [0, 0]
+    for step in range(4, 4 + 3467):
+        subject.update(step, counts([[100, 0], [100, 0]], 10_000), 4000)
+    assert rooms(subject) == [64, 64]  # 20: 52.9
