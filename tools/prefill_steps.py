@@ -14,17 +14,17 @@ from megahybrid.model.stack import Stack
 from megahybrid.parallel import groups
 from megahybrid_kernels import Sequences
 
-PASSES = 3
+PASSES = 9
 
 
 @torch.inference_mode()
 def prefill(model: Stack, context: int, batch: int, together: int, chunk: int, limit: float) -> dict:
     """`batch` prompts of `context` tokens: as many side by side as have `together` tokens, the others after them.
 
-    Such a pass is timed three times, or as often as the batch needs it if that is more, as far as the time limit
-    (seconds) goes, and once at least. Before it two pieces are read untimed, which compiles. What the passes of a batch
-    leave behind is kept, as generation needs all of it; states that were not reached within the time are added to the
-    memory by their size.
+    Such a pass is timed nine times, since the first are slower, or as often as the batch needs it if that is more, as
+    far as the time limit (seconds) goes, and once at least. Before it two pieces are read untimed, which compiles. What
+    the passes of a batch leave behind is kept, as generation needs all of it; states that were not reached within the
+    time are added to the memory by their size.
     """
     count = max(1, min(batch, together // context))
     needed = -(-batch // count)
@@ -43,6 +43,7 @@ def prefill(model: Stack, context: int, batch: int, together: int, chunk: int, l
     median = statistics.median(seconds)
     result = {"tokens_per_second": round(count * context / median), "pass_ms": round(1e3 * median, 2)}
     result |= {"pass_sequences": count, "passes": len(seconds), "chunk": min(chunk, context)}
+    result["ms_of_passes"] = [round(1e3 * each, 2) for each in seconds[:PASSES]]
     result["state_mib"] = size * needed >> 20
     if torch.cuda.is_available():
         missing = size * (needed - len(kept))

@@ -21,6 +21,8 @@ from megahybrid.parallel.rendezvous import meet
 Result = TypeVar("Result")
 _store: dist.Store
 _questions = itertools.count()  # that were asked of it
+# tensor_parallel() and context_parallel(), which every layer asks for; empty while there are no groups.
+_places: dict[str, tuple[int, int]] = {}
 
 
 def initialize(
@@ -59,6 +61,8 @@ def initialize(
         high_priority_stream_groups=["tp"] if torch.cuda.is_available() else None,
     )
     model_parallel_cuda_manual_seed(seed)
+    _places.clear()
+    _places.update(tensor=tensor_parallel(), context=context_parallel())
 
 
 def joined() -> bool:
@@ -68,6 +72,7 @@ def joined() -> bool:
 
 def shut_down() -> None:
     """Leave all groups; a later `initialize` may use another layout."""
+    _places.clear()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -90,11 +95,15 @@ def data_parallel() -> tuple[int, int]:
 
 def tensor_parallel() -> tuple[int, int]:
     """Rank and size of this process among those that split its layers."""
+    if found := _places.get("tensor"):
+        return found
     return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
 
 
 def context_parallel() -> tuple[int, int]:
     """Rank and size of this process among those that split a micro-batch's tokens."""
+    if found := _places.get("context"):
+        return found
     # Without any groups, as where a plan counts parameters, Megatron-core says 0.
     return parallel_state.get_context_parallel_rank(), max(1, parallel_state.get_context_parallel_world_size())
 

@@ -28,6 +28,13 @@ def to_heads(*parts: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.unflatten(1, (-1, *part.shape[2:])).contiguous() for x, part in zip(pieces, parts, strict=True))
 
 
+def flat_to_heads(heads: int, *parts: Tensor) -> tuple[Tensor, ...]:
+    """`to_heads` of parts `[tokens of this rank, values of all heads]`, which stay as flat."""
+    if groups.context_parallel()[1] == 1:
+        return parts
+    return tuple(y.flatten(1) for y in to_heads(*(x.unflatten(1, (heads, -1)) for x in parts)))
+
+
 def to_tokens(x: Tensor) -> Tensor:
     """`[all tokens, heads of this rank, …]` → `[tokens of this rank, heads, …]`."""
     _, ranks = groups.context_parallel()

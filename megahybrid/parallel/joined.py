@@ -26,7 +26,8 @@ def join_weights(model: nn.Module) -> None:
         if len(layers) > 1:
             weights = [layer.weight for layer in layers]
             whole, places = _side_by_side(weights), [weight.data_ptr() for weight in weights]
-            layers[0].joined = Joined(tuple(layers), whole, list(map(len, weights)), places)
+            sizes = list(map(len, weights))
+            layers[0].joined = Joined(tuple(layers), whole, [*sizes, len(whole) - sum(sizes)], places)
         if names := getattr(module, "beside", ()):
             _side_by_side([getattr(module, name) for name in names])
 

@@ -73,7 +73,7 @@ class Joined(NamedTuple):
     Attributes:
         layers: in the order of their rows.
         weight: `[rows, in]`, theirs and some of 0 behind them.
-        sizes: each one's rows.
+        sizes: each one's rows, and how many of 0 there are.
         places: each one's address.
     """
 
@@ -92,7 +92,7 @@ def project(x: Tensor, layers: Sequence[ColumnLinear], sequence_parallel: bool) 
     joined = layers[0].joined
     if joined is not None and not torch.is_grad_enabled() and not sequence_parallel and joined.holds(layers):
         y = x.squeeze(1) @ joined.weight.T
-        return y.split([*joined.sizes, y.shape[1] - sum(joined.sizes)], 1)[: len(layers)]
+        return y.split_with_sizes(joined.sizes, 1)[: len(layers)]
     weights, copies = [layer.weight for layer in layers], [layer.copies for layer in layers]
     few = [*itertools.takewhile(lambda n: copies[n] == 1 and len(weights[n]) <= _FEW_ROWS, range(len(layers))[::-1])]
     if len(few) < 2:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -342,7 +343,6 @@ def test_bad_imports(exported, tmp_path, capsys):
         file.write_text(file.read_text().replace("model-00001", "../model-00001"))
 
     def without_a_tensor(source):
-        file = source / "model-00002-of-00003.safetensors"
         file = next(source.glob("model-00002-*"))
         tensors = load_file(file)
         tensors.pop(min(tensors))
@@ -388,8 +388,6 @@ def test_shards_are_read_one_tensor_at_a_time(reference, tmp_path, monkeypatch):
     real = export_module._read
 
     def counted(*arguments):
-        import weakref
-
         for tensor in real(*arguments):
             alive.append(weakref.ref(tensor))
             most.append(sum(each() is not None for each in alive))

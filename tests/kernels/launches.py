@@ -150,7 +150,7 @@ def delta_rule(case: Case, tune: gdn.Tuning | None = None) -> None:
 
 
 def delta_rule_in_segments(case: Case) -> None:
-    delta_rule(case, replace(gdn.tuning(case.dim, BF16, torch.device("meta")), programs=10**9, shortest=1))
+    delta_rule(case, replace(gdn.tuning(case.dim, BF16, torch.device("meta")), programs=10**9, shortest=1, whole=0))
 
 
 def delta_rule_at_a_border(case: Case) -> None:

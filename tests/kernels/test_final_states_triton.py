@@ -18,7 +18,7 @@ from megahybrid_kernels.launch import Kernel
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (3, 70)
 WHOLE = replace(gdn.tuning(16, torch.float32, torch.device(DEVICE)), programs=0)
-CUT = replace(WHOLE, programs=10**6, shortest=1, chunk=32)
+CUT = replace(WHOLE, programs=10**6, shortest=1, whole=0, chunk=32)
 
 
 def delta_inputs(tokens: int, heads: int, dim: int, **options) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 # Several blocks of columns at small head dims; sequences are never cut, or as soon as they have two chunks.
 WHOLE = replace(gdn.tuning(16, torch.float32, torch.device(DEVICE)), programs=0)
-CUT = replace(WHOLE, programs=10**6, shortest=1)
+CUT = replace(WHOLE, programs=10**6, shortest=1, whole=0)
 
 
 def op_for(lengths, tune=WHOLE, **options):
@@ -124,6 +124,17 @@ def test_a_state_passed_from_piece_to_piece_equals_one_pass():
         return torch.cat(outputs), state
 
     assert_same(run(in_pieces, inputs), run(op_for((162,)), inputs), 2e-5, 5e-5)
+
+
+def test_short_sequences_are_cut_for_gradients_alone():
+    tune = gdn.tuning(256, torch.bfloat16, torch.device(DEVICE))
+    chunks = {
+        (tokens, training): gdn.longest_segment((tokens, 1), 8, 256, tune, training)
+        for tokens in (4096, 4097)
+        for training in (False, True)
+    }
+    assert chunks[4096, False] == 64 > chunks[4096, True]
+    assert chunks[4097, False] == chunks[4097, True] < 64
 
 
 @pytest.mark.parametrize("tune", [WHOLE, CUT], ids=["whole", "cut"])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megahybrid.study import launch as launching
 from megahybrid.study.file import load_study
 from tests.study.running import FILE, PYTHON
 from tests.training.conftest import RECIPE, prepared, text  # noqa: F401
@@ -44,3 +45,32 @@ def trainer(tmp_path, monkeypatch):
         monkeypatch.setattr("megahybrid.launch.pinned.pin", lambda folder: folder.mkdir(parents=True))
 
     return make
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Another test's lab is not asked, nothing is waited for that takes seconds, and studies may be too small."""
+    monkeypatch.setattr(launching, "expect", lambda study, cells: None)
+    monkeypatch.setattr("megahybrid.launch.runs.shutil.which", lambda name: None)
+    monkeypatch.setattr(launching, "_SECONDS_BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr(launching, "_SECONDS_BETWEEN_LOOKS_AT_THE_QUEUE", 0.05)
+
+
+@pytest.fixture
+def fit(monkeypatch):
+    """A law that predicts 2.5 of every run that is held out."""
+
+    def fit(study):
+        held_out = [line.split(",") for line in (study.folder / "runs.csv").read_text().splitlines() if ",1,," in line]
+        return {
+            "kinds": {
+                kind: {
+                    "predictions": [
+                        {"cell": row[0], "loss": 2.5, "interval": [2.4, 2.6]} for row in held_out if row[2] == kind
+                    ]
+                }
+                for kind in ("one", "two")
+            }
+        }
+
+    monkeypatch.setattr("megahybrid.study.prediction.fit", fit)

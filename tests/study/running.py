@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from megahybrid.cli import main
 from megahybrid.files import write_json
 from megahybrid.study.cells import Cell
 from megahybrid.training.checkpoint_folder import name
@@ -104,3 +105,7 @@ def calls(folder: Path = Path()) -> list[dict]:
     """What the programs in Python's place have noted, in order."""
     path = folder / "calls.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def launch(*arguments: str) -> int:
+    return main(["study", "launch", "study.yaml", *arguments])

@@ -72,12 +72,22 @@ REPRESENTATIVE = {
     Layout(context=2, zero_stage=2),
 }
 RESUMES = [
-    (Layout(data=2), Layout(zero_stage=3)),
-    (Layout(zero_stage=3), Layout(data=4)),
-    (Layout(data=4, zero_stage=3), Layout(tensor=2, sequence=True, data=2, zero_stage=2)),
-    (Layout(tensor=2, zero_stage=2), Layout(pipeline=2, virtual_pipeline=2, data=2)),
-    (Layout(tensor=2, pipeline=2, sequence=True), Layout()),
-    (Layout(), Layout(tensor=4, sequence=True)),
+    # These leave and enter every kind.
+    (
+        Layout(data=2),
+        Layout(zero_stage=3),
+        Layout(data=4),
+        Layout(data=4, zero_stage=3),
+        Layout(tensor=2, sequence=True, data=2, zero_stage=2),
+    ),
+    (
+        Layout(tensor=2, zero_stage=2),
+        Layout(pipeline=2, virtual_pipeline=2, data=2),
+        Layout(tensor=2, pipeline=2, sequence=True),
+        Layout(),
+        Layout(tensor=4, sequence=True),
+    ),
+    # With --slow alone.
     (Layout(pipeline=4), Layout(tensor=2, data=2, zero_stage=3)),
     (Layout(tensor=2, data=2, zero_stage=3), Layout(pipeline=2, data=2)),
     (Layout(pipeline=2, virtual_pipeline=2), Layout(tensor=2, pipeline=2)),
@@ -85,7 +95,6 @@ RESUMES = [
     (Layout(context=4), Layout()),
     (Layout(), Layout(context=2, zero_stage=3)),
 ]
-"""The first six leave or enter every kind; --slow runs all."""
 SCORES_APART = 3e-6
 """Of retention scores in (-1/2, 1/2), which layouts round each otherwise."""
 
@@ -211,20 +220,21 @@ def test_a_step_for_which_there_was_no_room_is_done_again(layout, workers, brief
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
+    "layouts",
     [
-        pytest.param(*pair, id=f"{pair[0]}-{pair[1]}", marks=[pytest.mark.slow] * (n >= 6))
-        for n, pair in enumerate(RESUMES)
+        pytest.param(layouts, id="-".join(map(str, layouts)), marks=[pytest.mark.slow] * (number >= 2))
+        for number, layouts in enumerate(RESUMES)
     ],
 )
-def test_a_run_goes_on_in_another_layout(before, after, workers, brief_reference, brief_recipe, tmp_path):
-    """Stopped by SIGTERM to one rank in the middle, gone on in another layout."""
+def test_a_run_goes_on_in_another_layout(layouts, workers, brief_reference, brief_recipe, tmp_path):
+    """Stopped by SIGTERM to one rank, gone on in another layout, as often as there is one."""
     steps = len(metrics(brief_reference))
-    at = "tests.training.test_layouts:train_and_stop", str(brief_recipe), steps // 2, *before.overrides
-    workers.run(before.world, *at)
-    status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["state"], status["step"]) == ("stopped", steps // 2)
-    workers.run(after.world, "tests.training.test_layouts:train", str(brief_recipe), *after.overrides)
+    for number, layout in enumerate(layouts, start=1):
+        stop = steps * number // len(layouts)
+        overrides = str(brief_recipe), stop, *layout.overrides
+        workers.run(layout.world, "tests.training.test_layouts:train_and_stop", *overrides)
+        status = json.loads((tmp_path / "run" / "status.json").read_text())
+        assert (status["state"], status["step"]) == ("stopped" if stop < steps else "done", stop)
     assert_same_run(metrics(tmp_path / "run"), metrics(brief_reference))
 
 

@@ -272,7 +272,7 @@ class _Convolution(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, weight: Tensor, state: Tensor | None, sequences: Sequences, output_final_state: bool
     ):  # fmt: skip
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
         new_state = x.new_empty(sequences.count, weight.shape[1] - 1, x.shape[1]) if output_final_state else None
         blocks, spans, span, constants = _cut(x, weight, _FORWARD_PROGRAMS)
         conv1d_kernel[blocks * spans](
@@ -289,7 +289,7 @@ class _Convolution(torch.autograd.Function):
         x, weight, state = ctx.saved_tensors
         sequences, held = ctx.sequences, x if state is None else state
         dy = torch.zeros_like(x) if dy is None else dense_rows(dy)
-        dx, dstate = torch.empty(x.shape, dtype=x.dtype, device=x.device), None
+        dx, dstate = torch.empty(*x.shape, dtype=x.dtype, device=x.device), None
         blocks, spans, span, constants = _cut(x, weight, _BACKWARD_PROGRAMS)
         shares = torch.empty(spans, weight.shape[1], len(weight), dtype=torch.float32, device=x.device)
         borders = sequences.cu_seqlens

@@ -80,7 +80,7 @@ class _Call:
         return count, self.heads, self.key_dim, value_dim or self.value_dim
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.v.device)
+        return torch.empty(*shape, dtype=dtype, device=self.v.device)
 
     @property
     def precision(self) -> str:
@@ -247,7 +247,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         # The states between segments pass through `final`, which is small beside them.
         asked = output_final_state or cut.bounds is not None
         final = call.empty(*call.state_shape(count)) if asked else None
-        o, starts, transfer, maps = torch.empty(v.shape, dtype=v.dtype, device=v.device), initial, None, None
+        o, starts, transfer, maps = torch.empty(*v.shape, dtype=v.dtype, device=v.device), initial, None, None
         if cut.bounds is not None:
             segments = len(cut.segments)
             own = call.empty(*call.state_shape(segments))
@@ -349,10 +349,11 @@ def gated_delta_rule(
     if initial_state is not None:
         initial_state = initial_state.contiguous()
     tune = tune or tuning(max(k.shape[2], v.shape[2]), v.dtype, v.device)
-    longest = longest_segment(sequences.lengths, v.shape[1], v.shape[2], tune)
+    training = torch.is_grad_enabled()
+    longest = longest_segment(sequences.lengths, v.shape[1], v.shape[2], tune, training)
     cut = plan(sequences.lengths, tune.chunk, longest, v.device, joined=border is not None)
     strongest = 2.0 if allow_neg_eigval else 1.0
     return applied(
-        _GatedDeltaRule, q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune,
-        torch.is_grad_enabled(), output_final_state, strongest, border,
+        _GatedDeltaRule, q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune, training,
+        output_final_state, strongest, border,
     )  # fmt: skip

@@ -23,6 +23,8 @@ class Tuning:
         chunk: tokens of a chunk.
         programs: a scan is cut into segments until about so many programs run; sequences alone suffice from half of it.
         shortest: chunks of a segment at least.
+        whole: chunks up to which no sequence is cut where no gradient is asked for: the host takes longer for the three
+            launches more than a GPU gains.
     """
 
     prepare: Launch
@@ -34,6 +36,7 @@ class Tuning:
     chunk: int = 64
     programs: int = 128
     shortest: int = 16
+    whole: int = 64
 
 
 # Of half precision, by table: of heads up to 128 wide, and of wider ones.
@@ -136,13 +139,15 @@ def rows_between(first: int, end: int, device: torch.device) -> Tensor:
         return torch.tensor([first, end], dtype=torch.int32, device=device)
 
 
-def longest_segment(lengths: tuple[int, ...], heads: int, value_dim: int, tune: Tuning) -> int:
-    """Chunks of a segment: a power of two, so that few plans differ."""
+def longest_segment(lengths: tuple[int, ...], heads: int, value_dim: int, tune: Tuning, training: bool) -> int:
+    """Chunks of a segment: a power of two, so that few plans differ. training: whether there will be gradients."""
     # Programs that one sequence gives.
     columns_programs = heads * cdiv(value_dim, min(tune.scan.size, tile_width(value_dim)))
     chunks = [cdiv(length, tune.chunk) for length in lengths]
     most = max(chunks)
     longest = next_power_of_2(most)
+    if most <= tune.whole and not training:
+        return longest
     # The scan takes as long as its longest sequence: short ones beside it do not help.
     if 2 * len([1 for x in chunks if 2 * x >= most]) * columns_programs >= tune.programs:
         return longest

@@ -54,8 +54,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         token_weights = x.new_ones(tokens, dtype=wide) if token_weights is None else token_weights.to(wide)
         token_weights = token_weights.masked_fill(ignored, 0)
         losses, normalisers = (torch.empty(tokens, dtype=wide, device=x.device) for _ in range(2))
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted[0] else None
-        dweight = torch.empty(weight.shape, dtype=wide, device=x.device) if wanted[1] else None
+        dx = torch.empty(*x.shape, dtype=x.dtype, device=x.device) if wanted[0] else None
+        dweight = torch.empty(*weight.shape, dtype=wide, device=x.device) if wanted[1] else None
         split = group is not None and dist.get_world_size(group) > 1
         local_labels = labels - dist.get_rank(group) * len(weight) if split else labels
         length = chunk_length(tokens, len(weight), x.element_size())

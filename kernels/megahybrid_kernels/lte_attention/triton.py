@@ -103,7 +103,7 @@ class _Shape(Heads):
 def _forward(
     shape: _Shape, q: Tensor, k: Tensor, v: Tensor, columns: Columns, part: Partition
 ) -> tuple[Tensor, Tensor]:
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    o = torch.empty(*q.shape, dtype=q.dtype, device=q.device)
     log_total = torch.empty(shape.kv_heads, shape.tokens, shape.groups, dtype=torch.float32, device=q.device)
     launch = shape.tune.forward
     forward_kernel[part.tiles * shape.kv_heads * (shape.groups // shape.pack)](
@@ -133,7 +133,7 @@ def _far_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Colu
     `logit`, without head_dim, the sums of their ds."""
     q, k, v, _, log_total = saved
     sums = (shape.kv_heads, columns.partial_rows, shape.head_dim)
-    dk, dv = (torch.empty(sums, dtype=torch.float32, device=q.device) for _ in range(2))
+    dk, dv = (torch.empty(*sums, dtype=torch.float32, device=q.device) for _ in range(2))
     gate = torch.empty(sums[:2] if logit else 0, dtype=torch.float32, device=q.device)
     launch, constants = shape.tune.far, shape.constants(q.dtype)
     chunks, capacity = columns.lists.shape[1:]
@@ -156,8 +156,8 @@ def _key_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Colu
     """dk, dv and the gate's gradient."""
     q, k, v, _, log_total = saved
     far = _far_gradient(shape, saved, do, delta, columns, part, logit)
-    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    dscore = torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
+    dk, dv = (torch.empty(*k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    dscore = torch.empty(*k.shape[:2], dtype=torch.float32, device=k.device)
     launch = shape.tune.near
     key_gradient_kernel[cdiv(shape.tokens, part.keys) * shape.kv_heads](
         q, k, v, do, dk, dv, dscore, *far, log_total, delta, columns.until, columns.rank, columns.partial,

@@ -260,7 +260,7 @@ def partition(sequences: Sequences, window: int, queries: int, keys: int, capped
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=like.device)
+    return torch.empty(*shape, dtype=dtype, device=like.device)
 
 
 def far_columns(

@@ -138,7 +138,7 @@ def attend(
     """o of the tokens `rows`, and if `save` o_selected, o_window, lse_selected and lse_window, as `Saved` has them."""
     tiles, first, count = tiles_of(sequences, shape.tile_tokens(shape.tune.attend_rows), rows)
     o, *saved = (torch.empty_like(o_compressed) for _ in range(3 if save else 1))
-    saved += [torch.empty(q.shape[:2], dtype=torch.float32, device=q.device) for _ in range(2 if save else 0)]
+    saved += [torch.empty(*q.shape[:2], dtype=torch.float32, device=q.device) for _ in range(2 if save else 0)]
     attend_kernel[count * shape.kv_heads](
         q, k, v, gates, *joint, o_compressed, o, *(saved or [o] * 4), tiles.firsts, sequences.begins, sequences.ends,
         *row_strides(q, k, v), first, *rows, shape.kv_heads, min(window_size, shape.tokens), shape.log2_scale,

@@ -87,7 +87,7 @@ class _Backward:
     def partial_sums(self, *rows: int) -> tuple[Tensor, Tensor]:
         """For dk and dv."""
         size = (*rows, self.shape.head_dim)
-        return tuple(torch.empty(size, dtype=torch.float32, device=self.do.device) for _ in range(2))
+        return tuple(torch.empty(*size, dtype=torch.float32, device=self.do.device) for _ in range(2))
 
     def constants(self) -> dict[str, object]:
         return self.shape.constants(self.do.dtype) | {"BLOCK": self.shape.block_size}
@@ -162,7 +162,7 @@ class _Backward:
         compressed, selected, window = statistics
         item_first, selected_sums = self.selected_gradient(selected)
         pooled, pooled_sums = self.compressed_gradient(compressed)
-        dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+        dk, dv = (torch.empty(*k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
         blocks = self.sequences.tiles(shape.block_size)
         key_gradient_kernel[blocks.count * (shape.block_size // self.keys) * shape.kv_heads](
             q, k, v, self.do, dk, dv, *selected_sums, *pooled_sums, selected, window, self.sequences.begins,

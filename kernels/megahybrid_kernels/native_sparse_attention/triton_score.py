@@ -218,8 +218,8 @@ def compress(
     """The compressed branch and its lse, of the tokens `rows` = (first, end) that q holds; o only with `pooled_v`."""
     tiles, first_tile, count = tiles_of(sequences, shape.tile_tokens(shape.tune.score_rows), rows)
     launch = shape.tune.compress
-    o = None if pooled_v is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    o = None if pooled_v is None else torch.empty(*q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(*q.shape[:2], dtype=torch.float32, device=q.device)
     compress_kernel[count * shape.kv_heads](
         q, pooled_k, pooled_k if pooled_v is None else pooled_v, q if o is None else o, lse, tiles.firsts,
         sequences.begins, sequences.ends, sequences.tiles(shape.block_size).before, *row_strides(q),

@@ -114,7 +114,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx, x: Tensor, gate: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float):
         other = x if gate is None and residual is None else residual if gate is None else gate
         ctx.flags = {"GATED": gate is not None, "ADDED": residual is not None}
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        y = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
         total = torch.empty_like(y) if residual is not None else y
         tile = _tile(x.shape[1], _FORWARD_TILE, _FORWARD_PER_THREAD)
         norm_kernel[cdiv(len(x), tile["ROWS"])](
@@ -134,8 +134,8 @@ class _Norm(torch.autograd.Function):
         flags = ctx.flags | {"ADDED": dtotal is not None}
         dy, dtotal = _rows(dy), None if dtotal is None else _rows(dtotal)
         other = x if gate is None and dtotal is None else dtotal if gate is None else gate
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dgate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        dx = torch.empty(*x.shape, dtype=x.dtype, device=x.device)
+        dgate = None if gate is None else torch.empty(*gate.shape, dtype=gate.dtype, device=gate.device)
         tile = _tile(x.shape[1], _BACKWARD_TILE, _BACKWARD_PER_THREAD)
         programs = min(_PROGRAMS if gate is None else _GATED_PROGRAMS, cdiv(len(x), tile["ROWS"]))
         dweight = torch.empty(programs, x.shape[1], dtype=torch.float32, device=x.device)
@@ -148,7 +148,7 @@ class _Norm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `megahybrid_kernels.norm`; float32, bfloat16 or float16."""
-    return applied(_Norm, _rows(x), None, None, weight.contiguous(), eps).view(x.shape)
+    return applied(_Norm, _rows(x), None, None, weight.contiguous(), eps).view_as(x)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -156,10 +156,10 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     # Rows of a gate's heads lie apart where it comes from a product with others.
     apart = not torch.is_grad_enabled() and gate.dim() == 3 and gate.stride()[1:] == (gate.shape[2], 1)
     gate = gate.flatten(1) if apart else _rows(gate)
-    return applied(_Norm, _rows(x), gate, None, weight.contiguous(), eps).view(x.shape)
+    return applied(_Norm, _rows(x), gate, None, weight.contiguous(), eps).view_as(x)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `megahybrid_kernels.norm`; float32, bfloat16 or float16."""
     y, total = applied(_Norm, _rows(x), None, _rows(residual), weight.contiguous(), eps)
-    return y.view(x.shape), total.view(x.shape)
+    return y.view_as(x), total.view_as(x)

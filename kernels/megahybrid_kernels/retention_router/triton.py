@@ -166,7 +166,7 @@ class _Layer:
             for shape in ((self.taps, self.halves * self.channels, self.out), (self.out,))
         )
         scalars = (tokens, self.dilation, self.threshold, self.keep_scale)
-        gradients = [torch.empty(x.shape, dtype=dy.dtype, device=x.device) for x in inputs]
+        gradients = [torch.empty(*x.shape, dtype=dy.dtype, device=x.device) for x in inputs]
         backward_input_kernel[cdiv(tokens, _BLOCK) * heads](
             dy, packed, inputs[0], *before, gradients[0], gradients[-1], *self.places, *self.strides(gradients[0]),
             *scalars, **self.constants, BLOCK=_BLOCK, num_warps=self.warps,
@@ -218,7 +218,7 @@ class _Router(torch.autograd.Function):
         *rest: Tensor,
     ):
         weights = rest[: len(layers)]
-        scores = torch.empty(k.shape[:2], dtype=torch.float32, device=k.device)
+        scores = torch.empty(*k.shape[:2], dtype=torch.float32, device=k.device)
         ys = forward_layers(layers, scores, scored, k, v, projection, projection_bias, *rest)
         ctx.layers = layers
         ctx.save_for_backward(k, v, projection, projection_bias, scores if scored else None, *weights, *ys)
@@ -235,7 +235,7 @@ class _Router(torch.autograd.Function):
         before = tuple(x if x is None else x.contiguous() for x in before)
         dscores, tokens = dscores.contiguous(), k.shape[0]
         last, blocks = layers[-1], cdiv(tokens, _BLOCK)
-        dy = torch.empty(ys[-1].shape, dtype=k.dtype, device=k.device)
+        dy = torch.empty(*ys[-1].shape, dtype=k.dtype, device=k.device)
         dprojection, dbias = (
             torch.empty(blocks, last.heads * out, dtype=torch.float32, device=k.device) for out in (last.out, 1)
         )

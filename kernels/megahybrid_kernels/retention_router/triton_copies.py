@@ -191,7 +191,7 @@ def sum_splits(
     weights: list[Tensor], heads: int, splits: list[tuple[Tensor, Tensor]]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of the weights and biases from `splits`, each layer's as `backward_weight_kernel` left them."""
-    dweights = [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in weights]
+    dweights = [torch.empty(*w.shape, dtype=w.dtype, device=w.device) for w in weights]
     dbiases = [torch.empty(w.shape[0], dtype=w.dtype, device=w.device) for w in weights]
     parts = ([dweight for dweight, _ in splits], [dbias for _, dbias in splits])
     counts = [dweight.shape[0] for dweight, _ in splits]

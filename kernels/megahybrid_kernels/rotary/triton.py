@@ -56,7 +56,7 @@ def _turn(x, y, head, row, column, mask, cos, sin, stride, head_stride, heads, H
 def _turned(positions: Tensor, theta: float, direction: float, *xs: Tensor) -> list[Tensor]:
     """One or two tensors, turned."""
     xs = [dense_rows(x) for x in xs]
-    q, k, ys = xs[0], xs[-1], [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
+    q, k, ys = xs[0], xs[-1], [torch.empty(*x.shape, dtype=x.dtype, device=x.device) for x in xs]
     (tokens, heads), half = q.shape[:2], q.shape[2] // 2
     every = sum(x.shape[1] for x in xs)
     width = next_power_of_2(half)

@@ -46,7 +46,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        y = torch.empty(up.shape, dtype=up.dtype, device=up.device)
+        y = torch.empty(*up.shape, dtype=up.dtype, device=up.device)
         # Whole tensors are one row.
         dense = gate.is_contiguous() and up.is_contiguous()
         rows, size = (1, up.numel()) if dense else up.shape

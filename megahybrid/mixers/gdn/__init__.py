@@ -95,7 +95,7 @@ class GDNKind(Kind):
         keys, values = heads * key_dim, heads * value_dim
         dtype = torch.bfloat16 if width == 2 else torch.float32
         tune = tuning(max(key_dim, value_dim), dtype, torch.device("cpu"))
-        segment = tune.chunk * longest_segment((batch.length,) * batch.samples, heads, value_dim, tune)
+        segment = tune.chunk * longest_segment((batch.length,) * batch.samples, heads, value_dim, tune, True)
         a_head = 2 * width + 4 * ROW_KINDS.value + (3 if width == 2 else 2) * width * tune.chunk
         saved = width * (4 * keys + 5 * values) + heads * a_head
         if segment < batch.length or batch.rows > 1:

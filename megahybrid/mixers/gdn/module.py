@@ -14,7 +14,7 @@ from megahybrid.model.context import Context
 from megahybrid.model.mixer import Fallback, Mixer
 from megahybrid.model.settings import Settings
 from megahybrid.parallel import tokens
-from megahybrid.parallel.heads import own_heads, to_heads, to_tokens
+from megahybrid.parallel.heads import flat_to_heads, own_heads, to_tokens
 from megahybrid.parallel.joined import together
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, project, shared
 from megahybrid.parallel.parameters import Initializer, constant, parameter, uniform
@@ -73,8 +73,8 @@ class GatedDeltaNet(Mixer):
         if self.keeps_tokens:
             o, state = self._own_tokens(*qkv, a, b, context.sequences), None
         else:
-            heads = (y.unflatten(-1, (len(self.A_log), -1)) for y in (*qkv, a, b))
-            o, state = self._own_heads(*(y.flatten(1) for y in to_heads(*heads)), context, state)
+            parts = flat_to_heads(len(self.A_log), *qkv, a, b)
+            o, state = self._own_heads(*parts, context, state)
             o = to_tokens(o)
         gate = gate.unflatten(-1, (-1, self.value_dim))
         o = gated_rms_norm(o, gate, shared(self.norm), self.settings.model.norm_eps)
@@ -101,7 +101,7 @@ class GatedDeltaNet(Mixer):
         convs = self.q_conv, self.k_conv, self.v_conv
         if going_on:
             y, rows = causal_conv1d(together(qkv, 1), together(convs, 0), sequences, rows, **options)
-            q, k, v = y.split([len(conv) for conv in convs], 1)
+            q, k, v = y.split_with_sizes([len(conv) for conv in convs], 1)
         else:
             pairs = zip(qkv, map(own_heads, convs), strict=True)
             q, k, v = (causal_conv1d(y, conv, sequences, output_final_state=False)[0] for y, conv in pairs)
