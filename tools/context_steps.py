@@ -200,7 +200,9 @@ def _bias(given: Given, variant: str, tokens: int) -> list[float]:
         parameters = router.parameters_for_op()
         logits = retention_logits(k, v, parameters, made.context.sequences, None, router.dilation).float()
     last = min(len(logits) - 1, round((1 - share) * len(logits)))
-    return (router.projection_bias.float() - logits.sort(0).values[last]).tolist()
+    bias = (router.projection_bias.float() - logits.sort(0).values[last]).cpu()
+    rounded = bias.to(router.projection_bias.dtype)  # downwards: at a small share the other side has many more
+    return torch.where(rounded > bias, torch.nextafter(rounded, rounded.new_tensor(-torch.inf)), rounded).tolist()
 
 
 def _reference(given: Given, variant: str, bias: list[float]) -> Errors:
