@@ -47,7 +47,7 @@ class Given:
         return load_config(self.recipe, [*self.changed, *more, *sizes, *_ONE])
 
     def kept(self, variant: str, tokens: int) -> float:
-        """The share of the tokens that is to have a positive score."""
-        if variant != "L":
-            return self.share
+        """The share of the tokens that is to have a positive score; JUDGED: half of them."""
+        if tokens == JUDGED or variant != "L":
+            return 0.5 if tokens == JUDGED else self.share
         return min(self.share, self.config(variant, tokens, 1).model.lte.buffer_size / tokens)

@@ -20,6 +20,7 @@ from torch import Tensor
 from megahybrid.config import Config
 from megahybrid.key import derived
 from megahybrid.mixers import KINDS
+from megahybrid.mixers.lte import room_for
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.loss import attach_loss
 from megahybrid.model.mixer import Mixer
@@ -38,9 +39,17 @@ Errors = dict[str, float]
 class Pass:
     """A mixer with weights from the seed, and an input and cotangent that all layouts share, this rank's part."""
 
-    def __init__(self, config: Config, lengths: Sequence[int], stays: bool, dtype: torch.dtype, bias: Sequence[float]):
+    def __init__(
+        self,
+        config: Config,
+        lengths: Sequence[int],
+        dtype: torch.dtype,
+        bias: Sequence[float],
+        stays: float | None = None,
+    ):
+        """stays: where ranks keep their tokens, the share of them that L's heads retain."""
         (letter,), device = config.model.pattern, groups.device()
-        settings = replace(Settings.of(config), keepers=letter if stays else "")
+        settings = replace(Settings.of(config), keepers="" if stays is None else letter)
         with torch.device("meta"):
             self.mixer: Mixer = KINDS[letter].module()(settings, 0)
         rounded = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
@@ -48,6 +57,9 @@ class Pass:
         initialize_parameters(self.mixer, config.train.seed)
         if letter == "L":
             self.mixer.l1_lambda = torch.ones(self.mixer.heads, device=device)
+            if stays is not None:  # as the controller makes it
+                own = sum(lengths) // config.parallel.context
+                self.mixer.room = torch.tensor(room_for(stays * own, config.model.lte.sink_size))
             if bias:
                 self.mixer.router.projection_bias.data.copy_(torch.tensor(bias))
         self.mixer.to(dtype)
@@ -179,32 +191,34 @@ def _bias(given: Given, variant: str, tokens: int) -> list[float]:
     """
     if VARIANTS[variant][0] != "L":
         return []
-    share = 0.5 if tokens == JUDGED else given.kept(variant, tokens)
+    share = given.kept(variant, tokens)
     config = given.config(variant, min(tokens or sum(given.judged), 65536), 1)
-    made = Pass(config, (config.train.seq_length,), False, _dtype(config), [])
+    made = Pass(config, (config.train.seq_length,), _dtype(config), [])
     router = made.mixer.router
     with torch.no_grad():
         _, k, v = made.mixer.project(made.x)
         parameters = router.parameters_for_op()
         logits = retention_logits(k, v, parameters, made.context.sequences, None, router.dilation).float()
     last = min(len(logits) - 1, round((1 - share) * len(logits)))
-    return (router.projection_bias.float() - logits.sort(0).values[last]).tolist()
+    bias = (router.projection_bias.float() - logits.sort(0).values[last]).cpu()
+    rounded = bias.to(router.projection_bias.dtype)  # downwards: at a small share the other side has many more
+    return torch.where(rounded > bias, torch.nextafter(rounded, rounded.new_tensor(-torch.inf)), rounded).tolist()
 
 
 def _reference(given: Given, variant: str, bias: list[float]) -> Errors:
     """Leave what float64 gives in the folder; how far one process is from it in the type that is measured."""
     config = given.config(variant, sum(given.judged), 1)
-    y, _, grads = Pass(config, given.judged, False, torch.float64, bias).run()
+    y, _, grads = Pass(config, given.judged, torch.float64, bias).run()
     exact = {"y": y} | grads
     torch.save({name: x if x is None else x.cpu() for name, x in exact.items()}, given.folder / f"{variant}.pt")
-    y, _, grads = Pass(config, given.judged, False, _dtype(config), bias).run()
+    y, _, grads = Pass(config, given.judged, _dtype(config), bias).run()
     return _compared({"y": y} | grads, exact)
 
 
 def _errors(given: Given, variant: str, stays: bool, bias: list[float]) -> Errors:
     """Likewise of context parallel ranks, on all of them."""
     config = given.config(variant, sum(given.judged), groups.context_parallel()[1])
-    made = Pass(config, given.judged, stays, _dtype(config), bias)
+    made = Pass(config, given.judged, _dtype(config), bias, given.kept(variant, JUDGED) if stays else None)
     y, _, grads = made.run()
     found = {"y": gather_tokens(y), "x": gather_tokens(grads.pop("x"))}
     for name, grad in grads.items():
@@ -229,7 +243,7 @@ def _compared(found: Mapping[str, Tensor | None], exact: Mapping[str, Tensor | N
 def _timed(given: Given, variant: str, tokens: int, ranks: int, stays: bool, bias: Sequence[float]) -> dict[str, Any]:
     """Median ms of forward and backward, of the slowest process each time."""
     config = given.config(variant, tokens, ranks)
-    made = Pass(config, (tokens,), stays, _dtype(config), bias)
+    made = Pass(config, (tokens,), _dtype(config), bias, given.kept(variant, tokens) if stays else None)
     before, elapsed, counts = _peak(reset=True), 0.0, {}
     for _ in range(2):
         began = time.perf_counter()
@@ -239,6 +253,8 @@ def _timed(given: Given, variant: str, tokens: int, ranks: int, stays: bool, bia
     found: dict[str, Any] = {"peak_gib": round((_peak() - before) / 2**30, 2)} if torch.cuda.is_available() else {}
     if "kept" in counts:
         heads = config.model.attention.num_kv_heads
+        if gather_tokens(counts["missing"]).any():
+            found["error"] = "a rank retained more than there was room for"
         found["kept"] = round(float(gather_tokens(counts["kept"]).sum() / (heads * counts["positions"])), 5)
     repeats = 9 if groups.max_over_all(round(1e3 * elapsed)) < 150 else 3
     times = [_milliseconds(made.run) for _ in range(repeats)]
