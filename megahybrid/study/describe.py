@@ -22,6 +22,11 @@ FAR = 4
 """Times the FLOPs of the largest fitted run, from which on a held-out one tests the law."""
 
 
+BLOCKS = 4
+"""Blocks of shuffled samples that a run has to read, or all data, for its data to be like those of longer runs: of one
+block, half a shard, models of 4M parameters had 2.89 in training and 3.30 in validation."""
+
+
 def describe(plan: Plan) -> str:
     """Tables of models, runs and expected intervals, and sentences on costs, rules and data."""
     return "\n\n".join([_models(plan), _runs(plan), "\n".join(_sentences(plan)), _precision(plan)])
@@ -120,6 +125,12 @@ def _data(plan: Plan) -> Iterator[str]:
         longest, there = max(row.cell.tokens for row in plan.rows), prepared.samples(TRAIN) * prepared.seq_length
         again = f": it reads them {longest / there:.2f} times" if longest > there else ""
         yield f"  the longest run takes {short(longest)} of the {short(there)} tokens that are prepared{again}"
+        block, shortest = config.data.shuffle_block_size * length, min(row.cell.tokens for row in plan.rows)
+        if block < there and shortest < BLOCKS * block:
+            yield (
+                f"  the shortest takes {short(shortest)}, and what is shuffled at once are {short(block)} from a shard "
+                f"or two: set data.shuffle_block_size to all {prepared.samples(TRAIN):,} samples"
+            )
 
 
 def _precision(plan: Plan) -> str:
