@@ -50,7 +50,7 @@ def test_kernels_of_others(kernel, part):
     assert model_steps.part_of(kernel) == part
 
 
-def biases_that_keep(share, stay, parallel):
+def biases_that_keep(share, parallel):
     """Those of the routers, by name, and how many tokens a document each head then keeps in a step."""
     from megahybrid.parallel import groups
     from megahybrid.training.engine import Engine
@@ -61,8 +61,6 @@ def biases_that_keep(share, stay, parallel):
     config.train.global_batch_size = config.train.micro_batch_size = 4
     config.parallel = ParallelConfig(**parallel)
     assert "L" in keepers(config) or not parallel.get("context")
-    config.model.lte.train_cap = stay
-    assert stay or "L" not in keepers(config)
     groups.initialize(config.parallel)
     engine = Engine(config)
     engine.initialize()
@@ -74,16 +72,16 @@ def biases_that_keep(share, stay, parallel):
 
 
 @pytest.mark.parametrize(
-    ("stay", "parallel"),
+    "parallel",
     [
-        (True, {"context": 2}),
-        (False, {"context": 2, "zero_stage": 3}),
-        (True, {"context": 2, "tensor": 2, "sequence": True}),
+        {"context": 2},
+        {"context": 2, "zero_stage": 3},
+        {"context": 2, "tensor": 2, "sequence": True},
     ],
     ids=str,
 )
-def test_all_layouts_keep_the_same_share_of_tokens(stay, parallel, workers):
-    call = "tests.tools.test_model_steps:biases_that_keep", 0.25, stay
+def test_all_layouts_keep_the_same_share_of_tokens(parallel, workers):
+    call = "tests.tools.test_model_steps:biases_that_keep", 0.25
     ((expected, kept),) = workers.run(1, *call, {})
     assert len(expected) == 2 and (kept / 64 - 0.25).abs().max() < 0.15  # in other noise than that of dropout then
     for biases, counts in workers.run(parallel["context"] * parallel.get("tensor", 1), *call, parallel):
