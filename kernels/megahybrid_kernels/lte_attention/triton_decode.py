@@ -208,13 +208,15 @@ def lte_attention_step(
         "GROUPS": groups,
         "BUFFER": next_power_of_2(buffer_slots),
     }
-    wide = 2 if head_dim > 128 else 1  # keys of more slots and warps' share of them would not stay in registers
+    chooses = table_of(q.device).chooses
+    # Keys of more slots and warps' share of them would not stay in registers, where two loads of each have to.
+    wide = 2 if head_dim > (128 if chooses else 64) else 1
     _attend_slots[splits * heads * count](
         q, k, v, cache.k, cache.v, cache.positions, cache.buffer_k, cache.buffer_v, cache.buffer_positions, positions,
         o, parts, statistics, score, cache.score, cache.buffer_score, splits, heads, window_slots, buffer_slots,
         sink_size, delay, span, log2_scale(head_dim), v.stride(0), **sizes,
         ROWS=tile_width(groups), SLOTS=_SLOTS // wide, WHOLE=splits == 1, PRECISION=dot_precision(q.dtype),
-        CHOOSES=table_of(q.device).chooses, num_warps=2 * wide,
+        CHOOSES=chooses, num_warps=2 * wide,
     )  # fmt: skip
     if splits > 1:
         _join_and_admit[heads * count](

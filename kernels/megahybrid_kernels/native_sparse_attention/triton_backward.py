@@ -60,10 +60,12 @@ def tuning(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
         tune = Tuning(64, 64, query=lean, selected=launch, compressed=lean, key=launch)
     elif head_dim <= 128:
         launch = Launch(64, 4, 2)
-        tune = Tuning(64, 64, launch, launch if table is HOPPER else Launch(64, 8, 2), launch, launch)
+        # Two sums of keys are in registers, as are operands, but Hopper's.
+        more = launch if table is HOPPER else Launch(64, 8, 2)
+        tune = Tuning(64, 64, query=launch, selected=more, compressed=launch, key=more)
     else:
         launch = Launch(32, 4, 2)
-        tune = Tuning(32, 32, launch, launch, launch, launch)
+        tune = Tuning(32, 32, launch, launch, launch, key=launch if table is HOPPER else Launch(32, 8, 2))
     if table is CDNA3:  # what is loaded a step ahead is in registers
         launch = Launch(32, 4, 1)
         return replace(tune, selected=launch, compressed=launch, key=launch)
