@@ -140,8 +140,8 @@ EXCEPTIONS = {
     "retention_router_backward_input_kernel": {"hopper": 2108, "ampere": 420},
     "retention_router_backward_weight_kernel": {"hopper": 2908},
     # The sums of keys and values of heads of 128, of two branches of heads of 256. Eight warps, by which the other
-    # tables spill at most 148, were not measured on Hopper.
-    "native_sparse_attention_key_gradient_kernel": {"hopper": 624},
+    # tables spill at most 148, were not measured on Hopper. Keys of heads of 64 spill 16 on ampere, but 1,048 by 3.8.
+    "native_sparse_attention_key_gradient_kernel": {"hopper": 624, "ampere": 160},
     "native_sparse_attention_attend_kernel": {"hopper": 624},
     # Segments that join, which is seldom, of heads of 256: a state in three parts.
     "gated_delta_rule_join_kernel": {"ampere": 444},
