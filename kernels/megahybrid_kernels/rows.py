@@ -41,6 +41,16 @@ def load_all_rows(pointer, rows, stride, HEAD_DIM: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
+def load_either(first, second, of_first, places, mask, CHOOSES: tl.constexpr):
+    """Of `first` at `places` where `of_first`, which broadcasts to them, else of `second`; CHOOSES: a table's."""
+    if CHOOSES:
+        return tl.load(tl.where(of_first, first, second) + places, mask=mask, other=0)
+    x = tl.load(first + places, mask=mask & of_first, other=0)
+    y = tl.load(second + places, mask=mask & (of_first == 0), other=0)
+    return tl.where(of_first, x, y)
+
+
+@triton.jit
 def packed_rows(first, tokens, group, ROWS: tl.constexpr, PACK: tl.constexpr):
     """Token and query head (within its KV head's group) of each row of a tile, and whether the token exists."""
     row = tl.arange(0, ROWS)

@@ -1,8 +1,9 @@
 """Which GPUs the kernels have launches for.
 
-What fits depends on the shared memory of a program, and on where a family's products find their operands: Hopper's and
-Blackwell's in shared memory, all others' in registers, so that these need smaller tiles for the same registers. Each op
-says in its `tuning` how it is launched by each of these tables.
+What fits depends on the shared memory of a program, and on where a family's products find their operands and leave
+their sums: Hopper's operands are in shared memory, Blackwell's sums in 512 columns of tensor memory, all others' in
+registers, so that these need smaller tiles for the same registers. Each op says in its `tuning` how it is launched by
+each of these tables.
 """
 
 from __future__ import annotations
@@ -27,18 +28,21 @@ class Table:
         shared: bytes of shared memory that a program takes at most.
         architectures: those that tests compile its launches for.
         precise: Triton's `input_precision` of products of fp32 operands that tf32 has too few digits for.
+        chooses: whether Triton compiles loads from one of two pointers.
     """
 
     name: str
     shared: int
     architectures: tuple[str, ...]
     precise: str = "tf32x3"
+    chooses: bool = True
 
 
-HOPPER = Table("hopper", 227 * 1024, ("sm_90", "sm_100"))
+HOPPER = Table("hopper", 227 * 1024, ("sm_90",))
+BLACKWELL = Table("blackwell", 227 * 1024, ("sm_100",))
 AMPERE = Table("ampere", 99 * 1024, ("sm_80", "sm_86", "sm_89", "sm_120"))
-CDNA3 = Table("cdna3", 64 * 1024, ("gfx942",), precise="ieee")
-TABLES = {table.name: table for table in (HOPPER, AMPERE, CDNA3)}
+CDNA3 = Table("cdna3", 64 * 1024, ("gfx942",), precise="ieee", chooses=False)
+TABLES = {table.name: table for table in (HOPPER, BLACKWELL, AMPERE, CDNA3)}
 
 FORCED = os.environ.get("MEGAHYBRID_KERNELS_TABLE")
 """The table that every device takes, by name, for tests and benchmarks: a larger GPU runs the launches of a smaller."""
@@ -71,5 +75,5 @@ def fitting(gpu: Any) -> Table | None:
         return CDNA3 if gpu.gcnArchName.split(":")[0] in CDNA3.architectures else None
     shared = gpu.shared_memory_per_block_optin
     if gpu.major in (9, 10) and shared >= HOPPER.shared:
-        return HOPPER
+        return HOPPER if gpu.major == 9 else BLACKWELL
     return AMPERE if gpu.major >= 8 and shared >= AMPERE.shared else None

@@ -14,9 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton
+import triton.language as tl
 
 from megahybrid_kernels import backend, targets
-from megahybrid_kernels.targets import AMPERE, CDNA3, HOPPER, fitting, table_of
+from megahybrid_kernels.launch import kernel
+from megahybrid_kernels.rows import load_either
+from megahybrid_kernels.targets import AMPERE, BLACKWELL, CDNA3, HOPPER, fitting, table_of
 from megahybrid_kernels.tuning import Launch
 
 # Bytes of shared memory that a program can have, by NVIDIA's compute capability (CUDA's programming guide); AMD's LDS.
@@ -49,7 +52,8 @@ def on_gpu(monkeypatch):
 def test_a_gpu_takes_the_table_that_it_has_memory_for():
     tables = {capability: fitting(gpu(*capability)) for capability in SHARED}
     assert tables.pop((7, 0)) is tables.pop((7, 5)) is None
-    assert {c for c, table in tables.items() if table is HOPPER} == {(9, 0), (10, 0), (10, 3)}
+    assert {c for c, table in tables.items() if table is HOPPER} == {(9, 0)}
+    assert {c for c, table in tables.items() if table is BLACKWELL} == {(10, 0), (10, 3)}
     assert all(table.shared <= 1024 * SHARED[c] for c, table in tables.items())
 
 
@@ -82,7 +86,8 @@ def test_a_table_can_be_forced(on_gpu, monkeypatch):
     environment = os.environ | {"MEGAHYBRID_KERNELS_TABLE": "volta"}
     program = [sys.executable, "-c", "import megahybrid_kernels"]
     done = subprocess.run(program, env=environment, capture_output=True, text=True)
-    assert "MEGAHYBRID_KERNELS_TABLE is 'volta': make it one of hopper, ampere, cdna3, or unset it" in done.stderr
+    tables = "hopper, blackwell, ampere, cdna3"
+    assert f"MEGAHYBRID_KERNELS_TABLE is 'volta': make it one of {tables}, or unset it" in done.stderr
 
 
 def test_the_router_takes_the_head_dims_that_a_table_has_room_for(monkeypatch):
@@ -90,6 +95,7 @@ def test_the_router_takes_the_head_dims_that_a_table_has_room_for(monkeypatch):
     bf16, fp32 = torch.bfloat16, torch.float32
     for table, taken in {
         "hopper": [(bf16, 256), (fp32, 128)],
+        "blackwell": [(bf16, 128), (fp32, 64)],
         "ampere": [(bf16, 128), (fp32, 64)],
         "cdna3": [],
     }.items():
@@ -104,17 +110,45 @@ def test_a_launch_caps_registers_only_where_it_says_so():
     assert Launch(64, 4, 2, 128).options() == {"num_warps": 4, "num_stages": 2, "maxnreg": 128}
 
 
+@kernel
+def either_kernel(first, second, of_first, out, COUNT: tl.constexpr, CHOOSES: tl.constexpr):
+    lane = tl.arange(0, 16)
+    x = load_either(first, second, tl.load(of_first + lane) > 0, lane, lane < COUNT, CHOOSES)
+    tl.store(out + lane, x)
+
+
+@pytest.mark.parametrize("chooses", [True, False])
+def test_of_two_arrays_each_place_is_read_in_its_own(chooses):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lane = torch.arange(16, device=device)
+    of_first, expected = lane % 3 % 2, torch.where(lane < 13, 1.0 + lane, 0)
+    first, second = (torch.where(of_first == own, 1.0 + lane, torch.nan) for own in (1, 0))
+    out = torch.empty_like(first)
+    either_kernel[1](first, second, of_first, out, COUNT=13, CHOOSES=chooses)
+    assert torch.equal(out, expected)
+
+
 # Bytes that a thread keeps in memory for want of registers, at most. A scan of Hopper's holds all of a state's columns
-# and spills a little; NVIDIA's other tables are made to spill less. fp32 is for comparisons, where products of three
-# take what registers there are.
-SPILLS = {"hopper": 512, "ampere": 160, "cdna3": 160}
-if not triton.__version__.startswith("3.6."):  # for which they were made; 3.8 spills more
-    SPILLS = dict.fromkeys(SPILLS, 768)
-# A router of heads of 256 holds a whole layer's weights or their gradient; that of NSA's heads of 128 and more has both
-# sums; where the delta rule's segments of heads of 256 join, which is seldom, a state is there in three parts.
-SPILLING = {f"retention_router_{name}_kernel" for name in ("forward_layer", "backward_input", "backward_weight")}
-SPILLING |= {"native_sparse_attention_key_gradient_kernel", "gated_delta_rule_join_kernel"}
-MOST_SPILLS = 4096
+# and spills a little; all other tables are made to spill less. fp32 is for comparisons, where products of three take
+# what registers there are.
+SPILLS = {"hopper": 512, "blackwell": 256, "ampere": 160, "cdna3": 160}
+# What spills more with no better launch, by kernel and table: what was found, in bytes, of all architectures and sizes.
+EXCEPTIONS = {
+    # Of heads of 256 (on all but Hopper 128) it holds a layer's products; its gradients a whole layer's weights or
+    # their sums.
+    "retention_router_forward_layer_kernel": {"hopper": 2360, "ampere": 1248},
+    "retention_router_backward_input_kernel": {"hopper": 2108, "ampere": 420},
+    "retention_router_backward_weight_kernel": {"hopper": 2908},
+    # The sums of keys and values of heads of 128, of two branches of heads of 256. Eight warps, by which the other
+    # tables spill at most 148, were not measured on Hopper. Keys of heads of 64 spill 16 on ampere, but 1,048 by 3.8.
+    "native_sparse_attention_key_gradient_kernel": {"hopper": 624, "ampere": 160},
+    "native_sparse_attention_attend_kernel": {"hopper": 624},
+    # Segments that join, which is seldom, of heads of 256: a state in three parts.
+    "gated_delta_rule_join_kernel": {"ampere": 444},
+    # On sm_80 alone. Two stages spill 156, but load one chunk less ahead.
+    "gated_delta_rule_gradient_kernel": {"ampere": 164},
+}
+MADE_FOR = triton.__version__.startswith("3.6.")  # 3.8 spills more
 
 
 def compiled(architecture: str, *arguments: str) -> list[dict]:
@@ -130,7 +164,8 @@ def faults(architecture: str, lines: list[dict], spills: bool = True) -> list[st
     (table,) = [table for table in targets.TABLES.values() if architecture in table.architectures]
     found = []
     for line in lines:
-        most = MOST_SPILLS if line["kernel"] in SPILLING else SPILLS[table.name]
+        excepted = EXCEPTIONS.get(line["kernel"], {}).get(table.name)
+        most = (excepted or SPILLS[table.name]) if MADE_FOR else 4096 if excepted else 768
         if "raised" in line:
             found.append(f"{line['kernel']}: {line['raised']}")
         elif line["shared"] > table.shared or line["tensor"] > 512 or (spills and line["spills"] > most):
@@ -144,11 +179,12 @@ def test_the_delta_rules_scans_fit_where_hoppers_do_not():
 
 
 def test_what_does_not_fit_is_found():
-    most = SPILLS["ampere"]
+    most, spilling = (SPILLS["ampere"], 444) if MADE_FOR else (768, 4096)
     fits = {"kernel": "gated_delta_rule_scan_kernel", "shared": 99 * 1024, "spills": most, "tensor": 0}
-    changes = {"shared": 99 * 1024 + 1}, {"spills": most + 1}, {"raised": "KeyError: maxnreg"}
-    wrong = [fits | change for change in changes]
-    assert not faults("sm_89", [fits]) and len(faults("sm_89", wrong)) == 3
+    excepted = fits | {"kernel": "gated_delta_rule_join_kernel", "spills": spilling}
+    changes = {"shared": 99 * 1024 + 1}, {"spills": most + 1}, {"tensor": 513}, {"raised": "KeyError: maxnreg"}
+    wrong = [*(fits | change for change in changes), excepted | {"spills": spilling + 1}]
+    assert not faults("sm_89", [fits, excepted]) and len(faults("sm_89", wrong)) == len(wrong)
     assert not faults("sm_90", wrong[:1])
 
 

@@ -15,8 +15,11 @@ from torch import Tensor
 from megahybrid_kernels.integers import next_power_of_2, tile_width
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.online_softmax import dot_precision, log2_scale, softmax_step, split_count
+from megahybrid_kernels.targets import CDNA3, table_of
 
 _SLOTS = 64
+# Bytes of a step's keys on AMD's GPUs, whose shared memory also has two steps of values.
+_BYTES = 8192
 _MOST_SPLITS = 128
 # Programs that fill a GPU of some hundred multiprocessors with several each.
 _PROGRAMS = 1056
@@ -131,15 +134,17 @@ def attention_step(q: Tensor, new_k: Tensor, new_v: Tensor, k: Tensor, v: Tensor
     query_heads = q.shape[1]
     groups = query_heads // heads
     q, new_k, new_v = (x.contiguous() for x in (q, new_k, new_v))
-    splits = split_count(count * heads, capacity, _SLOTS, _PROGRAMS, _MOST_SPLITS)
+    width, slots = tile_width(head_dim), _SLOTS
+    if table_of(q.device) is CDNA3:
+        slots = max(16, min(slots, _BYTES // (width * q.element_size())))
+    splits = split_count(count * heads, capacity, slots, _PROGRAMS, _MOST_SPLITS)
     parts = torch.empty(count, query_heads, splits, head_dim, dtype=torch.float32, device=q.device)
     statistics = torch.empty(count, query_heads, 2, splits, dtype=torch.float32, device=q.device)
     o = torch.empty_like(q)
     scale = log2_scale(head_dim)
-    width = tile_width(head_dim)
     _attend_split[splits * heads * count](
         q, k, v, positions, parts, statistics, splits, heads, capacity, scale, HEAD_DIM=head_dim, WIDTH=width,
-        GROUPS=groups, ROWS=tile_width(groups), SLOTS=_SLOTS,
+        GROUPS=groups, ROWS=tile_width(groups), SLOTS=slots,
         PRECISION=dot_precision(q.dtype), STAGES=3 if head_dim <= 128 else 2, num_warps=4,
     )  # fmt: skip
     _join_and_append[query_heads * count](

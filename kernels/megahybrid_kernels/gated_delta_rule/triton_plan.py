@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
-from megahybrid_kernels.targets import AMPERE, CDNA3, HOPPER, table_of
+from megahybrid_kernels.targets import AMPERE, BLACKWELL, CDNA3, HOPPER, table_of
 from megahybrid_kernels.tuning import Launch
 
 
@@ -70,6 +70,8 @@ _HALF = {
         ),
     ),
 }  # fmt: skip
+# A scan of more columns takes more tensor memory than there is.
+_HALF[BLACKWELL] = _HALF[AMPERE]
 
 
 def tuning(width: int, dtype: torch.dtype, device: torch.device) -> Tuning:

@@ -68,8 +68,10 @@ def tuning(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
         return Tuning(128, 64, 64, Launch(64, 4, 3), Launch(32, 4, 3), Launch(64, 4, 3), Launch(64, 4, 3))
     if head_dim <= 128:
         return Tuning(128, 64, 64, Launch(64, 8, 3), Launch(64, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2))
-    dq = Launch(32, 4, 2 if table_of(device) is HOPPER else 1)
-    return Tuning(64, 32, 32, Launch(32, 4, 2), dq, Launch(32, 4, 2), Launch(32, 4, 2))
+    launch = Launch(32, 4, 2)
+    if table_of(device) is HOPPER:
+        return Tuning(64, 32, 32, launch, launch, launch, launch)
+    return Tuning(64, 32, 32, launch, dq=Launch(32, 4, 1), near=Launch(32, 8, 2), far=launch)
 
 
 def _pack(groups: int, rows: int) -> int:
@@ -148,6 +150,7 @@ def _far_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Colu
         sum_chunks_kernel[cdiv(shape.tokens, 32) * shape.kv_heads](
             dk, dv, gate, columns.all, columns.rank, columns.partial, shape.tokens, columns.partial_rows,
             HEAD_DIM=shape.head_dim, WIDTH=constants["WIDTH"], COLUMNS=32, LOGIT=logit,
+            num_warps=8 if shape.head_dim > 128 and table_of(q.device) not in (HOPPER, CDNA3) else 4,
         )  # fmt: skip
     return dk, dv, gate
 

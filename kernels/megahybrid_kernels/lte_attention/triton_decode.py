@@ -17,6 +17,8 @@ from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.lte_attention.cache import LTECache
 from megahybrid_kernels.online_softmax import dot_precision, log2_scale, softmax_step, split_count
+from megahybrid_kernels.rows import load_either
+from megahybrid_kernels.targets import table_of
 
 # Slots of a step of a program's loop, and the programs that keep a GPU busy: with fewer heads over all sequences, a
 # head's slots are split.
@@ -30,7 +32,7 @@ def _attend_slots(
     q, k, v, ring_k, ring_v, ring_positions, buffer_k, buffer_v, buffer_positions, positions, o, parts, statistics,
     late_score, ring_score, buffer_score, splits, heads, window_slots, buffer_slots, sinks, delay, span, scale,
     v_stride, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-    BUFFER: tl.constexpr, SLOTS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    BUFFER: tl.constexpr, SLOTS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, CHOOSES: tl.constexpr,
 ):  # fmt: skip
     """Attention of a KV head's queries to `span` of its slots, buffer first; writes the new token into the ring.
 
@@ -70,8 +72,8 @@ def _attend_slots(
         visible = (held >= 0) | ((recent >= 0) & (ring_slot != new_slot))
         mask = (slot < end)[:, None] & real[None, :]
         places = tl.where(in_buffer, slot, ring_slot).to(tl.int64)[:, None] * HEAD_DIM + column[None, :]
-        k_tile = tl.load(tl.where(in_buffer[:, None], buffer_k, ring_k) + places, mask=mask, other=0)
-        v_tile = tl.load(tl.where(in_buffer[:, None], buffer_v, ring_v) + places, mask=mask, other=0)
+        k_tile = load_either(buffer_k, ring_k, in_buffer[:, None], places, mask, CHOOSES)
+        v_tile = load_either(buffer_v, ring_v, in_buffer[:, None], places, mask, CHOOSES)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         logits = tl.where(visible[None, :], logits, float("-inf"))
         # Slots that never held a token may hold anything.
@@ -206,13 +208,15 @@ def lte_attention_step(
         "GROUPS": groups,
         "BUFFER": next_power_of_2(buffer_slots),
     }
-    wide = 2 if head_dim > 128 else 1  # keys of more slots and warps' share of them would not stay in registers
+    chooses = table_of(q.device).chooses
+    # Keys of more slots and warps' share of them would not stay in registers, where two loads of each have to.
+    wide = 2 if head_dim > (128 if chooses else 64) else 1
     _attend_slots[splits * heads * count](
         q, k, v, cache.k, cache.v, cache.positions, cache.buffer_k, cache.buffer_v, cache.buffer_positions, positions,
         o, parts, statistics, score, cache.score, cache.buffer_score, splits, heads, window_slots, buffer_slots,
         sink_size, delay, span, log2_scale(head_dim), v.stride(0), **sizes,
         ROWS=tile_width(groups), SLOTS=_SLOTS // wide, WHOLE=splits == 1, PRECISION=dot_precision(q.dtype),
-        num_warps=2 * wide,
+        CHOOSES=chooses, num_warps=2 * wide,
     )  # fmt: skip
     if splits > 1:
         _join_and_admit[heads * count](

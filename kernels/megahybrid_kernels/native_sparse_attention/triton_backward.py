@@ -6,7 +6,7 @@ of means are summed first, a bounded part of them a program, as fp32 rows that t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from megahybrid_kernels.native_sparse_attention.triton_plan import Saved, Shape
 from megahybrid_kernels.native_sparse_attention.triton_query_gradient import prepare_kernel, query_gradient_kernel
 from megahybrid_kernels.native_sparse_attention.triton_union import union
 from megahybrid_kernels.sequences import Sequences
-from megahybrid_kernels.targets import HOPPER, table_of
+from megahybrid_kernels.targets import CDNA3, HOPPER, table_of
 from megahybrid_kernels.tuning import Launch
 
 
@@ -53,15 +53,23 @@ def tuning(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
         # Without tf32 a product unrolls to single multiplications: larger tiles compile for minutes.
         launch = Launch(16, 4, 1)
         return Tuning(32, 16, launch, launch, launch, launch)
+    table = table_of(device)
     if head_dim <= 64:
         # Three programs a multiprocessor where 168 registers hold almost all, else two.
-        lean, launch = Launch(64, 4, 3, 168 if table_of(device) is HOPPER else None), Launch(64, 4, 3)
-        return Tuning(64, 64, query=lean, selected=launch, compressed=lean, key=launch)
-    if head_dim <= 128:
+        lean, launch = Launch(64, 4, 3, 168 if table is HOPPER else None), Launch(64, 4, 3)
+        tune = Tuning(64, 64, query=lean, selected=launch, compressed=lean, key=launch)
+    elif head_dim <= 128:
         launch = Launch(64, 4, 2)
-        return Tuning(64, 64, launch, launch, launch, launch)
-    launch = Launch(32, 4, 2)
-    return Tuning(32, 32, launch, launch, launch, launch)
+        # Two sums of keys are in registers, as are operands, but Hopper's.
+        more = launch if table is HOPPER else Launch(64, 8, 2)
+        tune = Tuning(64, 64, query=launch, selected=more, compressed=launch, key=more)
+    else:
+        launch = Launch(32, 4, 2)
+        tune = Tuning(32, 32, launch, launch, launch, key=launch if table is HOPPER else Launch(32, 8, 2))
+    if table is CDNA3:  # what is loaded a step ahead is in registers
+        launch = Launch(32, 4, 1)
+        return replace(tune, selected=launch, compressed=launch, key=launch)
+    return tune
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from megahybrid_kernels.native_sparse_attention.cache import NSACache
 from megahybrid_kernels.native_sparse_attention.limits import FORCED_BLOCKS
 from megahybrid_kernels.native_sparse_attention.triton_pool import mean_of_rows
 from megahybrid_kernels.online_softmax import dot_precision, log2_scale, softmax_step, split_count
+from megahybrid_kernels.rows import load_either
+from megahybrid_kernels.targets import table_of
 
 # Keys of a step of a program's loop at most, their bytes, and shares of a KV head's means and window.
 _SLOTS = 64
@@ -59,7 +61,7 @@ def _attend_split(
     window_splits, heads, capacity, blocks, pitch, window_size, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, FIRST: tl.constexpr, SCORED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, CHOOSES: tl.constexpr,
 ):  # fmt: skip
     """Attention of a KV head's queries to a share of its means or of the cached keys in its window.
 
@@ -106,14 +108,13 @@ def _attend_split(
     share = tl.cdiv(tl.cdiv(end - begin, tl.where(of_means, mean_splits, window_splits)), SLOTS) * SLOTS
     first = begin + tl.where(of_means, split, split - mean_splits) * share
     end = tl.minimum(first + share, end)
-    keys, values = tl.where(of_means, mean_k, k), tl.where(of_means, mean_v, v)
     kept = (pair * SCORED + row - FIRST)[:, None] * pitch
     for start in tl.range(first, end, SLOTS, num_stages=STAGES):
         slot = start + tl.arange(0, SLOTS)
         seen = slot < end
         places = slot.to(tl.int64)[:, None] * HEAD_DIM + column[None, :]
-        k_tile = tl.load(keys + places, mask=seen[:, None] & real, other=0)
-        v_tile = tl.load(values + places, mask=seen[:, None] & real, other=0)
+        k_tile = load_either(mean_k, k, of_means, places, seen[:, None] & real, CHOOSES)
+        v_tile = load_either(mean_v, v, of_means, places, seen[:, None] & real, CHOOSES)
         x = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
         tl.store(logits + kept + slot[None, :], x, mask=scored[:, None] & (seen & of_means)[None, :])
         x = tl.where(seen[None, :], x, float("-inf"))
@@ -339,7 +340,8 @@ def native_sparse_attention_step(
         q, queries, k, v, cached_k, cached_v, mean_k, mean_v, positions, logits, parts, statistics, splits,
         mean_splits, window_splits, heads, capacity, blocks, pitch, window_size, scale, **rows, FIRST=first,
         SCORED=scored, ROWS=tile_width(first + scored), BLOCK=cache.block_size,
-        STEPS=cache.block_size.bit_length() - 1, SLOTS=slots, PRECISION=precision, STAGES=3, num_warps=4,
+        STEPS=cache.block_size.bit_length() - 1, SLOTS=slots, PRECISION=precision, STAGES=3,
+        CHOOSES=table_of(q.device).chooses, num_warps=4,
     )  # fmt: skip
     _attend_selected[selected_splits * heads * count](
         q, cached_k, cached_v, positions, logits, parts, statistics, splits, mean_splits, before, heads, capacity,

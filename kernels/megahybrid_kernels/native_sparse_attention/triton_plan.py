@@ -20,7 +20,7 @@ from torch import Tensor
 from megahybrid_kernels.heads import Heads
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.sequences import Sequences, Tiles
-from megahybrid_kernels.targets import HOPPER, table_of
+from megahybrid_kernels.targets import CDNA3, HOPPER, table_of
 from megahybrid_kernels.tuning import Launch
 
 # Tokens of a query tile at most: no block has fewer.
@@ -85,13 +85,15 @@ def tuning(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
         # Without tf32 a product unrolls to single multiplications: larger tiles compile for minutes.
         launch = Launch(16, 4, 1)
         return Tuning(32, 32, launch, launch, launch, Launch(8, 4, 1), 32)
-    top = Launch(16, 4, 1)
+    top, table = Launch(16, 4, 1), table_of(device)
     if head_dim <= 64:
-        attend = Launch(64, 4, 3, 168 if table_of(device) is HOPPER else None)
+        attend = Launch(64, 4, 3, 168 if table is HOPPER else None)
         return Tuning(128, 64, Launch(64, 4, 3), Launch(64, 4, 3), attend, top, 64)
+    # Two sums of wide heads are in registers, as are operands, but Hopper's; AMD's registers are twice as many.
+    warps = 4 if table in (HOPPER, CDNA3) else 8
     if head_dim <= 128:
-        return Tuning(64, 64, Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 2), top, 64)
-    return Tuning(32, 32, Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, 4, 2), top, 64)
+        return Tuning(64, 64, Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, warps, 2), top, 64)
+    return Tuning(32, 32, Launch(32, 4, 2), Launch(32, 4, 2), Launch(32, warps, 2), top, 64)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def unsupported(dtype: torch.dtype, head_dim: int, layers: int = 3) -> str | Non
     table = table_of(torch.device("cuda"))
     if table is CDNA3:
         return "are not compiled for this GPU: Triton fails on a weight's gradient"
-    # What half a layer's weight has room for in shared memory.
+    # What half a layer's weight has room for in shared memory, on Blackwell its products in tensor memory.
     most = (256 if table is HOPPER else 128) // (2 if dtype == torch.float32 else 1)
     if head_dim > most:
         return f"take head dims up to {most} in {str(dtype).removeprefix('torch.')}, not {head_dim}"

@@ -36,7 +36,7 @@ from megahybrid_kernels.retention_router.triton_layers import (
 )
 from megahybrid_kernels.sequences import Sequences
 from megahybrid_kernels.shares import sum_shares
-from megahybrid_kernels.targets import table_of
+from megahybrid_kernels.targets import AMPERE, BLACKWELL, table_of
 from megahybrid_kernels.untracked import applied
 
 _BLOCK = 64  # tokens of a program, at least
@@ -135,7 +135,9 @@ class _Layer:
         small = tile_width(self.channels) * tile_width(self.out) <= 64 * 64
         if dtype == torch.float32:
             return small and self.taps == 3, 32, 4 if small else 8, 1
-        return small and self.taps == 3, 128 if small else 32, 4 if small else 8, 2
+        # Triton cannot load a step ahead of products in tensor memory here.
+        stages = 1 if table_of(self.keys.device) is BLACKWELL else 2
+        return small and self.taps == 3, 128 if small else 32, 4 if small else 8, stages
 
     def forward(
         self, inputs: tuple[Tensor, ...], packed, bias, projection, projection_bias, logits: Tensor | None, scored: bool
@@ -146,11 +148,13 @@ class _Layer:
         first, second = inputs[0], inputs[-1]
         halo = self.taps // 2 * self.dilation
         block = max(_BLOCK, next_power_of_2(4 * halo))
+        # As many as there are: without a cap ptxas gives a thread 32 for sm_80.
+        cap = {"maxnreg": 255} if self.warps > 4 and table_of(packed.device) is AMPERE else {}
         forward_layer_kernel[cdiv(tokens, block - 2 * halo) * self.heads](
             first, second, packed, bias, *self.places, y, projection, projection_bias,
             y if logits is None else logits, *self.strides(first), *self.strides(second), tokens, self.dilation,
             self.threshold, self.keep_scale, **self.constants, LAST=logits is not None,
-            SCORES=scored and logits is not None, BLOCK=block, num_warps=self.warps,
+            SCORES=scored and logits is not None, BLOCK=block, num_warps=self.warps, **cap,
         )  # fmt: skip
         return y
 
