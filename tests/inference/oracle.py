@@ -51,8 +51,8 @@ def router_logits(seen):
     """Adds `[tokens, heads]` of every LTE layer to the list `seen`, in order of depth."""
 
     def watched(original):
-        def forward(self, *arguments):
-            scores, *rest = original(self, *arguments)
+        def forward(self, *arguments, **named):
+            scores, *rest = original(self, *arguments, **named)
             seen.append(torch.logit(scores.double() + 0.5))
             return scores, *rest
 
