@@ -1,8 +1,11 @@
 """Experiments and their verdicts (tools/evidence)."""
 
 import json
+import math
+import os
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,6 +166,24 @@ def test_runs_spread_over_the_gpus(experiment, monkeypatch):
                 assert others == ["7", "4", "7"]
             with work._surroundings() as environment:
                 assert environment["CUDA_VISIBLE_DEVICES"] == "4"
+
+
+def test_at_the_deadline_a_command_is_told_to_stop(tmp_path):
+    saves = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(print('saved'))); "
+        "print('on', flush=True); time.sleep(60)"
+    )
+    for program in loaded("evidence"):
+        for code, seconds, told in (
+            (saves, 2.0, "stopped, the time is up"),
+            ("raise SystemExit(3)", 60.0, "failed"),
+            ("", math.inf, ""),
+        ):
+            with open(tmp_path / "log", "w") as log:
+                began = time.monotonic()
+                assert program._ended([sys.executable, "-c", code], log, dict(os.environ), began + seconds) == told
+            assert time.monotonic() - began < 30
+            assert (tmp_path / "log").read_text() == ("on\nsaved\n" if code is saves else "")
 
 
 @pytest.mark.slow
