@@ -73,3 +73,9 @@ def test_a_job_runs_the_copy_whatever_else_python_would_find(recipe, tmp_path, m
     assert done.returncode == 0, done.stderr
     where = [str(folder / "code" / package / "__init__.py") for package in ("megahybrid", "megahybrid_kernels")]
     assert done.stdout.splitlines()[1:] == [*where, facts["code_version"]] * 2 + ["n1"]  # scontrol requeue
+
+
+def test_no_checkout_has_the_version_of_a_copy():
+    """It would be said in place of the commit, by every run of it."""
+    tracked = subprocess.run(["git", "ls-files", "megahybrid"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert f"megahybrid/{megahybrid.PINNED_VERSION}" not in tracked.stdout.split()
