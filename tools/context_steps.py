@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import statistics
 import time
@@ -18,6 +19,8 @@ from context_case import JUDGED, VARIANTS, Given
 from torch import Tensor
 
 from megahybrid.config import Config
+from megahybrid.config.schema import ParallelConfig
+from megahybrid.errors import UserError
 from megahybrid.key import derived
 from megahybrid.mixers import KINDS
 from megahybrid.mixers.lte import room_for
@@ -32,7 +35,9 @@ from megahybrid_kernels import Sequences
 from megahybrid_kernels.retention_router import retention_logits
 
 STAY, EXCHANGE = "tokens stay", "heads for tokens"
-WORSE, FLOOR = 2.0, 0.01  # an error may be so many times one process's, and so much more
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# An error may be so many times one process's, and so much more; zeros may be as large.
+WORSE, FLOOR = 2.0, {torch.bfloat16: 0.01, torch.float32: 1e-4}
 Errors = dict[str, float]
 
 
@@ -52,7 +57,7 @@ class Pass:
         settings = replace(Settings.of(config), keepers="" if stays is None else letter)
         with torch.device("meta"):
             self.mixer: Mixer = KINDS[letter].module()(settings, 0)
-        rounded = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+        rounded = DTYPES[config.train.dtype]
         materialize(self.mixer, device, rounded)
         initialize_parameters(self.mixer, config.train.seed)
         if letter == "L":
@@ -122,18 +127,23 @@ def alone(given: Given, variants: Sequence[str], sizes: Mapping[int, int]) -> di
 def together(
     given: Given, variants: Sequence[str], sizes: Mapping[int, int], one: Mapping[str, Any], progress: Path
 ) -> None:
-    """A line in `progress` for each variant, way of context parallel ranks and size, and one where a variant begins. A
-    collective.
+    """A line in `progress` for each variant, way of context parallel ranks and size, one where a variant begins, and
+    one where it has no way. A collective.
 
     Args:
         sizes: as for `alone`.
         one: what `alone` found on the first process.
     """
     ranks = int(os.environ["WORLD_SIZE"])
-    groups.initialize(given.config(variants[0], sum(given.judged), ranks).parallel)
+    groups.initialize(ParallelConfig(context=ranks))
     for variant in variants:
         _note(progress, {"begun": variant})
-        for way in _ways(given.config(variant, sum(given.judged), ranks)):
+        try:
+            config = given.config(variant, sum(given.judged), ranks)
+        except UserError as error:
+            _note(progress, {"mixer": variant, "gpus": ranks, "error": f"neither way is possible: {error}"})
+            continue
+        for way in _ways(config):
             for line in _lines(given, variant, sizes, one[variant], way):
                 _note(progress, {"mixer": variant, "way": way, "gpus": ranks} | line)
 
@@ -151,8 +161,8 @@ def _lines(
     _, ranks = groups.context_parallel()
     kind, stays = KINDS[VARIANTS[variant][0]], way == STAY
     errors = _errors(given, variant, stays, one["biases"][JUDGED])
-    judged = {"errors": _told(errors), "errors_of_one": _told(one["errors"])}
-    if faults := off(errors, one["errors"]):
+    judged = {"errors": told(errors), "errors_of_one": told(one["errors"])}
+    if faults := off(errors, one["errors"], FLOOR[DTYPES[given.config(variant, sum(given.judged), ranks).train.dtype]]):
         yield judged | {"error": f"{', '.join(faults)} are off; it was not timed"}
         return
     for tokens, part in sizes.items():
@@ -173,15 +183,18 @@ def _lines(
         judged = {}
 
 
-def off(errors: Errors, of_one: Errors) -> list[str]:
+def off(errors: Errors, of_one: Errors, floor: float) -> list[str]:
     """The names of what is further from float64 than one process's result would explain."""
-    return [name for name, error in errors.items() if not error <= WORSE * of_one[name] + FLOOR]
+    return [name for name, error in errors.items() if not error <= WORSE * of_one[name] + floor]
 
 
-def _told(errors: Errors) -> Errors:
-    """Of the weights the largest alone."""
+def told(errors: Errors) -> dict[str, float | str]:
+    """Of the weights the largest alone, or the first that is not finite; what is not as text, for which JSON has no
+    number."""
     own = {name: errors[name] for name in ("y", "x")}
-    return own | {"weights": max(error for name, error in errors.items() if name not in own)}
+    weights = [error for name, error in errors.items() if name not in own]
+    own["weights"] = next((error for error in weights if not math.isfinite(error)), max(weights, default=0.0))
+    return {name: error if math.isfinite(error) else str(error) for name, error in own.items()}
 
 
 def _bias(given: Given, variant: str, tokens: int) -> list[float]:
@@ -193,7 +206,7 @@ def _bias(given: Given, variant: str, tokens: int) -> list[float]:
         return []
     share = given.kept(variant, tokens)
     config = given.config(variant, min(tokens or sum(given.judged), 65536), 1)
-    made = Pass(config, (config.train.seq_length,), _dtype(config), [])
+    made = Pass(config, (config.train.seq_length,), DTYPES[config.train.dtype], [])
     router = made.mixer.router
     with torch.no_grad():
         _, k, v = made.mixer.project(made.x)
@@ -211,14 +224,14 @@ def _reference(given: Given, variant: str, bias: list[float]) -> Errors:
     y, _, grads = Pass(config, given.judged, torch.float64, bias).run()
     exact = {"y": y} | grads
     torch.save({name: x if x is None else x.cpu() for name, x in exact.items()}, given.folder / f"{variant}.pt")
-    y, _, grads = Pass(config, given.judged, _dtype(config), bias).run()
-    return _compared({"y": y} | grads, exact)
+    y, _, grads = Pass(config, given.judged, DTYPES[config.train.dtype], bias).run()
+    return compared({"y": y} | grads, exact)
 
 
 def _errors(given: Given, variant: str, stays: bool, bias: list[float]) -> Errors:
     """Likewise of context parallel ranks, on all of them."""
     config = given.config(variant, sum(given.judged), groups.context_parallel()[1])
-    made = Pass(config, given.judged, _dtype(config), bias, given.kept(variant, JUDGED) if stays else None)
+    made = Pass(config, given.judged, DTYPES[config.train.dtype], bias, given.kept(variant, JUDGED) if stays else None)
     y, _, grads = made.run()
     found = {"y": gather_tokens(y), "x": gather_tokens(grads.pop("x"))}
     for name, grad in grads.items():
@@ -228,22 +241,29 @@ def _errors(given: Given, variant: str, stays: bool, bias: list[float]) -> Error
     if not groups.is_main():
         return groups.broadcast(None)
     exact = torch.load(given.folder / f"{variant}.pt", map_location=groups.device())
-    return groups.broadcast(_compared(found, exact))
+    return groups.broadcast(compared(found, exact))
 
 
-def _compared(found: Mapping[str, Tensor | None], exact: Mapping[str, Tensor | None]) -> Errors:
-    """Norm of the difference by the norm."""
+def compared(found: Mapping[str, Tensor | None], exact: Mapping[str, Tensor | None]) -> Errors:
+    """Norm of the difference by the norm; where the exact one is zero or there is none, norm of what was found. Where
+    nothing was found but something should, infinity."""
     errors = {}
     for name, y in exact.items():
-        if y is not None and y.norm() > 0:
-            errors[name] = round(float((found[name].double() - y).norm() / y.norm()), 6)
+        norm = 0.0 if y is None else float(y.norm())
+        if (x := found[name]) is None:
+            error = math.inf if norm else 0.0
+        elif norm:
+            error = float((x.double() - y).norm()) / norm
+        else:
+            error = float(x.double().norm())
+        errors[name] = round(error, 6)
     return errors
 
 
 def _timed(given: Given, variant: str, tokens: int, ranks: int, stays: bool, bias: Sequence[float]) -> dict[str, Any]:
     """Median ms of forward and backward, of the slowest process each time."""
     config = given.config(variant, tokens, ranks)
-    made = Pass(config, (tokens,), _dtype(config), bias, given.kept(variant, tokens) if stays else None)
+    made = Pass(config, (tokens,), DTYPES[config.train.dtype], bias, given.kept(variant, tokens) if stays else None)
     before, elapsed, counts = _peak(reset=True), 0.0, {}
     for _ in range(2):
         began = time.perf_counter()
@@ -279,12 +299,8 @@ def _milliseconds(call: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def _dtype(config: Config) -> torch.dtype:
-    return torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-
-
 def _width(config: Config) -> int:
-    return 2 if config.train.dtype == "bf16" else 4
+    return DTYPES[config.train.dtype].itemsize
 
 
 def _synchronize() -> None:

@@ -64,7 +64,7 @@ def prompts(model: GenerationMixin, count: int, context: int) -> Tensor:
 
 def read(model: GenerationMixin, context: int, batch: int, together: int, limit: float) -> dict:
     """`generate` of one token after prompts of `context` tokens, as many of `batch` at once as have `together` tokens;
-    nine times as far as `limit` seconds go, after once for compilation."""
+    `PASSES` times as far as `limit` seconds go, after once for compilation."""
     count, seconds = max(1, min(batch, together // context)), []
     tokens, began = prompts(model, count, context), time.perf_counter()
     while len(seconds) < 1 + PASSES and (len(seconds) < 2 or time.perf_counter() - began < limit):

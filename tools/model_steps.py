@@ -144,8 +144,7 @@ def keep(engine: Engine, batch: Batch, share: float) -> None:
     layers = engine.settings.pattern.layers("L")
     if not layers:
         return
-    if groups.pipeline_parallel()[1] > 1:
-        raise ValueError("--kept goes with no pipeline, whose stages see no whole pass: leave out one of the two")
+    assert groups.pipeline_parallel()[1] == 1
     keys = dropout_keys(0, 0, batch.samples, batch.sample_positions, len(letters)).to(engine.device)
     part = batch.part(*groups.context_parallel()).to(engine.device)
     context = Context(part.sequences, keys)

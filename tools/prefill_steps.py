@@ -21,10 +21,10 @@ PASSES = 9
 def prefill(model: Stack, context: int, batch: int, together: int, chunk: int, limit: float) -> dict:
     """`batch` prompts of `context` tokens: as many side by side as have `together` tokens, the others after them.
 
-    Such a pass is timed nine times, since the first are slower, or as often as the batch needs it if that is more, as
-    far as the time limit (seconds) goes, and once at least. Before it two pieces are read untimed, which compiles. What
-    the passes of a batch leave behind is kept, as generation needs all of it; states that were not reached within the
-    time are added to the memory by their size.
+    Such a pass is timed `PASSES` times, since the first are slower, or as often as the batch needs it if that is more,
+    as far as the time limit (seconds) goes, and once at least. Before it two pieces are read untimed, which compiles.
+    What the passes of a batch leave behind is kept, as generation needs all of it; states that were not reached within
+    the time are added to the memory by their size.
     """
     count = max(1, min(batch, together // context))
     needed = -(-batch // count)

@@ -1,11 +1,13 @@
 """The tool over two processes, and by what it calls an error wrong."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from scripts import loaded
 
 ROOT = Path(__file__).parents[2]
@@ -16,10 +18,10 @@ SIZES += ["model.lte.window_size=20", "model.lte.buffer_size=8"]
 tool = pytest.fixture(scope="module")(lambda: (yield from loaded("bench_context")))
 
 
-def lines_of(tmp_path, program, *more):
+def lines_of(tmp_path, program, *more, sizes=SIZES):
     out = tmp_path / "out.jsonl"
     command = [sys.executable, *program, "recipes/quickstart.yaml", "--gpus", "2", "--out", out, "--tokens", "64,128"]
-    done = subprocess.run([*command, *more, *SIZES], capture_output=True, text=True, timeout=500, cwd=ROOT)
+    done = subprocess.run([*command, *more, *sizes], capture_output=True, text=True, timeout=500, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in out.read_text().splitlines()]
 
@@ -60,12 +62,50 @@ def test_a_lost_gradient_is_found_and_not_timed(tmp_path):
     assert [line["way"] for line in others] == ["heads for tokens"] * 2
 
 
+@pytest.mark.slow
+def test_a_mixer_that_has_no_way_is_told(tmp_path):
+    sizes = [*SIZES, "model.attention.num_heads=1", "model.attention.num_kv_heads=1"]
+    without, *others = lines_of(
+        tmp_path, ["tools/bench_context"], "--mixers", "F,S", "--judged", "31,2,63", sizes=sizes
+    )
+    assert without["mixer"] == "F" and without["error"].startswith("neither way is possible: parallel.context is 2")
+    assert [(x["mixer"], x["way"], x["tokens"]) for x in others] == [("S", "tokens stay", n) for n in (64, 128)]
+
+
 def test_what_one_process_would_explain_is_not_wrong(tool):
-    from context_steps import off
+    from context_steps import FLOOR, off
 
     of_one = {"y": 0.004, "x": 0.03, "w": 0.0}
-    assert off({"y": 0.0179, "x": 0.0699, "w": 0.01}, of_one) == []
-    assert off({"y": 0.0181, "x": 0.0701, "w": float("nan")}, of_one) == ["y", "x", "w"]
+    assert off({"y": 0.0179, "x": 0.0699, "w": 0.01}, of_one, FLOOR[torch.bfloat16]) == []
+    assert off({"y": 0.0181, "x": 0.0701, "w": float("nan")}, of_one, FLOOR[torch.bfloat16]) == ["y", "x", "w"]
+    assert off({"y": 0.0082, "x": 0.06, "w": 1e-3}, of_one, FLOOR[torch.float32]) == ["y", "w"]
+
+
+def test_zeros_and_missing_gradients_are_compared_as_well(tool):
+    from context_steps import compared
+
+    one, zero = torch.ones(4), torch.zeros(4)
+    exact = {
+        "same": one,
+        "missing": one,
+        "zero": zero,
+        "none": None,
+        "both": None,
+        "unset": zero,
+        "nan": one * math.nan,
+    }
+    found = {"same": one * 1.5, "missing": None, "zero": one, "none": one, "both": None, "unset": None, "nan": one}
+    errors = compared(found, exact)
+    assert math.isnan(errors.pop("nan"))
+    assert errors == {"same": 0.5, "missing": math.inf, "zero": 2.0, "none": 2.0, "both": 0.0, "unset": 0.0}
+
+
+def test_what_is_not_finite_is_told(tool):
+    from context_steps import told
+
+    found = {"y": 0.1, "x": math.inf, "a": 0.5, "b": math.nan, "c": 2.0}
+    assert told(found) == {"y": 0.1, "x": "inf", "weights": "nan"}
+    assert told(found | {"x": 0.2, "b": 0.3}) == {"y": 0.1, "x": 0.2, "weights": 2.0}
 
 
 def test_lists_have_commas(tool, capsys):

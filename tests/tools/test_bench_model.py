@@ -29,3 +29,11 @@ def test_layouts_train_on_the_same_tokens_one_after_the_other_in_the_same_proces
     for line in lines:
         assert len(line["losses"]) == 3 and line["tokens_per_second"] > 0
         assert line["loss_difference"] < 2e-6
+
+
+def test_a_kept_share_goes_with_no_pipeline():
+    command = [sys.executable, ROOT / "tools" / "bench_model", "recipes/quickstart.yaml", "--kept", "0.125"]
+    command += ["--layout", "", "--layout", "pipeline=2", "model.pattern=GL"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert done.returncode == 2 and not done.stdout
+    assert "--kept goes with no pipeline, whose stages see no whole pass: leave out one of the two." in done.stderr

@@ -1,6 +1,7 @@
 """Where a step's time goes, by kernels' names; and routers that keep a share of the tokens."""
 
 import importlib
+import math
 import pkgutil
 import sys
 from pathlib import Path
@@ -50,16 +51,22 @@ def test_kernels_of_others(kernel, part):
     assert model_steps.part_of(kernel) == part
 
 
-def biases_that_keep(share, parallel):
+def test_heads_keep_the_share(workers):
+    """To one of four documents' 64 tokens each, of which a window of 7 leaves 58 that a head can lose."""
+    ((_, kept),) = workers.run(1, "tests.tools.test_model_steps:biases_that_keep", 0.25, {}, 0.0)
+    assert (kept * 58 / 64 / 64 - 0.25).abs().max() < 1.01 / 256
+
+
+def biases_that_keep(share, parallel, dropout):
     """Those of the routers, by name, and how many tokens a document each head then keeps in a step."""
     from megahybrid.parallel import groups
     from megahybrid.training.engine import Engine
     from megahybrid.training.trial import random_batches
     from tests.training.steps import states
 
-    config = tiny.config("LGL", dropout=0.2, train_cap=True)
-    config.train.global_batch_size = config.train.micro_batch_size = 4
-    config.parallel = ParallelConfig(**parallel)
+    config = tiny.config("LGL", dropout=dropout, train_cap=True)
+    config.train.global_batch_size, config.train.micro_batch_size = 4, 4 // parallel.get("data", 1)
+    config.parallel = ParallelConfig(**{key: value for key, value in parallel.items() if key != "data"})
     assert "L" in keepers(config) or not parallel.get("context")
     groups.initialize(config.parallel)
     engine = Engine(config)
@@ -74,6 +81,7 @@ def biases_that_keep(share, parallel):
 @pytest.mark.parametrize(
     "parallel",
     [
+        {"data": 2},
         {"context": 2},
         {"context": 2, "zero_stage": 3},
         {"context": 2, "tensor": 2, "sequence": True},
@@ -82,8 +90,9 @@ def biases_that_keep(share, parallel):
 )
 def test_all_layouts_keep_the_same_share_of_tokens(parallel, workers):
     call = "tests.tools.test_model_steps:biases_that_keep", 0.25
-    ((expected, kept),) = workers.run(1, *call, {})
-    assert len(expected) == 2 and (kept / 64 - 0.25).abs().max() < 0.15  # in other noise than that of dropout then
-    for biases, counts in workers.run(parallel["context"] * parallel.get("tensor", 1), *call, parallel):
+    ((expected, kept),) = workers.run(1, *call, {}, 0.2)
+    assert len(expected) == 2
+    world = math.prod(parallel.get(key, 1) for key in ("data", "context", "tensor"))
+    for biases, counts in workers.run(world, *call, parallel, 0.2):
         assert all(torch.equal(biases[name], bias) for name, bias in expected.items())
         assert torch.equal(counts, kept)
