@@ -12,7 +12,7 @@ from test_causal_conv1d import oracle as conv_oracle
 from test_gated_delta_rule import make_inputs as delta_inputs
 from test_gated_delta_rule import oracle as delta_oracle
 
-from megahybrid_kernels import Sequences
+from megahybrid_kernels import Sequences, targets
 from megahybrid_kernels.attention import GrowingCache, attention_with_cache, reference, triton_decode
 from megahybrid_kernels.causal_conv1d.triton_step import causal_conv1d_step
 from megahybrid_kernels.gated_delta_rule import triton_step
@@ -128,9 +128,9 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("window, heads, programs", interpreted(PAIRS, product([None, 1, 20], HEADS, [1, 12, 1000])))
-def test_attention(window, heads, programs, monkeypatch):
+def test_attention(window, heads, programs, monkeypatch, slots=16):
     """From the first token on, and past the window, whose slots begin anew at 60; None is a cache with room for all."""
-    monkeypatch.setattr(triton_decode, "_SLOTS", 16)
+    monkeypatch.setattr(triton_decode, "_SLOTS", slots)
     monkeypatch.setattr(triton_decode, "_PROGRAMS", programs)
     (query_heads, head_dim), heads, steps, starts = heads, 2, 25 if DEVICE == "cuda" else 10, torch.tensor([0, 55])
     total, generator = int(starts.max()) + steps, torch.Generator().manual_seed(0)
@@ -158,6 +158,12 @@ def test_attention(window, heads, programs, monkeypatch):
         torch.testing.assert_close(o.cpu().double(), wanted, rtol=FLOAT32_TOLERANCE, atol=FLOAT32_TOLERANCE)
     newest = starts + steps - 1
     assert torch.equal(cache_v.cpu()[each, :, newest % capacity], v[each, newest])
+
+
+def test_attention_by_a_table_with_less_memory(monkeypatch):
+    monkeypatch.setattr(targets, "FORCED", "cdna3")
+    monkeypatch.setattr(triton_decode, "_BYTES", 16 * 16 * 4)  # of 16 keys
+    test_attention(20, (2, 16), 12, monkeypatch, slots=32)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

@@ -6,7 +6,7 @@ from cases import interpreted
 from oracles_lte import FLOAT32_TOLERANCE, dense_lte_attention, leaf, streaming_buffer
 from test_exit_positions import tied_scores
 
-from megahybrid_kernels import Sequences
+from megahybrid_kernels import Sequences, targets
 from megahybrid_kernels.lte_attention import LTECache, lte_attention_with_cache, triton_decode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,6 +64,11 @@ def test_steps_equal_the_whole(window_size, sink_size, buffer_size, delay, query
             held, _ = streaming_buffer(values, window_size, sink_size, buffer_size)
             found = cache.buffer_positions[n, head].cpu()
             assert sorted(found[found >= 0].tolist()) == held[int(positions[n]) + 1]
+
+
+def test_steps_by_a_table_whose_compiler_chooses_no_pointers(monkeypatch):
+    monkeypatch.setattr(targets, "FORCED", "cdna3")
+    test_steps_equal_the_whole(6, 4, 5, 6, 2, 1, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

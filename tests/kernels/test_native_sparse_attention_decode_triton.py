@@ -7,7 +7,7 @@ import torch
 from cases import interpreted
 from oracles_lte import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, cut, documents
 
-from megahybrid_kernels import NSACache, Sequences, native_sparse_attention_with_cache
+from megahybrid_kernels import NSACache, Sequences, native_sparse_attention_with_cache, targets
 from megahybrid_kernels import sequences as packed_rows
 from megahybrid_kernels.native_sparse_attention import reference, triton_decode, triton_prefill
 from megahybrid_kernels.native_sparse_attention.pooling import pool
@@ -82,6 +82,11 @@ def test_steps_equal_the_reference(block_size, num_blocks, window_size, groups, 
     wanted = filled(x[1], x[2], [start + steps for start in starts], block_size, total + 3)
     for found, rows in zip(cache.room.rows, wanted.room.rows, strict=True):
         assert torch.equal(found.nan_to_num(), rows.nan_to_num())
+
+
+def test_steps_by_a_table_whose_compiler_chooses_no_pointers(monkeypatch):
+    monkeypatch.setattr(targets, "FORCED", "cdna3")
+    test_steps_equal_the_reference(*SIZES[1], *SHAPES[1], monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["equal keys", "selected by others", "half precision"])
