@@ -89,7 +89,8 @@ def tuning(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
     if head_dim <= 64:
         attend = Launch(64, 4, 3, 168 if table is HOPPER else None)
         return Tuning(128, 64, Launch(64, 4, 3), Launch(64, 4, 3), attend, top, 64)
-    # Two sums of wide heads are in registers, as are operands, but Hopper's; AMD's registers are twice as many.
+    # Two sums of wide heads are in registers, as are operands on Ampere; on Blackwell eight warps spill least. AMD's
+    # registers are twice as many.
     warps = 4 if table in (HOPPER, CDNA3) else 8
     if head_dim <= 128:
         return Tuning(64, 64, Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, warps, 2), top, 64)
