@@ -60,7 +60,7 @@ def tuning(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
         tune = Tuning(64, 64, query=lean, selected=launch, compressed=lean, key=launch)
     elif head_dim <= 128:
         launch = Launch(64, 4, 2)
-        # Two sums of keys are in registers, as are operands on Ampere; on Blackwell four warps would spill at 256 alone.
+        # Two sums of keys are in registers, as are operands on Ampere; on Blackwell four warps spill at 256 alone.
         more = launch if table is HOPPER else Launch(64, 8, 2)
         tune = Tuning(64, 64, query=launch, selected=more, compressed=launch, key=more)
     else:
