@@ -87,7 +87,7 @@ class LTEKind(AttentionKind):
 
     letter = "L"
     title = "LTE"
-    utilisation = 0.370, 0.472
+    utilisation = 0.370, 0.485
     host_seconds = 4.8e-3
     sections: ClassVar = {**AttentionKind.sections, "lte": LTEConfig}
     parts = ("router",)
