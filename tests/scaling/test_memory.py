@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from torch.profiler import ProfilerActivity, profile
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import KernelInterface
 
-from megahybrid.config import load_config
 from megahybrid.config.schema import Config, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megahybrid.mixers.attention import AttentionConfig
 from megahybrid.mixers.gdn import GDNConfig
@@ -28,7 +26,6 @@ from megahybrid_kernels.linear_cross_entropy import chunks
 from tests.parallel.tokens import own_tokens
 
 LENGTH = 1024
-RECIPES = Path(__file__).parents[2] / "recipes"
 OPS = """causal_conv1d gated_delta_rule lte_attention native_sparse_attention norm retention_router rotary swiglu
 linear_cross_entropy.chunks"""
 
@@ -370,19 +367,6 @@ def test_the_peak_with_zero_3_has_what_is_whole():
 def matrices_of(config, layer):
     specs = parameter_specs(config).items()
     return [spec for name, spec in specs if name.startswith(f"layers.{layer}.") and len(spec.shape) > 1]
-
-
-def test_zero_3_leaves_so_much_whole_and_splits_the_rest_evenly():
-    config = load_config(RECIPES / "lalte-8b.yaml", ["parallel.zero_stage=3"])
-    split = splitting.split_matrices(config, 4)
-    (count,) = parameters_by_rank(config)
-    assert 0.8 * splitting.WHOLE < count - sum(split.values()) <= splitting.WHOLE
-    gaps = [after - before for before, after in itertools.pairwise(split)]
-    assert min(gaps) == 1 and max(gaps) == 2 and gaps.count(2) == 40 - len(split) - (39 not in split)
-    config = load_config(RECIPES / "lalte-0.4b.yaml", ["parallel.zero_stage=3"])
-    (count,) = parameters_by_rank(config)
-    assert 0.5 * count <= sum(splitting.split_matrices(config, 4).values()) < 0.6 * count
-    assert splitting.split_matrices(config, 1) == {}
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,10 @@ class LTEConfig:
     the paper (equation 6); logit: that of a gate on its logits, which adds up to 0 over what a query sees;
     counterfactual: as logit, and what it would change for every query that does not see the token to see it, too."""
     keep_all_steps: int = key(0, may_change=True, at_least=0)
-    """Steps at the beginning of training in which queries see all tokens; scores get their gradient by that."""
+    """Steps at the beginning of training in which queries see all tokens: their mask is 1, whatever the scores are;
+    these get the gate's gradient."""
     keep_all_every: int = key(0, may_change=True, at_least=0)
-    """In every so manieth step queries see all tokens, too; 0 for never."""
+    """Every so many steps queries see all tokens, too; 0 for never."""
     loss: RetentionLossConfig = field(default_factory=RetentionLossConfig)
     """The L1 term and its controller."""
 
@@ -135,7 +136,8 @@ class LTEKind(AttentionKind):
     def keys(self, model: ModelConfig, length: int) -> float:
         """The query at position i sees min(i + 1, w + 1) keys in its window. Of the max(0, i - w) tokens that left it
         it sees at most buffer_size, as in inference: in training, too, this is what the controller of lambda steers to.
-        Before the controller has settled a model without train_cap sees more, up to all.
+        Before the controller has settled a model without train_cap sees more, up to all. Steps in which queries see all
+        (keep_all_steps, keep_all_every) are counted as others.
         """
         window, buffer = model.lte.window_size, model.lte.buffer_size
         left = max(0, length - 1 - window)

@@ -18,7 +18,7 @@ from megahybrid.model.regulation import Count, Quantity
 from megahybrid.parallel import groups
 
 FORGET = 0.9998
-"""A step, of the margins: half of one in 3,466 steps."""
+"""Factor a step on margins."""
 
 
 class LambdaController:
@@ -27,9 +27,9 @@ class LambdaController:
     Attributes:
         lambdas: fp32 `[layers, heads]`; the mixers read their row of a copy on the device.
         kept: fp32 `[layers, heads]`, moving average of `kept_now`.
-        shares: fp32 `[layers]`, of all tokens those that the head kept in the last step that kept most of them.
-        margins: fp32 `[layers]`, by what that is multiplied when ranks make room for it: doubled when it was not
-            enough, and forgotten slowly.
+        shares: fp32 `[layers]`, share, 0 to 1, of its tokens that the head keeping most kept in the last step.
+        margins: fp32 `[layers]`, factor on `shares` where ranks make room: doubled when that was not enough, and
+            forgotten slowly.
         kept_now: fp32 `[layers, heads]`, tokens kept in the last step by the share of all that were, of a document as
             long as that step's longest: every document has a buffer of its own, and that one's must suffice.
     """
@@ -138,7 +138,7 @@ class LambdaController:
         every = {"lambdas": self.lambdas, "kept": self.kept, "shares": self.shares, "margins": self.margins}
         return {name: values.tolist() for name, values in every.items()}
 
-    def load_state(self, state: dict[str, list[list[float]]]) -> None:
+    def load_state(self, state: dict[str, list]) -> None:
         """Take over a state that `state` gave."""
         self._steer(torch.tensor(state["lambdas"]))
         self.kept = torch.tensor(state["kept"])
