@@ -20,7 +20,7 @@ from megahybrid.model.settings import Settings
 from megahybrid.model.stack import build
 from megahybrid.parallel import groups
 from megahybrid.scaling import memory, splitting
-from megahybrid.scaling.parameters import parameter_specs, parameters_by_rank
+from megahybrid.scaling.parameters import parameters_by_rank
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.linear_cross_entropy import chunks
 from tests.parallel.tokens import own_tokens
@@ -73,6 +73,7 @@ def config_of(
     vocab=1024,
     buffer=64,
     train_cap=False,
+    gate="value",
     **parallel,
 ):
     return Config(
@@ -83,7 +84,7 @@ def config_of(
             vocab_size=vocab,
             gdn=GDNConfig(num_heads=4, head_dim=64, value_head_dim=96),
             attention=AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=64, window_size=100),
-            lte=LTEConfig(window_size=63, buffer_size=buffer, dropout=dropout, train_cap=train_cap),
+            lte=LTEConfig(window_size=63, buffer_size=buffer, dropout=dropout, train_cap=train_cap, gate=gate),
             nsa=NSAConfig(num_heads=8, num_kv_heads=2, block_size=32, num_blocks=8, window_size=100),
         ),
         train=TrainConfig(
@@ -265,6 +266,12 @@ def test_the_peak_is_what_a_pass_has_allocated(pattern, recompute, vocab):
     assert memory.activations(config, 1, 0) == pytest.approx(most_bytes(config), rel=0.06)
 
 
+@pytest.mark.parametrize("recompute", ["none", "L"])
+def test_the_peak_with_the_square_of_a_document(recompute):
+    config = config_of("GLL", recompute=recompute, gate="counterfactual", heads=8, kv_heads=2)
+    assert memory.activations(config, 1, 0) == pytest.approx(most_bytes(config), rel=0.06)
+
+
 @pytest.mark.parametrize(("pattern", "recompute"), [("SFSF", "none"), ("SFSF", "F"), ("SFSF", "all"), ("FFSS", "F")])
 def test_the_peak_of_attention_in_fp32(pattern, recompute):
     config = config_of(pattern, dtype="fp32", recompute=recompute)
@@ -347,26 +354,6 @@ def test_context_parallel_ranks_share_states_as_replicas_do():
     (count,) = parameters_by_rank(config)
     (peak,) = memory.peak_bytes(config, 2)
     assert peak == count * (2 + 4 + 12 / 4) + memory.activations(config, 2, 0)
-
-
-def test_the_peak_with_zero_3_has_what_is_whole():
-    config = config_of("GLGL", zero_stage=3)
-    (count,) = parameters_by_rank(config)
-    sizes = {n: sum(each.full_size for each in matrices_of(config, n)) for n in range(4)}
-    passes, split = memory.activations(config, 4, 0), splitting.split_matrices(config, 4)
-    assert split == {n: sizes[n] for n in split} and list(split) in ([0, 1, 2, 3], [0, 1, 2], [0, 2])
-    whole = count - sum(split.values())
-    assert whole <= count / 2 or len(split) == 4
-    copies = (whole + sum(split.values()) / 4 + sum(sorted(split.values())[-2:])) * 2
-    assert memory.peak_bytes(config, 4) == [pytest.approx(copies + count * (4 / 4 + 12 / 4) + passes)]
-    start = (whole + sum(split.values()) / 4) * 2 + count * (4 / 4 + 12 / 4)
-    assert memory.start_up(config, count, 4) == pytest.approx(start)  # no layer is gathered yet
-    assert memory.peak_bytes(config, 1) == [pytest.approx(count * (2 + 4 + 12) + memory.activations(config, 1, 0))]
-
-
-def matrices_of(config, layer):
-    specs = parameter_specs(config).items()
-    return [spec for name, spec in specs if name.startswith(f"layers.{layer}.") and len(spec.shape) > 1]
 
 
 @pytest.mark.parametrize(

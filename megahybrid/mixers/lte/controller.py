@@ -98,7 +98,8 @@ class LambdaController:
     def update(self, step: int, counts: Mapping[str, Tensor] | None, longest: int) -> None:
         """Take in an optimizer step, and every update_interval steps adjust lambda; see `Regulator`.
 
-        Without counts, and with no counted positions (only tiny documents), the moving average rests.
+        Without counts, and with no counted positions (only tiny documents), the moving average, shares and margins
+        rest: a step that was void and then left out teaches nothing, and the next one may be void, too.
         """
         if counts is not None and counts["positions"].all():
             rate = 2 / (1 + self.config.loss.update_interval / 2)
