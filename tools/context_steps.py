@@ -31,7 +31,7 @@ from megahybrid.parallel.parameters import initialize_parameters, materialize
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.retention_router import retention_logits
 
-STAY, EXCHANGE = "tokens stay", "heads for tokens"
+STAY, EXCHANGE = "tokens stay", "tokens for heads"
 WORSE, FLOOR = 2.0, 0.01  # an error may be so many times one process's, and so much more
 Errors = dict[str, float]
 
