@@ -188,6 +188,20 @@ def test_layers_whose_tokens_stay_change_nothing(layout, workers, brief_recipe, 
     assert_same_run(found[:until], expected[:until])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", ["model.lte.gate=counterfactual", "model.lte.keep_all_every=2"])
+def test_layers_that_need_all_tokens_exchange_them(keys, workers, brief_recipe, tmp_path):
+    """Of so many tokens and with a capped buffer LTE's would stay otherwise."""
+    overrides = ["model.lte.train_cap=true", "train.global_batch_size=6", "train.micro_batch_size=3", "train.steps=4"]
+    context = [*overrides, "parallel.context=2"]
+    assert "L" in keepers(load_config(brief_recipe, context))
+    assert "L" not in keepers(load_config(brief_recipe, [*context, keys]))
+    train = "tests.training.test_layouts:train"
+    workers.run(1, train, str(brief_recipe), *overrides, keys, f"run.dir={tmp_path / 'one'}")
+    workers.run(2, train, str(brief_recipe), *context, keys)
+    assert_same_run(metrics(tmp_path / "run"), metrics(tmp_path / "one"))
+
+
 def train_with_little_room(recipe: str, *overrides: str) -> None:
     """One rank of a run in which LTE's tokens stay without a cap: from the second step on with room for a third, or on
     two ranks a sixth, of what is expected to be retained, and for twice that whenever it was too little."""
