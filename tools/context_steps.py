@@ -34,7 +34,7 @@ from megahybrid.parallel.parameters import initialize_parameters, materialize
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.retention_router import retention_logits
 
-STAY, EXCHANGE = "tokens stay", "heads for tokens"
+STAY, EXCHANGE = "tokens stay", "tokens for heads"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # An error may be so many times one process's, and so much more; zeros may be as large.
 WORSE, FLOOR = 2.0, {torch.bfloat16: 0.01, torch.float32: 1e-4}

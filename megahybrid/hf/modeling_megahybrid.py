@@ -331,9 +331,10 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
     ):
         """As `MegahybridModel`; logits `[B, T, vocabulary]`, of the last `logits_to_keep` tokens where that is not 0.
 
-        The loss, where labels `[B, T]` are given (-100 is left out) or `shift_labels`, each its own token's: the mean,
-        or the sum over `num_items_in_batch`, the labels of a batch of which this is a part. To it is added
-        `config.router_aux_loss_coef` times what layers add, over the same number of tokens.
+        The loss, where labels `[B, T]` are given (-100 is left out, and what follows padding, which predicts nothing)
+        or `shift_labels`, each its own token's: the mean, or the sum over `num_items_in_batch`, the labels of a batch
+        of which this is a part. To it is added `config.router_aux_loss_coef` times what layers add, over the same
+        number of tokens.
         """
         out = self.model(
             input_ids=input_ids,
@@ -349,6 +350,8 @@ class MegahybridForCausalLM(MegahybridPreTrainedModel, GenerationMixin):
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, rows])
         loss = None
+        if labels is not None and attention_mask is not None:
+            labels = labels.masked_fill(nn.functional.pad(attention_mask[:, :-1] == 0, (1, 0)), -100)
         if labels is not None or shift_labels is not None:
             counted = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels}
             loss = self.loss_function(logits, labels, self.config.vocab_size, **counted)

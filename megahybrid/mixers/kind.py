@@ -73,7 +73,7 @@ class Kind(ABC):
     sections: ClassVar[Mapping[str, type]] = {}
     parts: tuple[str, ...] = ()
     policies: tuple[str, ...] = ()
-    utilisation: tuple[float, float] = (0.38, 0.455)
+    utilisation: tuple[float, float] = (0.38, 0.475)
     host_seconds: float = 3.1e-3
 
     def check(self, model: ModelConfig) -> None:  # noqa: B027

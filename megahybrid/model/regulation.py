@@ -26,7 +26,8 @@ class Count(NamedTuple):
         length: how many numbers it has over all ranks that split heads.
         split: whether each of these ranks has a part of them, in the order of ranks, or all of them alike.
         void: whether it counts what a layer left out, so that a step in which it is not 0 changes nothing: it is done
-            once more, with `Context.whole`, and its counts are those of this time but for such ones.
+            once more, with `Context.whole`, and its counts are those of this time but for such ones. Where the guard
+            leaves it out then, `Regulator.update` gets no counts, these neither.
     """
 
     length: int
@@ -99,7 +100,11 @@ class Regulator(Protocol):
         """What a checkpoint keeps, in JSON."""
 
     def load_state(self, state: dict[str, list]) -> None:
-        """Take over a state that `state` gave."""
+        """Take over a state that `state` gave, of this or of an earlier version, which may have kept less: every value
+        has the shape of this regulator's own, but any of them may be missing.
+
+        Raises UserError where it lacks what cannot be begun anew.
+        """
 
 
 def regulators(pattern: Pattern) -> dict[str, type[Regulator]]:

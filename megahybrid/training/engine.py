@@ -44,6 +44,7 @@ class StepResult:
         grad_norm: norm of the gradient before clipping; inf if it was not finite.
         learning_rate: the learning rate of this step.
         skipped: why the update was left out, or None.
+        repeated: whether it was done twice, since a layer left out what it had no room for.
         stop: whether any process was asked to stop.
         saving: whether any process is at work on a checkpoint.
     """
@@ -53,6 +54,7 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     skipped: str | None
+    repeated: bool
     stop: bool
     saving: bool
 
@@ -109,8 +111,9 @@ class Engine:
         for group in self.zero.optimizer.param_groups:
             group["lr"] = rate
         report, norm = self._passes_and_update(batches, step, stop, saving, whole=False)
-        if report.void():
-            log.info("Step %d is done again: a layer retained more than its ranks had made room for.", step)
+        repeated = bool(report.void())
+        if repeated:
+            log.info("Step %d is done again: a layer left out what it had no room for.", step)
             void = report
             report, norm = self._passes_and_update(batches, step, stop, saving, whole=True)
             report.take_left_out(void)
@@ -121,7 +124,8 @@ class Engine:
             regulator.update(step, None if skipped else report.counts[letter], longest)
             aux_losses[f"{regulator.name}_loss"] = float(report.aux_loss[letter]) / micro_batches
         self.guard.record(loss, norm, skipped)
-        return StepResult(loss, aux_losses, norm, rate, skipped, stop=bool(report.stop), saving=bool(report.saving))
+        stop, saving = bool(report.stop), bool(report.saving)
+        return StepResult(loss, aux_losses, norm, rate, skipped, repeated, stop, saving)
 
     def _passes_and_update(
         self, batches: Sequence[Batch], step: int, stop: bool, saving: bool, whole: bool

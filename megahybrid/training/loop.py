@@ -278,6 +278,7 @@ class Trainer:
             "tokens_per_second": speed,
             "data_seconds": loaded - started,
             "skipped": self.engine.guard.skipped,
+            "repeated": int(result.repeated),
             **model_flops_utilization(self.flops_per_token, speed),
             **result.aux_losses,
         }

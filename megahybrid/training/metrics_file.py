@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from megahybrid.retry import Patience
 
 OWN_KEYS = {
-    *("step", "tokens", "loss", "grad_norm", "learning_rate", "skipped"),
+    *("step", "tokens", "loss", "grad_norm", "learning_rate", "skipped", "repeated"),
     *("tokens_per_second", "data_seconds", "checkpoint_seconds", "mfu", "memory_bytes", "validation_loss"),
 }
 """What lines have beside probes' keys and regulators'; docs/checkpoints.md says what each is."""

@@ -189,18 +189,23 @@ def test_what_is_not_of_one_batch_is_refused():
 
 
 @pytest.mark.usefixtures("without_and_with_kernels")
-def test_right_padding():
-    """As most collators pad for training: what follows a sequence changes neither its logits nor any gradient."""
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding(side):
+    """Padding changes no gradient: nothing is learnt of what follows it, nor behind it what comes first in a row."""
     exported = trainable(PATTERN)
     exported.config.router_aux_loss_coef = 0.3
     rows = torch.stack([random_tokens(50, seed) for seed in (1, 2)])
     lengths = torch.tensor([50, 33])
-    mask = (torch.arange(50) < lengths[:, None]).long()
+    place = torch.arange(50) if side == "right" else 49 - torch.arange(50)
+    mask = (place < lengths[:, None]).long()
     labels = rows.masked_fill(mask == 0, -100)
-    found = gradients(exported, exported(rows, attention_mask=mask, labels=labels).loss)
     counted = {"num_items_in_batch": int(lengths.sum()) - 2}
-    parts = [rows[number : number + 1, :length] for number, length in enumerate(lengths.tolist())]
+    found = gradients(exported, exported(rows, attention_mask=mask, labels=labels, **counted).loss)
+    parts = [row[real.bool()][None] for row, real in zip(rows, mask, strict=True)]
     same(found, gradients(exported, sum(exported(part, labels=part, **counted).loss for part in parts)), 1e-5)
+    if side == "right":
+        mean = exported(rows, attention_mask=mask, labels=labels).loss
+        same(found, gradients(exported, mean), 1e-5)
 
 
 @pytest.mark.parametrize("coefficient", [0, 0.3])

@@ -16,7 +16,7 @@ from test_exit_positions import tied_scores
 from test_retention_router import random_router
 
 from megahybrid_kernels import Sequences
-from megahybrid_kernels.lte_attention import LTECache, lte_attention, lte_attention_with_cache
+from megahybrid_kernels.lte_attention import LTECache, counterfactual, lte_attention, lte_attention_with_cache
 from megahybrid_kernels.retention_router import (
     RouterParameters,
     RouterState,
@@ -72,11 +72,13 @@ def test_a_gate_on_the_logit(window_size, sink_size, buffer_size, query_heads):
     check(inputs(lengths, query_heads, 2), lengths, window_size, sink_size, buffer_size, gate="logit")
 
 
+@pytest.mark.parametrize("pairs_at_once", [counterfactual.PAIRS, 130])
 @pytest.mark.parametrize("lengths", [(24, 24), (8, 8, 8, 24), (9, 31, 1)])
 @pytest.mark.parametrize("query_heads", [2, 4])
-def test_what_a_token_would_change_if_it_were_kept(lengths, query_heads):
+def test_what_a_token_would_change_if_it_were_kept(lengths, query_heads, pairs_at_once, monkeypatch):
     """The loss is linear in the outputs, so the gradient of a token that is not kept is, beside the gate's part of the
     queries that see it, what the loss changes by when it alone is kept, too."""
+    monkeypatch.setattr(counterfactual, "PAIRS", pairs_at_once)
     pairs = inputs(lengths, query_heads, 2)
     q, k, v, score = (pair[0].detach() for pair in pairs.values())
     weights = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(5))
@@ -95,6 +97,44 @@ def test_what_a_token_would_change_if_it_were_kept(lengths, query_heads):
         expected[token, head] = loss(kept) - loss(score)
     assert (expected.abs() > 1e-3).sum() > 5
     torch.testing.assert_close(gradients["counterfactual"] - gradients["logit"], expected)
+
+
+def test_what_a_token_would_change_for_queries_after_it_was_evicted():
+    """With a capped buffer a positive score, too, has queries that do not see its token: o with it beside what each
+    sees, one query and token after the other."""
+    lengths, (window, sinks, buffer) = (31, 9), (4, 1, 3)
+    pairs = inputs(lengths, 4, 2)
+    q, k, v, score = (pair[0].detach() for pair in pairs.values())
+    weights = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(5))
+    gradients = []
+    for gate in ("logit", "counterfactual"):
+        leaf = score.clone().requires_grad_()
+        o = lte_attention(q, k, v, leaf, Sequences.of(lengths), window, sinks, buffer, gate)
+        gradients += torch.autograd.grad((o * weights).sum(), leaf)
+    expected, evicted = torch.zeros_like(score), 0
+    for document in documents(lengths):
+        for head in range(4):
+            kv = head // 2
+            held, _ = streaming_buffer(score[document, kv].tolist(), window, sinks, buffer)
+            for i in range(document.start, document.stop):
+                rows = range(document.start, i + 1)
+                seen = [j for j in rows if i - j <= window or j - document.start in held[i - document.start]]
+                for j in set(rows) - set(seen):
+                    evicted += bool(score[j, kv] > 0)
+                    some = [*seen, j]
+                    p = (k[some, kv] @ q[i, head] * 8**-0.5).softmax(0)
+                    expected[j, kv] += weights[i, head] @ (p @ v[some, kv] - o[i, head].detach())
+    assert evicted > 50
+    torch.testing.assert_close(gradients[1] - gradients[0], expected)
+
+
+def test_what_queries_do_not_see_takes_memory_for_one_document_at_a_time():
+    assert list(counterfactual._blocks((3000, 1096, 500, 500, 3596))) == [
+        (slice(0, 3000), 3000),
+        (slice(3000, 4096), 1096),
+        (slice(4096, 5096), 500),
+        (slice(5096, 8692), 3596),
+    ]
 
 
 @pytest.mark.parametrize("buffer_size", [None, 6])

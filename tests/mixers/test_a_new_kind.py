@@ -191,7 +191,7 @@ def test_it_is_exported_and_read_back(trained, command, tmp_path):
     for verb, source, target in (("export", trained, folder), ("import", folder, imported)):
         options = ["--dtype", "fp32"] if verb == "export" else []
         assert "worst difference" in command(1, verb, source, target, "--verify", *options)
-    kinds, always = {"gated_mean", "gdn"}, {"configuration", "inference", "layers", "modeling", "packing"}
+    kinds, always = {"gated_mean", "gdn"}, {"cache", "configuration", "inference", "layers", "modeling", "packing"}
     code = {f"{name}_megahybrid.py" for name in kinds | always}
     assert {file.name for file in folder.glob("*.py")} == code
     checkpoint = trained / "checkpoints" / (trained / "checkpoints" / "latest").read_text().strip()

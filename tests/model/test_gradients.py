@@ -74,8 +74,8 @@ def test_lte_gradients_against_the_surrogate(train_cap, gate, monkeypatch):
 
 
 def test_steps_in_which_queries_see_all_tokens(monkeypatch):
-    """They give what attention to everything gives, scores their gradient whatever they are; other steps, and
-    evaluation, nothing of it."""
+    """They give what attention to everything gives, scores their gradient whatever they are; other steps
+    nothing of it."""
     model, tokens, judged = tiny.model("GL", train_cap=True), tiny.tokens(), []
     mixer, real = model.layers["1"].mixer, lte_mixer.lte_attention
     monkeypatch.setattr(lte_mixer, "lte_attention", lambda *given: judged.append(given[3]) or real(*given))

@@ -2,7 +2,6 @@
 
 import importlib
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from torch.profiler import ProfilerActivity, profile
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import KernelInterface
 
-from megahybrid.config import load_config
 from megahybrid.config.schema import Config, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megahybrid.mixers.attention import AttentionConfig
 from megahybrid.mixers.gdn import GDNConfig
@@ -22,13 +20,12 @@ from megahybrid.model.settings import Settings
 from megahybrid.model.stack import build
 from megahybrid.parallel import groups
 from megahybrid.scaling import memory, splitting
-from megahybrid.scaling.parameters import parameter_specs, parameters_by_rank
+from megahybrid.scaling.parameters import parameters_by_rank
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.linear_cross_entropy import chunks
 from tests.parallel.tokens import own_tokens
 
 LENGTH = 1024
-RECIPES = Path(__file__).parents[2] / "recipes"
 OPS = """causal_conv1d gated_delta_rule lte_attention native_sparse_attention norm retention_router rotary swiglu
 linear_cross_entropy.chunks"""
 
@@ -76,6 +73,7 @@ def config_of(
     vocab=1024,
     buffer=64,
     train_cap=False,
+    gate="value",
     **parallel,
 ):
     return Config(
@@ -86,7 +84,7 @@ def config_of(
             vocab_size=vocab,
             gdn=GDNConfig(num_heads=4, head_dim=64, value_head_dim=96),
             attention=AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=64, window_size=100),
-            lte=LTEConfig(window_size=63, buffer_size=buffer, dropout=dropout, train_cap=train_cap),
+            lte=LTEConfig(window_size=63, buffer_size=buffer, dropout=dropout, train_cap=train_cap, gate=gate),
             nsa=NSAConfig(num_heads=8, num_kv_heads=2, block_size=32, num_blocks=8, window_size=100),
         ),
         train=TrainConfig(
@@ -268,6 +266,12 @@ def test_the_peak_is_what_a_pass_has_allocated(pattern, recompute, vocab):
     assert memory.activations(config, 1, 0) == pytest.approx(most_bytes(config), rel=0.06)
 
 
+@pytest.mark.parametrize("recompute", ["none", "L"])
+def test_the_peak_with_the_square_of_a_document(recompute):
+    config = config_of("GLL", recompute=recompute, gate="counterfactual", heads=8, kv_heads=2)
+    assert memory.activations(config, 1, 0) == pytest.approx(most_bytes(config), rel=0.06)
+
+
 @pytest.mark.parametrize(("pattern", "recompute"), [("SFSF", "none"), ("SFSF", "F"), ("SFSF", "all"), ("FFSS", "F")])
 def test_the_peak_of_attention_in_fp32(pattern, recompute):
     config = config_of(pattern, dtype="fp32", recompute=recompute)
@@ -350,39 +354,6 @@ def test_context_parallel_ranks_share_states_as_replicas_do():
     (count,) = parameters_by_rank(config)
     (peak,) = memory.peak_bytes(config, 2)
     assert peak == count * (2 + 4 + 12 / 4) + memory.activations(config, 2, 0)
-
-
-def test_the_peak_with_zero_3_has_what_is_whole():
-    config = config_of("GLGL", zero_stage=3)
-    (count,) = parameters_by_rank(config)
-    sizes = {n: sum(each.full_size for each in matrices_of(config, n)) for n in range(4)}
-    passes, split = memory.activations(config, 4, 0), splitting.split_matrices(config, 4)
-    assert split == {n: sizes[n] for n in split} and list(split) in ([0, 1, 2, 3], [0, 1, 2], [0, 2])
-    whole = count - sum(split.values())
-    assert whole <= count / 2 or len(split) == 4
-    copies = (whole + sum(split.values()) / 4 + sum(sorted(split.values())[-2:])) * 2
-    assert memory.peak_bytes(config, 4) == [pytest.approx(copies + count * (4 / 4 + 12 / 4) + passes)]
-    start = (whole + sum(split.values()) / 4) * 2 + count * (4 / 4 + 12 / 4)
-    assert memory.start_up(config, count, 4) == pytest.approx(start)  # no layer is gathered yet
-    assert memory.peak_bytes(config, 1) == [pytest.approx(count * (2 + 4 + 12) + memory.activations(config, 1, 0))]
-
-
-def matrices_of(config, layer):
-    specs = parameter_specs(config).items()
-    return [spec for name, spec in specs if name.startswith(f"layers.{layer}.") and len(spec.shape) > 1]
-
-
-def test_zero_3_leaves_so_much_whole_and_splits_the_rest_evenly():
-    config = load_config(RECIPES / "lalte-8b.yaml", ["parallel.zero_stage=3"])
-    split = splitting.split_matrices(config, 4)
-    (count,) = parameters_by_rank(config)
-    assert 0.8 * splitting.WHOLE < count - sum(split.values()) <= splitting.WHOLE
-    gaps = [after - before for before, after in itertools.pairwise(split)]
-    assert min(gaps) == 1 and max(gaps) == 2 and gaps.count(2) == 40 - len(split) - (39 not in split)
-    config = load_config(RECIPES / "lalte-0.4b.yaml", ["parallel.zero_stage=3"])
-    (count,) = parameters_by_rank(config)
-    assert 0.5 * count <= sum(splitting.split_matrices(config, 4).values()) < 0.6 * count
-    assert splitting.split_matrices(config, 1) == {}
 
 
 @pytest.mark.parametrize(

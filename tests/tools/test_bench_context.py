@@ -29,8 +29,8 @@ def lines_of(tmp_path, program, *more, sizes=SIZES):
 @pytest.mark.slow
 def test_every_way_of_a_mixer_is_judged_and_timed_beside_one_process(tmp_path):
     lines = lines_of(tmp_path, ["tools/bench_context"], "--mixers", "G,L capped,L", "--judged", "31,2,63")
-    ways = [("G", "tokens stay"), ("G", "heads for tokens"), ("L capped", "tokens stay")]
-    ways += [("L capped", "heads for tokens"), ("L", "tokens stay"), ("L", "heads for tokens")]
+    ways = [("G", "tokens stay"), ("G", "tokens for heads"), ("L capped", "tokens stay")]
+    ways += [("L capped", "tokens for heads"), ("L", "tokens stay"), ("L", "tokens for heads")]
     assert [(x["mixer"], x["way"], x["tokens"]) for x in lines] == [(*way, n) for way in ways for n in (64, 128)]
     for line in lines:
         assert line["tokens_of_one"] == line["tokens"] // 2
@@ -59,7 +59,7 @@ def test_a_lost_gradient_is_found_and_not_timed(tmp_path):
     program.write_text(program.read_text().replace("sys.path[:0] = [", f"sys.path[:0] = [{str(tmp_path)!r}, "))
     first, *others = lines_of(tmp_path, [program], "--mixers", "S", "--judged", "31,2,63")
     assert first["error"].startswith("x, k_proj.weight, v_proj.weight are off") and "ms" not in first
-    assert [line["way"] for line in others] == ["heads for tokens"] * 2
+    assert [line["way"] for line in others] == ["tokens for heads"] * 2
 
 
 @pytest.mark.slow

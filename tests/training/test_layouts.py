@@ -184,8 +184,22 @@ def test_layers_whose_tokens_stay_change_nothing(layout, workers, brief_recipe, 
     ranks = workers.run(layout.world, train, recipe, *overrides)
     until = steps_alike(ranks, alone, config.model.lte, 6 * 64, SCORES_APART)
     found, expected = metrics(tmp_path / "run"), metrics(tmp_path / "one")
-    assert len(found) == len(expected) and until >= len(expected) // 3, f"choose another seed, a tie comes at {until}"
+    assert len(found) == len(expected) and until >= 8, f"rounding decided after {until} steps, with this seed after 8"
     assert_same_run(found[:until], expected[:until])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", ["model.lte.gate=counterfactual", "model.lte.keep_all_every=2"])
+def test_layers_that_need_all_tokens_exchange_them(keys, workers, brief_recipe, tmp_path):
+    """Of so many tokens and with a capped buffer LTE's would stay otherwise."""
+    overrides = ["model.lte.train_cap=true", "train.global_batch_size=6", "train.micro_batch_size=3", "train.steps=4"]
+    context = [*overrides, "parallel.context=2"]
+    assert "L" in keepers(load_config(brief_recipe, context))
+    assert "L" not in keepers(load_config(brief_recipe, [*context, keys]))
+    train = "tests.training.test_layouts:train"
+    workers.run(1, train, str(brief_recipe), *overrides, keys, f"run.dir={tmp_path / 'one'}")
+    workers.run(2, train, str(brief_recipe), *context, keys)
+    assert_same_run(metrics(tmp_path / "run"), metrics(tmp_path / "one"))
 
 
 def train_with_little_room(recipe: str, *overrides: str) -> None:
@@ -211,12 +225,13 @@ def train_with_little_room(recipe: str, *overrides: str) -> None:
     ids=str,
 )
 def test_a_step_for_which_there_was_no_room_is_done_again(layout, workers, brief_reference, brief_recipe, tmp_path):
-    """And nothing else of it is seen."""
+    """And that is all that is seen of it."""
     overrides = [*layout.overrides, "train.micro_batch_size=1", "train.recompute=L"]
     workers.run(layout.world, "tests.training.test_layouts:train_with_little_room", str(brief_recipe), *overrides)
     again = re.findall(r"Step (\d+) is done again", (tmp_path / "run" / "logs" / "rank_00000.log").read_text())
-    assert again == ["2", "3"]
-    assert_same_run(metrics(tmp_path / "run"), metrics(brief_reference))
+    found = metrics(tmp_path / "run")
+    assert again == [str(line["step"]) for line in found if line["repeated"]] == ["2", "3"]
+    assert_same_run(found, metrics(brief_reference))
 
 
 @pytest.mark.parametrize(

@@ -91,5 +91,5 @@ def test_a_run_of_tasks_alone_needs_nothing_prepared(alone, tmp_path, capsys):
     assert "held-out loss" in capsys.readouterr().out
     found = [finding.text for finding in machine.data(load_config(alone[0], alone[1:]))]
     assert found[0].startswith("data.identity is") and found[1] == "all sources are tasks, made while training"
-    check_start(load_config(alone[0], [*alone[1:], "train.steps=9"]), nodes=1, gpus_per_node=4)
+    check_start(load_config(alone[0], [*alone[1:], "train.steps=9"]), nodes=1, gpus_per_node=2)
     assert main(["prepare", *alone]) == 2

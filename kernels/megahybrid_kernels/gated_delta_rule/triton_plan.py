@@ -23,8 +23,8 @@ class Tuning:
         chunk: tokens of a chunk.
         programs: a scan is cut into segments until about so many programs run; sequences alone suffice from half of it.
         shortest: chunks of a segment at least.
-        whole: chunks up to which no sequence is cut where no gradient is asked for: the host takes longer for the three
-            launches more than a GPU gains.
+        whole: chunks up to which no sequence is cut where no gradient is asked for: the host is reckoned to take longer
+            for three launches more than a GPU gains (not measured).
     """
 
     prepare: Launch

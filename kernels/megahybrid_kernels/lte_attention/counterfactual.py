@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
 from megahybrid_kernels.lte_attention.reference import visible_until
 from megahybrid_kernels.precision import at_least_fp32
 from megahybrid_kernels.sequences import Sequences
+
+PAIRS = 2**22
+"""Of a query and a key, a head: while documents side by side have the same length and fewer, they are done at once."""
 
 
 class _Unseen(torch.autograd.Function):
@@ -19,41 +25,57 @@ class _Unseen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, o: Tensor, score: Tensor, q: Tensor, k: Tensor, v: Tensor, until: Tensor, sequences: Sequences):
         ctx.save_for_backward(o, q, k, v, until)
-        ctx.sequences, ctx.score_dtype = sequences, score.dtype
+        ctx.lengths, ctx.score_dtype = sequences.lengths, score.dtype
         return o.view_as(o)
 
     @staticmethod
     def backward(ctx, do: Tensor):
         o, q, k, v, until = ctx.saved_tensors
-        tokens, kv_heads, head_dim = k.shape
-        row = _row(ctx.sequences.lengths)
-
-        def split(x: Tensor) -> Tensor:
-            """`[rows, KV heads, 1 or query heads of one, tokens of a row, head_dim]`."""
-            x = at_least_fp32(x).reshape(tokens // row, row, kv_heads, -1, head_dim)
-            return x.permute(0, 2, 3, 1, 4)
-
-        queries, keys, values, outputs, gradients = map(split, (q, k, v, o, do))
-        place = torch.arange(tokens, device=k.device).view(-1, 1, 1, row)
-        document = ctx.sequences.index.view(-1, 1, 1, row)
-        before = (place[..., None, :] <= place[..., None]) & (document[..., None, :] == document[..., None])
-        seen = before & (place[..., None] < until.view(-1, row, kv_heads).transpose(1, 2)[:, :, None, None])
-        logits = queries @ keys.mT * head_dim**-0.5
-        total = logits.masked_fill(~seen, -torch.inf).logsumexp(-1, keepdim=True)
-        p = (logits - total).sigmoid().masked_fill(seen | ~before, 0)
-        change = gradients @ values.mT - (gradients * outputs).sum(-1, keepdim=True)
-        unseen = (p * change).sum((2, 3))
-        return do, unseen.transpose(1, 2).reshape(tokens, kv_heads).to(ctx.score_dtype), *[None] * 5
+        blocks = [
+            _unseen(*(x[rows] for x in (q, k, v, o, do)), until[rows] - rows.start, length)
+            for rows, length in _blocks(ctx.lengths)
+        ]
+        return do, torch.cat(blocks).to(ctx.score_dtype), *[None] * 5
 
 
-def _row(lengths: tuple[int, ...]) -> int:
-    """Tokens of the rows, all of one size, into which documents can be laid without cutting any: the longest one's if
-    that will do, else all."""
-    longest, end, borders = max(lengths), 0, {0}
-    for length in lengths:
-        end += length
-        borders.add(end)
-    return longest if all(place in borders for place in range(0, end, longest)) and end % longest == 0 else end
+def _unseen(q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, until: Tensor, length: int) -> Tensor:
+    """Of documents of one length, whose rows these are, `[rows, KV heads]`; three tensors at a time have a number in at
+    least fp32 for each query head, query and key of a document."""
+    kv_heads, head_dim = k.shape[1:]
+
+    def split(x: Tensor) -> Tensor:
+        """`[documents, KV heads, 1 or query heads of one, length, head_dim]`."""
+        return at_least_fp32(x).unflatten(1, (kv_heads, -1)).unflatten(0, (-1, length)).permute(0, 2, 3, 1, 4)
+
+    queries, keys, values, outputs, gradients = map(split, (q, k, v, o, do))
+    place = torch.arange(length, device=k.device)
+    before = place <= place[:, None]
+    begins = length * torch.arange(len(queries), device=k.device)
+    until = until.unflatten(0, (-1, length)).transpose(1, 2)[:, :, None, None] - begins.view(-1, 1, 1, 1, 1)
+    seen = before & (place[:, None] < until)
+    logits = queries @ keys.mT
+    logits *= head_dim**-0.5
+    total = logits.masked_fill(~seen, -torch.inf).logsumexp(-1, keepdim=True)
+    p = logits.sub_(total).sigmoid_().masked_fill_(seen | ~before, 0)
+    change = gradients @ values.mT
+    change -= (gradients * outputs).sum(-1, keepdim=True)
+    return change.mul_(p).sum((2, 3)).transpose(1, 2).flatten(0, 1)
+
+
+def _blocks(lengths: Iterable[int]) -> Iterator[tuple[slice, int]]:
+    """Rows of documents to be done at once, and the length that each of them has."""
+    first = 0
+    for length, same in itertools.groupby(lengths):
+        end = first + length * sum(1 for _ in same)
+        rows = length * documents_at_once(length)
+        for begin in range(first, end, rows):
+            yield slice(begin, min(begin + rows, end)), length
+        first = end
+
+
+def documents_at_once(length: int) -> int:
+    """How many documents of so many tokens are done at once, where there are as many."""
+    return max(1, PAIRS // length**2)
 
 
 def with_unseen(

@@ -137,7 +137,7 @@ class FullAttentionKind(AttentionKind):
 
     letter = "F"
     title = "full attention"
-    utilisation = 0.376, 0.443
+    utilisation = 0.376, 0.455
     host_seconds = 1.5e-3
 
     def keys(self, model: ModelConfig, length: int) -> float:

@@ -37,7 +37,7 @@ class GDNKind(Kind):
 
     letter = "G"
     title = "Gated DeltaNet"
-    utilisation = 0.386, 0.462
+    utilisation = 0.386, 0.494
     host_seconds = 3.1e-3
     sections: ClassVar = {"gdn": GDNConfig}
 

@@ -62,11 +62,13 @@ class LTEConfig:
     gate: str = key("value", may_change=True, choices=("value", "logit", "counterfactual"))
     """Whose gradient a retention score gets, since the mask has none. value: that of a gate on the token's value, as in
     the paper (equation 6); logit: that of a gate on its logits, which adds up to 0 over what a query sees;
-    counterfactual: as logit, and what it would change for every query that does not see the token to see it, too."""
+    counterfactual: as logit, and what it would change for every query that does not see the token to see it, too; in
+    PyTorch, in memory that grows with the square of the longest document."""
     keep_all_steps: int = key(0, may_change=True, at_least=0)
-    """Steps at the beginning of training in which queries see all tokens; scores get their gradient by that."""
+    """Steps at the beginning of training in which queries see all tokens: their mask is 1, whatever the scores are;
+    these get the gate's gradient."""
     keep_all_every: int = key(0, may_change=True, at_least=0)
-    """In every so manieth step queries see all tokens, too; 0 for never."""
+    """Every so many steps queries see all tokens, too; 0 for never."""
     loss: RetentionLossConfig = field(default_factory=RetentionLossConfig)
     """The L1 term and its controller."""
 
@@ -87,7 +89,7 @@ class LTEKind(AttentionKind):
 
     letter = "L"
     title = "LTE"
-    utilisation = 0.370, 0.472
+    utilisation = 0.370, 0.485
     host_seconds = 4.8e-3
     sections: ClassVar = {**AttentionKind.sections, "lte": LTEConfig}
     parts = ("router",)
@@ -122,8 +124,10 @@ class LTEKind(AttentionKind):
         """Keys and values around a rank's tokens that the router sees, those before them that the window and one
         rank's room for retained tokens hold, and of every other rank what it has room for, for those whose document
         begins farther back; with scores of 4 bytes. Where heads are too few to be exchanged, in some steps
-        instead all keys and values of the ranks before."""
+        instead all keys and values of the ranks before. None where queries, or scores' gradients, need all tokens."""
         lte, heads, head_dim = model.lte, model.attention.num_kv_heads, model.attention.head_dim
+        if lte.keep_all_steps or lte.keep_all_every or lte.gate == "counterfactual":
+            return None
         keys, given = 2 * width * head_dim, most_room(lte)
         before, retained = lte.window_size + given, (ranks - 1) * given
         return heads * (2 * lte.margin * keys + before * (keys + 4) + retained * (keys + 8))
@@ -135,7 +139,8 @@ class LTEKind(AttentionKind):
     def keys(self, model: ModelConfig, length: int) -> float:
         """The query at position i sees min(i + 1, w + 1) keys in its window. Of the max(0, i - w) tokens that left it
         it sees at most buffer_size, as in inference: in training, too, this is what the controller of lambda steers to.
-        Before the controller has settled a model without train_cap sees more, up to all.
+        Before the controller has settled a model without train_cap sees more, up to all. Steps in which queries see all
+        (keep_all_steps, keep_all_every) are counted as others.
         """
         window, buffer = model.lte.window_size, model.lte.buffer_size
         left = max(0, length - 1 - window)
@@ -163,7 +168,9 @@ class LTEKind(AttentionKind):
         o, w Q; k before and after rotation, and v, 3 w K; and the outputs of the router's convolutions, 7/4 w K. A rank
         that keeps its tokens joins them to others around them, v twice, and before them to a window and a buffer, or
         without a cap to what all ranks have room for; where heads are too few to be exchanged, at first to all before.
-        Backward: gradients of q and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K.
+        Backward: gradients of q and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K; with the gate
+        counterfactual, which saves 8 bytes a KV head, for each pair of tokens of the documents done at once 12 bytes a
+        query head and 2 a KV head.
         """
         queries, keys = widths(model.attention, batch)
         head_dim, width = model.attention.head_dim, batch.width
@@ -172,7 +179,18 @@ class LTEKind(AttentionKind):
         if batch.rows > 1:
             more += self._rows_before(model, batch) / (batch.samples * batch.length)
             saved = more * (2 * queries + 2 * keys) + (2 + routers) * keys
-        return Activations(width * saved, more * (2 * width * (queries + keys) + 8 * keys))
+        square, ends = self._counterfactual(model, batch)
+        return Activations(width * saved + ends, more * (2 * width * (queries + keys) + 8 * keys) + square)
+
+    def _counterfactual(self, model: ModelConfig, batch: MicroBatch) -> tuple[float, float]:
+        """Bytes a token of what that gate takes backward, a sample being one document, and of what it saves."""
+        if model.lte.gate != "counterfactual":
+            return 0, 0
+        from megahybrid_kernels.lte_attention.counterfactual import documents_at_once
+
+        heads, groups, _ = rank_heads(model.attention, batch.ranks)
+        pairs = min(batch.samples, documents_at_once(batch.length)) * batch.length**2
+        return pairs * heads * (12 * groups + 2) / (batch.samples * batch.length), 8 * heads
 
     def _rows_before(self, model: ModelConfig, batch: MicroBatch) -> int:
         """Of a rank that keeps its tokens."""

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from megahybrid.config.schema import Config
+from megahybrid.errors import UserError
 from megahybrid.key import derived
 from megahybrid.mixers.lte import LTEConfig, most_room, room_for
 from megahybrid.model.regulation import Count, Quantity
 from megahybrid.parallel import groups
 
 FORGET = 0.9998
-"""A step, of the margins: half of one in 3,466 steps."""
+"""Factor a step on margins."""
 
 
 class LambdaController:
@@ -27,11 +28,12 @@ class LambdaController:
     Attributes:
         lambdas: fp32 `[layers, heads]`; the mixers read their row of a copy on the device.
         kept: fp32 `[layers, heads]`, moving average of `kept_now`.
-        shares: fp32 `[layers]`, of all tokens those that the head kept in the last step that kept most of them.
-        margins: fp32 `[layers]`, by what that is multiplied when ranks make room for it: doubled when it was not
-            enough, and forgotten slowly.
+        shares: fp32 `[layers]`, share, 0 to 1, of its tokens that the head keeping most kept in the last step.
+        margins: fp32 `[layers]`, factor on `shares` where ranks make room: doubled when that was not enough, and
+            forgotten slowly.
         kept_now: fp32 `[layers, heads]`, tokens kept in the last step by the share of all that were, of a document as
             long as that step's longest: every document has a buffer of its own, and that one's must suffice.
+        longest: tokens of that step's longest document: of a rank's tokens only one document's are passed on.
     """
 
     name = "retention"
@@ -54,6 +56,7 @@ class LambdaController:
             "missing": Count(heads, split=True, void=True),
         }
         self.shares, self.margins = torch.ones(len(layers)), torch.ones(len(layers))
+        self.longest = seq_length
         self._rooms = torch.zeros(len(layers), dtype=torch.int64, device="cpu")
         # On the host, which gets the counts anyway, and never waits for what it tells of them.
         self.lambdas = torch.zeros(len(layers), heads)
@@ -95,13 +98,15 @@ class LambdaController:
     def update(self, step: int, counts: Mapping[str, Tensor] | None, longest: int) -> None:
         """Take in an optimizer step, and every update_interval steps adjust lambda; see `Regulator`.
 
-        Without counts, and with no counted positions (only tiny documents), the moving average rests.
+        Without counts, and with no counted positions (only tiny documents), the moving average, shares and margins
+        rest: a step that was void and then left out teaches nothing, and the next one may be void, too.
         """
         if counts is not None and counts["positions"].all():
             rate = 2 / (1 + self.config.loss.update_interval / 2)
             scale = (longest / counts["positions"].double()).to(torch.float32)
             self.kept_now = counts["kept"].to(torch.float32) * scale
             self.kept = (1 - rate) * self.kept + rate * self.kept_now
+            self.longest = longest
             self.shares = (counts["kept"] / counts["positions"]).amax(1).to(torch.float32)
             short = (counts["missing"] > 0).any(1)
             self.margins = torch.where(short, 2 * self.margins, (FORGET * self.margins).clamp(min=1))
@@ -113,7 +118,7 @@ class LambdaController:
         """For what a rank retains; none for more than a plan counts with."""
         most = most_room(self.config)
         for row, share in enumerate((self.shares * self.margins).tolist()):
-            room = room_for(share * self.tokens, self.config.sink_size)
+            room = room_for(share * min(self.tokens, self.longest), self.config.sink_size)
             self._rooms[row] = room if self.tokens and room <= most else 0
 
     def _steer(self, lambdas: Tensor) -> None:
@@ -136,12 +141,18 @@ class LambdaController:
     def state(self) -> dict[str, list]:
         """What a checkpoint keeps; float32 survives the way through JSON's decimals exactly."""
         every = {"lambdas": self.lambdas, "kept": self.kept, "shares": self.shares, "margins": self.margins}
-        return {name: values.tolist() for name, values in every.items()}
+        return {name: values.tolist() for name, values in every.items()} | {"longest": [self.longest]}
 
-    def load_state(self, state: dict[str, list[list[float]]]) -> None:
-        """Take over a state that `state` gave."""
+    def load_state(self, state: dict[str, list]) -> None:
+        """See `Regulator`; checkpoints from before ranks made room have lambdas and kept only."""
+        if missing := {"lambdas", "kept"} - state.keys():
+            raise UserError(
+                f"The checkpoint's state of LTE's controller lacks {', '.join(sorted(missing))}; use one that "
+                "megahybrid has written."
+            )
         self._steer(torch.tensor(state["lambdas"]))
         self.kept = torch.tensor(state["kept"])
-        if "shares" in state:  # checkpoints from before ranks made room have none
+        (self.longest,) = state.get("longest", [self.longest])
+        if {"shares", "margins"} <= state.keys():
             self.shares, self.margins = torch.tensor(state["shares"]), torch.tensor(state["margins"])
             self._make_room()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from megahybrid.config.schema import ModelConfig
-from megahybrid.errors import UserError
 from megahybrid.mixers.attention.module import AttentionProjections
 from megahybrid.mixers.lte import LTEKind, router_channels
 from megahybrid.mixers.lte.policies import Policy, made
@@ -105,13 +104,6 @@ class LTEAttention(AttentionProjections):
     def __init__(self, settings: Settings, layer: int):
         super().__init__(settings, layer)
         self.lte = settings.model.lte
-        if self.keeps_tokens and (
-            self.lte.keep_all_steps or self.lte.keep_all_every or self.lte.gate == "counterfactual"
-        ):
-            raise UserError(
-                "Context parallel ranks that keep their tokens never see all others'; set model.lte.keep_all_steps and "
-                "model.lte.keep_all_every to 0 and model.lte.gate to value or logit, or parallel.context to 1."
-            )
         self.router = Router(settings)
         every = settings.model.attention.num_kv_heads
         rank, ranks = groups.tensor_parallel() if self.keeps_tokens else groups.head_parallel()

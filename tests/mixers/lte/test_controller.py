@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from megahybrid.errors import UserError
 from megahybrid.mixers.lte import LTEConfig, RetentionLossConfig
 from megahybrid.mixers.lte.controller import LambdaController
 
@@ -88,11 +89,10 @@ def test_state_survives_json_exactly():
     assert torch.equal(subject.kept, other.kept)
 
 
-def context_parallel(tokens=1000):
+def context_parallel(tokens=1000, buffer_size=100):
     loss = RetentionLossConfig(update_interval=2)
-    return LambdaController(
-        LTEConfig(buffer_size=100, sink_size=4, loss=loss), 4000, layers=[1, 3], heads=2, tokens=tokens
-    )
+    config = LTEConfig(buffer_size=buffer_size, sink_size=4, loss=loss)
+    return LambdaController(config, 4000, layers=[1, 3], heads=2, tokens=tokens)
 
 
 def rooms(subject):
@@ -114,6 +114,23 @@ def test_room_for_what_the_head_that_keeps_most_is_expected_to_retain():
     subject.update(2, counts([[1400, 0], [0, 0]], 10_000), 4000)  # 140: 262.3; none: only sinks
     assert rooms(subject) == [0, 8]
     assert rooms(context_parallel(tokens=0)) == [0, 0]
+
+
+def test_room_is_made_for_the_one_document_that_goes_on():
+    """Of 8 samples a micro-batch on 2 ranks each has 4, but passes on what one retains; a checkpoint knows how long."""
+    subject, other = (context_parallel(tokens=4 * 4096, buffer_size=512) for _ in range(2))
+    for longest, expected in ((4096, 1024), (2048, 512)):  # 512: 867.5; 256: 453
+        subject.update(1, counts([[5120, 0], [0, 5120]], 40_960), longest)
+        assert rooms(subject) == [expected] * 2
+    other.load_state(subject.state())
+    assert rooms(other) == [512, 512]
+
+
+def test_a_state_without_what_every_checkpoint_has_is_refused():
+    subject = controller()
+    with pytest.raises(UserError, match="lacks kept; use one that megahybrid has written"):
+        subject.load_state({"lambdas": [[1.0]]})
+    assert subject.lambdas.item() == 0
 
 
 def test_what_was_not_enough_is_doubled_and_a_checkpoint_knows_it():
