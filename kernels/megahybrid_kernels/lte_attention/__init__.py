@@ -63,7 +63,9 @@ def lte_attention(
     if gate != "counterfactual":
         return backend.lte_attention(q, k, v, score, sequences, *limits, gate)
     o = backend.lte_attention(q, k, v, score, sequences, *limits, "logit")
-    return with_unseen(o, q, k, v, score, sequences, *limits) if score.requires_grad else o
+    if not score.requires_grad:
+        return o
+    return with_unseen(o, q, k, v, score, reference.visible_until(score.detach(), sequences, *limits), sequences)
 
 
 def lte_attention_with_cache(

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from megahybrid_kernels.lte_attention.reference import visible_until
 from megahybrid_kernels.precision import at_least_fp32
 from megahybrid_kernels.sequences import Sequences
 
@@ -79,17 +78,8 @@ def documents_at_once(length: int) -> int:
 
 
 def with_unseen(
-    o: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    score: Tensor,
-    sequences: Sequences,
-    window_size: int,
-    sink_size: int,
-    buffer_size: int | None,
+    o: Tensor, q: Tensor, k: Tensor, v: Tensor, score: Tensor, until: Tensor, sequences: Sequences
 ) -> Tensor:
     """o, the outputs of `lte_attention` with these arguments, whose backward gives the score its part of the queries
-    that do not see its token."""
-    until = visible_until(score.detach(), sequences, window_size, sink_size, buffer_size)
+    that do not see its token; `until` is `reference.visible_until` of the score."""
     return _Unseen.apply(o, score, q.detach(), k.detach(), v.detach(), until, sequences)
