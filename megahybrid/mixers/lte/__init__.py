@@ -62,8 +62,8 @@ class LTEConfig:
     gate: str = key("value", may_change=True, choices=("value", "logit", "counterfactual"))
     """Whose gradient a retention score gets, since the mask has none. value: that of a gate on the token's value, as in
     the paper (equation 6); logit: that of a gate on its logits, which adds up to 0 over what a query sees;
-    counterfactual: as logit, and what it would change for every query that does not see the token to see it, too; in
-    PyTorch, in memory that grows with the square of the longest document."""
+    counterfactual: as logit, and what it would change for every query that does not see the token to see it, too, which
+    costs as much as full attention's forward pass; the paper's routers die where this one learns (docs/evidence.md)."""
     keep_all_steps: int = key(0, may_change=True, at_least=0)
     """Steps at the beginning of training in which queries see all tokens: their mask is 1, whatever the scores are;
     these get the gate's gradient."""
@@ -168,9 +168,8 @@ class LTEKind(AttentionKind):
         o, w Q; k before and after rotation, and v, 3 w K; and the outputs of the router's convolutions, 7/4 w K. A rank
         that keeps its tokens joins them to others around them, v twice, and before them to a window and a buffer, or
         without a cap to what all ranks have room for; where heads are too few to be exchanged, at first to all before.
-        Backward: gradients of q and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K; with the gate
-        counterfactual, which saves 8 bytes a KV head, for each pair of tokens of the documents done at once 12 bytes a
-        query head and 2 a KV head.
+        Backward: gradients of q and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K. (In PyTorch
+        the gate counterfactual takes more, with the square of the longest document.)
         """
         queries, keys = widths(model.attention, batch)
         head_dim, width = model.attention.head_dim, batch.width
@@ -179,18 +178,7 @@ class LTEKind(AttentionKind):
         if batch.rows > 1:
             more += self._rows_before(model, batch) / (batch.samples * batch.length)
             saved = more * (2 * queries + 2 * keys) + (2 + routers) * keys
-        square, ends = self._counterfactual(model, batch)
-        return Activations(width * saved + ends, more * (2 * width * (queries + keys) + 8 * keys) + square)
-
-    def _counterfactual(self, model: ModelConfig, batch: MicroBatch) -> tuple[float, float]:
-        """Bytes a token of what that gate takes backward, a sample being one document, and of what it saves."""
-        if model.lte.gate != "counterfactual":
-            return 0, 0
-        from megahybrid_kernels.lte_attention.counterfactual import documents_at_once
-
-        heads, groups, _ = rank_heads(model.attention, batch.ranks)
-        pairs = min(batch.samples, documents_at_once(batch.length)) * batch.length**2
-        return pairs * heads * (12 * groups + 2) / (batch.samples * batch.length), 8 * heads
+        return Activations(width * saved, more * (2 * width * (queries + keys) + 8 * keys))
 
     def _rows_before(self, model: ModelConfig, batch: MicroBatch) -> int:
         """Of a rank that keeps its tokens."""
