@@ -64,11 +64,6 @@ class LTEConfig:
     the paper (equation 6); logit: that of a gate on its logits, which adds up to 0 over what a query sees;
     counterfactual: as logit, and what it would change for every query that does not see the token to see it, too, which
     costs as much as full attention's forward pass; the paper's routers die where this one learns (docs/evidence.md)."""
-    keep_all_steps: int = key(0, may_change=True, at_least=0)
-    """Steps at the beginning of training in which queries see all tokens: their mask is 1, whatever the scores are;
-    these get the gate's gradient."""
-    keep_all_every: int = key(0, may_change=True, at_least=0)
-    """Every so many steps queries see all tokens, too; 0 for never."""
     loss: RetentionLossConfig = field(default_factory=RetentionLossConfig)
     """The L1 term and its controller."""
 
@@ -76,12 +71,6 @@ class LTEConfig:
     def margin(self) -> int:
         """Tokens on either side that the router looks at for a token's score."""
         return CONVOLUTIONS * (self.conv_size // 2) * self.conv_dilation
-
-    def keeps_all(self, step: int | None) -> bool:
-        """Whether queries see all tokens in this step of training, counted from 1; None where nothing is trained."""
-        if step is None:
-            return False
-        return step <= self.keep_all_steps or (self.keep_all_every > 0 and step % self.keep_all_every == 0)
 
 
 class LTEKind(AttentionKind):
@@ -124,9 +113,9 @@ class LTEKind(AttentionKind):
         """Keys and values around a rank's tokens that the router sees, those before them that the window and one
         rank's room for retained tokens hold, and of every other rank what it has room for, for those whose document
         begins farther back; with scores of 4 bytes. Where heads are too few to be exchanged, in some steps
-        instead all keys and values of the ranks before. None where queries, or scores' gradients, need all tokens."""
+        instead all keys and values of the ranks before. None where scores' gradients need all tokens."""
         lte, heads, head_dim = model.lte, model.attention.num_kv_heads, model.attention.head_dim
-        if lte.keep_all_steps or lte.keep_all_every or lte.gate == "counterfactual":
+        if lte.gate == "counterfactual":
             return None
         keys, given = 2 * width * head_dim, most_room(lte)
         before, retained = lte.window_size + given, (ranks - 1) * given
@@ -139,8 +128,8 @@ class LTEKind(AttentionKind):
     def keys(self, model: ModelConfig, length: int) -> float:
         """The query at position i sees min(i + 1, w + 1) keys in its window. Of the max(0, i - w) tokens that left it
         it sees at most buffer_size, as in inference: in training, too, this is what the controller of lambda steers to.
-        Before the controller has settled a model without train_cap sees more, up to all. Steps in which queries see all
-        (keep_all_steps, keep_all_every) are counted as others.
+        Before the controller has settled a model without train_cap sees more, up to all. What the gate counterfactual
+        takes, as much as attention to all in a forward pass, is not counted.
         """
         window, buffer = model.lte.window_size, model.lte.buffer_size
         left = max(0, length - 1 - window)
