@@ -1,14 +1,17 @@
 """Launches that ask Triton only once."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton.language as tl
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from megahybrid_kernels import launch as module
 from megahybrid_kernels.launch import Kernel, specialization
 
 INTEGERS = (1, 0, 16, 17, -16, -1, 2**31 - 1, 2**31, 2**31 + 16, -(2**31), 2**63 - 1, 2**63)
@@ -54,14 +57,6 @@ def test_options_are_told_apart_by_name():
     assert specialization((), {"A": 1, "B": 2}) != specialization((), {"B": 1, "A": 2})
 
 
-class Compiled:
-    def __init__(self, log):
-        self.log = log
-
-    def __getitem__(self, grid):
-        return lambda *args: self.log.append((grid, args))
-
-
 class Jit:
     """As much of a compiler as a launch asks for."""
 
@@ -72,19 +67,42 @@ class Jit:
 
     def __getitem__(self, grid):
         def launch(*args, **options):
-            self.asked.append((grid, args, options))
-            return Compiled(self.launched)
+            self.asked.append((*args, options["num_warps"]))
+            return SimpleNamespace(run=lambda *given: self.launched.append(given), function=7, packed_metadata=8)
 
         return launch
 
 
-def test_triton_is_asked_once_for_each_kind():
-    jit, x = Jit(), TENSORS[0]
-    kernel = Kernel(jit, "some")
+def launch(kernel, n, device=0):
+    kernel._launch(device, 5, (TENSORS[0], n), {"FLAG": True, "num_warps": 4, "WIDTH": 16})
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(module, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda x: 100 + x)))
+    return Kernel(Jit(), "some")
+
+
+def test_triton_is_asked_once_for_each_kind(kernel):
     for n in (7, 9, 32):
-        kernel._launch(0, 5, (x, n), {"FLAG": True, "num_warps": 4, "WIDTH": 16})
-    kernel._launch(1, 5, (x, 9), {"FLAG": True, "num_warps": 4, "WIDTH": 16})
-    assert [(args[1], options["num_warps"]) for _, args, options in jit.asked] == [(7, 4), (32, 4), (9, 4)]
+        launch(kernel, n)
+    launch(kernel, 11, device=1)
+    launch(kernel, 13, device=1)
+    assert [(n, warps) for _, n, warps in kernel.jit.asked] == [(7, 4), (32, 4), (11, 4)]
     # Constants follow in the order of the signature; options of the compiler are none of the kernel's arguments.
-    [(grid, (again, *rest))] = jit.launched
-    assert grid == (5, 1, 1) and again is x and rest == [9, 16, True]
+    places = [(*given[:9], given[10:]) for given in kernel.jit.launched]
+    assert all(given[9] is TENSORS[0] for given in kernel.jit.launched)
+    assert places == [
+        (5, 1, 1, 100, 7, 8, None, None, None, (9, 16, True)),
+        (5, 1, 1, 101, 7, 8, None, None, None, (13, 16, True)),
+    ]
+
+
+def test_triton_launches_what_a_profiler_watches(kernel):
+    launch(kernel, 7)
+    knobs.runtime.launch_enter_hook.add(print)
+    try:
+        launch(kernel, 7)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(print)
+    assert len(kernel.jit.asked) == 2 and not kernel.jit.launched
