@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from prefill_steps import PASSES
+from prefill_steps import PASSES, read_prompts, sequences_at_once
 from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteria
 
@@ -62,17 +62,22 @@ def prompts(model: GenerationMixin, count: int, context: int) -> Tensor:
     return torch.randint(model.config.vocab_size, (count, context), generator=generator).to(model.device)
 
 
-def read(model: GenerationMixin, context: int, batch: int, together: int, limit: float) -> dict:
-    """`generate` of one token after prompts of `context` tokens, as many of `batch` at once as have `together` tokens;
-    `PASSES` times as far as `limit` seconds go, after once for compilation."""
-    count, seconds = max(1, min(batch, together // context)), []
-    tokens, began = prompts(model, count, context), time.perf_counter()
-    while len(seconds) < 1 + PASSES and (len(seconds) < 2 or time.perf_counter() - began < limit):
+def read(model: GenerationMixin, own: Stack, context: int, batch: int, together: int, limit: float) -> dict:
+    """`generate` of one token after prompts of `context` tokens, as many of `batch` at once as have `together` tokens,
+    in turns with our `own` engine's prefill of as many: `PASSES` times as far as `limit` seconds go and three times at
+    least, after once for compilation."""
+    count = sequences_at_once(context, batch, together)
+    tokens, began, seconds, engine_seconds = prompts(model, count, context), time.perf_counter(), [], []
+    while len(seconds) < 1 + PASSES and (len(seconds) < 4 or time.perf_counter() - began < limit):
         before = time.perf_counter()
+        read_prompts(own, context, count, context)
+        between = time.perf_counter()
         model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=1, **_GREEDY).tolist()
-        seconds.append(time.perf_counter() - before)
-    median = statistics.median(seconds[1:])
+        engine_seconds.append(between - before)
+        seconds.append(time.perf_counter() - between)
+    median, engine = (statistics.median(each[1:]) for each in (seconds, engine_seconds))
     result = {"tokens_per_second": round(count * context / median), "pass_ms": round(1e3 * median, 2)}
+    result |= {"engine_ms": round(1e3 * engine, 2), "by_engine": round(engine / median, 3)}
     return result | {"pass_sequences": count, "passes": len(seconds) - 1}
 
 

@@ -17,7 +17,11 @@ from megahybrid_kernels import Sequences
 PASSES = 9
 
 
-@torch.inference_mode()
+def sequences_at_once(context: int, batch: int, together: int) -> int:
+    """How many prompts of `context` tokens, of `batch`, have `together` tokens; one at least."""
+    return max(1, min(batch, together // context))
+
+
 def prefill(model: Stack, context: int, batch: int, together: int, chunk: int, limit: float) -> dict:
     """`batch` prompts of `context` tokens: as many side by side as have `together` tokens, the others after them.
 
@@ -26,7 +30,7 @@ def prefill(model: Stack, context: int, batch: int, together: int, chunk: int, l
     What the passes of a batch leave behind is kept, as generation needs all of it; states that were not reached within
     the time are added to the memory by their size.
     """
-    count = max(1, min(batch, together // context))
+    count = sequences_at_once(context, batch, together)
     needed = -(-batch // count)
     read_prompts(model, min(context, 2 * chunk), count, chunk)
     kept, seconds, began = [], [], time.perf_counter()
@@ -51,6 +55,7 @@ def prefill(model: Stack, context: int, batch: int, together: int, chunk: int, l
     return result
 
 
+@torch.inference_mode()
 def read_prompts(model: Stack, context: int, count: int, chunk: int) -> dict[int, Any]:
     """The states after `count` prompts of random tokens; waits until their next tokens are known on the host."""
     device = groups.device()

@@ -20,7 +20,7 @@ def packs(model, x):
     return (
         takes_kernels(x)
         and all(block.mixer.packs for block in model.layers)
-        and all(weight.device == x.device for weight in model.parameters())
+        and all(weight.device == x.device for weight in weights_of(modules_below(model)))
     )
 
 
@@ -243,6 +243,11 @@ def modules_below(model):
     return modules
 
 
+def weights_of(modules):
+    """Their own parameters, a list; some times as fast as model.parameters()."""
+    return [weight for each in modules for weight in each._parameters.values() if weight is not None]
+
+
 def parts_of(model):
     """What a graph of the model's layers holds for as long as it stays the same: modules and where the weights are.
     None where a module has hooks, or something in the place of its forward, which a graph would not repeat."""
@@ -251,8 +256,7 @@ def parts_of(model):
         return None
     if any(each._forward_hooks or each._forward_pre_hooks or "forward" in each.__dict__ for each in modules):
         return None
-    weights = [w.data_ptr() for each in modules for w in each._parameters.values() if w is not None]
-    return [torch.is_inference_mode_enabled(), *modules, *weights]
+    return [torch.is_inference_mode_enabled(), *modules, *[weight.data_ptr() for weight in weights_of(modules)]]
 
 
 def recorded_step(model, x, cache):

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,11 @@ except ImportError:
     kernels = None
 if os.environ.get("MEGAHYBRID_KERNELS") == "0":
     kernels = None
+
+
+# A context in which ops note nothing for autograd, which without gradients, too, is a tenth of the host's time for a
+# step: inference mode's, but that tensors made there may be trained on.
+below_autograd = getattr(torch._C, "_AutoDispatchBelowADInplaceOrView", nullcontext)
 
 
 def takes_kernels(x):
@@ -81,7 +87,7 @@ def in_own_precision(function):
 
     @functools.wraps(function)
     def precise(first, *others, **options):
-        device = next(x for x in (first, *others) if isinstance(x, torch.Tensor)).device.type
+        device = (first if isinstance(first, torch.Tensor) else others[0]).device.type  # a method's first is its module
         if not torch.is_autocast_enabled(device):
             return function(first, *others, **options)
         with torch.autocast(device, enabled=False):
@@ -133,24 +139,30 @@ def as_made(module, kind):
     return type(module) is kind and not any(hooks) and "forward" not in module.__dict__
 
 
-def multiplies(layer):
-    """Whether a layer is the product with its weight alone, and not in training: there a forward without gradients may
-    be the first of two that have to agree, as where reentrant checkpointing recomputes."""
-    own = layer._parameters  # half as long as by name, at every step
-    alone = as_made(layer, nn.Linear) and own.get("bias") is None and type(own.get("weight")) is nn.Parameter
-    return alone and not layer.training
+def weights_alone(*layers):
+    """The weights of layers that are the products with them alone, and not in training: there a forward without
+    gradients may be the first of two that have to agree, as where reentrant checkpointing recomputes. None where one
+    is not."""
+    weights = []
+    for layer in layers:
+        own = layer._parameters  # half as long as by name, at every step
+        weight = own.get("weight")
+        alone = as_made(layer, nn.Linear) and own.get("bias") is None and type(weight) is nn.Parameter
+        if not alone or layer.training:
+            return None
+        weights.append(weight)
+    return weights
 
 
 def project(x, *layers):
     """Each layer's output of x `[..., in]`. Tokens laid end to end go through one product where no gradient is asked
     for, for which weights that have their memory to themselves move beside each other; not where autocast would cast
     the whole at every step, which it does only once to each."""
-    if x.dim() == 2 and not torch.is_grad_enabled() and all(map(multiplies, layers)):
-        x, weights = as_computed(x), [layer.weight for layer in layers]
-        whole = moved_beside(weights, ROWS) if x.dtype == weights[0].dtype else None
+    if x.dim() == 2 and not torch.is_grad_enabled() and (weights := weights_alone(*layers)) is not None:
+        x = as_computed(x)
+        whole, sizes = kept_beside(layers[0], weights, ROWS) if x.dtype == weights[0].dtype else (None, None)
         if whole is not None:
-            sizes = list(map(len, weights))
-            return F.linear(x, whole).split([*sizes, len(whole) - sum(sizes)], 1)[: len(layers)]
+            return F.linear(x, whole).split_with_sizes(sizes, 1)[: len(layers)]
     return [layer(x) for layer in layers]
 
 
@@ -174,6 +186,22 @@ def moved_beside(weights, multiple=1):
                 at += len(part)
         whole = beside(weights, 0, multiple)
     return whole
+
+
+def kept_beside(keeper, weights, multiple=1):
+    """(`moved_beside`, the rows of each and of what follows them), or (None, None); the module `keeper` keeps where
+    that is, since to look for it takes the host as long as a launch."""
+    places, known = [weight.data_ptr() for weight in weights], keeper.__dict__.get("beside")
+    if known is not None and known[:2] == (places, weights[0].untyped_storage().nbytes()):
+        return weights[0].as_strided(*known[2]), known[3]
+    keeper.beside = None
+    if (whole := moved_beside(weights, multiple)) is None:
+        return None, None
+    sizes = [len(weight) for weight in weights]
+    sizes.append(len(whole) - sum(sizes))
+    places = [weight.data_ptr() for weight in weights]
+    keeper.beside = places, whole.untyped_storage().nbytes(), (whole.shape, whole.stride()), sizes
+    return whole, sizes
 
 
 def move(weight, part):
@@ -255,9 +283,10 @@ class SwiGLU(Joining):
 
 def added(mlp, x, y):
     """y + mlp(x): of tokens laid end to end over y, in the last product's launch, where no gradient is asked for."""
-    if y.dim() != 2 or torch.is_grad_enabled() or not (as_made(mlp, SwiGLU) and multiplies(mlp.down_proj)):
+    joins = y.dim() == 2 and not torch.is_grad_enabled() and as_made(mlp, SwiGLU)
+    if not joins or (weights := weights_alone(mlp.down_proj)) is None:
         return y + mlp(x)
-    inner, weight = mlp.inner(x), mlp.down_proj.weight
+    inner, (weight,) = mlp.inner(x), weights
     if not inner.dtype == y.dtype == weight.dtype:
         return y + mlp.down_proj(inner)  # cast by autocast
     return y.addmm_(inner, weight.T)

@@ -7,6 +7,7 @@ computation.
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from megahybrid.hf.layers_megahybrid import (
     SwiGLU,
     added,
     as_computed,
+    below_autograd,
     kernels,
     linear,
     real_tokens,
@@ -50,6 +52,11 @@ class Block(GradientCheckpointingLayer):
     def forward(self, x, places, state=None, documents=None):
         """`[B, T, hidden]` with positions, or `[tokens, hidden]` with sequences (see Mixer) → (the same, the mixer's
         next state, and what it adds to the loss, if it does)."""
+        tracked = x.dim() != 2 or self.training or torch.is_grad_enabled()
+        with nullcontext() if tracked else below_autograd():
+            return self.sublayers(x, places, state, documents)
+
+    def sublayers(self, x, places, state, documents):
         inputs = as_computed(self.mixer_norm(x))
         if documents is not None:
             inputs = documents.padded(inputs)

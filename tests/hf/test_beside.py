@@ -76,6 +76,21 @@ def test_stored_copied_and_cast(tmp_path):
     assert all(lie_beside(model))
 
 
+def test_one_that_goes_elsewhere_is_found_there():
+    """Alone, by all of its product, and where another one was."""
+    _, model = pair(PATTERN)
+    expected = read(model)
+    for name in ("mlp.up_proj.weight", "mixer.q_proj.weight", "mixer.q_conv"):
+        for block in model.model.layers:
+            parts = dict(block.named_parameters())
+            if name in parts:
+                parts[name].data = parts[name].data * 1.5
+        assert not torch.equal(read(model), before := expected)
+        expected = read(model)
+        close(read(copy.deepcopy(model)), expected)
+        assert not torch.allclose(expected, before)
+
+
 def test_training_goes_on_behind_them():
     """Also behind inference mode, whose tensors no gradient may need."""
     _, model = pair(PATTERN)

@@ -184,6 +184,24 @@ def test_hidden_states_and_training():
         close(one[mask.bool()], other[mask.bool()])
 
 
+def test_what_comes_of_layers_may_be_trained_on():
+    """And who watches one may turn gradients on."""
+    _, exported = pair("GL")
+    found, weight = [], torch.ones(16, dtype=torch.float64, requires_grad=True)
+
+    @torch.enable_grad()
+    def watch(_, given, out):
+        x = given[0].clone().requires_grad_()
+        x.square().sum().backward()
+        found.append(x.grad)
+
+    exported.model.layers[1].register_forward_hook(watch)
+    out = exported(random_tokens(30)[None], use_cache=True, output_hidden_states=True)
+    with torch.enable_grad():
+        sum((each * weight).sum() for each in out.hidden_states).backward()
+    assert weight.grad.any() and found[0].any()
+
+
 def test_no_gradient_goes_through_its_caches():
     model, exported = pair("GL")
     tokens = random_tokens(30)

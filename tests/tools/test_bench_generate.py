@@ -27,4 +27,5 @@ def test_all_letters_are_measured_at_toy_sizes(pattern):
     assert all(line["tokens_per_second"] > 0 and "error" not in line for line in lines)
     assert all(line["same_tokens"] for line in lines if line.get("mode") == "graph")
     assert all(("by_engine" in line) == line["op"].startswith("export_") for line in lines)
+    assert all(line["engine_ms"] > 0 for line in lines if line["op"].startswith("export_"))
     assert last["op"] == "goals"

@@ -11,10 +11,10 @@ from megahybrid.hf.layers_megahybrid import (
     at_least_fp32,
     in_own_precision,
     joined,
+    kept_beside,
     kernels,
     last,
     linear,
-    moved_beside,
     project,
     scaled_to_unit,
     takes_kernels,
@@ -104,9 +104,9 @@ class GatedDeltaNet(Mixer):
                 kernels.causal_conv1d(x, conv, sequences, **options)[0] for x, conv in zip(inputs, convs, strict=True)
             ]
         else:
-            if not self.training:
-                moved_beside(convs)
-            x, weight = joined(inputs, 1), joined(convs, 0)
+            weight = None if self.training else kept_beside(self, convs)[0]
+            weight = joined(convs, 0) if weight is None else weight
+            x = joined(inputs, 1)
             x, rows = kernels.causal_conv1d(x, weight, sequences, state.get("rows"), **options)
             parts = x.split(list(map(len, convs)), 1)
         parts = [x.unflatten(-1, (self.heads, -1)) for x in parts]
