@@ -12,7 +12,7 @@ from tests.config.test_load import QUICKSTART
 
 MAY_CHANGE = """
 run.dir
-model.init_std model.lte.dropout model.lte.train_cap model.lte.gate
+model.init_std model.lte.dropout model.lte.train_cap model.lte.gate model.lte.routing_grad
 model.lte.loss.update_interval model.lte.loss.initial model.lte.loss.maximum
 model.lte.loss.increase model.lte.loss.decrease model.lte.loss.tolerance
 parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.sequence

@@ -71,6 +71,28 @@ def test_lte_gradients_against_the_surrogate(train_cap, gate, monkeypatch):
     assert_gradients_match(model, tokens, gradients)
 
 
+@pytest.mark.parametrize("gate", ["value", "counterfactual"])
+def test_keys_and_values_hear_nothing_of_scores_without_routing_grad(gate, monkeypatch):
+    """Routers do as ever; keys and values get what they get where scores have no gradient at all."""
+    tokens, found = tiny.tokens(), {}
+    for case in ("paper", "apart", "none"):
+        model = tiny.model("GL", train_cap=True, gate=gate)
+        mixer = model.layers["1"].mixer
+        mixer.l1_lambda.fill_(0.5)
+        mixer.router.routing_grad = case == "paper"
+        if case == "none":
+            real = mixer.router.forward
+            monkeypatch.setattr(mixer.router, "forward", lambda *given, real=real, **how: (
+                real(*given, **how)[0].detach(), *given[:2]))  # fmt: skip
+        model(tokens[:-1], tiny.training_context(), labels=tokens[1:]).loss.backward()
+        found[case] = {name: x.grad for name, x in mixer.named_parameters()}
+    names = {name for name in found["paper"] if "router" in name}
+    assert names and all((found["paper"][name] == found["apart"][name]).all() for name in names)
+    for name in ("k_proj.weight", "v_proj.weight"):
+        torch.testing.assert_close(found["apart"][name], found["none"][name], rtol=1e-12, atol=1e-14)
+        assert not torch.allclose(found["paper"][name], found["apart"][name])
+
+
 def test_l1_term_of_one_layer_by_hand(monkeypatch):
     model, tokens, scores = tiny.model("GL"), tiny.tokens(), []
     mixer = model.layers["1"].mixer

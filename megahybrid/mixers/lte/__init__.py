@@ -64,6 +64,8 @@ class LTEConfig:
     the paper (equation 6); logit: that of a gate on its logits, which adds up to 0 over what a query sees;
     counterfactual: as logit, and what it would change for every query that does not see the token to see it, too, which
     costs as much as full attention's forward pass; the paper's routers die where this one learns (docs/evidence.md)."""
+    routing_grad: bool = key(True, may_change=True)
+    """Whether what scores get goes on to the keys and values that the router reads, as in the paper."""
     loss: RetentionLossConfig = field(default_factory=RetentionLossConfig)
     """The L1 term and its controller."""
 

@@ -57,7 +57,7 @@ class Router(nn.Module):
         super().__init__()
         attention, lte = settings.model.attention, settings.model.lte
         heads, channels = attention.num_kv_heads, router_channels(attention.head_dim)
-        self.dilation = lte.conv_dilation
+        self.dilation, self.routing_grad = lte.conv_dilation, lte.routing_grad
         for number, (fan, out) in enumerate(itertools.pairwise(channels)):
             fan_in = fan * lte.conv_size
             bound = fan_in**-0.5
@@ -76,7 +76,11 @@ class Router(nn.Module):
 
         whole: whether the rank works for all of its parameters' heads, whatever context parallel ranks there are.
         """
-        return retention_scores(k, v, self.parameters_for_op(whole), sequences, dropout, self.dilation)
+        parameters = self.parameters_for_op(whole)
+        if self.routing_grad:
+            return retention_scores(k, v, parameters, sequences, dropout, self.dilation)
+        scores, *_ = retention_scores(k.detach(), v.detach(), parameters, sequences, dropout, self.dilation)
+        return scores, k, v
 
     def streamed(
         self, k: Tensor, v: Tensor, sequences: Sequences, state: RouterState | None
