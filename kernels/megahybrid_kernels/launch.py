@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 from triton import knobs
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 
@@ -22,7 +23,7 @@ class Kernel:
 
     def __init__(self, jit: triton.JITFunction, name: str):
         self.jit, self.name = jit, name
-        self._compiled: dict[Hashable, tuple[Any, tuple]] = {}
+        self._compiled: dict[Hashable, tuple[CompiledKernel, tuple]] = {}
 
     def __getitem__(self, programs: int) -> Callable[..., None]:
         return partial(self._on_device, programs)
@@ -38,19 +39,26 @@ class Kernel:
                 self._launch(device.index, programs, args, options)
 
     def _launch(self, device: int, programs: int, args: tuple, options: dict[str, Any]) -> None:
-        """What `self.jit` would launch. It asks Triton only once for each kind of arguments: a launch through its
-        decorator takes the host twice as long as one of what it has compiled."""
-        key = (device, *specialization(args, options))
-        if (known := self._compiled.get(key)) and not _watched():
-            run, function, metadata, constants = known
-            stream = driver.active.get_current_stream(device)
-            run(programs, 1, 1, stream, function, metadata, None, None, None, *args, *constants)
+        """What `self.jit` would launch. On NVIDIA's GPUs it asks Triton only once for each kind of arguments, since
+        telling their kind is most of what Triton does for a launch. (Triton for AMD's also distinguishes tensors by the
+        size of their memory.)"""
+        if torch.version.hip is not None or _watched():
+            self.jit[(programs,)](*args, **options)
             return
+        key = (device, *specialization(args, options))
+        if known := self._compiled.get(key):
+            compiled, constants = known
+            stream = driver.active.get_current_stream(device)
+            compiled.run(
+                programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constants
+            )
+            return
+        plain = sum(not parameter.is_constexpr for parameter in self.jit.params)
+        if len(args) != plain:
+            raise TypeError(f"{self.name} has {plain} arguments that are no constants, but {len(args)} came by place")
         compiled = self.jit[(programs,)](*args, **options)
-        # Triton for AMD's GPUs also distinguishes tensors by the size of their memory.
-        if torch.version.hip is None:
-            constants = tuple(options[name] for name in self.jit.arg_names[len(args) :])
-            self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, constants
+        if compiled is not None:  # a hook of Triton's may have it compiled elsewhere
+            self._compiled[key] = compiled, tuple(options[name] for name in self.jit.arg_names[plain:])
 
 
 def _watched() -> bool:
@@ -61,7 +69,7 @@ def _watched() -> bool:
 def specialization(args: tuple, options: dict[str, Any]) -> tuple[Hashable, ...]:
     """Equal only where Triton compiles the same kernel for NVIDIA's GPUs: what it tells apart are types of tensors and
     whether they are aligned to 16 bytes, the width of integers, whether they are 1 or divide by 16, and constants and
-    launch options by value."""
+    launch options by value. Constants come by name."""
     key: list[Hashable] = [*options, *options.values()]
     for x in args:
         kind = type(x)

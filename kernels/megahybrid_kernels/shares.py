@@ -37,6 +37,6 @@ def sum_shares(shares: Tensor, parameter: Tensor) -> Tensor:
     total = torch.empty(*parameter.shape, dtype=parameter.dtype, device=parameter.device)
     width = parameter.shape[1] if parameter.dim() == 2 else 1
     sum_shares_kernel[cdiv(parameter.numel(), _BLOCK)](
-        shares, total, len(shares), len(parameter), width, BLOCK=_BLOCK, ROWS=_ROWS
+        shares, total, len(shares), COLUMNS=len(parameter), WIDTH=width, BLOCK=_BLOCK, ROWS=_ROWS
     )
     return total

@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
+from functools import cache
 from types import ModuleType
 from unittest import mock
 
 import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import megahybrid_kernels
-from megahybrid_kernels.launch import Kernel
+from megahybrid_kernels.launch import Kernel, specialization
 
 # What follows from the number of sequences, or of tokens that they have: a step's work is cut into more programs where
 # they are few, or long. `doctor` runs it with few and with many.
@@ -62,6 +67,34 @@ def launches(run: bool) -> Iterator[set[str]]:
             found.add(kind(kernel, arguments, options))
             if run:
                 launch(kernel, programs)(*arguments, **options)
+
+        return noted
+
+    with mock.patch.object(Kernel, "__getitem__", getitem):
+        yield found
+
+
+def tritons_own(function: Callable) -> Callable[[tuple, dict], str]:
+    """What Triton compiles a kernel for, given its arguments and options on an H100."""
+    jit = JITFunction(function)
+    bind = create_function_from_signature(jit.signature, jit.params, make_backend(GPUTarget("cuda", 90, 32)))
+
+    def told(arguments: tuple, options: dict) -> str:
+        _, kinds, others = bind(*arguments, **options)
+        return f"{kinds} {sorted(others.items())}"
+
+    return told
+
+
+@contextlib.contextmanager
+def kinds_by_key() -> Iterator[dict[Hashable, set[str]]]:
+    """Fills the table with what Triton would compile kernels for that are launched, by kernel and what `Kernel` tells
+    apart; they compute nothing."""
+    found, tell = defaultdict(set), cache(lambda kernel: tritons_own(kernel.jit.fn))
+
+    def getitem(kernel: Kernel, _):
+        def noted(*arguments, **options):
+            found[kernel, specialization(arguments, options)].add(tell(kernel)(arguments, options))
 
         return noted
 

@@ -16,7 +16,7 @@ from megahybrid.parallel.joined import join_weights
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.judging import measuring
 from megahybrid_kernels.judging.verdicts import chosen_cases, prepared
-from tests.doctor.launched import all_kernels, kernels_without_memory, launches
+from tests.doctor.launched import all_kernels, kernels_without_memory, kinds_by_key, launches
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # A layer of each letter, in samples that the delta rule's plan cuts.
@@ -86,6 +86,20 @@ def test_doctor_runs_what_a_recipe_runs(recipe, changes):
         read_and_decode(model, 2, (4500, 1500, 70))
         read_and_decode(model, 512, (3,))
     assert len(launched) > 60 and not missing(config, launched)
+
+
+@pytest.mark.parametrize("recipe, changes", [
+    ("recall", []), ("quickstart", ["model.pattern=GLSFN"]), pytest.param("lalte-0.4b", SMALL, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_launches_of_one_key_are_of_one_kind(recipe, changes):
+    """Of all shapes of a run in one process, whose kernels are found by what `Kernel` tells apart."""
+    config = load_config(f"recipes/{recipe}.yaml", changes)
+    (model,) = build_stages(config, [None], "meta", DTYPES[config.train.dtype])
+    with kinds_by_key() as found, kernels_without_memory():
+        train_and_evaluate(model, config, "meta")
+        read_and_decode(model, 2, (1500, 70))
+        read_and_decode(model, 512, (3,))
+    assert len(found) > 60 and [key for key, kinds in found.items() if len(kinds) > 1] == []
 
 
 def test_without_a_recipe_doctor_runs_every_kernel():

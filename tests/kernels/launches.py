@@ -80,6 +80,7 @@ class Recorder:
         def launch(*args, **options) -> None:
             ttir, names = function.run(*args, grid=grid, warmup=True, **options)
             assert f"@{function.repr(None)}(" in ttir  # what profiles show
+            assert len(args) == sum(not x.is_constexpr for x in function.params), "constants come by name"
             values = dict(zip(function.arg_names, args, strict=False)) | options
             integers = {n: values[name] for n, name in enumerate(names) if isinstance(values[name], int)}
             faults = Ranges(ttir, integers, grid, self.most).faults

@@ -140,6 +140,7 @@ class Guarded:
 def test_a_kernel_runs_on_its_first_arguments_device(monkeypatch):
     guarded = Guarded(monkeypatch)
     kernel = launch.Kernel(guarded, "guarded")
+    monkeypatch.setattr(launch, "_watched", lambda: True)  # so that Triton itself is asked
     for name in ("cuda:1", "cuda:0", "cpu"):
         kernel[7](SimpleNamespace(device=torch.device(name)), 3, num_warps=4)
     assert guarded.seen == [((7,), device, {"num_warps": 4}) for device in (1, 0, 0)]

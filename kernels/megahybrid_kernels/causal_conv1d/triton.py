@@ -277,7 +277,8 @@ class _Convolution(torch.autograd.Function):
         blocks, spans, span, constants = _cut(x, weight, _FORWARD_PROGRAMS)
         conv1d_kernel[blocks * spans](
             x, weight, x if state is None else state, sequences.index, sequences.cu_seqlens, y, new_state,
-            len(x), span, x.stride(0), **constants, STATE=state is not None, TOGETHER=_BYTES // x.element_size(),
+            len(x), span, STRIDE=x.stride(0), **constants, STATE=state is not None,
+            TOGETHER=_BYTES // x.element_size(),
         )  # fmt: skip
         ctx.sequences = sequences
         ctx.save_for_backward(x, weight, state)
@@ -294,8 +295,9 @@ class _Convolution(torch.autograd.Function):
         shares = torch.empty(spans, weight.shape[1], len(weight), dtype=torch.float32, device=x.device)
         borders = sequences.cu_seqlens
         conv1d_backward_kernel[blocks * spans](
-            x, weight, held, sequences.index, borders, dy, dx, shares, len(x), span, x.stride(0), dy.stride(0),
-            **constants, STATE=state is not None, TOGETHER=_BYTES // x.element_size(),
+            x, weight, held, sequences.index, borders, dy, dx, shares, len(x), span,
+            STRIDE=x.stride(0), DY_STRIDE=dy.stride(0), **constants, STATE=state is not None,
+            TOGETHER=_BYTES // x.element_size(),
         )  # fmt: skip
         dweight = sum_shares(shares, weight)
         passed = dnew_state is not None

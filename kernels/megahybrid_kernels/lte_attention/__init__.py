@@ -34,8 +34,8 @@ def lte_attention(
     `d score_j = sum_i p_ij <do_i, v_j - o_i>`; over all queries and query heads that see j, summed in at least fp32.
     The second adds up to 0 over what a query sees: what is worth as much as the rest pushes no score.
     "counterfactual" adds to the second, over all queries that do not see j, what the loss would change to first order
-    if the query saw j, too: `<do_i, v_j - o_i>` times the p_ij that j would have. It takes as much time as a forward of
-    full attention, beside the rest; in PyTorch, memory quadratic in the longest document, too.
+    if the query saw j, too: `<do_i, v_j - o_i>` times the p_ij that j would have. It takes the FLOPs of full
+    attention's forward pass, beside the rest; in PyTorch, memory quadratic in the longest document, too.
 
     Args:
         q: `[tokens, query_heads, head_dim]`, rotated.

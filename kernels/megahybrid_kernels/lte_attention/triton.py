@@ -200,7 +200,7 @@ class _LTEAttention(torch.autograd.Function):
         saved, rest, do = ctx.saved_tensors, (ctx.columns, ctx.part), do.contiguous()
         dq, delta = _query_gradient(ctx.shape, saved, do, *rest)
         dk, dv, dscore = _key_gradient(ctx.shape, saved, do, delta, *rest, ctx.gate != "value")
-        if ctx.gate == "counterfactual":
+        if ctx.gate == "counterfactual" and ctx.needs_input_grad[3]:
             _add_unseen(ctx.shape, saved, do, delta, dscore, *rest)
         return dq, dk, dv, dscore.to(ctx.score_dtype), None, None, None, None
 

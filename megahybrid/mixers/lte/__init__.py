@@ -62,8 +62,8 @@ class LTEConfig:
     gate: str = key("value", may_change=True, choices=("value", "logit", "counterfactual"))
     """Whose gradient a retention score gets, since the mask has none. value: that of a gate on the token's value, as in
     the paper (equation 6); logit: that of a gate on its logits, which adds up to 0 over what a query sees;
-    counterfactual: as logit, and what it would change for every query that does not see the token to see it, too, which
-    costs as much as full attention's forward pass; the paper's routers die where this one learns (docs/evidence.md)."""
+    counterfactual: as logit, and what it would change for every query that does not see the token to see it, too, for
+    the FLOPs of full attention's forward pass; heads live that die with the others (docs/evidence.md, E2d)."""
     routing_grad: bool = key(True, may_change=True)
     """Whether what scores get goes on to the keys and values that the router reads, as in the paper."""
     loss: RetentionLossConfig = field(default_factory=RetentionLossConfig)
