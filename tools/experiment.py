@@ -82,6 +82,10 @@ class Check:
         sign, bound = next((sign, bound) for sign, bound in said.items() if bound is not None)
         return f"{self.quantity} of {self.arm} {sign} {bound}" + (f" by {self.by:g}" if self.by else "")
 
+    def asked_in(self, setting: str) -> bool:
+        """In all, where it names none."""
+        return not self.settings or setting in self.settings
+
     def holds(self, rows: Sequence[Row]) -> bool | None:
         """Of a setting's runs; None where one of them is missing."""
         own = [row[self.quantity] for row in rows if row["arm"] == self.arm]
@@ -233,7 +237,7 @@ def verdict(experiment: Experiment, setting: str, rows: Iterable[Row]) -> tuple[
     told, outcome = [], "PASS"
     for checks, otherwise in ((experiment.given, "INCONCLUSIVE"), (experiment.passes, "FAIL")):
         for check in checks:
-            if check.settings and setting not in check.settings:
+            if not check.asked_in(setting):
                 continue
             holds = check.holds(rows)
             told.append(f"{ {True: 'yes', False: 'no', None: 'missing'}[holds] }: {check}")

@@ -29,7 +29,7 @@ def draw(experiment: Experiment, rows: Sequence[Row], path: Path) -> None:
     for row_of_panels, setting in zip(grid, settings, strict=True):
         here = [row for row in rows if row["setting"] == setting]
         for axes, title in zip(row_of_panels, panels, strict=True):
-            _panel(axes, experiment, here, lines[title])
+            _panel(axes, experiment, setting, here, lines[title])
         if len(settings) > 1:
             row_of_panels[0].set_ylabel(setting)
     for axes, title in zip(grid[0], panels, strict=True):
@@ -43,13 +43,16 @@ def _lines(experiment: Experiment, rows: Sequence[Row], names: Sequence[str]) ->
     return [(arm, name) for arm in experiment.arms for name in names if (arm, name) in there]
 
 
-def _panel(axes: Axes, experiment: Experiment, rows: Sequence[Row], lines: Sequence[tuple[str, str]]) -> None:
+def _panel(
+    axes: Axes, experiment: Experiment, setting: str, rows: Sequence[Row], lines: Sequence[tuple[str, str]]
+) -> None:
+    given, passes = ([x for x in checks if x.asked_in(setting)] for checks in (experiment.given, experiment.passes))
     for place, (arm, name) in enumerate(lines):
         values = [row[name] for row in rows if row["arm"] == arm and row[name] is not None]
-        tested = any((check.arm, check.quantity) == (arm, name) for check in experiment.passes)
+        tested = any((check.arm, check.quantity) == (arm, name) for check in passes)
         color = ACCENT if tested else INK
         axes.plot(values, [place] * len(values), "o", color=color, alpha=0.6, markersize=5, markeredgewidth=0)
-        for bound in _bounds((*experiment.given, *experiment.passes), arm, name):
+        for bound in _bounds((*given, *passes), arm, name):
             axes.plot([bound] * 2, [place - 0.4, place + 0.4], color="grey", linewidth=1)
     policies = [name.partition(":")[2] if not name.startswith("metric:") else "" for _, name in lines]
     labels = [f"  {policy} instead" if policy else arm for (arm, _), policy in zip(lines, policies, strict=True)]

@@ -49,3 +49,13 @@ def key_step(
     ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv, ds
+
+
+@triton.jit
+def unseen_step(gate, k, v, q, do, log_total, delta, unseen, scale, PRECISION: tl.constexpr):
+    """ds, keys by rows, added to `gate` where `unseen`: of one more key beside those that the row sees, whose p is
+    `e / (Z + e)`."""
+    logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    p = 1 / (1 + tl.exp2(log_total[None, :] - logits * scale))
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    return gate + tl.where(unseen, p * (dp - delta[None, :]), 0.0)

@@ -60,7 +60,6 @@ class Context:
         watch: of what mixers that attend say whether it is seen; not with states, and not in training.
         whole: whether no layer may leave out what it has no room for, since in this step's first passes one did.
         decision: of the one layer that gets this context, which recomputes its activations; None in all others'.
-        step: 1-based number of the optimizer step in training; None where nothing is trained.
     """
 
     sequences: Sequences
@@ -71,7 +70,6 @@ class Context:
     watch: Watch | None = None
     whole: bool = False
     decision: Decision | None = None
-    step: int | None = None
 
     @property
     def training(self) -> bool:

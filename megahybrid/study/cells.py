@@ -29,7 +29,7 @@ class Cell:
 
     Attributes:
         name: such as "lalte-512x8-3e18-s0"; unlike the identity, of this study alone.
-        budget: FLOPs, or tokens a parameter, as the file has it.
+        budget: as the file has it.
         seed: the number of the repeat, from 0.
         role: "tune", "single", "trunk" or "branch".
         config: complete, with run.dir, and train.branch_from of a branch.
@@ -229,7 +229,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def budget_name(budget: float) -> str:
-    """3e18, 20."""
+    """3e18, 20, 2.4e7."""
     return f"{budget:g}".replace("e+0", "e").replace("e+", "e")
 
 

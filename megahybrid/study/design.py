@@ -48,7 +48,7 @@ class _Rung:
     Attributes:
         models: by kind.
         budgets: ascending.
-        in_flops: whether budgets are FLOPs, or tokens a parameter.
+        unit: of the budgets, see megahybrid.study.file.UNITS.
         held_out: the budget whose run is held out, or None.
         smallest: whether it is the smallest size.
         repeats: runs of each budget.
@@ -56,7 +56,7 @@ class _Rung:
 
     models: Mapping[str, Model]
     budgets: Sequence[float]
-    in_flops: bool
+    unit: str
     held_out: float | None
     smallest: bool
     repeats: int
@@ -71,11 +71,11 @@ def _rungs(study: Study) -> list[_Rung]:
         smallest, largest = number == costs.index(min(costs)), number == costs.index(max(costs))
         repeats = study.repeats.seeds if smallest or study.repeats.at == "all" else 1
         out = budgets.values[-1] if largest and held and held.at else None
-        rungs.append(_Rung(models, budgets.values, bool(budgets.flops), out, smallest, repeats))
+        rungs.append(_Rung(models, budgets.values, budgets.units[0], out, smallest, repeats))
     if held and not held.at:
-        budget = held.flops or held.tokens_per_parameter
+        budget = getattr(held, held.units[0])
         models = make_models(study, SizeConfig(held.width, held.layers, held.overrides, held.nodes))
-        rungs.append(_Rung(models, [budget], bool(held.flops), budget, False, 1))
+        rungs.append(_Rung(models, [budget], held.units[0], budget, False, 1))
     return rungs
 
 
@@ -88,7 +88,7 @@ def _family(study: Study, rung: _Rung, kind: str, needs_data: bool) -> Family:
         "gpu_hours": lambda: seconds_per_token(first) / seconds_per_token(model),
         "parameters": lambda: 1.0,
     }[study.match]()
-    a_unit = 1 / first.flops_per_token if rung.in_flops else first.parameters
+    a_unit = {"flops": 1 / first.flops_per_token, "tokens_per_parameter": first.parameters, "tokens": 1}[rung.unit]
     asked = {budget: budget * a_unit * share for budget in rung.budgets}
     family = Family(study, model, asked, rung.held_out)
     if needs_data and family.data is None:

@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from megahybrid.study.cells import budget_name
 from megahybrid.study.results import Results
+from megahybrid.study.table import Run
 from megahybrid.training.drawing import ACCENT, INK, tidy
 
 LOSS = "loss (nats a token)"
@@ -110,6 +111,7 @@ def power(value: float, _: int = 0) -> str:
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
-def budget_label(budget: float) -> str:
-    """What every run of a budget has the same of."""
-    return f"{budget_name(budget)} {'FLOPs' if budget > 1e9 else 'tokens a parameter'}"
+def budget_label(run: Run) -> str:
+    """A run's budget with its unit, which is that in which the run has about as many."""
+    has = {"FLOPs": run.flops, "tokens": run.tokens, "tokens a parameter": run.tokens / run.parameters}
+    return f"{budget_name(run.budget)} {min(has, key=lambda unit: abs(np.log(has[unit] / run.budget)))}"

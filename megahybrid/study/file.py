@@ -3,6 +3,7 @@ said."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from megahybrid.study.rules import BATCHES, LEARNING_RATES
 
 STUDIES = Path("studies")
 """Where every study has a folder of its name."""
+UNITS = "flops", "tokens_per_parameter", "tokens"
+"""Of budgets."""
 
 
 @dataclass
@@ -43,19 +46,30 @@ class SizeConfig:
     """Nodes that a run of this size has, of limits.profile."""
 
 
+class _Budgets:
+    """What gives budgets in one of several units, each a field."""
+
+    @property
+    def units(self) -> list[str]:
+        """Those that are given: one, once the file is checked."""
+        return [unit for unit in UNITS if getattr(self, unit)]
+
+
 @dataclass
-class BudgetsConfig:
-    """How long the runs are: one of the two."""
+class BudgetsConfig(_Budgets):
+    """How long the runs are: one of the three."""
 
     flops: list[float] = key([])
     """Training FLOPs that every size is given."""
     tokens_per_parameter: list[float] = key([])
     """Tokens for every parameter, embeddings included, that every size of the first kind is given."""
+    tokens: list[float] = key([])
+    """Tokens that every size of the first kind is given."""
 
     @property
     def values(self) -> list[float]:
         """The budgets, ascending."""
-        return sorted(self.flops or self.tokens_per_parameter)
+        return sorted(itertools.chain.from_iterable(getattr(self, unit) for unit in self.units))
 
 
 @dataclass
@@ -105,7 +119,7 @@ class RepeatsConfig:
 
 
 @dataclass
-class HoldOutConfig:
+class HoldOutConfig(_Budgets):
     """A run of every kind that no fit sees and that is run last; `largest` alone may stand for all of it."""
 
     at: str | None = key(None, choices=("largest",))
@@ -121,7 +135,9 @@ class HoldOutConfig:
     flops: float | None = key(None)
     """at a budget of its own, as in `budgets`:"""
     tokens_per_parameter: float | None = key(None)
-    """either of both."""
+    """or in this unit,"""
+    tokens: float | None = key(None)
+    """or in this."""
 
 
 @dataclass
@@ -238,12 +254,14 @@ def _refuse_twice(name: str, values: list[Any]) -> None:
 
 def _check_budgets(study: Study) -> None:
     budgets, held = study.budgets, study.hold_out
-    if bool(budgets.flops) == bool(budgets.tokens_per_parameter):
-        raise UserError("budgets needs either flops or tokens_per_parameter, such as {flops: [1.0e18, 3.0e18]}.")
+    if len(budgets.units) != 1:
+        raise UserError(
+            "budgets needs one of flops, tokens_per_parameter and tokens, such as {flops: [1.0e18, 3.0e18]}."
+        )
     if held is None:
         return
-    own = (held.width, held.layers, held.flops or held.tokens_per_parameter)
-    if (held.at is None) != (None not in own) or (held.at and any(own)) or (held.flops and held.tokens_per_parameter):
+    own = held.width, held.layers, held.units
+    if (held.at is None) != all(own) or (held.at and any(own)) or len(held.units) > 1:
         raise UserError(
             "hold_out is either largest, or a size and a budget of its own, such as {width: 1024, layers: 16, flops: "
             "1.0e20}."

@@ -43,7 +43,7 @@ def _tuning(axes: Axes, group: Sequence[Run], color: Any) -> None:
     curve = Parabola.through(rates, [run.loss for run in group])
     line = np.geomspace(rates[0], rates[-1], 60)
     found = "lowest at the edge" if curve.lowest is None else f"lowest at {power(curve.lowest)}"
-    label = f"{group[0].size}, {budget_label(group[0].budget)}: {found}"
+    label = f"{group[0].size}, {budget_label(group[0])}: {found}"
     axes.plot(line, curve(line), color=color, linewidth=1.5, label=label)
     if curve.lowest is not None:
         axes.plot(curve.lowest, curve(curve.lowest), "*", color=ACCENT, markersize=11, zorder=3)

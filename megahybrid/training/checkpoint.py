@@ -113,9 +113,9 @@ def init_from(path: Path, engine: Engine) -> list[str]:
 
 
 def _fits(state: Mapping[str, list], own: Mapping[str, list]) -> bool:
-    """Whether a state has the shapes of a regulator's own, of which it may lack some: `load_state` judges that."""
-    shapes = {name: torch.tensor(values).shape for name, values in own.items()}
-    return bool(state) and all(torch.tensor(values).shape == shapes.get(name) for name, values in state.items())
+    """Whether a state has the shapes of a regulator's own."""
+    there, here = ({name: torch.tensor(values).shape for name, values in each.items()} for each in (state, own))
+    return there == here
 
 
 def read_facts(path: Path) -> dict[str, Any]:

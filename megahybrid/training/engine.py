@@ -196,7 +196,7 @@ class Engine:
         batch = batch.part(rank, ranks).to(self.device)
         layers = len(self.settings.pattern.letters)
         keys = dropout_keys(self.config.train.seed, step, batch.samples, batch.sample_positions, layers)
-        context = Context(batch.sequences, keys, ranks / micro_batches, whole=whole, step=step)
+        context = Context(batch.sequences, keys, ranks / micro_batches, whole=whole)
         out = model(batch.tokens, context, labels=batch.labels, weights=batch.weights)
         for layer, aux in out.aux.items():
             report.add(layer, aux)

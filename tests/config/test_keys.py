@@ -13,7 +13,6 @@ from tests.config.test_load import QUICKSTART
 MAY_CHANGE = """
 run.dir
 model.init_std model.lte.dropout model.lte.train_cap model.lte.gate
-model.lte.keep_all_steps model.lte.keep_all_every
 model.lte.loss.update_interval model.lte.loss.initial model.lte.loss.maximum
 model.lte.loss.increase model.lte.loss.decrease model.lte.loss.tolerance
 parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.sequence

@@ -83,7 +83,7 @@ def test_doctor_runs_what_a_recipe_runs(recipe, changes):
     (model,) = build_stages(config, [None], "meta", DTYPES[config.train.dtype])
     with launches(run=False) as launched, kernels_without_memory():
         train_and_evaluate(model, config, "meta")
-        read_and_decode(model, 2, (3000, 1500, 70))
+        read_and_decode(model, 2, (4500, 1500, 70))
         read_and_decode(model, 512, (3,))
     assert len(launched) > 60 and not missing(config, launched)
 

@@ -168,7 +168,8 @@ def delta_rule_forward(case: Case) -> None:
 
 def attention(case: Case, buffer: int | None) -> None:
     q, k, v, score = case.rows(case.heads * case.groups), case.rows(), case.rows(), new(case.tokens, case.heads)
-    backward(lte.lte_attention(q, k, v, score, case.sequences, 768, 4, buffer))
+    for gate in ("value", "counterfactual"):
+        backward(lte.lte_attention(q, k, v, score, case.sequences, 768, 4, buffer, gate))
 
 
 def sparse_attention(case: Case, num_blocks: int) -> None:

@@ -95,8 +95,26 @@ def dense_lte_attention(
     outputs = []
     for rows in documents(lengths):
         visible = eviction_mask(score[rows], window_size, sink_size, buffer_size)
-        outputs.append(dense_attention(q[rows], k[rows], gated[rows], visible, one[rows] if gate == "logit" else None))
+        factor = None if gate == "value" else one[rows]
+        outputs.append(dense_attention(q[rows], k[rows], gated[rows], visible, factor))
+        if gate == "counterfactual":
+            outputs[-1] = outputs[-1] + changed_by_the_unseen(q[rows], k[rows], v[rows], one[rows] - 1, visible)
     return torch.cat(outputs)
+
+
+def changed_by_the_unseen(q: Tensor, k: Tensor, v: Tensor, zero: Tensor, visible: Tensor) -> Tensor:
+    """zero [n, H] times, to first order in it, what each output would change by if its query saw one key more, summed
+    over the earlier keys that it does not see."""
+    q, k, v = (x.detach() for x in (q, k, v))
+    groups = q.shape[1] // k.shape[1]
+    o = dense_attention(q, k, v, visible)
+    changes = torch.zeros_like(q)
+    for j in range(len(k)):
+        more = visible.clone()
+        more[:, j:, j] = True
+        change = dense_attention(q, k, v, more) - o
+        changes = changes + change * zero[j].repeat_interleave(groups)[:, None]
+    return changes
 
 
 def conv_router(

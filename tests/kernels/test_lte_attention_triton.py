@@ -94,6 +94,17 @@ def test_a_gate_on_the_logit(lengths, window_size, sink_size, buffer_size, group
     check(inputs(lengths, 2 * groups, 2, 16), lengths, window_size, sink_size, buffer_size, "logit")
 
 
+@pytest.mark.parametrize(
+    "lengths, window_size, sink_size, buffer_size, groups",
+    interpreted(
+        [(LENGTHS[1], 9, 4, 6, 3), (LENGTHS[2], 9, 4, None, 4), (LENGTHS[2], 300, 3, 4, 1)],
+        [(x, *sizes, groups) for x in LENGTHS for sizes in SIZES for groups in (1, 3, 4)],
+    ),
+)
+def test_what_queries_do_not_see(lengths, window_size, sink_size, buffer_size, groups):
+    check(inputs(lengths, 2 * groups, 2, 16), lengths, window_size, sink_size, buffer_size, "counterfactual")
+
+
 def test_rising_scores_displace_all_the_time():
     lengths = (200,)
     check(inputs(lengths, 1, 1, 16, torch.linspace(0.01, 0.4, 200)[:, None]), lengths, 9, 2, 5)
@@ -197,6 +208,7 @@ FULL = [  # lengths, query heads, heads, head dim, window, sinks, buffer, share 
 def test_full_sizes_on_a_gpu(case, dtype, tolerance):
     """Against float64 by relative norm, in the tiles that training uses, and twice the same bits."""
     lengths, query_heads, heads, head_dim, *sizes, share = case
+    sizes.append("counterfactual" if len(lengths) > 1 else "value")
     generator = torch.Generator().manual_seed(3)
     score = (torch.rand(sum(lengths), heads, generator=generator) * 50).floor() / 50 - (1 - share)
     pairs = inputs(lengths, query_heads, heads, head_dim, score, dtype)
@@ -214,13 +226,24 @@ def test_full_sizes_on_a_gpu(case, dtype, tolerance):
         assert ((first.double() - truth).norm() / truth.norm()).item() <= tolerance, name
 
 
-def masked_attention(q, k, v, score, sequences, window_size, sink_size, buffer_size):
+def masked_attention(q, k, v, score, sequences, window_size, sink_size, buffer_size, gate):
     """`dense_lte_attention` without its loops over tokens, with the exits of the PyTorch reference."""
     until = visible_until(score.detach(), sequences, window_size, sink_size, buffer_size).T[:, None]
     rows = torch.arange(q.shape[0], device=q.device)
-    visible = (rows <= rows[:, None]) & (rows[:, None] < until)
+    earlier = (rows <= rows[:, None]) & (sequences.index == sequences.index[:, None])
+    visible = earlier & (rows[:, None] < until)
     groups = q.shape[1] // k.shape[1]
-    v = v * (1 + score - score.detach())[..., None]
-    k, v, visible = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), visible.repeat_interleave(groups, 0)
+    zero = score - score.detach()
+    if gate == "value":
+        v = v * (1 + zero)[..., None]
+    k, v, visible, zero = (x.repeat_interleave(groups, 1) for x in (k, v, visible.transpose(0, 1), zero))
+    visible = visible.transpose(0, 1)
     logits = torch.einsum("ihd,jhd->hij", q, k) / q.shape[2] ** 0.5
-    return torch.einsum("hij,jhd->ihd", logits.masked_fill(~visible, -torch.inf).softmax(-1), v)
+    if gate == "value":
+        return torch.einsum("hij,jhd->ihd", logits.masked_fill(~visible, -torch.inf).softmax(-1), v)
+    seen = (logits + zero.T[:, None]).masked_fill(~visible, -torch.inf)
+    o = torch.einsum("hij,jhd->ihd", seen.softmax(-1), v)
+    # Each key that is not seen, alone beside those that are.
+    weight = (logits - seen.logsumexp(-1, keepdim=True)).sigmoid().detach() * (earlier & ~visible) * zero.T[:, None]
+    change = torch.einsum("hij,jhd->ihd", weight, v.detach())
+    return o + change - weight.sum(-1).T[..., None] * o.detach()

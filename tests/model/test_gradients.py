@@ -1,7 +1,5 @@
 """Gradients of tiny models against finite differences in float64, one direction a parameter."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -71,35 +69,6 @@ def test_lte_gradients_against_the_surrogate(train_cap, gate, monkeypatch):
         total_loss(model, tokens)
     assert (frozen[0] > 0).any() and (frozen[0] < 0).any()
     assert_gradients_match(model, tokens, gradients)
-
-
-def test_steps_in_which_queries_see_all_tokens(monkeypatch):
-    """They give what attention to everything gives, scores their gradient whatever they are; other steps
-    nothing of it."""
-    model, tokens, judged = tiny.model("GL", train_cap=True), tiny.tokens(), []
-    mixer, real = model.layers["1"].mixer, lte_mixer.lte_attention
-    monkeypatch.setattr(lte_mixer, "lte_attention", lambda *given: judged.append(given[3]) or real(*given))
-
-    def loss(step):
-        context = replace(tiny.training_context(), step=step)
-        return model(tokens[:-1], context, labels=tokens[1:]).loss
-
-    usual = loss(None).item()
-    mixer.lte.keep_all_steps, mixer.lte.keep_all_every = 2, 5
-    whole = {step: loss(step).item() for step in (1, 2, 3, 5)}
-    assert usual == whole[3] != whole[1] == whole[2] == whole[5]
-    assert (judged[0] < 0).any() and (judged[1] == 1).all()
-    mixer.lte.keep_all_steps = mixer.lte.keep_all_every = 0
-    monkeypatch.setattr(
-        lte_mixer, "lte_attention", lambda q, k, v, r, *rest: real(q, k, v, r * 0 + 1, *rest[:-2], None)
-    )
-    assert loss(None).item() == whole[1]
-    monkeypatch.undo()
-    mixer.lte.keep_all_steps = 1
-    with torch.no_grad():
-        mixer.router.projection_bias.fill_(-20.0)  # no score is positive
-    loss(1).backward()
-    assert (mixer.router.projection.grad != 0).any()
 
 
 def test_l1_term_of_one_layer_by_hand(monkeypatch):

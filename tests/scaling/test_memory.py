@@ -267,12 +267,6 @@ def test_the_peak_is_what_a_pass_has_allocated(pattern, recompute, vocab):
     assert memory.activations(config, 1, 0) == pytest.approx(most_bytes(config), rel=0.06)
 
 
-@pytest.mark.parametrize("recompute", ["none", "L"])
-def test_the_peak_with_the_square_of_a_document(recompute):
-    config = config_of("GLL", recompute=recompute, gate="counterfactual", heads=8, kv_heads=2)
-    assert memory.activations(config, 1, 0) == pytest.approx(most_bytes(config), rel=0.06)
-
-
 @pytest.mark.parametrize(("pattern", "recompute"), [("SFSF", "none"), ("SFSF", "F"), ("SFSF", "all"), ("FFSS", "F")])
 def test_the_peak_of_attention_in_fp32(pattern, recompute):
     config = config_of(pattern, dtype="fp32", recompute=recompute)

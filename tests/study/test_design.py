@@ -160,6 +160,22 @@ def test_ratios_are_the_first_kinds_and_flops_are_matched(cells_of):
     )
 
 
+def test_tokens_are_the_first_kinds_at_every_size_and_flops_are_matched(cells_of):
+    cells = cells_of(budgets={"tokens": [3e5, 6e5]}, hold_out={"width": 96, "layers": 6, "tokens": 2.4e6})
+    expected = itertools.product(("64x2", "96x4"), (3e5, 6e5))
+    assert {(cell.size, cell.budget) for cell in cells if not cell.held_out} == set(expected)
+    first, second = (
+        {(cell.size, cell.budget): cell for cell in cells if cell.kind == kind} for kind in ("transformer", "lalte")
+    )
+    for place, cell in first.items():
+        other = second[place]
+        assert cell.asked / cell.flops_per_token == pytest.approx(cell.budget)
+        assert other.asked == pytest.approx(cell.asked) and other.flops == pytest.approx(cell.asked, rel=0.01)
+    assert [cell.name for cell in cells if cell.held_out] == ["transformer-96x6-2.4e6-s0", "lalte-96x6-2.4e6-s0"]
+    largest = cells_of(**ONE, budgets={"tokens": [6e5, 3e5]}, hold_out="largest")
+    assert [cell.budget for cell in largest if cell.held_out] == [6e5]
+
+
 def test_parameters_are_matched_by_the_width_of_the_swiglu(cells_of):
     transformer, lalte = cells_of(sizes=[LARGE], budgets={"flops": [8e12]}, match="parameters")
     assert lalte.parameters == pytest.approx(transformer.parameters, rel=0.01)
@@ -278,13 +294,18 @@ def test_a_batch_is_round_and_realises_its_tokens(replicas):
         ({"sizes": [SMALL, SMALL]}, "sizes has 64x2 twice"),
         ({"sizes": [{"width": 0, "layers": 2}]}, "sizes[0].width is 0; it must be greater than 0"),
         ({"budgets": {"flops": [1e12, 1e12]}}, "budgets has 1000000000000.0 twice"),
-        ({"budgets": {}}, "budgets needs either flops or tokens_per_parameter"),
+        ({"budgets": {}}, "budgets needs one of flops, tokens_per_parameter and tokens"),
+        ({"budgets": {"flops": BUDGETS, "tokens": [1e6]}}, "budgets needs one of flops, tokens_per_parameter and"),
+        ({"budgets": {"tokens": [1e6, 1e6]}}, "budgets has 1000000.0 twice"),
+        ({"budgets": {"tokens": [-1.0]}}, "budgets.tokens is [-1.0]; it must be greater than 0"),
         ({"budgets": {"flops": [1e8]}}, "Cell lalte-64x2-1e8-s0: no batch near"),
         ({"budgets": {"flops": [-1.0]}}, "budgets.flops is [-1.0]; it must be greater than 0"),
         ({"schedule": {"warmup_tokens": 1e8}}, "lalte-64x2-8e12-s0: its warm-up of"),
         ({"rules": {"learning_rate": "guess"}}, "choose one of step_law, olmo_core, fixed"),
         ({"hold_out": "smallest"}, "hold_out.at is smallest; choose one of largest"),
         ({"hold_out": {"width": 64}}, "hold_out is either largest, or a size and a budget"),
+        ({"hold_out": {"at": "largest", "tokens": 1e6}}, "hold_out is either largest, or a size and a budget"),
+        ({"hold_out": {**SMALL, "flops": 1e13, "tokens": 1e6}}, "hold_out is either largest, or a size and a budget"),
         ({"overrides": {"train.steps": 5}}, "overrides has train.steps, which the study sets itself"),
         ({"overrides": {"train.resume_from": 5}}, "overrides has train.resume_from, which the study sets itself"),
         (

@@ -53,6 +53,26 @@ def test_what_is_held_out_bends_no_parabola(tmp_path):
     )
 
 
+def test_at_equal_tokens_the_law_is_drawn_and_no_parabola(tmp_path):
+    """Budgets of tokens, which are the first kind's alone, and one of tokens a parameter."""
+    rows = [
+        made_up.row(kind, size, each, tokens=each / made_up.COUNTS[kind])
+        for kind in made_up.LAWS
+        for size in made_up.SIZES
+        for each in (5e7, 1e8)
+    ]
+    rows += [made_up.row(kind, "320x10", 8e16, held_out=1) for kind in made_up.LAWS]
+    rows += [made_up.row("gdn", "320x10", 30.0, tokens=30 * 1.04e7)]
+    figure = pictures.isoflop_figure(made_up.results(tmp_path, rows))
+    labels = [each.get_text() for each in figure.legends[0].texts]
+    assert labels[:4] == ["30 tokens a parameter", "5e7 tokens", "1e8 tokens", "8e16 FLOPs"]
+    assert "lowest point" not in labels
+    for axes, kind in zip(figure.axes, made_up.LAWS, strict=True):
+        assert {style for _, style, x, _ in lines(axes) if len(np.unique(x)) > 1} == {"--"}
+        x, y = max(((x, y) for _, _, x, y in lines(axes) if len(np.unique(x)) > 1), key=lambda line: line[1][0])
+        assert y == pytest.approx(made_up.loss(kind, x, 5e7 / made_up.COUNTS[kind]), rel=1e-9)
+
+
 def test_envelope_and_optimum_are_the_fits(results):
     (axes,) = pictures.compute_figure(results).axes
     points = results.fit["kinds"]["gdn"]["optimum"]

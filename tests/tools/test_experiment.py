@@ -62,6 +62,16 @@ def test_verdicts(experiment, a, b, outcome):
     assert verdict(experiment(FILE), "all", rows(a=a, b=b))[0] == outcome
 
 
+def test_of_a_setting_without_checks_nothing_is_told(experiment, tmp_path, capsys):
+    text = FILE.replace("0.5}", "0.5, settings: [s]}").replace("0.2}", "0.2, settings: [s]}")
+    file = experiment(text + "settings: {s: [], t: []}\n")
+    known = [{**row, "setting": setting} for setting in "st" for row in rows(a=[0.9, 0.9], b=[0.5, 0.5])]
+    for program in loaded("evidence"):
+        assert program._tell(file, known, tmp_path / "E.png") == 0
+    told = capsys.readouterr().out
+    assert "\ns: PASS\n" in told and "\nt:" not in told
+
+
 def test_runs_that_choose_a_rate_do_not_count(experiment):
     file = experiment(FILE + "rates: [0.001, 0.002, 0.004]\nchoose: beyond@1\n")
     came_to = [("a", 0.001, 0.3), ("a", 0.002, 0.8), ("a", 0.004, None), ("b", 0.001, 0.9)]

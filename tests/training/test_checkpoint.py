@@ -118,18 +118,6 @@ def test_init_from_takes_weights_and_lambdas_and_nothing_else(recipe, reference,
     assert line["validation_loss"] == pytest.approx(metrics(reference)[-1]["validation_loss"], rel=1e-5)
 
 
-def test_init_from_a_checkpoint_from_before_ranks_made_room(recipe, reference, tmp_path, capsys):
-    """Its regulator's state lacks what the controller keeps by now, and nothing that it needs."""
-    old = shutil.copytree(reference, tmp_path / "old")
-    (facts,) = (old / "checkpoints").glob("step_00000020/checkpoint.json")
-    content = json.loads(facts.read_text())
-    content["regulators"]["L"] = {name: content["regulators"]["L"][name] for name in ("lambdas", "kept")}
-    facts.write_text(json.dumps(content))
-    assert main(["train", str(recipe), "train.steps=1", f"train.init_from={old}"]) == 0
-    assert metrics(tmp_path / "run")[0]["lambda"] == metrics(reference)[-1]["lambda"]
-    assert "What regulates L (retention) goes on as it was there.\n" in capsys.readouterr().out
-
-
 def test_init_from_of_another_pattern_begins_with_lambdas_of_its_own(recipe, reference, tmp_path, capsys):
     command = ["train", str(recipe), "train.steps=1", f"train.init_from={reference}", "model.pattern=GLSFF"]
     assert main(command) == 0

@@ -189,9 +189,9 @@ def test_layers_whose_tokens_stay_change_nothing(layout, workers, brief_recipe, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keys", ["model.lte.gate=counterfactual", "model.lte.keep_all_every=2"])
-def test_layers_that_need_all_tokens_exchange_them(keys, workers, brief_recipe, tmp_path):
+def test_layers_that_need_all_tokens_exchange_them(workers, brief_recipe, tmp_path):
     """Of so many tokens and with a capped buffer LTE's would stay otherwise."""
+    keys = "model.lte.gate=counterfactual"
     overrides = ["model.lte.train_cap=true", "train.global_batch_size=6", "train.micro_batch_size=3", "train.steps=4"]
     context = [*overrides, "parallel.context=2"]
     assert "L" in keepers(load_config(brief_recipe, context))

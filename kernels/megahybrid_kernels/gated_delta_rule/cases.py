@@ -12,8 +12,9 @@ from megahybrid_kernels.judging.streamed import PIECES, STEPS, Streamed, many_st
 from megahybrid_kernels.sequences import Sequences
 
 _PLACE = ("gated_delta_rule",) * 3
-# The plan cuts the first into segments.
+# The plan cuts the first into segments; with gradients, and without.
 _LONG = (2500, 130, 1)
+_PIECES = ((4500, 70), *PIECES[1:])
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class GatedDeltaRule(Shape):
             more += [narrow._whole(lengths, "narrow values"), wide._whole(_LONG, "wide values in segments")]
         rule = Streamed(*_PLACE, self._make, self._first, self._call)
         begun = replace(rule, first=nothing)
-        more += [streamed_case(begun, "prefill", PIECES, "long"), streamed_case(rule, "step", STEPS)]
+        more += [streamed_case(begun, "prefill", _PIECES, "long"), streamed_case(rule, "step", STEPS)]
         return [*more, streamed_case(begun, "step", many_steps(self.heads), "many")]
 
     def _whole(self, lengths: Lengths, variant: str = "") -> Case:

@@ -8,7 +8,6 @@ from torch import Tensor
 from megahybrid_kernels.backend import takes_triton, unsupported_head_dims
 from megahybrid_kernels.lte_attention import reference
 from megahybrid_kernels.lte_attention.cache import LTECache
-from megahybrid_kernels.lte_attention.counterfactual import with_unseen
 from megahybrid_kernels.lte_attention.gate import Gate
 from megahybrid_kernels.sequences import Sequences
 
@@ -35,8 +34,8 @@ def lte_attention(
     `d score_j = sum_i p_ij <do_i, v_j - o_i>`; over all queries and query heads that see j, summed in at least fp32.
     The second adds up to 0 over what a query sees: what is worth as much as the rest pushes no score.
     "counterfactual" adds to the second, over all queries that do not see j, what the loss would change to first order
-    if the query saw j, too: `<do_i, v_j - o_i>` times the p_ij that j would have. Its memory is
-    quadratic in the longest document, on every device.
+    if the query saw j, too: `<do_i, v_j - o_i>` times the p_ij that j would have. It takes as much time as a forward of
+    full attention, beside the rest; in PyTorch, memory quadratic in the longest document, too.
 
     Args:
         q: `[tokens, query_heads, head_dim]`, rotated.
@@ -59,13 +58,7 @@ def lte_attention(
         from megahybrid_kernels.lte_attention import triton as backend
     else:
         backend = reference
-    limits = window_size, sink_size, buffer_size
-    if gate != "counterfactual":
-        return backend.lte_attention(q, k, v, score, sequences, *limits, gate)
-    o = backend.lte_attention(q, k, v, score, sequences, *limits, "logit")
-    if not score.requires_grad:
-        return o
-    return with_unseen(o, q, k, v, score, reference.visible_until(score.detach(), sequences, *limits), sequences)
+    return backend.lte_attention(q, k, v, score, sequences, window_size, sink_size, buffer_size, gate)
 
 
 def lte_attention_with_cache(

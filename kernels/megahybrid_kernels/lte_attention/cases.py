@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megahybrid_kernels.judging.case import Case, Inputs, Lengths, Make, Op, Shape, normal, packed
 from megahybrid_kernels.judging.streamed import PIECES, SHORT, STEPS, Streamed, many_steps, streamed_case
-from megahybrid_kernels.lte_attention import LTECache
+from megahybrid_kernels.lte_attention import Gate, LTECache
 from megahybrid_kernels.sequences import Sequences
 
 # More than a chunk of far columns.
@@ -55,6 +55,7 @@ class LTEAttention(Shape):
         more += [streamed_case(long._streamed(), "prefill", SHORT, "short")]
         more += [streamed_case(steps._streamed(), "step", STEPS)]
         more += [streamed_case(self._streamed(), "step", many_steps(self.heads), "many")]
+        more += [self._near()._whole(lengths, self.near_buffer, "counterfactual gate", "counterfactual")]
         if varied and self.groups == 1:
             near, long, steps = (replace(each, groups=2) for each in (self._near(), long, steps))
             more += [near._whole(lengths, near.buffer, "grouped")]
@@ -65,7 +66,7 @@ class LTEAttention(Shape):
     def _near(self) -> LTEAttention:
         return replace(self, window=self.near_window, buffer=self.near_buffer)
 
-    def _whole(self, lengths: Lengths, cap: int | None, variant: str = "") -> Case:
+    def _whole(self, lengths: Lengths, cap: int | None, variant: str = "", gate: Gate = "value") -> Case:
         name, share = ("uncapped", 0.12) if cap is None else ("capped", 0.3)
         heads = f"heads={self.heads * self.groups} head_dim={self.head_dim}"
         limits = f"window={self.window} kept={share}" + ("" if cap is None else f" buffer={cap}")
@@ -76,7 +77,7 @@ class LTEAttention(Shape):
             f"{packed(lengths)} {heads} {limits}",
             lengths,
             self._make(sum(lengths), share),
-            lambda op, x, sequences: op(*x.values(), sequences, self.window, self.sinks, cap),
+            lambda op, x, sequences: op(*x.values(), sequences, self.window, self.sinks, cap, gate),
             variant=variant,
         )
 

@@ -66,15 +66,10 @@ def _blocks(lengths: Iterable[int]) -> Iterator[tuple[slice, int]]:
     first = 0
     for length, same in itertools.groupby(lengths):
         end = first + length * sum(1 for _ in same)
-        rows = length * documents_at_once(length)
+        rows = length * max(1, PAIRS // length**2)
         for begin in range(first, end, rows):
             yield slice(begin, min(begin + rows, end)), length
         first = end
-
-
-def documents_at_once(length: int) -> int:
-    """How many documents of so many tokens are done at once, where there are as many."""
-    return max(1, PAIRS // length**2)
 
 
 def with_unseen(

@@ -19,6 +19,7 @@ from megahybrid_kernels.attention.reference import (
 )
 from megahybrid_kernels.exit_positions.reference import NEVER, exit_positions, exits_of_candidates
 from megahybrid_kernels.lte_attention.cache import LTECache
+from megahybrid_kernels.lte_attention.counterfactual import with_unseen
 from megahybrid_kernels.lte_attention.gate import Gate
 from megahybrid_kernels.precision import at_least_fp32
 from megahybrid_kernels.sequences import Sequences
@@ -106,7 +107,8 @@ def lte_attention(
     head_dim = q.shape[2]
     gated = torch.cat([k, _LogitGate.apply(score, head_dim, k.dtype)[..., None]], -1)
     queries, values = F.pad(q, (0, 1), value=1.0), F.pad(v, (0, 1))
-    return blocked_attention(queries, gated, values, blocks, until, head_dim**-0.5)[..., :head_dim]
+    o = blocked_attention(queries, gated, values, blocks, until, head_dim**-0.5)[..., :head_dim]
+    return o if gate == "logit" else with_unseen(o, q, k, v, score, until, sequences)
 
 
 def lte_attention_with_cache(

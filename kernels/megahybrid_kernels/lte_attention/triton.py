@@ -1,7 +1,8 @@
 """Attention under learnable token eviction in Triton: tile sizes, launches and the autograd function.
 
 Work per query head and token: `4 D` FLOPs forward and `14 D` backward for each visible key, since dq and dk, dv
-recompute the logits separately; tiles that are only partly visible add about a tenth at a window of 768. See
+recompute the logits separately; tiles that are only partly visible add about a tenth at a window of 768. The gate
+"counterfactual" adds `4 D` backward for each pair that is not visible. See
 `triton_columns` for how visibility is laid out, `triton_forward` and `triton_backward` for the kernels.
 """
 
@@ -22,6 +23,7 @@ from megahybrid_kernels.lte_attention.triton_backward import (
     key_gradient_kernel,
     query_gradient_kernel,
     sum_chunks_kernel,
+    unseen_gradient_kernel,
 )
 from megahybrid_kernels.lte_attention.triton_columns import Columns, Partition, far_columns, partition
 from megahybrid_kernels.lte_attention.triton_forward import forward_kernel
@@ -171,22 +173,35 @@ def _key_gradient(shape: _Shape, saved, do: Tensor, delta: Tensor, columns: Colu
     return dk, dv, dscore
 
 
+def _add_unseen(shape: _Shape, saved, do: Tensor, delta: Tensor, dscore: Tensor, columns: Columns, part: Partition):
+    """To the gate's gradient, what queries give that do not see a key."""
+    q, k, v, _, log_total = saved
+    launch = shape.tune.near
+    unseen_gradient_kernel[cdiv(shape.tokens, part.keys) * shape.kv_heads](
+        q, k, v, do, dscore, log_total, delta, columns.until, part.ends, *row_strides(q, k, v), shape.tokens,
+        shape.log2_scale, **shape.constants(q.dtype), KEYS=part.keys, QUERIES=max(1, launch.size // shape.pack),
+        **launch.options(),
+    )  # fmt: skip
+
+
 class _LTEAttention(torch.autograd.Function):
     """Saves q, k, v, o, the log-denominators and the index lists; the backward makes nothing quadratic either."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, score: Tensor, columns: Columns, part: Partition, shape: _Shape,
-                logit: bool):  # fmt: skip
+                gate: Gate):  # fmt: skip
         o, log_total = _forward(shape, q, k, v, columns, part)
         ctx.save_for_backward(q, k, v, o, log_total)
-        ctx.columns, ctx.part, ctx.shape, ctx.logit, ctx.score_dtype = columns, part, shape, logit, score.dtype
+        ctx.columns, ctx.part, ctx.shape, ctx.gate, ctx.score_dtype = columns, part, shape, gate, score.dtype
         return o
 
     @staticmethod
     def backward(ctx, do: Tensor):
         saved, rest, do = ctx.saved_tensors, (ctx.columns, ctx.part), do.contiguous()
         dq, delta = _query_gradient(ctx.shape, saved, do, *rest)
-        dk, dv, dscore = _key_gradient(ctx.shape, saved, do, delta, *rest, ctx.logit)
+        dk, dv, dscore = _key_gradient(ctx.shape, saved, do, delta, *rest, ctx.gate != "value")
+        if ctx.gate == "counterfactual":
+            _add_unseen(ctx.shape, saved, do, delta, dscore, *rest)
         return dq, dk, dv, dscore.to(ctx.score_dtype), None, None, None, None
 
 
@@ -215,4 +230,4 @@ def lte_attention(
         exits = exit_positions(keys, sequences, window_size, sink_size, buffer_size)
     part = partition(sequences, window_size, shape.queries, shape.tune.keys, exits is not None)
     columns = far_columns(keys, exits, sequences, part, sink_size, buffer_size)
-    return applied(_LTEAttention, q, k, v, score, columns, part, shape, gate == "logit")
+    return applied(_LTEAttention, q, k, v, score, columns, part, shape, gate)

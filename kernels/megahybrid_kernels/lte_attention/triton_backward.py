@@ -4,6 +4,7 @@
 
     dr_j = <dv_j, v_j>    (He & Garner, arXiv 2510.20787, equation 6: the gradient of a gate on v where it is 1)
     dr_j = sum_i ds_ij    with LOGIT: that of a gate added to the logit
+    dr_j += sum_i ds_ij   over the i that do not see j, where p_ij = e_ij / (Z_i + e_ij): `unseen_gradient_kernel`
 
 p is computed again from the logits and the forward's log-denominators. dq goes by query tile, dk and dv by key tile,
 and every output is written by one program in a fixed order: no atomics, the same bits every time. A key's far uses are
@@ -20,7 +21,7 @@ from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.lte_attention.triton_columns import far_begin
 from megahybrid_kernels.lte_attention.triton_forward import edge_keys, edge_tiles, near_tiles
 from megahybrid_kernels.rows import load_all_rows, load_rows, packed_rows
-from megahybrid_kernels.softmax_gradients import key_step, query_step
+from megahybrid_kernels.softmax_gradients import key_step, query_step, unseen_step
 
 
 @kernel
@@ -296,3 +297,44 @@ def key_gradient_kernel(
     else:
         gate = tl.sum(dv_acc * v_tile.to(tl.float32), 1)
     tl.store(dscore + j.to(tl.int64) * heads + head, gate, mask=exists)
+
+
+@kernel
+def unseen_gradient_kernel(
+    q, k, v, do, dscore, log_total, delta, until, ends, q_stride, q_head_stride, k_stride, k_head_stride, v_stride,
+    v_head_stride, tokens, scale,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr,
+    KEYS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds to dscore (fp32 `[tokens, kv_heads]`) of KEYS keys what the later rows of their document give that do not
+    see them: `until_j <= i < ends_j`; do is contiguous."""
+    blocks = tl.cdiv(tokens, KEYS)
+    head, heads = (tl.program_id(0) // blocks).to(tl.int64), tl.num_programs(0) // blocks
+    j = tl.program_id(0) % blocks * KEYS + tl.arange(0, KEYS)
+    exists = j < tokens
+    lower = tl.load(until + head * tokens + j, mask=exists, other=0)
+    upper = tl.load(ends + j, mask=exists, other=0)
+    some = lower < upper
+    i0 = tl.min(tl.where(some, lower, tokens), 0) // QUERIES * QUERIES
+    i1 = tl.max(tl.where(some, upper, 0), 0)
+    k_tile = load_rows(k + head * k_head_stride, j.to(tl.int64), exists, k_stride, 0, HEAD_DIM, WIDTH)
+    v_tile = load_rows(v + head * v_head_stride, j.to(tl.int64), exists, v_stride, 0, HEAD_DIM, WIDTH)
+    first = head * (GROUPS * PACK)
+    statistics = first * tokens
+    gate = tl.zeros([KEYS, QUERIES * PACK], tl.float32)
+    for group in tl.range(0, GROUPS):
+        for i in tl.range(i0, i1, QUERIES):
+            token, member, inside = packed_rows(i, tokens, group, QUERIES * PACK, PACK)
+            column = tl.arange(0, WIDTH)
+            mask = inside[:, None] & (column < HEAD_DIM)[None, :]
+            q_rows = token.to(tl.int64) * q_stride + (first + member) * q_head_stride
+            o_rows = (token.to(tl.int64) * heads * (GROUPS * PACK) + first + member) * HEAD_DIM
+            q_tile = tl.load(q + q_rows[:, None] + column[None, :], mask=mask, other=0)
+            do_tile = tl.load(do + o_rows[:, None] + column[None, :], mask=mask, other=0)
+            rows = statistics + token.to(tl.int64) * (GROUPS * PACK) + member
+            row_total = tl.load(log_total + rows, mask=inside, other=float("inf"))
+            row_delta = tl.load(delta + rows, mask=inside, other=0)
+            unseen = (token[None, :] >= lower[:, None]) & (token[None, :] < upper[:, None])
+            gate = unseen_step(gate, k_tile, v_tile, q_tile, do_tile, row_total, row_delta, unseen, scale, PRECISION)
+    place = dscore + j.to(tl.int64) * heads + head
+    tl.store(place, tl.load(place, mask=exists, other=0) + tl.sum(gate, 1), mask=exists)

@@ -62,13 +62,8 @@ class LTEConfig:
     gate: str = key("value", may_change=True, choices=("value", "logit", "counterfactual"))
     """Whose gradient a retention score gets, since the mask has none. value: that of a gate on the token's value, as in
     the paper (equation 6); logit: that of a gate on its logits, which adds up to 0 over what a query sees;
-    counterfactual: as logit, and what it would change for every query that does not see the token to see it, too; in
-    PyTorch, in memory that grows with the square of the longest document."""
-    keep_all_steps: int = key(0, may_change=True, at_least=0)
-    """Steps at the beginning of training in which queries see all tokens: their mask is 1, whatever the scores are;
-    these get the gate's gradient."""
-    keep_all_every: int = key(0, may_change=True, at_least=0)
-    """Every so many steps queries see all tokens, too; 0 for never."""
+    counterfactual: as logit, and what it would change for every query that does not see the token to see it, too, which
+    costs as much as full attention's forward pass; the paper's routers die where this one learns (docs/evidence.md)."""
     loss: RetentionLossConfig = field(default_factory=RetentionLossConfig)
     """The L1 term and its controller."""
 
@@ -76,12 +71,6 @@ class LTEConfig:
     def margin(self) -> int:
         """Tokens on either side that the router looks at for a token's score."""
         return CONVOLUTIONS * (self.conv_size // 2) * self.conv_dilation
-
-    def keeps_all(self, step: int | None) -> bool:
-        """Whether queries see all tokens in this step of training, counted from 1; None where nothing is trained."""
-        if step is None:
-            return False
-        return step <= self.keep_all_steps or (self.keep_all_every > 0 and step % self.keep_all_every == 0)
 
 
 class LTEKind(AttentionKind):
@@ -124,9 +113,9 @@ class LTEKind(AttentionKind):
         """Keys and values before a rank's tokens that the window and one rank's room for retained tokens hold, those
         around them that the router sees, and of every other rank what it has room for, for those whose document
         begins farther back, with two numbers of 4 bytes each. Where heads are too few to be exchanged, in some steps
-        instead all keys and values of the ranks before. None where queries, or scores' gradients, need all tokens."""
+        instead all keys and values of the ranks before. None where scores' gradients need all tokens."""
         lte, heads, head_dim = model.lte, model.attention.num_kv_heads, model.attention.head_dim
-        if lte.keep_all_steps or lte.keep_all_every or lte.gate == "counterfactual":
+        if lte.gate == "counterfactual":
             return None
         keys, given = 2 * width * head_dim, most_room(lte)
         around, retained = lte.window_size + given + 2 * lte.margin, (ranks - 1) * given
@@ -139,8 +128,8 @@ class LTEKind(AttentionKind):
     def keys(self, model: ModelConfig, length: int) -> float:
         """The query at position i sees min(i + 1, w + 1) keys in its window. Of the max(0, i - w) tokens that left it
         it sees at most buffer_size, as in inference: in training, too, this is what the controller of lambda steers to.
-        Before the controller has settled a model without train_cap sees more, up to all. Steps in which queries see all
-        (keep_all_steps, keep_all_every) are counted as others.
+        Before the controller has settled a model without train_cap sees more, up to all. What the gate counterfactual
+        takes, as much as attention to all in a forward pass, is not counted.
         """
         window, buffer = model.lte.window_size, model.lte.buffer_size
         left = max(0, length - 1 - window)
@@ -169,9 +158,8 @@ class LTEKind(AttentionKind):
         that keeps its tokens joins k and v to a window before them and to what the router sees, and once more, with q
         and o, to a buffer, or without a cap to what all ranks have room for; where heads are too few to be exchanged,
         at first, in place of both, to all before.
-        Backward: gradients of q and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K; with the gate
-        counterfactual, which saves 8 bytes a KV head, for each pair of tokens of the documents done at once 12 bytes a
-        query head and 2 a KV head.
+        Backward: gradients of q and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K. (In PyTorch
+        the gate counterfactual takes more, with the square of the longest document.)
         """
         queries, keys = widths(model.attention, batch)
         head_dim, width = model.attention.head_dim, batch.width
@@ -181,18 +169,7 @@ class LTEKind(AttentionKind):
             before, scored = (1 + rows / (batch.samples * batch.length) for rows in self._rows_around(model, batch))
             more, joined = before, 1 if before == scored else 2
             saved = more * (2 * queries + joined * keys) + scored * (2 + routers) * keys
-        square, ends = self._counterfactual(model, batch)
-        return Activations(width * saved + ends, more * (2 * width * (queries + keys) + 8 * keys) + square)
-
-    def _counterfactual(self, model: ModelConfig, batch: MicroBatch) -> tuple[float, float]:
-        """Bytes a token of what that gate takes backward, a sample being one document, and of what it saves."""
-        if model.lte.gate != "counterfactual":
-            return 0, 0
-        from megahybrid_kernels.lte_attention.counterfactual import documents_at_once
-
-        heads, groups, _ = rank_heads(model.attention, batch.ranks)
-        pairs = min(batch.samples, documents_at_once(batch.length)) * batch.length**2
-        return pairs * heads * (12 * groups + 2) / (batch.samples * batch.length), 8 * heads
+        return Activations(width * saved, more * (2 * width * (queries + keys) + 8 * keys))
 
     def _rows_around(self, model: ModelConfig, batch: MicroBatch) -> tuple[int, int]:
         """What a rank that keeps its tokens attends to beside them, and what it scores."""

@@ -144,15 +144,13 @@ class LambdaController:
         return {name: values.tolist() for name, values in every.items()} | {"longest": [self.longest]}
 
     def load_state(self, state: dict[str, list]) -> None:
-        """See `Regulator`; checkpoints from before ranks made room have lambdas and kept only."""
-        if missing := {"lambdas", "kept"} - state.keys():
+        """See `Regulator`."""
+        if missing := self.state().keys() - state.keys():
             raise UserError(
                 f"The checkpoint's state of LTE's controller lacks {', '.join(sorted(missing))}; use one that "
-                "megahybrid has written."
+                "this version of megahybrid has written."
             )
         self._steer(torch.tensor(state["lambdas"]))
-        self.kept = torch.tensor(state["kept"])
-        (self.longest,) = state.get("longest", [self.longest])
-        if {"shares", "margins"} <= state.keys():
-            self.shares, self.margins = torch.tensor(state["shares"]), torch.tensor(state["margins"])
-            self._make_room()
+        self.kept, self.shares, self.margins = (torch.tensor(state[name]) for name in ("kept", "shares", "margins"))
+        (self.longest,) = state["longest"]
+        self._make_room()

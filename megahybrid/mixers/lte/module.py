@@ -129,10 +129,8 @@ class LTEAttention(AttentionProjections):
         q, rotated = self.rotate(q, k, context.sequences)
         if self.policy is not None:
             scores, _ = self.policy.scores(k, (q, rotated), sequences, self.policy.state(sequences.count))
-        cap, judged = self._cap(context), scores
-        if lte.keeps_all(context.step):  # all scores are 1, with the gradient of those that the router gave
-            cap, judged = None, scores - scores.detach() + 1
-        o = lte_attention(q, rotated, v, judged, sequences, lte.window_size, lte.sink_size, cap, lte.gate)
+        limits = lte.window_size, lte.sink_size, self._cap(context)
+        o = lte_attention(q, rotated, v, scores, sequences, *limits, lte.gate)
         aux = self._aux(scores, context) if context.training else self._seen(k, scores, context)
         return self.output(o, stay), aux, None
 
