@@ -23,7 +23,7 @@ from megahybrid.config.schema import ParallelConfig
 from megahybrid.errors import UserError
 from megahybrid.key import derived
 from megahybrid.mixers import KINDS
-from megahybrid.mixers.lte import room_for
+from megahybrid.mixers.lte import most_room, room_for
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.model.loss import attach_loss
 from megahybrid.model.mixer import Mixer
@@ -54,6 +54,8 @@ class Pass:
     ):
         """stays: where ranks keep their tokens, the share of them that L's heads retain."""
         (letter,), device = config.model.pattern, groups.device()
+        rank, ranks = groups.context_parallel()
+        self.own = sum(lengths) // ranks
         settings = replace(Settings.of(config), keepers="" if stays is None else letter)
         with torch.device("meta"):
             self.mixer: Mixer = KINDS[letter].module()(settings, 0)
@@ -62,14 +64,12 @@ class Pass:
         initialize_parameters(self.mixer, config.train.seed)
         if letter == "L":
             self.mixer.l1_lambda = torch.ones(self.mixer.heads, device=device)
-            if stays is not None:  # as the controller makes it
-                own = sum(lengths) // config.parallel.context
-                self.mixer.room = torch.tensor(room_for(stays * own, config.model.lte.sink_size))
+            if stays is not None:
+                self.make_room(stays)
             if bias:
                 self.mixer.router.projection_bias.data.copy_(torch.tensor(bias))
         self.mixer.to(dtype)
         self.context = _context(lengths, device)
-        rank, ranks = groups.context_parallel()
         generator = torch.Generator(device).manual_seed(1)
         shape = sum(lengths), 1, config.model.hidden_size
         # One after the other, since the whole is long.
@@ -81,6 +81,11 @@ class Pass:
         )
         self.x.requires_grad_()
         self.parameters = dict(self.mixer.named_parameters())
+
+    def make_room(self, share: float) -> int:
+        """For what L's heads retain of a rank's tokens, as the controller does after a step."""
+        self.mixer.room = torch.tensor(room_for(share * self.own, self.mixer.lte.sink_size))
+        return int(self.mixer.room)
 
     def run(self) -> tuple[Tensor, Mapping[str, Tensor], dict[str, Tensor | None]]:
         """Forward and backward: the output, what was counted, and the gradients of input and parameters."""
@@ -211,9 +216,11 @@ def _bias(given: Given, variant: str, tokens: int) -> list[float]:
     with torch.no_grad():
         _, k, v = made.mixer.project(made.x)
         parameters = router.parameters_for_op()
-        logits = retention_logits(k, v, parameters, made.context.sequences, None, router.dilation).float()
-    last = min(len(logits) - 1, round((1 - share) * len(logits)))
-    bias = (router.projection_bias.float() - logits.sort(0).values[last]).cpu()
+        dropout = made.mixer._dropout(made.context, k.shape[1])  # with which many more are far from the middle
+        logits = retention_logits(k, v, parameters, made.context.sequences, dropout, router.dilation).float()
+    last = max(1, min(len(logits) - 1, round((1 - share) * len(logits))))
+    middle = logits.sort(0).values[last - 1 : last + 1].mean(0)  # between two, so that no rounding decides
+    bias = (router.projection_bias.float() - middle).cpu()
     rounded = bias.to(router.projection_bias.dtype)  # downwards: at a small share the other side has many more
     return torch.where(rounded > bias, torch.nextafter(rounded, rounded.new_tensor(-torch.inf)), rounded).tolist()
 
@@ -264,24 +271,38 @@ def _timed(given: Given, variant: str, tokens: int, ranks: int, stays: bool, bia
     """Median ms of forward and backward, of the slowest process each time."""
     config = given.config(variant, tokens, ranks)
     made = Pass(config, (tokens,), DTYPES[config.train.dtype], bias, given.kept(variant, tokens) if stays else None)
-    before, elapsed, counts = _peak(reset=True), 0.0, {}
+    before, elapsed, room = _peak(reset=True), 0.0, None
     for _ in range(2):
         began = time.perf_counter()
         counts = made.run()[1]
         _synchronize()
         elapsed = time.perf_counter() - began
+        shares = _shares(counts, config.model.attention.num_kv_heads)
+        if stays and variant == "L":
+            short, room = bool(gather_tokens(counts["missing"]).any()), made.make_room(max(shares))
     found: dict[str, Any] = {"peak_gib": round((_peak() - before) / 2**30, 2)} if torch.cuda.is_available() else {}
-    if "kept" in counts:
-        heads = config.model.attention.num_kv_heads
-        if gather_tokens(counts["missing"]).any():
+    if shares:
+        found["kept"] = round(statistics.mean(shares), 5)
+    if room is not None:
+        found["room"] = room
+        if short:
             found["error"] = "a rank retained more than there was room for"
-        found["kept"] = round(float(gather_tokens(counts["kept"]).sum() / (heads * counts["positions"])), 5)
+        elif room > most_room(config.model.lte):
+            found["error"] = "a head keeps more than a run makes room for"
     repeats = 9 if groups.max_over_all(round(1e3 * elapsed)) < 150 else 3
     times = [_milliseconds(made.run) for _ in range(repeats)]
     slowest = [max(each) for each in zip(*groups.gather(times), strict=True)]
     del made
     _release()
     return {"ms": round(statistics.median(slowest), 3), "repeats": repeats} | found
+
+
+def _shares(counts: Mapping[str, Tensor], heads: int) -> list[float]:
+    """Of the tokens that count, those that each of L's heads keeps, over all ranks; [] of other mixers."""
+    if "kept" not in counts:
+        return []
+    kept = gather_tokens(counts["kept"])  # of ranks that keep their tokens, a part of every head's
+    return (kept.view(-1, heads).sum(0) / counts["positions"]).tolist()
 
 
 def _milliseconds(call: Callable[[], object]) -> float:

@@ -79,7 +79,7 @@ def bubble(pipeline: int, chunks: int, micro_batches: int) -> float:
 def merge(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The first rank's figures, with the largest memory of any."""
     line = dict(ranks[0])
-    for key in ("start_gib", "peak_gib", "predicted_gib"):
+    for key in ("start_gib", "peak_gib", "reserved_gib", "predicted_gib"):
         if key in line:
             line[key] = max(rank[key] for rank in ranks)
     return line

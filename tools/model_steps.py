@@ -112,6 +112,7 @@ def measure(
     }
     if torch.cuda.is_available():
         figures["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        figures["reserved_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 2)
         figures["predicted_gib"] = round(max(peak_bytes(config, groups.data_parallel()[1])) / 2**30, 2)
         if with_parts:
             figures["parts"] = parts(engine, batches, warm_up + steps + 1)

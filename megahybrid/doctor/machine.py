@@ -22,6 +22,7 @@ from megahybrid.data.documents import TRAIN, VALIDATION
 from megahybrid.data.opened import open_data
 from megahybrid.data.prepared import open_store
 from megahybrid.data.shards import ShardReader
+from megahybrid.devices import prepare_allocator
 from megahybrid.doctor.finding import Finding
 from megahybrid.errors import UserError
 from megahybrid.scaling.parameters import parameter_specs
@@ -36,12 +37,13 @@ _OLDEST_TRITON = (3, 6)
 
 
 def software() -> Iterator[Finding]:
-    """Versions of what computes."""
+    """Versions of what computes, and how it takes memory."""
     parts = [f"megahybrid {code_version()}", f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     if torch.version.cuda:
         nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "not loaded"
         parts += [f"CUDA {torch.version.cuda}", f"NCCL {nccl}"]
     yield Finding(", ".join(parts))
+    yield Finding(f"torch's allocator: {prepare_allocator()}")
     try:
         import triton
     except ImportError as error:

@@ -76,7 +76,7 @@ def test_context_parallel_ranks_exchange_and_hand_on_their_own_tokens():
     # rows, of LTE without a cap rows for the router, the window and retained tokens, for which there is twice room.
     exchanging, keeping = 4 * 1024 * 8192 / 2, 8 * (128 * 256 * 2 + 3 * 384)
     config = config_of("lalte-0.4b", 64, 4, context=2)
-    retained = 16 * (2 * 6 * 256 + (768 + 1024) * (256 + 4) + 1024 * (256 + 8))
+    retained = 16 * ((6 + 768 + 1024 + 6) * 256 + 1024 * (256 + 8))
     assert crossing(config, "GF") == 2 * 2 * (exchanging + keeping) and crossing(config, "L") == 2 * retained
     assert seconds(config, 2).context == pytest.approx(8 * crossing(config, "GL" * 12) / 300e9)
     found = recommend(config, 4)

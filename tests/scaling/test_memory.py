@@ -220,8 +220,9 @@ def test_a_tensor_parallel_rank_keeps_its_part(letter, options, sequence, worker
 )
 def test_a_context_parallel_rank_keeps_its_part(letter, dtype, kv_heads, train_cap, workers):
     options = {"dtype": dtype, "kv_heads": kv_heads, "train_cap": train_cap, "context": 2}
-    expected = pytest.approx(estimated(letter, **options), rel=0.05)
-    assert workers.run(2, "tests.scaling.test_memory:layer_bytes_of_a_rank", letter, options) == [expected] * 2
+    first, last = workers.run(2, "tests.scaling.test_memory:layer_bytes_of_a_rank", letter, options)
+    assert last == pytest.approx(estimated(letter, **options), rel=0.05)
+    assert 0.9 * last < first <= last  # nothing of L's is retained before it
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,12 @@ def test_every_way_of_a_mixer_is_judged_and_timed_beside_one_process(tmp_path):
     for line in lines:
         assert line["tokens_of_one"] == line["tokens"] // 2
         assert line["efficiency"] == pytest.approx(line["ms_of_one"] / line["ms"], abs=1e-3)
+        assert "error" not in line
+        assert ("room" in line) == ((line["mixer"], line["way"]) == ("L", "tokens stay"))
+        if line["mixer"] != "G":  # of what is seen with dropout, of 2 heads
+            share = 8 / line["tokens"] if line["mixer"] == "L" else 0.125
+            assert line["kept"] == pytest.approx(share, abs=1 / line["tokens"])
         if "errors" in line:
-            assert "error" not in line
             assert line["errors"].keys() == {"y", "x", "weights"} and max(line["errors"].values()) < 1e-4
     assert all(("errors" in line) == (number % 2 == 0) for number, line in enumerate(lines))
     for stays, exchanges in zip(

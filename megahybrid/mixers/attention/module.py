@@ -17,7 +17,7 @@ from megahybrid.parallel.heads import to_heads, to_tokens
 from megahybrid.parallel.layers import ColumnLinear, RowLinear, project
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.attention import GrowingCache, KeyValueCache, attention, attention_with_cache, unsupported
-from megahybrid_kernels.rotary import rotary_of_both
+from megahybrid_kernels.rotary import rotary, rotary_of_both
 
 
 class AttentionProjections(Mixer):
@@ -62,9 +62,15 @@ class AttentionProjections(Mixer):
         first = weight.tensor_model_parallel and rank % max(1, ranks // heads) == 0
         return max(1, heads // ranks) if first else 0
 
-    def rotate(self, q: Tensor, k: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Rotary embedding at the tokens' positions in their documents, if there is one."""
-        return (q, k) if self.theta is None else rotary_of_both(q, k, sequences.positions, self.theta)
+    def rotate(
+        self, q: Tensor, k: Tensor, sequences: Sequences, of_keys: Sequences | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rotary embedding at the tokens' positions in their documents, if there is one; keys may be of others."""
+        if self.theta is None:
+            return q, k
+        if of_keys is None:
+            return rotary_of_both(q, k, sequences.positions, self.theta)
+        return rotary(q, sequences.positions, self.theta), rotary(k, of_keys.positions, self.theta)
 
     def seen(self, k: Tensor, context: Context, window: int | None, kept: Tensor | None = None) -> Aux | None:
         """What of a watch the heads see: `window` keys, the query's own included (None for all), and those that are

@@ -112,16 +112,16 @@ class LTEKind(AttentionKind):
         return {f"model.attention.{'num_heads' if heads == kv_heads else 'num_kv_heads'}": kv_heads}
 
     def passed_on(self, model: ModelConfig, ranks: int, width: int) -> float | None:
-        """Keys and values around a rank's tokens that the router sees, those before them that the window and one
-        rank's room for retained tokens hold, and of every other rank what it has room for, for those whose document
-        begins farther back; with scores of 4 bytes. Where heads are too few to be exchanged, in some steps
+        """Keys and values before a rank's tokens that the window and one rank's room for retained tokens hold, those
+        around them that the router sees, and of every other rank what it has room for, for those whose document
+        begins farther back, with two numbers of 4 bytes each. Where heads are too few to be exchanged, in some steps
         instead all keys and values of the ranks before. None where scores' gradients need all tokens."""
         lte, heads, head_dim = model.lte, model.attention.num_kv_heads, model.attention.head_dim
         if lte.gate == "counterfactual":
             return None
         keys, given = 2 * width * head_dim, most_room(lte)
-        before, retained = lte.window_size + given, (ranks - 1) * given
-        return heads * (2 * lte.margin * keys + before * (keys + 4) + retained * (keys + 8))
+        around, retained = lte.window_size + given + 2 * lte.margin, (ranks - 1) * given
+        return heads * (around * keys + retained * (keys + 8))
 
     def exchanges_at_times(self, model: ModelConfig, ranks: int) -> bool:
         """Without a capped buffer, where a head retains more than a rank makes room for."""
@@ -157,8 +157,9 @@ class LTEKind(AttentionKind):
     def activations(self, model: ModelConfig, batch: MicroBatch) -> Activations:
         """With w bytes an activation, queries of width Q and keys of width K on a rank: q and o, 2 w Q, and exchanged
         o, w Q; k before and after rotation, and v, 3 w K; and the outputs of the router's convolutions, 7/4 w K. A rank
-        that keeps its tokens joins them to others around them, v twice, and before them to a window and a buffer, or
-        without a cap to what all ranks have room for; where heads are too few to be exchanged, at first to all before.
+        that keeps its tokens joins k and v to a window before them and to what the router sees, and once more, with q
+        and o, to a buffer, or without a cap to what all ranks have room for; where heads are too few to be exchanged,
+        at first, in place of both, to all before.
         Backward: gradients of q and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K. (In PyTorch
         the gate counterfactual takes more, with the square of the longest document.)
         """
@@ -167,17 +168,19 @@ class LTEKind(AttentionKind):
         routers = sum(router_channels(head_dim)[1:]) / head_dim
         saved, more = (2 + batch.exchanged) * queries + (3 + routers) * keys, 1.0
         if batch.rows > 1:
-            more += self._rows_before(model, batch) / (batch.samples * batch.length)
-            saved = more * (2 * queries + 2 * keys) + (2 + routers) * keys
+            before, scored = (1 + rows / (batch.samples * batch.length) for rows in self._rows_around(model, batch))
+            more, joined = before, 1 if before == scored else 2
+            saved = more * (2 * queries + joined * keys) + scored * (2 + routers) * keys
         return Activations(width * saved, more * (2 * width * (queries + keys) + 8 * keys))
 
-    def _rows_before(self, model: ModelConfig, batch: MicroBatch) -> int:
-        """Of a rank that keeps its tokens."""
-        if model.lte.train_cap:
-            return model.lte.window_size + model.lte.buffer_size
-        if self.exchanges_at_times(model, batch.ranks * batch.rows):
-            return model.lte.window_size + (batch.rows - 1) * most_room(model.lte)
-        return (batch.rows - 1) * batch.samples * batch.length
+    def _rows_around(self, model: ModelConfig, batch: MicroBatch) -> tuple[int, int]:
+        """What a rank that keeps its tokens attends to beside them, and what it scores."""
+        lte, every = model.lte, (batch.rows - 1) * batch.samples * batch.length
+        if not lte.train_cap and not self.exchanges_at_times(model, batch.ranks * batch.rows):
+            return every, every
+        retained = lte.buffer_size if lte.train_cap else (batch.rows - 1) * most_room(lte)
+        scored = lte.window_size + 2 * lte.margin
+        return scored + retained, scored
 
     def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
         from megahybrid_kernels.judging import shapes

@@ -148,32 +148,26 @@ class LTEAttention(AttentionProjections):
 
     def _own_tokens(self, q: Tensor, k: Tensor, v: Tensor, context: Context):
         lte, sequences, count, cap, room = self.lte, context.sequences, len(k), self._cap(context), self._room(context)
-        around = tokens.rows_around(sequences, lte.margin, lte.margin)
-        keys, values = tokens.borrow(around, k, v)
+        keys, values = tokens.borrow(rows_seen(sequences, lte, room), k, v)
         before, after = len(keys.before), len(keys.after)
-        first = groups.context_parallel()[0] * count
+        first, around = groups.context_parallel()[0] * count, tokens.own(sequences, before, after)
         dropout = self._dropout(context, self.heads, slice(first - before, first + count + after))
-        # k and v that it gives on would save a pass backward, but are joined: a slice's gradient is filled with zeros.
-        around = tokens.own(sequences, before, after)
-        scores, *_ = self.router(keys.joined(), values.joined(), around, dropout, whole=True)
-        scores = scores[before : before + count]
-        q, k = self.rotate(q, keys.own, tokens.own(sequences))
-        seen = rows_seen(sequences, lte, room)
-        k, v = (part.joined() for part in tokens.borrow(seen, k, values.own))
-        (borrowed,) = tokens.borrow(seen, scores)
-        borders = tokens.own(sequences, len(borrowed.before))
-        rows = Rows(k, v, borrowed.joined())
-        q, more, missing = retained(q, rows, sequences, lte, room, cap is not None)
+        # It scores the rows around the own ones as their owners do: that takes less than to have their scores sent.
+        scores, k, v = self.router(keys.joined(), values.joined(), around, dropout, whole=True)
+        q, k = self.rotate(q, k, tokens.own(sequences), around)
+        rows, more, missing = retained(Rows(k, v, scores), sequences, lte, room, cap is not None)
         if more is not None:
-            rows, borders = Rows(*map(torch.cat, zip(more, rows, strict=True))), borders.longer(len(more.k))
-        # Nobody asks for what queries of the rows before would give.
-        queries = torch.cat([q.new_zeros(len(rows.k) - count, *q.shape[1:]), q])
-        o = lte_attention(queries, *rows, borders, lte.window_size, lte.sink_size, cap, lte.gate)[-count:]
+            rows, around = Rows(*map(torch.cat, zip(more, rows, strict=True))), around.longer(len(more.k))
+        # Nobody asks for what queries of the other rows would give.
+        before = len(rows.k) - count - after
+        queries = torch.cat([q.new_zeros(before, *q.shape[1:]), q, q.new_zeros(after, *q.shape[1:])])
+        o = lte_attention(queries, *rows, around, lte.window_size, lte.sink_size, cap, lte.gate)
+        own = rows.score[before : before + count]
         if context.training:
-            aux = self._aux(borrowed.own, context, slice(first, first + count), missing)
+            aux = self._aux(own, context, slice(first, first + count), missing)
         else:
-            aux = self._seen(k, gather_tokens(scores), context)
-        return self.output(o, stay=True), aux, None
+            aux = self._seen(k, gather_tokens(own), context)
+        return self.output(o[before : before + count], stay=True), aux, None
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, context: Context, state: LTEState):
         lte, sequences = self.lte, context.sequences
