@@ -204,11 +204,12 @@ FULL = [  # lengths, query heads, heads, head dim, window, sinks, buffer, share 
 
 @on_a_gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("gate", ["value", "counterfactual"])
 @pytest.mark.parametrize("case", FULL, ids=str)
-def test_full_sizes_on_a_gpu(case, dtype, tolerance):
+def test_full_sizes_on_a_gpu(case, gate, dtype, tolerance):
     """Against float64 by relative norm, in the tiles that training uses, and twice the same bits."""
     lengths, query_heads, heads, head_dim, *sizes, share = case
-    sizes.append("counterfactual" if len(lengths) > 1 else "value")
+    sizes.append(gate)
     generator = torch.Generator().manual_seed(3)
     score = (torch.rand(sum(lengths), heads, generator=generator) * 50).floor() / 50 - (1 - share)
     pairs = inputs(lengths, query_heads, heads, head_dim, score, dtype)

@@ -73,7 +73,6 @@ def config_of(
     vocab=1024,
     buffer=64,
     train_cap=False,
-    gate="value",
     **parallel,
 ):
     return Config(
@@ -84,7 +83,7 @@ def config_of(
             vocab_size=vocab,
             gdn=GDNConfig(num_heads=4, head_dim=64, value_head_dim=96),
             attention=AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=64, window_size=100),
-            lte=LTEConfig(window_size=63, buffer_size=buffer, dropout=dropout, train_cap=train_cap, gate=gate),
+            lte=LTEConfig(window_size=63, buffer_size=buffer, dropout=dropout, train_cap=train_cap),
             nsa=NSAConfig(num_heads=8, num_kv_heads=2, block_size=32, num_blocks=8, window_size=100),
         ),
         train=TrainConfig(
