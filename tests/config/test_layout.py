@@ -73,9 +73,9 @@ def test_possible_layouts_are_taken(overrides):
         ("train.seq_length=4096", ""),  # a rank has 1,024 tokens; maps are as large as what 1,025 would exchange
         ("train.seq_length=4112", "G"),
         ("train.seq_length=4096 model.pattern=G model.gdn.num_heads=6", "G"),
-        ("train.seq_length=5300", "G"),  # likewise between 1,325 and 1,326 for window and room for what all ranks retain
+        ("train.seq_length=5300", "G"),  # likewise 1,325 or 6 for window and room for what all retain
         ("train.seq_length=5304", "GL"),
-        ("train.seq_length=3064 model.lte.train_cap=true", ""),  # likewise 766 to 767 for window, buffer, others' buffers
+        ("train.seq_length=3064 model.lte.train_cap=true", ""),  # likewise 766 or 7 for window and all buffers
         ("train.seq_length=3068 model.lte.train_cap=true", "L"),
         ("train.seq_length=65536 model.lte.train_cap=true", "GL"),
         ("train.seq_length=65536", "GL"),
