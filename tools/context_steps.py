@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megahybrid.config import Config
 from megahybrid.config.schema import ParallelConfig
+from megahybrid.devices import prepare_allocator
 from megahybrid.errors import UserError
 from megahybrid.key import derived
 from megahybrid.mixers import KINDS
@@ -112,6 +113,7 @@ def alone(given: Given, variants: Sequence[str], sizes: Mapping[int, int]) -> di
     Args:
         sizes: tokens over all context parallel ranks, and of the one process that each is compared with.
     """
+    prepare_allocator()
     groups.initialize(given.config(variants[0], sum(given.judged), 1).parallel)
     rank, world = groups.world()
     found: dict[str, Any] = {}
@@ -140,6 +142,7 @@ def together(
         one: what `alone` found on the first process.
     """
     ranks = int(os.environ["WORLD_SIZE"])
+    prepare_allocator()
     groups.initialize(ParallelConfig(context=ranks))
     for variant in variants:
         _note(progress, {"begun": variant})

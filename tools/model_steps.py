@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megahybrid.config import load_config
 from megahybrid.data.packing import Batch
+from megahybrid.devices import prepare_allocator
 from megahybrid.model.context import Context, dropout_keys
 from megahybrid.parallel import groups
 from megahybrid.scaling.flops import flops_per_token
@@ -73,6 +74,7 @@ def measure(
         traced: micro-batches of one more step whose time by part is added on the first and the last rank; 0 for none.
     """
     config = load_config(recipe, overrides)
+    prepare_allocator()
     groups.initialize(config.parallel, config.train.seed)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -191,7 +191,7 @@ def moved_beside(weights, multiple=1):
 def kept_beside(keeper, weights, multiple=1):
     """(`moved_beside`, the rows of each and of what follows them), or (None, None); the module `keeper` keeps where
     that is, since to look for it takes the host as long as a launch."""
-    places, known = [weight.data_ptr() for weight in weights], keeper.__dict__.get("beside")
+    places, known = list(map(_place, weights)), keeper.__dict__.get("beside")
     if known is not None and known[:2] == (places, weights[0].untyped_storage().nbytes()):
         return weights[0].as_strided(*known[2]), known[3]
     keeper.beside = None
@@ -199,9 +199,13 @@ def kept_beside(keeper, weights, multiple=1):
         return None, None
     sizes = [len(weight) for weight in weights]
     sizes.append(len(whole) - sum(sizes))
-    places = [weight.data_ptr() for weight in weights]
+    places = list(map(_place, weights))
     keeper.beside = places, whole.untyped_storage().nbytes(), (whole.shape, whole.stride()), sizes
     return whole, sizes
+
+
+def _place(weight):
+    return weight.data_ptr(), weight.shape, weight.stride()
 
 
 def move(weight, part):

@@ -14,7 +14,6 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megahybrid.config.schema import ParallelConfig
-from megahybrid.devices import prepare_allocator
 from megahybrid.errors import UserError
 from megahybrid.parallel.cpu import prepare_cpu
 from megahybrid.parallel.rendezvous import meet
@@ -37,7 +36,6 @@ def initialize(
     global _store, _questions
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     prepare_cpu()
-    prepare_allocator()
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())
     if not dist.is_initialized():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megahybrid.config import Config, save_config
 from megahybrid.data.loader import TrainingData, validation_batches
+from megahybrid.devices import prepare_allocator
 from megahybrid.errors import UserError
 from megahybrid.model.fallbacks import kernel_notes
 from megahybrid.model.regulation import filled
@@ -54,6 +55,7 @@ def train(config: Config, report: Report = print, stop_request: StopRequest | No
     """
     run, watch = RunDirectory(config.run.dir), config.train.watch
     longest = max(watch.start_seconds, watch.step_seconds) + 120  # the watchdog tells more than a collective's timeout
+    prepare_allocator()
     groups.initialize(config.parallel, config.train.seed, watch.join_seconds, longest)
     run.by_hand = groups.broadcast(run.by_hand)
     say, trainer = report if groups.is_main() else _nothing, None

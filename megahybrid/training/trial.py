@@ -12,6 +12,7 @@ import torch
 
 from megahybrid.config import Config, load_config
 from megahybrid.data.packing import Batch
+from megahybrid.devices import prepare_allocator
 from megahybrid.errors import UserError
 from megahybrid.parallel import groups
 from megahybrid.training.engine import Engine
@@ -21,6 +22,7 @@ from megahybrid_kernels import Sequences
 def main(file: Path, steps: int) -> dict:
     """The device's name and the seconds of every step. Raises UserError where it has too little memory."""
     config = load_config(file)
+    prepare_allocator()
     groups.initialize(config.parallel, config.train.seed)
     try:
         engine = Engine(config)

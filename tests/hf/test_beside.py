@@ -77,7 +77,7 @@ def test_stored_copied_and_cast(tmp_path):
 
 
 def test_one_that_goes_elsewhere_is_found_there():
-    """Alone, by all of its product, and where another one was."""
+    """Alone: at another place, or at its own in another order or with fewer rows."""
     _, model = pair(PATTERN)
     expected = read(model)
     for name in ("mlp.up_proj.weight", "mixer.q_proj.weight", "mixer.q_conv"):
@@ -89,6 +89,23 @@ def test_one_that_goes_elsewhere_is_found_there():
         expected = read(model)
         close(read(copy.deepcopy(model)), expected)
         assert not torch.allclose(expected, before)
+
+
+def test_one_that_changes_where_it_is_is_found():
+    layer, other = (torch.nn.Linear(64, 64, bias=False).eval() for _ in range(2))
+    x = torch.randn(5, 64)
+
+    def check():
+        with torch.no_grad():
+            for found, each in zip(layers.project(x, layer, other), (layer, other), strict=True):
+                torch.testing.assert_close(found, x @ each.weight.T)
+
+    check()
+    for each in (other, layer):
+        each.weight.data = each.weight.data.T
+        check()
+    other.weight = torch.nn.Parameter(other.weight[:32])
+    check()
 
 
 def test_training_goes_on_behind_them():

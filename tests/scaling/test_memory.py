@@ -221,7 +221,8 @@ def test_a_context_parallel_rank_keeps_its_part(letter, dtype, kv_heads, train_c
     options = {"dtype": dtype, "kv_heads": kv_heads, "train_cap": train_cap, "context": 2}
     first, last = workers.run(2, "tests.scaling.test_memory:layer_bytes_of_a_rank", letter, options)
     assert last == pytest.approx(estimated(letter, **options), rel=0.05)
-    assert 0.9 * last < first <= last  # nothing of L's is retained before it
+    least = 0.9 if letter == "L" else 0.999  # nothing of L's is retained before the first
+    assert least * last <= first <= last
 
 
 @pytest.mark.parametrize(

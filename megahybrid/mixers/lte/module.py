@@ -152,7 +152,7 @@ class LTEAttention(AttentionProjections):
         before, after = len(keys.before), len(keys.after)
         first, around = groups.context_parallel()[0] * count, tokens.own(sequences, before, after)
         dropout = self._dropout(context, self.heads, slice(first - before, first + count + after))
-        # It scores the rows around the own ones as their owners do: that takes less than to have their scores sent.
+        # It scores the rows around the own ones as their owners do, mostly few: in place of an exchange of scores.
         scores, k, v = self.router(keys.joined(), values.joined(), around, dropout, whole=True)
         q, k = self.rotate(q, k, tokens.own(sequences), around)
         rows, more, missing = retained(Rows(k, v, scores), sequences, lte, room, cap is not None)

@@ -80,9 +80,7 @@ def retained(rows: Rows, sequences: Sequences, lte: LTEConfig, room: int | None,
         missing = ((merit > 0).sum(1) - room).clamp(min=0)
     best, order = _best(merit, room)
     rows, given = _chosen(rows, best, order)
-    k, keys, scores = tokens.gather_beside(
-        rows.k, torch.stack([given.k, given.v]), torch.stack([given.score, best.T.to(given.score)])
-    )
+    k, keys, scores = tokens.gather_beside(rows.k, torch.stack([given.k, given.v]), torch.stack([given.score, best.T]))
     rows = rows._replace(k=k)
     if not _merges(place, lte, room):
         return Retained(rows, None, missing)
