@@ -256,11 +256,16 @@ def test_with_recompute_a_tensor_parallel_rank_keeps_its_part_of_the_stream(sequ
     assert workers.run(2, "tests.scaling.test_memory:layer_bytes_of_a_rank", "G", options) == [expected] * 2
 
 
+RECOMPUTED = [("GLGL", "none"), ("LLGG", "G"), ("GLGL", "all"), ("GLGL", "G"), ("GLGL", "L"), ("GGLL", "G")]
+
+
 # The vocabulary decides whether the peak is at the loss or in a layer's backward pass.
-@pytest.mark.parametrize("vocab", [1024, 8192])
 @pytest.mark.parametrize(
-    ("pattern", "recompute"),
-    [("GLGL", "none"), ("GLGL", "all"), ("GLGL", "G"), ("GLGL", "L"), ("LLGG", "G"), ("GGLL", "G")],
+    ("pattern", "recompute", "vocab"),
+    [
+        *[(*each, 1024) for each in RECOMPUTED],
+        *[pytest.param(*each, 8192, marks=[pytest.mark.slow] * (n > 1)) for n, each in enumerate(RECOMPUTED)],
+    ],
 )
 def test_the_peak_is_what_a_pass_has_allocated(pattern, recompute, vocab):
     config = config_of(pattern, recompute=recompute, vocab=vocab)

@@ -20,7 +20,7 @@ from tests.training.conftest import metrics
 
 
 def train_with_full_disk(recipe, full_rank, patience, *overrides):
-    """One rank of a run on whose rank `full_rank` the checkpoint of step 8 does not fit; what it was told."""
+    """One rank of a run on whose rank `full_rank` the checkpoint of step 16 does not fit; what it was told."""
     from megahybrid.config import load_config
     from megahybrid.errors import UserError
     from megahybrid.training.loop import train
@@ -28,7 +28,7 @@ def train_with_full_disk(recipe, full_rank, patience, *overrides):
     real = saver.write_tensors
 
     def full(file, tensors):
-        if "step_00000008" in str(file) and int(os.environ["RANK"]) == full_rank:
+        if "step_00000016" in str(file) and int(os.environ["RANK"]) == full_rank:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(file, tensors)
 
@@ -46,16 +46,16 @@ def train_with_full_disk(recipe, full_rank, patience, *overrides):
 
 @pytest.mark.parametrize("full_rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_disk_that_is_full_for_one_rank_ends_all_and_keeps_the_last_checkpoint(full_rank, workers, recipe, tmp_path):
-    layout = ["parallel.pipeline=2", "train.micro_batch_size=1", "train.steps=12", "checkpoint.every=4"]
+    layout = ["parallel.pipeline=2", "train.micro_batch_size=1", "train.steps=24", "checkpoint.every=8"]
     run = "tests.training.test_saver:train_with_full_disk"
     told = workers.run(2, run, str(recipe), full_rank, 0.0, *layout)
-    assert all("step_00000008 " in each and "could not be written (No space left" in each for each in told)
+    assert all("step_00000016 " in each and "could not be written (No space left" in each for each in told)
     checkpoints = tmp_path / "run" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000004"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000008"]
     assert workers.run(2, run, str(recipe), full_rank, 600.0, *layout, "checkpoint.keep=9") == [None, None]
-    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 13))
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 25))
     steps = [int(path.name[5:]) for path in sorted(checkpoints.glob("step_*"))]
-    assert steps[0] == 4 and steps[1] in (9, 10, 11) and steps[-1] == 12  # when the others know, it is due
+    assert steps[0] == 8 and 16 < steps[1] < steps[-1] == 24  # when the others know, it is due
 
 
 def test_old_checkpoints_and_what_is_left_of_others_are_removed_beside_training(recipe, tmp_path, monkeypatch):
