@@ -193,7 +193,7 @@ def gradients_of(reduction, names):
 
 
 def steer(stage, room):
-    """As the controller does, once routers keep some of the tokens."""
+    """As the controller does, once routers keep some of the tokens; those of the last LTE layer pass no gradient on."""
     from megahybrid.parallel import groups
 
     for name, block in stage.layers.items():
@@ -201,6 +201,7 @@ def steer(stage, room):
             rank, size = groups.tensor_parallel() if block.mixer.keeps_tokens else groups.head_parallel()
             lambdas = torch.linspace(0.3, 2.0, HEADS) * (1 + int(name))
             block.mixer.router.projection_bias.data -= 0.9
+            block.mixer.router.routing_grad = int(name) < len(PATTERN) - 1
             block.mixer.l1_lambda, block.mixer.room = lambdas.chunk(size)[rank], torch.tensor(room)
 
 
