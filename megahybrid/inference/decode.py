@@ -89,6 +89,5 @@ class DecodeGraph(DecodeStep):
 
 
 def takes_graph(model: Stack) -> bool:
-    """Whether a step of this model can be recorded: in a precision for which no op needs the host, and on one GPU,
-    since recorded collectives can hang with segments of memory that grow (pytorch#158029)."""
+    """Whether a step of this model can be recorded: on one GPU, in a precision for which no op needs the host."""
     return takes_triton(next(model.parameters())) and groups.tensor_parallel()[1] == 1

@@ -100,11 +100,7 @@ class Regulator(Protocol):
         """What a checkpoint keeps, in JSON."""
 
     def load_state(self, state: dict[str, list]) -> None:
-        """Take over a state that `state` gave, of this or of an earlier version, which may have kept less: every value
-        has the shape of this regulator's own, but any of them may be missing.
-
-        Raises UserError where it lacks what cannot be begun anew.
-        """
+        """Take over a state that `state` gave. Raises UserError where it lacks something."""
 
 
 def regulators(pattern: Pattern) -> dict[str, type[Regulator]]:

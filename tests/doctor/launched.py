@@ -58,19 +58,27 @@ def kind(kernel: Kernel, arguments: tuple, options: dict) -> str:
 
 
 @contextlib.contextmanager
-def launches(run: bool) -> Iterator[set[str]]:
-    """Fills the set with the kinds of kernels that are launched; without `run` they compute nothing."""
-    found, launch = set(), Kernel.__getitem__
+def _noted(note: Callable[[Kernel, tuple, dict], None], run: bool = False) -> Iterator[None]:
+    """Tells `note` of every launch; without `run` kernels compute nothing."""
+    launch = Kernel.__getitem__
 
     def getitem(kernel: Kernel, programs: int):
         def noted(*arguments, **options):
-            found.add(kind(kernel, arguments, options))
+            note(kernel, arguments, options)
             if run:
                 launch(kernel, programs)(*arguments, **options)
 
         return noted
 
     with mock.patch.object(Kernel, "__getitem__", getitem):
+        yield
+
+
+@contextlib.contextmanager
+def launches(run: bool) -> Iterator[set[str]]:
+    """Fills the set with the kinds of kernels that are launched; without `run` they compute nothing."""
+    found: set[str] = set()
+    with _noted(lambda *launch: found.add(kind(*launch)), run):
         yield found
 
 
@@ -92,13 +100,10 @@ def kinds_by_key() -> Iterator[dict[Hashable, set[str]]]:
     apart; they compute nothing."""
     found, tell = defaultdict(set), cache(lambda kernel: tritons_own(kernel.jit.fn))
 
-    def getitem(kernel: Kernel, _):
-        def noted(*arguments, **options):
-            found[kernel, specialization(arguments, options)].add(tell(kernel)(arguments, options))
+    def note(kernel: Kernel, arguments: tuple, options: dict) -> None:
+        found[kernel, specialization(arguments, options)].add(tell(kernel)(arguments, options))
 
-        return noted
-
-    with mock.patch.object(Kernel, "__getitem__", getitem):
+    with _noted(note):
         yield found
 
 

@@ -234,14 +234,12 @@ def masked_attention(q, k, v, score, sequences, window_size, sink_size, buffer_s
     earlier = (rows <= rows[:, None]) & (sequences.index == sequences.index[:, None])
     visible = earlier & (rows[:, None] < until)
     groups = q.shape[1] // k.shape[1]
-    zero = score - score.detach()
-    if gate == "value":
-        v = v * (1 + zero)[..., None]
-    k, v, visible, zero = (x.repeat_interleave(groups, 1) for x in (k, v, visible.transpose(0, 1), zero))
-    visible = visible.transpose(0, 1)
+    k, v, zero = (x.repeat_interleave(groups, 1) for x in (k, v, score - score.detach()))
+    visible = visible.repeat_interleave(groups, 0)
     logits = torch.einsum("ihd,jhd->hij", q, k) / q.shape[2] ** 0.5
     if gate == "value":
-        return torch.einsum("hij,jhd->ihd", logits.masked_fill(~visible, -torch.inf).softmax(-1), v)
+        p = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+        return torch.einsum("hij,jhd->ihd", p, v * (1 + zero)[..., None])
     seen = (logits + zero.T[:, None]).masked_fill(~visible, -torch.inf)
     o = torch.einsum("hij,jhd->ihd", seen.softmax(-1), v)
     # Each key that is not seen, alone beside those that are.

@@ -103,8 +103,25 @@ def _key_step(
 ):  # fmt: skip
     """`key_step` for the rows [i0, i0 + QUERIES), and with LOGIT the sums of ds; key j is seen by
     `lower_j <= i < upper_j`."""
-    ROWS: tl.constexpr = QUERIES * PACK
-    token, member, inside = packed_rows(i0, tokens, group, ROWS, PACK)
+    token, q_tile, do_tile, row_total, row_delta = _query_rows(
+        i0, q, do, log_total, delta, q_stride, q_head_stride, o_stride, tokens, group,
+        HEAD_DIM, WIDTH, GROUPS, PACK, QUERIES, MASKED,
+    )  # fmt: skip
+    visible = (token[None, :] >= lower[:, None]) & (token[None, :] < upper[:, None])
+    dk, dv, ds = key_step(dk, dv, k, v, q_tile, do_tile, row_total, row_delta, visible, scale, MASKED, PRECISION)
+    if LOGIT:
+        gate += tl.sum(ds, 1)
+    return dk, dv, gate
+
+
+@triton.jit
+def _query_rows(
+    i0, q, do, log_total, delta, q_stride, q_head_stride, o_stride, tokens, group,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr, QUERIES: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Tokens of the rows [i0, i0 + QUERIES), and their q, do, log_total and delta; some may not exist where MASKED."""
+    token, member, inside = packed_rows(i0, tokens, group, QUERIES * PACK, PACK)
     column = tl.arange(0, WIDTH)
     q_rows = token.to(tl.int64) * q_stride + member.to(tl.int64) * q_head_stride
     q_places = q_rows[:, None] + column[None, :]
@@ -123,11 +140,7 @@ def _key_step(
     else:
         q_tile, do_tile = tl.load(q + q_places), tl.load(do + o_places)
         row_total, row_delta = tl.load(log_total + statistics), tl.load(delta + statistics)
-    visible = (token[None, :] >= lower[:, None]) & (token[None, :] < upper[:, None])
-    dk, dv, ds = key_step(dk, dv, k, v, q_tile, do_tile, row_total, row_delta, visible, scale, MASKED, PRECISION)
-    if LOGIT:
-        gate += tl.sum(ds, 1)
-    return dk, dv, gate
+    return token, q_tile, do_tile, row_total, row_delta
 
 
 @triton.jit
@@ -320,20 +333,14 @@ def unseen_gradient_kernel(
     k_tile = load_rows(k + head * k_head_stride, j.to(tl.int64), exists, k_stride, 0, HEAD_DIM, WIDTH)
     v_tile = load_rows(v + head * v_head_stride, j.to(tl.int64), exists, v_stride, 0, HEAD_DIM, WIDTH)
     first = head * (GROUPS * PACK)
-    statistics = first * tokens
     gate = tl.zeros([KEYS, QUERIES * PACK], tl.float32)
     for group in tl.range(0, GROUPS):
         for i in tl.range(i0, i1, QUERIES):
-            token, member, inside = packed_rows(i, tokens, group, QUERIES * PACK, PACK)
-            column = tl.arange(0, WIDTH)
-            mask = inside[:, None] & (column < HEAD_DIM)[None, :]
-            q_rows = token.to(tl.int64) * q_stride + (first + member) * q_head_stride
-            o_rows = (token.to(tl.int64) * heads * (GROUPS * PACK) + first + member) * HEAD_DIM
-            q_tile = tl.load(q + q_rows[:, None] + column[None, :], mask=mask, other=0)
-            do_tile = tl.load(do + o_rows[:, None] + column[None, :], mask=mask, other=0)
-            rows = statistics + token.to(tl.int64) * (GROUPS * PACK) + member
-            row_total = tl.load(log_total + rows, mask=inside, other=float("inf"))
-            row_delta = tl.load(delta + rows, mask=inside, other=0)
+            token, q_tile, do_tile, row_total, row_delta = _query_rows(
+                i, q + first * q_head_stride, do + first * HEAD_DIM, log_total + first * tokens, delta + first * tokens,
+                q_stride, q_head_stride, heads * (GROUPS * PACK * HEAD_DIM), tokens, group,
+                HEAD_DIM, WIDTH, GROUPS, PACK, QUERIES, True,
+            )  # fmt: skip
             unseen = (token[None, :] >= lower[:, None]) & (token[None, :] < upper[:, None])
             gate = unseen_step(gate, k_tile, v_tile, q_tile, do_tile, row_total, row_delta, unseen, scale, PRECISION)
     place = dscore + j.to(tl.int64) * heads + head

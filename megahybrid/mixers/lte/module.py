@@ -155,7 +155,7 @@ class LTEAttention(AttentionProjections):
         # It scores the rows around the own ones as their owners do, mostly few: in place of an exchange of scores.
         scores, k, v = self.router(keys.joined(), values.joined(), around, dropout, whole=True)
         q, k = self.rotate(q, k, tokens.own(sequences), around)
-        rows, more, missing = retained(Rows(k, v, scores), sequences, lte, room, cap is not None)
+        rows, more, missing = retained(Rows(k, v, scores), before, sequences, lte, room, cap is not None)
         if more is not None:
             rows, around = Rows(*map(torch.cat, zip(more, rows, strict=True))), around.longer(len(more.k))
         # Nobody asks for what queries of the other rows would give.

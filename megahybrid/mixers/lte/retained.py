@@ -61,11 +61,11 @@ def rows_seen(sequences: Sequences, lte: LTEConfig, room: int | None) -> list[tu
     return found
 
 
-def retained(rows: Rows, sequences: Sequences, lte: LTEConfig, room: int | None, capped: bool) -> Retained:
+def retained(rows: Rows, before: int, sequences: Sequences, lte: LTEConfig, room: int | None, capped: bool) -> Retained:
     """What ranks give each other of what they retain.
 
     Args:
-        rows: this rank's own, and those that `rows_seen` says around them.
+        rows: this rank's own, and those that `rows_seen` says around them, `before` of them before its own.
         room: of a head, how many each rank gives; the buffer's size where the buffer is `capped`, and None for no
             limit, where ranks have borrowed all rows.
     """
@@ -73,8 +73,8 @@ def retained(rows: Rows, sequences: Sequences, lte: LTEConfig, room: int | None,
     missing = torch.zeros(rows.score.shape[1], dtype=torch.int64, device=rows.score.device)
     if room is None or not any(_merges(place, lte, room) for place in places):
         return Retained(rows, None, missing)
-    place, (before, after) = places[rank], rows_seen(sequences, lte, room)[rank]
-    number = torch.arange(place.first - before, place.end + after, device=missing.device)
+    place = places[rank]
+    number = torch.arange(len(rows.score), device=missing.device) + (place.first - before)
     merit = _merit(rows.score, number, place, sequences, lte)
     if not capped and any(_merges(each, lte, room) and each.begin < place.end for each in places[rank + 1 :]):
         missing = ((merit > 0).sum(1) - room).clamp(min=0)

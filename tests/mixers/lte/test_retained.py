@@ -32,7 +32,7 @@ def found(lengths, room, capped):
     borrowed = tokens.borrow(rows_seen(sequences, LTE, room), numbers, -numbers)
     (score,) = tokens.borrow(rows_seen(sequences, LTE, room), scores()[own])
     rows = Rows(*(each.joined() for each in (*borrowed, score)))
-    _, kept, missing = retained(rows, sequences, LTE, room, capped)
+    _, kept, missing = retained(rows, len(score.before), sequences, LTE, room, capped)
     if kept is None:
         return own.start, None, missing.tolist()
     assert torch.equal(kept.k, -kept.v)
