@@ -15,7 +15,15 @@ from megahybrid_kernels.judging import shapes
 from megahybrid_kernels.judging.sizes import CHECKED, SIZES, Size
 
 # What PyTorch computes the same of any number of them, and in less time of few.
-_MOST_ON_A_CPU = {"heads": 2, "groups": 1, "channels": 256, "hidden": 1024, "intermediate": 1408, "vocabulary": 1408}
+_MOST_ON_A_CPU = {
+    "heads": 2,
+    "groups": 1,
+    "channels": 256,
+    "whole": 320,
+    "hidden": 1024,
+    "intermediate": 1408,
+    "vocabulary": 1408,
+}
 
 
 def size_of(config: Config | None, device: torch.device) -> Size:

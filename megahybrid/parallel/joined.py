@@ -32,11 +32,15 @@ def join_weights(model: nn.Module) -> None:
             _side_by_side([getattr(module, name) for name in names])
 
 
+def rows_of_whole(rows: int) -> int:
+    """Of a whole that holds weights of so many rows; a product with it has as many columns."""
+    return -(-rows // _ROWS) * _ROWS
+
+
 @torch.no_grad()
 def _side_by_side(weights: Sequence[nn.Parameter]) -> Tensor:
     """`[rows, …]`: all weights' rows, in memory of which they are views from now on, and rows of 0."""
-    rows = sum(map(len, weights))
-    whole = weights[0].new_zeros(-(-rows // _ROWS) * _ROWS, *weights[0].shape[1:])
+    whole = weights[0].new_zeros(rows_of_whole(sum(map(len, weights))), *weights[0].shape[1:])
     first = 0
     for weight in weights:
         part = whole[first : first + len(weight)]

@@ -83,6 +83,7 @@ def test_doctor_runs_what_a_recipe_runs(recipe, changes):
     (model,) = build_stages(config, [None], "meta", DTYPES[config.train.dtype])
     with launches(run=False) as launched, kernels_without_memory():
         train_and_evaluate(model, config, "meta")
+        join_weights(model)
         read_and_decode(model, 2, (4500, 1500, 70))
         read_and_decode(model, 512, (3,))
     assert len(launched) > 60 and not missing(config, launched)
@@ -97,6 +98,7 @@ def test_launches_of_one_key_are_of_one_kind(recipe, changes):
     (model,) = build_stages(config, [None], "meta", DTYPES[config.train.dtype])
     with kinds_by_key() as found, kernels_without_memory():
         train_and_evaluate(model, config, "meta")
+        join_weights(model)
         read_and_decode(model, 2, (1500, 70))
         read_and_decode(model, 512, (3,))
     assert len(found) > 60 and [key for key, kinds in found.items() if len(kinds) > 1] == []
@@ -115,9 +117,9 @@ def test_doctor_runs_what_a_gpu_runs(recipe):
     """Training and generation as they are, at a recipe's own shapes but for the number of layers."""
     config = load_config(f"recipes/{recipe}.yaml", ["model.pattern=GLSFN"])
     model = build(config, "cuda", DTYPES[config.train.dtype])
-    join_weights(model)
     with launches(run=True) as launched:
         train_and_evaluate(model, config, "cuda")
+        join_weights(model)
         for prompts in ([4500], [70] * 20):
             batch = Batch(model, 3000)
             batch.add([[1] * length for length in prompts])

@@ -129,7 +129,7 @@ def test_a_state_passed_from_piece_to_piece_equals_one_pass():
 def test_short_sequences_are_cut_for_gradients_alone():
     tune = gdn.tuning(256, torch.bfloat16, torch.device(DEVICE))
     chunks = {
-        (tokens, training): gdn.longest_segment((tokens, 1), 8, 256, tune, training)
+        (tokens, training): gdn.longest_segment((tokens, 1), 2, 256, tune, training)
         for tokens in (4096, 4097)
         for training in (False, True)
     }

@@ -15,11 +15,16 @@ _PLACE = ("causal_conv1d",) * 3
 
 @dataclass(frozen=True)
 class CausalConv1d(Shape):
-    """Of `channels` with `taps` weights each; variant: what sets it apart from a model's other convolutions."""
+    """Of `channels` with `taps` weights each.
+
+    variant: what sets it apart from a model's other convolutions. whole: columns of what x is the first of, in prefill
+    and decode; 0 where x is all.
+    """
 
     channels: int
     taps: int = 4
     variant: str = ""
+    whole: int = 0
 
     def cases(self, lengths: Lengths) -> list[Case]:
         """Over whole documents."""
@@ -36,7 +41,7 @@ class CausalConv1d(Shape):
 
     def more_cases(self, lengths: Lengths, varied: bool) -> list[Case]:
         """Prefill and decode."""
-        streamed = Streamed(*_PLACE, self._make, self._first, self._call)
+        streamed = Streamed(*_PLACE, self._make_whole, self._first, self._call)
         begun = replace(streamed, first=nothing)
         prefill = streamed_case(begun, "prefill", PIECES, self.variant or "long")
         return [prefill, streamed_case(streamed, "step", STEPS, self.variant)]
@@ -44,9 +49,11 @@ class CausalConv1d(Shape):
     def _make(self, tokens: int) -> Make:
         return normals(x=(tokens, self.channels), weight=(self.channels, self.taps))
 
+    def _make_whole(self, tokens: int) -> Make:
+        return normals(x=(tokens, self.whole or self.channels), weight=(self.channels, self.taps))
+
     def _first(self, x: Inputs, count: int) -> Tensor:
         return x["x"].new_zeros(count, self.taps - 1, self.channels)
 
-    @staticmethod
-    def _call(op: Op, x: Inputs, sequences: Sequences, state: Tensor) -> tuple[Tensor, Tensor]:
-        return op(x["x"], x["weight"], sequences, state, output_final_state=True)
+    def _call(self, op: Op, x: Inputs, sequences: Sequences, state: Tensor) -> tuple[Tensor, Tensor]:
+        return op(x["x"][:, : self.channels], x["weight"], sequences, state, output_final_state=True)

@@ -106,13 +106,16 @@ class GDNKind(Kind):
         return Activations(saved, width * (4 * values + 2 * keys + 2 * keys * value_dim / chunk))
 
     def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
+        from megahybrid.parallel.joined import rows_of_whole
         from megahybrid_kernels.judging import shapes
 
         heads, key_dim, value_dim = model.gdn.num_heads // ranks, model.gdn.head_dim, model.gdn.value_head_dim
         taps, convolutions = model.gdn.conv_size, [shapes.CausalConv1d(heads * key_dim, model.gdn.conv_size)]
         if value_dim != key_dim:
             convolutions += [shapes.CausalConv1d(heads * value_dim, taps, "values")]
-        convolutions += [shapes.CausalConv1d(heads * (2 * key_dim + value_dim), taps, "together")]  # as inference does
+        # Inference has one of all of them, of a part of the product that they and gate, a and b come from.
+        whole = rows_of_whole(heads * (2 * key_dim + 2 * value_dim + 2))
+        convolutions += [shapes.CausalConv1d(heads * (2 * key_dim + value_dim), taps, "together", whole)]
         rule, norm = shapes.GatedDeltaRule(heads, key_dim, value_dim), shapes.GatedRMSNorm(heads, value_dim)
         return [rule, *convolutions, norm]
 
