@@ -30,6 +30,7 @@ OPS = {
     "exit_positions": "LTE",
     "gated_delta_rule": "delta rule",
     "retention_router": "router",
+    "counter_dropout": "router",
     "attention": "attention",
     "causal_conv1d": "conv, norm, rotary, SwiGLU",
     "norm": "conv, norm, rotary, SwiGLU",

@@ -6,7 +6,7 @@ Each op lives in a folder of its own, mostly named as the op is: as attributes o
 
 from megahybrid_kernels.attention import GrowingCache, KeyValueCache, attention, attention_with_cache
 from megahybrid_kernels.causal_conv1d import causal_conv1d
-from megahybrid_kernels.counter_dropout import fold
+from megahybrid_kernels.counter_dropout import dropout_keys, fold
 from megahybrid_kernels.exit_positions import NEVER, exit_positions
 from megahybrid_kernels.gated_delta_rule import gated_delta_rule
 from megahybrid_kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
@@ -46,6 +46,7 @@ __all__ = [
     "attention",
     "attention_with_cache",
     "causal_conv1d",
+    "dropout_keys",
     "exit_positions",
     "fold",
     "gated_delta_rule",

@@ -17,14 +17,14 @@ _LARGEST_HEAD_DIM = 256
 _FARTHEST_ROWS = 2**25
 
 
-def takes_triton(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether an op on `x` runs its Triton kernels: on a GPU that they have launches for, in at most 32 bits. All else
-    is PyTorch's.
+def takes_triton(x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...] = _DTYPES) -> bool:
+    """Whether an op on `x` runs its Triton kernels: on a GPU that they have launches for, with x of these dtypes,
+    floats of at most 32 bits. All else is PyTorch's.
 
     others: all that the op reads beside x. Raises ValueError when one is on another device, where PyTorch's own ops
     raise but a kernel would read what is not there.
     """
-    if not x.is_cuda or x.dtype not in _DTYPES or table_of(x.device) is None:
+    if not x.is_cuda or x.dtype not in dtypes or table_of(x.device) is None:
         return False
     check_devices(x, *others)
     return True

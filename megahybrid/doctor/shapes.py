@@ -33,12 +33,14 @@ def size_of(config: Config | None, device: torch.device) -> Size:
         return SIZES["check"]
     model, ranks = derived(config.model), config.parallel.tensor
     keeping = keepers(config)
+    letters = parse_pattern(model.pattern).letters
     used = [
+        shapes.DropoutKeys(len(letters)),
         shapes.RMSNorm(model.hidden_size),
         shapes.SwiGLU(model.intermediate_size // ranks),
         shapes.LinearCrossEntropy(model.hidden_size, model.vocab_size // ranks),
     ]
-    for letter in dict.fromkeys(parse_pattern(model.pattern).letters):
+    for letter in dict.fromkeys(letters):
         used += KINDS[letter].judged(model, ranks * (1 if letter in keeping else config.parallel.context))
     return Size(CHECKED, tuple(dict.fromkeys(used if device.type == "cuda" else map(_small, used))))
 

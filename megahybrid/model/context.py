@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from megahybrid_kernels import Sequences
-from megahybrid_kernels.counter_dropout import fold
 
 
 class Watch(NamedTuple):
@@ -51,8 +49,8 @@ class Context:
 
     Attributes:
         sequences: the documents' borders.
-        dropout_keys: int64 `[layers, tokens]`, hashes of (seed, step, sample, position, layer); None switches dropout
-            off.
+        dropout_keys: int64 `[layers, tokens]`, as of `megahybrid_kernels.dropout_keys`; None switches
+            dropout off.
         aux_scale: weight of the auxiliary loss beside the micro-batch's loss: 1 / micro-batches of the step, times the
             number of context parallel ranks, over which ZeRO takes the mean.
         keep_states: whether mixers that are given no state, since all sequences begin here, return the next one.
@@ -75,15 +73,6 @@ class Context:
     def training(self) -> bool:
         """Whether dropout and training's own visibility rule apply."""
         return self.dropout_keys is not None
-
-
-def dropout_keys(seed: int, step: int, samples: Tensor, sample_positions: Tensor, layers: int) -> Tensor:
-    """Keys for `Context.dropout_keys` of a whole model of so many layers, the same in every layout.
-
-    samples and sample_positions are int64 `[tokens]`. All layers' are made at once, since a GPU's launches cost more.
-    """
-    keys = fold(fold(fold(samples, seed), step), sample_positions)
-    return fold(keys, torch.arange(layers, device=keys.device).unsqueeze(1))
 
 
 class Aux(NamedTuple):

@@ -16,7 +16,7 @@ from megahybrid.config.validate import check_replicas
 from megahybrid.data.packing import Batch, moved
 from megahybrid.devices import gpu_memory
 from megahybrid.errors import UserError
-from megahybrid.model.context import Context, dropout_keys
+from megahybrid.model.context import Context
 from megahybrid.model.regulation import Regulator, regulators
 from megahybrid.model.stack import Stack, StackOutput, Stages, build_stages
 from megahybrid.parallel import groups
@@ -31,7 +31,7 @@ from megahybrid.training.optimizer import learning_rate, update
 from megahybrid.training.probes import names
 from megahybrid.training.schedule import MicroBatch
 from megahybrid.training.step_report import StepReport
-from megahybrid_kernels import Sequences
+from megahybrid_kernels import Sequences, dropout_keys
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Engine:
         rank, ranks = groups.context_parallel()
         batch = batch.part(rank, ranks).to(self.device)
         layers = len(self.settings.pattern.letters)
-        keys = dropout_keys(self.config.train.seed, step, batch.samples, batch.sample_positions, layers)
+        keys = dropout_keys(batch.samples, batch.sample_positions, self.config.train.seed, step, layers)
         context = Context(batch.sequences, keys, ranks / micro_batches, whole=whole)
         out = model(batch.tokens, context, labels=batch.labels, weights=batch.weights)
         for layer, aux in out.aux.items():

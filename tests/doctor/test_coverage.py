@@ -9,11 +9,11 @@ from megahybrid.config import load_config
 from megahybrid.config.schema import Config, ParallelConfig
 from megahybrid.doctor.shapes import size_of
 from megahybrid.inference.batch import Batch
-from megahybrid.model.context import Context, dropout_keys
+from megahybrid.model.context import Context
 from megahybrid.model.stack import Stack, build, build_stages
 from megahybrid.parallel import groups
 from megahybrid.parallel.joined import join_weights
-from megahybrid_kernels import Sequences
+from megahybrid_kernels import Sequences, dropout_keys
 from megahybrid_kernels.judging import measuring
 from megahybrid_kernels.judging.verdicts import chosen_cases, prepared
 from tests.doctor.launched import all_kernels, kernels_without_memory, kinds_by_key, launches
@@ -46,7 +46,7 @@ def train_and_evaluate(model: Stack, config: Config, device: str) -> None:
     """A micro-batch of whole samples, and one of a long document and many short ones."""
     count = config.train.micro_batch_size * config.train.seq_length
     tokens = torch.zeros(count, dtype=torch.int64, device=device)
-    keys = dropout_keys(0, 0, tokens, torch.arange(count, device=device), len(model.layers))
+    keys = dropout_keys(tokens, torch.arange(count, device=device), 0, 0, len(model.layers))
     for lengths in ((config.train.seq_length,) * config.train.micro_batch_size, (count - 240, *(4,) * 60)):
         sequences = Sequences.of(lengths, device)
         model(tokens, Context(sequences, keys), labels=tokens).loss.backward()

@@ -55,7 +55,7 @@ def test_without_a_recipe_every_op_is_right():
 def test_a_recipe_asks_for_what_its_model_uses():
     config = load_config("recipes/quickstart.yaml", ["model.pattern=GS", "parallel.tensor=2"])
     used = size_of(config, torch.device("cuda")).shapes
-    names = "GatedDeltaRule CausalConv1d GatedRMSNorm Attention Rotary RMSNorm SwiGLU LinearCrossEntropy"
+    names = "GatedDeltaRule CausalConv1d GatedRMSNorm Attention Rotary DropoutKeys RMSNorm SwiGLU LinearCrossEntropy"
     assert {type(shape).__name__ for shape in used} == set(names.split())
     (attention,) = [shape for shape in used if isinstance(shape, shapes.Attention)]
     assert attention == shapes.Attention(

@@ -32,6 +32,7 @@ from megahybrid_kernels import Sequences
 from megahybrid_kernels.attention.triton_decode import attention_step
 from megahybrid_kernels.causal_conv1d import triton as conv
 from megahybrid_kernels.causal_conv1d.triton_step import causal_conv1d_step
+from megahybrid_kernels.counter_dropout.triton import dropout_keys
 from megahybrid_kernels.exit_positions.triton import exit_positions
 from megahybrid_kernels.gated_delta_rule import Border
 from megahybrid_kernels.gated_delta_rule import triton as gdn
@@ -186,7 +187,8 @@ def evictions(case: Case) -> None:
 
 
 def retention(case: Case) -> None:
-    dropout = Dropout(0.1, new(case.tokens, dtype=torch.int64, grad=False))
+    samples, positions = (new(case.tokens, dtype=torch.int64, grad=False) for _ in range(2))
+    dropout = Dropout(0.1, dropout_keys(samples, positions, 0, 1, 48)[-1])
     backward(*router.retention_scores(case.rows(), case.rows(), case.router(), case.sequences, dropout))
 
 

@@ -7,9 +7,9 @@ from megahybrid.mixers.attention import AttentionConfig
 from megahybrid.mixers.gdn import GDNConfig
 from megahybrid.mixers.lte import LTEConfig
 from megahybrid.mixers.nsa import NSAConfig
-from megahybrid.model.context import Context, dropout_keys
+from megahybrid.model.context import Context
 from megahybrid.model.stack import build
-from megahybrid_kernels import Sequences
+from megahybrid_kernels import Sequences, dropout_keys
 
 VOCAB = 40
 LENGTHS = (23, 1, 9, 40)
@@ -47,5 +47,5 @@ def tokens(lengths=LENGTHS, seed=0):
 
 def training_context(lengths=LENGTHS, step=3):
     count = sum(lengths)
-    keys = dropout_keys(11, step, torch.zeros(count, dtype=torch.int64), torch.arange(count), 8)
+    keys = dropout_keys(torch.zeros(count, dtype=torch.int64), torch.arange(count), 11, step, 8)
     return Context(Sequences.of(lengths), keys)

@@ -87,13 +87,13 @@ def config_of(layout, count, train_cap):
 
 def micro_batch(number):
     """The packed documents of a sample, with everything that a layout must not change."""
-    from megahybrid.model.context import Context, dropout_keys
-    from megahybrid_kernels import Sequences
+    from megahybrid.model.context import Context
+    from megahybrid_kernels import Sequences, dropout_keys
     from tests.model import tiny
 
     tokens = torch.randint(0, tiny.VOCAB, (TOKENS + 1,), generator=torch.Generator().manual_seed(number))
     lengths = LENGTHS[number] if number < len(LENGTHS) else [23 + number, 1, 88 - number]
-    keys = dropout_keys(11, 3, torch.full((TOKENS,), number), torch.arange(TOKENS), 16)
+    keys = dropout_keys(torch.full((TOKENS,), number), torch.arange(TOKENS), 11, 3, 16)
     labels = tokens[1:].masked_fill(torch.arange(TOKENS) % 11 == 5, -100)  # which no rank's part of a vocabulary has
     return tokens[:-1], labels, Sequences.of(lengths), keys, Context
 

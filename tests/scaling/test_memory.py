@@ -15,13 +15,13 @@ from megahybrid.mixers.gdn import GDNConfig
 from megahybrid.mixers.lte import LTEConfig
 from megahybrid.mixers.lte.module import LTEAttention
 from megahybrid.mixers.nsa import NSAConfig
-from megahybrid.model.context import Context, dropout_keys
+from megahybrid.model.context import Context
 from megahybrid.model.settings import Settings
 from megahybrid.model.stack import build
 from megahybrid.parallel import groups
 from megahybrid.scaling import memory, splitting
 from megahybrid.scaling.parameters import parameters_by_rank
-from megahybrid_kernels import Sequences
+from megahybrid_kernels import Sequences, dropout_keys
 from megahybrid_kernels.linear_cross_entropy import chunks
 from tests.parallel.tokens import own_tokens
 
@@ -97,7 +97,7 @@ def step_of(config):
     """A model and a function that runs its forward pass, warmed up: what is cached for later passes does not count."""
     model = build(config, "cpu", torch.bfloat16 if config.train.dtype == "bf16" else torch.float32)
     tokens, labels = (own_tokens(torch.arange(LENGTH + 1)[n:][:LENGTH] % config.model.vocab_size) for n in (0, 1))
-    keys = dropout_keys(0, 1, torch.zeros(LENGTH, dtype=torch.int64), torch.arange(LENGTH), 16)
+    keys = dropout_keys(torch.zeros(LENGTH, dtype=torch.int64), torch.arange(LENGTH), 0, 1, 16)
     context = Context(Sequences.of((LENGTH,)), keys)
 
     def forward():

@@ -120,10 +120,10 @@ def summed():
 def by_torch(dtype, tied=True, vocab_size=None, products=False):
     """The same of one process, as `by_engine`: a sample after the other through the model, gradients added up and
     divided in float64; with `products` those of projections' weights are never rounded before."""
-    from megahybrid.model.context import Context, dropout_keys
+    from megahybrid.model.context import Context
     from megahybrid.model.stack import build
     from megahybrid.parallel import groups
-    from megahybrid_kernels import Sequences
+    from megahybrid_kernels import Sequences, dropout_keys
 
     config = config_of(dtype, tied, {}, vocab_size)
     groups.initialize(config.parallel)
@@ -149,7 +149,7 @@ def by_torch(dtype, tied=True, vocab_size=None, products=False):
         for number in range(SAMPLES):
             tokens = sample(step, number)
             where = torch.arange(sum(LENGTHS))
-            keys = dropout_keys(0, step, torch.zeros_like(where), where, 5)
+            keys = dropout_keys(torch.zeros_like(where), where, 0, step, 5)
             out = model(tokens[:-1], Context(Sequences.of(LENGTHS), keys), labels=tokens[1:])
             gradients = torch.autograd.grad(out.loss / len(where), list(model.parameters()), allow_unused=products)
             for master, gradient in zip(masters.values(), gradients, strict=True):

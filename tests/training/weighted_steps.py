@@ -60,10 +60,10 @@ def by_engine(parallel):
 
 def by_autograd():
     """The same, with the losses' parts as a masked mean over logits."""
-    from megahybrid.model.context import Context, dropout_keys
+    from megahybrid.model.context import Context
     from megahybrid.model.stack import build
     from megahybrid.parallel import groups
-    from megahybrid_kernels import Sequences
+    from megahybrid_kernels import Sequences, dropout_keys
 
     config = config_for({})
     groups.initialize(config.parallel)
@@ -85,7 +85,7 @@ def by_autograd():
         for number in range(SAMPLES):
             tokens, weight = sample(step, number), weights(step, number)
             positions = torch.arange(len(tokens) - 1)
-            keys = dropout_keys(0, step, torch.zeros_like(positions), positions, 4)
+            keys = dropout_keys(torch.zeros_like(positions), positions, 0, step, 4)
             out = model(tokens[:-1], Context(Sequences.of(LENGTHS), keys, 1 / SAMPLES))
             counted = weight.nonzero().squeeze(1)
             logits = model.logits(out.hidden)[counted]

@@ -2,6 +2,7 @@
 
 from megahybrid_kernels.attention.cases import Attention
 from megahybrid_kernels.causal_conv1d.cases import CausalConv1d
+from megahybrid_kernels.counter_dropout.cases import DropoutKeys
 from megahybrid_kernels.exit_positions.cases import ExitPositions
 from megahybrid_kernels.gated_delta_rule.cases import GatedDeltaRule
 from megahybrid_kernels.judging.case import Shape
@@ -16,6 +17,7 @@ from megahybrid_kernels.swiglu.cases import SwiGLU
 __all__ = [
     "Attention",
     "CausalConv1d",
+    "DropoutKeys",
     "ExitPositions",
     "GatedDeltaRule",
     "GatedRMSNorm",

@@ -47,6 +47,7 @@ def _shapes(
         shapes.LTEAttention(heads, head_dim, near_window=eviction_window, near_buffer=buffer),
         shapes.ExitPositions(heads, near_window=eviction_window, near_buffer=buffer),
         shapes.RetentionRouter(heads, head_dim),
+        shapes.DropoutKeys(4),
         shapes.NativeSparseAttention(2, head_dim, heads, near_num_blocks=blocks, near_window=window // 2),
         shapes.RMSNorm(hidden),
         shapes.SwiGLU(intermediate),

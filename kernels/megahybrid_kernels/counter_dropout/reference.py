@@ -1,4 +1,4 @@
-"""Dropout whose mask is a hash of counters, so that it is the same in any layout, on any backend and on recompute.
+"""The hash of dropout in PyTorch.
 
 All arithmetic is modulo 2**32; the finaliser is lowbias32 (Chris Wellons' hash prospector), a better-mixing sibling of
 murmur3's.
@@ -64,3 +64,9 @@ def keep_mask(keys: Tensor, layer: int, channels: Tensor, probability: float) ->
     # Flipping the sign bit orders signed numbers as unsigned ones.
     x ^= -(1 << 31)
     return x >= min(round(probability * (1 << 32)), _MASK) - (1 << 31)
+
+
+def dropout_keys(samples: Tensor, positions: Tensor, seed: int, step: int, layers: int) -> Tensor:
+    """See `megahybrid_kernels.dropout_keys`."""
+    keys = fold(fold(fold(samples, seed), step), positions)
+    return fold(keys, torch.arange(layers, device=keys.device).unsqueeze(1))
