@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megahybrid.config.schema import Config
-from megahybrid.config.task_sources import check_stages, find_task, task_sources, task_stages
+from megahybrid.config.task_sources import Stage, check_stages, find_task, task_sources, task_stages
+from megahybrid.data.ahead import Ahead
 from megahybrid.data.order import ENDLESS
-from megahybrid.tasks import Vocabulary
+from megahybrid.tasks import Task, Vocabulary
 from megahybrid.tasks.draws import Draws
 
 
@@ -28,46 +29,59 @@ class TaskRows:
         used = {name: source for name, source in task_sources(config).items() if source.weight}
         self.weights = {name: float(source.weight or 0) for name, source in used.items()}
         """Source → its part of all rows, relative to those of other sources."""
-        self._sources = [
+        sources = [
             (name, find_task(str(source.task), name), task_stages(name, source)) for name, source in used.items()
         ]
-        self._vocabulary, self._seed, self._length = vocabulary, config.train.seed, config.train.seq_length
-        self._thread = ThreadPoolExecutor(1)
-        self._ahead: Future[dict[int, dict[str, NDArray]]] = Future()
-        self._ahead.set_result({})
+        self._make = _Maker(sources, vocabulary, config.train.seed, config.train.seq_length)
+        self._process = Ahead(self._make)
+        self._ahead: dict[int, dict[str, NDArray]] = {}
 
     def __getitem__(self, index: int) -> dict[str, NDArray]:
         """`tokens` int64 `[L + 1]`, `borders` int32, where a sample begins, 0 first, and `weights` fp32 `[L]`, of the
         labels tokens[1:]; L is the seq_length."""
-        ahead = self._ahead.result()
-        return ahead[index] if index in ahead else self._row(index)
+        self._ahead = self._process.fetch() or self._ahead
+        return self._ahead.get(index) or self._make.row(index)
 
     def look_ahead(self, indices: Sequence[int]) -> None:
-        """Have these rows made in the background: while a GPU is waited for, they cost no time."""
+        """Have these rows made by a process beside this one."""
         if indices:
-            self._ahead = self._thread.submit(lambda: {index: self._row(index) for index in indices})
+            self._process.ask(list(indices))
 
     def close(self) -> None:
-        """End the background thread. Nothing can be read ahead afterwards."""
-        self._thread.shutdown()
+        """End the process."""
+        self._process.close()
 
-    def _row(self, index: int) -> dict[str, NDArray]:
+
+@dataclass(frozen=True)
+class _Maker:
+    """What rows are made of: each source's name, task and stages; the seed, and the seq_length."""
+
+    sources: list[tuple[str, Task, list[Stage]]]
+    vocabulary: Vocabulary
+    seed: int
+    length: int
+
+    def __call__(self, indices: Sequence[int]) -> dict[int, dict[str, NDArray]]:
+        return {index: self.row(index) for index in indices}
+
+    def row(self, index: int) -> dict[str, NDArray]:
+        """See `TaskRows.__getitem__`."""
         number, row = divmod(index, ENDLESS)
-        name, task, stages = self._sources[number - 1]
+        name, task, stages = self.sources[number - 1]
         parameters = next(stage.parameters for stage in stages if stage.until is None or row < stage.until)
-        length = parameters.length or self._length
-        tokens = np.full(self._length + 1, self._vocabulary.document_id, np.int64)
-        weights = np.zeros(self._length + 1, np.float32)
+        length = parameters.length or self.length
+        tokens = np.full(self.length + 1, self.vocabulary.document_id, np.int64)
+        weights = np.zeros(self.length + 1, np.float32)
         borders, at = [0], 0
-        while at + length <= self._length:
-            draws = Draws("train", self._seed, name, row, len(borders) - 1)
-            sample = task.sample(parameters, length, self._vocabulary, draws)
+        while at + length <= self.length:
+            draws = Draws("train", self.seed, name, row, len(borders) - 1)
+            sample = task.sample(parameters, length, self.vocabulary, draws)
             end = at + len(sample.tokens)
             tokens[at:end], weights[at:end] = sample.tokens, sample.weights(parameters)
             borders.append(end)
             at = end
         return {
             "tokens": tokens,
-            "borders": np.array(borders if at < self._length else borders[:-1], np.int32),
+            "borders": np.array(borders if at < self.length else borders[:-1], np.int32),
             "weights": weights[1:],
         }

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from megahybrid.data.ahead import start_python
 from megahybrid.data.blocks import Block, write_block
 from megahybrid.data.documents import Unit
 from megahybrid.data.tokenizer import Tokenizer
@@ -78,20 +79,7 @@ def _write(job: Job, made: Format, tokenizer: Tokenizer, folder: Path, advance: 
 
 
 def _start(made: Format) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", "from megahybrid.data.workers import serve; serve()", json.dumps(asdict(made))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,  # an interrupt from the terminal is the parent's to handle
-    )
+    return start_python("from megahybrid.data.workers import serve; serve()", json.dumps(asdict(made)), text=True)
 
 
 def _drive(process: subprocess.Popen[str], waiting: queue.SimpleQueue, told: queue.SimpleQueue) -> None:
