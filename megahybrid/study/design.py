@@ -64,10 +64,10 @@ class _Rung:
 
 def _rungs(study: Study) -> list[_Rung]:
     """The sizes, and the one of its own that may be held out."""
-    sizes, held, budgets = [make_models(study, size) for size in study.sizes], study.hold_out, study.budgets
-    costs = [next(iter(models.values())).flops_per_token for models in sizes]
-    rungs = []
-    for number, models in enumerate(sizes):
+    held, rungs = study.hold_out, []
+    sizes = [(make_models(study, size), size.budgets or study.budgets) for size in study.sizes]
+    costs = [next(iter(models.values())).flops_per_token for models, _ in sizes]
+    for number, (models, budgets) in enumerate(sizes):
         smallest, largest = number == costs.index(min(costs)), number == costs.index(max(costs))
         repeats = study.repeats.seeds if smallest or study.repeats.at == "all" else 1
         out = budgets.values[-1] if largest and held and held.at else None

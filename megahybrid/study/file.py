@@ -32,20 +32,6 @@ class KindConfig:
     """Keys of the recipe for all its models, such as {model.attention.num_heads: "{width/64}"}, on top of a size's."""
 
 
-@dataclass
-class SizeConfig:
-    """A size that every kind has."""
-
-    width: int = key()
-    """model.hidden_size."""
-    layers: int = key()
-    """Layers that patterns are filled with."""
-    overrides: dict[str, Any] = key({})
-    """Keys of the recipe for all models of this size, on top of the study's."""
-    nodes: int = key(1)
-    """Nodes that a run of this size has, of limits.profile."""
-
-
 class _Budgets:
     """What gives budgets in one of several units, each a field."""
 
@@ -70,6 +56,22 @@ class BudgetsConfig(_Budgets):
     def values(self) -> list[float]:
         """The budgets, ascending."""
         return sorted(itertools.chain.from_iterable(getattr(self, unit) for unit in self.units))
+
+
+@dataclass
+class SizeConfig:
+    """A size that every kind has."""
+
+    width: int = key()
+    """model.hidden_size."""
+    layers: int = key()
+    """Layers that patterns are filled with."""
+    overrides: dict[str, Any] = key({})
+    """Keys of the recipe for all models of this size, on top of the study's."""
+    nodes: int = key(1)
+    """Nodes that a run of this size has, of limits.profile."""
+    budgets: BudgetsConfig | None = key(None)
+    """Its own, in place of the study's."""
 
 
 @dataclass
@@ -175,6 +177,7 @@ class Study:
     overrides: dict[str, Any] = key({})
     """Keys of the recipe for all models."""
     budgets: BudgetsConfig = field(default_factory=BudgetsConfig)
+    """Of all sizes that have none of their own."""
     match: str = key("flops", choices=("flops", "gpu_hours", "parameters"))
     """What the kinds of a size have in common at a budget: flops, by the model's own count; gpu_hours that the first
     kind would take; or parameters, by the width of the SwiGLU, and with it tokens."""
@@ -242,7 +245,6 @@ def _check(study: Study) -> None:
             raise UserError(f"{name} is empty; give at least one.")
     _check_budgets(study)
     _refuse_twice("sizes", [f"{size.width}x{size.layers}" for size in study.sizes])
-    _refuse_twice("budgets", study.budgets.values)
     _refuse_twice("rules.tune.factors", study.rules.tune.factors if study.rules.tune else [])
 
 
@@ -253,15 +255,18 @@ def _refuse_twice(name: str, values: list[Any]) -> None:
 
 
 def _check_budgets(study: Study) -> None:
-    budgets, held = study.budgets, study.hold_out
-    if len(budgets.units) != 1:
-        raise UserError(
-            "budgets needs one of flops, tokens_per_parameter and tokens, such as {flops: [1.0e18, 3.0e18]}."
-        )
+    own = {f"sizes[{number}].budgets": size.budgets for number, size in enumerate(study.sizes) if size.budgets}
+    for name, budgets in {"budgets": study.budgets, **own}.items():
+        if len(budgets.units) != 1:
+            raise UserError(
+                f"{name} needs one of flops, tokens_per_parameter and tokens, such as {{flops: [1.0e18, 3.0e18]}}."
+            )
+        _refuse_twice(name, budgets.values)
+    held = study.hold_out
     if held is None:
         return
-    own = held.width, held.layers, held.units
-    if (held.at is None) != all(own) or (held.at and any(own)) or len(held.units) > 1:
+    parts = held.width, held.layers, held.units
+    if (held.at is None) != all(parts) or (held.at and any(parts)) or len(held.units) > 1:
         raise UserError(
             "hold_out is either largest, or a size and a budget of its own, such as {width: 1024, layers: 16, flops: "
             "1.0e20}."

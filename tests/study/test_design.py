@@ -176,6 +176,26 @@ def test_tokens_are_the_first_kinds_at_every_size_and_flops_are_matched(cells_of
     assert [cell.budget for cell in largest if cell.held_out] == [6e5]
 
 
+def test_a_size_may_have_budgets_of_its_own(cells_of):
+    own = {**LARGE, "budgets": {"tokens_per_parameter": [3, 1]}}
+    cells = cells_of(sizes=[SMALL, own], hold_out="largest", repeats={"seeds": 2, "at": "all"})
+    budgets = {(cell.kind, cell.size): [] for cell in cells}
+    for cell in cells:
+        budgets[cell.kind, cell.size].append((cell.seed, cell.role, cell.budget))
+    small = [(seed, *each) for seed in (0, 1) for each in (("trunk", 8e12), ("branch", 2e12), ("branch", 4e12))]
+    large = [(0, "trunk", 1), (0, "branch", 3), (1, "single", 1)]
+    for kind in ("transformer", "lalte"):
+        assert (budgets[kind, "64x2"], budgets[kind, "96x4"]) == (small, large)
+    assert [cell.name for cell in cells if cell.held_out] == ["transformer-96x4-3-s0", "lalte-96x4-3-s0"]
+    for cell in cells:
+        if cell.size == "96x4" and cell.kind == "transformer":
+            assert cell.tokens == pytest.approx(cell.budget * cell.parameters, rel=0.01)
+    first, second = (
+        next(cell for cell in cells if cell.kind == kind and cell.budget == 3) for kind in ("transformer", "lalte")
+    )
+    assert second.asked == pytest.approx(first.asked)
+
+
 def test_parameters_are_matched_by_the_width_of_the_swiglu(cells_of):
     transformer, lalte = cells_of(sizes=[LARGE], budgets={"flops": [8e12]}, match="parameters")
     assert lalte.parameters == pytest.approx(transformer.parameters, rel=0.01)
@@ -298,6 +318,9 @@ def test_a_batch_is_round_and_realises_its_tokens(replicas):
         ({"budgets": {"flops": BUDGETS, "tokens": [1e6]}}, "budgets needs one of flops, tokens_per_parameter and"),
         ({"budgets": {"tokens": [1e6, 1e6]}}, "budgets has 1000000.0 twice"),
         ({"budgets": {"tokens": [-1.0]}}, "budgets.tokens is [-1.0]; it must be greater than 0"),
+        ({"sizes": [{**SMALL, "budgets": {}}]}, "sizes[0].budgets needs one of flops, tokens_per_parameter and tokens"),
+        ({"sizes": [SMALL, {**LARGE, "budgets": {"tokens": [1e6, 1e6]}}]}, "sizes[1].budgets has 1000000.0 twice"),
+        ({"sizes": [{**SMALL, "budgets": {"tokens": [-1.0]}}]}, "sizes[0].budgets.tokens is [-1.0]; it must be"),
         ({"budgets": {"flops": [1e8]}}, "Cell lalte-64x2-1e8-s0: no batch near"),
         ({"budgets": {"flops": [-1.0]}}, "budgets.flops is [-1.0]; it must be greater than 0"),
         ({"schedule": {"warmup_tokens": 1e8}}, "lalte-64x2-8e12-s0: its warm-up of"),
