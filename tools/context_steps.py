@@ -25,14 +25,14 @@ from megahybrid.errors import UserError
 from megahybrid.key import derived
 from megahybrid.mixers import KINDS
 from megahybrid.mixers.lte import most_room, room_for
-from megahybrid.model.context import Context, dropout_keys
+from megahybrid.model.context import Context
 from megahybrid.model.loss import attach_loss
 from megahybrid.model.mixer import Mixer
 from megahybrid.model.settings import Settings
 from megahybrid.parallel import groups
 from megahybrid.parallel.heads import gather_tokens
 from megahybrid.parallel.parameters import initialize_parameters, materialize
-from megahybrid_kernels import Sequences
+from megahybrid_kernels import Sequences, dropout_keys
 from megahybrid_kernels.retention_router import retention_logits
 
 STAY, EXCHANGE = "tokens stay", "tokens for heads"
@@ -102,7 +102,7 @@ class Pass:
 
 def _context(lengths: Sequence[int], device: torch.device) -> Context:
     samples = torch.zeros(sum(lengths), dtype=torch.int64, device=device)
-    keys = dropout_keys(7, 1, samples, torch.arange(len(samples), device=device), 1)
+    keys = dropout_keys(samples, torch.arange(len(samples), device=device), 7, 1, 1)
     return Context(Sequences.of(lengths, device), keys)
 
 

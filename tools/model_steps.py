@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from megahybrid.config import load_config
 from megahybrid.data.packing import Batch
 from megahybrid.devices import prepare_allocator
-from megahybrid.model.context import Context, dropout_keys
+from megahybrid.model.context import Context
 from megahybrid.parallel import groups
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.memory import peak_bytes
@@ -22,6 +22,7 @@ from megahybrid.training.engine import Engine
 from megahybrid.training.speed import model_flops_utilization
 from megahybrid.training.step_report import StepReport
 from megahybrid.training.trial import random_batches
+from megahybrid_kernels import dropout_keys
 
 # Of our kernels by the op that their names begin with, of others by the first whose words stand in the name.
 OPS = {
@@ -149,7 +150,7 @@ def keep(engine: Engine, batch: Batch, share: float) -> None:
     if not layers:
         return
     assert groups.pipeline_parallel()[1] == 1
-    keys = dropout_keys(0, 0, batch.samples, batch.sample_positions, len(letters)).to(engine.device)
+    keys = dropout_keys(batch.samples, batch.sample_positions, 0, 0, len(letters)).to(engine.device)
     part = batch.part(*groups.context_parallel()).to(engine.device)
     context = Context(part.sequences, keys)
     biases = [engine.model.layers[str(layer)].mixer.router.projection_bias for layer in layers]

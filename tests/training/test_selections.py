@@ -98,9 +98,11 @@ def flips(ranks, reference):
 
 
 def assert_same_run(found, ranks, reference):
-    """fp32 losses within 2e-6 relative and gradient norms within 1e-4, up to a selection that fell otherwise."""
+    """fp32 losses within 2e-6 relative and gradient norms within 1e-4, up to a selection that fell otherwise, by a tie;
+    what differs in later layers and steps may come of it."""
     expected, others = reference.lines, flips(ranks, reference)
-    assert all(margin < TIE for *_, margin in others), f"step, layer, KV head, margin: {others}"
+    first = [margin for *place, _, margin in others if place == [*others[0][:2]]]
+    assert all(margin < TIE for margin in first), f"step, layer, KV head, margin: {others}"
     until = min([step for step, *_ in others], default=len(expected) + 1)
     assert until > len(expected) // 2, f"choose another seed, ties come too early: {others}"
     assert [line["step"] for line in found] == [line["step"] for line in expected]
