@@ -96,8 +96,17 @@ def in_own_precision(function):
     return precise
 
 
-class RMSNorm(nn.Module):
+def rms_norm(x, weight, eps):
     """x / sqrt(mean x² + eps) times a weight, `[..., size]`; computed in fp32 at least."""
+    if takes_kernels(x):
+        return kernels.rms_norm(x, weight, eps)
+    if x.dtype == weight.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)  # in float32, too, but in one launch
+    return scaled_to_unit(x, weight, eps).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a weight of its own."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -108,11 +117,7 @@ class RMSNorm(nn.Module):
         self.weight.fill_(1)
 
     def forward(self, x):
-        if takes_kernels(x):
-            return kernels.rms_norm(x, self.weight, self.eps)
-        if x.dtype == self.weight.dtype:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # in float32, too, but in one launch
-        return scaled_to_unit(x, self.weight, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
     def of_sum(self, x, y):
         """(The norm of x + y, x + y)."""

@@ -22,6 +22,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # A layer of each letter, in samples that the delta rule's plan cuts.
 SMALL = ["model.pattern=GLSFN", "train.seq_length=2048", "train.micro_batch_size=1"]
 GROUPED = ["model.attention.num_kv_heads=2", "model.gdn.value_head_dim=64", "model.nsa={num_heads: 12, block_size: 32}"]
+NORMED = ["model.attention.qk_norm=true", "model.nsa.qk_norm=true"]
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +72,7 @@ def missing(config: Config, launched: set[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("recipe, changes", [
-    ("quickstart", SMALL + GROUPED),
+    ("quickstart", SMALL + GROUPED + NORMED),
     ("quickstart", ["model.pattern=GL", *SMALL[1:]]),
     pytest.param("quickstart", [*SMALL, "model.lte.dropout=0"], marks=pytest.mark.slow),
     pytest.param("lalte-0.4b", SMALL, marks=pytest.mark.slow),

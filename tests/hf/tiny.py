@@ -12,9 +12,13 @@ from tests.model import tiny
 
 
 def pair(pattern, dtype=torch.float64, **options):
-    """A training model and its exported form, with the same weights."""
-    config = tiny.config(pattern, **options)
+    """A training model and its exported form, with the same weights; the longest pattern has norms of queries and
+    keys."""
+    config = tiny.config(pattern, qk_norm=pattern == "GLSFN", **options)
     model = build(config, "cpu", dtype)
+    for name, weight in model.named_parameters():
+        if name.endswith(("q_norm", "k_norm")):
+            weight.data.copy_(torch.linspace(0.5, 1.5, len(weight)))
     exported = MegahybridForCausalLM(MegahybridConfig(**exported_config(config))).to(dtype).eval()
     weights = {exported_name(name): weight for name, weight in model.state_dict().items()}
     missing, unexpected = exported.load_state_dict(weights, strict=False)

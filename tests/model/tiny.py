@@ -15,7 +15,7 @@ VOCAB = 40
 LENGTHS = (23, 1, 9, 40)
 
 
-def config(pattern, dropout=0.0, recompute="none", train_cap=False, gate="value", tie_embeddings=True):
+def config(pattern, dropout=0.0, recompute="none", train_cap=False, gate="value", tie_embeddings=True, qk_norm=False):
     return Config(
         run=RunConfig(dir="unused"),
         model=ModelConfig(
@@ -26,9 +26,11 @@ def config(pattern, dropout=0.0, recompute="none", train_cap=False, gate="value"
             tie_embeddings=tie_embeddings,
             init_std=0.3,  # large, so that every term of a gradient shows
             gdn=GDNConfig(num_heads=2, head_dim=4, value_head_dim=6),
-            attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window_size=7),
+            attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8, window_size=7, qk_norm=qk_norm),
             lte=LTEConfig(window_size=7, buffer_size=5, sink_size=2, dropout=dropout, train_cap=train_cap, gate=gate),
-            nsa=NSAConfig(num_heads=4, num_kv_heads=2, head_dim=8, block_size=16, num_blocks=4, window_size=21),
+            nsa=NSAConfig(
+                num_heads=4, num_kv_heads=2, head_dim=8, block_size=16, num_blocks=4, window_size=21, qk_norm=qk_norm
+            ),
         ),
         train=TrainConfig(
             seq_length=64, micro_batch_size=1, global_batch_size=1, steps=1, dtype="fp32", recompute=recompute

@@ -76,6 +76,7 @@ def config_of(layout, count, train_cap):
     config.model.attention.num_heads = 2 * config.model.attention.num_kv_heads
     config.model.attention.window_size = 36 if few else 7  # more than a context parallel rank's tokens
     config.model.nsa.num_heads, config.model.nsa.num_kv_heads = HEADS, 2  # which four ranks share
+    config.model.attention.qk_norm = config.model.nsa.qk_norm = tied
     config.train.seq_length = TOKENS
     config.train.global_batch_size = count
     config.parallel = ParallelConfig(tensor, pipeline, virtual, sequence, context)

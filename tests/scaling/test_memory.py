@@ -73,8 +73,10 @@ def config_of(
     vocab=1024,
     buffer=64,
     train_cap=False,
+    qk_norm=False,
     **parallel,
 ):
+    own = {"qk_norm": qk_norm}
     return Config(
         run=RunConfig(dir="unused"),
         model=ModelConfig(
@@ -82,9 +84,9 @@ def config_of(
             hidden_size=256,
             vocab_size=vocab,
             gdn=GDNConfig(num_heads=4, head_dim=64, value_head_dim=96),
-            attention=AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=64, window_size=100),
+            attention=AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=64, window_size=100, **own),
             lte=LTEConfig(window_size=63, buffer_size=buffer, dropout=dropout, train_cap=train_cap),
-            nsa=NSAConfig(num_heads=8, num_kv_heads=2, block_size=32, num_blocks=8, window_size=100),
+            nsa=NSAConfig(num_heads=8, num_kv_heads=2, block_size=32, num_blocks=8, window_size=100, **own),
         ),
         train=TrainConfig(
             seq_length=LENGTH, micro_batch_size=1, global_batch_size=8, steps=1, dtype=dtype, recompute=recompute
@@ -183,6 +185,10 @@ def estimated(letter, **options):
         ("F", {"dtype": "fp32", "kv_heads": 2}),
         ("N", {"dtype": "bf16"}),
         ("N", {"dtype": "fp32"}),
+        ("L", {"dtype": "bf16", "qk_norm": True}),
+        ("F", {"dtype": "bf16", "kv_heads": 2, "qk_norm": True}),
+        ("S", {"dtype": "fp32", "qk_norm": True}),
+        ("N", {"dtype": "bf16", "qk_norm": True}),
     ],
 )
 def test_a_layers_activations_are_what_it_leaves_allocated(letter, options):

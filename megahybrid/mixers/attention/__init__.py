@@ -32,6 +32,9 @@ class AttentionConfig:
     """Keys that a sliding-window query (S) sees, itself included."""
     rope_theta: float | None = key(10000.0)
     """Base of the rotary position embedding; null for none, which leaves order to the layers between."""
+    qk_norm: bool = key(False)
+    """Whether each head's queries and keys have an RMS norm before rotary embedding, with one weight for all heads
+    (Qwen 3, arXiv 2505.09388). The paper's models have none; without, logits may grow at high learning rates."""
 
 
 class Heads(Protocol):
@@ -40,6 +43,7 @@ class Heads(Protocol):
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    qk_norm: bool
 
 
 class AttentionKind(Kind):
@@ -92,8 +96,10 @@ class AttentionKind(Kind):
         in fp32 before. fp32 goes block by block, with one mask for all KV heads."""
         queries, keys = widths(model.attention, batch)
         if batch.width == 2:
-            return Activations((8 + 2 * batch.exchanged) * queries, 12 * queries)
-        return self._blocked(model, batch, queries, keys)
+            kept = Activations((8 + 2 * batch.exchanged) * queries, 12 * queries)
+        else:
+            kept = self._blocked(model, batch, queries, keys)
+        return kept._replace(saved=kept.saved + unnormalised(model.attention, batch))
 
     def _blocked(self, model: ModelConfig, batch: MicroBatch, queries: float, keys: float) -> Activations:
         """`attention.reference` on a GPU, for a document as long as the sample, the most that there can be.
@@ -123,13 +129,27 @@ def judged_attention(model: ModelConfig, ranks: int, window: int | None) -> list
     from megahybrid_kernels.judging import shapes
 
     heads, groups, head_dim = rank_heads(model.attention, ranks)
-    return [shapes.Attention(heads, head_dim, groups, window), shapes.Rotary(heads * groups, head_dim)]
+    return [shapes.Attention(heads, head_dim, groups, window), *judged_heads(model.attention, ranks)]
 
 
 def widths(heads: Heads, batch: MicroBatch) -> tuple[int, int]:
     """Channels of a rank's queries and of its keys, over all heads."""
     kv_heads, group, head_dim = rank_heads(heads, batch.ranks)
     return kv_heads * group * head_dim, kv_heads * head_dim
+
+
+def unnormalised(heads: Heads, batch: MicroBatch) -> float:
+    """Bytes a token of queries and keys as they are before their norm, which keeps them, if there is one."""
+    return batch.width * sum(widths(heads, batch)) * heads.qk_norm
+
+
+def judged_heads(heads: Heads, ranks: int) -> list[Shape]:
+    """What makes queries and keys of projections, as `Kind.judged`."""
+    from megahybrid_kernels.judging import shapes
+
+    kv_heads, groups, head_dim = rank_heads(heads, ranks)
+    norms = [shapes.RMSNorm(head_dim)] if heads.qk_norm else []
+    return [*norms, shapes.Rotary(kv_heads * groups, head_dim)]
 
 
 class FullAttentionKind(AttentionKind):

@@ -5,8 +5,18 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from megahybrid.hf.layers_megahybrid import Mixer, at_least_fp32, in_own_precision, kernels, last, linear, project
+from megahybrid.hf.layers_megahybrid import (
+    Mixer,
+    at_least_fp32,
+    in_own_precision,
+    kernels,
+    last,
+    linear,
+    project,
+    rms_norm,
+)
 
 QUERY_BLOCK = 256
 TWO_PI = Decimal("6.283185307179586476925286766559005768394338798750")
@@ -35,7 +45,8 @@ def on_device(turns, device):
 class Attention(Mixer):
     """The projections, and keys and values in columns, one a token, the past ones before the new ones.
 
-    Configuration: a dictionary `section` with `num_heads`, `num_kv_heads`, `head_dim`, `rope_theta`.
+    Configuration: a dictionary `section` with `num_heads`, `num_kv_heads`, `head_dim`, `rope_theta`,
+    `qk_norm`.
     State: `k, v` `[B, H, columns, D]` and `positions` `[B, columns]`.
     """
 
@@ -51,16 +62,30 @@ class Attention(Mixer):
         self.k_proj = linear(hidden, self.kv_heads * self.head_dim)
         self.v_proj = linear(hidden, self.kv_heads * self.head_dim)
         self.o_proj = linear(self.heads * self.head_dim, hidden)
+        self.qk_norm, self.eps = sizes["qk_norm"], config.norm_eps
+        if self.qk_norm:
+            self.q_norm, self.k_norm = (nn.Parameter(torch.ones(self.head_dim)) for _ in range(2))
+
+    def reset_parameters(self):
+        if self.qk_norm:
+            self.q_norm.fill_(1)
+            self.k_norm.fill_(1)
+
+    def normalised(self, q, k):
+        """Queries and keys `[…, D]` with their norms, if there are any."""
+        return (rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)) if self.qk_norm else (q, k)
 
     def project(self, x):
-        """q, k, v `[B, H, T, D]`, not yet rotated."""
+        """q, k, v `[B, H, T, D]`, normalised, not yet rotated."""
         layers = (self.q_proj, self.k_proj, self.v_proj)
-        return (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in layers)
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in layers)
+        return *self.normalised(q, k), v
 
     def project_packed(self, x, *more):
-        """q, k, v `[tokens, H, D]`, not yet rotated, and what `more` layers give."""
+        """q, k, v `[tokens, H, D]`, normalised, not yet rotated, and what `more` layers give."""
         q, k, v, *others = project(x, self.q_proj, self.k_proj, self.v_proj, *more)
-        return *(y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v)), *others
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
+        return *self.normalised(q, k), v, *others
 
     def rotate_packed(self, q, k, sequences):
         return (q, k) if self.theta is None else kernels.rotary_of_both(q, k, sequences.positions, self.theta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -14,9 +15,11 @@ from megahybrid.model.mixer import Fallback, Mixer
 from megahybrid.model.settings import Settings
 from megahybrid.parallel import groups, tokens
 from megahybrid.parallel.heads import to_heads, to_tokens
-from megahybrid.parallel.layers import ColumnLinear, RowLinear, project
+from megahybrid.parallel.layers import ColumnLinear, RowLinear, project, shared
+from megahybrid.parallel.parameters import constant, parameter
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.attention import GrowingCache, KeyValueCache, attention, attention_with_cache, unsupported
+from megahybrid_kernels.norm import rms_norm
 from megahybrid_kernels.rotary import rotary, rotary_of_both
 
 
@@ -38,10 +41,16 @@ class AttentionProjections(Mixer):
         self.k_proj = ColumnLinear(hidden, keys * self.head_dim, settings.projection, parts=keys)
         self.v_proj = ColumnLinear(hidden, keys * self.head_dim, settings.projection, parts=keys)
         self.o_proj = RowLinear(queries * self.head_dim, hidden, settings.output_projection, settings.sequence_parallel)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            norm = functools.partial(
+                parameter, self.head_dim, initializer=constant(1.0), weight_decay=False, partial=True
+            )
+            self.q_norm, self.k_norm = norm(), norm()
 
     def project(self, x: Tensor, *more: ColumnLinear, stay: bool | None = None) -> tuple[Tensor, ...]:
-        """`[tokens, 1, hidden]` → q, k, v `[tokens, heads of this rank, head_dim]`, not yet rotated, and likewise what
-        `more` projections of the same input give, which have the query heads in front.
+        """`[tokens, 1, hidden]` → q, k, v `[tokens, heads of this rank, head_dim]`, normalised, not yet rotated, and
+        likewise what `more` projections of the same input give, which have the query heads in front.
 
         stay: whether a rank keeps its tokens in this pass; `keeps_tokens` when left out.
         """
@@ -49,6 +58,9 @@ class AttentionProjections(Mixer):
         outputs = project(x, layers, self.settings.sequence_parallel)
         queries = outputs[0].shape[-1] // self.head_dim
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in outputs[:3])
+        if self.qk_norm:
+            eps = self.settings.model.norm_eps
+            q, k = rms_norm(q, shared(self.q_norm), eps), rms_norm(k, shared(self.k_norm), eps)
         parts = q, k, v, *(y.unflatten(-1, (queries, -1)) for y in outputs[3:])
         return parts if (self.keeps_tokens if stay is None else stay) else to_heads(*parts)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from megahybrid.errors import UserError
 from megahybrid.key import key
-from megahybrid.mixers.attention import AttentionKind, rank_heads, widths
+from megahybrid.mixers.attention import AttentionKind, judged_heads, rank_heads, unnormalised, widths
 from megahybrid.mixers.counting import mean_of_min
 from megahybrid.mixers.kind import Activations, MicroBatch
 
@@ -171,7 +171,8 @@ class LTEKind(AttentionKind):
             before, scored = (1 + rows / (batch.samples * batch.length) for rows in self._rows_around(model, batch))
             more, joined = before, 1 if before == scored else 2
             saved = more * (2 * queries + joined * keys) + scored * (2 + routers) * keys
-        return Activations(width * saved, more * (2 * width * (queries + keys) + 8 * keys))
+        saved = width * saved + unnormalised(model.attention, batch)
+        return Activations(saved, more * (2 * width * (queries + keys) + 8 * keys))
 
     def _rows_around(self, model: ModelConfig, batch: MicroBatch) -> tuple[int, int]:
         """What a rank that keeps its tokens attends to beside them, and what it scores."""
@@ -191,7 +192,7 @@ class LTEKind(AttentionKind):
             shapes.LTEAttention(heads, head_dim, groups, **limits, delay=lte.margin),
             shapes.ExitPositions(heads, **limits),
             shapes.RetentionRouter(heads, head_dim, lte.conv_size, lte.conv_dilation),
-            shapes.Rotary(heads * groups, head_dim),
+            *judged_heads(model.attention, ranks),
         ]
 
     def module(self) -> type[Mixer]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from megahybrid.key import key
-from megahybrid.mixers.attention import AttentionKind, rank_heads, widths
+from megahybrid.mixers.attention import AttentionKind, judged_heads, rank_heads, unnormalised, widths
 from megahybrid.mixers.counting import linear, mean_of_min
 from megahybrid.mixers.kind import Activations, MicroBatch
 
@@ -40,6 +40,8 @@ class NSAConfig:
     """Keys that a query sees in its window, itself included."""
     rope_theta: float | None = key(10000.0)
     """Base of the rotary position embedding; null for none, which leaves order to the layers between."""
+    qk_norm: bool = key(False)
+    """As model.attention's."""
 
 
 class NSAKind(AttentionKind):
@@ -106,7 +108,7 @@ class NSAKind(AttentionKind):
         saved = width * (5 * queries + 2 * keys * (1 + 1 / nsa.block_size)) + BRANCHES * (width + 4) * heads + selected
         sums = 1 + nsa.block_size * (nsa.num_blocks - 2) / ITEM + min(PARTS, -(-batch.length // PART)) / nsa.block_size
         backward = width * (queries + 2 * keys) + BRANCHES * (width + 8) * heads + 2 * selected + 8 * keys * sums
-        return Activations(saved, backward, selected)
+        return Activations(saved + unnormalised(nsa, batch), backward, selected)
 
     def judged(self, model: ModelConfig, ranks: int) -> list[Shape]:
         from megahybrid_kernels.judging import shapes
@@ -114,7 +116,7 @@ class NSAKind(AttentionKind):
         nsa = model.nsa
         heads, groups, head_dim = rank_heads(nsa, ranks)
         op = shapes.NativeSparseAttention(heads, head_dim, groups, nsa.block_size, nsa.num_blocks, nsa.window_size)
-        return [op, shapes.Rotary(heads * groups, head_dim)]
+        return [op, *judged_heads(nsa, ranks)]
 
     def module(self) -> type[Mixer]:
         from megahybrid.mixers.nsa.module import NSAAttention

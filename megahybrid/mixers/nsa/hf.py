@@ -12,7 +12,7 @@ class NSAAttention(Attention):
     """Three attentions to the same keys and values, each with its gate: to the means of blocks of tokens, to the tokens
     of the blocks that a query selects for itself, and to a window.
 
-    Configuration: `nsa` with `num_heads`, `num_kv_heads`, `head_dim`, `rope_theta`, `block_size`, `num_blocks` (that a
+    Configuration: `nsa` with what `attention` has elsewhere, `block_size`, `num_blocks` (that a
     query selects, the first one and its own last two included) and `window_size` (the query's own token included).
     State: `k, v` `[B, H, slots, D]`, in whose slot p is the token at position p, so that blocks begin at the same slots
     in sequences with padding; and the blocks' means `pooled_k, pooled_v` `[B, H, blocks, D]`, which no query sees while
