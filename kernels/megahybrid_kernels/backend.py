@@ -18,8 +18,8 @@ _FARTHEST_ROWS = 2**25
 
 
 def takes_triton(x: Tensor, *others: Tensor | None, dtypes: tuple[torch.dtype, ...] = _DTYPES) -> bool:
-    """Whether an op on `x` runs its Triton kernels: on a GPU that they have launches for, with x of these dtypes,
-    floats of at most 32 bits. All else is PyTorch's.
+    """Whether an op on `x` runs its Triton kernels: on a GPU that they have launches for, with x of one of `dtypes`,
+    which are floats of at most 32 bits when left out. All else is PyTorch's.
 
     others: all that the op reads beside x. Raises ValueError when one is on another device, where PyTorch's own ops
     raise but a kernel would read what is not there.

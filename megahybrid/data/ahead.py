@@ -5,55 +5,54 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
-from megahybrid.errors import MachineFault
+from megahybrid.errors import MachineFault, UserError
+from megahybrid.processes import start_python
 
 
 class Ahead:
     """Calls a function of one argument in another process, a call at a time; it shares nothing with this one and ends
     when this one does.
 
-    Function, arguments and results are pickled.
+    Function, arguments and results are pickled. `ask` and `fetch` raise MachineFault if the process died.
     """
 
-    def __init__(self, function: Callable[[Any], Any]):
-        self._function = function
+    def __init__(self, function: Callable[[Any], Any], does: str):
+        """`does`: what it does, for messages."""
+        self._function, self._does = function, does
         self._process: subprocess.Popen[bytes] | None = None
         self._asked = False
 
     def ask(self, argument: object) -> None:
-        """Have the call begun; the first one starts the process. An answer that was not fetched is forgotten."""
+        """Have the call begun; the first one starts the process. An answer that was not fetched is waited for and
+        forgotten."""
         if self._process is None:
             self._process = start_python("from megahybrid.data.ahead import serve; serve()")
             self._send(self._function)
-        self.fetch()
+        self._receive()
         self._send(argument)
         self._asked = True
 
     def fetch(self) -> Any:
         """The answer to what was asked last, once it is there; None if it was fetched, or nothing was asked.
 
-        Raises RuntimeError if the call raised, MachineFault if the process died.
+        Raises UserError where the call did, and RuntimeError where it raised anything else.
         """
-        if not self._asked:
-            return None
-        self._asked = False
-        assert self._process is not None and self._process.stdout is not None
-        try:
-            answer, error = pickle.load(self._process.stdout)
-        except EOFError:
-            raise self._dead() from None
+        answer, error = self._receive()
+        if isinstance(error, UserError):
+            raise error
         if error is not None:
-            raise RuntimeError(f"making samples ahead failed: {error}")
+            raise RuntimeError(f"the process that {self._does} failed: {error}")
         return answer
 
     def close(self) -> None:
-        """End the process."""
+        """End the process. What is asked next starts another one."""
         if self._process is None:
             return
         self._process.kill()
@@ -61,7 +60,18 @@ class Ahead:
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):  # what was not sent any more
                 pipe.close()
-        self._process = None
+        self._process, self._asked = None, False
+
+    def _receive(self) -> tuple[Any, UserError | str | None]:
+        """The answer and the error, both None if nothing is on its way."""
+        if not self._asked:
+            return None, None
+        self._asked = False
+        assert self._process is not None and self._process.stdout is not None
+        try:
+            return pickle.load(self._process.stdout)
+        except (EOFError, pickle.UnpicklingError):  # none of an answer, or a part
+            raise self._dead() from None
 
     def _send(self, what: object) -> None:
         assert self._process is not None and self._process.stdin is not None
@@ -74,40 +84,35 @@ class Ahead:
     def _dead(self) -> MachineFault:
         assert self._process is not None
         code = self._process.wait()
-        return MachineFault(f"The process that makes samples died (exit code {code}); if memory ran out, ask for more.")
-
-
-def start_python(code: str, *arguments: str, **options: Any) -> subprocess.Popen:
-    """A Python that finds the modules that this one finds, with pipes for its input and output, in one thread. options:
-    of Popen."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-        start_new_session=True,  # an interrupt from the terminal is the parent's to handle
-        **options,
-    )
+        return MachineFault(
+            f"The process that {self._does} died (exit code {code}); after -9 ask for more memory, and start again."
+        )
 
 
 def serve() -> None:
     """The life of the process."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the parent's to heed, and it needs this one to
+        signal.signal(number, signal.SIG_IGN)
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever libraries print is no answer
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
-        function = pickle.load(requests)
-        while True:
-            argument = pickle.load(requests)
-            try:
-                answer = function(argument), None
-            except Exception as error:
-                traceback.print_exc()
-                answer = None, f"{type(error).__name__}: {' '.join(str(error).split())}"
-            pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
-            answers.flush()
+        function, error = _tried(pickle.load, requests)
+        while error is None:
+            _answer(answers, _tried(function, pickle.load(requests)))
+        _answer(answers, (None, error))
+
+
+def _tried(function: Callable[[Any], Any], argument: Any) -> tuple[Any, UserError | str | None]:
+    """What it returns, and what is to be said of what it raises."""
+    try:
+        return function(argument), None
+    except UserError as error:
+        return None, error
+    except Exception as error:
+        traceback.print_exc()
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _answer(answers: IO[bytes], answer: tuple[Any, UserError | str | None]) -> None:
+    pickle.dump(answer, answers, protocol=pickle.HIGHEST_PROTOCOL)
+    answers.flush()

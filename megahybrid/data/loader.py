@@ -111,7 +111,7 @@ class TrainingData:
         return self._reader[index] if index < ENDLESS else self._rows[index]
 
     def close(self) -> None:
-        """End the background threads. Nothing can be read afterwards."""
+        """End the threads and the process that work ahead. Nothing can be read afterwards."""
         self._reader.close()
         self._rows.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,11 @@ from megahybrid.config.schema import Config
 from megahybrid.config.task_sources import Stage, check_stages, find_task, task_sources, task_stages
 from megahybrid.data.ahead import Ahead
 from megahybrid.data.order import ENDLESS
+from megahybrid.errors import UserError
 from megahybrid.tasks import Task, Vocabulary
 from megahybrid.tasks.draws import Draws
+
+_Sources = list[tuple[str, Task, list[Stage]]]
 
 
 class TaskRows:
@@ -32,8 +36,8 @@ class TaskRows:
         sources = [
             (name, find_task(str(source.task), name), task_stages(name, source)) for name, source in used.items()
         ]
-        self._make = _Maker(sources, vocabulary, config.train.seed, config.train.seq_length)
-        self._process = Ahead(self._make)
+        self._make = _Maker(sources, vocabulary, config.train.seed, config.train.seq_length, _identities(sources))
+        self._process = Ahead(self._make, "makes rows of tasks")
         self._ahead: dict[int, dict[str, NDArray]] = {}
 
     def __getitem__(self, index: int) -> dict[str, NDArray]:
@@ -43,7 +47,7 @@ class TaskRows:
         return self._ahead.get(index) or self._make.row(index)
 
     def look_ahead(self, indices: Sequence[int]) -> None:
-        """Have these rows made by a process beside this one."""
+        """Have these rows made by a process beside this one. Raises MachineFault if it died, as reading them does."""
         if indices:
             self._process.ask(list(indices))
 
@@ -52,16 +56,25 @@ class TaskRows:
         self._process.close()
 
 
+def _identities(sources: _Sources) -> list[list[dict[str, Any]]]:
+    return [[task.identity(stage.parameters) for stage in stages] for _, task, stages in sources]
+
+
 @dataclass(frozen=True)
 class _Maker:
-    """What rows are made of: each source's name, task and stages; the seed, and the seq_length."""
+    """What rows are made of: each source's name, task and stages; seed and seq_length; and what the tasks were when the
+    run began, which may read files that another process finds changed."""
 
-    sources: list[tuple[str, Task, list[Stage]]]
+    sources: _Sources
     vocabulary: Vocabulary
     seed: int
     length: int
+    identities: list[list[dict[str, Any]]]
 
     def __call__(self, indices: Sequence[int]) -> dict[int, dict[str, NDArray]]:
+        """Raises UserError if the tasks are not what they were."""
+        if _identities(self.sources) != self.identities:
+            raise UserError("A haystack of data.sources is another one than when the run began; start the run again.")
         return {index: self.row(index) for index in indices}
 
     def row(self, index: int) -> dict[str, NDArray]:

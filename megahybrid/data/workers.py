@@ -18,12 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from megahybrid.data.ahead import start_python
 from megahybrid.data.blocks import Block, write_block
 from megahybrid.data.documents import Unit
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.data.units import Format, write_unit
 from megahybrid.errors import MachineFault, UserError
+from megahybrid.processes import start_python
 
 Advance = Callable[[int], Any]
 Job = Unit | Block

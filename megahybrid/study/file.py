@@ -125,7 +125,7 @@ class HoldOutConfig(_Budgets):
     """A run of every kind that no fit sees and that is run last; `largest` alone may stand for all of it."""
 
     at: str | None = key(None, choices=("largest",))
-    """largest: each kind's largest size at the largest budget."""
+    """largest: each kind's largest size at the largest of its budgets."""
     width: int | None = key(None)
     """Or a size of its own, as in `sizes`,"""
     layers: int | None = key(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,9 +50,30 @@ class Written(Echo):
         return Sample(np.array([vocabulary.document_id, *ids]), 1, (Answer(Span(1, 1 + len(ids)), (), "memory"),))
 
 
+@dataclass
+class ReadingParameters(TaskParameters):
+    """Of `Reading`."""
+
+    file: str | None = key(None, may_change=True)
+    """What it is of."""
+
+
+class Reading(Echo):
+    """A task of a file."""
+
+    name, parameters = "reading", ReadingParameters
+
+    def identity(self, parameters):
+        return {"words": Path(parameters.file).read_text()}
+
+    def sample(self, parameters, length, vocabulary, draws, depth=None):
+        return super().sample(EchoParameters(), length, vocabulary, draws)
+
+
 @pytest.fixture(autouse=True)
 def tasks(monkeypatch):
     monkeypatch.setitem(TASKS, "echo", Echo())
+    monkeypatch.setitem(TASKS, "reading", Reading())
     monkeypatch.setitem(TASKS, "written", Written())
 
 
@@ -139,6 +161,31 @@ def test_samples_are_documents_with_and_without_document_masking(corpus, masking
 
 
 STAGES = [{"until": 7, "length": 4}, {"until": 13, "length": 8}, {"length": 16}]
+
+
+def test_the_next_steps_rows_are_made_by_a_process(tmp_path):
+    with TrainingData(bare(tmp_path), 0, 1) as data:
+        data.next_step()
+        made = data._rows._process.fetch()
+        assert sorted(made) == sorted(data._indices())
+        for index, row in made.items():
+            for name, column in data._rows._make.row(index).items():
+                assert column.dtype == row[name].dtype and np.array_equal(column, row[name])
+
+
+def test_a_file_that_changed_is_said(tmp_path):
+    file = tmp_path / "words.txt"
+    file.write_text("one")
+    source = SourceConfig(format="task", task="reading", weight=1.0, parameters={"file": str(file)})
+    with TrainingData(bare(tmp_path, reading=source), 0, 1) as data:
+        data.next_step()
+        data.next_step()  # the process has read it
+        file.write_text("two")
+        data.next_step()
+        with pytest.raises(
+            UserError, match=r"^A haystack of data\.sources is another one than when the run began; start"
+        ):
+            data.next_step()
 
 
 def test_stages_come_in_the_order_of_the_rows_within_shuffled_blocks(corpus):

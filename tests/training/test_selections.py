@@ -98,17 +98,18 @@ def flips(ranks, reference):
 
 
 def assert_same_run(found, ranks, reference):
-    """fp32 losses within 2e-6 relative and gradient norms within 1e-4, up to a selection that fell otherwise, by a tie;
-    what differs in later layers and steps may come of it."""
+    """fp32 losses within 2e-6 relative and gradient norms within 1e-4, up to a selection that fell otherwise, by a tie.
+    In later layers and steps what comes of it may differ: losses by 1e-3."""
     expected, others = reference.lines, flips(ranks, reference)
     first = [margin for *place, _, margin in others if place == [*others[0][:2]]]
     assert all(margin < TIE for margin in first), f"step, layer, KV head, margin: {others}"
     until = min([step for step, *_ in others], default=len(expected) + 1)
     assert until > len(expected) // 2, f"choose another seed, ties come too early: {others}"
     assert [line["step"] for line in found] == [line["step"] for line in expected]
-    for ours, theirs in list(zip(found, expected, strict=True))[: until - 1]:
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-6), ours["step"]
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), ours["step"]
+    for ours, theirs in zip(found, expected, strict=True):
+        before = ours["step"] < until
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-6 if before else 1e-3), ours["step"]
+        assert not before or ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4), ours["step"]
     if not others:
         assert found[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=2e-6)
 

@@ -25,10 +25,12 @@ def dropout_keys(samples: Tensor, positions: Tensor, seed: int, step: int, layer
         int64 `[layers, tokens]` of 32 bits: `fold` of sample, seed, step, position and layer, one after another.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or the dtypes are others.
     """
     if samples.dim() != 1 or samples.shape != positions.shape:
         raise ValueError(f"samples are {list(samples.shape)} and positions {list(positions.shape)}, not one a token")
+    if samples.dtype != torch.int64 or positions.dtype != torch.int64:
+        raise ValueError(f"samples are {samples.dtype} and positions {positions.dtype}, not int64")
     if takes_triton(samples, positions, dtypes=(torch.int64,)):
         from megahybrid_kernels.counter_dropout import triton as backend
     else:

@@ -1,4 +1,4 @@
-"""Dropout's keys in Triton, all layers' in one launch: PyTorch's are some 190, a third of a small model's step."""
+"""Dropout's keys in Triton, all layers' in one launch, where PyTorch takes some 190 small ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ _BLOCK = 256
 
 
 @triton.jit
-def _mix(x):
+def mix(x):
+    """lowbias32 of uint32, as of `reference`."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -22,8 +23,8 @@ def _mix(x):
 
 @triton.jit
 def _absorb(state, low, high):
-    state = _mix(state ^ (low.to(tl.uint32) * 0x9E3779B9))
-    return _mix(state ^ (high.to(tl.uint32) * 0x846CA68B))
+    state = mix(state ^ (low.to(tl.uint32) * 0x9E3779B9))
+    return mix(state ^ (high.to(tl.uint32) * 0x846CA68B))
 
 
 @triton.jit

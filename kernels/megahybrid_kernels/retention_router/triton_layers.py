@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from megahybrid_kernels.activations import silu, silu_slope
+from megahybrid_kernels.counter_dropout.triton import mix
 from megahybrid_kernels.launch import kernel
 
 
@@ -13,9 +14,7 @@ from megahybrid_kernels.launch import kernel
 def _keep(keys, channel_keys, threshold):
     """`counter_dropout.keep_mask` of tokens by channels."""
     x = keys.to(tl.uint32)[:, None] ^ channel_keys.to(tl.uint32)[None, :]
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return (x ^ (x >> 16)) >= threshold.to(tl.uint32)
+    return mix(x) >= threshold.to(tl.uint32)
 
 
 @triton.jit

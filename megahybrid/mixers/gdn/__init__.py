@@ -113,9 +113,10 @@ class GDNKind(Kind):
         taps, convolutions = model.gdn.conv_size, [shapes.CausalConv1d(heads * key_dim, model.gdn.conv_size)]
         if value_dim != key_dim:
             convolutions += [shapes.CausalConv1d(heads * value_dim, taps, "values")]
-        # Inference has one of all of them, of a part of the product that they and gate, a and b come from.
-        whole = rows_of_whole(heads * (2 * key_dim + 2 * value_dim + 2))
-        convolutions += [shapes.CausalConv1d(heads * (2 * key_dim + value_dim), taps, "together", whole)]
+        # Inference has one of all of them, where weights are joined of a part of the product that they and gate, a and
+        # b come from.
+        channels, whole = heads * (2 * key_dim + value_dim), rows_of_whole(heads * (2 * key_dim + 2 * value_dim + 2))
+        convolutions += [shapes.CausalConv1d(channels, taps, *each) for each in (("together",), ("joined", whole))]
         rule, norm = shapes.GatedDeltaRule(heads, key_dim, value_dim), shapes.GatedRMSNorm(heads, value_dim)
         return [rule, *convolutions, norm]
 
