@@ -36,10 +36,10 @@ MAY_NOT = """
 model.pattern model.hidden_size model.vocab_size model.intermediate_size model.tie_embeddings model.norm_eps
 model.gdn.num_heads model.gdn.head_dim model.gdn.value_head_dim model.gdn.conv_size
 model.attention.num_heads model.attention.num_kv_heads model.attention.head_dim model.attention.window_size
-model.attention.rope_theta
+model.attention.rope_theta model.attention.qk_norm
 model.lte.window_size model.lte.buffer_size model.lte.sink_size model.lte.conv_size model.lte.conv_dilation
 model.nsa.num_heads model.nsa.num_kv_heads model.nsa.head_dim model.nsa.block_size model.nsa.num_blocks
-model.nsa.window_size model.nsa.rope_theta
+model.nsa.window_size model.nsa.rope_theta model.nsa.qk_norm
 train.seq_length train.global_batch_size train.seed
 data.sources.python.weight data.sources.python.task data.sources.python.parameters data.sources.python.stages
 data.document_masking data.shuffle_block_size
