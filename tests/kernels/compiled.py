@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
+# What others have compiled says nothing of registers.
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "compiled"))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
