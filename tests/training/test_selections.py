@@ -36,7 +36,8 @@ def content(pytestconfig):
     recipe = (
         RECIPE.replace("GLSFL", LAYERS).replace("steps: 20", f"steps: {steps}").replace("  gdn:", f"  {NSA}\n  gdn:")
     )
-    return recipe.replace("seq_length: 64", "seq_length: 128")
+    # Of a first gradient as small as 1e-8 Adam makes what layouts round: see conftest.py.
+    return recipe.replace("seq_length: 64", "seq_length: 128, seed: 5").replace("eps: 1.0e-8", "eps: 1.0e-5")
 
 
 @pytest.fixture(scope="module")
