@@ -5,7 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import IO, Any
+
+
+def answers_to_parent(mode: str) -> IO[Any]:
+    """In a process that `start_python` started: its pipe to the parent, to which nothing else writes from now on, since
+    what libraries print is no answer."""
+    answers = os.fdopen(os.dup(1), mode, encoding=None if "b" in mode else "utf-8")
+    os.dup2(2, 1)
+    return answers
 
 
 def start_python(code: str, *arguments: str, **options: Any) -> subprocess.Popen:

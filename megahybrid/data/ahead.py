@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from typing import IO, Any
 
 from megahybrid.errors import MachineFault, UserError
-from megahybrid.processes import start_python
+from megahybrid.processes import answers_to_parent, start_python
 
 
 class Ahead:
@@ -93,8 +92,7 @@ def serve() -> None:
     """The life of the process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the parent's to heed, and it needs this one to
         signal.signal(number, signal.SIG_IGN)
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever libraries print is no answer
+    requests, answers = sys.stdin.buffer, answers_to_parent("wb")
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent is gone
         function, error = _tried(pickle.load, requests)
         while error is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from megahybrid.data.documents import Unit
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.data.units import Format, write_unit
 from megahybrid.errors import MachineFault, UserError
-from megahybrid.processes import start_python
+from megahybrid.processes import answers_to_parent, start_python
 
 Advance = Callable[[int], Any]
 Job = Unit | Block
@@ -124,8 +123,7 @@ def _exception(message: dict[str, Any]) -> Exception:
 
 def serve() -> None:
     """The life of a worker."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever libraries print is no answer
+    answers = answers_to_parent("w")
     with contextlib.suppress(BrokenPipeError):  # the parent is gone
         _serve(Format(**json.loads(sys.argv[1])), sys.stdin, answers)
 

@@ -17,8 +17,8 @@ _PLACE = ("causal_conv1d",) * 3
 class CausalConv1d(Shape):
     """Of `channels` with `taps` weights each.
 
-    variant: what sets it apart from a model's other convolutions. whole: columns of what x is the first of, in prefill
-    and decode; 0 where x is all.
+    variant: what sets it apart from a model's other convolutions. whole: columns of what x is the first of, which is so
+    in prefill and decode alone; 0 where x is all.
     """
 
     channels: int
@@ -28,6 +28,8 @@ class CausalConv1d(Shape):
 
     def cases(self, lengths: Lengths) -> list[Case]:
         """Over whole documents."""
+        if self.whole:
+            return []
         return [
             Case(
                 *_PLACE,
@@ -41,15 +43,12 @@ class CausalConv1d(Shape):
 
     def more_cases(self, lengths: Lengths, varied: bool) -> list[Case]:
         """Prefill and decode."""
-        streamed = Streamed(*_PLACE, self._make_whole, self._first, self._call)
+        streamed = Streamed(*_PLACE, self._make, self._first, self._call)
         begun = replace(streamed, first=nothing)
         prefill = streamed_case(begun, "prefill", PIECES, self.variant or "long")
         return [prefill, streamed_case(streamed, "step", STEPS, self.variant)]
 
     def _make(self, tokens: int) -> Make:
-        return normals(x=(tokens, self.channels), weight=(self.channels, self.taps))
-
-    def _make_whole(self, tokens: int) -> Make:
         return normals(x=(tokens, self.whole or self.channels), weight=(self.channels, self.taps))
 
     def _first(self, x: Inputs, count: int) -> Tensor:

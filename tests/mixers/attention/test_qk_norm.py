@@ -8,6 +8,7 @@ from megahybrid.config.schema import ParallelConfig
 from megahybrid.model.context import Context
 from megahybrid.parallel import groups
 from megahybrid_kernels import Sequences
+from tests.mixers.by_hand import rotated
 from tests.model import tiny
 
 LENGTHS = (70, 1, 23)
@@ -34,21 +35,14 @@ def unit(x, eps):
     return x / (x.square().sum(-1, keepdim=True) / x.shape[-1] + eps).sqrt()
 
 
-def rotated(x):
-    """x `[tokens, heads, head_dim]` of one document, its halves as real and imaginary parts."""
-    half = x.shape[2] // 2
-    angles = torch.arange(len(x))[:, None].double() * 10000.0 ** (-torch.arange(half).double() / half)
-    turned = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angles)[:, None]
-    return torch.cat([turned.real, turned.imag], -1)
-
-
 def test_full_attention_is_what_its_weights_say():
     mixer, x = layer_and_input("F", qk_norm=True)
     found, *_ = mixer(x, Context(Sequences.of(LENGTHS)))
     outputs = []
     for part in x[:, 0].split(LENGTHS):
         q, k, v = (F.linear(part, getattr(mixer, f"{each}_proj").weight).unflatten(1, (-1, HEAD_DIM)) for each in "qkv")
-        q, k = rotated(unit(q, 1e-6) * mixer.q_norm), rotated(unit(k, 1e-6) * mixer.k_norm)
+        q, k = unit(q, 1e-6) * mixer.q_norm, unit(k, 1e-6) * mixer.k_norm
+        q, k = (rotated(each, [len(part)]) for each in (q, k))
         k, v = (each.repeat_interleave(GROUP, 1) for each in (k, v))
         logits = torch.einsum("ihd,jhd->hij", q, k) / HEAD_DIM**0.5
         weights = logits.masked_fill(torch.ones(len(part), len(part)).triu(1).bool(), -torch.inf).softmax(-1)

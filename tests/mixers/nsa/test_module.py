@@ -14,6 +14,7 @@ from megahybrid.model.context import Context, Watch
 from megahybrid.parallel import groups
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.native_sparse_attention import limits
+from tests.mixers.by_hand import rotated
 from tests.model import tiny
 from tests.model.test_gradients import assert_gradients_match, autograd_gradients
 
@@ -29,20 +30,11 @@ def process_group():
     groups.shut_down()
 
 
-def rotated(x):
-    """x `[tokens, heads, head_dim]`, its halves as real and imaginary parts."""
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])
-    half = x.shape[2] // 2
-    angles = positions[:, None].double() * 10000.0 ** (-torch.arange(half).double() / half)
-    turned = torch.complex(x[..., :half], x[..., half:]) * torch.exp(1j * angles)[:, None]
-    return torch.cat([turned.real, turned.imag], -1)
-
-
 def by_hand(mixer, x):
     """The mixer's output for `[tokens, hidden]`, and the selection."""
     q, k, v = (F.linear(x, getattr(mixer, f"{name}_proj").weight).unflatten(1, (-1, HEAD_DIM)) for name in "qkv")
     gates = 1 / (1 + torch.exp(-F.linear(x, mixer.g_proj.weight).unflatten(1, (-1, 3))))
-    q, k = rotated(q), rotated(k)
+    q, k = rotated(q, LENGTHS), rotated(k, LENGTHS)
     selection = oracle_selection(q, k, LENGTHS, *LIMITS[:2])
     o = oracle_attention(q, k, v, gates, selection, LENGTHS, LIMITS[0], LIMITS[2])
     return F.linear(o.flatten(1), mixer.o_proj.weight), selection
