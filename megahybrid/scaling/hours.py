@@ -22,10 +22,12 @@ from megahybrid.scaling.flops import flops_per_token, layer
 # What kinds say of their utilisation and their launches is from docs/performance: whole-step.md for models of 24 layers
 # in bf16 with samples of 4,096 tokens. Launches: both numbers of a step of 69 ms (the quickstart, 6 layers, 1
 # micro-batch) and one of 422 ms (24 layers, 4 micro-batches of a sample), divided among kinds as a prefill is that is
-# bound so (generation.md). Hosts differ by more than a third.
+# bound so (generation.md). Hosts differ by more than a third. Exchanges of context ranks: lalte-0.4b with 65,536 tokens
+# on four, 399 ms a step (context.md), less what its launches take.
 _WIDTHS = 1024, 2048
 _LEAST_MFU = 0.05
 _STEP_SECONDS = 0.0455
+_EXCHANGES_SECONDS = 0.0107
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def _recomputed(config: Config, lengths: Mapping[int, float] | None) -> float:
     return twice / flops_per_token(config, lengths).forward
 
 
-def launch_seconds(letters: str, micro_batches: float) -> float:
-    """Seconds a step in which the host launches the passes of layers of these kinds."""
-    return _STEP_SECONDS + sum(KINDS[letter].host_seconds for letter in letters) * micro_batches
+def launch_seconds(letters: str, micro_batches: float, context: int = 1) -> float:
+    """Seconds a step in which the host launches the passes of layers of these kinds, over so many context ranks."""
+    exchanges = _EXCHANGES_SECONDS if context > 1 else 0.0
+    return _STEP_SECONDS + sum(KINDS[letter].host_seconds + exchanges for letter in letters) * micro_batches

@@ -25,10 +25,10 @@ from megahybrid.scaling.splitting import split_matrices
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-def config_of(recipe, samples, micro, **parallel):
+def config_of(recipe, samples, micro, more=(), **parallel):
     keys = [f"parallel.{key}={value}" for key, value in parallel.items()]
     batch = [f"train.global_batch_size={samples}", f"train.micro_batch_size={micro}"]
-    return load_config(RECIPES / f"{recipe}.yaml", [*batch, *keys])
+    return load_config(RECIPES / f"{recipe}.yaml", [*batch, *keys, *more])
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,14 @@ def test_context_parallel_ranks_exchange_and_hand_on_their_own_tokens():
     assert seconds(config, 2).context == pytest.approx(8 * crossing(config, "GL" * 12) / 300e9)
     found = recommend(config, 4)
     assert "4 GPUs: tensor × context × pipeline × data" in found and "\n1 × 2 × 1 × 2, ZeRO 1 " in found
+
+
+def test_the_host_bounds_a_short_sample_over_context_ranks():
+    """Of four H100s (docs/performance/context.md)."""
+    for tokens, measured, bound in ((65536, 0.399, True), (262144, 0.474, False)):
+        keys = [f"train.seq_length={tokens}", "train.recompute=none", "model.lte.train_cap=true"]
+        found = seconds(config_of("lalte-0.4b", 1, 1, more=keys, context=4), 1)
+        assert found.step == pytest.approx(measured, rel=0.12) and (found.smaller > 0.1) == bound
 
 
 def test_a_pipeline_waits_for_its_first_and_last_micro_batches():
