@@ -163,9 +163,7 @@ def seconds(config: Config, replicas: int) -> Seconds:
     costs, layers = layer_costs(config), _layers_by_rank(config)
     largest = max(sum(costs[layer] for layer in own) for own in layers) * parallel.pipeline / sum(costs)
     letters = Settings.of(config).pattern.letters
-    launches = max(
-        launch_seconds("".join(letters[layer] for layer in own), count, parallel.context) for own in layers
-    )
+    launches = max(launch_seconds("".join(letters[layer] for layer in own), count, parallel.context) for own in layers)
     computing = max(kernels * largest * CLUSTER.smaller ** math.log2(parallel.tensor), launches)
     tensor = CLUSTER.exposed * max(map(len, layers)) * count * exchanged(config) / CLUSTER.beside_matmuls
     crossing_rank = max(crossing(config, "".join(letters[layer] for layer in own)) for own in layers)
