@@ -136,9 +136,7 @@ class Engine:
         # On this thread: handing Python's lock to autograd's and back costs the host time for nothing.
         with torch.autograd.set_multithreading_enabled(False):
             self._run(batches, step, report, whole)
-        report.note_longest(max(max(batch.sequences.lengths) for batch in batches))
-        report.stop += stop
-        report.saving += saving
+        report.tell(stop, saving, max(max(batch.sequences.lengths) for batch in batches))
         if (micro_batches := len(batches) * groups.data_parallel()[1]) > 1:
             report.loss /= micro_batches
         return report, self._update(report)

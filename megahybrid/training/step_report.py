@@ -44,8 +44,7 @@ class StepReport:
         rest = [len(regulators), *(lengths[key] for key in self._rest)]
         self._sizes = [2 + void, 2 + self._replicas, *rest]
         self._look_at(torch.zeros(sum(self._sizes), dtype=torch.float64, device=device))
-        # What this process knows without asking the device goes there only to be summed.
-        self._look_at_told(torch.zeros(2 + self._replicas, dtype=torch.float64))
+        self.tell(stop=False, saving=False, longest=0)
 
     def _look_at(self, values: Tensor) -> None:
         self._values = values
@@ -69,10 +68,13 @@ class StepReport:
         """Have the counts of the void passes before these of what they left out."""
         self.judged[2:] = before.judged[2:]
 
-    def note_longest(self, tokens: int) -> None:
-        """The longest document of this replica's micro-batches has so many tokens."""
+    def tell(self, stop: bool, saving: bool, longest: int) -> None:
+        """What this process knows without asking its device: its wish to stop, whether it is at work on a checkpoint,
+        and the tokens of the longest document of this replica's micro-batches. It goes there only to be summed."""
+        lengths = [0] * self._replicas
         if groups.head_parallel()[0] == groups.pipeline_parallel()[0] == 0:  # a sum over all must find it once
-            self.longest[self._replica] = tokens
+            lengths[self._replica] = longest
+        self._look_at_told(torch.tensor([stop, saving, *lengths], dtype=torch.float64))
 
     def add(self, layer: int, aux: Aux) -> None:
         """A layer's by-products on this rank, for one micro-batch. Raises UserError for one without a regulator."""
