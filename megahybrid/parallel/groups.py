@@ -129,13 +129,15 @@ def pipeline_parallel() -> tuple[int, int]:
 
 def sum_over_all(value: torch.Tensor) -> torch.Tensor:
     """`value` summed in place over all processes."""
-    dist.all_reduce(value)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(value)
     return value
 
 
 def sum_over_replicas(value: torch.Tensor) -> torch.Tensor:
     """`value` summed in place over the data parallel replicas."""
-    dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
+    if data_parallel()[1] > 1:
+        dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
     return value
 
 
