@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,10 @@ _OWN = (
 """Keys that the study sets itself."""
 _BY_RULE = {"optimizer.learning_rate": "learning_rate", "train.global_batch_size": "batch"}
 """Keys that a rule sets, unless it is `fixed`."""
+
+
+_BYTES_A_PROCESS = 0.5 * 2**30
+"""That CUDA takes beside what is allocated."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,11 @@ def count_flops(config: Config) -> Flops:
 def tabled_estimate(config: Config) -> Estimate:
     """Of a recipe's GPU hours, from these FLOPs and a table."""
     return tabled(config, lengths=sequence_lengths(config))
+
+
+def side_by_side(memories: Iterable[float]) -> list[float]:
+    """Bytes that the largest run, the two largest, … take at once on one GPU, of runs that take so many each."""
+    return list(itertools.accumulate(sorted((each + _BYTES_A_PROCESS for each in memories), reverse=True)))
 
 
 def make_models(study: Study, size: SizeConfig) -> dict[str, Model]:

@@ -237,6 +237,7 @@ def test_what_does_not_fit_into_the_gpu_side_by_side_is_refused(make_study, trai
     trainer(0.01)
     largest = max(peak_bytes(cell.config, 1)[0] for cell in cells) + 2**29
     monkeypatch.setattr(launching, "gpu_memory", lambda: 2.01 * largest)
+    monkeypatch.setattr(launching, "expect", lambda *_: pytest.fail("it is refused before what takes longer"))
     assert launch("--jobs", "3") == 2 and not calls()
     assert (
         "The 3 largest runs take 1.5 GiB side by side, and a GPU here has 1.0; give --jobs 2" in capsys.readouterr().err
@@ -244,6 +245,7 @@ def test_what_does_not_fit_into_the_gpu_side_by_side_is_refused(make_study, trai
     # Of two GPUs each has two of four.
     monkeypatch.setattr(launching, "visible_gpus", lambda: ["0", "1"])
     assert launch("--jobs", "5") == 2 and "give --jobs 4" in capsys.readouterr().err and not calls()
+    monkeypatch.setattr(launching, "expect", lambda *_: None)
     assert launch("--jobs", "4") == 0
 
 
