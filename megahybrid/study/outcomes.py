@@ -17,7 +17,8 @@ from megahybrid.study.design import design
 from megahybrid.study.file import Study
 from megahybrid.study.identity import find_data, identify
 from megahybrid.study.measured import gpu_hours
-from megahybrid.study.table import Run, read_runs
+from megahybrid.study.models import Counts
+from megahybrid.study.table import Row, Run, read_rows, read_runs
 from megahybrid.training import checkpoint_folder, ownership
 from megahybrid.training.metrics_file import first_line, lines_backwards
 from megahybrid.training.run_directory import RunDirectory
@@ -82,7 +83,7 @@ class Survey:
     def __init__(self, study: Study):
         self._study = study
         self._tuned: dict[str, float] = {}
-        self._cells = design(study)
+        self._cells = _design(study)
 
     def look(self, queue: Sequence[slurm.QueuedJob] | None) -> list[Outcome]:
         """Every cell's outcome now, the retries last; `queue` is None where Slurm cannot be asked."""
@@ -117,6 +118,25 @@ class Survey:
         if cell.name not in self._study.give_up or found.state not in ("missing", "failed"):
             return found
         return replace(found, state="failed", why=f"given up{found.why and f': {found.why}'}", given_up=True)
+
+
+def _design(study: Study) -> list[Cell]:
+    """Its cells, whose models are those of plan.csv where all its runs are theirs: to count parameters takes seconds,
+    mostly for torch and Megatron to load, and an identity holds all that a count depends on."""
+    if study.rules.tune or study.match == "parameters":  # cells that wait, and models that follow another's count
+        return design(study)
+    try:
+        rows = read_rows(study.folder / "plan.csv")
+        known = {(row["kind"], row["size"]): _counts(row) for row in rows}
+        cells = design(study, known=known)
+    except (UserError, KeyError, ValueError):
+        return design(study)
+    planned = {cell.identity for cell in cells if cell.name not in study.give_up} == {row["run"] for row in rows}
+    return cells if planned else design(study)
+
+
+def _counts(row: Row) -> Counts:
+    return Counts(int(row["parameters"]), int(row["parameters_without_embedding"]), float(row["flops_per_token"]))
 
 
 def hours_by_run(outcomes: Sequence[Outcome]) -> dict[str, float]:

@@ -5,6 +5,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -260,6 +262,48 @@ def test_a_table_that_is_not_what_was_collected_is_refused(wrong, right, says, m
         assert main(["study", verb, "study.yaml"]) == 2
         said = capsys.readouterr().err
         assert says in said and len(said.splitlines()) == 1
+
+
+def plan(cells, **changes) -> None:
+    """plan.csv, as far as what is counted of models is read from it."""
+    names = "run", "kind", "size", "parameters", "parameters_without_embedding", "flops_per_token"
+    with open("studies/small/plan.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for cell in cells:
+            values = {name: getattr(cell, "identity" if name == "run" else name) for name in names} | changes
+            writer.writerow(values.values())
+
+
+def test_models_are_as_they_were_planned_where_all_runs_are(make_study, monkeypatch):
+    def cells_of(study):
+        return [each.cell for each in Survey(study).look(None)]
+
+    study = make_study(TWO_SIZES)
+    cells = design(study)
+    plan(cells)
+    with monkeypatch.context() as patched:
+        patched.setattr("megahybrid.study.models._count", lambda config: pytest.fail("they were counted"))
+        assert cells_of(study) == cells
+    # Where they are others, or the plan is none, they are counted.
+    plan(cells, parameters="many")
+    assert cells_of(study) == cells
+    for some, changes in (cells[:-1], {}), (cells, {"run": "0" * 16}), (cells, {"flops_per_token": 1e6}):
+        plan(some, **{"parameters": 7} | changes)
+        assert cells_of(study) == cells
+    plan(cells)
+    other = make_study(TWO_SIZES, "overrides: {train.global_batch_size: 2, model.intermediate_size: 96}")
+    assert cells_of(other) == design(other) and cells_of(other)[0].parameters != cells[0].parameters
+
+
+def test_who_looks_does_not_wait_for_torch(make_study):
+    plan(design(make_study(TWO_SIZES)))
+    look = (
+        "import sys; from megahybrid.cli import main; main(['study', sys.argv[1], 'study.yaml']); print(*sys.modules)"
+    )
+    for verb in ("collect", "status"):
+        loaded = subprocess.run([sys.executable, "-c", look, verb], capture_output=True, text=True, check=True).stdout
+        assert "megahybrid.study.outcomes" in loaded.split() and not {"torch", "megatron"} & set(loaded.split())
 
 
 def test_the_table_says_how_far_all_of_it_is(make_study):
