@@ -213,11 +213,13 @@ def test_runs_csv(make_study):
 
 def test_what_was_collected_stays_when_its_directory_is_removed(make_study):
     study = make_study(TWO_SIZES, "hold_out: null")
-    trunk, early, late = [cell for cell in design(study) if cell.size == "32x1"]
+    trunk, early, late, stays, *_ = design(study)
     leave(trunk, losses=(6.0, 3.0123456789012345))
+    leave(stays)
     leave(early, losses=(6.0, 3.5))
     start = {"job": None, "start": "", "step": 0, "nodes": "here", "last_word": None, "processes": 1, "time": 1000.0}
     trained(trunk, 2800.0, start)
+    trained(stays, 4600.0, start | {"time": 2800.0})
     rows, whole = collected(), Overall.of(Survey(study).look(None), None)
     for cell in (trunk, early):
         shutil.rmtree(cell.config.run.dir)
@@ -225,7 +227,7 @@ def test_what_was_collected_stays_when_its_directory_is_removed(make_study):
     assert [found[cell.name].state for cell in (trunk, early, late)] == ["done", "done", "missing"]
     assert found[trunk.name].loss == 3.0123456789012345 and found[early.name].cell == early
     overall = Overall.of([*found.values()], None)
-    assert (overall.states, overall.hours) == (whole.states, pytest.approx(0.5)) and overall.done == whole.done > 0
+    assert (overall.states, overall.hours) == (whole.states, pytest.approx(1.0)) and overall.done == whole.done > 0
     # A branch that is not done begins from scratch, which is the same run, and says why.
     assert found[late.name].why == f"its trunk {trunk.name} has ended without step {late.branch_step}"
     assert found[late.name].cell.config.train.branch_from is None and found[late.name].cell.identity == late.identity
