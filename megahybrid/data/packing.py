@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megahybrid.data.lengths import lengths_of
 from megahybrid_kernels import Sequences
 
 _ALIGNMENT = 512  # bytes
@@ -75,13 +76,6 @@ def pack(
         sample_positions=torch.arange(length).repeat(len(samples)),
         weights=None if weights is None else torch.from_numpy(weights).reshape(-1),
     )
-
-
-def lengths_of(sample: Mapping[str, NDArray], length: int, document_masking: bool) -> list[int]:
-    """Of the sequences of a sample of `length` tokens. The borders of those with weights hold without document masking,
-    too."""
-    borders = sample["borders"].tolist() if document_masking or "weights" in sample else [0]
-    return [end - begin for begin, end in pairwise([*borders, length])]
 
 
 def moved_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
