@@ -195,6 +195,8 @@ def _train(parsed: argparse.Namespace) -> None:
 
 
 def _plan(parsed: argparse.Namespace) -> None:
+    if parsed.gpus is not None and parsed.gpus < 1:
+        raise UserError("--gpus must be at least 1.")
     config = _config(parsed)
     from megahybrid.scaling.plan import describe, recommend
     from megahybrid.training.measuring import measured, probe
