@@ -117,8 +117,8 @@ def merge(schema: type[T], trees: Sequence[DictConfig], overrides: Sequence[str]
             OmegaConf.from_dotlist([override])
         except yaml.YAMLError as error:
             raise UserError(
-                f"The value of '{override}' is not valid YAML ({_first_line(error)}); put texts with special characters "
-                """in quotes, all of it in the shell's: 'key=["*.txt"]'."""
+                f"The value of '{override}' is not valid YAML ({_first_line(error)}); put texts with special "
+                """characters in quotes, and all of it in the shell's: 'key=["*.txt"]'."""
             ) from error
     try:
         layers = [*trees, OmegaConf.from_dotlist(list(overrides))]
@@ -170,15 +170,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _unknown_key(schema: type, full_key: str) -> str:
-    keys, section = list(known_keys(schema)), full_key.rpartition(".")[0]
-    others = [key for key in keys if not full_key.startswith(f"{key}.")]  # a section that is there is not what was meant
-    inside = [key for key in others if key.startswith(f"{section}.") and key.count(".") == full_key.count(".")]
-    elsewhere = [key for key in others if key.rpartition(".")[2] == full_key.rpartition(".")[2]]
-    close = difflib.get_close_matches(full_key, others, n=1, cutoff=0.85) or elsewhere
+    keys, (section, _, name) = list(known_keys(schema)), full_key.rpartition(".")
+    beside = {last: key for key in keys for above, _, last in [key.rpartition(".")] if above == section}
+    close = [beside[each] for each in difflib.get_close_matches(name, list(beside), n=1, cutoff=0.7)]
+    close = close or [key for key in keys if key.endswith(f".{name}")]  # in another section
     if close:
-        hint = f"did you mean {close[0]}?"
-    elif inside:
-        hint = f"{section} has {', '.join(key.rpartition('.')[2] for key in inside)}."
+        hint = f"did you mean {' or '.join(close)}?"
+    elif section and beside:
+        hint = f"{section} has {', '.join(beside)}."
     else:
         hint = f"see {schema.__module__.replace('.', '/')}.py."
     return f"Unknown configuration key '{full_key}'; {hint}"
