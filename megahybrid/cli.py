@@ -65,7 +65,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     if any(each.startswith("-") or not hasattr(parsed, "overrides") for each in rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        keys = [each.lstrip("-") for each in rest if each.startswith("--") and "=" in each]
+        a_recipe = keys and hasattr(parsed, "overrides")
+        hint = f"; changes to the recipe have no dashes: {' '.join(keys)}" if a_recipe else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:
         parsed.overrides += rest
     return parsed
@@ -195,6 +198,8 @@ def _train(parsed: argparse.Namespace) -> None:
 
 
 def _plan(parsed: argparse.Namespace) -> None:
+    if parsed.gpus is not None and parsed.gpus < 1:
+        raise UserError("--gpus must be at least 1.")
     config = _config(parsed)
     from megahybrid.scaling.plan import describe, recommend
     from megahybrid.training.measuring import measured, probe

@@ -46,9 +46,11 @@ def initialize(
         timeout = datetime.timedelta(seconds=collective_seconds)
         dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=timeout)
     if dist.get_world_size() % parallel.replica:
+        world = dist.get_world_size()
         raise UserError(
-            f"{dist.get_world_size()} processes cannot be split into parallel.tensor * parallel.context * "
-            f"parallel.pipeline = {parallel.replica}; start a multiple of that."
+            f"{world} process{'es' * (world > 1)} cannot be split into parallel.tensor * parallel.context * "
+            f"parallel.pipeline = {parallel.replica}; start a multiple of that, such as by "
+            f"`torchrun --nproc-per-node {parallel.replica} -m megahybrid …`."
         )
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     parallel_state.initialize_model_parallel(

@@ -94,6 +94,7 @@ def test_plan_counts_what_is_trained(recipe, reference, capsys):
         ("train", "model.vocab_size=100", "vocabulary"),
         ("train", "model.patern=G", "did you mean model.pattern?"),
         ("train", "train.seq_length=128", "seq_length"),
+        ("train", "parallel.tensor=2", "1 process cannot be split"),
         ("prepare", "data.sources.python.path=/nowhere", "/nowhere"),
     ],
 )
