@@ -239,7 +239,7 @@ def _check_fit(prepared: Prepared, config: Config, where: str) -> None:
     if _other_tokenizer(prepared, config.data.tokenizer):
         raise UserError(
             f"{where} was prepared with another tokenizer than data.tokenizer '{config.data.tokenizer}'; prepare into "
-            "another data.path, or leave data.tokenizer out."
+            "another data.path, or read this data by data.tokenizer=null."
         )
     named = set(text_sources(config))
     if named and named != set(prepared.sources):
