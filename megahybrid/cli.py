@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(error)
         return GO_ON if isinstance(error, MachineFault) else 2
     except KeyboardInterrupt:
-        where = " from the last checkpoint" if parsed.run is _train else ""
+        where = " from the last checkpoint, if there is one" if parsed.run is _train else ""
         print(f"megahybrid: interrupted; the same command goes on{where}.", file=sys.stderr)
         return 130
     finally:
