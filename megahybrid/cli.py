@@ -68,7 +68,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         keys = [each.lstrip("-") for each in rest if each.startswith("--") and "=" in each]
         a_recipe = keys and hasattr(parsed, "overrides")
         hint = f"; changes to the recipe have no dashes: {' '.join(keys)}" if a_recipe else ""
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)} (see megahybrid {parsed.verb} --help){hint}")
     if rest:
         parsed.overrides += rest
     return parsed
@@ -76,7 +76,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megahybrid", description="Pretrain hybrid linear + sparse attention models.")
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     recipes = {
         "prepare": (_prepare, "text → tokenizer → shards"),
         "train": (_train, "train, or go on from the newest checkpoint"),

@@ -16,7 +16,7 @@ def test_a_change_with_dashes_is_told_how_to_write_it(capsys):
     assert "changes to the recipe have no dashes: train.steps=3\n" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plan", QUICKSTART, "--gpu", "3", "--fast"])
-    assert capsys.readouterr().err.endswith("unrecognized arguments: --fast\n")
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --fast (see megahybrid plan --help)\n")
 
 
 @pytest.mark.parametrize("count", ["0", "-3"])

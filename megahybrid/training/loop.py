@@ -76,7 +76,8 @@ def train(config: Config, report: Report = print, stop_request: StopRequest | No
                 retry(lambda: start.check(config), f"Reading {start.checkpoint}")
                 step = checkpoint.read_state(start.checkpoint)["position"]["step"]
                 if step >= config.train.steps:
-                    say(f"{run.path} has done its {config.train.steps} steps; a larger train.steps goes on from there.")
+                    steps = config.train.steps
+                    say(f"{run.path} has done {step} steps, and train.steps is {steps}; a larger one goes on.")
                     return
             _, world = groups.world()
             own = 0 if start.branches else step

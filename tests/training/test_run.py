@@ -30,7 +30,7 @@ def test_it_learns_and_leaves_a_complete_run_directory(reference):
 def test_a_finished_run_says_so(reference, capsys):
     before = (reference / "metrics.jsonl").read_bytes()
     assert main(["train", str(reference.parent / "recipe.yaml")]) == 0
-    assert "has done its 20 steps" in capsys.readouterr().out
+    assert "has done 20 steps, and train.steps is 20" in capsys.readouterr().out
     assert (reference / "metrics.jsonl").read_bytes() == before
 
 
