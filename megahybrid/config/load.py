@@ -120,6 +120,8 @@ def merge(schema: type[T], trees: Sequence[DictConfig], overrides: Sequence[str]
                 f"The value of '{override}' is not valid YAML ({_first_line(error)}); put texts with special "
                 """characters in quotes, and all of it in the shell's: 'key=["*.txt"]'."""
             ) from error
+        except OmegaConfBaseException:
+            break  # said below
     try:
         layers = [*trees, OmegaConf.from_dotlist(list(overrides))]
         for layer in layers:

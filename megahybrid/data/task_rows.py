@@ -86,7 +86,7 @@ class _Maker:
         tokens = np.full(self.length + 1, self.vocabulary.document_id, np.int64)
         weights = np.zeros(self.length + 1, np.float32)
         borders, at = [0], 0
-        while fitting := (self.length - at) // length:
+        while (fitting := (self.length - at) // length) > 0:
             places = range(len(borders) - 1, len(borders) - 1 + fitting)
             draws = [Draws("train", self.seed, name, row, place) for place in places]
             for sample in task.samples(parameters, length, self.vocabulary, draws):

@@ -96,7 +96,7 @@ class Survey:
 
     @functools.cached_property
     def _collected(self) -> dict[str, Run]:
-        """Rows of runs.csv, as it is when a run is first missed, of runs that are done, by identity."""
+        """Rows of runs.csv, as it is when a run is first missed, by identity."""
         file = self._study.folder / "runs.csv"
         if not file.is_file():
             return {}
@@ -104,7 +104,7 @@ class Survey:
             rows = read_runs(file, {name: name for name in _KEPT})
         except UserError as error:
             raise UserError(f"{error} Remove the file where no run's directory has been removed.") from None
-        return {row.run: row for row in rows if row.state == "done"}
+        return {row.run: row for row in rows}
 
     def _observe(self, queue: Sequence[slurm.QueuedJob] | None) -> list[Outcome]:
         outcomes = _with_trunks(self._outcome(cell, queue) for cell in self._cells)
@@ -112,9 +112,14 @@ class Survey:
 
     def _outcome(self, cell: Cell, queue: Sequence[slurm.QueuedJob] | None) -> Outcome:
         found = _outcome(cell, queue)
-        if (found.state, found.why) == ("missing", "") and (row := self._collected.get(cell.identity)):
+        gone = (found.state, found.why) == ("missing", "")
+        if gone and (row := self._collected.get(cell.identity)) and row.state == "done":
             _check_row(self._study.folder, row, cell)
             return replace(found, state="done", loss=row.loss, collected=row)
+        # A branch's loss is judged by its trunk's first, which went with the trunk's directory.
+        judged = found.state != "done" or cell.role != "branch" or trunk_of(cell).metrics.exists()
+        if not judged and (row := self._collected.get(cell.identity)) and row.state == "diverged":
+            return replace(found, state="diverged", why=row.excluded.removeprefix("diverged: "))
         if cell.name not in self._study.give_up or found.state not in ("missing", "failed"):
             return found
         return replace(found, state="failed", why=f"given up{found.why and f': {found.why}'}", given_up=True)

@@ -45,6 +45,8 @@ class StopRequest:
         if self._interrupted is None:
             self._interrupted = now
             if os.environ.get("RANK", "0") == "0":  # not print, which may be at work in what was interrupted
-                os.write(2, b"\nInterrupted: it ends this step and saves; interrupted again, it ends at once.\n")
+                os.write(
+                    2, b"\nInterrupted: it ends this step and saves; interrupted again after 3 s, it ends at once.\n"
+                )
         elif now - self._interrupted > _SAME_SECONDS:
             raise KeyboardInterrupt

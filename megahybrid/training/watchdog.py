@@ -31,6 +31,7 @@ from megahybrid.training.run_directory import RunDirectory
 
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_BETWEEN_HEARTBEATS = 10.0
+_SECONDS_BETWEEN_ARMS = 10.0
 
 
 class Watchdog:
@@ -49,6 +50,7 @@ class Watchdog:
         self._log: IO[str] | None = None
         self._main = threading.main_thread().ident
         self._step, self._doing, self._limit, self._since = 0, "starting", limits.start_seconds, time.monotonic()
+        self._armed = self._since
 
     def __enter__(self) -> Watchdog:
         self._log = retry(self._open, f"Writing to {self._run.path}")
@@ -78,19 +80,22 @@ class Watchdog:
     def beat(self, step: int, doing: str = "training", long: bool = False) -> None:
         """Progress: `step` steps are done, and this is what comes now; `long` allows it `start_seconds`."""
         self._step, self._doing, self._since = step, doing, time.monotonic()
-        self._limit = self._limits.start_seconds if long else self._limits.step_seconds
+        limit = self._limits.start_seconds if long else self._limits.step_seconds
+        if limit != self._limit or self._since - self._armed > _SECONDS_BETWEEN_ARMS:
+            self._limit = limit
+            self._arm()
 
     def _arm(self) -> None:
         """Have the process ended some time after the thread should have done so: where native code holds the
         interpreter's lock the thread cannot run, but this can. It ends one thread of its own, waits for it and starts
-        another, so that on a busy machine a small model's step would wait for it as long as for its loss."""
-        end = self._since + self._limit + 30 + self._grace
-        faulthandler.dump_traceback_later(max(1.0, end - time.monotonic()), exit=True, file=self._log)
+        another, so that on a busy machine a small model's every step would wait for it as long as for its loss."""
+        self._armed = self._since
+        seconds = self._limit + _SECONDS_BETWEEN_ARMS + 30 + self._grace
+        faulthandler.dump_traceback_later(seconds, exit=True, file=self._log)
 
     def _watch(self) -> None:
         written = -_SECONDS_BETWEEN_HEARTBEATS
         while not self._left.wait(_SECONDS_BETWEEN_LOOKS):
-            self._arm()
             now = time.monotonic()
             if now - written >= _SECONDS_BETWEEN_HEARTBEATS:
                 self._write()

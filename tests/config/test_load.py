@@ -26,6 +26,7 @@ def test_overrides_win_and_the_saved_config_loads_as_the_same(tmp_path):
         ("steps=3", "did you mean train.steps?"),
         ("optimizer.lr=1e-3", "optimizer has learning_rate, warmup_steps, schedule,"),
         ("data.sources.python.include=[*.py]", "The value of 'data.sources.python.include=[*.py]' is not valid YAML"),
+        ("run.dir=${", "run.dir: no viable alternative"),
         ("data.sources.python.glob=x", "Unknown configuration key 'data.sources.python.glob'"),
         ("train.steps=many", "train.steps"),
         ("train.steps=0", "train.steps is 0; it must be greater than 0"),

@@ -211,6 +211,19 @@ def test_runs_csv(make_study):
     assert collected() and Path("studies/small/runs.csv").read_bytes() == before
 
 
+def test_a_branch_that_diverged_is_not_done_once_its_trunks_directory_is_gone(make_study):
+    study = make_study(TWO_SIZES, "hold_out: null")
+    trunk, early, *_ = design(study)
+    leave(trunk)
+    leave(early, losses=(6.0, 6.5))
+    rows, before = collected(), outcomes(study)
+    assert before[early.name].state == "diverged" and "above its first, 6.0000" in before[early.name].why
+    shutil.rmtree(trunk.config.run.dir)
+    after = outcomes(study)
+    assert (after[early.name].state, after[early.name].why) == ("diverged", before[early.name].why)
+    assert f"{early.name}-half" in after and collected()[1] == rows[1]
+
+
 def test_what_was_collected_stays_when_its_directory_is_removed(make_study):
     study = make_study(TWO_SIZES, "hold_out: null")
     trunk, early, late, stays, *_ = design(study)

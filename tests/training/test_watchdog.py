@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import threading
 import time
 from pathlib import Path
 
@@ -51,25 +50,27 @@ def test_files_of_another_start_end_nothing(ended, tmp_path, monkeypatch):
     assert ended == [1]
 
 
-def test_the_end_of_what_holds_the_interpreter_follows_the_last_beat_which_starts_no_thread(
-    ended, tmp_path, monkeypatch
-):
-    armed = []
-
-    def arm(seconds, **_):
-        armed.append((threading.current_thread(), time.monotonic() + seconds))
-
-    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", arm)
+def test_the_end_of_what_holds_the_interpreter_follows_the_beats_and_is_set_anew_seldom(ended, tmp_path, monkeypatch):
+    """By who beats, whatever the thread that looks at disks waits for."""
+    armed, now = [], [1000.0]
+    monkeypatch.setattr(
+        watchdog.faulthandler, "dump_traceback_later", lambda seconds, **_: armed.append(now[0] + seconds)
+    )
+    monkeypatch.setattr(watchdog.Watchdog, "_watch", lambda self: self._left.wait())  # a disk that hangs
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
     limits = WatchConfig(start_seconds=1000, step_seconds=60)
     with watchdog.Watchdog(of_start(monkeypatch, tmp_path, 0), limits, 0, grace=1) as watch:
-        for long, seconds in ((True, 1000), (False, 60), (True, 1000)):
+        assert armed[-1] == now[0] + 1000 + 41
+        for long, seconds in ((False, 60), (True, 1000), (False, 60)):
+            now[0] += 1
             watch.beat(1, long=long)
-            armed.clear()
-            deadline = time.monotonic() + 20
-            while len(armed) < 2 and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert abs(armed[-1][1] - watch._since - seconds - 31) < 0.1
-            assert {thread for thread, _ in armed} == {watch._thread}
+            assert armed[-1] == now[0] + seconds + 41
+        count = len(armed)
+        for _ in range(300):
+            now[0] += 0.1
+            watch.beat(1)
+            assert now[0] + 60 + 30 < armed[-1] <= now[0] + 60 + 41
+        assert count + 2 <= len(armed) <= count + 3
     assert not ended
 
 
