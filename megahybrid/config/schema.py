@@ -139,6 +139,10 @@ class TrainConfig:
     recompute: str = key("none", may_change=True)
     """Layers that recompute their activations in the backward pass instead of keeping them: none, all, or the letters
     of their kinds in the pattern, such as LF."""
+    cuda_graph: bool = key(False, may_change=True)
+    """Whether the passes of a step are recorded once documents of the same lengths have come twice in a row, and
+    replayed as one launch (a CUDA graph): for small models, whose launches take longer than their kernels. On one GPU
+    alone; without recompute."""
     z_loss: float = key(0.0, may_change=True, at_least=0)
     """Weight of the squared log of the softmax's normaliser (PaLM, arXiv 2204.02311, section 5)."""
     init_from: str | None = key(None, may_change=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -24,6 +25,7 @@ from megahybrid.parallel.parameters import initialize_parameters
 from megahybrid.scaling.memory import check_room
 from megahybrid.scaling.stages import stage_layers
 from megahybrid.training import schedule, zero
+from megahybrid.training.graphs import Graphs, Inputs
 from megahybrid.training.guard import StepGuard
 from megahybrid.training.logs import log
 from megahybrid.training.metrics_file import OWN_KEYS
@@ -83,6 +85,7 @@ class Engine:
         self.zero = zero.own(config, self.model)
         self.regulators = self._make_regulators()
         self.guard = StepGuard(config.train.skip)
+        self.graphs = Graphs.of(config, self.device)
 
     def initialize(self) -> None:
         """Give the weights their initial values from (train.seed, parameter name)."""
@@ -110,6 +113,10 @@ class Engine:
         rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
         for group in self.zero.optimizer.param_groups:
             group["lr"] = rate
+        with self.graphs.stream() if self.graphs else contextlib.nullcontext():
+            return self._step(batches, step, stop, saving, rate)
+
+    def _step(self, batches: Sequence[Batch], step: int, stop: bool, saving: bool, rate: float) -> StepResult:
         report, norm = self._passes_and_update(batches, step, stop, saving, whole=False)
         repeated = bool(report.void())
         if repeated:
@@ -132,10 +139,13 @@ class Engine:
     ) -> tuple[StepReport, float]:
         """All that a step does on the device, and what it reports, on the host, with the gradient's norm. Where that is
         `void`, nothing has changed; `whole` passes never are."""
-        report = StepReport(self.settings.pattern.letters, self.regulators, self.device)
+        divisor = self._divisor(batches)
         # On this thread: handing Python's lock to autograd's and back costs the host time for nothing.
         with torch.autograd.set_multithreading_enabled(False):
-            self._run(batches, step, report, whole)
+            if self.graphs and not whole:
+                report = self.graphs.run([self._inputs(batch, step) for batch in batches], divisor, self._passes)
+            else:
+                report = self._passes(batches, divisor, lambda batch: self._inputs(batch, step), whole)
         report.tell(stop, saving, max(max(batch.sequences.lengths) for batch in batches))
         if (micro_batches := len(batches) * groups.data_parallel()[1]) > 1:
             report.loss /= micro_batches
@@ -144,7 +154,6 @@ class Engine:
     def _update(self, report: StepReport) -> float:
         """From the gradients to the new weights or, where the guard says so or the step is void, to the old ones, all
         on the device: the host waits once, for the report. The gradient's norm."""
-        report.squares += self.zero.reduction.finish()
         report.sum_over_all()
         norm = report.squares.sqrt_()
         if (holders := groups.weight_holders()[1]) > 1:
@@ -157,16 +166,31 @@ class Engine:
         norm = float(report.squares)
         return norm if math.isfinite(norm) else math.inf
 
-    def _run(self, batches: Sequence[Batch], step: int, report: StepReport, whole: bool) -> None:
-        """All micro-batches forward and backward."""
+    def _passes(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        divisor: float | Tensor,
+        inputs: Callable[[MicroBatch], Inputs] = lambda inputs: inputs,
+        whole: bool = False,
+    ) -> StepReport:
+        """All micro-batches forward and backward, whose `inputs` are made when they are needed; what they report, the
+        gradient's square too."""
+        report = StepReport(self.settings.pattern.letters, self.regulators, self.device)
 
-        divisor = self._divisor(batches)
+        def forward(model, micro_batch: MicroBatch) -> Tensor:
+            return self._forward(model, inputs(micro_batch), len(micro_batches), divisor, report, whole)
 
-        def forward(model, batch: Batch) -> Tensor:
-            return self._forward(model, batch, step, len(batches), divisor, report, whole)
+        self.zero.reduction.begin(len(micro_batches))
+        schedule.run(self.stages, micro_batches, len(micro_batches[0].tokens), forward)
+        report.squares += self.zero.reduction.finish()
+        return report
 
-        self.zero.reduction.begin(len(batches))
-        schedule.run(self.stages, batches, len(batches[0].tokens), forward)
+    def _inputs(self, batch: Batch, step: int) -> Inputs:
+        """What a micro-batch's passes read, on this rank's device."""
+        batch = batch.part(*groups.context_parallel()).to(self.device)
+        layers = len(self.settings.pattern.letters)
+        keys = dropout_keys(batch.samples, batch.sample_positions, self.config.train.seed, step, layers)
+        return Inputs(batch.tokens, batch.labels, batch.sequences, keys, batch.weights)
 
     def _divisor(self, batches: Sequence[Batch]) -> float | Tensor:
         """What a micro-batch's loss is divided by, on the way to the mean over all labels of the step by their weights:
@@ -184,30 +208,20 @@ class Engine:
         return moved(torch.where(total > 0, total, 1).float(), self.device)
 
     def _forward(
-        self,
-        model,
-        batch: Batch,
-        step: int,
-        micro_batches: int,
-        divisor: float | Tensor,
-        report: StepReport,
-        whole: bool,
+        self, model, inputs: Inputs, micro_batches: int, divisor: float | Tensor, report: StepReport, whole: bool
     ) -> Tensor:
         """A micro-batch through one stage: its hidden states, or its loss where the stage is the last one, of this
         context parallel rank's tokens."""
-        rank, ranks = groups.context_parallel()
-        batch = batch.part(rank, ranks).to(self.device)
-        layers = len(self.settings.pattern.letters)
-        keys = dropout_keys(batch.samples, batch.sample_positions, self.config.train.seed, step, layers)
-        context = Context(batch.sequences, keys, ranks / micro_batches, whole=whole)
-        out = model(batch.tokens, context, labels=batch.labels, weights=batch.weights)
+        _, ranks = groups.context_parallel()
+        context = Context(inputs.sequences, inputs.dropout_keys, ranks / micro_batches, whole=whole)
+        out = model(inputs.tokens, context, labels=inputs.labels, weights=inputs.weights)
         for layer, aux in out.aux.items():
             report.add(layer, aux)
         if out.losses is None:
             return out.hidden
         loss = out.loss / divisor
         if groups.tensor_parallel()[0] == 0:
-            report.loss += loss.detach() if self.config.train.z_loss == 0 else _weighted(out, batch) / divisor
+            report.loss += loss.detach() if self.config.train.z_loss == 0 else _weighted(out, inputs.weights) / divisor
         return loss
 
     @torch.no_grad()
@@ -277,9 +291,9 @@ def _claim(regulator: type[Regulator], letter: str, config: Config, taken: set[s
         taken.add(name)
 
 
-def _weighted(out: StackOutput, batch: Batch) -> Tensor:
+def _weighted(out: StackOutput, weights: Tensor | None) -> Tensor:
     """The sum of losses by their weights, without what train.z_loss adds."""
-    return (out.losses if batch.weights is None else out.losses * batch.weights).sum()
+    return (out.losses if weights is None else out.losses * weights).sum()
 
 
 def _zeros(tokens: int) -> Batch:

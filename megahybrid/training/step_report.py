@@ -43,7 +43,8 @@ class StepReport:
         void, self._parts = sum(lengths[key] for key in self._void), [lengths[key] for key in self._void + self._rest]
         rest = [len(regulators), *(lengths[key] for key in self._rest)]
         self._sizes = [2 + void, 2 + self._replicas, *rest]
-        self._look_at(torch.zeros(sum(self._sizes), dtype=torch.float64, device=device))
+        self._on_device = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
+        self._look_at(self._on_device)
         self.tell(stop=False, saving=False, longest=0)
 
     def _look_at(self, values: Tensor) -> None:
@@ -55,6 +56,10 @@ class StepReport:
         self.counts: dict[str, dict[str, Tensor]] = {letter: {} for letter in self._regulators}
         for (letter, name), part in zip(self._void + self._rest, [*void, *rest], strict=True):
             self.counts[letter][name] = part.view(self._shapes[letter, name])
+
+    def renew(self) -> None:
+        """Be of the device's values again, which passes that are replayed have set anew."""
+        self._look_at(self._on_device)
 
     def _look_at_told(self, told: Tensor) -> None:
         self._told = told

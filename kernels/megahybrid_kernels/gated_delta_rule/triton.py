@@ -19,7 +19,7 @@ from torch import Tensor
 from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.gated_delta_rule.border import Border
 from megahybrid_kernels.gated_delta_rule.triton_backward import PART_KINDS, gate_gradient_kernel, gradient_kernel
-from megahybrid_kernels.gated_delta_rule.triton_plan import Plan, Tuning, longest_segment, plan, rows_between, tuning
+from megahybrid_kernels.gated_delta_rule.triton_plan import Plan, Tuning, longest_segment, plan_of, rows_between, tuning
 from megahybrid_kernels.gated_delta_rule.triton_prepare import ROW_KINDS, prepare_kernel
 from megahybrid_kernels.gated_delta_rule.triton_scan import join_kernel, reverse_scan_kernel, scan_kernel
 from megahybrid_kernels.integers import cdiv, tile_width
@@ -351,7 +351,7 @@ def gated_delta_rule(
     tune = tune or tuning(max(k.shape[2], v.shape[2]), v.dtype, v.device)
     training = torch.is_grad_enabled()
     longest = longest_segment(sequences.lengths, v.shape[1], v.shape[2], tune, training)
-    cut = plan(sequences.lengths, tune.chunk, longest, v.device, joined=border is not None)
+    cut = sequences.once(plan_of, tune.chunk, longest, v.device, border is not None)
     strongest = 2.0 if allow_neg_eigval else 1.0
     return applied(
         _GatedDeltaRule, q, k, v, a, b, A_log, dt_bias, initial_state, cut, sequences.count, tune, training,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megahybrid_kernels.integers import cdiv, next_power_of_2, tile_width
+from megahybrid_kernels.sequences import Sequences
 from megahybrid_kernels.targets import AMPERE, BLACKWELL, CDNA3, HOPPER, table_of
 from megahybrid_kernels.tuning import Launch
 
@@ -134,6 +135,11 @@ def plan(lengths: tuple[int, ...], chunk: int, longest: int, device: torch.devic
         tensors = (chunks, torch.stack(segments, 1), bounds)
         moved = (x if x is None else x.to(torch.int32).to(device, non_blocking=True) for x in tensors)
         return Plan(*moved, last)
+
+
+def plan_of(sequences: Sequences, chunk: int, longest: int, device: torch.device, joined: bool) -> Plan:
+    """`plan` of these sequences, for `Sequences.once`: kept as long as they are, as a CUDA graph needs it."""
+    return plan(sequences.lengths, chunk, longest, device, joined)
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,116 @@
+"""Steps whose passes are recorded and replayed, beside steps whose passes are not, to the last bit."""
+
+import pytest
+import torch
+
+from megahybrid.config import load_config
+from megahybrid.data.packing import Batch
+from megahybrid.errors import UserError
+from megahybrid.parallel import groups
+from megahybrid.training.engine import Engine
+from megahybrid.training.graphs import Graphs
+from megahybrid_kernels import Sequences
+
+RECIPE = """
+run: {dir: runs/graphs}
+model:
+  pattern: GLSFNL
+  hidden_size: 64
+  intermediate_size: 96
+  vocab_size: 256
+  gdn: {num_heads: 2, head_dim: 16}
+  attention: {num_heads: 4, num_kv_heads: 2, head_dim: 16, window_size: 24}
+  nsa: {block_size: 16, num_blocks: 3, window_size: 16}
+  lte: {window_size: 15, buffer_size: 8, sink_size: 2, loss: {update_interval: 2, initial: 0.1}}
+train: {seq_length: 64, micro_batch_size: 4, global_batch_size: 8, steps: 99, cuda_graph: true}
+optimizer: {learning_rate: 0.01, warmup_steps: 4}
+data: {sources: {recall: {format: task, task: selective_mqar, weight: 1}}}
+"""
+TOKENS = 4 * 64
+LONG, SHORT, UNEQUAL = (64,) * 4, (16,) * 16, (64, 128, 33, 31)
+SHAPES = [LONG, LONG, LONG, SHORT, LONG, SHORT, SHORT, LONG, UNEQUAL, UNEQUAL, SHORT, UNEQUAL, LONG]
+
+
+def batch(lengths, number, weighted):
+    """One with tokens of its own."""
+    generator = torch.Generator().manual_seed(number)
+    tokens = torch.randint(256, (TOKENS + 1,), generator=generator)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    samples = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)) + 100 * number
+    weights = torch.rand(TOKENS, generator=generator) if weighted else None
+    return Batch(tokens[:-1], tokens[1:], Sequences.of(lengths), samples, positions, weights)
+
+
+def recorded_by_hand(passes):
+    """In place of a CUDA graph: replays are the passes as Python has them."""
+    passes()
+    return passes
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Results of all steps, the weights after them and the engine, with graphs or without."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+
+    def train(graphs, weighted, *keys):
+        config = load_config(recipe, list(keys))
+        groups.initialize(config.parallel, config.train.seed)
+        engine = Engine(config)
+        engine.initialize()
+        engine.graphs = graphs(engine.device)
+        results = []
+        for step, lengths in enumerate(SHAPES, 1):
+            batches = [batch(lengths, 2 * step + number, weighted) for number in range(2)]
+            results.append(engine.step(batches, step))
+        weights = {name: parameter.detach().cpu().clone() for name, parameter in engine.model.named_parameters()}
+        regulated = [regulator.metrics() for regulator in engine.regulators.values()]
+        return results, weights, regulated, engine.graphs
+
+    yield train
+    groups.shut_down()
+
+
+def by_hand(device):
+    return Graphs(device, recorded_by_hand)
+
+
+def assert_equal_steps(trained, graphs, weighted, *keys):
+    results, weights, regulated, _ = trained(lambda _: None, weighted, *keys)
+    groups.shut_down()
+    theirs, their_weights, their_regulated, recorded = trained(graphs, weighted, *keys)
+    assert theirs == results
+    assert len({result.loss for result in results}) == len(SHAPES)
+    assert weights.keys() == their_weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, their_weights[name]), name
+    for mine, other in zip(regulated, their_regulated, strict=True):
+        assert all(torch.equal(mine[key], other[key]) for key in mine)
+    # Each shape that came twice in a row, and no other.
+    assert set(recorded.shapes) == {(LONG,) * 2, (SHORT,) * 2, (UNEQUAL,) * 2}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_replayed_passes_are_the_same_to_the_bit(trained, weighted, zero_stage):
+    assert_equal_steps(trained, by_hand, weighted, f"parallel.zero_stage={zero_stage}", "train.dtype=fp32")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("keys", [(), ("parallel.zero_stage=2",), ("train.dtype=fp32", "train.z_loss=0.001")], ids=str)
+def test_cuda_graphs_are_the_same_to_the_bit(trained, weighted, keys):
+    assert_equal_steps(trained, Graphs, weighted, *keys)
+
+
+def test_old_shapes_are_given_up(trained, monkeypatch):
+    monkeypatch.setattr("megahybrid.training.graphs._MOST", 2)
+    *_, recorded = trained(by_hand, False, "train.dtype=fp32")
+    assert list(recorded.shapes) == [(SHORT,) * 2, (UNEQUAL,) * 2]
+
+
+def test_recomputed_activations_are_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    with pytest.raises(UserError, match="train.cuda_graph"):
+        load_config(tmp_path / "recipe.yaml", ["train.recompute=L"])
