@@ -69,6 +69,7 @@ class Engine:
         model: one module with all their parameters.
         zero: owner of their values, gradients and the optimizer's state.
         regulators: by letter of the kinds in the pattern that have one.
+        graphs: of the passes of steps; None where these are not recorded.
     """
 
     def __init__(self, config: Config):
@@ -82,10 +83,11 @@ class Engine:
         self.stages = stages = build_stages(config, stage_layers(config)[rank::size], "meta")
         self.settings = stages[0].settings
         self.model = stages[0] if len(stages) == 1 else Stages(stages)
-        self.zero = zero.own(config, self.model)
+        self.graphs = Graphs.of(config, self.device)
+        with self._stream():
+            self.zero = zero.own(config, self.model)
         self.regulators = self._make_regulators()
         self.guard = StepGuard(config.train.skip)
-        self.graphs = Graphs.of(config, self.device)
 
     def initialize(self) -> None:
         """Give the weights their initial values from (train.seed, parameter name)."""
@@ -113,8 +115,11 @@ class Engine:
         rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
         for group in self.zero.optimizer.param_groups:
             group["lr"] = rate
-        with self.graphs.stream() if self.graphs else contextlib.nullcontext():
+        with self._stream():
             return self._step(batches, step, stop, saving, rate)
+
+    def _stream(self) -> contextlib.AbstractContextManager[None]:
+        return self.graphs.stream() if self.graphs else contextlib.nullcontext()
 
     def _step(self, batches: Sequence[Batch], step: int, stop: bool, saving: bool, rate: float) -> StepResult:
         report, norm = self._passes_and_update(batches, step, stop, saving, whole=False)

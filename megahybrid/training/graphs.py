@@ -78,7 +78,8 @@ class Graphs:
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
-        """Steps run on a stream of their own, all of them, since autograd runs on that of the first."""
+        """The stream of all steps. Parameters' hooks are made on it, too, since what adds their gradients up stays on
+        the stream that it was made on."""
         if self._stream is None:
             yield
             return
