@@ -112,16 +112,16 @@ class Engine:
         `stop` is this process's wish to stop, `saving` whether it is at work on a checkpoint; the result says
         whether any process is.
         """
-        rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
-        for group in self.zero.optimizer.param_groups:
-            group["lr"] = rate
         with self._stream():
-            return self._step(batches, step, stop, saving, rate)
+            return self._step(batches, step, stop, saving)
 
     def _stream(self) -> contextlib.AbstractContextManager[None]:
         return self.graphs.stream() if self.graphs else contextlib.nullcontext()
 
-    def _step(self, batches: Sequence[Batch], step: int, stop: bool, saving: bool, rate: float) -> StepResult:
+    def _step(self, batches: Sequence[Batch], step: int, stop: bool, saving: bool) -> StepResult:
+        rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
+        for group in self.zero.optimizer.param_groups:
+            group["lr"] = rate
         report, norm = self._passes_and_update(batches, step, stop, saving, whole=False)
         repeated = bool(report.void())
         if repeated:

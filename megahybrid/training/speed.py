@@ -17,8 +17,10 @@ def model_flops_utilization(flops_per_token: float, tokens_per_second: float) ->
     return {} if peak is None else {"mfu": tokens_per_second * flops_per_token / (peak * dist.get_world_size())}
 
 
-def memory() -> dict[str, Any]:
-    """`{"memory_bytes": …}`: the most GPU memory that any process has had allocated; {} without a GPU."""
+def memory(replayed: bool) -> dict[str, Any]:
+    """`{"memory_bytes": …}`: the most GPU memory that any process has had allocated, or reserved where passes are
+    replayed, which allocate nothing; {} without a GPU."""
     if not torch.cuda.is_available():
         return {}
-    return {"memory_bytes": groups.max_over_all(torch.cuda.max_memory_allocated())}
+    most = torch.cuda.max_memory_reserved if replayed else torch.cuda.max_memory_allocated
+    return {"memory_bytes": groups.max_over_all(most())}

@@ -17,8 +17,8 @@ model.lte.loss.update_interval model.lte.loss.initial model.lte.loss.maximum
 model.lte.loss.increase model.lte.loss.decrease model.lte.loss.tolerance
 parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.sequence
 parallel.context parallel.zero_stage parallel.gradient_reduction
-train.micro_batch_size train.steps train.dtype train.recompute train.z_loss train.init_from train.branch_from
-train.resume_from
+train.micro_batch_size train.steps train.dtype train.recompute train.cuda_graph train.z_loss
+train.init_from train.branch_from train.resume_from
 train.skip.spikes train.skip.sigma train.skip.window train.skip.most_in_a_row
 train.watch.start_seconds train.watch.step_seconds train.watch.join_seconds train.watch.restarts
 train.validate_every train.validation_samples train.log_every
