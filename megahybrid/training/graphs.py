@@ -50,7 +50,8 @@ class Replay(Protocol):
 
 
 class Graphs:
-    """Passes of the last shapes of a step's micro-batches, recorded when one has come twice in a row."""
+    """Passes of the last shapes of a step's micro-batches, each recorded when it came twice with no other new one
+    between."""
 
     def __init__(self, device: torch.device, record: Callable[..., Replay] | None = None):
         """record: from passes without arguments to their replay; that of CUDA's graphs."""

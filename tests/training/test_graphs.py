@@ -41,10 +41,20 @@ def batch(lengths, number, weighted):
     return Batch(tokens[:-1], tokens[1:], Sequences.of(lengths), samples, positions, weights)
 
 
-def recorded_by_hand(passes):
-    """In place of a CUDA graph: replays are the passes as Python has them."""
-    passes()
-    return passes
+class ByHand:
+    """In place of CUDA graphs: replays are the passes as Python has them, counted."""
+
+    def __init__(self):
+        self.replays = 0
+        self.graphs = Graphs(torch.device("cpu"), self.record)
+
+    def record(self, passes):
+        def replay():
+            self.replays += 1
+            return passes()
+
+        passes()
+        return replay
 
 
 @pytest.fixture
@@ -72,10 +82,6 @@ def trained(tmp_path):
     groups.shut_down()
 
 
-def by_hand():
-    return Graphs(torch.device("cpu"), recorded_by_hand)
-
-
 def assert_equal_steps(trained, graphs, weighted, *keys):
     results, weights, regulated, _ = trained(None, weighted, *keys)
     groups.shut_down()
@@ -93,7 +99,9 @@ def assert_equal_steps(trained, graphs, weighted, *keys):
 
 @pytest.mark.parametrize(("weighted", "zero_stage"), [(False, 2), (True, 1)])
 def test_replayed_passes_are_the_same_to_the_bit(trained, weighted, zero_stage):
-    assert_equal_steps(trained, by_hand(), weighted, f"parallel.zero_stage={zero_stage}", "train.dtype=fp32")
+    by_hand = ByHand()
+    assert_equal_steps(trained, by_hand.graphs, weighted, f"parallel.zero_stage={zero_stage}", "train.dtype=fp32")
+    assert by_hand.replays == 7
 
 
 @pytest.mark.gpu
@@ -106,7 +114,7 @@ def test_cuda_graphs_are_the_same_to_the_bit(trained, weighted, keys):
 
 def test_old_shapes_are_given_up(trained, monkeypatch):
     monkeypatch.setattr("megahybrid.training.graphs._MOST", 2)
-    *_, recorded = trained(by_hand(), False, "train.dtype=fp32")
+    *_, recorded = trained(ByHand().graphs, False, "train.dtype=fp32")
     assert list(recorded.shapes) == [(SHORT,) * 2, (UNEQUAL,) * 2]
 
 
