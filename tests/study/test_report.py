@@ -315,6 +315,7 @@ def test_what_fit_writes_is_what_report_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(Study, "folder", tmp_path)
     fit(Study(), replicates=100)
     results = read_results(tmp_path)
+    assert len(savings(results, 1e16)) == 3
     for saving in savings(results, 1e16):
         assert saving.low < made_up.multiplier(saving.base, saving.kind, 1e16) < saving.high < 1
     text = report.text(results, FILE, [])
