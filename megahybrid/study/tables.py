@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import variance
 from typing import Any
 
 from megahybrid.readable import short
@@ -16,7 +19,7 @@ _FIGURES = {"a_opt": ".3f", "E": ".3f", "A": ".4g", "B": ".4g", "alpha": ".3f", 
 
 def tables(results: Results) -> Iterator[str]:
     """Headings, tables and what has to be said of them, as far as there is something in them."""
-    for part in (_equal_loss, _frozen, _targets, _fits, _checks, _left_out):
+    for part in (_equal_loss, _frozen, _targets, _seeds, _fits, _checks, _left_out):
         yield from part(results)
 
 
@@ -85,6 +88,30 @@ def _targets(results: Results) -> Iterator[str]:
     if rows:
         yield "## Targets"
         yield _table(["kind", "parameters", "tokens", "FLOPs", "loss", "95 % interval"], rows)
+
+
+def _seeds(results: Results) -> Iterator[str]:
+    """How much runs differ that should not."""
+    losses: dict[tuple[str, str, float], list[float]] = defaultdict(list)
+    for run in results.runs:
+        if run.fitted:
+            losses[run.kind, run.size, run.budget].append(math.log(run.loss))
+    spread: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
+    for (kind, size, _), alike in losses.items():
+        if len(alike) > 1:
+            spread[kind, size].append((variance(alike), len(alike) - 1))
+    sizes = list(dict.fromkeys(size for _, size in spread))
+    rows = []
+    for kind in results.kinds:
+        parts = [spread[kind, size] for size in sizes]
+        sums = [(sum(each * freedom for each, freedom in part), sum(freedom for _, freedom in part)) for part in parts]
+        rows.append(
+            [kind, *(f"{100 * math.sqrt(total / freedom):.2g} %" if freedom else "" for total, freedom in sums)]
+        )
+    if sizes:
+        yield "## Noise"
+        yield "Standard deviation of the losses of runs that differ in their seed alone, over all budgets of a size."
+        yield _table(["kind", *sizes], rows)
 
 
 def _fits(results: Results) -> Iterator[str]:
