@@ -87,10 +87,10 @@ def _made(results: Results, file: Path) -> Iterator[str]:
     versions = sorted({run.code_version for run in results.runs if run.code_version})
     used, planned = hours.by_use(results.runs), hours.planned(results)
     totals = {name: sum(part.values()) for name, part in used.items()}
-    plan = f" of {sum(planned.values()):.3g} planned, one run after another" if planned else ""
+    plan = f" of {sum(planned.values()):.3g} planned (one run after another)" if planned else ""
     split = listed([f"{value:.3g} {name}" for name, value in totals.items()])
     yield f"Code of the runs: {listed(versions) if versions else 'unknown'}. Data: {results.data or 'unknown'}."
-    yield f"GPU hours: {sum(totals.values()):.3g}{plan}, {split}."
+    yield f"GPU hours: {sum(totals.values()):.3g}{plan}: {split}."
 
 
 def _list(sentences: Sequence[str]) -> str:

@@ -110,5 +110,5 @@ def cost_figure(results: Results) -> Figure | None:
     axes.set_xlim(0, 1.03 * axes.dataLim.x1)
     axes.set_xlabel("GPU hours")
     tidy(axes)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
