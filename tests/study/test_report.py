@@ -250,13 +250,13 @@ def test_a_kind_that_may_never_have_the_loss_is_said_to(tmp_path):
 def test_noise_is_how_much_seeds_differ(tmp_path):
     """Pooled over budgets, each about its own mean."""
     rows = made_up.runs(noise=0)
-    rows.append(made_up.row("gdn", "128x4", 3e15, seed=1, noise=0.03))
+    rows.append(made_up.row("gdn", "128x4", 3e15, seed=1, noise=0.1))
     for row, noise in zip(
         (each for each in rows if each["cell"].startswith("gdn-128x4-1e15")), (0, 0.02, 0.04), strict=True
     ):
         row["loss"] *= math.exp(noise)
     text = report.text(made_up.results(tmp_path, rows), FILE, [])
-    squares = 0.02**2 * 2 + math.log(1.03) ** 2 / 2
+    squares = 0.02**2 * 2 + math.log(1.1) ** 2 / 2
     assert (
         f"| kind | 128x4 |\n| --- | --- |\n| transformer | 0 % |\n| gdn | {100 * (squares / 3) ** 0.5:.2g} % |" in text
     )
