@@ -20,14 +20,14 @@ from megahybrid.model.settings import Settings
 from megahybrid.scaling.flops import flops_per_token, layer
 
 # What kinds say of their utilisation and their launches is from docs/performance: whole-step.md for models of 24 layers
-# in bf16 with samples of 4,096 tokens. Launches: both numbers of a step of 69 ms (the quickstart, 6 layers, 1
-# micro-batch) and one of 422 ms (24 layers, 4 micro-batches of a sample), divided among kinds as a prefill is that is
-# bound so (generation.md). Hosts differ by more than a third. Exchanges of context ranks: lalte-0.4b with 65,536 tokens
-# on four, 399 ms a step (context.md), less what its launches take.
+# in bf16 with samples of 4,096 tokens. Launches: 53 µs each, as a step of recipes/recall.yaml takes 16.2 ms for 308
+# (small-runs.md); a layer has as many as tests/training/test_launches.py counts, and a step 62 beside its layers, and
+# 2.4 ms for its data. Hosts differ by more than a third. Exchanges of context ranks: lalte-0.4b with 65,536 tokens on
+# four, 399 ms a step (context.md), less what its launches take.
 _WIDTHS = 1024, 2048
 _LEAST_MFU = 0.05
-_STEP_SECONDS = 0.0455
-_EXCHANGES_SECONDS = 0.0107
+_STEP_SECONDS = 0.0057
+_EXCHANGES_SECONDS = 0.0131
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -20,11 +19,11 @@ _NAMED = 6  # runs that a sentence names; of more it gives the number, and the t
 
 
 class Saving(NamedTuple):
-    """What a kind needs for the baseline's loss, as a multiple of the baseline's own cost."""
+    """What a kind needs for the loss of another, as a multiple of that one's own cost."""
 
-    base: str
+    base: str  # the other
     kind: str
-    flops: float  # of the baseline
+    flops: float  # of the other
     times: float
     low: float
     high: float
@@ -45,8 +44,8 @@ def baseline_range(results: Results) -> tuple[float, float]:
 
 
 def savings(results: Results, flops: float) -> list[Saving]:
-    """Of every kind against the baseline at some FLOPs of it, between fit.json's points in proportion to logarithms;
-    without kinds that may never have that loss."""
+    """Of every kind against each before it, the baseline first, at some FLOPs of that one, between fit.json's points in
+    proportion to logarithms; without kinds that may never have that loss."""
     found = []
     for pair, points in results.fit["multipliers"].items():
         base, kind = pair.split(" vs ")
@@ -68,7 +67,7 @@ def in_hours(results: Results, saving: Saving) -> Saving | None:
 
 def answers(results: Results) -> list[str]:
     """What it says."""
-    parts = _other_runs, _savings, _forecasts, _sizes, _approach2, _runs, _retries, _warnings
+    parts = _other_runs, _savings, _forecasts, _side_by_side, _sizes, _approach2, _runs, _retries, _warnings
     return [sentence for part in parts for sentence in part(results)]
 
 
@@ -87,10 +86,12 @@ def _savings(results: Results) -> Iterator[str]:
             difference = f"{100 * abs(1 - saving.times):.0f} % {'less' if saving.times < 1 else 'more'}"
             said = f"{kind} needs {difference} compute than {base} for the same loss"
         ends = f"95 % interval {saving.low:.3g} to {saving.high:.3g}"
-        place = f"at {power(saving.flops)} FLOPs of {base}, where fitted runs end"
+        place = (
+            f"at {power(saving.flops)} FLOPs of {base}, where fitted runs end, each at the size that its law calls best"
+        )
         yield (
             f"**{said}**: {saving.times:.3g} times the FLOPs ({ends}), {place}."
-            + (f" In GPU hours as measured: {time} times." if time else "")
+            + (f" As these runs used GPUs, {time} times the hours." if time else "")
         )
 
 
@@ -98,8 +99,10 @@ def _forecasts(results: Results) -> Iterator[str]:
     frozen = [run for run in results.runs if run.cell in results.frozen]
     came = [run for run in frozen if run.counts and predicted_before(results, run)]
     if came:
-        right = sum(covered(results, run) for run in came)
-        yield f"**{right} of {len(came)} frozen predictions were right**: the loss came inside the 95 % interval."
+        right, wide = sum(covered(results, run) for run in came), sorted(half_width(results, run) for run in came)
+        half = " to ".join(_once(f"{100 * each:.2g}" for each in (wide[0], wide[-1])))
+        inside = f"the loss came inside the 95 % interval, ± {half} %"
+        yield f"**{right} of {len(came)} frozen predictions were right**: {inside}."
     for run in frozen:
         prediction = results.frozen[run.cell]
         low, high = prediction["interval"]
@@ -134,6 +137,30 @@ def covered(results: Results, run: Run) -> bool:
     """Whether a held-out run came to lie in the interval that was frozen; one that is open to both sides holds none."""
     low, high = results.frozen[run.cell]["interval"]
     return low <= run.loss <= high and (low, high) != (-math.inf, math.inf)
+
+
+def half_width(results: Results, run: Run) -> float:
+    """Of the interval that was frozen of a held-out run, half, relative to what was predicted."""
+    low, high = results.frozen[run.cell]["interval"]
+    return (high - low) / 2 / results.frozen[run.cell]["loss"]
+
+
+def _side_by_side(results: Results) -> Iterator[str]:
+    """Held-out runs of as many FLOPs as the baseline's: what came, beside what laws said."""
+    frozen = [run for run in results.runs if run.cell in results.frozen and run.counts]
+    for first in (run for run in frozen if run.kind == results.kinds[0]):
+        others = [run for run in frozen if run.kind != first.kind and _alike(run, first)]
+        said = []
+        for run in others:
+            came = 100 * (run.loss / first.loss - 1)
+            foretold = 100 * (results.frozen[run.cell]["loss"] / results.frozen[first.cell]["loss"] - 1)
+            said.append(f"{run.kind} at {run.loss:.4f} ({came:+.1f} %, by the predictions {foretold:+.1f} %)")
+        if said:
+            yield f"At {power(first.flops)} FLOPs, one run each, {first.kind} came at {first.loss:.4f}, {listed(said)}."
+
+
+def _alike(one: Run, other: Run) -> bool:
+    return (one.budget, one.seed) == (other.budget, other.seed) and abs(one.flops / other.flops - 1) < 0.01
 
 
 def _sizes(results: Results) -> Iterator[str]:
@@ -202,7 +229,7 @@ def _ties(results: Results) -> Iterator[str]:
     found = savings(results, flops)
     for pair in results.fit["multipliers"]:
         base, kind = pair.split(" vs ")
-        if kind not in [saving.kind for saving in found]:
+        if (base, kind) not in [(saving.base, saving.kind) for saving in found]:
             yield f"What {kind} needs for the loss of {base} at {power(flops)} FLOPs: by its law it may never have it."
     for saving in found:
         if not saving.clear:
@@ -210,12 +237,6 @@ def _ties(results: Results) -> Iterator[str]:
         time = in_hours(results, saving)
         if time is not None and not time.clear:
             yield f"Whether {saving.kind} or {saving.base} needs fewer GPU hours: the interval, {time}, holds 1."
-    for one, other in itertools.combinations(found, 2):
-        if one.low <= other.high and other.low <= one.high:
-            yield (
-                f"Whether {one.kind} or {other.kind} needs less compute: their intervals against {one.base} overlap, "
-                f"{one} and {other}."
-            )
 
 
 def _same_exponents(results: Results) -> Iterator[str]:

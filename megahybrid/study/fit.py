@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -55,7 +56,7 @@ def fit_runs(
     """What fit.json holds; docs/scaling.md says what each part is.
 
     Args:
-        runs: of all kinds; the first one's is what others are compared with.
+        runs: of all kinds; of two the one that comes first is what the other is compared with.
         targets: models whose loss every kind's law predicts.
         replicates: of the bootstrap; 0 for no intervals.
         noise: standard deviation that a run's loss is expected to have, relative.
@@ -76,8 +77,8 @@ def fit_runs(
             "rule": rule(runs),
             "kinds": found,
             "multipliers": {
-                f"{fitted[0].name} vs {other.name}": list(_multipliers(fitted[0], other, compute))
-                for other in fitted[1:]
+                f"{base.name} vs {other.name}": list(_multipliers(base, other, compute))
+                for base, other in itertools.combinations(fitted, 2)
             },
             "shared_exponents": _shared_exponents(fitted),
             "approach2": {kind.name: _approach2(kind) for kind in fitted},

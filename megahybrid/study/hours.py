@@ -39,15 +39,27 @@ def ratio(results: Results, base: str, kind: str, flops: float, multiplier: floa
 
 def _rate(results: Results, kind: str, flops: float) -> float:
     """Measured GPU hours a FLOP at the size that is best for some FLOPs: between measured sizes in proportion to the
-    logarithm of the parameters, beyond them as at the nearest. Branches are left out, whose hours are a part's."""
-    measured: dict[float, list[float]] = defaultdict(list)
-    for run in results.of(kind):
-        if run.role != "branch" and run.gpu_hours > 0:
-            measured[run.parameters].append(run.gpu_hours / run.flops)
-    sizes = sorted(measured)
-    if not sizes:
+    logarithm of the parameters, beyond them as at the nearest."""
+    measured = _measured(results, kind)
+    if not measured:
         return np.nan
     law = results.fit["kinds"][kind]
     point = law["optimum"][0]
     best = np.log(point["parameters"]) + law["a_opt"] * np.log(flops / point["flops"])
-    return float(np.exp(np.interp(best, np.log(sizes), np.log([np.median(measured[size]) for size in sizes]))))
+    return float(np.exp(np.interp(best, np.log(list(measured)), np.log(list(measured.values())))))
+
+
+def speeds(results: Results, kind: str) -> tuple[float, float] | None:
+    """FLOP/s a GPU of a kind's fitted runs, at the slowest size and at the fastest; None where nothing was measured."""
+    rates = [1 / (3600 * each) for each in _measured(results, kind).values()]
+    return (min(rates), max(rates)) if rates else None
+
+
+def _measured(results: Results, kind: str) -> dict[float, float]:
+    """Hours a FLOP by parameters, the fewest first, the median of fitted runs. Held-out ones, which train later, on
+    other GPUs maybe and beside fewer, are left out, and branches, whose hours are a part's."""
+    found: dict[float, list[float]] = defaultdict(list)
+    for run in results.of(kind):
+        if run.fitted and run.role != "branch" and run.gpu_hours > 0:
+            found[run.parameters].append(run.gpu_hours / run.flops)
+    return {size: float(np.median(found[size])) for size in sorted(found)}

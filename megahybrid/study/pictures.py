@@ -36,6 +36,7 @@ from megahybrid.study.run_pictures import branches_figure, cost_figure, learning
 from megahybrid.study.table import Run
 from megahybrid.training.drawing import GRID, short_number, tidy
 
+_APART = 1.13  # intervals of kinds that have the same FLOPs
 _WIDEST = 5  # of bands, what is drawn: so many times the largest and the smallest line
 
 
@@ -84,9 +85,10 @@ def _isoflop(axes: Axes, runs: Sequence[Run], law: Law, color: Any) -> None:
         face = "none" if run.held_out else color
         axes.plot(run.parameters, run.loss, "o", color=color, markerfacecolor=face, markersize=4.5)
     sizes, first = np.unique([run.parameters for run in runs], return_index=True)
-    line = np.geomspace(sizes[0], sizes[-1], 60)
+    line = np.geomspace(sizes[0], sizes[-1], 60 if len(sizes) > 1 else 1)
     tokens = np.exp(np.interp(np.log(line), np.log(sizes), np.log([runs[each].tokens for each in first])))
-    axes.plot(line, law.loss(line, tokens), color=color, linestyle="--", linewidth=1)
+    alone = {"linestyle": "--"} if len(sizes) > 1 else {"marker": "_", "markersize": 14}
+    axes.plot(line, law.loss(line, tokens), color=color, linewidth=1, **alone)
     fitted = [run for run in runs if run.fitted]
     curve = parabola(fitted) if fitted else None
     if curve is not None:
@@ -98,7 +100,7 @@ def _isoflop(axes: Axes, runs: Sequence[Run], law: Law, color: Any) -> None:
 
 def compute_figure(results: Results) -> Figure:
     """Loss over compute: the runs, and each kind's envelope, the lowest loss that its law gives at some FLOPs, with its
-    band; held-out runs are stars, with the interval that was frozen."""
+    band; held-out runs are stars, with the interval that was frozen, those of the kinds side by side."""
     figure = Figure(figsize=(8, 5.2), layout="constrained")
     axes = figure.subplots()
     for kind, style in styles(results).items():
@@ -106,12 +108,13 @@ def compute_figure(results: Results) -> Figure:
         inside = [run for run in runs if run.fitted]
         dots(axes, [run.flops for run in inside], [run.loss for run in inside], style)
         _along(axes, results, kind, "loss", style)
+        apart = _APART ** (results.kinds.index(kind) - (len(results.kinds) - 1) / 2)
         for run in runs:
             if run.held_out:
-                star(axes, run.flops, run.loss, style)
+                star(axes, run.flops * apart, run.loss, style)
             if run.cell in results.frozen:
                 ends = results.frozen[run.cell]["interval"]
-                axes.plot([run.flops] * 2, ends, color=style["color"], linewidth=2, solid_capstyle="butt")
+                axes.plot([run.flops * apart] * 2, ends, color=style["color"], linewidth=2, solid_capstyle="butt")
     log_axis(axes, "x", "FLOPs", power)
     axes.set_ylabel(LOSS)
     kinds_legend(figure, results, STAR, BEYOND, line=True)
@@ -159,14 +162,14 @@ def optimum_figure(results: Results) -> Figure:
 def multiplier_figure(results: Results) -> Figure | None:
     """What each kind needs for the baseline's loss, as a multiple of what the baseline needs: of FLOPs, and of GPU
     hours where they were measured; grey where no run was fitted."""
+    base = results.kinds[0]
     pairs = {
         tuple(pair.split(" vs ")): near
         for pair, points in results.fit["multipliers"].items()
-        if (near := [each for each in points if each["flops"] <= results.horizon])
+        if pair.startswith(f"{base} vs ") and (near := [each for each in points if each["flops"] <= results.horizon])
     }
     if not pairs:
         return None
-    base = results.kinds[0]
     names = ["of FLOPs"]
     if np.isfinite(hours.ratio(results, base, base, results.end, 1)):
         names.append("of GPU hours")
@@ -234,7 +237,7 @@ def _intervals(axes: Axes, results: Results, held: Sequence[Run]) -> None:
                 f"{error:+.2f} %", (error, place), (0, 11), textcoords="offset points", ha="center", fontsize=9
             )
     axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set_yticks(range(len(held)), [f"{run.kind}\n{run.size}, {power(run.flops)}" for run in held], fontsize=9)
+    axes.set_yticks(range(len(held)), [f"{run.kind}\n{run.size}, {power(run.flops)} FLOPs" for run in held], fontsize=9)
     axes.set_ylim(len(held) - 0.4, -0.6)
     axes.margins(x=0.12)
     axes.set_xlabel("actual against the frozen prediction, and its interval (%)")

@@ -17,11 +17,11 @@ CAPTIONS = {
     "isoflop": "Loss over parameters at each budget. Solid: a parabola through runs of equal FLOPs; dashed: the law.",
     "compute": "Loss over compute, and the lowest loss that each law gives at some FLOPs, with its 95 % interval.",
     "optimum": "The best number of parameters and of tokens.",
-    "multiplier": "What each kind needs for the loss of the baseline. Grey: beyond the fitted runs.",
+    "multiplier": "What each kind needs for the loss of the first. Grey: beyond the fitted runs.",
     "prediction": "Predicted and actual losses, and each frozen prediction with its 95 % interval.",
     "residuals": "What the law leaves over. Look for a bend or a slope: noise has neither.",
     "learning_rate": "Loss over the learning rate.",
-    "branches": "Trunks (squares), their branches (dots), and the law.",
+    "branches": "Trunks (squares), their branches (dots), and the law (dashed), a colour a size.",
     "cost": "GPU hours, planned and used.",
 }
 
@@ -87,10 +87,10 @@ def _made(results: Results, file: Path) -> Iterator[str]:
     versions = sorted({run.code_version for run in results.runs if run.code_version})
     used, planned = hours.by_use(results.runs), hours.planned(results)
     totals = {name: sum(part.values()) for name, part in used.items()}
-    plan = f" of {sum(planned.values()):.3g} planned" if planned else ""
+    plan = f" of {sum(planned.values()):.3g} planned (one run after another)" if planned else ""
     split = listed([f"{value:.3g} {name}" for name, value in totals.items()])
     yield f"Code of the runs: {listed(versions) if versions else 'unknown'}. Data: {results.data or 'unknown'}."
-    yield f"GPU hours: {sum(totals.values()):.3g}{plan}, {split}."
+    yield f"GPU hours: {sum(totals.values()):.3g}{plan}: {split}."
 
 
 def _list(sentences: Sequence[str]) -> str:

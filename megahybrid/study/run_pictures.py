@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +10,11 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from megahybrid.study import hours
 from megahybrid.study.curves import tunings
-from megahybrid.study.drawing import budget_label, finish, panels, power
+from megahybrid.study.drawing import budget_label, finish, legend, panels, power
 from megahybrid.study.law.approach2 import Parabola
 from megahybrid.study.law.law import Law
 from megahybrid.study.results import Results
@@ -51,22 +53,25 @@ def _tuning(axes: Axes, group: Sequence[Run], color: Any) -> None:
 
 
 def branches_figure(results: Results) -> Figure | None:
-    """Final loss over tokens of trunks (squares) and their branches, a panel a kind and a curve a trunk, with the law's
-    line; None where nothing branches."""
+    """Final loss over tokens of trunks (squares) and their branches, a panel a kind and a colour a size, with the law's
+    lines; None where nothing branches."""
     branched = {run.trunk for run in results.runs if run.role == "branch"}
     kinds = [kind for kind in results.kinds if any(run.trunk in branched for run in results.of(kind))]
     if not kinds:
         return None
+    families: dict[tuple[str, str], list[Run]] = {}
+    for run in itertools.chain.from_iterable(map(results.of, kinds)):
+        if run.trunk in branched:
+            families.setdefault((run.kind, run.size), []).append(run)
+    sizes = list(dict.fromkeys(size for _, size in families))
+    colors = dict(zip(sizes, colormaps["viridis"](np.linspace(0, 0.85, len(sizes))), strict=True))
     figure, grid = panels(kinds)
     for axes, kind in zip(grid, kinds, strict=True):
-        trunks: dict[str, list[Run]] = {}
-        for run in results.of(kind):
-            if run.trunk in branched:
-                trunks.setdefault(run.trunk, []).append(run)
-        for runs, color in zip(trunks.values(), colormaps["viridis"](np.linspace(0, 0.85, len(trunks))), strict=True):
-            _branches(axes, runs, results.law(kind), color)
-        axes.legend(frameon=False, fontsize=8)
+        for size, color in colors.items():
+            if runs := families.get((kind, size)):
+                _branches(axes, runs, results.law(kind), color)
     finish(grid, "tokens", short_number)
+    legend(figure, [Line2D([], [], color=color, marker="o", label=size) for size, color in colors.items()])
     return figure
 
 
@@ -76,9 +81,8 @@ def _branches(axes: Axes, runs: Sequence[Run], law: Law, color: Any) -> None:
     axes.plot(line, law.loss(runs[0].parameters, line), color=color, linestyle="--", linewidth=1)
     for role, marker, size in (("branch", "o", 4.5), ("trunk", "s", 7)):
         chosen = [run for run in runs if run.role == role]
-        label = f"{runs[0].size}, seed {runs[0].seed}" if role == "branch" else None
         x, y = [run.tokens for run in chosen], [run.loss for run in chosen]
-        axes.plot(x, y, marker, color=color, markersize=size, label=label)
+        axes.plot(x, y, marker, color=color, markersize=size, alpha=0.7)
 
 
 def cost_figure(results: Results) -> Figure | None:
@@ -95,7 +99,7 @@ def cost_figure(results: Results) -> Figure | None:
     left, places = np.zeros(len(rows)), np.arange(len(rows))
     if planned:
         width = [planned.get(row, 0.0) for row in rows]
-        label = f"planned: {sum(width):.3g} h"
+        label = f"planned, one after another: {sum(width):.3g} h"
         axes.barh(places - 0.19, width, 0.3, color="white", edgecolor="black", linewidth=0.9, label=label)
     for (name, used), color in zip(by_use.items(), (INK, ACCENT, "#9a9a9a"), strict=True):
         width = np.array([used.get(row, 0.0) for row in rows])
@@ -106,5 +110,5 @@ def cost_figure(results: Results) -> Figure | None:
     axes.set_xlim(0, 1.03 * axes.dataLim.x1)
     axes.set_xlabel("GPU hours")
     tidy(axes)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure

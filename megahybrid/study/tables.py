@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import variance
 from typing import Any
 
 from megahybrid.readable import short
-from megahybrid.study.answers import baseline_range, covered, error, in_hours, savings, why
+from megahybrid.study import hours
+from megahybrid.study.answers import baseline_range, covered, error, half_width, in_hours, listed, savings, why
 from megahybrid.study.drawing import power
 from megahybrid.study.results import Results
 
@@ -15,7 +19,7 @@ _FIGURES = {"a_opt": ".3f", "E": ".3f", "A": ".4g", "B": ".4g", "alpha": ".3f", 
 
 def tables(results: Results) -> Iterator[str]:
     """Headings, tables and what has to be said of them, as far as there is something in them."""
-    for part in (_equal_loss, _frozen, _targets, _fits, _checks, _left_out):
+    for part in (_equal_loss, _frozen, _targets, _seeds, _fits, _checks, _left_out):
         yield from part(results)
 
 
@@ -24,13 +28,21 @@ def _equal_loss(results: Results) -> Iterator[str]:
     for flops in (low, high, max(run.flops for run in results.runs)):
         for saving in savings(results, flops):
             where = power(flops) + ("" if flops <= high else ", beyond the fitted runs")
-            rows.append([saving.kind, where, str(saving), str(in_hours(results, saving) or "not measured")])
+            time = str(in_hours(results, saving) or "not measured")
+            rows.append([saving.kind, saving.base, where, str(saving), time])
     if not rows:
         return
-    base = results.kinds[0]
     yield "## Cost of the same loss"
-    yield f"Times what {base} needs, with 95 % intervals; GPU hours as measured, whose ratio counts as exact."
-    yield _table(["kind", f"FLOPs of {base}", "times the FLOPs", "times the GPU hours"], rows)
+    yield "What a kind needs for the loss of another, as a multiple of what that one needs, with 95 % intervals."
+    yield _table(["kind", "for the loss of", "at its FLOPs", "times the FLOPs", "times the GPU hours"], rows)
+    said = {kind: speed for kind in results.kinds if (speed := hours.speeds(results, kind))}
+    if said:
+        rates = listed([f"{low / 1e12:.3g} to {high / 1e12:.3g} ({kind})" for kind, (low, high) in said.items()])
+        yield (
+            f"GPU hours are as the fitted runs took them, several at once each its part, at {rates} TFLOP/s a GPU: far "
+            "below what a GPU can do they are the host's. Their ratio counts as exact, beyond the fitted sizes as that "
+            "of the largest."
+        )
 
 
 def _frozen(results: Results) -> Iterator[str]:
@@ -40,7 +52,7 @@ def _frozen(results: Results) -> Iterator[str]:
             continue
         frozen = results.frozen[run.cell]
         low, high = frozen["interval"]
-        wide = f"{50 * (high - low) / frozen['loss']:.2g} %"
+        wide = f"{100 * half_width(results, run):.2g} %"
         row = [run.cell, power(run.flops), frozen["frozen"], run.began]
         row += [f"{frozen['loss']:.4f}", _interval((low, high), ".4f"), wide]
         if run.counts:
@@ -76,6 +88,30 @@ def _targets(results: Results) -> Iterator[str]:
     if rows:
         yield "## Targets"
         yield _table(["kind", "parameters", "tokens", "FLOPs", "loss", "95 % interval"], rows)
+
+
+def _seeds(results: Results) -> Iterator[str]:
+    """How much runs differ that should not."""
+    losses: dict[tuple[str, str, float], list[float]] = defaultdict(list)
+    for run in results.runs:
+        if run.fitted:
+            losses[run.kind, run.size, run.budget].append(math.log(run.loss))
+    spread: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
+    for (kind, size, _), alike in losses.items():
+        if len(alike) > 1:
+            spread[kind, size].append((variance(alike), len(alike) - 1))
+    sizes = list(dict.fromkeys(size for _, size in spread))
+    rows = []
+    for kind in results.kinds:
+        parts = [spread[kind, size] for size in sizes]
+        sums = [(sum(each * freedom for each, freedom in part), sum(freedom for _, freedom in part)) for part in parts]
+        rows.append(
+            [kind, *(f"{100 * math.sqrt(total / freedom):.2g} %" if freedom else "" for total, freedom in sums)]
+        )
+    if sizes:
+        yield "## Noise"
+        yield "Standard deviation of the losses of runs that differ in their seed alone, over all budgets of a size."
+        yield _table(["kind", *sizes], rows)
 
 
 def _fits(results: Results) -> Iterator[str]:

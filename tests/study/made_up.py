@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -121,12 +122,11 @@ def fit(rows):
         "rule": "Some runs are fitted.",
         "kinds": {kind: fit_of(kind, [each for each in rows if each["kind"] == kind], compute) for kind in LAWS},
         "multipliers": {
-            f"transformer vs {kind}": [
-                {"flops": c, "multiplier": (m := multiplier("transformer", kind, c)), "interval": [m * 0.93, m * 1.06]}
+            f"{base} vs {kind}": [
+                {"flops": c, "multiplier": (m := multiplier(base, kind, c)), "interval": [m * 0.93, m * 1.06]}
                 for c in compute
             ]
-            for kind in LAWS
-            if kind != "transformer"
+            for base, kind in itertools.combinations(LAWS, 2)
         },
         "shared_exponents": {"alpha": 0.28, "beta": 0.33, "objective": 4e-4, "objective_of_own_exponents": 3.6e-4},
         "approach2": {kind: {"a_opt": 0.55, "bias": {"flops": 1e17, "tokens": -0.029}} for kind in LAWS}

@@ -33,7 +33,10 @@ def test_parabolas_and_the_law_run_through_noiseless_runs(tmp_path):
             assert star.get_xdata()[0] == pytest.approx(parameters, rel=0.06)
             assert star.get_ydata()[0] == pytest.approx(loss, rel=0.003)
         dashed = [(x, y) for _, style, x, y in lines(axes) if style == "--" and x[0] < x[-1]]
-        assert len(dashed) == len(made_up.BUDGETS)  # held-out runs have one size
+        assert len(dashed) == len(made_up.BUDGETS)
+        (held,) = [run for run in results.of(kind) if run.held_out]  # of one size: the law is a dash
+        dashes = [(each.get_xdata()[0], each.get_ydata()[0]) for each in axes.lines if each.get_marker() == "_"]
+        assert np.allclose(dashes, [(held.parameters, made_up.loss(kind, held.parameters, held.tokens))], rtol=1e-9)
         x, y = dashed[0]
         assert y == pytest.approx(made_up.loss(kind, x, 1e15 / (6 * made_up.COUNTS[kind] * x)), rel=1e-9)
         hollow = [each for each in axes.lines if str(each.get_markerfacecolor()) == "none"]
@@ -145,10 +148,16 @@ def test_hours_multiply_by_what_a_flop_takes_where_each_kind_is_best(tmp_path):
     ]  # their hours are a part's
     more = made_up.results(tmp_path, [*made_up.runs(noise=0), *branches])
     assert in_hours(more, saving).times == in_hours(results, saving).times
+    rows = made_up.runs(noise=0)
+    for each in rows:
+        if each["held_out"]:  # may train on other GPUs
+            each |= {"parameters": 2e7, "gpu_hours": each["gpu_hours"] / 9}
+    slowest, fastest = (1 / (3600 * made_up.HOURS["gdn"] * (1 + 1e6 / (1.04 * each))) for each in (1e6, 1e7))
+    assert hours.speeds(made_up.results(tmp_path, rows), "gdn") == pytest.approx((slowest, fastest))
     unmeasured = [row | {"gpu_hours": ""} for row in made_up.runs()]
     results = made_up.results(tmp_path, unmeasured)
     assert in_hours(results, savings(results, 1e16)[0]) is None
-    assert not any("GPU hours as measured" in each for each in answers(results))
+    assert not any("hours" in each for each in answers(results))
 
 
 def test_learning_rates_have_their_lowest_point(results):
@@ -159,9 +168,12 @@ def test_learning_rates_have_their_lowest_point(results):
 
 
 def test_branches_lie_with_their_trunk_on_the_law(tmp_path):
+    """A colour a size, said once for all panels, however many seeds."""
     results = made_up.results(tmp_path, made_up.branched() + made_up.branched("lalte")[-1:] + made_up.runs(noise=0))
-    (axes,) = run_pictures.branches_figure(results).axes
-    assert axes.get_title() == "gdn"
+    figure = run_pictures.branches_figure(results)
+    (axes,) = figure.axes
+    assert axes.get_title() == "gdn" and axes.get_legend() is None
+    assert [each.get_text() for each in figure.legends[0].texts] == ["256x8"]
     law, branches, trunk = axes.lines
     family = made_up.branched()
     for drawn, rows in ((branches, family[:2]), (trunk, family[2:])):

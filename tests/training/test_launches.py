@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from megahybrid.config import load_config
 from megahybrid.data.packing import Batch
+from megahybrid.mixers import KINDS
 from megahybrid.parallel import groups
 from megahybrid.training import reduction
 from megahybrid.training.engine import Engine
@@ -51,9 +52,9 @@ def launches_of(monkeypatch):
     for owner, name in ((Engine, "_divisor"), (StepReport, "tell")):
         on_the_host(monkeypatch, owner, name)
 
-    def count(recipe, length, weighted):
+    def count(recipe, length, weighted, *keys):
         samples = (f"train.{name}_batch_size={TOKENS // length}" for name in ("micro", "global"))
-        config = load_config(recipe, ["train.skip.most_in_a_row=9", f"train.seq_length={length}", *samples])
+        config = load_config(recipe, ["train.skip.most_in_a_row=9", f"train.seq_length={length}", *samples, *keys])
         groups.initialize(config.parallel, config.train.seed)
         engine, launches = Engine(config), Launches()
         engine.initialize()
@@ -73,6 +74,7 @@ def launches_of(monkeypatch):
             engine.step(batches, 3)
         for mark in _MARKS:
             del launches.found[mark]
+        groups.shut_down()
         return launches.found
 
     yield count
@@ -86,3 +88,14 @@ def launches_of(monkeypatch):
 def test_launches_of_a_step(recipe, length, weighted, expected, launches_of):
     found = launches_of(recipe, length, weighted)
     assert found.total() == expected, found
+
+
+@pytest.mark.parametrize(("letter", "expected"), [("F", 37), ("S", 37), ("G", 57), ("L", 69), ("N", 62)])
+def test_launches_of_a_layer(letter, expected, launches_of):
+    """What `plan` takes a layer's share of the host's time from, at 53 µs each."""
+    two, four = (
+        launches_of("recipes/base/study-tiny.yaml", 256, False, f"model.pattern=({letter})*{count}").total()
+        for count in (2, 4)
+    )
+    assert (four - two) / 2 == expected
+    assert KINDS[letter].host_seconds == pytest.approx(53e-6 * expected, rel=0.02)
