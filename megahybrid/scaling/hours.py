@@ -27,6 +27,7 @@ from megahybrid.scaling.flops import flops_per_token, layer
 _WIDTHS = 1024, 2048
 _LEAST_MFU = 0.05
 _STEP_SECONDS = 0.0057
+_REPLAYED_SECONDS = 0.0025  # of the 5.6 ms of a recall step whose passes are a CUDA graph (small-runs.md), kernels take 3.1
 _EXCHANGES_SECONDS = 0.0131
 
 
@@ -77,6 +78,8 @@ def tabled(config: Config, gpu: str = "H100", lengths: Mapping[int, float] | Non
     by_flops, train = _by_flops(config, gpu, lengths), config.train
     letters = parse_pattern(config.model.pattern).letters
     launches = launch_seconds(letters, train.global_batch_size / train.micro_batch_size)
+    if train.cuda_graph:
+        launches = _REPLAYED_SECONDS
     if launches < by_flops.step_seconds:
         return by_flops
     return Estimate(gpu, launches, by_flops.steps, "the host's launches, roughly by a table; --probe measures")
