@@ -1,6 +1,6 @@
 """Which layout a recipe should have on so many GPUs, by what layouts take of time and memory.
 
-Time is computed from kernels and links as they were measured on one and two H100s (docs/performance), and from a
+Time is computed from kernels and links as they were measured on one and two GPUs (docs/performance), and from a
 network that was not. What is named here is all that is assumed; that ranks wait for each other is not in it.
 """
 
@@ -34,8 +34,12 @@ class Cluster:
         memory: bytes that training may allocate of a GPU's 80 GB, so that some are left for NCCL and fragments.
         link: bytes a second that a GPU gives and gets in a collective over its host.
         beside_matmuls: the same of those that tensor parallel ranks make beside matmuls.
-        exposed: part of these during which nothing is multiplied; assumed also of what ZeRO-3 gathers in passes.
+        exposed: part of these during which nothing is multiplied; also of what ZeRO-3 gathers in passes, of which 0.47
+            was measured, and 0.67 with what kernels beside it lose.
         smaller: what kernels take longer each time that tensor parallel ranks halve them.
+        hindering: bytes of gradients that a GPU gives and gets for a second that kernels lose by reductions beside
+            them: 11.5 ms for 2.7 GB, by the steps of ZeRO-1 and 2. By bytes also over a network, which is a guess.
+        interleaved: what kernels take longer beside an interleaved pipeline's transfers, by its steps.
         network: bytes a second that a GPU gives and gets between hosts: 80 % of 400 Gbit/s, not measured.
     """
 
@@ -44,7 +48,9 @@ class Cluster:
     link: float = 300e9
     beside_matmuls: float = 175e9
     exposed: float = 0.54
-    smaller: float = 1.06
+    smaller: float = 1.03
+    hindering: float = 235e9
+    interleaved: float = 1.027
     network: float = 40e9
 
 
@@ -59,12 +65,13 @@ class Seconds:
 
     Attributes:
         kernels: on as many GPUs as there are, if nothing were lost.
-        smaller: kernels that are smaller, stages that are not equal, or launches that take longer than kernels.
+        smaller: kernels that are smaller or slower, stages that are not equal, or launches that last longer.
         tensor: exposed gathers and sums of activations.
         context: what context parallel ranks exchange in mixers, beside which nothing else is done.
         bubble: the pipeline's.
         transfers: exposed ones between stages.
-        gradients: reductions that last longer than the backward pass beside them, and the last bucket's.
+        gradients: reductions that last longer than the backward pass beside them, the last bucket's, and what kernels
+            lose by the others.
         weights: gathered after the update, and with ZeRO-3 in the passes.
     """
 
@@ -169,7 +176,10 @@ def seconds(config: Config, replicas: int) -> Seconds:
     largest = max(sum(costs[layer] for layer in own) for own in layers) * parallel.pipeline / sum(costs)
     letters = Settings.of(config).pattern.letters
     launches = max(launch_seconds("".join(letters[layer] for layer in own), count, parallel.context) for own in layers)
-    computing = max(kernels * largest * CLUSTER.smaller ** math.log2(parallel.tensor), launches)
+    slower = CLUSTER.smaller ** math.log2(parallel.tensor)
+    if parallel.virtual_pipeline > 1:
+        slower *= CLUSTER.interleaved
+    computing = max(kernels * largest * slower, launches)
     tensor = CLUSTER.exposed * max(map(len, layers)) * count * exchanged(config) / CLUSTER.beside_matmuls
     crossing_rank = max(crossing(config, "".join(letters[layer] for layer in own)) for own in layers)
     context = count * crossing_rank / _rate(parallel.tensor * parallel.context, parallel.tensor)
@@ -194,7 +204,8 @@ def _replicas_seconds(config: Config, replicas: int, a_micro_batch: float) -> tu
     split = sum(split_matrices(config, holders).values())
     reducing, gathering = parameters * sent * part / rate, (parameters - split) * width * part / rate
     hidden, last = _BACKWARD * a_micro_batch, min(BUCKET, parameters) * sent * part / rate
-    gradients = (count if parallel.zero_stage > 1 else 1) * max(reducing - hidden, last)
+    hindered = parameters * sent * part / CLUSTER.hindering
+    gradients = (count if parallel.zero_stage > 1 else 1) * (max(reducing - hidden, last) + hindered)
     passes = 2 * split * width * part / rate  # forward and backward
     return gradients, gathering + count * max(CLUSTER.exposed * passes, passes - a_micro_batch)
 

@@ -107,13 +107,14 @@ class Bucket:
 
     def put(self, number: int, gradient: Tensor, dtype: torch.dtype) -> None:
         """Add a parameter's gradient, in `dtype` where it has its place for a while. Small ones wait until there are
-        several, since most are a launch's worth of nothing."""
+        several, since most are a launch's worth of nothing; of what is a part of something larger, which the backward
+        pass may yet change, none does."""
         self._open(dtype)
         if number in self._waiting:
             self._take_in()
-        self._waiting[number] = gradient.reshape(-1)
+        self._waiting[number] = gradient = gradient.reshape(-1)
         self._room -= gradient.numel()
-        if self._room < 0:
+        if self._room < 0 or gradient.untyped_storage().nbytes() != gradient.nbytes:
             self._take_in()
 
     def _take_in(self) -> None:

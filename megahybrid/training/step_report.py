@@ -82,10 +82,16 @@ class StepReport:
         self._look_at_told(torch.tensor([stop, saving, *lengths], dtype=torch.float64))
 
     def add(self, layer: int, aux: Aux) -> None:
-        """A layer's by-products on this rank, for one micro-batch. Raises UserError for one without a regulator."""
+        """A layer's by-products on this rank, for one micro-batch. Raises UserError for one without a regulator, or
+        without a count that this declares and that is not void."""
         letter, row = self._places[layer]
         if letter not in self._regulators:
             raise UserError(f"The mixer '{letter}' gives an auxiliary loss, but no regulator reports it; give it one.")
+        for name, count in self._regulators[letter].counts.items():
+            if not count.void and name not in aux.counts:
+                raise UserError(
+                    f"The mixer '{letter}' counts no '{name}', which its regulator declares; give it in every Aux."
+                )
         self.aux_loss[letter] += aux.loss.detach()
         rank, size = groups.head_parallel()
         for name, counted in aux.counts.items():

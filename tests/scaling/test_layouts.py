@@ -32,21 +32,39 @@ def config_of(recipe, samples, micro, more=(), **parallel):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "samples", "micro", "replicas", "share", "parallel"),
+    ("micro", "replicas", "share", "parallel"),
     [
-        ("lalte-1.4b", 64, 4, 2, 0.99, {}),
-        ("lalte-1.4b", 64, 8, 1, 0.83, {"tensor": 2, "sequence": "true"}),
-        ("lalte-1.4b", 64, 4, 1, 0.88, {"pipeline": 2}),
-        ("lalte-1.4b", 32, 4, 1, 0.82, {"pipeline": 2}),
-        ("lalte-0.4b", 128, 8, 2, 0.98, {}),
-        ("lalte-0.4b", 128, 8, 1, 0.88, {"pipeline": 2}),
-        ("lalte-0.4b", 128, 16, 1, 0.77, {"tensor": 2, "sequence": "true"}),
+        (4, 2, 1.001, {}),
+        (4, 2, 0.964, {"zero_stage": 2}),
+        (4, 2, 0.953, {"zero_stage": 3}),
+        (8, 1, 0.856, {"tensor": 2, "sequence": "true"}),
+        (4, 1, 0.932, {"pipeline": 2}),
+        (4, 1, 0.923, {"pipeline": 2, "virtual_pipeline": 2}),
     ],
 )
-def test_two_gpus_have_the_measured_share(recipe, samples, micro, replicas, share, parallel):
-    found = seconds(config_of(recipe, samples, micro, **parallel), replicas)
-    assert share - 0.005 < found.share < share + 0.05  # ranks also wait for each other
+def test_two_gpus_have_the_measured_share(micro, replicas, share, parallel):
+    found = seconds(config_of("lalte-1.4b", 128, micro, **parallel), replicas)
+    assert found.share == pytest.approx(share, abs=0.008)
     assert found.step == pytest.approx(sum(getattr(found, each.name) for each in fields(Seconds)))
+
+
+@pytest.mark.parametrize(
+    ("samples", "micro", "replicas", "share", "parallel"),
+    [
+        (128, 8, 2, 0.98, {}),
+        (128, 8, 1, 0.88, {"pipeline": 2}),
+        (128, 16, 1, 0.77, {"tensor": 2, "sequence": "true"}),
+    ],
+)
+def test_of_a_smaller_model_two_gpus_lose_more(samples, micro, replicas, share, parallel):
+    found = seconds(config_of("lalte-0.4b", samples, micro, **parallel), replicas)
+    assert share - 0.005 < found.share < share + 0.05
+
+
+def test_a_large_model_loses_by_micro_batch_what_was_measured():
+    """Two H200s with 8 micro-batches of 2 samples of lalte-8b took 0.322 s more than with 4 of 4."""
+    small, large = (seconds(config_of("lalte-8b", 32, micro, zero_stage=3), 2) for micro in (2, 4))
+    assert small.step - large.step == pytest.approx(0.322, rel=0.25)
 
 
 def test_replicas_expose_what_lasts_longer_than_the_backward_pass():
@@ -55,7 +73,8 @@ def test_replicas_expose_what_lasts_longer_than_the_backward_pass():
     found, parameters = seconds(config, 64), 1.343e9
     link = min(8 * 40e9, 300e9)
     assert found.weights == pytest.approx(2 * parameters * 63 / 64 / link, rel=0.01)
-    assert found.gradients == pytest.approx(4 * 4e7 * 63 / 64 / link, rel=0.01)  # the last bucket
+    hindered = 4 * parameters * 63 / 64 / CLUSTER.hindering
+    assert found.gradients == pytest.approx(4 * 4e7 * 63 / 64 / link + hindered, rel=0.01)  # the last bucket
     split = sum(split_matrices(config_of("lalte-1.4b", 256, 4, zero_stage=3), 64).values())
     by_three = seconds(config_of("lalte-1.4b", 256, 4, zero_stage=3), 64)
     passes = 0.54 * 2 * 2 * split * 63 / 64 / link  # forward and backward
@@ -64,9 +83,9 @@ def test_replicas_expose_what_lasts_longer_than_the_backward_pass():
         config_of("lalte-1.4b", 512, 8, tensor=8, sequence="true"), 64
     )  # a GPU a host for each of 8 groups
     assert by_one.weights == pytest.approx(2 * parameters / 8 * 63 / 64 / 40e9, rel=0.02)
-    hidden = by_one.kernels * 1.06**3 * 2 / 3
-    reduced = 4 * parameters / 8 * 63 / 64 / 40e9
-    assert by_one.gradients == pytest.approx(max(reduced - hidden, 4 * 4e7 * 63 / 64 / 40e9), rel=0.1)
+    hidden = by_one.kernels * CLUSTER.smaller**3 * 2 / 3
+    reduced, last = 4 * parameters / 8 * 63 / 64 / 40e9, 4 * 4e7 * 63 / 64 / 40e9
+    assert by_one.gradients == pytest.approx(max(reduced - hidden, last) + hindered / 8, rel=0.05)
 
 
 def test_context_parallel_ranks_exchange_and_hand_on_their_own_tokens():

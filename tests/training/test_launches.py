@@ -83,7 +83,7 @@ def launches_of(monkeypatch):
 
 @pytest.mark.parametrize(
     ("recipe", "length", "weighted", "expected"),
-    [("recipes/recall.yaml", 512, True, 308), ("recipes/base/study-tiny.yaml", 256, False, 321)],
+    [("recipes/recall.yaml", 512, True, 324), ("recipes/base/study-tiny.yaml", 256, False, 329)],
 )
 def test_launches_of_a_step(recipe, length, weighted, expected, launches_of):
     found = launches_of(recipe, length, weighted)

@@ -84,6 +84,17 @@ def test_small_gradients_wait_for_each_other(room, layers, monkeypatch):
     assert sum(launches) == 12 and max(launches) <= room + 1 and (room < 2 or max(launches) > 1)
 
 
+def test_a_part_of_what_the_backward_pass_may_yet_change_does_not_wait(layers):
+    bucket = Bucket([layer.weight for layer in layers], torch.zeros(3 * 36))
+    bucket.begin(1)
+    whole, own = torch.randn(2, 6, 6), torch.randn(6, 6)
+    expected = torch.cat([own[None], whole]).flatten()
+    for number, gradient in enumerate((own, *whole)):
+        bucket.put(number, gradient, torch.float32)
+    whole.zero_()
+    assert torch.equal(bucket.take(torch.float32), expected)
+
+
 def left_of(stage):
     """In a worker: what an owner of gradients that was destroyed leaves on the model's parameters."""
     engine, _ = engine_of("bf16", {"zero_stage": stage})

@@ -140,6 +140,19 @@ def test_an_auxiliary_loss_needs_a_regulator(of_one, tmp_path, capsys):
     assert "The mixer 'S' gives an auxiliary loss, but no regulator" in capsys.readouterr().err
 
 
+def test_what_is_not_counted_is_named(of_one, tmp_path, monkeypatch, capsys):
+    forward = Watched.forward
+
+    def forgetful(self, x, context, state=None):
+        y, aux, state = forward(self, x, context, state)
+        return y, aux and aux._replace(counts={"open": aux.counts["open"]}), state
+
+    monkeypatch.setattr(Watched, "forward", forgetful)
+    with watched():
+        assert main(["train", str(of_one[0] / "recipe.yaml"), f"run.dir={tmp_path}"]) == 2
+    assert "The mixer 'S' counts no 'tokens', which its regulator declares; give it" in capsys.readouterr().err
+
+
 def test_it_is_drawn_and_summed_up(of_one):
     folder = of_one[0]
     with watched():
