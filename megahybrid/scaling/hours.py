@@ -23,11 +23,12 @@ from megahybrid.scaling.flops import flops_per_token, layer
 # in bf16 with samples of 4,096 tokens. Launches: 53 µs each, as a step of recipes/recall.yaml takes 16.2 ms for 308
 # (small-runs.md); a layer has as many as tests/training/test_launches.py counts, and a step 62 beside its layers, and
 # 2.4 ms for its data. Hosts differ by more than a third. Exchanges of context ranks: lalte-0.4b with 65,536 tokens on
-# four, 399 ms a step (context.md), less what its launches take.
+# four, 399 ms a step (context.md), less what its launches take. Replayed: a step of recall as a CUDA graph takes 5.6 ms,
+# of which kernels take 3.1.
 _WIDTHS = 1024, 2048
 _LEAST_MFU = 0.05
 _STEP_SECONDS = 0.0057
-_REPLAYED_SECONDS = 0.0025  # of the 5.6 ms of a recall step whose passes are a CUDA graph (small-runs.md), kernels take 3.1
+_REPLAYED_SECONDS = 0.0025
 _EXCHANGES_SECONDS = 0.0131
 
 
@@ -99,7 +100,7 @@ def _by_flops(config: Config, gpu: str, lengths: Mapping[int, float] | None) -> 
     letters = parse_pattern(model.pattern).letters
     mfu = utilisation(model.hidden_size, letters)
     mfu /= 1 + _recomputed(config, lengths) / 3
-    guessed = ", a guess at this width" if model.hidden_size < _WIDTHS[0] else ""
+    guessed = ", a guess here" if model.hidden_size < _WIDTHS[0] else ""
     return by_utilisation(config, mfu, f"by docs/performance/whole-step.md{guessed}", gpu, lengths)
 
 
