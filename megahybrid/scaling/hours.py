@@ -20,11 +20,11 @@ from megahybrid.model.settings import Settings
 from megahybrid.scaling.flops import flops_per_token, layer
 
 # What kinds say of their utilisation and their launches is from docs/performance: whole-step.md for models of 24 layers
-# in bf16 with samples of 4,096 tokens. Launches: 53 µs each, as a step of recipes/recall.yaml takes 16.2 ms for 308
+# in bf16 with samples of 4,096 tokens. Launches: 53 µs each, as a step of recipes/recall.yaml took 16.2 ms for 308
 # (small-runs.md); a layer has as many as tests/training/test_launches.py counts, and a step 62 beside its layers, and
 # 2.4 ms for its data. Hosts differ by more than a third. Exchanges of context ranks: lalte-0.4b with 65,536 tokens on
-# four, 399 ms a step (context.md), less what its launches take. Replayed: a step of recall as a CUDA graph takes 5.6 ms,
-# of which kernels take 3.1.
+# four, 399 ms a step (context.md), less what its launches take. Replayed: a step of recall as a CUDA graph takes 5.6
+# ms, of which kernels take 3.1.
 _WIDTHS = 1024, 2048
 _LEAST_MFU = 0.05
 _STEP_SECONDS = 0.0057
