@@ -16,14 +16,14 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 _ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"
 
 
-def prepare_allocator() -> str:
+def prepare_allocator(graphs: bool = False) -> str:
     """Let this process and those it starts take a GPU's memory in segments that grow, unless one of torch's variables
-    says otherwise; returns what the variables are now.
+    says otherwise or steps are CUDA graphs, which were tried without; returns what the variables are now.
 
     A segment of fixed length is of no use to a longer tensor: in training of long samples, a fifth of what was taken.
     torch reads them when CUDA is initialised.
     """
-    if not any(name in os.environ for name in _ALLOCATOR):
+    if not graphs and not any(name in os.environ for name in _ALLOCATOR):
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
     return ", ".join(f"{name}={os.environ[name]}" for name in _ALLOCATOR if name in os.environ)
 

@@ -56,7 +56,7 @@ def train(config: Config, report: Report = print, stop_request: StopRequest | No
     """
     run, watch = RunDirectory(config.run.dir), config.train.watch
     longest = max(watch.start_seconds, watch.step_seconds) + 120  # the watchdog tells more than a collective's timeout
-    prepare_allocator()
+    prepare_allocator(config.train.cuda_graph)
     groups.initialize(config.parallel, config.train.seed, watch.join_seconds, longest)
     run.by_hand = groups.broadcast(run.by_hand)
     say, trainer = report if groups.is_main() else _nothing, None

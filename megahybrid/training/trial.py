@@ -22,7 +22,7 @@ from megahybrid_kernels import Sequences
 def main(file: Path, steps: int) -> dict:
     """The device's name and the seconds of every step. Raises UserError where it has too little memory."""
     config = load_config(file)
-    prepare_allocator()
+    prepare_allocator(config.train.cuda_graph)
     groups.initialize(config.parallel, config.train.seed)
     try:
         engine = Engine(config)

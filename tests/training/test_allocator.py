@@ -17,18 +17,19 @@ class JoinedError(Exception):
     """In place of the process group."""
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("begin", ["train", "trial"])
-def test_before_a_group_is_joined_it_is_said_how(begin, tmp_path, monkeypatch):
+def test_before_a_group_is_joined_it_is_said_how(begin, graphs, tmp_path, monkeypatch):
     def join(*_):
-        raise JoinedError(os.environ["PYTORCH_ALLOC_CONF"])
+        raise JoinedError(os.environ.get("PYTORCH_ALLOC_CONF"))
 
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(loop.groups, "initialize", join)
     config = tiny.config("GL")
-    config.data.path = str(tmp_path)
+    config.data.path, config.train.cuda_graph = str(tmp_path), graphs
     save_config(config, tmp_path / "config.yaml")
-    with pytest.raises(JoinedError, match=r"^expandable_segments:True$"):
+    with pytest.raises(JoinedError, match=r"^None$" if graphs else r"^expandable_segments:True$"):
         loop.train(config) if begin == "train" else trial.main(tmp_path / "config.yaml", 1)
 
 
