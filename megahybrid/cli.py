@@ -76,6 +76,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megahybrid", description="Pretrain hybrid linear + sparse attention models.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version, and of a checkout the commit")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     recipes = {
         "prepare": (_prepare, "text → tokenizer → shards"),
@@ -120,10 +121,22 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("recipe", metavar="RECIPE", nargs="?", help="a YAML file whose run.dir and data to check")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     verb.set_defaults(run=_doctor)
+    verb = _verb(verbs, "keys", "every key of a recipe: its type, value, range and meaning")
+    verb.add_argument("words", nargs="*", metavar="WORD", help="only keys with one of these in their names")
+    verb.add_argument("--recipe", metavar="RECIPE", help="its values, not the schema's defaults")
+    verb.set_defaults(run=_keys)
     verb = _verb(verbs, "plot", "pictures and a summary from a run's metrics.jsonl")
     verb.add_argument("path", type=Path, metavar="RUN", help="a run directory")
     verb.set_defaults(run=_plot)
     return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
+        from megahybrid import code_version
+
+        print(f"megahybrid {code_version()}")
+        parser.exit()
 
 
 def _verb(verbs: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
@@ -212,6 +225,13 @@ def _plan(parsed: argparse.Namespace) -> None:
     print(describe(config, estimate))
     if parsed.gpus:
         print(f"\n{recommend(config, parsed.gpus)}")
+
+
+def _keys(parsed: argparse.Namespace) -> None:
+    from megahybrid.config import load_config
+    from megahybrid.config.listing import listing
+
+    print(listing(parsed.words, load_config(parsed.recipe) if parsed.recipe else None))
 
 
 def _harness(parsed: argparse.Namespace) -> None:

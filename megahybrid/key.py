@@ -35,14 +35,23 @@ class Key:
             return None
         if not math.isfinite(value):
             return "it must be a finite number"
-        bounds = (
-            (self.above, "greater than", lambda bound: value > bound),
-            (self.at_least, "at least", lambda bound: value >= bound),
-            (self.at_most, "at most", lambda bound: value <= bound),
-            (self.below, "below", lambda bound: value < bound),
+        fits = (
+            self.above is None or value > self.above,
+            self.at_least is None or value >= self.at_least,
+            self.at_most is None or value <= self.at_most,
+            self.below is None or value < self.below,
         )
-        given = [(f"{words} {bound:g}", fits(bound)) for bound, words, fits in bounds if bound is not None]
-        return None if all(fits for _, fits in given) else f"it must be {' and '.join(words for words, _ in given)}"
+        return None if all(fits) else f"it must be {self.range()}"
+
+    def range(self) -> str:
+        """The bounds of a number, in words."""
+        bounds = (
+            (self.above, "greater than"),
+            (self.at_least, "at least"),
+            (self.at_most, "at most"),
+            (self.below, "below"),
+        )
+        return " and ".join(f"{words} {bound:g}" for bound, words in bounds if bound is not None)
 
 
 def key(
@@ -77,30 +86,30 @@ def key(
 
 def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Key]]:
     """Every key of a configuration, or of a section of one: its dotted name, its value and its rules."""
-    for name, holder, field in _walk(section, prefix):
-        yield name, getattr(holder, field.name), field.metadata[_METADATA]
+    for name, holder, field, rules in walk(section, prefix):
+        yield name, getattr(holder, field.name), rules
 
 
 def unusual(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Key]]:
     """Of `keys` those whose value is not the one that holds where they are left out."""
-    for name, holder, field in _walk(section, prefix):
-        value, rules = getattr(holder, field.name), field.metadata[_METADATA]
+    for name, holder, field, rules in walk(section, prefix):
+        value = getattr(holder, field.name)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if value != default and not (rules.otherwise is not None and value == rules.otherwise(holder)):
             yield name, value, rules
 
 
-def _walk(section: Any, prefix: str) -> Iterator[tuple[str, Any, dataclasses.Field]]:
-    """Every key's dotted name, the section that holds it, and its field there."""
+def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field, Key]]:
+    """Every key's dotted name, the section that holds it, its field there and its rules."""
     for field in dataclasses.fields(section):
         name, value = prefix + field.name, getattr(section, field.name)
         if dataclasses.is_dataclass(value):
-            yield from _walk(value, f"{name}.")
+            yield from walk(value, f"{name}.")
         elif _METADATA in field.metadata:
-            yield name, section, field
+            yield name, section, field, field.metadata[_METADATA]
         else:
             for inner, each in value.items():
-                yield from _walk(each, f"{name}.{inner}.")
+                yield from walk(each, f"{name}.{inner}.")
 
 
 def derived(section: Any) -> Any:

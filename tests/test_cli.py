@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megahybrid import code_version
 from megahybrid.cli import _parser, main
 
 QUICKSTART = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
@@ -30,3 +31,10 @@ def test_the_help_of_every_verb_says_what_it_does():
     assert len(verbs._choices_actions) == len(verbs.choices) > 10
     for each in verbs._choices_actions:
         assert verbs.choices[each.dest].description == each.help
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"megahybrid {code_version()}\n"
