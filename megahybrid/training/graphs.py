@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megahybrid.config.schema import Config
+from megahybrid.errors import UserError
 from megahybrid.parallel import groups
 from megahybrid.training.logs import log
 from megahybrid.training.step_report import StepReport
@@ -94,6 +95,8 @@ class Graphs:
         """What `passes(inputs, divisor)` does and gives, perhaps as one launch.
 
         passes: reads nothing that changes between steps but these and what changes in its place on the device.
+
+        Raises UserError where they cannot be recorded.
         """
         shape = tuple(each.sequences.lengths for each in inputs)
         if found := self._recorded.get(shape):
@@ -103,7 +106,12 @@ class Graphs:
         if known:
             # Kernels are compiled, and plans that the host makes for these lengths are with `inputs`, whose memory the
             # recorded passes read from now on.
-            self._recorded[shape] = _Recorded(inputs, divisor, self._record(lambda: passes(inputs, divisor)))
+            try:
+                replay = self._record(lambda: passes(inputs, divisor))
+            except RuntimeError as error:
+                why = str(error).partition("\n")[0]
+                raise UserError(f"The passes could not be recorded ({why}); set train.cuda_graph=false.") from error
+            self._recorded[shape] = _Recorded(inputs, divisor, replay)
             log.info("Steps with documents like this one's are a CUDA graph from now on.")
             if len(self._recorded) > _MOST:
                 del self._recorded[next(iter(self._recorded))]

@@ -118,6 +118,14 @@ def test_old_shapes_are_given_up(trained, monkeypatch):
     assert list(recorded.shapes) == [(SHORT,) * 2, (UNEQUAL,) * 2]
 
 
+def test_passes_that_cannot_be_recorded_are_a_sentence(trained):
+    def failing(_):
+        raise RuntimeError("CUDA error: operation not permitted\nFor debugging consider")
+
+    with pytest.raises(UserError, match=r"recorded \(CUDA error: operation not permitted\); set train"):
+        trained(Graphs(torch.device("cpu"), failing), False, "train.dtype=fp32")
+
+
 def test_recomputed_activations_are_refused(tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     with pytest.raises(UserError, match="cuda_graph records no recomputed"):
