@@ -146,7 +146,9 @@ def _training(config: Config) -> None:
             f"train.recompute is '{train.recompute}'; write none, all, or letters of model.pattern ({letters})."
         )
     if train.cuda_graph and train.recompute != "none":
-        raise UserError("train.cuda_graph records no recomputed activations; set one of it and train.recompute back.")
+        raise UserError(
+            "train.cuda_graph cannot record recomputed activations; set it to false, or train.recompute to none."
+        )
     if train.global_batch_size % train.micro_batch_size:
         raise UserError(
             f"train.global_batch_size ({train.global_batch_size}) must be a multiple of "

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
+from megahybrid.config.batch import replayed
 from megahybrid.config.branching import branch_point
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config
@@ -20,11 +21,11 @@ from megahybrid.model.settings import Settings
 from megahybrid.scaling.flops import flops_per_token, layer
 
 # What kinds say of their utilisation and their launches is from docs/performance: whole-step.md for models of 24 layers
-# in bf16 with samples of 4,096 tokens. Launches: 53 µs each, as a step of recipes/recall.yaml took 16.2 ms for 308
-# (small-runs.md); a layer has as many as tests/training/test_launches.py counts, and a step 62 beside its layers, and
-# 2.4 ms for its data. Hosts differ by more than a third. Exchanges of context ranks: lalte-0.4b with 65,536 tokens on
-# four, 399 ms a step (context.md), less what its launches take. Replayed: a step of recall as a CUDA graph takes 5.6
-# ms, of which kernels take 3.1.
+# in bf16 with samples of 4,096 tokens. Launches: 53 µs each, as a step of recipes/recall.yaml took 16.2 ms for 308 on
+# the fastest of three hosts, up to 24.9 on others (small-runs.md); a layer has as many as
+# tests/training/test_launches.py counts, and a step 62 beside its layers, and 2.4 ms for its data. Exchanges of context
+# ranks: lalte-0.4b with 65,536 tokens on four, 399 ms a step (context.md), less what its launches take. Replayed: a
+# step of recall as a CUDA graph takes 5.6 ms, of which kernels take 3.1.
 _WIDTHS = 1024, 2048
 _LEAST_MFU = 0.05
 _STEP_SECONDS = 0.0057
@@ -77,10 +78,11 @@ def tabled(config: Config, gpu: str = "H100", lengths: Mapping[int, float] | Non
     """From what was measured of other recipes, for one that nobody has run: the longer of the time that the FLOPs, of
     documents of these `lengths`, take at the tabled MFU, and of the launches."""
     by_flops, train = _by_flops(config, gpu, lengths), config.train
+    if replayed(config, config.parallel.replica):
+        seconds = by_flops.step_seconds + _REPLAYED_SECONDS
+        return Estimate(gpu, seconds, by_flops.steps, "a guess at a CUDA graph's kernels, and 2.5 ms; --probe measures")
     letters = parse_pattern(config.model.pattern).letters
     launches = launch_seconds(letters, train.global_batch_size / train.micro_batch_size)
-    if train.cuda_graph:
-        launches = _REPLAYED_SECONDS
     if launches < by_flops.step_seconds:
         return by_flops
     return Estimate(gpu, launches, by_flops.steps, "the host's launches, roughly by a table; --probe measures")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from megahybrid.config import Config
-from megahybrid.config.batch import micro_batches
+from megahybrid.config.batch import micro_batches, replayed
 from megahybrid.config.validate import check_replicas, validate
 from megahybrid.errors import UserError
 from megahybrid.mixers import KINDS
@@ -176,6 +176,8 @@ def seconds(config: Config, replicas: int) -> Seconds:
     largest = max(sum(costs[layer] for layer in own) for own in layers) * parallel.pipeline / sum(costs)
     letters = Settings.of(config).pattern.letters
     launches = max(launch_seconds("".join(letters[layer] for layer in own), count, parallel.context) for own in layers)
+    if replayed(config, replicas * parallel.replica):
+        launches = 0
     slower = CLUSTER.smaller ** math.log2(parallel.tensor)
     if parallel.virtual_pipeline > 1:
         slower *= CLUSTER.interleaved

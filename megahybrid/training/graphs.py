@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megahybrid.config.batch import replayed
 from megahybrid.config.schema import Config
 from megahybrid.errors import UserError
 from megahybrid.parallel import groups
@@ -68,7 +69,7 @@ class Graphs:
         gather weights."""
         if not config.train.cuda_graph or device.type != "cuda":
             return None
-        if groups.world()[1] > 1 or config.parallel.zero_stage == 3:
+        if not replayed(config, groups.world()[1]):
             log.info("Passes are no CUDA graph: train.cuda_graph is for one process, without ZeRO-3.")
             return None
         return cls(device)

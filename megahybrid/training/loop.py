@@ -289,7 +289,7 @@ class Trainer:
             **result.aux_losses,
         }
         if step % self.config.train.log_every == 0 or step == self.config.train.steps:  # the host waits for these
-            metrics |= memory(replayed=bool(self.engine.graphs and self.engine.graphs.shapes))
+            metrics |= memory(replayed=self.engine.graphs is not None)
             for regulator in self.engine.regulators.values():
                 metrics |= {key: _short(values) for key, values in regulator.metrics().items()}
         return result, metrics

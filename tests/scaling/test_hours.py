@@ -47,7 +47,7 @@ def test_what_is_computed_twice_is_counted_at_the_lengths_of_the_data():
 
 
 def test_launches_give_the_step_that_was_measured():
-    """18.6 ms of recall, and 16 launches that came after it; docs/performance/small-runs.md."""
+    """18.6 ms of recall on an H200's host, and 16 launches that came after it; docs/performance/small-runs.md."""
     found = tabled(load_config(RECIPES / "recall.yaml", ["train.cuda_graph=false"]))
     assert found.step_seconds == pytest.approx(0.0186 + 16 * 53e-6, rel=0.03) and "launches" in found.source
     assert found.hours == pytest.approx(4600 * found.step_seconds / 3600)
@@ -60,9 +60,9 @@ def test_launches_give_the_step_that_was_measured():
 def test_a_step_that_is_replayed_is_not_bound_by_its_launches():
     """5.6 ms of recall; docs/performance/small-runs.md. Its MFU at this width is a guess."""
     found = tabled(load_config(RECIPES / "recall.yaml"))
-    assert 0.0025 <= found.step_seconds <= 0.0075 and "launches" not in found.source
-    small = ["train.micro_batch_size=1", "train.global_batch_size=1"]
-    assert tabled(load_config(RECIPES / "recall.yaml", small)).step_seconds == 0.0025
+    assert found.step_seconds == pytest.approx(0.0056, rel=0.2) and "launches" not in found.source
+    for elsewhere in ("parallel.pipeline=2", "parallel.zero_stage=3"):
+        assert "launches" in tabled(load_config(RECIPES / "recall.yaml", [elsewhere])).source
 
 
 def test_hours_are_flops_by_peak_and_utilisation():

@@ -252,7 +252,9 @@ def test_identities_are_of_what_decides_the_result(cells_of):
 
     same = identify(trunk, "data")
     assert same == changed("run", dir="elsewhere") == changed("tracking", wandb="disabled", group="g")
-    assert same == changed("parallel", zero_stage=2) == changed("train", micro_batch_size=1, log_every=3)
+    assert (
+        same == changed("parallel", zero_stage=2) == changed("train", micro_batch_size=1, log_every=3, cuda_graph=True)
+    )
     assert same == changed("model", pattern="GL") == changed("data", path="elsewhere", workers=3)
     assert same == changed("checkpoint", every=7, milestones=[3]) == changed("evaluate", every=5)
     others = [
