@@ -122,7 +122,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     verb.set_defaults(run=_doctor)
     verb = _verb(verbs, "keys", "every key of a recipe: its type, value, range and meaning")
-    verb.add_argument("words", nargs="*", metavar="WORD", help="only keys with one of these in their names")
+    verb.add_argument(
+        "words",
+        nargs="*",
+        metavar="WORD",
+        help="only keys with one of these in their names; key=value changes the recipe",
+    )
     verb.add_argument("--recipe", metavar="RECIPE", help="its values, not the schema's defaults")
     verb.set_defaults(run=_keys)
     verb = _verb(verbs, "plot", "pictures and a summary from a run's metrics.jsonl")
@@ -231,7 +236,11 @@ def _keys(parsed: argparse.Namespace) -> None:
     from megahybrid.config import load_config
     from megahybrid.config.listing import listing
 
-    print(listing(parsed.words, load_config(parsed.recipe) if parsed.recipe else None))
+    overrides = [word for word in parsed.words if "=" in word]
+    if overrides and not parsed.recipe:
+        raise UserError(f"{overrides[0]} changes a recipe; name it with --recipe.")
+    config = load_config(parsed.recipe, overrides) if parsed.recipe else None
+    print(listing([word for word in parsed.words if word not in overrides], config))
 
 
 def _harness(parsed: argparse.Namespace) -> None:

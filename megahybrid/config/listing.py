@@ -37,7 +37,7 @@ def listing(words: Sequence[str] = (), config: Config | None = None) -> str:
 
 def _paragraphs(config: Config, words: Sequence[str]) -> Iterator[str]:
     for name, holder, field, rules in walk(config):
-        if words and not any(word in name for word in words):
+        if words and not any(word.lower() in name for word in words):
             continue
         facts = [f"{name}: {field.type} = {_shown(getattr(holder, field.name))}", *_rules(rules, field.type)]
         meaning = textwrap.fill(

@@ -76,7 +76,7 @@ class Graphs:
 
     @property
     def shapes(self) -> Iterable[tuple]:
-        """Documents' lengths of every micro-batch, of the passes that are recorded, oldest first."""
+        """Documents' lengths of every micro-batch, of the passes that are recorded, in the order of their last use."""
         return self._recorded.keys()
 
     @contextlib.contextmanager
@@ -100,7 +100,8 @@ class Graphs:
         Raises UserError where they cannot be recorded.
         """
         shape = tuple(each.sequences.lengths for each in inputs)
-        if found := self._recorded.get(shape):
+        if found := self._recorded.pop(shape, None):
+            self._recorded[shape] = found  # the last that is given up
             return found.again(inputs, divisor)
         known, self._last = shape == self._last, shape
         report = passes(inputs, divisor)
@@ -110,7 +111,12 @@ class Graphs:
             try:
                 replay = self._record(lambda: passes(inputs, divisor))
             except RuntimeError as error:
-                why = str(error).partition("\n")[0]
+                first = error
+                while isinstance(first.__context__, RuntimeError):  # torch says last that recording failed, not of what
+                    first = first.__context__
+                if isinstance(first, torch.OutOfMemoryError):
+                    raise first from error
+                why = str(first).partition("\n")[0]
                 raise UserError(f"The passes could not be recorded ({why}); set train.cuda_graph=false.") from error
             self._recorded[shape] = _Recorded(inputs, divisor, replay)
             log.info("Steps with documents like this one's are a CUDA graph from now on.")

@@ -121,7 +121,7 @@ def test_cuda_graphs_are_the_same_to_the_bit(trained, weighted, keys):
 def test_old_shapes_are_given_up(trained, monkeypatch):
     monkeypatch.setattr("megahybrid.training.graphs._MOST", 2)
     *_, recorded = trained(ByHand().graphs, False, "train.dtype=fp32")
-    assert list(recorded.shapes) == [(SHORT,) * 2, (UNEQUAL,) * 2]
+    assert list(recorded.shapes) == [(UNEQUAL,) * 2, (LONG,) * 2]
 
 
 def test_passes_that_cannot_be_recorded_are_a_sentence(trained):
