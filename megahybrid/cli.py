@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megahybrid import code_version
 from megahybrid.errors import MachineFault, UserError
 from megahybrid.evaluation.command import add_arguments as add_eval_arguments
 from megahybrid.evaluation.command import planned
@@ -137,9 +138,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
-        from megahybrid import code_version
+    """As argparse's own, but a checkout's commit is asked for only where it is said."""
 
+    def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
         print(f"megahybrid {code_version()}")
         parser.exit()
 

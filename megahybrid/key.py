@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,23 +36,21 @@ class Key:
             return None
         if not math.isfinite(value):
             return "it must be a finite number"
-        fits = (
-            self.above is None or value > self.above,
-            self.at_least is None or value >= self.at_least,
-            self.at_most is None or value <= self.at_most,
-            self.below is None or value < self.below,
-        )
-        return None if all(fits) else f"it must be {self.range()}"
+        fits = all(holds(value, bound) for bound, _, holds in self._bounds())
+        return None if fits else f"it must be {self.range()}"
 
     def range(self) -> str:
         """The bounds of a number, in words."""
-        bounds = (
-            (self.above, "greater than"),
-            (self.at_least, "at least"),
-            (self.at_most, "at most"),
-            (self.below, "below"),
+        return " and ".join(f"{words} {bound:g}" for bound, words, _ in self._bounds())
+
+    def _bounds(self) -> Iterator[tuple[float, str, Callable[[float, float], bool]]]:
+        every = (
+            (self.above, "greater than", operator.gt),
+            (self.at_least, "at least", operator.ge),
+            (self.at_most, "at most", operator.le),
+            (self.below, "below", operator.lt),
         )
-        return " and ".join(f"{words} {bound:g}" for bound, words in bounds if bound is not None)
+        return (each for each in every if each[0] is not None)
 
 
 def key(

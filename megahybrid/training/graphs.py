@@ -108,21 +108,23 @@ class Graphs:
         if known:
             # Kernels are compiled, and plans that the host makes for these lengths are with `inputs`, whose memory the
             # recorded passes read from now on.
-            try:
-                replay = self._record(lambda: passes(inputs, divisor))
-            except RuntimeError as error:
-                first = error
-                while isinstance(first.__context__, RuntimeError):  # torch says last that recording failed, not of what
-                    first = first.__context__
-                if isinstance(first, torch.OutOfMemoryError):
-                    raise first from error
-                why = str(first).partition("\n")[0]
-                raise UserError(f"The passes could not be recorded ({why}); set train.cuda_graph=false.") from error
-            self._recorded[shape] = _Recorded(inputs, divisor, replay)
+            self._recorded[shape] = _Recorded(inputs, divisor, self._replay_of(lambda: passes(inputs, divisor)))
             log.info("Steps with documents like this one's are a CUDA graph from now on.")
             if len(self._recorded) > _MOST:
                 del self._recorded[next(iter(self._recorded))]
         return report
+
+    def _replay_of(self, passes: Callable[[], StepReport]) -> Replay:
+        try:
+            return self._record(passes)
+        except RuntimeError as error:
+            first = error
+            while isinstance(first.__context__, RuntimeError):  # torch says last that recording failed, not of what
+                first = first.__context__
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from error
+            why = str(first).partition("\n")[0]
+            raise UserError(f"The passes could not be recorded ({why}); set train.cuda_graph=false.") from error
 
     def _capture(self, passes: Callable[[], StepReport]) -> Replay:
         graph = torch.cuda.CUDAGraph()
