@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(error)
         return GO_ON if isinstance(error, MachineFault) else 2
     except KeyboardInterrupt:
-        where = " from the last checkpoint" if parsed.run is _train else ""
+        where = " from the last checkpoint, if there is one" if parsed.run is _train else ""
         print(f"megahybrid: interrupted; the same command goes on{where}.", file=sys.stderr)
         return 130
     finally:
@@ -65,7 +65,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     if any(each.startswith("-") or not hasattr(parsed, "overrides") for each in rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        keys = [each.lstrip("-") for each in rest if each.startswith("--") and "=" in each]
+        a_recipe = keys and hasattr(parsed, "overrides")
+        hint = f"; changes to the recipe have no dashes: {' '.join(keys)}" if a_recipe else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)} (see megahybrid {parsed.verb} --help){hint}")
     if rest:
         parsed.overrides += rest
     return parsed
@@ -73,14 +76,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megahybrid", description="Pretrain hybrid linear + sparse attention models.")
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     recipes = {
         "prepare": (_prepare, "text → tokenizer → shards"),
         "train": (_train, "train, or go on from the newest checkpoint"),
         "plan": (_plan, "parameters, FLOPs a token, tokens, GPU hours and memory a GPU; starts nothing"),
     }
     for name, (run, text) in recipes.items():
-        verb = verbs.add_parser(name, help=text, description=text)
+        verb = _verb(verbs, name, text)
         verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/quickstart.yaml")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
         verb.set_defaults(run=run)
@@ -91,41 +94,45 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--gpus", type=int, metavar="COUNT", help="also which layout to have on so many H100s, by estimates"
     )
-    verb = verbs.add_parser("generate", help="text from a checkpoint, split over all processes")
+    verb = _verb(verbs, "generate", "text from a checkpoint, split over all processes")
     add_generate_arguments(verb)
     verb.set_defaults(run=generate)
     text = "what a model recalls: tasks by length and depth, with intervals and pictures"
-    verb = verbs.add_parser("eval", help=text, description=text)
+    verb = _verb(verbs, "eval", text)
     add_eval_arguments(verb)
     verb.set_defaults(run=evaluate)
     text = "other people's benchmarks, by lm-evaluation-harness, on a run, a checkpoint or an exported model"
-    verb = verbs.add_parser("harness", help=text, description=text)
+    verb = _verb(verbs, "harness", text)
     verb.add_argument("path", type=Path, metavar="PATH", help="a run directory, a checkpoint, or an exported model")
     verb.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="as `lm_eval run` takes them")
     verb.set_defaults(run=_harness)
     _add_conversions(verbs)
     _add_submit(verbs)
     text = "scaling studies: kinds of models over sizes and budgets, from plan to report"
-    add_study_arguments(verbs.add_parser("study", help=text, description=text))
-    verb = verbs.add_parser("runs", help="the runs under a folder: state, speed, loss, time left, jobs")
+    add_study_arguments(_verb(verbs, "study", text))
+    verb = _verb(verbs, "runs", "the runs under a folder: state, speed, loss, time left, jobs")
     verb.add_argument("path", type=Path, nargs="?", default=Path("runs"), metavar="FOLDER", help="default: runs")
     verb.set_defaults(run=_runs)
     text = (
         "check this machine's software, GPUs, kernels, links and disk, and a recipe's data; 1 where something is wrong"
     )
-    verb = verbs.add_parser("doctor", help=text, description=text)
+    verb = _verb(verbs, "doctor", text)
     verb.add_argument("recipe", metavar="RECIPE", nargs="?", help="a YAML file whose run.dir and data to check")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     verb.set_defaults(run=_doctor)
-    verb = verbs.add_parser("plot", help="pictures and a summary from a run's metrics.jsonl")
+    verb = _verb(verbs, "plot", "pictures and a summary from a run's metrics.jsonl")
     verb.add_argument("path", type=Path, metavar="RUN", help="a run directory")
     verb.set_defaults(run=_plot)
     return parser
 
 
+def _verb(verbs: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
+    return verbs.add_parser(name, help=text, description=text)
+
+
 def _add_conversions(verbs: argparse._SubParsersAction) -> None:
     """The verbs of the Hugging Face format."""
-    verb = verbs.add_parser("export", help="a checkpoint as a folder that transformers loads")
+    verb = _verb(verbs, "export", "a checkpoint as a folder that transformers loads")
     verb.add_argument("path", type=Path, metavar="CHECKPOINT", help="a run directory or a checkpoint in it")
     verb.add_argument("target", type=Path, metavar="DIR", help="the new folder")
     verb.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (default bf16)")
@@ -134,7 +141,7 @@ def _add_conversions(verbs: argparse._SubParsersAction) -> None:
     text = "the folder must have all that the hub wants of this repository, a --license too"
     verb.add_argument("--push-ready", metavar="USER/NAME", help=text)
     verb.set_defaults(run=_export)
-    imports = verbs.add_parser("import", help="a Hugging Face folder as a checkpoint, for train.init_from")
+    imports = _verb(verbs, "import", "a Hugging Face folder as a checkpoint, for train.init_from")
     imports.add_argument("source", type=Path, metavar="HF_DIR", help="what `export` wrote, or a published model")
     imports.add_argument("target", type=Path, metavar="CHECKPOINT", help="the new checkpoint's folder")
     imports.set_defaults(run=_import)
@@ -147,7 +154,7 @@ def _add_conversions(verbs: argparse._SubParsersAction) -> None:
 
 
 def _add_submit(verbs) -> None:
-    verb = verbs.add_parser("submit", help="a Slurm job that trains, requeues itself, and goes on")
+    verb = _verb(verbs, "submit", "a Slurm job that trains, requeues itself, and goes on")
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, such as recipes/lalte-0.4b.yaml")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     verb.add_argument("--profile", default="generic", help="a file, or a name in slurm/profiles (default generic)")
@@ -195,6 +202,8 @@ def _train(parsed: argparse.Namespace) -> None:
 
 
 def _plan(parsed: argparse.Namespace) -> None:
+    if parsed.gpus is not None and parsed.gpus < 1:
+        raise UserError("--gpus must be at least 1.")
     config = _config(parsed)
     from megahybrid.scaling.plan import describe, recommend
     from megahybrid.training.measuring import measured, probe

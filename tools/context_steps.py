@@ -282,7 +282,8 @@ def _timed(given: Given, variant: str, tokens: int, ranks: int, stays: bool, bia
         elapsed = time.perf_counter() - began
         shares = _shares(counts, config.model.attention.num_kv_heads)
         if stays and variant == "L":
-            short, room = bool(gather_tokens(counts["missing"]).any()), made.make_room(max(shares))
+            short = "missing" in counts and bool(gather_tokens(counts["missing"]).any())
+            room = made.make_room(max(shares))
     found: dict[str, Any] = {"peak_gib": round((_peak() - before) / 2**30, 2)} if torch.cuda.is_available() else {}
     if shares:
         found["kept"] = round(statistics.mean(shares), 5)

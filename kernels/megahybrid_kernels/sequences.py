@@ -130,7 +130,7 @@ class Sequences:
     @cached_property
     def ends(self) -> Tensor:
         """int32 `[tokens]`: the row after the last token of each token's sequence."""
-        return self.cu_seqlens.to(torch.int32)[self.index + 1]
+        return self.cu_seqlens.to(torch.int32)[1:][self.index]
 
     @cached_property
     def remaining(self) -> Tensor:

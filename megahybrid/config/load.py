@@ -113,6 +113,13 @@ def merge(schema: type[T], trees: Sequence[DictConfig], overrides: Sequence[str]
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise UserError(f"'{override}' is not an override; write key=value, such as train.steps=100.")
+        try:
+            OmegaConf.from_dotlist([override])
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"The value of '{override}' is not valid YAML ({_first_line(error)}); put texts with special "
+                """characters in quotes, and all of it in the shell's: 'key=["*.txt"]'."""
+            ) from error
     try:
         layers = [*trees, OmegaConf.from_dotlist(list(overrides))]
         for layer in layers:
@@ -127,8 +134,6 @@ def merge(schema: type[T], trees: Sequence[DictConfig], overrides: Sequence[str]
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise UserError(f"{where}{_first_line(error)}; give a value of that type.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"An override is not valid YAML: {_first_line(error)}.") from error
 
 
 @functools.cache
@@ -165,8 +170,16 @@ def _first_line(error: Exception) -> str:
 
 
 def _unknown_key(schema: type, full_key: str) -> str:
-    close = difflib.get_close_matches(full_key, list(known_keys(schema)), n=1, cutoff=0.6)
-    hint = f"did you mean {close[0]}?" if close else f"see {schema.__module__.replace('.', '/')}.py."
+    keys, (section, _, name) = list(known_keys(schema)), full_key.rpartition(".")
+    beside = {last: key for key in keys for above, _, last in [key.rpartition(".")] if above == section}
+    close = [beside[each] for each in difflib.get_close_matches(name, list(beside), n=1, cutoff=0.7)]
+    close = close or [key for key in keys if key.endswith(f".{name}")]  # in another section
+    if close:
+        hint = f"did you mean {' or '.join(close)}?"
+    elif section and beside:
+        hint = f"{section} has {', '.join(beside)}."
+    else:
+        hint = f"see {schema.__module__.replace('.', '/')}.py."
     return f"Unknown configuration key '{full_key}'; {hint}"
 
 

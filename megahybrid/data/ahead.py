@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import pickle
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from typing import IO, Any
 
 from megahybrid.errors import MachineFault, UserError
 from megahybrid.processes import answers_to_parent, start_python
+
+_ANSWER = 2**20  # bytes; what Linux allows a user's pipe to hold
 
 
 class Ahead:
@@ -33,6 +36,7 @@ class Ahead:
         forgotten."""
         if self._process is None:
             self._process = start_python("from megahybrid.data.ahead import serve; serve()")
+            _widen(self._process.stdout)
             self._send(self._function)
         self._receive()
         self._send(argument)
@@ -86,6 +90,13 @@ class Ahead:
         return MachineFault(
             f"The process that {self._does} died (exit code {code}); after -9 ask for more memory, and start again."
         )
+
+
+def _widen(pipe: IO[bytes]) -> None:
+    """Have it hold an answer that nobody reads yet, where the system lets it: else who asks waits for a process that
+    waits for the rest to be read, and on a busy machine each takes its turn several times."""
+    with contextlib.suppress(AttributeError, OSError):  # not Linux; a user's pipes hold too much already
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _ANSWER)
 
 
 def serve() -> None:

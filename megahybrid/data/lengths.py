@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,8 @@ from numpy.typing import NDArray
 from megahybrid.config.schema import Config
 from megahybrid.config.task_sources import text_sources
 from megahybrid.data.documents import TRAIN
-from megahybrid.data.loader import text_weights
-from megahybrid.data.opened import open_data
+from megahybrid.data.opened import open_data, text_weights
 from megahybrid.data.order import ENDLESS, apportion
-from megahybrid.data.packing import lengths_of
 from megahybrid.data.prepared import find_prepared, open_store
 from megahybrid.data.shards import ShardReader
 from megahybrid.data.task_rows import TaskRows
@@ -79,3 +78,10 @@ def _grouped(lengths: NDArray[np.int64]) -> dict[int, float]:
         mean = round(square / count)
         found[mean] = found.get(mean, 0.0) + float(count / lengths.sum())
     return found
+
+
+def lengths_of(sample: Mapping[str, NDArray], length: int, document_masking: bool) -> list[int]:
+    """Of the sequences of a sample of `length` tokens. The borders of those with weights hold without document masking,
+    too."""
+    borders = sample["borders"].tolist() if document_masking or "weights" in sample else [0]
+    return [end - begin for begin, end in pairwise([*borders, length])]

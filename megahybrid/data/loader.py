@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 from torch import distributed as dist
 
 from megahybrid.config.schema import Config
-from megahybrid.config.task_sources import task_sources, text_sources
 from megahybrid.config.validate import check_replicas
 from megahybrid.data.documents import TRAIN, VALIDATION
-from megahybrid.data.opened import open_data
+from megahybrid.data.opened import open_data, text_weights
 from megahybrid.data.order import ENDLESS, OrderedSource, SampleOrder, apportion
 from megahybrid.data.packing import Batch, pack
-from megahybrid.data.prepared import Prepared, open_store
+from megahybrid.data.prepared import open_store
 from megahybrid.data.shards import ShardReader
 from megahybrid.data.task_rows import TaskRows
 from megahybrid.errors import MachineFault, UserError
@@ -201,29 +200,6 @@ class ValidationData:
 def validation_batches(config: Config, dp_rank: int, dp_size: int) -> ValidationData:
     """The micro-batches that this rank validates on; see ValidationData."""
     return ValidationData(config, dp_rank, dp_size)
-
-
-def text_weights(config: Config, prepared: Prepared | None) -> dict[str, float]:
-    """The sources of text in use, sorted by name, with their weights: those of the recipe, or their sizes.
-
-    Raises UserError for a source with a weight and without samples, and if no source, nor a task, is left.
-    """
-    sizes = prepared.sources_of(TRAIN) if prepared else {}
-    given = {name: source.weight for name, source in text_sources(config).items() if source.weight is not None}
-    for name, weight in given.items():
-        if weight > 0 and name not in sizes:
-            raise UserError(
-                f"data.sources.{name} has a weight but less than one sample of text; add text or set its weight to 0."
-            )
-    tasks = any(source.weight for source in task_sources(config).values())
-    if any(given.values()) or tasks:
-        weights = {name: given.get(name, 0.0) for name in sizes}
-    else:
-        weights = {name: float(size) for name, size in sizes.items() if name not in given}
-    weights = {name: weight for name, weight in weights.items() if weight > 0}
-    if not weights and not tasks:
-        raise UserError("No source is left to train on; give one that has samples a weight above 0.")
-    return weights
 
 
 def _micro_batches(

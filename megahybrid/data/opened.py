@@ -7,9 +7,11 @@ from pathlib import Path
 
 from megahybrid.config.schema import Config
 from megahybrid.config.task_sources import bare_tokens, find_task, task_sources, text_sources
+from megahybrid.data.documents import TRAIN
 from megahybrid.data.number_tokenizer import number_tokenizer
 from megahybrid.data.prepared import TOKENIZER, Prepared, check_identity, data_identity, open_prepared, open_store
 from megahybrid.data.tokenizer import Tokenizer, tokenizer_file
+from megahybrid.errors import UserError
 from megahybrid.tasks import Vocabulary
 
 
@@ -53,3 +55,26 @@ def _for_tasks(config: Config, file: Path) -> Tokenizer | None:
     if probed or any(find_task(str(source.task), name).text for name, source in task_sources(config).items()):
         return Tokenizer.load(file)
     return None
+
+
+def text_weights(config: Config, prepared: Prepared | None) -> dict[str, float]:
+    """The sources of text in use, sorted by name, with their weights: those of the recipe, or their sizes.
+
+    Raises UserError for a source with a weight and without samples, and if no source, nor a task, is left.
+    """
+    sizes = prepared.sources_of(TRAIN) if prepared else {}
+    given = {name: source.weight for name, source in text_sources(config).items() if source.weight is not None}
+    for name, weight in given.items():
+        if weight > 0 and name not in sizes:
+            raise UserError(
+                f"data.sources.{name} has a weight but less than one sample of text; add text or set its weight to 0."
+            )
+    tasks = any(source.weight for source in task_sources(config).values())
+    if any(given.values()) or tasks:
+        weights = {name: given.get(name, 0.0) for name in sizes}
+    else:
+        weights = {name: float(size) for name, size in sizes.items() if name not in given}
+    weights = {name: weight for name, weight in weights.items() if weight > 0}
+    if not weights and not tasks:
+        raise UserError("No source is left to train on; give one that has samples a weight above 0.")
+    return weights

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megahybrid.data.lengths import lengths_of
 from megahybrid_kernels import Sequences
+
+_ALIGNMENT = 512  # bytes
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,12 @@ class Batch:
     """fp32 `[T]`: what each label weighs in the loss; None where all weigh 1."""
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on a device, without waiting for the copies."""
-        device = torch.device(device)
-        return Batch(
-            moved(self.tokens, device),
-            moved(self.labels, device),
-            replace(self.sequences, cu_seqlens=moved(self.sequences.cu_seqlens, device)),
-            moved(self.samples, device),
-            moved(self.sample_positions, device),
-            None if self.weights is None else moved(self.weights, device),
-        )
+        """The same on a device, without waiting for the copy."""
+        every = [self.tokens, self.labels, self.sequences.cu_seqlens, self.samples, self.sample_positions]
+        weights = [] if self.weights is None else [self.weights]
+        tokens, labels, cu_seqlens, samples, positions, *weights = moved_together(every + weights, torch.device(device))
+        sequences = replace(self.sequences, cu_seqlens=cu_seqlens)
+        return Batch(tokens, labels, sequences, samples, positions, weights[0] if weights else None)
 
     def part(self, rank: int, ranks: int) -> Batch:
         """Tokens, labels and weights of one of `ranks` equal parts of the row; the rest stays the whole row's."""
@@ -79,11 +78,26 @@ def pack(
     )
 
 
-def lengths_of(sample: Mapping[str, NDArray], length: int, document_masking: bool) -> list[int]:
-    """Of the sequences of a sample of `length` tokens. The borders of those with weights hold without document masking,
-    too."""
-    borders = sample["borders"].tolist() if document_masking or "weights" in sample else [0]
-    return [end - begin for begin, end in pairwise([*borders, length])]
+def moved_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of the host on a device, in one copy, which is not waited for."""
+    if device.type != "cuda" or tensors[0].is_cuda:
+        return [tensor.to(device) for tensor in tensors]
+    row = torch.empty(_places(tensors)[-1], dtype=torch.uint8, pin_memory=True)
+    for there, tensor in zip(views(row, tensors), tensors, strict=True):
+        there.copy_(tensor)
+    return views(row.to(device, non_blocking=True), tensors)
+
+
+def views(row: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The places of tensors like these in a row of bytes."""
+    parts = zip(tensors, _places(tensors), strict=False)
+    return [row[begin : begin + like.nbytes].view(like.dtype).view(like.shape) for like, begin in parts]
+
+
+def _places(tensors: Sequence[Tensor]) -> list[int]:
+    """Where each begins, as far apart as an allocator would have them, and the end."""
+    sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
+    return [0, *accumulate(sizes)]
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -24,8 +24,8 @@ def pyarrow(source: str) -> ModuleType:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(
-            f"data.sources.{source}.format is parquet, which needs the package pyarrow; `pip install pyarrow`, or "
-            "megahybrid[parquet]."
+            f"data.sources.{source}.format is parquet, which needs the package pyarrow; "
+            f"`pip install 'pyarrow>={_OLDEST}'`."
         ) from error
     if int(pyarrow.__version__.split(".")[0]) < _OLDEST:
         raise UserError(

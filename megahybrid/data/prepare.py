@@ -102,9 +102,18 @@ def _already(target: Path, settings: dict[str, Any]) -> Prepared | None:
             raise UserError(f"data.path '{target}' exists and was not made by prepare; remove it or choose another.")
         return None
     if changed := differences(prepared, settings):
-        was = ", ".join(f"{key} ({prepared.settings.get(key)}, now {settings.get(key)})" for key in changed)
+        if "data.tokenizer" in changed and "model.vocab_size" in changed:  # counts only where prepare trains one
+            changed.remove("model.vocab_size")
+        was = ", ".join(f"{key} ({_told(prepared.settings, key)}, now {_told(settings, key)})" for key in changed)
         raise UserError(f"data.path '{target}' was prepared with another {was}; remove it or choose another data.path.")
     return prepared
+
+
+def _told(settings: dict[str, Any], key: str) -> str:
+    """A setting as a user reads it."""
+    if key == "data.tokenizer":
+        return settings.get(key, "one that prepare trains")[:23]  # of a hash enough to tell two apart
+    return "not set" if settings.get(key) is None else str(settings[key])
 
 
 def _begin(place: Path, facts: dict[str, Any], report: Report) -> None:

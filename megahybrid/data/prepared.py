@@ -197,8 +197,8 @@ def open_prepared(config: Config) -> Prepared:
     """What `prepare` wrote for this recipe, in data.path or as a copy at data.remote.
 
     Raises UserError if there is nothing, if it is not what data.identity names, if its samples are shorter than
-    train.seq_length or no multiple of it, if it has more tokens than the model or other sources than the recipe, and
-    if its tokenizer is not the one that it was prepared with.
+    train.seq_length or no multiple of it, if it has more tokens than the model, another tokenizer or other sources than
+    the recipe, and if its tokenizer is not the one that it was prepared with.
     """
     store = open_store(config)
     where = f"data.path '{config.data.path}'" if config.data.remote is None else f"data.remote '{config.data.remote}'"
@@ -236,12 +236,25 @@ def _check_fit(prepared: Prepared, config: Config, where: str) -> None:
             f"{where} has {prepared.vocab_size} tokens in its vocabulary, more than "
             f"model.vocab_size ({config.model.vocab_size}); raise model.vocab_size or prepare into another data.path."
         )
+    if _other_tokenizer(prepared, config.data.tokenizer):
+        raise UserError(
+            f"{where} was prepared with another tokenizer than data.tokenizer '{config.data.tokenizer}'; prepare into "
+            "another data.path, or read this data by data.tokenizer=null."
+        )
     named = set(text_sources(config))
     if named and named != set(prepared.sources):
         raise UserError(
             f"{where} was prepared from {_listed(prepared.sources)}, but data.sources names {_listed(named)}; prepare "
             "into another data.path, or leave a source out by weight 0."
         )
+
+
+def _other_tokenizer(prepared: Prepared, path: str | None) -> bool:
+    """Whether `path` holds a tokenizer that is not the prepared one; training needs none there."""
+    try:
+        return path is not None and tokenizer_hash(tokenizer_file(path)) != prepared.tokenizer_sha256
+    except UserError:
+        return False
 
 
 def data_identity(config: Config, prepared: Prepared | None) -> str:

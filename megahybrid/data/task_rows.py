@@ -86,13 +86,14 @@ class _Maker:
         tokens = np.full(self.length + 1, self.vocabulary.document_id, np.int64)
         weights = np.zeros(self.length + 1, np.float32)
         borders, at = [0], 0
-        while at + length <= self.length:
-            draws = Draws("train", self.seed, name, row, len(borders) - 1)
-            sample = task.sample(parameters, length, self.vocabulary, draws)
-            end = at + len(sample.tokens)
-            tokens[at:end], weights[at:end] = sample.tokens, sample.weights(parameters)
-            borders.append(end)
-            at = end
+        while fitting := (self.length - at) // length:
+            places = range(len(borders) - 1, len(borders) - 1 + fitting)
+            draws = [Draws("train", self.seed, name, row, place) for place in places]
+            for sample in task.samples(parameters, length, self.vocabulary, draws):
+                end = at + len(sample.tokens)
+                tokens[at:end], weights[at:end] = sample.tokens, sample.weights(parameters)
+                borders.append(end)
+                at = end
         return {
             "tokens": tokens,
             "borders": np.array(borders if at < self.length else borders[:-1], np.int32),

@@ -165,7 +165,8 @@ def tokenizer_file(path: str | Path) -> Path:
         )
     if not file.is_file():
         raise UserError(
-            f"There is no tokenizer '{file}'; put one there or, where data.tokenizer names it, correct or remove that."
+            f"There is no tokenizer '{file}'; put one there (`hf download NAME tokenizer.json --local-dir DIR`) or, "
+            "where data.tokenizer names it, correct or remove that."
         )
     return file
 

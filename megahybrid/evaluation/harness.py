@@ -21,7 +21,7 @@ try:
     from tqdm import tqdm
 except ModuleNotFoundError as missing:
     raise UserError(
-        f"lm-evaluation-harness is not installed ({missing}); install it with: pip install 'megahybrid[evaluation]'."
+        f"lm-evaluation-harness is not installed ({missing}); install it with: pip install 'lm_eval>=0.4.13'."
     ) from missing
 
 if TYPE_CHECKING:

@@ -62,7 +62,7 @@ def choose(config: Config, names: Sequence[str], changes: Sequence[str]) -> tupl
         if not any(hasattr(each.parameters, name) for each in chosen):
             fields = {field.name for each in chosen for field in dataclasses.fields(each.parameters)}
             known = sorted(fields - {*_OF_TRAINING})
-            raise UserError(f"--set {name} is no parameter of the tasks; they have {', '.join(known)}.")
+            raise UserError(f"--set {name} is no parameter of the tasks; they have {', '.join(known) or 'none'}.")
     return chosen
 
 

@@ -25,7 +25,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--top-p", type=float, default=1.0, help="only the likeliest ones of this mass (default 1: all)")
     verb.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: fewer repeats (default 1)")
     verb.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
-    verb.add_argument("--seed", type=int, default=0, help="of sampling")
+    verb.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     verb.add_argument("--batch-size", type=int, default=16, help="prompts in work at once (default 16)")
     verb.add_argument(
         "--prefill-chunk", type=int, help="prompt tokens read in one step (default 65536 on a GPU, else 2048)"

@@ -31,8 +31,10 @@ def load_generator(path: Path, dtype: torch.dtype = torch.float32) -> Generator:
     """
     folder = checkpoint_folder.find(path)
     if folder is None:
+        exported = (path / "config.json").is_file()
+        remedy = "make one of it by `megahybrid import`, or " if exported else ""
         raise UserError(
-            f"There is no checkpoint in '{path}'; give a run directory that `megahybrid train` has saved in."
+            f"There is no checkpoint in '{path}'; {remedy}give a run directory that `megahybrid train` has saved in."
         )
     config = load_config(folder / "config.yaml")
     split_over_processes(config, int(os.environ.get("WORLD_SIZE", "1")))

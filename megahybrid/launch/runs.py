@@ -24,6 +24,7 @@ from megahybrid.training.ownership import another
 from megahybrid.training.run_directory import RunDirectory, duration
 
 _STALLED_SECONDS = 90.0  # a heartbeat comes every 10 s
+_PIPED_WIDTH = 400
 _INSIDE = {"checkpoints", "wandb", "logs", "heartbeat", "submit"}
 
 
@@ -75,6 +76,8 @@ def queued_jobs(say: Callable[[str], None] = print) -> list[slurm.QueuedJob] | N
 def show(runs: Sequence[Run], console: Console | None = None) -> None:
     """Print a table, a row a run."""
     console = console or Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ and console.width < _PIPED_WIDTH:
+        console.width = _PIPED_WIDTH  # a line a run, for grep and awk
     table = Table(box=None, header_style="bold")
     table.add_column("run", overflow="fold")
     for name in ("state", "step", "tokens", "tokens/s", "MFU", "loss", "left", "job"):

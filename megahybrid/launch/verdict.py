@@ -60,7 +60,7 @@ def judge(run: RunDirectory, exit_code: int, restarts: int = WatchConfig.restart
 def _judge_end(run: RunDirectory, status: dict[str, Any]) -> tuple[int, str]:
     """The verdict on a start that came to an end by itself."""
     at = f"step {status['step']} of {status['target']}"
-    if status["state"] == "stopped" and status["reason"] == "SIGTERM":
+    if status["state"] == "stopped" and status["reason"] in ("SIGTERM", "SIGINT"):
         return 0, f"Cancelled, or preempted, at {at}; the state is saved."
     if status["state"] == "stopped":
         return GO_ON, f"Stopped by {status['reason']} at {at}; the state is saved."

@@ -81,8 +81,8 @@ class Aux(NamedTuple):
     Attributes:
         loss: scalar, this rank's part of the auxiliary loss: the sum over tensor and context parallel ranks is the
             whole.
-        counts: int64, what the regulator declares, by name; of a count that is split this rank's part, or of context
-            parallel ranks that keep their tokens, theirs of its heads' part.
+        counts: int64, what the regulator declares, by name, but for zeros; of a count that is split this rank's part,
+            or of context parallel ranks that keep their tokens, theirs of its heads' part.
         seen: bool `[pairs, heads of this rank]`, with key-value heads: whether the query of each watched pair sees the
             key. Of ranks that share a head, one says so.
     """

@@ -65,7 +65,7 @@ class Regulator(Protocol):
     Attributes:
         name: a word without spaces, unlike other kinds'; names the auxiliary loss in metrics.jsonl, and pictures.
         member: what a layer has several values of, such as a head.
-        counts: what `Aux.counts` holds in every layer, by name.
+        counts: what `Aux.counts` may hold in every layer, by name.
     """
 
     name: str

@@ -208,6 +208,7 @@ def megatron_config(config: Config) -> TransformerConfig:
         pipeline_dtype=dtype,
         bf16=config.train.dtype == "bf16",
         gradient_accumulation_fusion=False,
+        calculate_per_token_loss=True,  # training/schedule.py takes the mean itself
         # With two stages, batched transfers of the interleaved schedule would mix up what is sent in one direction.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,

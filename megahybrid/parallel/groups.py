@@ -46,9 +46,11 @@ def initialize(
         timeout = datetime.timedelta(seconds=collective_seconds)
         dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=timeout)
     if dist.get_world_size() % parallel.replica:
+        world = dist.get_world_size()
         raise UserError(
-            f"{dist.get_world_size()} processes cannot be split into parallel.tensor * parallel.context * "
-            f"parallel.pipeline = {parallel.replica}; start a multiple of that."
+            f"{world} process{'es' * (world > 1)} cannot be split into parallel.tensor * parallel.context * "
+            f"parallel.pipeline = {parallel.replica}; start a multiple of that, such as by "
+            f"`torchrun --nproc-per-node {parallel.replica} -m megahybrid …`."
         )
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     parallel_state.initialize_model_parallel(
@@ -129,13 +131,15 @@ def pipeline_parallel() -> tuple[int, int]:
 
 def sum_over_all(value: torch.Tensor) -> torch.Tensor:
     """`value` summed in place over all processes."""
-    dist.all_reduce(value)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(value)
     return value
 
 
 def sum_over_replicas(value: torch.Tensor) -> torch.Tensor:
     """`value` summed in place over the data parallel replicas."""
-    dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
+    if data_parallel()[1] > 1:
+        dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
     return value
 
 

@@ -130,6 +130,11 @@ def fitting(config: Config, gpus: int, most: int = 5) -> list[Layout]:
     return list(found.values())
 
 
+def splits(config: Config, gpus: int) -> bool:
+    """Whether any layout divides the recipe over all these GPUs, whatever memory it takes."""
+    return any(True for _ in _possible(config, gpus))
+
+
 def _possible(config: Config, gpus: int) -> Iterator[Layout]:
     powers = [2**n for n in range(int(math.log2(CLUSTER.host)) + 1)]
     for tensor, pipeline, chunks, stage in itertools.product(powers, powers, (1, 2), (1, 2, 3)):

@@ -13,7 +13,7 @@ from megahybrid.mixers import KINDS
 from megahybrid.model.settings import Settings
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.hours import Estimate, own_steps, tabled
-from megahybrid.scaling.layouts import CLUSTER, Seconds, fitting, volumes
+from megahybrid.scaling.layouts import CLUSTER, Seconds, fitting, splits, volumes
 from megahybrid.scaling.memory import ZERO_STAGES, activations, peak_bytes, reduction, start_up, states
 from megahybrid.scaling.parameters import parameter_specs, parameters_by_rank
 from megahybrid.scaling.splitting import gathered
@@ -54,6 +54,11 @@ def recommend(config: Config, gpus: int) -> str:
     """A table of the fastest layouts of so many GPUs, the keys of the first, and what it sends. Raises UserError where
     none fits."""
     found = fitting(config, gpus)
+    if not found and not splits(config, gpus):
+        raise UserError(
+            f"No layout of {gpus} GPUs divides this recipe, whose train.global_batch_size is "
+            f"{config.train.global_batch_size}; give another number of GPUs, or a batch that more replicas divide."
+        )
     if not found:
         raise UserError(
             f"No layout of {gpus} GPUs fits this recipe into {_gib(CLUSTER.memory)} GiB of each; give "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,8 @@ from megahybrid.errors import UserError
 from megahybrid.files import read_json, write_text
 from megahybrid.launch import runs
 from megahybrid.study.file import Study
-from megahybrid.study.measured import gpu_hours
 from megahybrid.study.models import count_flops
-from megahybrid.study.outcomes import Outcome, Survey
+from megahybrid.study.outcomes import Outcome, Survey, hours_by_run
 from megahybrid.training import attempts, checkpoint_folder
 from megahybrid.training.run_directory import RunDirectory
 
@@ -33,8 +32,10 @@ def collect(study: Study, say: Callable[[str], None]) -> Path:
 
 def write_runs(folder: Path, outcomes: Sequence[Outcome]) -> str:
     """Write a study's runs.csv; returns its text."""
-    hours = gpu_hours()
-    rows = [_row(each, hours.get(each.cell.identity, 0.0)) for each in outcomes]
+    hours = hours_by_run(outcomes)
+    flops = {(each.cell.kind, each.cell.size): each.cell.config for each in outcomes}
+    flops = {model: count_flops(config).parts for model, config in flops.items()}
+    rows = [_row(each, hours.get(each.cell.identity, 0.0), flops[each.cell.kind, each.cell.size]) for each in outcomes]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval=0, lineterminator="\n")
@@ -44,11 +45,10 @@ def write_runs(folder: Path, outcomes: Sequence[Outcome]) -> str:
     return text.getvalue()
 
 
-def _row(outcome: Outcome, hours: float) -> dict[str, Any]:
-    """A row; FLOPs by part are of the whole run, a branch's with its trunk's, as `tokens` and `flops` are."""
+def _row(outcome: Outcome, hours: float, parts: Mapping[str, float]) -> dict[str, Any]:
+    """A row; `parts` are FLOPs a token of its model's forward pass, and those in the row are of the whole run, a
+    branch's with its trunk's, as `tokens` and `flops` are."""
     cell, config = outcome.cell, outcome.cell.config
-    directory = RunDirectory(outcome.run.path)
-    parts = count_flops(config).parts
     return {
         "cell": cell.name,
         "run": "" if cell.awaits else cell.identity,
@@ -72,8 +72,8 @@ def _row(outcome: Outcome, hours: float) -> dict[str, Any]:
         "loss": outcome.loss if outcome.state == "done" else "",
         "state": outcome.state,
         "excluded": _why_excluded(outcome),
-        "code_version": _code_version(directory) if outcome.run.last else "",
-        "began": "" if cell.awaits else _began(directory),
+        "code_version": _code_version(outcome),
+        "began": "" if cell.awaits else _began(outcome),
         **{f"flops: {name}": 3 * count * cell.tokens for name, count in parts.items()},
     }
 
@@ -85,16 +85,21 @@ def _why_excluded(outcome: Outcome) -> str:
     return f"{outcome.state}: {outcome.why}" if outcome.why else outcome.state
 
 
-def _began(run: RunDirectory) -> str:
+def _began(outcome: Outcome) -> str:
     """When it was started first, as prediction.json has it when it was written."""
-    first = next((each["time"] for each in attempts.read(run) if each.get("step") is not None), None)
+    if outcome.collected:
+        return outcome.collected.began
+    starts = attempts.read(RunDirectory(outcome.run.path))
+    first = next((each["time"] for each in starts if each.get("step") is not None), None)
     return "" if first is None else datetime.fromtimestamp(first, UTC).isoformat(timespec="seconds")
 
 
-def _code_version(run: RunDirectory) -> str:
+def _code_version(outcome: Outcome) -> str:
     """Of the start that wrote the last checkpoint."""
+    if outcome.collected or not outcome.run.last:
+        return outcome.collected.code_version if outcome.collected else ""
     try:
-        last = checkpoint_folder.find(run.path)
+        last = checkpoint_folder.find(outcome.run.path)
     except UserError:
         last = None
     return (read_json(last / "checkpoint.json") or {}).get("megahybrid", "") if last else ""

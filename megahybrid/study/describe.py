@@ -12,9 +12,11 @@ from megahybrid.data.documents import TRAIN
 from megahybrid.data.lengths import sequence_lengths
 from megahybrid.data.prepared import find_prepared
 from megahybrid.readable import short
+from megahybrid.scaling.layouts import CLUSTER
 from megahybrid.scaling.plan import table
 from megahybrid.study.cells import batch_tokens
 from megahybrid.study.identity import find_data
+from megahybrid.study.models import side_by_side
 from megahybrid.study.plan import Plan, Row
 from megahybrid.study.rules import BATCHES, LEARNING_RATES
 
@@ -72,6 +74,7 @@ def _sentences(plan: Plan) -> Iterator[str]:
         yield f"  separate runs would take {alone:,.3g} GPU hours: branching off saves {1 - hours / alone:.0%}"
     for gpu, source in sorted({(row.estimate.gpu, row.estimate.source.split(" MFU, ")[-1]) for row in rows}):
         yield f"  GPU hours on one {gpu}: {source}"
+    yield from _memory(plan)
     rate, batch = study.rules.learning_rate, study.rules.batch
     yield f"rate: {rate}, {LEARNING_RATES[rate].source}; batch: {batch}, {BATCHES[batch].source}"
     if study.schedule.kind == "wsd_branches":
@@ -84,6 +87,15 @@ def _sentences(plan: Plan) -> Iterator[str]:
         near = f": too near to test the law; hold out one of {FAR} times" if round(times, 1) < FAR else ""
         yield f"held out: {times:.1f} times the FLOPs of the largest run that is fitted{near}"
     yield from _data(plan)
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    """How many runs of one GPU it takes side by side: what `launch` refuses to exceed, of a GPU here."""
+    at_once = side_by_side(row.memory for row in plan.rows if row.cell.gpus == 1)
+    if at_once and not plan.study.limits.profile:
+        fitting, room = sum(memory <= CLUSTER.memory for memory in at_once), f"{CLUSTER.memory / 2**30:.0f} GiB"
+        which = "all runs" if fitting == len(at_once) else f"the {fitting} largest runs" if fitting else "no run"
+        yield f"memory: {room}, which training may take of an 80 GB GPU, hold {which} side by side"
 
 
 def _far(plan: Plan) -> Iterator[str]:

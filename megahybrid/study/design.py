@@ -9,22 +9,28 @@ from types import MappingProxyType
 from megahybrid.errors import UserError
 from megahybrid.study.cells import RETRY, Cell, Family
 from megahybrid.study.file import SizeConfig, Study
-from megahybrid.study.models import Model, make_models, seconds_per_token
+from megahybrid.study.models import Counts, Model, make_models, seconds_per_token
 
 
-def design(study: Study, tuned: Mapping[str, float] = MappingProxyType({}), needs_data: bool = True) -> list[Cell]:
+def design(
+    study: Study,
+    tuned: Mapping[str, float] = MappingProxyType({}),
+    needs_data: bool = True,
+    known: Mapping[tuple[str, str], Counts] = MappingProxyType({}),
+) -> list[Cell]:
     """All runs of a study, kind by kind: its tuning grid, then size by size a trunk before its branches.
 
     Args:
         study: as `load_study` gives it.
         tuned: the best factor on the learning rate of every kind whose grid is done.
         needs_data: whether data that are not prepared are a fault; without them no identity means anything.
+        known: by kind and size, what need not be counted again of a model.
 
     Raises UserError, with the cell's name, for what cannot be trained, for two cells that are the same run,
     and where one is given up that there is not.
     """
     cells: list[Cell] = []
-    rungs = _rungs(study)
+    rungs = _rungs(study, known)
     for kind in study.kinds:
         families = [_family(study, rung, kind, needs_data) for rung in rungs]
         smallest = next(family for family, rung in zip(families, rungs, strict=True) if rung.smallest)
@@ -62,10 +68,10 @@ class _Rung:
     repeats: int
 
 
-def _rungs(study: Study) -> list[_Rung]:
+def _rungs(study: Study, known: Mapping[tuple[str, str], Counts]) -> list[_Rung]:
     """The sizes, and the one of its own that may be held out."""
     held, rungs = study.hold_out, []
-    sizes = [(make_models(study, size), size.budgets or study.budgets) for size in study.sizes]
+    sizes = [(make_models(study, size, known), size.budgets or study.budgets) for size in study.sizes]
     costs = [next(iter(models.values())).flops_per_token for models, _ in sizes]
     for number, (models, budgets) in enumerate(sizes):
         smallest, largest = number == costs.index(min(costs)), number == costs.index(max(costs))
@@ -74,7 +80,7 @@ def _rungs(study: Study) -> list[_Rung]:
         rungs.append(_Rung(models, budgets.values, budgets.units[0], out, smallest, repeats))
     if held and not held.at:
         budget = getattr(held, held.units[0])
-        models = make_models(study, SizeConfig(held.width, held.layers, held.overrides, held.nodes))
+        models = make_models(study, SizeConfig(held.width, held.layers, held.overrides, held.nodes), known)
         rungs.append(_Rung(models, [budget], held.units[0], budget, False, 1))
     return rungs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from megahybrid.errors import UserError
 from megahybrid.study.cells import Cell
 from megahybrid.study.file import Study
 from megahybrid.study.law.bootstrap import SHARED, SHARED_PRIOR, Noise, interval, posterior, unit_noise
-from megahybrid.study.law.fit import LEAST_RATIO, LEAST_RUNS
+from megahybrid.study.law.fit import DELTA, LEAST_RATIO, LEAST_RUNS
 from megahybrid.study.law.law import CONDITION_LIMIT, Array, Centre, Law, condition, jacobian
 
 PRIOR = Law(A=482.01, B=2085.43, E=1.8172, alpha=0.3478, beta=0.3658)
@@ -56,12 +57,23 @@ class Precision:
     losses: Array
 
 
+def huber_efficiency(noise: float, delta: float = DELTA) -> float:
+    """Of the estimator that minimises Huber's loss of that delta, for normal noise of that standard deviation: the
+    variance of least squares by its own, from 2 / pi where delta is small (the median's) to 1. The expectation of the
+    slope of its score, squared, by that of the squared score (Huber, "Robust Estimation of a Location Parameter", 1964,
+    section 6)."""
+    c = delta / noise
+    below, density = (1 + math.erf(c / math.sqrt(2))) / 2, math.exp(-c * c / 2) / math.sqrt(2 * math.pi)
+    return (2 * below - 1) ** 2 / (2 * (c * c * (1 - below) + below - 0.5 - c * density))
+
+
 def precisions(
     kinds: Sequence[Runs], targets: Sequence[Sequence[tuple[float, float]]], noise: float
 ) -> list[Precision]:
     """How wide the intervals of `fit` are on average over studies that are made up: their noise is normal, and the part
     of it that runs of a trunk share is drawn from SHARED_PRIOR; from what the fit would leave of it the noise is drawn
-    again, as the bootstrap does, and the law follows it linearly, at PRIOR.
+    again, as the bootstrap does, and the law follows it linearly, at PRIOR, and as far as by Huber's loss, which knows
+    less than least squares where noise is above its delta.
 
     Args:
         kinds: whose laws can be told apart.
@@ -72,6 +84,7 @@ def precisions(
     slopes = [each.jacobian for each in kinds]
     noises = [Noise(slope, each.trunks) for slope, each in zip(slopes, kinds, strict=True)]
     moves = [_moves(each, slope, wanted) for each, slope, wanted in zip(kinds, slopes, targets, strict=True)]
+    wider = huber_efficiency(noise) ** -0.5
     widths = [np.zeros(len(each)) for each in moves]
     for _ in range(_STUDIES):
         shared = rng.choice(SHARED, 1, p=SHARED_PRIOR)
@@ -79,7 +92,7 @@ def precisions(
         known = posterior(model.likelihood(drawn) for model, drawn in zip(noises, losses, strict=True))
         for width, model, drawn, move in zip(widths, noises, losses, moves, strict=True):
             again, own = model.draw(drawn, known, _REPLICATES, rng)
-            off = again @ move.T
+            off = wider * (again @ move.T)
             off[:, 1:] += own[:, None]
             width += [np.ptp(interval(each)) / 2 / _STUDIES for each in off.T]
     return [

@@ -177,7 +177,7 @@ class Study:
     overrides: dict[str, Any] = key({})
     """Keys of the recipe for all models."""
     budgets: BudgetsConfig = field(default_factory=BudgetsConfig)
-    """Of all sizes that have none of their own."""
+    """Of all sizes that have none of their own; may be left out where all have."""
     match: str = key("flops", choices=("flops", "gpu_hours", "parameters"))
     """What the kinds of a size have in common at a budget: flops, by the model's own count; gpu_hours that the first
     kind would take; or parameters, by the width of the SwiGLU, and with it tokens."""
@@ -256,7 +256,8 @@ def _refuse_twice(name: str, values: list[Any]) -> None:
 
 def _check_budgets(study: Study) -> None:
     own = {f"sizes[{number}].budgets": size.budgets for number, size in enumerate(study.sizes) if size.budgets}
-    for name, budgets in {"budgets": study.budgets, **own}.items():
+    of_all = {"budgets": study.budgets} if study.budgets.units or len(own) < len(study.sizes) else {}
+    for name, budgets in (of_all | own).items():
         if len(budgets.units) != 1:
             raise UserError(
                 f"{name} needs one of flops, tokens_per_parameter and tokens, such as {{flops: [1.0e18, 3.0e18]}}."

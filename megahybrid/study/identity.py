@@ -11,9 +11,7 @@ from megahybrid.config.branching import branch_point
 from megahybrid.config.task_sources import text_sources
 from megahybrid.data.prepared import data_identity, find_prepared, open_prepared
 from megahybrid.key import unusual
-from megahybrid.training import checkpoint
 from megahybrid.training.resume import initial_weights, meaning
-from megahybrid.training.zero import WEIGHTS
 
 _NO_RESULT = (
     *("run.", "tracking.", "checkpoint.", "evaluate."),
@@ -39,6 +37,9 @@ def identify(config: Config, data: str | None) -> str:
     """
     facts = {name: value for name, value, _ in unusual(config) if not name.startswith(_NO_RESULT)} | meaning(config)
     if (initial := initial_weights(config)) is not None:  # what it takes of that, wherever it lies
+        from megahybrid.training import checkpoint  # these load torch
+        from megahybrid.training.zero import WEIGHTS
+
         there = checkpoint.read_facts(initial)
         weights = {name: each for name, each in there["files"].items() if name.startswith(f"{WEIGHTS}-")}
         facts["train.init_from"] = weights, there.get("regulators")

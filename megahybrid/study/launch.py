@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import math
 import time
 from collections import defaultdict
@@ -25,13 +24,12 @@ from megahybrid.study.expected import expect
 from megahybrid.study.file import Study
 from megahybrid.study.identity import find_data
 from megahybrid.study.local import Processes
-from megahybrid.study.models import tabled_estimate
+from megahybrid.study.models import side_by_side, tabled_estimate
 from megahybrid.study.outcomes import Survey, has_branch_point, trunk_of
 from megahybrid.study.results import read_plan
 from megahybrid.study.status import Overall, StatusLine, hours_taken
 from megahybrid.training.run_directory import RunDirectory
 
-_BYTES_A_PROCESS = 0.5 * 2**30  # that CUDA takes beside what is allocated
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_BETWEEN_LOOKS_AT_THE_QUEUE = 30.0
 
@@ -52,10 +50,13 @@ def launch(study: Study, file: str, jobs: int | None, wait: bool, say: Callable[
     with _alone(folder):
         if jobs is None and study.limits.profile is not None:
             launching = Launching(study, file, say, slurm.jobs)
+            launching.check_design()
             launching.through_slurm(wait)
         else:
             queue = runs.queued_jobs(say)
             launching = Launching(study, file, say, lambda: queue)
+            launching.check_memory(jobs or 1)
+            launching.check_design()
             launching.here(jobs or 1)
         return launching.conclude()
 
@@ -102,14 +103,16 @@ class Launching:
                 f"The data are others than when '{file}' was planned, and so are its runs; run `megahybrid study plan "
                 f"{file}` again."
             )
-        expect(study, [each.cell for each in self.outcomes if not each.cell.retry_of])
+
+    def check_design(self) -> None:
+        """Raises UserError where nothing may begin: the law's terms could not be told apart, or it would take too
+        long."""
+        expect(self.study, [each.cell for each in self.outcomes if not each.cell.retry_of])
         if fault := self._over_the_limit({each.cell.identity for each in self.outcomes if not each.ended}):
             raise UserError(f"Nothing begins: {fault}")
 
     def here(self, jobs: int) -> None:
-        """Processes of this machine, `jobs` at once over its GPUs, until nothing more can begin. Raises UserError where
-        they would not fit into these."""
-        self._check_memory(jobs)
+        """Processes of this machine, `jobs` at once over its GPUs, until nothing more can begin."""
         began, before = time.monotonic(), self._overall().done
         with Processes(self.folder, jobs) as processes:
             try:
@@ -130,14 +133,14 @@ class Launching:
                 self._line.say("The runs save and stop; interrupted once more, they are killed.")
                 raise
 
-    def _check_memory(self, jobs: int) -> None:
+    def check_memory(self, jobs: int) -> None:
+        """Raises UserError where so many runs at once would not fit into this machine's GPUs."""
         needs: dict[tuple[str, str, int], list[float]] = defaultdict(list)
         for cell in (each.cell for each in self.outcomes if not each.ended):
             step = needs[cell.kind, cell.size, cell.config.train.global_batch_size]
-            step.append(step[0] if step else max(peak_bytes(cell.config, 1)) + _BYTES_A_PROCESS)
-        largest = sorted((memory for step in needs.values() for memory in step), reverse=True)
+            step.append(step[0] if step else max(peak_bytes(cell.config, 1)))
         gpus, room = max(1, len(visible_gpus())), gpu_memory()
-        at_once = list(itertools.accumulate(largest[: math.ceil(jobs / gpus)]))
+        at_once = side_by_side(memory for step in needs.values() for memory in step)[: math.ceil(jobs / gpus)]
         if at_once and at_once[-1] > room:
             fitting = sum(memory <= room for memory in at_once)
             less = f"give --jobs {fitting * gpus}" if fitting else "give the larger ones to another machine"

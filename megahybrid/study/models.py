@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megahybrid.config import Config, load_config
 from megahybrid.config.arithmetic import fill
@@ -15,9 +17,10 @@ from megahybrid.errors import UserError
 from megahybrid.key import derived
 from megahybrid.launch.profile import load_profile
 from megahybrid.scaling.flops import Flops, flops_per_token
-from megahybrid.scaling.hours import Estimate, tabled
-from megahybrid.scaling.plan import parameters_by_part
 from megahybrid.study.file import KindConfig, SizeConfig, Study
+
+if TYPE_CHECKING:
+    from megahybrid.scaling.hours import Estimate
 
 _OWN = (
     *("run.dir", "train.steps", "train.branch_from", "train.resume_from", "checkpoint.milestones"),
@@ -27,6 +30,18 @@ _OWN = (
 """Keys that the study sets itself."""
 _BY_RULE = {"optimizer.learning_rate": "learning_rate", "train.global_batch_size": "batch"}
 """Keys that a rule sets, unless it is `fixed`."""
+
+
+_BYTES_A_PROCESS = 0.5 * 2**30
+"""That CUDA takes beside what is allocated."""
+
+
+class Counts(NamedTuple):
+    """What is counted of a model, as in Model."""
+
+    parameters: int
+    parameters_without_embedding: int
+    flops_per_token: float
 
 
 @dataclass(frozen=True)
@@ -75,17 +90,31 @@ def count_flops(config: Config) -> Flops:
 
 def tabled_estimate(config: Config) -> Estimate:
     """Of a recipe's GPU hours, from these FLOPs and a table."""
+    from megahybrid.scaling.hours import tabled  # loads torch and Megatron, as what counts parameters does
+
     return tabled(config, lengths=sequence_lengths(config))
 
 
-def make_models(study: Study, size: SizeConfig) -> dict[str, Model]:
-    """The models of a size by kind; with `match: parameters` all have as many as the first. Raises UserError."""
+def side_by_side(memories: Iterable[float]) -> list[float]:
+    """Bytes that the largest run, the two largest, … take at once on one GPU, of runs that take so many each."""
+    return list(itertools.accumulate(sorted((each + _BYTES_A_PROCESS for each in memories), reverse=True)))
+
+
+def make_models(
+    study: Study, size: SizeConfig, known: Mapping[tuple[str, str], Counts] = MappingProxyType({})
+) -> dict[str, Model]:
+    """The models of a size by kind; with `match: parameters` all have as many as the first. Raises UserError.
+
+    Args:
+        study, size: what they are made of.
+        known: by kind and size, what need not be counted again.
+    """
     models: dict[str, Model] = {}
     for name, kind in study.kinds.items():
         where = f"{name}-{size_name(size)}"
         try:
             config = load_config(study.base, _overrides(study, kind, size))
-            model = _model(study, name, size, config)
+            model = _model(study, name, size, config, known.get((name, size_name(size))))
             if models and study.match == "parameters":
                 model = _with_parameters(study, size, model, next(iter(models.values())).parameters)
         except UserError as error:
@@ -110,8 +139,7 @@ def _overrides(study: Study, kind: KindConfig, size: SizeConfig) -> list[str]:
     return [f"{key}={value}" for key, value in overrides.items()]
 
 
-def _model(study: Study, kind: str, size: SizeConfig, config: Config) -> Model:
-    parts = parameters_by_part(config)
+def _model(study: Study, kind: str, size: SizeConfig, config: Config, counts: Counts | None = None) -> Model:
     profile = study.limits.profile
     gpus = size.nodes * (load_profile(profile).gpus_per_node if profile else 1)
     parallel = config.parallel
@@ -126,10 +154,16 @@ def _model(study: Study, kind: str, size: SizeConfig, config: Config) -> Model:
         config=config,
         nodes=size.nodes,
         gpus=gpus,
-        parameters=sum(parts.values()),
-        parameters_without_embedding=sum(parts.values()) - parts["embedding"] - parts["output layer"],
-        flops_per_token=count_flops(config).training,
+        **(counts or _count(config))._asdict(),
     )
+
+
+def _count(config: Config) -> Counts:
+    from megahybrid.scaling.plan import parameters_by_part
+
+    parts = parameters_by_part(config)
+    total = sum(parts.values())
+    return Counts(total, total - parts["embedding"] - parts["output layer"], count_flops(config).training)
 
 
 def _with_parameters(study: Study, size: SizeConfig, model: Model, parameters: int) -> Model:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megahybrid.errors import UserError
 from megahybrid.launch import runs, slurm
 from megahybrid.study.cells import RETRY, Cell
 from megahybrid.study.design import design
 from megahybrid.study.file import Study
 from megahybrid.study.identity import find_data, identify
+from megahybrid.study.measured import gpu_hours
+from megahybrid.study.models import Counts
+from megahybrid.study.table import Row, Run, read_rows, read_runs
 from megahybrid.training import checkpoint_folder, ownership
-from megahybrid.training.metrics_file import lines_after, lines_backwards
+from megahybrid.training.metrics_file import first_line, lines_backwards
 from megahybrid.training.run_directory import RunDirectory
+
+_KEPT = (
+    *("cell", "run", "kind", "parameters", "tokens", "learning_rate", "loss", "state"),
+    *("excluded", "gpu_hours", "code_version", "began"),
+)
+"""Columns of runs.csv that say of a run what its directory would."""
 
 _STATES = {"queued": "waiting", "requeued": "waiting", "submitted": "waiting", "stalled": "running"}
 
@@ -32,6 +43,7 @@ class Outcome:
         why: if there is a why.
         loss: the final validation's, of a run that is done or has diverged at its end.
         given_up: whether it has failed for good.
+        collected: of a run that is done and whose directory has been removed since, what runs.csv says of it.
     """
 
     cell: Cell
@@ -40,6 +52,7 @@ class Outcome:
     why: str
     loss: float | None
     given_up: bool = False
+    collected: Run | None = None
 
     @property
     def ended(self) -> bool:
@@ -54,17 +67,23 @@ class Outcome:
     @property
     def flops_done(self) -> float:
         """So far, of `flops`."""
+        if self.collected:
+            return self.flops
         first, steps = self.cell.branch_step or 0, self.cell.config.train.steps
         return self.flops * (self.run.last.get("step", first) - first) / (steps - first)
 
 
 class Survey:
-    """Looks at what has become of a study's cells, those included that try diverged ones again at half the rate."""
+    """Looks at what has become of a study's cells, those included that try diverged ones again at half the rate.
+
+    A run whose directory has been removed since it was collected stays done: runs.csv has its row. Raises UserError,
+    when it looks, where runs.csv cannot be read or says something else of the run.
+    """
 
     def __init__(self, study: Study):
         self._study = study
         self._tuned: dict[str, float] = {}
-        self._cells = design(study)
+        self._cells = _design(study)
 
     def look(self, queue: Sequence[slurm.QueuedJob] | None) -> list[Outcome]:
         """Every cell's outcome now, the retries last; `queue` is None where Slurm cannot be asked."""
@@ -75,15 +94,66 @@ class Survey:
             outcomes = self._observe(queue)
         return outcomes
 
+    @functools.cached_property
+    def _collected(self) -> dict[str, Run]:
+        """Rows of runs.csv, as it is when a run is first missed, of runs that are done, by identity."""
+        file = self._study.folder / "runs.csv"
+        if not file.is_file():
+            return {}
+        try:
+            rows = read_runs(file, {name: name for name in _KEPT})
+        except UserError as error:
+            raise UserError(f"{error} Remove the file where no run's directory has been removed.") from None
+        return {row.run: row for row in rows if row.state == "done"}
+
     def _observe(self, queue: Sequence[slurm.QueuedJob] | None) -> list[Outcome]:
         outcomes = _with_trunks(self._outcome(cell, queue) for cell in self._cells)
         return _with_trunks([*outcomes, *(self._outcome(cell, queue) for cell in _retries(outcomes))])
 
     def _outcome(self, cell: Cell, queue: Sequence[slurm.QueuedJob] | None) -> Outcome:
         found = _outcome(cell, queue)
+        if (found.state, found.why) == ("missing", "") and (row := self._collected.get(cell.identity)):
+            _check_row(self._study.folder, row, cell)
+            return replace(found, state="done", loss=row.loss, collected=row)
         if cell.name not in self._study.give_up or found.state not in ("missing", "failed"):
             return found
         return replace(found, state="failed", why=f"given up{found.why and f': {found.why}'}", given_up=True)
+
+
+def _design(study: Study) -> list[Cell]:
+    """Its cells, whose models are those of plan.csv where all its runs are theirs: to count parameters takes seconds,
+    mostly for torch and Megatron to load, and an identity holds all that a count depends on."""
+    if study.rules.tune or study.match == "parameters":  # cells that wait, and models that follow another's count
+        return design(study)
+    try:
+        rows = read_rows(study.folder / "plan.csv")
+        known = {(row["kind"], row["size"]): _counts(row) for row in rows}
+        cells = design(study, known=known)
+    except (UserError, KeyError, ValueError):
+        return design(study)
+    planned = {cell.identity for cell in cells if cell.name not in study.give_up} == {row["run"] for row in rows}
+    return cells if planned else design(study)
+
+
+def _counts(row: Row) -> Counts:
+    return Counts(int(row["parameters"]), int(row["parameters_without_embedding"]), float(row["flops_per_token"]))
+
+
+def hours_by_run(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """GPU hours so far by identity, measured, or of runs whose directory is gone as they were collected."""
+    gone = {each.cell.identity: each.collected.gpu_hours for each in outcomes if each.collected}
+    return gpu_hours() | {run: hours for run, hours in gone.items() if math.isfinite(hours)}
+
+
+def _check_row(folder: Path, row: Run, cell: Cell) -> None:
+    """Raises UserError for a row that is not of the cell's run, whatever its identity says."""
+    for name in ("kind", "parameters", "tokens", "learning_rate"):
+        own = cell.config.optimizer.learning_rate if name == "learning_rate" else getattr(cell, name)
+        if getattr(row, name) != own:
+            raise UserError(
+                f"'{folder / 'runs.csv'}' has {name} = {getattr(row, name)} for {cell.name}, whose directory is gone "
+                f"and which has {own}; that is not what `megahybrid study collect` wrote: mend it, or remove the row."
+            )
 
 
 def has_branch_point(cell: Cell) -> bool:
@@ -116,7 +186,7 @@ def _with_trunks(outcomes: Iterable[Outcome]) -> list[Outcome]:
     outcomes = list(outcomes)
     trunks = {each.cell.identity: each for each in outcomes}
     for number, each in enumerate(outcomes):
-        if each.cell.role != "branch" or each.cell.awaits or has_branch_point(each.cell):
+        if each.cell.role != "branch" or each.cell.awaits or each.collected or has_branch_point(each.cell):
             continue
         trunk, step = trunks[each.cell.trunk], each.cell.branch_step
         ended = f"its trunk {trunk.cell.name} has ended without step {step}"
@@ -221,7 +291,7 @@ def _divergence(cell: Cell, run: runs.Run, loss: float | None) -> str | None:
 
 def _first_loss(run: RunDirectory) -> float:
     with contextlib.suppress(OSError):
-        return next(lines_after(run.metrics, 0), {}).get("loss", math.inf)
+        return first_line(run.metrics).get("loss", math.inf)
     return math.inf
 
 

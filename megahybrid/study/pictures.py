@@ -56,22 +56,27 @@ def draw(folder: Path, results: Results) -> list[Path]:
 def isoflop_figure(results: Results) -> Figure:
     """Loss over parameters, a panel a kind and a curve a budget: the runs, the law between them, and where a budget is
     one of FLOPs the parabola of approach 2 with its lowest point; held-out runs are hollow."""
-    budgets = {run.budget: budget_label(run) for kind in results.kinds for run in results.of(kind)}
-    colors = dict(zip(sorted(budgets), colormaps["viridis"](np.linspace(0, 0.85, len(budgets))), strict=True))
+    budgets = sorted({_budget(run) for kind in results.kinds for run in results.of(kind)})
+    colors = dict(zip(budgets, colormaps["viridis"](np.linspace(0, 0.85, len(budgets))), strict=True))
     figure, grid = panels(results.kinds)
     for axes, kind in zip(grid, results.kinds, strict=True):
         for budget, color in colors.items():
-            chosen = [run for run in results.of(kind) if run.budget == budget]
+            chosen = [run for run in results.of(kind) if _budget(run) == budget]
             if chosen:
                 _isoflop(axes, chosen, results.law(kind), color)
     finish(grid, "parameters", short_number)
-    handles = [Line2D([], [], color=color, marker="o", label=budgets[budget]) for budget, color in colors.items()]
+    handles = [Line2D([], [], color=color, marker="o", label=label) for (_, label), color in colors.items()]
     handles.append(Line2D([], [], color="grey", linestyle="--", linewidth=1, label="the law"))
     handles.append(Line2D([], [], color="grey", marker="o", linestyle="", markerfacecolor="none", label="held out"))
     if any(line.get_marker() == "*" for axes in grid for line in axes.lines):
         handles.append(Line2D([], [], color="grey", marker="*", linestyle="", markersize=9, label="lowest point"))
     legend(figure, handles)
     return figure
+
+
+def _budget(run: Run) -> tuple[float, str]:
+    """The number may be another size's, too, in another unit."""
+    return run.budget, budget_label(run)
 
 
 def _isoflop(axes: Axes, runs: Sequence[Run], law: Law, color: Any) -> None:

@@ -81,6 +81,8 @@ def _has_begun(outcome: Outcome) -> bool:
     """Whether anything of its run may have been seen, in whichever study."""
     if outcome.cell.awaits:  # which run it is, is not known yet
         return False
+    if outcome.collected:
+        return True
     run = RunDirectory(outcome.run.path)
     return run.metrics.exists() or any(each.get("step") is not None for each in attempts.read(run))
 

@@ -10,7 +10,6 @@ from megahybrid.files import write_text
 from megahybrid.study import hours
 from megahybrid.study.answers import answers, listed, open_questions
 from megahybrid.study.pictures import draw
-from megahybrid.study.publish import publish
 from megahybrid.study.results import Results, read_results
 from megahybrid.study.tables import tables
 
@@ -39,7 +38,10 @@ def report(folder: Path, file: Path, base: Config) -> list[Path]:
     """
     before = _content(folder / "report.md")
     paths = write(folder, file)
-    if _content(folder / "report.md") != before or not (folder / "wandb").is_dir():
+    news = _content(folder / "report.md") != before or not (folder / "wandb").is_dir()
+    if news and base.tracking.wandb != "disabled":
+        from megahybrid.study.publish import publish  # loads torch and Megatron
+
         publish(read_results(folder), folder, base, paths[1:])
     return paths
 

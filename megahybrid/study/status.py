@@ -14,8 +14,7 @@ from rich.table import Table
 
 from megahybrid.launch import runs
 from megahybrid.study.file import Study
-from megahybrid.study.measured import gpu_hours
-from megahybrid.study.outcomes import Outcome, Survey
+from megahybrid.study.outcomes import Outcome, Survey, hours_by_run
 from megahybrid.training.run_directory import duration
 
 _STATES = ("done", "running", "waiting", "missing", "diverged", "failed")
@@ -82,7 +81,7 @@ class StatusLine:
 
 def hours_taken(outcomes: Sequence[Outcome]) -> float:
     """GPU hours measured so far, of every run once."""
-    measured = gpu_hours()
+    measured = hours_by_run(outcomes)
     return sum(measured.get(run, 0.0) for run in {each.cell.identity for each in outcomes if not each.cell.awaits})
 
 
@@ -95,14 +94,20 @@ def show(study: Study, say: Callable[[str], None], console: Console | None = Non
     for name in ("state", "step", "loss", "left", "job"):
         table.add_column(name, justify="left" if name in ("state", "job") else "right", no_wrap=name != "job")
     for each in outcomes:
-        table.add_row(each.cell.name, *_row(replace(each.run, state=each.state)))
+        table.add_row(each.cell.name, *_row(each))
     console.print(table)
     for each in outcomes:
         if each.why:
             console.print(f"{each.cell.name}: {each.why}", markup=False, highlight=False)
+    if gone := sum(each.collected is not None for each in outcomes):
+        text = f"collected, directory gone: {gone} of the runs that are done, as runs.csv has them"
+        console.print(text, markup=False, highlight=False)
     console.print(str(Overall.of(outcomes, study.limits.gpu_hours)), markup=False, highlight=False)
 
 
-def _row(run: runs.Run) -> list[str]:
+def _row(outcome: Outcome) -> list[str]:
+    run = replace(outcome.run, state=outcome.state)
+    if outcome.collected:
+        return ["collected", "", f"{outcome.loss:.4f}", "", ""]
     loss = f"{run.last['loss']:.4f}" if run.last else ""
     return [run.state, f"{run.step}/{run.target}" if run.target else "", loss, runs.left(run), ", ".join(run.jobs)]

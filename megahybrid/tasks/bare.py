@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,8 +13,11 @@ from numpy.typing import NDArray
 
 from megahybrid.errors import UserError
 from megahybrid.key import key
-from megahybrid.tasks.draws import Draws
+from megahybrid.tasks.draws import Draws, DrawsTogether
 from megahybrid.tasks.task import Answer, Sample, Span, Task, TaskParameters, TokenAnswers, Vocabulary
+
+# Samples that are drawn together: of short ones a row holds so many, and most of what one takes are calls of NumPy.
+_SEVERAL = 3
 
 
 class _Pool(NamedTuple):
@@ -159,14 +163,28 @@ class SelectiveMQAR(_Pairs):
         draws: Draws,
         depth: float | None = None,
     ) -> Sample:
+        return self._assemble(*self._parts(parameters, length, vocabulary, draws))
+
+    def samples(
+        self, parameters: PairParameters, length: int, vocabulary: Vocabulary, draws: Sequence[Draws]
+    ) -> Iterable[Sample]:
+        if len(draws) < _SEVERAL:
+            return super().samples(parameters, length, vocabulary, draws)
+        parts = self._parts(parameters, length, vocabulary, DrawsTogether(draws, 2 * length))
+        return map(self._assemble, *parts)
+
+    def _parts(
+        self, parameters: PairParameters, length: int, vocabulary: Vocabulary, draws: Draws | DrawsTogether
+    ) -> tuple[NDArray[np.int64], ...]:
+        """Fillers, keys, values, and the places of pairs and of questions, `[…, n]`."""
         count, pools = parameters.pairs, self._pools(vocabulary)
         tokens = pools["fillers"].take(draws.below(pools["fillers"].size, length))
-        tokens[0] = vocabulary.document_id
+        tokens[..., 0] = vocabulary.document_id
         keys = pools["keys"].take(draws.distinct(pools["keys"].size, count))
         values = pools["values"].take(draws.below(pools["values"].size, count))
         pairs = 1 + 2 * draws.distinct((length // 2 - 1) // 2, count)
         questions = length - 2 * (length // 8) + 2 * draws.distinct(length // 8, count)
-        return self._assemble(tokens, keys, values, pairs, questions)
+        return tokens, keys, values, pairs, questions
 
 
 class Copy(Task):

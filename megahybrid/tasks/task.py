@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -162,3 +162,7 @@ class Task(ABC):
             depth: where in the context the needle stands, from 0, its beginning, to 1; drawn when left out. Where
                 `has_depth` is false, needles are spread over the context whatever it is.
         """
+
+    def samples(self, parameters: Any, length: int, vocabulary: Vocabulary, draws: Sequence[Draws]) -> Iterable[Sample]:
+        """The samples that each of the draws, of which nothing was drawn yet, determines; see `sample`."""
+        return (self.sample(parameters, length, vocabulary, each) for each in draws)

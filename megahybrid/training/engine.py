@@ -136,10 +136,9 @@ class Engine:
         # On this thread: handing Python's lock to autograd's and back costs the host time for nothing.
         with torch.autograd.set_multithreading_enabled(False):
             self._run(batches, step, report, whole)
-        report.note_longest(max(max(batch.sequences.lengths) for batch in batches))
-        report.stop += stop
-        report.saving += saving
-        report.loss /= len(batches) * groups.data_parallel()[1]
+        report.tell(stop, saving, max(max(batch.sequences.lengths) for batch in batches))
+        if (micro_batches := len(batches) * groups.data_parallel()[1]) > 1:
+            report.loss /= micro_batches
         return report, self._update(report)
 
     def _update(self, report: StepReport) -> float:
@@ -147,12 +146,13 @@ class Engine:
         on the device: the host waits once, for the report. The gradient's norm."""
         report.squares += self.zero.reduction.finish()
         report.sum_over_all()
-        norm = report.squares.sqrt() / groups.weight_holders()[1]
+        norm = report.squares.sqrt_()
+        if (holders := groups.weight_holders()[1]) > 1:
+            norm /= holders
         shards = [bucket.shard for bucket in self.zero.reduction.buckets]
-        accepted = self.guard.accepts(report.loss, norm) & (report.void() == 0)
-        update(self.zero.optimizer, shards, norm, accepted, self.config.optimizer.clip_grad_norm)
+        refused = self.guard.refuses(report.judged)
+        update(self.zero.optimizer, shards, norm, refused, self.config.optimizer.clip_grad_norm)
         self.zero.round_masters()
-        report.squares.copy_(norm)
         report.to_host()
         norm = float(report.squares)
         return norm if math.isfinite(norm) else math.inf
@@ -177,8 +177,11 @@ class Engine:
         if batches[0].weights is None:
             return self.config.train.micro_batch_size * self.config.train.seq_length
         total = torch.stack([batch.weights.sum(dtype=torch.float64) for batch in batches]).sum()
-        total = groups.sum_over_replicas(moved(total, self.device)) / (len(batches) * groups.data_parallel()[1])
-        return torch.where(total > 0, total, 1).float()
+        replicas = groups.data_parallel()[1]
+        if replicas > 1:
+            total = groups.sum_over_replicas(moved(total, self.device))
+        total = total / (len(batches) * replicas)
+        return moved(torch.where(total > 0, total, 1).float(), self.device)
 
     def _forward(
         self,
@@ -202,10 +205,10 @@ class Engine:
             report.add(layer, aux)
         if out.losses is None:
             return out.hidden
+        loss = out.loss / divisor
         if groups.tensor_parallel()[0] == 0:
-            losses = out.losses if batch.weights is None else out.losses * batch.weights
-            report.loss += losses.sum() / divisor
-        return out.loss / divisor
+            report.loss += loss.detach() if self.config.train.z_loss == 0 else _weighted(out, batch) / divisor
+        return loss
 
     @torch.no_grad()
     def validate(self, batches: Collection[Batch]) -> float | None:
@@ -272,6 +275,11 @@ def _claim(regulator: type[Regulator], letter: str, config: Config, taken: set[s
         if name in taken or name.startswith(names.PREFIX):
             raise UserError(f"The mixer '{letter}' regulates '{name}', which metrics.jsonl has of others; rename it.")
         taken.add(name)
+
+
+def _weighted(out: StackOutput, batch: Batch) -> Tensor:
+    """The sum of losses by their weights, without what train.z_loss adds."""
+    return (out.losses if batch.weights is None else out.losses * batch.weights).sum()
 
 
 def _zeros(tokens: int) -> Batch:

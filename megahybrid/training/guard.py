@@ -7,9 +7,11 @@ import statistics
 import sys
 from collections import deque
 
+import torch
 from torch import Tensor
 
 from megahybrid.config.schema import SkipConfig
+from megahybrid.data.packing import moved
 from megahybrid.errors import UserError
 
 
@@ -24,6 +26,7 @@ class StepGuard:
     def __init__(self, config: SkipConfig):
         self.config = config
         self.skipped = self.in_a_row = 0
+        self._bounds: tuple[tuple, Tensor, Tensor] | None = None
         self._accepted: dict[str, deque[float]] = {
             name: deque(maxlen=config.window) for name in ("loss", "gradient norm")
         }
@@ -37,12 +40,23 @@ class StepGuard:
             limits.append(statistics.fmean(window) + spread if full else sys.float_info.max)
         return limits
 
-    def accepts(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Whether `reason` will have none: a bool on the device on which these float64 scalars are."""
-        fine = [
-            value.isfinite() & (value <= limit) for value, limit in zip((loss, grad_norm), self._limits(), strict=True)
-        ]
-        return fine[0] & fine[1]
+    def refuses(self, judged: Tensor) -> Tensor:
+        """Whether `reason` will have one, or the step is void: a bool on the device.
+
+        judged: float64 `[2 + …]`, loss, gradient norm, and what has to be 0.
+        """
+        low, high = self._range(tuple(self._limits()), len(judged) - 2, judged.device)
+        return (judged.clamp(low, high) != judged).any()  # NaN differs from all
+
+    def _range(self, limits: tuple[float, ...], more: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Between what each has to be; made anew only where a limit is another one."""
+        key = limits, more, device
+        if self._bounds is None or self._bounds[0] != key:
+            largest, rest = sys.float_info.max, [0.0] * more
+            ends = [-largest, -largest, *rest], [*(min(limit, largest) for limit in limits), *rest]
+            low, high = (moved(torch.tensor(end, dtype=torch.float64), device) for end in ends)
+            self._bounds = key, low, high
+        return self._bounds[1:]
 
     def reason(self, loss: float, grad_norm: float) -> str | None:
         """Why this step has to be left out, or None. Changes nothing."""

@@ -30,13 +30,14 @@ from megahybrid.training.checkpoint import Position
 from megahybrid.training.engine import Engine, StepResult
 from megahybrid.training.logs import log, rank_log
 from megahybrid.training.metrics_file import MetricsFile
+from megahybrid.training.opening import opening
 from megahybrid.training.ownership import Owner
 from megahybrid.training.probes import names
 from megahybrid.training.probes.suite import Probes
 from megahybrid.training.resume import Start, check_data, initial_weights
 from megahybrid.training.run_directory import RunDirectory, duration
 from megahybrid.training.saver import Saver
-from megahybrid.training.signals import StopRequest
+from megahybrid.training.signals import NAMES, StopRequest
 from megahybrid.training.speed import memory, model_flops_utilization
 from megahybrid.training.tracking import Tracker
 from megahybrid.training.watchdog import Watchdog
@@ -49,9 +50,9 @@ _SECONDS_BETWEEN_STATUS = 10.0
 def train(config: Config, report: Report = print, stop_request: StopRequest | None = None) -> None:
     """Train the configuration to its last step, from its newest checkpoint if there is one.
 
-    SIGTERM or SIGUSR1 to any process, also noted earlier by `stop_request`, ends the step in hand, saves, and returns;
-    the same call goes on. Raises UserError for what the configuration, the data or a checkpoint make impossible, and
-    MachineFault for what may succeed when it is started again.
+    SIGTERM, SIGINT or SIGUSR1 to any process, also noted earlier by `stop_request`, ends the step in hand, saves, and
+    returns; the same call goes on. Raises UserError for what the configuration, the data or a checkpoint make
+    impossible, MachineFault for what may succeed when it is started again, and KeyboardInterrupt for a second SIGINT.
     """
     run, watch = RunDirectory(config.run.dir), config.train.watch
     longest = max(watch.start_seconds, watch.step_seconds) + 120  # the watchdog tells more than a collective's timeout
@@ -75,7 +76,8 @@ def train(config: Config, report: Report = print, stop_request: StopRequest | No
                 retry(lambda: start.check(config), f"Reading {start.checkpoint}")
                 step = checkpoint.read_state(start.checkpoint)["position"]["step"]
                 if step >= config.train.steps:
-                    say(f"{run.path} has done its {config.train.steps} steps; a larger train.steps goes on from there.")
+                    steps = config.train.steps
+                    say(f"{run.path} has done {step} steps, and train.steps is {steps}; a larger one goes on.")
                     return
             _, world = groups.world()
             own = 0 if start.branches else step
@@ -123,6 +125,8 @@ class Trainer:
         self.position = self._check_data(start)
         resources.enter_context(rank_log(run.logs))
         self.watchdog = resources.enter_context(Watchdog(run, config.train.watch, groups.world()[0]))
+        for line in opening(config):
+            self._tell(line)
         self_check(max(peak_bytes(config, replicas)))
         self.engine = self._build(start.checkpoint)
         if start.checkpoint is not None:
@@ -221,7 +225,7 @@ class Trainer:
             if result.stop and not last:
                 self.saver.insist(self.position)
                 signals = {name for name in groups.gather(self.stop_request.signal) if name}
-                reason = "SIGTERM" if "SIGTERM" in signals else signals.pop()
+                reason = next(name for name in NAMES if name in signals)
                 self.write_status("stopped", reason)
                 self._tell(f"Stopped by {reason} after step {step}; {self._command_that_goes_on()} goes on.")
                 return

@@ -79,6 +79,12 @@ def lines_after(path: Path, step: int) -> Iterator[dict[str, Any]]:
         yield from filter(None, map(_parsed, file))
 
 
+def first_line(path: Path) -> dict[str, Any]:
+    """The first whole line; nothing where there is none."""
+    with open(path, "rb") as file:
+        return next(filter(None, map(_parsed, file)), {})
+
+
 def lines_backwards(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines, the last one first."""
     with open(path, "rb") as file:

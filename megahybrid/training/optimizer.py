@@ -35,19 +35,20 @@ def reset_state(optimizer: torch.optim.Optimizer, steps: int) -> None:
 
 @torch.no_grad()
 def update(
-    optimizer: torch.optim.Optimizer, shards: Sequence[Tensor], norm: Tensor, accepted: Tensor, clip: float
+    optimizer: torch.optim.Optimizer, shards: Sequence[Tensor], norm: Tensor, refused: Tensor, clip: float
 ) -> None:
-    """Clip and step; where not accepted nothing changes, AdamW's count of steps included. The host does not wait.
+    """Clip and step; where refused nothing changes, AdamW's count of steps included. The host does not wait.
 
     Args:
         shards: of gradients, summed over those that hold the same weights; one of each parameter group's master.
         norm: of the whole gradient, their mean; on the device.
-        accepted: bool, on the device.
+        refused: bool, on the device.
         clip: the largest norm; 0 for any.
     """
     scale = ((norm + 1e-6) / clip).clamp(min=1) if clip else torch.ones_like(norm)
-    optimizer.grad_scale = (scale * groups.weight_holders()[1]).float()  # what gradients are divided by
-    optimizer.found_inf = (~accepted).float()
+    holders = groups.weight_holders()[1]
+    optimizer.grad_scale = (scale * holders if holders > 1 else scale).float()  # what gradients are divided by
+    optimizer.found_inf = refused.float()
     for group, shard in zip(optimizer.param_groups, shards, strict=True):
         group["params"][0].grad = shard
     optimizer.step()

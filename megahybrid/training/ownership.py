@@ -15,11 +15,11 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from megahybrid.errors import UserError
 from megahybrid.files import read_json
-from megahybrid.parallel import groups
 from megahybrid.retry import retry
 from megahybrid.training.run_directory import RunDirectory
 
@@ -50,6 +50,7 @@ class Owner:
 
     def __enter__(self) -> Owner:
         global _token
+        groups = _groups()
         groups.on_main(self._take)
         _token = groups.broadcast(self._facts["token"])
         try:
@@ -61,7 +62,7 @@ class Owner:
 
     def __exit__(self, *error: object) -> None:
         self._left.set()
-        if groups.is_main():
+        if _groups().is_main():
             self._thread.join()
             with contextlib.suppress(OSError):
                 if self._is_mine(_read(self._file)):
@@ -70,7 +71,7 @@ class Owner:
 
     def _require_one_folder(self) -> None:
         """One process of each node looks for what the main process has written."""
-        host = socket.gethostname()
+        host, groups = socket.gethostname(), _groups()
         blind = groups.local_rank() == 0 and not self._is_seen()
         hosts = groups.gather((host, blind))
         if names := sorted({name for name, blind in hosts if blind}):
@@ -95,7 +96,7 @@ class Owner:
 
     def check(self) -> None:
         """Before anything is replaced or removed: raise NotOwner, on every process, where another start has the run."""
-        groups.on_main(lambda: retry(self.check_here, f"Reading {self._file}"))
+        _groups().on_main(lambda: retry(self.check_here, f"Reading {self._file}"))
 
     def check_here(self) -> None:
         """The same on the main process alone, for what it writes by itself. Raises OSError where it cannot tell."""
@@ -172,6 +173,13 @@ class Owner:
             with contextlib.suppress(OSError):
                 if self._is_mine(_read(self._file)):
                     os.utime(self._file)
+
+
+def _groups() -> ModuleType:
+    """Late: torch and Megatron take seconds to load, and who looks at a run needs neither."""
+    from megahybrid.parallel import groups
+
+    return groups
 
 
 def another(run: RunDirectory) -> str | None:

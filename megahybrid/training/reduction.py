@@ -22,6 +22,9 @@ from megahybrid.config.schema import ParallelConfig
 from megahybrid.parallel import groups
 from megahybrid_kernels.products import add_product
 
+# Elements of gradients that a bucket lets wait for each other, to be taken at once.
+_WAITING = 2**20
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -87,6 +90,8 @@ class Bucket:
         self.parameters, self.kind, self.shard, self.sums = parameters, Kind.of(parameters[0]), shard, sums
         self._parts: list[Tensor] = []
         self._filled: set[int] = set()
+        self._waiting: dict[int, Tensor] = {}
+        self._room = _WAITING
 
     def begin(self, micro_batches: int) -> None:
         """A step of so many micro-batches."""
@@ -98,18 +103,33 @@ class Bucket:
     @property
     def waiting(self) -> bool:
         """Whether it has gradients that are not reduced, or had none in this step."""
-        return bool(self._filled) or not self.reduced
+        return bool(self._filled or self._waiting) or not self.reduced
 
     def put(self, number: int, gradient: Tensor, dtype: torch.dtype) -> None:
-        """Add a parameter's gradient, in `dtype` where it has its place for a while."""
+        """Add a parameter's gradient, in `dtype` where it has its place for a while. Small ones wait until there are
+        several, since most are a launch's worth of nothing."""
         self._open(dtype)
-        part, gradient = self._parts[number], gradient.reshape(-1)
-        part.add_(gradient) if number in self._filled else part.copy_(gradient)
-        self._filled.add(number)
+        if number in self._waiting:
+            self._take_in()
+        self._waiting[number] = gradient.reshape(-1)
+        self._room -= gradient.numel()
+        if self._room < 0:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        """Add the gradients that wait: one launch for all that are the first of their parameters."""
+        waiting, self._waiting, self._room = self._waiting, {}, _WAITING
+        for add in (False, True):
+            if numbers := [number for number in waiting if (number in self._filled) is add]:
+                parts, gradients = [self._parts[n] for n in numbers], [waiting[n] for n in numbers]
+                torch._foreach_add_(parts, gradients) if add else torch._foreach_copy_(parts, gradients)
+        self._filled.update(waiting)
 
     def put_product(self, number: int, dy: Tensor, x: Tensor, dtype: torch.dtype) -> None:
         """Likewise that of a weight, dyᵀ x, which the product itself adds."""
         self._open(dtype)
+        if number in self._waiting:
+            self._take_in()
         add_product(self._parts[number].view(dy.shape[1], x.shape[1]), dy.T, x, number in self._filled)
         self._filled.add(number)
 
@@ -127,6 +147,7 @@ class Bucket:
     def take(self, dtype: torch.dtype) -> Tensor:
         """`[length]`, the gradients that came, and zeros for others."""
         self._open(dtype)
+        self._take_in()
         for number in set(range(len(self._parts))) - self._filled:
             self._parts[number].zero_()
         whole, self._whole, self._parts = self._whole, None, []
@@ -191,9 +212,9 @@ class Reduction:
         for bucket in self.buckets:
             bucket.begin(micro_batches)
 
-    @torch.no_grad()
     def _take(self, bucket: Bucket, number: int, parameter: nn.Parameter) -> None:
-        """Called once a backward pass, when all uses of a parameter have given theirs; also where all were products."""
+        """Called once a backward pass, in which gradients are off, when all uses of a parameter have given theirs; also
+        where all were products."""
         gradient, parameter.grad = parameter.grad, None
         if gradient is not None:
             bucket.put(number, gradient, self._dtype)
@@ -201,7 +222,6 @@ class Reduction:
         if not bucket.missing and not bucket.kind.partial:
             self._reduce(bucket)
 
-    @torch.no_grad()
     def _take_product(self, bucket: Bucket, number: int, dy: Tensor, x: Tensor) -> None:
         bucket.put_product(number, dy, x, self._dtype)
 

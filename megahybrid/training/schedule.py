@@ -9,6 +9,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megahybrid.model.stack import Stack
+from megahybrid.parallel import groups
 
 MicroBatch = TypeVar("MicroBatch")
 
@@ -22,7 +23,7 @@ def run(
 ) -> None:
     """Forward and backward passes: 1F1B, interleaved where this rank has several stages, or one after the other
     without a pipeline. Gradients are left on the parameters, as of the mean over the micro-batches, each stage's own,
-    times the number of context parallel ranks, over which a mean is to be taken: Megatron-core multiplies the loss so.
+    times the number of context parallel ranks, over which a mean is to be taken.
 
     Args:
         stages: this rank's.
@@ -33,8 +34,16 @@ def run(
         backward: whether there are backward passes.
     """
 
+    _, ranks = groups.context_parallel()
+
+    def mean(loss: Tensor) -> tuple[Tensor, int, None]:
+        # Megatron-core's own division takes four launches where there is nothing to divide, too.
+        if ranks > 1:
+            loss = loss * ranks
+        return loss if len(micro_batches) == 1 else loss / len(micro_batches), 0, None
+
     def step(iterator, stage: Stack):
-        return forward(stage, next(iterator)), lambda loss: (loss, None)
+        return forward(stage, next(iterator)), mean
 
     interleaved = len(stages) > 1
     get_forward_backward_func()(

@@ -54,6 +54,7 @@ class Watchdog:
         self._log = retry(self._open, f"Writing to {self._run.path}")
         faulthandler.enable(self._log)
         self.beat(0, "starting", long=True)
+        self._arm()
         self._thread.start()
         return self
 
@@ -78,12 +79,18 @@ class Watchdog:
         """Progress: `step` steps are done, and this is what comes now; `long` allows it `start_seconds`."""
         self._step, self._doing, self._since = step, doing, time.monotonic()
         self._limit = self._limits.start_seconds if long else self._limits.step_seconds
-        # Where native code holds the interpreter's lock the thread cannot run, but this can.
-        faulthandler.dump_traceback_later(self._limit + 30 + self._grace, exit=True, file=self._log)
+
+    def _arm(self) -> None:
+        """Have the process ended some time after the thread should have done so: where native code holds the
+        interpreter's lock the thread cannot run, but this can. It ends one thread of its own, waits for it and starts
+        another, so that on a busy machine a small model's step would wait for it as long as for its loss."""
+        end = self._since + self._limit + 30 + self._grace
+        faulthandler.dump_traceback_later(max(1.0, end - time.monotonic()), exit=True, file=self._log)
 
     def _watch(self) -> None:
         written = -_SECONDS_BETWEEN_HEARTBEATS
         while not self._left.wait(_SECONDS_BETWEEN_LOOKS):
+            self._arm()
             now = time.monotonic()
             if now - written >= _SECONDS_BETWEEN_HEARTBEATS:
                 self._write()

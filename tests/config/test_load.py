@@ -21,6 +21,11 @@ def test_overrides_win_and_the_saved_config_loads_as_the_same(tmp_path):
     [
         ("model.patern=GL", "did you mean model.pattern?"),
         ("train.step=3", "did you mean train.steps?"),
+        ("trian.steps=3", "did you mean train?"),
+        ("train.learning_rate=1", "did you mean optimizer.learning_rate?"),
+        ("steps=3", "did you mean train.steps?"),
+        ("optimizer.lr=1e-3", "optimizer has learning_rate, warmup_steps, schedule,"),
+        ("data.sources.python.include=[*.py]", "The value of 'data.sources.python.include=[*.py]' is not valid YAML"),
         ("data.sources.python.glob=x", "Unknown configuration key 'data.sources.python.glob'"),
         ("train.steps=many", "train.steps"),
         ("train.steps=0", "train.steps is 0; it must be greater than 0"),

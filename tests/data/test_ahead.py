@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import sys
+import termios
 import time
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,19 @@ def test_the_last_call_is_answered_once(divide):
     divide.ask(5)
     assert divide.fetch() == (3, 2)
     assert divide.fetch() is None
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_SETPIPE_SZ"), reason="pipes of a fixed size")
+def test_an_answer_of_many_bytes_is_there_before_it_is_fetched():
+    ahead, size = Ahead(bytes, "makes zeros"), 500_000
+    ahead.ask(size)
+    there, deadline = bytearray(4), time.monotonic() + 60
+    while int.from_bytes(there, sys.byteorder) < size:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+        fcntl.ioctl(ahead._process.stdout, termios.FIONREAD, there)
+    assert ahead.fetch() == bytes(size)
+    ahead.close()
 
 
 def test_a_closed_one_has_forgotten_what_it_was_asked(divide):

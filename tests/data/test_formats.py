@@ -197,7 +197,7 @@ def test_other_settings_of_tokens_are_another_preparation(tmp_path, tokenizer):
     source = SourceConfig(str(tmp_path / "text"), "npy")
     prepare(recipe(tmp_path, file, s=source), silent)
     other = recipe(tmp_path, file, s=replace(source, eos_token_id=5))
-    with pytest.raises(UserError, match=r"another data\.sources\.s\.eos_token_id \(None, now 5\)"):
+    with pytest.raises(UserError, match=r"another data\.sources\.s\.eos_token_id \(not set, now 5\)"):
         prepare(other, silent)
     for values, more in (
         ({"format": "parquet"}, {"field": "content"}),

@@ -13,6 +13,7 @@ import torch
 
 from megahybrid.config.schema import SourceConfig
 from megahybrid.data import TrainingData, open_prepared, pack, validation_batches
+from megahybrid.data.packing import views
 from megahybrid.data.prepare import prepare
 from megahybrid.errors import UserError
 from tests.data.corpora import SEQ_LENGTH, make_config, silent, write_texts
@@ -131,6 +132,17 @@ def test_pack_by_hand():
     assert pack(samples, [4, 2], document_masking=False).sequences.lengths == (4, 4)
     moved = batch.to("cpu")
     assert moved.tokens.tolist() == batch.tokens.tolist() and moved.sequences.lengths == (2, 2, 4)
+
+
+def test_tensors_that_move_together_are_as_far_apart_as_an_allocator_has_them():
+    tensors = [torch.arange(3), torch.tensor(2.5), torch.arange(300, dtype=torch.int32).view(3, 100), torch.ones(1)]
+    row = torch.zeros(512 * 6, dtype=torch.uint8)
+    for there, tensor in zip(views(row, tensors), tensors, strict=True):
+        assert (there.data_ptr() - row.data_ptr()) % 512 == 0
+        there.copy_(tensor)
+    found = views(row.clone(), tensors)
+    assert [x.dtype for x in found] == [x.dtype for x in tensors]
+    assert all(map(torch.equal, found, tensors))
 
 
 def test_sources_are_laid_together(tmp_path):

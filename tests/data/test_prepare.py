@@ -170,6 +170,21 @@ def test_a_second_prepare_does_nothing_and_other_settings_are_refused(corpus):
         prepare(other, silent)
 
 
+def test_another_tokenizer_than_the_prepared_one_is_refused(corpus, tokenizer, tmp_path):
+    config, _ = corpus
+    file, _ = tokenizer
+    other = replace(config, data=replace(config.data, tokenizer=str(file)))
+    with pytest.raises(UserError, match=f"another tokenizer than data.tokenizer '{file}'; prepare into another"):
+        open_prepared(other)
+    was = r"another data\.tokenizer \(one that prepare trains, now sha256:[0-9a-f]{16}\); remove it"
+    with pytest.raises(UserError, match=was):
+        prepare(other, silent)
+    same, moved = open_prepared(config).tokenizer_file, tmp_path / "not on this host"
+    for path in (same, same.parent, moved):
+        found = open_prepared(replace(config, data=replace(config.data, tokenizer=str(path))))
+        assert found.identity == open_prepared(config).identity
+
+
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(28, "No space left on device")])
 @pytest.mark.parametrize(("job", "said"), [("write_unit", "Tokenised"), ("write_block", "Cut")])
 def test_an_interrupted_prepare_is_not_trusted_and_goes_on(tmp_path, monkeypatch, fault, job, said):

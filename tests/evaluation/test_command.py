@@ -83,6 +83,7 @@ def test_a_conversion_leaves_nothing_behind(reference, tmp_path, monkeypatch):  
         (["--task", "nosuch"], "'nosuch', which is no task"),
         (["--task", "mqar", "--policy", "nosuch"], "'nosuch'; choose among learned"),
         (["--task", "mqar", "--set", "nosuch=3"], "--set nosuch is no parameter"),
+        (["--task", "copy", "--set", "nosuch=3"], "they have none."),
         (["--task", "mqar", "--set", "length=64"], "--set length is for training; leave it out and give --lengths."),
         (["--task", "mqar", "--set", "context_weight=1"], "--set context_weight is for training; leave it out."),
         (["--task", "mqar", "--set", "pairs=-1"], "pairs is -1"),

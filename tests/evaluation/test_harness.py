@@ -4,6 +4,8 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -157,7 +159,10 @@ def test_without_the_harness_a_sentence_says_what_to_install(tmp_path, capsys, m
     monkeypatch.delitem(sys.modules, "megahybrid.evaluation.harness", raising=False)
     assert main(["harness", str(tmp_path), "--tasks", "arc_easy"]) == 2
     error = capsys.readouterr().err.strip()
-    assert "pip install 'megahybrid[evaluation]'" in error and len(error.splitlines()) == 1
+    (wanted,) = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]["evaluation"]
+    assert error.endswith(f"install it with: pip install '{wanted}'.") and len(error.splitlines()) == 1
 
 
 @needs_lm_eval

@@ -145,6 +145,12 @@ def test_wrong_flags_are_refused(reference, capsys, arguments, said):  # noqa: F
     assert said in capsys.readouterr().err
 
 
+def test_an_exported_model_is_told_how_to_become_a_checkpoint(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
+    assert "make one of it by `megahybrid import`, or give a run directory" in capsys.readouterr().err
+
+
 def test_tensor_parallel_processes_write_the_same_text(reference):  # noqa: F811
     arguments = ["-m", "megahybrid", "generate", str(reference), "--prompt", "def main(", "--tokens", "30"]
     arguments += ["--temperature", "0.7"]

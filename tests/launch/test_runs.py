@@ -73,6 +73,15 @@ def test_the_table_says_how_far_and_how_fast(queue, tmp_path):
         assert cell in row.split() or cell in row, cell
 
 
+def test_in_a_pipe_a_run_is_a_line(queue, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    folder = tmp_path / ("a long way down" * 6)
+    make(folder, "a", queue, "PENDING", reason="Priority, and a sentence of many more words" * 2)
+    runs.show(runs.find(folder))
+    row = capsys.readouterr().out.splitlines()[1]
+    assert str(folder / "a") in row and "queued" in row and "many more words" in row
+
+
 def test_two_runs_are_told_apart_and_no_run_is_said(queue, tmp_path, capsys):
     assert main(["runs", str(tmp_path)]) == 2
     assert "There is no run in" in capsys.readouterr().err

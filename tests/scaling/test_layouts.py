@@ -141,3 +141,8 @@ def test_a_model_that_is_too_large_for_plain_replicas_is_split():
     large.model.hidden_size = 2**15
     with pytest.raises(UserError, match="No layout of 8 GPUs fits this recipe into"):
         recommend(large, 8)
+
+
+def test_a_number_of_gpus_that_divides_nothing_is_not_said_to_lack_memory():
+    with pytest.raises(UserError, match=r"No layout of 7 GPUs divides this recipe, .* is 256;"):
+        recommend(config_of("lalte-1.4b", 256, 4), 7)

@@ -186,6 +186,11 @@ def test_a_size_may_have_budgets_of_its_own(cells_of):
     large = [(0, "trunk", 1), (0, "branch", 3), (1, "single", 1)]
     for kind in ("transformer", "lalte"):
         assert (budgets[kind, "64x2"], budgets[kind, "96x4"]) == (small, large)
+    # Where all sizes have some, the study needs none.
+    every = [{**SMALL, "budgets": {"flops": BUDGETS}}, own]
+    assert [cell.name for cell in cells_of(sizes=every, budgets={})] == [
+        cell.name for cell in cells_of(sizes=[SMALL, own])
+    ]
     assert [cell.name for cell in cells if cell.held_out] == ["transformer-96x4-3-s0", "lalte-96x4-3-s0"]
     for cell in cells:
         if cell.size == "96x4" and cell.kind == "transformer":

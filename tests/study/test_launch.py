@@ -139,6 +139,37 @@ def test_what_has_failed_for_good_is_given_up_and_named(make_study, trainer, fit
     assert launch() == 2 and "give_up has one-32x1-7e9-s0, which is no cell" in capsys.readouterr().err
 
 
+def test_what_was_collected_is_not_trained_again_when_its_directory_is_gone(make_study, trainer, fit, capsys):
+    """As on another machine: what is held out is what begins, of what was predicted there."""
+    cells, folder = design(make_study("kinds: {one: '(G)*{layers}'}")), Path("studies/small")
+    for cell in cells:
+        if not cell.held_out:
+            leave(cell)
+    (held,) = [cell for cell in cells if cell.held_out]
+    trainer(0.01)
+    assert main(["study", "collect", "study.yaml"]) == 0
+    table = (folder / "runs.csv").read_bytes()
+    shutil.rmtree("studies/runs")
+    assert launch("--jobs", "3") == 0
+    assert [(each["what"], each["name"]) for each in calls()] == [("begins", held.name), ("ends", held.name)]
+    (made,) = read_json(folder / "prediction.json").values()
+    assert made["without"] == []
+    before, after = ((path.read_text().splitlines()) for path in (folder / made["table"], folder / "runs.csv"))
+    assert before[:-1] == table.decode().splitlines()[:-1] == after[:-1]
+    # Again on another machine: what was predicted stays, byte for byte.
+    frozen = (folder / "prediction.json").read_bytes()
+    shutil.rmtree("studies/runs")
+    assert launch("--jobs", "3") == 0 and len(calls()) == 4
+    assert (folder / "prediction.json").read_bytes() == frozen
+    # Of a run whose loss was collected nothing is predicted any more.
+    assert main(["study", "collect", "study.yaml"]) == 0
+    shutil.rmtree("studies/runs")
+    (folder / "prediction.json").unlink()
+    capsys.readouterr()
+    assert launch() == 0 and len(calls()) == 4 and not (folder / "prediction.json").exists()
+    assert f"Nothing is predicted of {held.name}" in capsys.readouterr().out
+
+
 def test_an_interrupted_launch_has_its_runs_save_and_goes_on(make_study, trainer, fit, monkeypatch, capsys):
     make_study(*ONE_TRUNK)
     trainer(seconds=30)
@@ -206,6 +237,7 @@ def test_what_does_not_fit_into_the_gpu_side_by_side_is_refused(make_study, trai
     trainer(0.01)
     largest = max(peak_bytes(cell.config, 1)[0] for cell in cells) + 2**29
     monkeypatch.setattr(launching, "gpu_memory", lambda: 2.01 * largest)
+    monkeypatch.setattr(launching, "expect", lambda *_: pytest.fail("it is refused before what takes longer"))
     assert launch("--jobs", "3") == 2 and not calls()
     assert (
         "The 3 largest runs take 1.5 GiB side by side, and a GPU here has 1.0; give --jobs 2" in capsys.readouterr().err
@@ -213,6 +245,7 @@ def test_what_does_not_fit_into_the_gpu_side_by_side_is_refused(make_study, trai
     # Of two GPUs each has two of four.
     monkeypatch.setattr(launching, "visible_gpus", lambda: ["0", "1"])
     assert launch("--jobs", "5") == 2 and "give --jobs 4" in capsys.readouterr().err and not calls()
+    monkeypatch.setattr(launching, "expect", lambda *_: None)
     assert launch("--jobs", "4") == 0
 
 

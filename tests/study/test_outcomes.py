@@ -4,6 +4,9 @@ import csv
 import json
 import math
 import re
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from megahybrid.scaling.flops import flops_per_token
 from megahybrid.study import status
 from megahybrid.study.design import design
 from megahybrid.study.outcomes import Survey, has_branch_point
+from megahybrid.study.status import Overall
 from megahybrid.training.metrics_file import lines_backwards
 from tests.study.running import leave
 
@@ -205,6 +209,103 @@ def test_runs_csv(make_study):
     assert half["retry_of"] == nan["run"] and half["state"] == "missing"
     before = Path("studies/small/runs.csv").read_bytes()
     assert collected() and Path("studies/small/runs.csv").read_bytes() == before
+
+
+def test_what_was_collected_stays_when_its_directory_is_removed(make_study):
+    study = make_study(TWO_SIZES, "hold_out: null")
+    trunk, early, late, stays, *_ = design(study)
+    leave(trunk, losses=(6.0, 3.0123456789012345))
+    leave(stays)
+    leave(early, losses=(6.0, 3.5))
+    start = {"job": None, "start": "", "step": 0, "nodes": "here", "last_word": None, "processes": 1, "time": 1000.0}
+    trained(trunk, 2800.0, start)
+    trained(stays, 4600.0, start | {"time": 2800.0})
+    rows, whole = collected(), Overall.of(Survey(study).look(None), None)
+    for cell in (trunk, early):
+        shutil.rmtree(cell.config.run.dir)
+    found = outcomes(study)
+    assert [found[cell.name].state for cell in (trunk, early, late)] == ["done", "done", "missing"]
+    assert found[trunk.name].loss == 3.0123456789012345 and found[early.name].cell == early
+    overall = Overall.of([*found.values()], None)
+    assert (overall.states, overall.hours) == (whole.states, pytest.approx(1.0)) and overall.done == whole.done > 0
+    # A branch that is not done begins from scratch, which is the same run, and says why.
+    assert found[late.name].why == f"its trunk {trunk.name} has ended without step {late.branch_step}"
+    assert found[late.name].cell.config.train.branch_from is None and found[late.name].cell.identity == late.identity
+    rows[2]["excluded"] = f"missing: {found[late.name].why}"
+    assert collected() == rows
+    console = Console(width=120, record=True, quiet=False)
+    status.show(study, print, console)
+    told = console.export_text()
+    assert re.search(rf"{trunk.name} +collected +3.0123", told) and f"{trunk.name}: " not in told
+    assert "collected, directory gone: 2 of the runs that are done" in told
+    # What has begun anew is no longer what was collected.
+    leave(early, "stopped", (6.0,) * 5, "SIGTERM")
+    assert outcomes(study)[early.name].state == "missing"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "says"),
+    [
+        (",done,", ",done", "has not as many columns as the first line has names; mend it. Remove the file where no"),
+        (",3.0,", ",3.0x,", "has loss = '3.0x'; it must be a number"),
+        (",3.0,", ",,", "has loss = ''; it must be a finite number above 0"),
+        ("began", "begun", "has no column 'began'"),
+        (",0.005,", ",0.006,", "has learning_rate = 0.006 for one-32x1-8e9-s0, whose directory is gone and which has"),
+    ],
+)
+def test_a_table_that_is_not_what_was_collected_is_refused(wrong, right, says, make_study, capsys):
+    trunk = design(make_study(TWO_SIZES, "hold_out: null"))[0]
+    leave(trunk)
+    assert collected()
+    shutil.rmtree(trunk.config.run.dir)
+    table = Path("studies/small/runs.csv")
+    table.write_text(table.read_text().replace(wrong, right, 1))
+    for verb in ("status", "collect", "launch"):
+        assert main(["study", verb, "study.yaml"]) == 2
+        said = capsys.readouterr().err
+        assert says in said and len(said.splitlines()) == 1
+
+
+def plan(cells, **changes) -> None:
+    """plan.csv, as far as what is counted of models is read from it."""
+    names = "run", "kind", "size", "parameters", "parameters_without_embedding", "flops_per_token"
+    with open("studies/small/plan.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for cell in cells:
+            values = {name: getattr(cell, "identity" if name == "run" else name) for name in names} | changes
+            writer.writerow(values.values())
+
+
+def test_models_are_as_they_were_planned_where_all_runs_are(make_study, monkeypatch):
+    def cells_of(study):
+        return [each.cell for each in Survey(study).look(None)]
+
+    study = make_study(TWO_SIZES)
+    cells = design(study)
+    plan(cells)
+    with monkeypatch.context() as patched:
+        patched.setattr("megahybrid.study.models._count", lambda config: pytest.fail("they were counted"))
+        assert cells_of(study) == cells
+    # Where they are others, or the plan is none, they are counted.
+    plan(cells, parameters="many")
+    assert cells_of(study) == cells
+    for some, changes in (cells[:-1], {}), (cells, {"run": "0" * 16}), (cells, {"flops_per_token": 1e6}):
+        plan(some, **{"parameters": 7} | changes)
+        assert cells_of(study) == cells
+    plan(cells)
+    other = make_study(TWO_SIZES, "overrides: {train.global_batch_size: 2, model.intermediate_size: 96}")
+    assert cells_of(other) == design(other) and cells_of(other)[0].parameters != cells[0].parameters
+
+
+def test_who_looks_does_not_wait_for_torch(make_study):
+    plan(design(make_study(TWO_SIZES)))
+    look = (
+        "import sys; from megahybrid.cli import main; main(['study', sys.argv[1], 'study.yaml']); print(*sys.modules)"
+    )
+    for verb in ("collect", "status"):
+        loaded = subprocess.run([sys.executable, "-c", look, verb], capture_output=True, text=True, check=True).stdout
+        assert "megahybrid.study.outcomes" in loaded.split() and not {"torch", "megatron"} & set(loaded.split())
 
 
 def test_the_table_says_how_far_all_of_it_is(make_study):

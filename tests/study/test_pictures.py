@@ -73,6 +73,18 @@ def test_at_equal_tokens_the_law_is_drawn_and_no_parabola(tmp_path):
         assert y == pytest.approx(made_up.loss(kind, x, 5e7 / made_up.COUNTS[kind]), rel=1e-9)
 
 
+def test_a_number_in_two_units_is_two_budgets(tmp_path):
+    rows = [made_up.row(kind, size, 1e8, tokens=1e8) for kind in made_up.LAWS for size in list(made_up.SIZES)[:2]]
+    rows += [made_up.row(kind, size, 1e8, seed=1) for kind in made_up.LAWS for size in list(made_up.SIZES)[2:]]
+    figure = pictures.isoflop_figure(made_up.results(tmp_path, rows))
+    labels = [each.get_text() for each in figure.legends[0].texts]
+    assert labels[:2] == ["1e8 FLOPs", "1e8 tokens"]
+    assert [
+        len({each.get_color() if isinstance(each.get_color(), str) else tuple(each.get_color()) for each in axes.lines})
+        for axes in figure.axes
+    ] == [2, 2, 2]
+
+
 def test_envelope_and_optimum_are_the_fits(results):
     (axes,) = pictures.compute_figure(results).axes
     points = results.fit["kinds"]["gdn"]["optimum"]

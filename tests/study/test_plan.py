@@ -3,6 +3,7 @@
 import csv
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -124,6 +125,15 @@ def test_a_study_that_tells_nothing_or_costs_too_much_is_refused(planned, line, 
     assert said in printed.err
     assert len(printed.err.splitlines()) == 1
     assert not folder.exists()
+
+
+def test_a_plan_says_how_many_runs_a_gpu_takes_side_by_side(planned, monkeypatch):
+    assert "hold all runs side by side" in planned()[1].out
+    cells = design(load_study("study.yaml"), needs_data=False)
+    largest = sorted((peak_bytes(cell.config, 1)[0] + 2**29 for cell in cells), reverse=True)
+    for room, said in ((2**29, "hold no run"), (sum(largest[:5]), "hold the 5 largest"), (sum(largest[:5]) - 1, "4 l")):
+        monkeypatch.setattr("megahybrid.study.describe.CLUSTER", SimpleNamespace(memory=room))
+        assert said in next(line for line in planned()[1].out.splitlines() if line.startswith("memory: "))
 
 
 def test_what_is_given_up_is_planned_no_more(planned):

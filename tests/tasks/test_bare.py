@@ -127,6 +127,19 @@ def test_keys_values_and_fillers_of_selective_mqar_have_ids_of_their_own(documen
         assert rest.min() >= 256 and rest.max() < 512
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 40])
+@pytest.mark.parametrize(("name", "given", "length"), [*CASES, ("selective_mqar", {"pairs": 4}, 32)])
+def test_samples_are_those_of_each(name, given, length, count):
+    task, vocabulary = TASKS[name], Vocabulary(1024, 0)
+    parameters, keys = task.parameters(**given), [("x", index) for index in range(count)]
+    found = list(task.samples(parameters, length, vocabulary, [Draws(*key) for key in keys]))
+    assert len(found) == count
+    for key, sample in zip(keys, found, strict=True):
+        alone = task.sample(parameters, length, vocabulary, Draws(*key))
+        assert sample.tokens.tolist() == alone.tokens.tolist() and sample.prompt == alone.prompt
+        assert list(sample.answers) == list(alone.answers)
+
+
 def test_copy_is_a_string_a_separator_and_the_string():
     sample = make("copy", {}, 12, document=0)
     string = sample.tokens[1:6]

@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from megahybrid.tasks.draws import Draws
+from megahybrid.tasks.draws import Draws, DrawsTogether
 
 MASK = 2**64 - 1
 
@@ -58,6 +58,23 @@ def test_distinct_numbers_are_even_at_every_place(limit, count):
     expected = samples / limit
     freedom = limit - 1
     assert (((seen - expected) ** 2 / expected).sum(1) < freedom + 5 * np.sqrt(2 * freedom)).all()
+
+
+@pytest.mark.parametrize("about", [1, 40, 5000])
+def test_draws_together_give_what_each_gives(about):
+    """Some draw more than others on the way: of 20 numbers below 170 most have equal ones."""
+
+    def drawn(draws):
+        yield draws.below(1000, 7)
+        yield draws.distinct(10**6, 5)
+        yield draws.distinct(9, 4)
+        yield draws.distinct(170, 20)
+        yield draws.order(33)
+        yield draws.uniform(3000)
+
+    together = list(drawn(DrawsTogether([Draws("x", index) for index in range(50)], about)))
+    each = zip(*(drawn(Draws("x", index)) for index in range(50)), strict=True)
+    assert all(np.array_equal(rows, np.stack(alone)) for rows, alone in zip(together, each, strict=True))
 
 
 def test_other_keys_are_other_numbers():

@@ -72,7 +72,7 @@ def test_more_steps_go_on_and_fewer_are_done(recipe, tmp_path, monkeypatch, caps
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "kept" in line and "lambda" in line] == [3, 4, 6]
     assert main(["train", str(recipe), "train.steps=5", *keys]) == 0
-    assert "has done its 5 steps" in capsys.readouterr().out
+    assert "has done 6 steps, and train.steps is 5" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

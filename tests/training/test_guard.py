@@ -30,8 +30,9 @@ def test_what_is_not_finite_is_left_out(loss, norm):
 
 def on_device(guard: StepGuard, loss: float, norm: float) -> bool:
     """What the device decides, which has to be what the host says afterwards."""
-    accepted = bool(guard.accepts(torch.tensor(loss, dtype=torch.float64), torch.tensor(norm, dtype=torch.float64)))
-    assert accepted == (guard.reason(loss, norm) is None)
+    fine, void = (torch.tensor([loss, norm, 0, left_out], dtype=torch.float64) for left_out in (0, 1))
+    accepted = not guard.refuses(fine)
+    assert guard.refuses(void) and accepted == (guard.reason(loss, norm) is None)
     return accepted
 
 

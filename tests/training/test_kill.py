@@ -64,16 +64,18 @@ def test_twenty_kills(recipe, reference, tmp_path):
         assert metrics(tmp_path / f"run_{seed}") == metrics(reference)
 
 
-def test_sigterm_saves_and_exits_cleanly(recipe, reference, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_end_saves_and_exits_cleanly(number, recipe, reference, tmp_path):
     import json
 
     process, run = start(recipe, sys.executable), tmp_path / "run"  # the way users start one process, from nothing
     while process.poll() is None and lines(run) < 3:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert process.wait(60) == 0, process.stderr.read()[-2000:]
+    assert ("Interrupted: it ends this step and saves" in process.stderr.read()) == (number == signal.SIGINT)
     status = json.loads((run / "status.json").read_text())
-    assert (status["state"], status["reason"]) == ("stopped", "SIGTERM")
+    assert (status["state"], status["reason"]) == ("stopped", number.name)
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{status['step']:08d}"
     assert start(recipe).wait(120) == 0
     assert metrics(run) == metrics(reference)

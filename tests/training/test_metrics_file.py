@@ -10,7 +10,7 @@ import pytest
 from megahybrid import retry
 from megahybrid.errors import MachineFault, UserError
 from megahybrid.training import metrics_file
-from megahybrid.training.metrics_file import MetricsFile, cut, lines_after, lines_backwards
+from megahybrid.training.metrics_file import MetricsFile, cut, first_line, lines_after, lines_backwards
 
 
 class FaultyDisk:
@@ -191,3 +191,10 @@ def test_lines_from_both_ends(path, small_blocks):
     assert [line["step"] for line in lines_backwards(path)] == list(range(30, 0, -1))
     for step in (0, 1, 12, 30):
         assert [line["step"] for line in lines_after(path, step)] == list(range(step + 1, 31))
+
+
+def test_the_first_line_is_the_first_that_is_whole(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for text, found in (("", {}), ('{"step": 1', {}), ('{"st\n\n{"step": 2}\n{"step": 3}\n', {"step": 2})):
+        path.write_text(text)
+        assert first_line(path) == found

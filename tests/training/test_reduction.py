@@ -58,6 +58,32 @@ def test_a_weight_may_be_used_twice_in_a_pass(by_micro_batch, layers, monkeypatc
     torch.testing.assert_close([weight.grad for weight in weights], list(gradients))
 
 
+@pytest.mark.parametrize("room", [0, 1, 2, 3])
+def test_small_gradients_wait_for_each_other(room, layers, monkeypatch):
+    """Whichever wait, they are added in the order in which they come, products between them."""
+    monkeypatch.setattr("megahybrid.training.reduction._WAITING", 36 * room)
+    bucket = Bucket([layer.weight for layer in layers], torch.zeros(3 * 36))
+    bucket.begin(2)
+    draw, launches = torch.Generator().manual_seed(0), []
+    for name in ("_foreach_copy_", "_foreach_add_"):
+        take = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *lists, take=take: (launches.append(len(lists[0])), take(*lists)))
+    for _ in range(2):
+        expected = torch.zeros(3, 6, 6)
+        for number, product in ((1, 0), (0, 1), (1, 1), (1, 0), (0, 0), (0, 1), (2, 0), (2, 0), (1, 0)):
+            x = torch.randn(6, 6, generator=draw)
+            x = x if product else x.bfloat16().float()
+            if product:
+                bucket.put_product(number, x, torch.eye(6), torch.float32)
+            else:
+                bucket.put(number, x.bfloat16(), torch.float32)
+            expected[number] += x.T if product else x
+            assert bucket.waiting
+        assert torch.equal(bucket.take(torch.float32), expected.flatten())
+        assert not bucket.waiting
+    assert sum(launches) == 12 and max(launches) <= room + 1 and (room < 2 or max(launches) > 1)
+
+
 def left_of(stage):
     """In a worker: what an owner of gradients that was destroyed leaves on the model's parameters."""
     engine, _ = engine_of("bf16", {"zero_stage": stage})

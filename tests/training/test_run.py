@@ -30,7 +30,7 @@ def test_it_learns_and_leaves_a_complete_run_directory(reference):
 def test_a_finished_run_says_so(reference, capsys):
     before = (reference / "metrics.jsonl").read_bytes()
     assert main(["train", str(reference.parent / "recipe.yaml")]) == 0
-    assert "has done its 20 steps" in capsys.readouterr().out
+    assert "has done 20 steps, and train.steps is 20" in capsys.readouterr().out
     assert (reference / "metrics.jsonl").read_bytes() == before
 
 
@@ -94,6 +94,7 @@ def test_plan_counts_what_is_trained(recipe, reference, capsys):
         ("train", "model.vocab_size=100", "vocabulary"),
         ("train", "model.patern=G", "did you mean model.pattern?"),
         ("train", "train.seq_length=128", "seq_length"),
+        ("train", "parallel.tensor=2", "1 process cannot be split"),
         ("prepare", "data.sources.python.path=/nowhere", "/nowhere"),
     ],
 )

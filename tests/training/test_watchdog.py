@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -48,6 +49,28 @@ def test_files_of_another_start_end_nothing(ended, tmp_path, monkeypatch):
         alarm.touch()
         wait_for(ended)
     assert ended == [1]
+
+
+def test_the_end_of_what_holds_the_interpreter_follows_the_last_beat_which_starts_no_thread(
+    ended, tmp_path, monkeypatch
+):
+    armed = []
+
+    def arm(seconds, **_):
+        armed.append((threading.current_thread(), time.monotonic() + seconds))
+
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", arm)
+    limits = WatchConfig(start_seconds=1000, step_seconds=60)
+    with watchdog.Watchdog(of_start(monkeypatch, tmp_path, 0), limits, 0, grace=1) as watch:
+        for long, seconds in ((True, 1000), (False, 60), (True, 1000)):
+            watch.beat(1, long=long)
+            armed.clear()
+            deadline = time.monotonic() + 20
+            while len(armed) < 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert abs(armed[-1][1] - watch._since - seconds - 31) < 0.1
+            assert {thread for thread, _ in armed} == {watch._thread}
+    assert not ended
 
 
 def test_the_cause_names_places_of_this_start_only(tmp_path, monkeypatch):

@@ -319,7 +319,7 @@ def _gradients(
     )  # fmt: skip
     if call.heads != call.k.shape[1]:
         dq, dk = (x.unflatten(1, (call.k.shape[1], -1)).sum(2) for x in (dq, dk))
-    dA_log, ddt_bias = sums.sum(1)
+    dA_log, ddt_bias = sums.sum(1).to(torch.promote_types(call.A_log.dtype, call.dt_bias.dtype))
     return dq, dk, dv, da, db, dA_log.to(call.A_log.dtype), ddt_bias.to(call.dt_bias.dtype)
 
 

@@ -73,7 +73,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 normaliser, target = backend.statistics_and_gradient_(
                     logits, own_labels, own_weights, z_loss, any(wanted)
                 )
-            losses[rows], normalisers[rows] = normaliser - target, normaliser
+            torch.sub(normaliser, target, out=losses[rows])
+            normalisers[rows] = normaliser
             if dx is not None:
                 torch.mm(logits, weight, out=dx[rows])
             if dweight is not None:
@@ -82,8 +83,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(dx, dweight)
         ctx.dtype = weight.dtype
         ctx.mark_non_differentiable(losses, normalisers)
-        total = (token_weights * (losses + z_loss * normalisers.square())).sum()
-        return total, losses, normalisers
+        with_z = losses + z_loss * normalisers.square() if z_loss else losses
+        return (token_weights * with_z).sum(), losses, normalisers
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_) -> tuple[Tensor | None, ...]:

@@ -43,6 +43,12 @@ class LTEState(NamedTuple):
     scorer: RouterState | Tensor
 
 
+def _cut(sequences: Sequences, margin: int) -> tuple[Tensor, Tensor]:
+    """bool `[tokens, 1]`, whose right context is not whole, and int64 `[1]`, of how many it is."""
+    cut = (sequences.remaining < margin).unsqueeze(-1)
+    return cut, len(cut) - cut.sum(0)
+
+
 # Of sequences that begin here: the ops make nothing that they would not read.
 _NOTHING = LTEState(None, None)
 
@@ -199,13 +205,13 @@ class LTEAttention(AttentionProjections):
         The L1 sum is divided by a number fixed by shapes (tokens times scores a token), so that it does not depend on
         how documents fall into micro-batches. Of all tokens `scores` has those `rows`.
         """
-        cut = (context.sequences.remaining < self.lte.margin).unsqueeze(-1)
+        cut, positions = context.sequences.once(_cut, self.lte.margin)
         excess = scores.masked_fill(cut[rows], 0).relu()
         kept = (excess > 0).sum(0)
         lambdas = self.l1_lambda if len(kept) == self.heads else own_heads(self.l1_lambda)
         loss = torch.dot(lambdas.to(scores), excess.sum(0)) / (len(cut) * self.scores_per_token)
-        missing = torch.zeros_like(kept) if missing is None else missing
-        return Aux(loss, {"kept": kept, "positions": len(cut) - cut.sum(0), "missing": missing})
+        counts = {"kept": kept, "positions": positions}
+        return Aux(loss, counts if missing is None else counts | {"missing": missing})
 
     def _seen(self, k: Tensor, scores: Tensor, context: Context) -> Aux | None:
         if context.watch is None:
