@@ -26,7 +26,6 @@ BY_BATCH = {
     "lte_attention": {"SPLITS"},
     "native_sparse_attention.triton_decode": {"EACH", "MEAN_SPLITS", "WINDOW_SPLITS", "SELECTED_SPLITS"},
     "gated_delta_rule.triton_step": {"COLUMNS"},
-    "gemv": {"ROWS", "BLOCK", "EACH"},  # by the rows of the matrix
 }
 
 

@@ -19,7 +19,7 @@ def close(y, expected):
 
 
 # Rows of the matrix that fill no program, one, several; and columns that fill no tile, one, several.
-@pytest.mark.parametrize("heads, dim, out", [(3, 8, 10), (1, 7, 1), (5, 40, 1700), (2, 256, 9000), (40, 32, 33)])
+@pytest.mark.parametrize("heads, dim, out", [(3, 8, 10), (1, 7, 1), (5, 40, 170), (3, 700, 9), (40, 32, 33)])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @torch.no_grad()
 def test_products_equal_the_reference_in_float64(heads, dim, out, dtype):

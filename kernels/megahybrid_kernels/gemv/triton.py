@@ -17,9 +17,12 @@ from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.launch import kernel
 
-# Programs in all, some 4 on each of an H100's 132 multiprocessors; values of the matrix that one multiplies at a time.
-_PROGRAMS, _TILE, _WARPS = 528, 4096, 4
-_MOST_ROWS = 16
+# Of a program: its rows of the matrix, and columns at a time. Few rows leave many programs, whose loads
+# are in flight together; but each makes the whole row anew, and SwiGLU's and a gate's values cost an exponential each.
+# A norm's columns are many because no load of the next ones is moved ahead of storing the sum of these.
+_NORM, _GATED_NORM, _SWIGLU = (2, 2048), (4, 1024), (8, 1024)
+# A thread of 4 warps has 16 bytes of each row of 1024 columns in bf16.
+_WARPS = 4
 
 
 @triton.jit
@@ -92,17 +95,6 @@ def swiglu_kernel(
     tl.store(y + row, tl.sum(acc, 1).to(y.dtype.element_ty), mask=own)
 
 
-def _rows(out: int) -> int:
-    """Of a program: as many as leave some `_PROGRAMS` of them."""
-    return min(_MOST_ROWS, next_power_of_2(max(1, round(out / _PROGRAMS / 1.5))))
-
-
-def _launch(weight: Tensor) -> tuple[int, Tensor, dict[str, int]]:
-    """Programs, the matrix as they read it, and constants but for the row's own."""
-    rows = _rows(len(weight))
-    return cdiv(len(weight), rows), dense_rows(weight), {"ROWS": rows, "num_warps": _WARPS}
-
-
 def _flat(x: Tensor) -> Tensor:
     """Its values beside each other."""
     return x.reshape(-1).contiguous()
@@ -112,33 +104,34 @@ def add_rms_norm_gemv(
     x: Tensor, residual: Tensor | None, norm: Tensor, eps: float, weight: Tensor, total: Tensor | None
 ) -> Tensor:
     """See `megahybrid_kernels.gemv`."""
-    (programs, weight, constants), (out, dim) = _launch(weight), weight.shape
+    (out, dim), (rows, columns), weight = weight.shape, _NORM, dense_rows(weight)
     row, y = _flat(x), torch.empty(1, out, dtype=x.dtype, device=x.device)
     other, written = (row, y) if total is None else (_flat(residual), total)
-    block = min(_TILE // constants["ROWS"], next_power_of_2(dim))
-    norm_kernel[programs](
+    norm_kernel[cdiv(out, rows)](
         row, other, _flat(norm), weight, y, written, weight.stride(0), out, eps,
-        DIM=dim, BLOCK=block, ADDED=total is not None, **constants,
+        DIM=dim, BLOCK=min(columns, next_power_of_2(dim)), ROWS=rows, ADDED=total is not None, num_warps=_WARPS,
     )  # fmt: skip
     return y
 
 
 def gated_rms_norm_gemv(x: Tensor, gate: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
     """See `megahybrid_kernels.gemv`."""
-    (programs, weight, constants), (*_, heads, dim), out = _launch(weight), x.shape, len(weight)
+    (*_, heads, dim), out, (rows, columns), weight = x.shape, len(weight), _GATED_NORM, dense_rows(weight)
     y, width = torch.empty(1, out, dtype=x.dtype, device=x.device), next_power_of_2(dim)
-    each = max(1, min(_TILE // constants["ROWS"] // width, next_power_of_2(heads)))
-    gated_norm_kernel[programs](
+    each = max(1, min(columns // width, next_power_of_2(heads)))
+    gated_norm_kernel[cdiv(out, rows)](
         _flat(x), _flat(gate), _flat(norm), weight, y, weight.stride(0), out, eps,
-        HEADS=heads, DIM=dim, WIDTH=width, EACH=each, **constants,
+        HEADS=heads, DIM=dim, WIDTH=width, EACH=each, ROWS=rows, num_warps=_WARPS,
     )  # fmt: skip
     return y
 
 
 def swiglu_gemv(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
     """See `megahybrid_kernels.gemv`."""
-    (programs, weight, constants), (out, dim) = _launch(weight), weight.shape
+    (out, dim), (rows, columns), weight = weight.shape, _SWIGLU, dense_rows(weight)
     y = torch.empty(1, out, dtype=up.dtype, device=up.device)
-    block = min(_TILE // constants["ROWS"], next_power_of_2(dim))
-    swiglu_kernel[programs](_flat(gate), _flat(up), weight, y, weight.stride(0), out, DIM=dim, BLOCK=block, **constants)
+    swiglu_kernel[cdiv(out, rows)](
+        _flat(gate), _flat(up), weight, y, weight.stride(0), out,
+        DIM=dim, BLOCK=min(columns, next_power_of_2(dim)), ROWS=rows, num_warps=_WARPS,
+    )  # fmt: skip
     return y
