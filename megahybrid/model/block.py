@@ -61,7 +61,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor | NormOfARow) -> Tensor:
         gate, up = project(x, (self.gate_proj, self.up_proj), self.settings.sequence_parallel)
         if self.down_proj.takes_gemv(gate):
-            return swiglu_gemv(gate, up, self.down_proj.weight).unsqueeze(1)
+            return swiglu_gemv(gate, up, self.down_proj.weight, ahead=True).unsqueeze(1)
         return self.down_proj(swiglu(gate, up))
 
 

@@ -114,7 +114,7 @@ class NormOfARow(NamedTuple):
 
     def times(self, weight: Tensor) -> Tensor:
         """`[1, out]`: its product with weight `[out, hidden]`."""
-        return add_rms_norm_gemv(self.x, self.residual, self.weight, self.eps, weight, self.total)
+        return add_rms_norm_gemv(self.x, self.residual, self.weight, self.eps, weight, self.total, ahead=True)
 
 
 def project(x: Tensor | NormOfARow, layers: Sequence[ColumnLinear], sequence_parallel: bool) -> tuple[Tensor, ...]:

@@ -47,6 +47,38 @@ def test_rows_of_a_wider_matrix_and_halves_of_a_product():
     assert torch.equal(triton.swiglu_gemv(gate, up, wide), triton.swiglu_gemv(x["x"], x["other"], x["weight"]))
 
 
+@torch.no_grad()
+def test_matrices_that_are_read_ahead():
+    """A chain in which each launch reads what the one before has just written, many times: the same to the last bit."""
+    inner, hidden, layers = (1408, 512, 40) if DEVICE == "cuda" else (24, 16, 2)
+    generator = torch.Generator().manual_seed(1)
+    new = lambda *shape: torch.randn(shape, generator=generator).to(DEVICE, torch.bfloat16)  # noqa: E731
+    first, norm, head_norm = new(1, hidden), new(hidden), new(8)
+    weights = [(new(2 * inner, hidden), new(hidden, inner), new(hidden, hidden)) for _ in range(layers)]
+
+    def chain(ahead):
+        stream, x = first, first
+        for into, out, last in weights:
+            total = torch.empty_like(stream)
+            y = triton.add_rms_norm_gemv(x, stream, norm, 1e-6, into, total, ahead)
+            x = triton.swiglu_gemv(*y.split(inner, 1), out, ahead)
+            heads = x.view(1, -1, 8)
+            x, stream = triton.gated_rms_norm_gemv(heads, heads, head_norm, 1e-6, last, ahead), total
+        return torch.cat([x, stream], 1)
+
+    expected = chain(False)
+    assert torch.isfinite(expected).all()
+    assert torch.equal(chain(True), expected)
+    if DEVICE == "cpu":
+        return
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(True)
+    for _ in range(50):
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
 def test_what_kernels_join(monkeypatch):
     monkeypatch.setattr("megahybrid_kernels.gemv.takes_triton", lambda *_: True)
     weight = torch.zeros(5, 8)

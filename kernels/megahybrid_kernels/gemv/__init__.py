@@ -1,4 +1,7 @@
-"""A token's row times a matrix, and what makes the row: one launch of decoding a single sequence."""
+"""A token's row times a matrix, and what makes the row: one launch of decoding a single sequence.
+
+With `ahead` it reads the matrix while launches before it still run, on GPUs that can: none of those may write it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,14 @@ def takes_gemv(x: Tensor, weight: Tensor, head_dim: int = 1) -> bool:
 
 
 def add_rms_norm_gemv(
-    x: Tensor, residual: Tensor | None, norm: Tensor, eps: float, weight: Tensor, total: Tensor | None = None
+    x: Tensor,
+    residual: Tensor | None,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    total: Tensor | None = None,
+    *,
+    ahead: bool = False,
 ) -> Tensor:
     """weight · rms_norm(x + residual), the sum also written to total; of x alone without both. Not differentiable.
 
@@ -33,6 +43,7 @@ def add_rms_norm_gemv(
         norm: `[in]`, the norm's weight.
         eps: added to the mean square.
         weight: `[out, in]`.
+        ahead: weight may be read before launches before this one have ended.
 
     Returns `[1, out]` in x's dtype. The norm is of the sum as rounded to that dtype, as `add_rms_norm`'s; itself it is
     not rounded. Arithmetic is in at least float32.
@@ -44,10 +55,12 @@ def add_rms_norm_gemv(
     _check(x, weight, norm=norm)
     if {None if each is None else each.shape for each in (residual, total)} not in ({None}, {x.shape}):
         raise ValueError("residual and total are both to be shaped as x, or both None")
-    return _backend(x, residual, norm, weight, total).add_rms_norm_gemv(x, residual, norm, eps, weight, total)
+    return _backend(x, residual, norm, weight, total).add_rms_norm_gemv(x, residual, norm, eps, weight, total, ahead)
 
 
-def gated_rms_norm_gemv(x: Tensor, gate: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
+def gated_rms_norm_gemv(
+    x: Tensor, gate: Tensor, norm: Tensor, eps: float, weight: Tensor, *, ahead: bool = False
+) -> Tensor:
     """weight · gated_rms_norm(x, gate) of all heads beside each other. Not differentiable.
 
     Args:
@@ -56,6 +69,7 @@ def gated_rms_norm_gemv(x: Tensor, gate: Tensor, norm: Tensor, eps: float, weigh
         norm: `[head_dim]`, the norm's weight.
         eps: added to the mean square.
         weight: `[out, heads * head_dim]`.
+        ahead: weight may be read before launches before this one have ended.
 
     Returns `[1, out]` in x's dtype. Arithmetic is in at least float32.
 
@@ -67,15 +81,16 @@ def gated_rms_norm_gemv(x: Tensor, gate: Tensor, norm: Tensor, eps: float, weigh
         raise ValueError(
             f"x is {tuple(x.shape)}, but gate {tuple(gate.shape)} and the norm's weight {tuple(norm.shape)}"
         )
-    return _backend(x, gate, norm, weight).gated_rms_norm_gemv(x, gate, norm, eps, weight)
+    return _backend(x, gate, norm, weight).gated_rms_norm_gemv(x, gate, norm, eps, weight, ahead)
 
 
-def swiglu_gemv(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+def swiglu_gemv(gate: Tensor, up: Tensor, weight: Tensor, *, ahead: bool = False) -> Tensor:
     """weight · (silu(gate) * up). Not differentiable.
 
     Args:
         gate, up: `[1, in]`.
         weight: `[out, in]`.
+        ahead: weight may be read before launches before this one have ended.
 
     Returns `[1, out]` in up's dtype. Arithmetic is in at least float32.
 
@@ -83,7 +98,7 @@ def swiglu_gemv(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ValueError: gate or up is not one row as long as weight's.
     """
     _check(gate, weight, up=up)
-    return _backend(gate, up, weight).swiglu_gemv(gate, up, weight)
+    return _backend(gate, up, weight).swiglu_gemv(gate, up, weight, ahead)
 
 
 def _backend(x: Tensor, *others: Tensor | None):

@@ -1,4 +1,4 @@
-"""The products in PyTorch."""
+"""The products in PyTorch, which knows no `ahead`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ def _scaled(x: Tensor, norm: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm_gemv(
-    x: Tensor, residual: Tensor | None, norm: Tensor, eps: float, weight: Tensor, total: Tensor | None
+    x: Tensor,
+    residual: Tensor | None,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    total: Tensor | None,
+    ahead: bool = False,
 ) -> Tensor:
     """See `megahybrid_kernels.gemv`."""
     if total is not None:
@@ -27,11 +33,13 @@ def add_rms_norm_gemv(
     return _product(_scaled(x.reshape(-1), norm, eps), weight, x)
 
 
-def gated_rms_norm_gemv(x: Tensor, gate: Tensor, norm: Tensor, eps: float, weight: Tensor) -> Tensor:
+def gated_rms_norm_gemv(
+    x: Tensor, gate: Tensor, norm: Tensor, eps: float, weight: Tensor, ahead: bool = False
+) -> Tensor:
     """See `megahybrid_kernels.gemv`."""
     return _product(_scaled(x, norm, eps) * F.silu(at_least_fp32(gate)), weight, x)
 
 
-def swiglu_gemv(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+def swiglu_gemv(gate: Tensor, up: Tensor, weight: Tensor, ahead: bool = False) -> Tensor:
     """See `megahybrid_kernels.gemv`."""
     return _product(F.silu(at_least_fp32(gate)) * at_least_fp32(up), weight, up)

@@ -79,7 +79,8 @@ class GatedDeltaNet(Mixer):
             o = to_tokens(o)
         gate, eps = gate.unflatten(-1, (-1, self.value_dim)), self.settings.model.norm_eps
         if self.o_proj.takes_gemv(o, self.value_dim):
-            return gated_rms_norm_gemv(o, gate, self.norm, eps, self.o_proj.weight).unsqueeze(1), None, state
+            y = gated_rms_norm_gemv(o, gate, self.norm, eps, self.o_proj.weight, ahead=True)
+            return y.unsqueeze(1), None, state
         o = gated_rms_norm(o, gate, shared(self.norm), eps)
         return self.o_proj(o.flatten(-2)), None, state
 
