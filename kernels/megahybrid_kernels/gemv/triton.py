@@ -61,20 +61,26 @@ def gated_norm_kernel(
     x, gate, norm, weight, y, stride, rows, eps,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """EACH of the HEADS at a time, in tiles of WIDTH values each."""
+    """EACH of the HEADS at a time, in tiles of WIDTH values each.
+
+    The matrix's columns are counted anew: reshaped, Triton does not see that they are beside each other, and loads each
+    by itself.
+    """
     row, own = _own_rows(rows, ROWS)
     channel = tl.arange(0, WIDTH)
     w = tl.load(norm + channel, mask=channel < DIM, other=0).to(tl.float32)
+    flat = tl.arange(0, EACH * WIDTH)
     acc = tl.zeros([ROWS, EACH * WIDTH], tl.float32)
     for first in tl.static_range(0, HEADS, EACH):
+        column = (first + flat // WIDTH) * DIM + flat % WIDTH
+        within = (first + flat // WIDTH < HEADS) & (flat % WIDTH < DIM)
+        tile = tl.load(weight + row[:, None] * stride + column[None, :], mask=own[:, None] & within[None, :], other=0)
         head = first + tl.arange(0, EACH)
         place = head[:, None] * DIM + channel[None, :]
         inside = (head < HEADS)[:, None] & (channel < DIM)[None, :]
         value = tl.load(x + place, mask=inside, other=0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(value * value, 1) / DIM + eps)
         value *= scale[:, None] * w[None, :] * silu(tl.load(gate + place, mask=inside, other=0).to(tl.float32))
-        flat, within = tl.reshape(place, [EACH * WIDTH]), tl.reshape(inside, [EACH * WIDTH])
-        tile = tl.load(weight + row[:, None] * stride + flat[None, :], mask=own[:, None] & within[None, :], other=0)
         acc += tile.to(tl.float32) * tl.reshape(value, [EACH * WIDTH])[None, :]
     tl.store(y + row, tl.sum(acc, 1).to(y.dtype.element_ty), mask=own)
 
