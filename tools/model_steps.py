@@ -36,6 +36,7 @@ OPS = {
     "causal_conv1d": "conv, norm, rotary, SwiGLU",
     "norm": "conv, norm, rotary, SwiGLU",
     "rotary": "conv, norm, rotary, SwiGLU",
+    "gemv": "matmul",
     "swiglu": "conv, norm, rotary, SwiGLU",
     "shares": "conv, norm, rotary, SwiGLU",
     "linear_cross_entropy": "loss",

@@ -9,6 +9,7 @@ from megahybrid_kernels.causal_conv1d import causal_conv1d
 from megahybrid_kernels.counter_dropout import dropout_keys, fold
 from megahybrid_kernels.exit_positions import NEVER, exit_positions
 from megahybrid_kernels.gated_delta_rule import gated_delta_rule
+from megahybrid_kernels.gemv import add_rms_norm_gemv, gated_rms_norm_gemv, swiglu_gemv
 from megahybrid_kernels.linear_cross_entropy import IGNORED, linear_cross_entropy
 from megahybrid_kernels.lte_attention import LTECache, lte_attention, lte_attention_with_cache
 from megahybrid_kernels.native_sparse_attention import (
@@ -43,6 +44,7 @@ __all__ = [
     "RouterState",
     "Sequences",
     "add_rms_norm",
+    "add_rms_norm_gemv",
     "attention",
     "attention_with_cache",
     "causal_conv1d",
@@ -51,6 +53,7 @@ __all__ = [
     "fold",
     "gated_delta_rule",
     "gated_rms_norm",
+    "gated_rms_norm_gemv",
     "linear_cross_entropy",
     "lte_attention",
     "lte_attention_with_cache",
@@ -65,4 +68,5 @@ __all__ = [
     "rotary_of_both",
     "select_blocks",
     "swiglu",
+    "swiglu_gemv",
 ]

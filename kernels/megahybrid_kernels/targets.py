@@ -29,6 +29,7 @@ class Table:
         architectures: those that tests compile its launches for.
         precise: Triton's `input_precision` of products of fp32 operands that tf32 has too few digits for.
         chooses: whether Triton compiles loads from one of two pointers.
+        overlaps: whether a launch can begin beside the one before it (CUDA's programmatic dependent launch).
     """
 
     name: str
@@ -36,10 +37,11 @@ class Table:
     architectures: tuple[str, ...]
     precise: str = "tf32x3"
     chooses: bool = True
+    overlaps: bool = False
 
 
-HOPPER = Table("hopper", 227 * 1024, ("sm_90",))
-BLACKWELL = Table("blackwell", 227 * 1024, ("sm_100",))
+HOPPER = Table("hopper", 227 * 1024, ("sm_90",), overlaps=True)
+BLACKWELL = Table("blackwell", 227 * 1024, ("sm_100",), overlaps=True)
 AMPERE = Table("ampere", 99 * 1024, ("sm_80", "sm_86", "sm_89", "sm_120"))
 CDNA3 = Table("cdna3", 64 * 1024, ("gfx942",), precise="ieee", chooses=False)
 TABLES = {table.name: table for table in (HOPPER, BLACKWELL, AMPERE, CDNA3)}

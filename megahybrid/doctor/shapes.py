@@ -38,6 +38,7 @@ def size_of(config: Config | None, device: torch.device) -> Size:
         shapes.DropoutKeys(len(letters)),
         shapes.RMSNorm(model.hidden_size),
         shapes.SwiGLU(model.intermediate_size // ranks),
+        shapes.RowProducts(model.hidden_size, model.intermediate_size // ranks),
         shapes.LinearCrossEntropy(model.hidden_size, model.vocab_size // ranks),
     ]
     for letter in dict.fromkeys(letters):

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import Initializer, ParameterSpec, attach_spec, parameter
+from megahybrid_kernels.gemv import add_rms_norm_gemv, takes_gemv
+from megahybrid_kernels.norm import add_rms_norm, rms_norm
 from megahybrid_kernels.untracked import applied
 
 # Rows of a weight whose product takes as long as reading x does, whether they are of one or of several projections.
@@ -87,12 +89,42 @@ class Joined(NamedTuple):
         return self.layers == tuple(layers) and self.places == [layer.weight.data_ptr() for layer in layers]
 
 
-def project(x: Tensor, layers: Sequence[ColumnLinear], sequence_parallel: bool) -> tuple[Tensor, ...]:
+class NormOfARow(NamedTuple):
+    """One token's norm before the projections that read it, which make it along with their product if they are joined.
+
+    Attributes:
+        x: `[1, 1, hidden]`, or an addend to the residual stream.
+        residual, total: the stream before and, to be written, after it; None where there is no addend.
+        weight, eps: the norm's.
+    """
+
+    x: Tensor
+    residual: Tensor | None
+    total: Tensor | None
+    weight: Tensor
+    eps: float
+
+    def alone(self) -> Tensor:
+        """`[1, 1, hidden]`: the norm."""
+        if self.total is None:
+            return rms_norm(self.x, self.weight, self.eps)
+        y, total = add_rms_norm(self.x, self.residual, self.weight, self.eps)
+        self.total.copy_(total)
+        return y
+
+    def times(self, weight: Tensor) -> Tensor:
+        """`[1, out]`: its product with weight `[out, hidden]`."""
+        return add_rms_norm_gemv(self.x, self.residual, self.weight, self.eps, weight, self.total, ahead=True)
+
+
+def project(x: Tensor | NormOfARow, layers: Sequence[ColumnLinear], sequence_parallel: bool) -> tuple[Tensor, ...]:
     """Hidden states, this rank's, → each layer's output `[tokens, out]`, the tokens being all ranks'."""
-    joined = layers[0].joined
+    joined, of_a_row = layers[0].joined, isinstance(x, NormOfARow)
     if joined is not None and not torch.is_grad_enabled() and not sequence_parallel and joined.holds(layers):
-        y = x.squeeze(1) @ joined.weight.T
+        y = x.times(joined.weight) if of_a_row else x.squeeze(1) @ joined.weight.T
         return y.split_with_sizes(joined.sizes, 1)[: len(layers)]
+    if of_a_row:
+        x = x.alone()
     weights, copies = [layer.weight for layer in layers], [layer.copies for layer in layers]
     few = [*itertools.takewhile(lambda n: copies[n] == 1 and len(weights[n]) <= _FEW_ROWS, range(len(layers))[::-1])]
     if len(few) < 2:
@@ -149,6 +181,11 @@ class RowLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return applied(_ReducedProduct, x, self.weight, self.sequence_parallel).unsqueeze(1)
+
+    def takes_gemv(self, x: Tensor, head_dim: int = 1) -> bool:
+        """Whether the product is made along with what makes its input of x, see the op of that name."""
+        alone = not torch.is_grad_enabled() and groups.tensor_parallel()[1] == 1
+        return alone and takes_gemv(x, self.weight, head_dim)
 
 
 class _ReducedProduct(torch.autograd.Function):

@@ -26,6 +26,7 @@ BY_BATCH = {
     "lte_attention": {"SPLITS"},
     "native_sparse_attention.triton_decode": {"EACH", "MEAN_SPLITS", "WINDOW_SPLITS", "SELECTED_SPLITS"},
     "gated_delta_rule.triton_step": {"COLUMNS"},
+    "gemv": {"AHEAD", "launch_pdl"},  # by what runs before: in a model's step nothing that writes weights
 }
 
 

@@ -39,5 +39,7 @@ def test_as_many_as_our_own_engine(letter, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # which knows no meta device
     own, export = ([two - one for one, two in zip(count(letter), count(2 * letter), strict=True)]
                    for count in (launches_of, launches_of_export))  # fmt: skip
-    for ours, theirs in zip(own, export, strict=True):
-        assert theirs.total() == ours.total(), (theirs - ours, ours - theirs)
+    # Its products do not make a single token's norms and SwiGLU themselves.
+    apart = sum(count for kernel, count in own[1].items() if kernel.startswith("gemv"))
+    for ours, theirs, more in zip(own, export, (0, apart), strict=True):
+        assert theirs.total() == ours.total() + more, (theirs - ours, ours - theirs)

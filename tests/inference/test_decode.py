@@ -1,6 +1,7 @@
 """Decoding at fixed addresses against one pass over the whole sequence, and graphs against steps without."""
 
 import importlib
+from collections import Counter
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from megahybrid.inference import batch as batch_module
 from megahybrid.inference.batch import Batch
 from megahybrid.inference.decode import DecodeGraph, DecodeStep
+from megahybrid.parallel.joined import join_weights
+from megahybrid_kernels.gemv import triton as gemv
 from tests.inference.oracle import BUFFER, PATTERNS, WINDOW, router_logits, tokens, whole
 from tests.model import tiny
 
@@ -99,6 +102,43 @@ def test_triton_steps(pattern, recorded, monkeypatch):
     monkeypatch.undo()
     for row, n, logits in zip(rows, prompts, found, strict=True):
         assert (logits - whole(model, row)[n - 1 :]).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="puts CPU tensors through the interpreter")
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_single_sequence_has_products_of_one_row(joined, recorded, monkeypatch):
+    """Norms and SwiGLU are made along with the products that read them, what two sequences decode is not."""
+    launched = []
+    for name in ("norm_kernel", "gated_norm_kernel", "swiglu_kernel"):
+        kernel = getattr(gemv, name)
+        monkeypatch.setattr(gemv, name, Noted(kernel, launched))
+    monkeypatch.setattr("megahybrid_kernels.gemv.takes_triton", lambda *_: True)
+    model, row = tiny.model("GLSFN", dtype=torch.float32), tokens(12, seed=3)
+    if joined:
+        join_weights(model)
+    ((logits,), _) = continued(model, [row], [9])
+    counts = Counter(launched)
+    assert (
+        counts["gemv_swiglu_kernel"] % 5 == 0
+        and counts["gemv_norm_kernel"] == 2 * joined * counts["gemv_swiglu_kernel"]
+    )
+    assert 5 * counts["gemv_gated_norm_kernel"] == counts["gemv_swiglu_kernel"] > 5
+    launched.clear()
+    continued(model, [row, row], [9, 9])
+    assert not launched
+    monkeypatch.undo()
+    assert (logits - whole(model, row)[8:]).abs().max() < 1e-4
+
+
+class Noted:
+    """A kernel that says when it is launched."""
+
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, programs):
+        self.launched.append(self.kernel.name)
+        return self.kernel[programs]
 
 
 @pytest.mark.slow

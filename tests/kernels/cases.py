@@ -1,4 +1,4 @@
-"""Which cases of a test Triton's interpreter runs: it takes seconds for one, a GPU none."""
+"""Which cases of a test Triton's interpreter runs, seconds for each; and inputs of several tests."""
 
 from __future__ import annotations
 
@@ -20,3 +20,10 @@ def interpreted(few: Collection[Any], every: Iterable[Any]) -> list[Any]:
         pytest.param(*values, marks=[] if each in few else [pytest.mark.slow])
         for each, values in zip(every, tuples, strict=True)
     ]
+
+
+def one_row(dim: int, out: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Inputs of products of one row."""
+    generator = torch.Generator().manual_seed(dim + out)
+    shapes = {"x": (1, dim), "other": (1, dim), "norm": (dim,), "weight": (out, dim)}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}

@@ -37,6 +37,7 @@ from megahybrid_kernels.exit_positions.triton import exit_positions
 from megahybrid_kernels.gated_delta_rule import Border
 from megahybrid_kernels.gated_delta_rule import triton as gdn
 from megahybrid_kernels.gated_delta_rule.triton_step import gated_delta_rule_step
+from megahybrid_kernels.gemv import triton as gemv
 from megahybrid_kernels.launch import Kernel
 from megahybrid_kernels.linear_cross_entropy import triton as cross_entropy
 from megahybrid_kernels.lte_attention import LTECache
@@ -241,6 +242,18 @@ def decode(case: Case, window: int = 768) -> None:
 
 
 @torch.no_grad()
+def one_row(case: Case) -> None:
+    """A token's row times a matrix of as many rows as there are tokens."""
+    hidden, row = case.heads * case.dim, new(1, 1, case.heads * case.dim)
+    weight, norm = new(case.tokens, hidden), new(hidden)
+    for residual, total in ((None, None), (row, new(1, 1, hidden))):
+        gemv.add_rms_norm_gemv(row, residual, norm, 1e-6, weight, total)
+    gemv.swiglu_gemv(row, row, weight)
+    heads = row.view(1, case.heads, case.dim)
+    gemv.gated_rms_norm_gemv(heads, heads, new(case.dim), 1e-6, weight)
+
+
+@torch.no_grad()
 def sparse_prefill(case: Case) -> None:
     cache = NSACache.empty(1, case.heads, case.dim, 16, dtype=BF16, device="meta").with_room(case.most)
     q, k, gates = case.rows(case.heads * case.groups), case.rows(), new(case.tokens, case.heads, 3)
@@ -253,7 +266,7 @@ TRAINING = (
     partial(sparse_attention, num_blocks=16), retention, convolution, elementwise,
 )  # fmt: skip
 CASES: dict[str, tuple[Case, tuple[Callable[[Case], None], ...]]] = {
-    "many tokens": (Case((1_200_000,), 8, 256), (delta_rule, delta_rule_in_segments)),
+    "many tokens": (Case((1_200_000,), 8, 256), (delta_rule, delta_rule_in_segments, one_row)),
     "very many tokens": (Case((2**24 + 1000,), 8, 256, groups=2), (*TRAINING, delta_rule_at_a_border)),
     # The scans' row numbers have 32 bits up to here.
     "just enough tokens": (Case((2**20 - 257,), 8, 256, most=2**20 - 257), (delta_rule_forward,)),

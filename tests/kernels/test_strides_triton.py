@@ -19,6 +19,7 @@ from megahybrid_kernels.attention import KeyValueCache, attention, attention_wit
 from megahybrid_kernels.causal_conv1d import causal_conv1d
 from megahybrid_kernels.exit_positions import exit_positions
 from megahybrid_kernels.gated_delta_rule import gated_delta_rule
+from megahybrid_kernels.gemv import add_rms_norm_gemv, gated_rms_norm_gemv, swiglu_gemv
 from megahybrid_kernels.linear_cross_entropy import linear_cross_entropy
 from megahybrid_kernels.lte_attention import LTECache, lte_attention, lte_attention_with_cache
 from megahybrid_kernels.native_sparse_attention import (
@@ -46,6 +47,7 @@ DISPATCHERS = (
     "causal_conv1d",
     "exit_positions",
     "gated_delta_rule",
+    "gemv",
     "linear_cross_entropy.chunks",
     "lte_attention",
     "native_sparse_attention",
@@ -241,6 +243,18 @@ CASES: dict[str, Case] = {
     ),
     "norm of a sum": Case(
         lambda x: add_rms_norm(x["x"], x["y"], x["w"], 1e-6), wide(LENGTHS, "x", "y") | {"w": (DIM,)}, {}
+    ),
+    "norm and a row's product": Case(
+        lambda x: (add_rms_norm_gemv(x["x"], None, x["w"], 1e-6, x["weight"]),),
+        {"x": (1, 24), "w": (24,), "weight": (10, 24)}, {}, ("all",),
+    ),
+    "gated norm and a row's product": Case(
+        lambda x: (gated_rms_norm_gemv(x["x"], x["gate"], x["w"], 1e-6, x["weight"]),),
+        {"x": (1, 3, 8), "gate": (1, 3, 8), "w": (8,), "weight": (10, 24)}, {}, ("all",),
+    ),
+    "swiglu and a row's product": Case(
+        lambda x: (swiglu_gemv(x["gate"], x["up"], x["weight"]),),
+        {"gate": (1, 24), "up": (1, 24), "weight": (10, 24)}, {}, ("all",),
     ),
     "rotary": Case(lambda x: (rotary(x["x"], x["positions"], 1e4),), wide(LENGTHS, "x"), POSITIONS),
     "router": Case(

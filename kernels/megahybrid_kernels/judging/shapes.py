@@ -5,6 +5,7 @@ from megahybrid_kernels.causal_conv1d.cases import CausalConv1d
 from megahybrid_kernels.counter_dropout.cases import DropoutKeys
 from megahybrid_kernels.exit_positions.cases import ExitPositions
 from megahybrid_kernels.gated_delta_rule.cases import GatedDeltaRule
+from megahybrid_kernels.gemv.cases import GatedRowProduct, RowProducts
 from megahybrid_kernels.judging.case import Shape
 from megahybrid_kernels.linear_cross_entropy.cases import LinearCrossEntropy
 from megahybrid_kernels.lte_attention.cases import LTEAttention
@@ -21,12 +22,14 @@ __all__ = [
     "ExitPositions",
     "GatedDeltaRule",
     "GatedRMSNorm",
+    "GatedRowProduct",
     "LTEAttention",
     "LinearCrossEntropy",
     "NativeSparseAttention",
     "RMSNorm",
     "RetentionRouter",
     "Rotary",
+    "RowProducts",
     "Shape",
     "SwiGLU",
 ]

@@ -51,6 +51,8 @@ def _shapes(
         shapes.NativeSparseAttention(2, head_dim, heads, near_num_blocks=blocks, near_window=window // 2),
         shapes.RMSNorm(hidden),
         shapes.SwiGLU(intermediate),
+        shapes.RowProducts(hidden, intermediate),
+        shapes.GatedRowProduct(hidden, delta_heads, delta_dim),
         shapes.LinearCrossEntropy(hidden, intermediate),
     )
 

@@ -118,7 +118,7 @@ class GDNKind(Kind):
         channels, whole = heads * (2 * key_dim + value_dim), rows_of_whole(heads * (2 * key_dim + 2 * value_dim + 2))
         convolutions += [shapes.CausalConv1d(channels, taps, *each) for each in (("together",), ("joined", whole))]
         rule, norm = shapes.GatedDeltaRule(heads, key_dim, value_dim), shapes.GatedRMSNorm(heads, value_dim)
-        return [rule, *convolutions, norm]
+        return [rule, *convolutions, norm, shapes.GatedRowProduct(model.hidden_size, heads, value_dim)]
 
     def module(self) -> type[Mixer]:
         from megahybrid.mixers.gdn.module import GatedDeltaNet

@@ -21,6 +21,7 @@ from megahybrid.parallel.parameters import Initializer, constant, parameter, uni
 from megahybrid_kernels import Sequences
 from megahybrid_kernels.causal_conv1d import causal_conv1d
 from megahybrid_kernels.gated_delta_rule import gated_delta_rule, unsupported
+from megahybrid_kernels.gemv import gated_rms_norm_gemv
 from megahybrid_kernels.norm import gated_rms_norm
 
 
@@ -76,8 +77,11 @@ class GatedDeltaNet(Mixer):
             parts = flat_to_heads(len(self.A_log), *qkv, a, b)
             o, state = self._own_heads(*parts, context, state)
             o = to_tokens(o)
-        gate = gate.unflatten(-1, (-1, self.value_dim))
-        o = gated_rms_norm(o, gate, shared(self.norm), self.settings.model.norm_eps)
+        gate, eps = gate.unflatten(-1, (-1, self.value_dim)), self.settings.model.norm_eps
+        if self.o_proj.takes_gemv(o, self.value_dim):
+            y = gated_rms_norm_gemv(o, gate, self.norm, eps, self.o_proj.weight, ahead=True)
+            return y.unsqueeze(1), None, state
+        o = gated_rms_norm(o, gate, shared(self.norm), eps)
         return self.o_proj(o.flatten(-2)), None, state
 
     def _own_tokens(self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, sequences: Sequences) -> Tensor:
