@@ -4,8 +4,8 @@ A program has ROWS rows of the matrix, which it reads once, and makes the row th
 all programs find in the L2 cache. A norm's scale, one number for all of its row, is found beside the products and
 multiplies their sums, so that nothing waits for it.
 
-AHEAD, a program begins while the launch before it still runs, and loads its first columns of the matrix, AHEAD tiles of
-them, before it waits for that launch's end, without which it reads nothing else and writes nothing.
+AHEAD, a program begins while the launch before it still runs, and loads its first columns of the matrix before it waits
+for that launch's end, without which it reads nothing else and writes nothing.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from megahybrid_kernels.integers import cdiv, next_power_of_2
 from megahybrid_kernels.launch import kernel
 from megahybrid_kernels.targets import table_of
 
-# Of a program: values of the matrix in a tile, columns of it at most, and warps. Few rows leave many programs, whose loads
+# Of a program: its rows of the matrix, and columns at a time. Few rows leave many programs, whose loads
 # are in flight together; but each makes the whole row anew, and SwiGLU's and a gate's values cost an exponential each.
 # A norm's columns are many because no load of the next ones is moved ahead of storing the sum of these.
-_NORM, _GATED_NORM, _SWIGLU = (4096, 2048, 4), (8192, 2048, 8), (8192, 1024, 4)
-# SwiGLU's tiles that are loaded before the launch before has ended.
-_TILES_AHEAD = 2
+_NORM, _GATED_NORM, _SWIGLU = (2, 2048), (4, 1024), (8, 1024)
+# A thread of 4 warps has 16 bytes of each row of 1024 columns in bf16.
+_WARPS = 4
 
 
 @triton.jit
@@ -38,13 +38,12 @@ def _own_rows(rows, ROWS: tl.constexpr, AHEAD: tl.constexpr):
 
 
 @triton.jit
-def _tile(weight, row, column, stride, mask, LAST: tl.constexpr, AHEAD: tl.constexpr):
-    """Rows and columns of the matrix. AHEAD, the launch before has ended only after the LAST that is loaded so, for what
-    else is read."""
+def _tile(weight, row, column, stride, mask, FIRST: tl.constexpr, AHEAD: tl.constexpr):
+    """Rows and columns of the matrix. Only after the FIRST is the launch before at its end, for what else is read."""
     tile = tl.load(weight + row[:, None] * stride + column[None, :], mask=mask, other=0)
-    if AHEAD and LAST:
+    if AHEAD and FIRST:
         tl.extra.cuda.gdc_wait()
-    return tile
+    return tile.to(tl.float32)
 
 
 @kernel
@@ -68,7 +67,7 @@ def norm_kernel(
             value = rounded.to(tl.float32)
         squares += value * value
         value *= tl.load(norm + column, mask=inside, other=0).to(tl.float32)
-        acc += tile.to(tl.float32) * value[None, :]
+        acc += tile * value[None, :]
     scale = tl.rsqrt(tl.sum(squares, 0) / DIM + eps)
     tl.store(y + row, (tl.sum(acc, 1) * scale).to(y.dtype.element_ty), mask=own)
 
@@ -99,7 +98,7 @@ def gated_norm_kernel(
         scale = tl.rsqrt(tl.sum(value * value, 1) / DIM + eps)
         w = tl.load(norm + channel, mask=channel < DIM, other=0).to(tl.float32)
         value *= scale[:, None] * w[None, :] * silu(tl.load(gate + place, mask=inside, other=0).to(tl.float32))
-        acc += tile.to(tl.float32) * tl.reshape(value, [EACH * WIDTH])[None, :]
+        acc += tile * tl.reshape(value, [EACH * WIDTH])[None, :]
     tl.store(y + row, tl.sum(acc, 1).to(y.dtype.element_ty), mask=own)
 
 
@@ -108,37 +107,23 @@ def swiglu_kernel(
     gate, up, weight, y, stride, rows,
     DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    row, own = _own_rows(rows, ROWS, AHEAD > 0)
-    tiles = ()
-    for n in tl.static_range(AHEAD):
-        column = n * BLOCK + tl.arange(0, BLOCK)
-        mask = own[:, None] & (column < DIM)[None, :]
-        tiles = tiles + (_tile(weight, row, column, stride, mask, n == AHEAD - 1, True),)
+    row, own = _own_rows(rows, ROWS, AHEAD)
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
-    for n in tl.static_range((DIM + BLOCK - 1) // BLOCK):
-        column = n * BLOCK + tl.arange(0, BLOCK)
+    for first in tl.static_range(0, DIM, BLOCK):
+        column = first + tl.arange(0, BLOCK)
         inside = column < DIM
-        if n < AHEAD:
-            tile = tiles[n]
-        else:
-            tile = _tile(weight, row, column, stride, own[:, None] & inside[None, :], False, False)
+        tile = _tile(weight, row, column, stride, own[:, None] & inside[None, :], first == 0, AHEAD)
         value = silu(tl.load(gate + column, mask=inside, other=0).to(tl.float32))
         value *= tl.load(up + column, mask=inside, other=0).to(tl.float32)
-        acc += tile.to(tl.float32) * value[None, :]
+        acc += tile * value[None, :]
     tl.store(y + row, tl.sum(acc, 1).to(y.dtype.element_ty), mask=own)
 
 
-def _launch(weight: Tensor, ahead: bool, warps: int) -> tuple[Tensor, dict[str, int]]:
+def _launch(weight: Tensor, ahead: bool) -> tuple[Tensor, dict[str, bool | int]]:
     """The matrix as kernels read it, and how they are launched."""
     rows = dense_rows(weight)
     ahead = ahead and rows is weight and weight.is_cuda and table_of(weight.device).overlaps
-    return rows, {"AHEAD": int(ahead), "num_warps": warps} | ({"launch_pdl": True} if ahead else {})
-
-
-def _tiles(dim: int, values: int, columns: int) -> tuple[int, int]:
-    """Rows and columns of a tile of so many values, of a matrix of `dim` columns."""
-    columns = min(columns, next_power_of_2(dim))
-    return values // columns, columns
+    return rows, {"AHEAD": ahead, "num_warps": _WARPS} | ({"launch_pdl": True} if ahead else {})
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -156,13 +141,12 @@ def add_rms_norm_gemv(
     ahead: bool = False,
 ) -> Tensor:
     """See `megahybrid_kernels.gemv`."""
-    (out, dim), (values, most, warps) = weight.shape, _NORM
-    (rows, columns), (weight, options) = _tiles(dim, values, most), _launch(weight, ahead, warps)
+    (out, dim), (rows, columns), (weight, options) = weight.shape, _NORM, _launch(weight, ahead)
     row, y = _flat(x), torch.empty(1, out, dtype=x.dtype, device=x.device)
     other, written = (row, y) if total is None else (_flat(residual), total)
     norm_kernel[cdiv(out, rows)](
         row, other, _flat(norm), weight, y, written, weight.stride(0), out, eps,
-        DIM=dim, BLOCK=columns, ROWS=rows, ADDED=total is not None, **options,
+        DIM=dim, BLOCK=min(columns, next_power_of_2(dim)), ROWS=rows, ADDED=total is not None, **options,
     )  # fmt: skip
     return y
 
@@ -171,25 +155,23 @@ def gated_rms_norm_gemv(
     x: Tensor, gate: Tensor, norm: Tensor, eps: float, weight: Tensor, ahead: bool = False
 ) -> Tensor:
     """See `megahybrid_kernels.gemv`."""
-    (*_, heads, dim), out, (values, most, warps) = x.shape, len(weight), _GATED_NORM
-    width = next_power_of_2(dim)
-    (rows, columns), (weight, options) = _tiles(width * heads, values, most), _launch(weight, ahead, warps)
-    y = torch.empty(1, out, dtype=x.dtype, device=x.device)
+    (*_, heads, dim), out, (rows, columns) = x.shape, len(weight), _GATED_NORM
+    weight, options = _launch(weight, ahead)
+    y, width = torch.empty(1, out, dtype=x.dtype, device=x.device), next_power_of_2(dim)
+    each = max(1, min(columns // width, next_power_of_2(heads)))
     gated_norm_kernel[cdiv(out, rows)](
         _flat(x), _flat(gate), _flat(norm), weight, y, weight.stride(0), out, eps,
-        HEADS=heads, DIM=dim, WIDTH=width, EACH=columns // width, ROWS=rows, **options,
+        HEADS=heads, DIM=dim, WIDTH=width, EACH=each, ROWS=rows, **options,
     )  # fmt: skip
     return y
 
 
 def swiglu_gemv(gate: Tensor, up: Tensor, weight: Tensor, ahead: bool = False) -> Tensor:
     """See `megahybrid_kernels.gemv`."""
-    (out, dim), (values, most, warps) = weight.shape, _SWIGLU
-    (rows, columns), (weight, options) = _tiles(dim, values, most), _launch(weight, ahead, warps)
-    options["AHEAD"] *= min(_TILES_AHEAD, cdiv(dim, columns))
+    (out, dim), (rows, columns), (weight, options) = weight.shape, _SWIGLU, _launch(weight, ahead)
     y = torch.empty(1, out, dtype=up.dtype, device=up.device)
     swiglu_kernel[cdiv(out, rows)](
         _flat(gate), _flat(up), weight, y, weight.stride(0), out,
-        DIM=dim, BLOCK=columns, ROWS=rows, **options,
+        DIM=dim, BLOCK=min(columns, next_power_of_2(dim)), ROWS=rows, **options,
     )  # fmt: skip
     return y
