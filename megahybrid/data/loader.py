@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -75,6 +77,9 @@ class TrainingData:
                 f"({self._config.train.global_batch_size}); set it back to what the run began with."
             )
         self._consumed = consumed
+        self._prepared: Future[list[Batch]] | None = None
+        self.seconds = 0.0
+        """That reading and packing what `next_step` gave took, here or in `prepare`."""
         self._ahead: tuple[int, int] | None = None
         self._look_ahead()
 
@@ -90,21 +95,39 @@ class TrainingData:
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch. Raises UserError for a damaged shard."""
-        train = self._config.train
-        size = self._rank[1]
+        self.prepare()
+        prepared, self._prepared = self._prepared, None
+        batches = prepared.result()
+        self._consumed += self._config.train.global_batch_size
+        return batches
+
+    def prepare(self) -> None:
+        """Make what `next_step` gives next, while a GPU computes, say. What goes wrong is raised there."""
+        if self._prepared is not None:
+            return
+        prepared, began = Future[list[Batch]](), time.perf_counter()
+        try:
+            prepared.set_result(self._make())
+        except Exception as error:
+            prepared.set_exception(error)
+        self._prepared, self.seconds = prepared, time.perf_counter() - began
+
+    def _make(self) -> list[Batch]:
+        train, size = self._config.train, self._rank[1]
         self._look_ahead()
-        batches = list(_micro_batches(self._sample, self._indices(), self._config, bool(self._rows.weights)))
+        indices = self._indices(self._consumed)
+        batches = list(_micro_batches(self._sample, indices, self._config, bool(self._rows.weights)))
         read = sum(len(batch.tokens) for batch in batches)
         if read * size != train.global_batch_size * train.seq_length:
             raise RuntimeError(f"read {read} tokens of a global batch of {train.global_batch_size} samples")
-        self._consumed += train.global_batch_size
-        self._rows.look_ahead([index for index in self._indices() if index >= ENDLESS])
+        following = self._indices(self._consumed + train.global_batch_size)
+        self._rows.look_ahead([index for index in following if index >= ENDLESS])
         return batches
 
-    def _indices(self) -> list[int]:
-        """Of this rank's samples of the next global batch."""
+    def _indices(self, consumed: int) -> list[int]:
+        """Of this rank's samples of the global batch behind `consumed` samples."""
         rank, size = self._rank
-        return self._order.indices(self._consumed, self._config.train.global_batch_size)[rank::size].tolist()
+        return self._order.indices(consumed, self._config.train.global_batch_size)[rank::size].tolist()
 
     def _sample(self, index: int) -> Mapping[str, NDArray]:
         return self._reader[index] if index < ENDLESS else self._rows[index]

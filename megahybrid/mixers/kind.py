@@ -63,9 +63,9 @@ class Kind(ABC):
             `megahybrid.key.key`. Kinds may share one.
         parts: submodules of its module whose parameters a plan counts apart.
         policies: by what else than LEARNED its module can keep tokens in evaluation (`Mixer.swap`).
-        utilisation, host_seconds: of layers of this kind in training on an H100, for the plan of a recipe that nobody
-            has run (`megahybrid.scaling.hours`): MFU at widths of 1,024 and 2,048, and what the host takes to launch a
-            layer's forward and backward pass, 53 µs a launch. Both are guesses where nothing else is said.
+        utilisation, launches: of layers of this kind in training on an H100, for the plan of a recipe that nobody has
+            run (`megahybrid.scaling.hours`): MFU at widths of 1,024 and 2,048, and the launches of a layer's forward
+            and backward pass. Both are guesses where nothing else is said.
     """
 
     letter: str
@@ -74,7 +74,7 @@ class Kind(ABC):
     parts: tuple[str, ...] = ()
     policies: tuple[str, ...] = ()
     utilisation: tuple[float, float] = (0.38, 0.475)
-    host_seconds: float = 3.3e-3
+    launches: int = 62
 
     def check(self, model: ModelConfig) -> None:  # noqa: B027
         """Raise UserError for sizes that do not go together; ranges of single keys stand at their fields."""

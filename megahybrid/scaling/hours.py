@@ -1,4 +1,4 @@
-"""GPU hours of a recipe on one GPU: of its steps alone, without start, validations, probes and saves.
+"""GPU hours of a recipe on one GPU: of its start and its steps, without validations, probes and saves.
 
 Several GPUs take as many hours together, and what their layout costs (docs/performance/layouts.md).
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from megahybrid.config.batch import replayed
@@ -20,17 +20,19 @@ from megahybrid.mixers import KINDS
 from megahybrid.model.settings import Settings
 from megahybrid.scaling.flops import flops_per_token, layer
 
-# What kinds say of their utilisation and their launches is from docs/performance: whole-step.md for models of 24 layers
-# in bf16 with samples of 4,096 tokens. Launches: 53 µs each, as a step of recipes/recall.yaml took 16.2 ms for 308 on
-# the fastest of three hosts, up to 24.9 on others (small-runs.md); a layer has as many as
-# tests/training/test_launches.py counts, and a step 62 beside its layers, and 2.4 ms for its data. Exchanges of context
-# ranks: lalte-0.4b with 65,536 tokens on four, 399 ms a step (context.md), less what its launches take. Replayed: a
-# step of recall as a CUDA graph takes 5.6 ms, of which kernels take 3.1.
+# What kinds say of their utilisation is from docs/performance/whole-step.md, for models of 24 layers in bf16 with
+# samples of 4,096 tokens. A launch: what steps that were bound by the host took by all their launches, 50 to 108 µs on
+# five hosts at different times, 80 in the middle (small-runs.md). A step's launches beside its layers are what
+# tests/training/test_launches.py counts. Exchanges of context ranks: lalte-0.4b with 65,536 tokens on four, 399 ms a
+# step (context.md), less what its launches take. Replayed: a step of recall as a CUDA graph takes 4.6 ms, of which
+# kernels take 3.1. A start: runs of a minute took 2.3 to 8.2 s beside their steps, the most where kernels are compiled.
 _WIDTHS = 1024, 2048
 _LEAST_MFU = 0.05
-_STEP_SECONDS = 0.0057
-_REPLAYED_SECONDS = 0.0025
-_EXCHANGES_SECONDS = 0.0131
+_LAUNCH_SECONDS = 80e-6
+_LAUNCHES = 62
+_EXCHANGES_SECONDS = 0.0112
+_REPLAYED_SECONDS = 0.0015
+_START_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class Estimate:
 
     @property
     def hours(self) -> float:
-        """GPU hours of all steps."""
-        return self.steps * self.step_seconds / 3600
+        """GPU hours of a start and all steps."""
+        return (_START_SECONDS + self.steps * self.step_seconds) / 3600
 
     def __str__(self) -> str:
         return f"GPU hours on one {self.gpu}: {self.hours:,.3g}, {self.step_seconds:.3g} s a step (from {self.source})"
@@ -77,15 +79,16 @@ def by_utilisation(
 def tabled(config: Config, gpu: str = "H100", lengths: Mapping[int, float] | None = None) -> Estimate:
     """From what was measured of other recipes, for one that nobody has run: the longer of the time that the FLOPs, of
     documents of these `lengths`, take at the tabled MFU, and of the launches."""
-    by_flops, train = _by_flops(config, gpu, lengths), config.train
+    found, train = _by_flops(config, gpu, lengths), config.train
+    letters, count = parse_pattern(config.model.pattern).letters, train.global_batch_size / train.micro_batch_size
+    seconds = with_host(config, config.parallel.replica, found.step_seconds, letters, count)
     if replayed(config, config.parallel.replica):
-        seconds = by_flops.step_seconds + _REPLAYED_SECONDS
-        return Estimate(gpu, seconds, by_flops.steps, "a guess at a CUDA graph's kernels, and 2.5 ms; --probe measures")
-    letters = parse_pattern(config.model.pattern).letters
-    launches = launch_seconds(letters, train.global_batch_size / train.micro_batch_size)
-    if launches < by_flops.step_seconds:
-        return by_flops
-    return Estimate(gpu, launches, by_flops.steps, "the host's launches, roughly by a table; --probe measures")
+        source = f"a CUDA graph's kernels, guessed, and {1e3 * _REPLAYED_SECONDS:g} ms; --probe measures"
+    elif seconds > found.step_seconds:
+        source = "launches, by a table; hosts differ by 40 %; --probe measures"
+    else:
+        return found
+    return replace(found, step_seconds=seconds, source=source)
 
 
 def kernel_seconds(config: Config) -> float:
@@ -126,7 +129,11 @@ def _recomputed(config: Config, lengths: Mapping[int, float] | None) -> float:
     return twice / flops_per_token(config, lengths).forward
 
 
-def launch_seconds(letters: str, micro_batches: float, context: int = 1) -> float:
-    """Seconds a step in which the host launches the passes of layers of these kinds, over so many context ranks."""
-    exchanges = _EXCHANGES_SECONDS if context > 1 else 0.0
-    return _STEP_SECONDS + sum(KINDS[letter].host_seconds + exchanges for letter in letters) * micro_batches
+def with_host(config: Config, processes: int, kernels: float, letters: str, micro_batches: float) -> float:
+    """Seconds of a step whose kernels take so many of a process, which has layers of these kinds: the launches', where
+    these take longer, or with what the host takes beside a CUDA graph."""
+    if replayed(config, processes):
+        return kernels + _REPLAYED_SECONDS
+    exchanges = _EXCHANGES_SECONDS if config.parallel.context > 1 else 0.0
+    layers = sum(KINDS[letter].launches * _LAUNCH_SECONDS + exchanges for letter in letters)
+    return max(kernels, _LAUNCHES * _LAUNCH_SECONDS + layers * micro_batches)

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from megahybrid.config import Config
-from megahybrid.config.batch import micro_batches, replayed
+from megahybrid.config.batch import micro_batches
 from megahybrid.config.validate import check_replicas, validate
 from megahybrid.errors import UserError
 from megahybrid.mixers import KINDS
 from megahybrid.model.settings import Settings
-from megahybrid.scaling.hours import kernel_seconds, launch_seconds
+from megahybrid.scaling.hours import kernel_seconds, with_host
 from megahybrid.scaling.memory import BUCKET, peak_bytes, residual
 from megahybrid.scaling.parameters import parameter_specs, parameters_by_rank
 from megahybrid.scaling.splitting import split_matrices
@@ -175,15 +175,13 @@ def seconds(config: Config, replicas: int) -> Seconds:
     costs, layers = layer_costs(config), _layers_by_rank(config)
     largest = max(sum(costs[layer] for layer in own) for own in layers) * parallel.pipeline / sum(costs)
     letters = Settings.of(config).pattern.letters
-    launches = max(launch_seconds("".join(letters[layer] for layer in own), count, parallel.context) for own in layers)
-    if replayed(config, replicas * parallel.replica):
-        launches = 0
     slower = CLUSTER.smaller ** math.log2(parallel.tensor)
     if parallel.virtual_pipeline > 1:
         slower *= CLUSTER.interleaved
-    computing = max(kernels * largest * slower, launches)
+    held, processes = ["".join(letters[layer] for layer in own) for own in layers], replicas * parallel.replica
+    computing = max(with_host(config, processes, kernels * largest * slower, own, count) for own in held)
     tensor = CLUSTER.exposed * max(map(len, layers)) * count * exchanged(config) / CLUSTER.beside_matmuls
-    crossing_rank = max(crossing(config, "".join(letters[layer] for layer in own)) for own in layers)
+    crossing_rank = max(crossing(config, own) for own in held)
     context = count * crossing_rank / _rate(parallel.tensor * parallel.context, parallel.tensor)
     bubble = (parallel.pipeline - 1) / (parallel.virtual_pipeline * count) * (computing + tensor + context)
     transfers = 0.0

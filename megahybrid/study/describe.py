@@ -67,7 +67,7 @@ def _run(row: Row) -> tuple[str, ...]:
 
 def _sentences(plan: Plan) -> Iterator[str]:
     study, rows, hours = plan.study, plan.rows, plan.gpu_hours
-    alone = sum(row.estimate.hours / row.part for row in rows)
+    alone = sum(row.hours_from_scratch for row in rows)
     tokens, flops = (sum(getattr(row.cell, name) * row.part for row in rows) for name in ("tokens", "flops"))
     yield f"{len(rows)} runs: {short(tokens)} tokens, {flops:.3g} FLOPs, {hours:,.3g} GPU hours one after another"
     if hours < alone:

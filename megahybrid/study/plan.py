@@ -44,6 +44,11 @@ class Row:
         """What of its tokens it trains itself: of a branch those after its trunk's."""
         return self.estimate.steps / self.cell.config.train.steps
 
+    @property
+    def hours_from_scratch(self) -> float:
+        """GPU hours if it had no trunk."""
+        return replace(self.estimate, steps=self.cell.config.train.steps).hours
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -145,5 +150,5 @@ def _fields(row: Row) -> dict[str, Any]:
         "nodes": cell.nodes,
         "gpus": cell.gpus,
         "gpu_hours": row.estimate.hours,
-        "gpu_hours_from_scratch": row.estimate.hours / row.part,
+        "gpu_hours_from_scratch": row.hours_from_scratch,
     }

@@ -106,28 +106,39 @@ class Engine:
                     made[letter].attach(layer, self.model.layers[str(layer)].mixer)
         return made
 
-    def step(self, batches: Sequence[Batch], step: int, stop: bool = False, saving: bool = False) -> StepResult:
+    def step(
+        self,
+        batches: Sequence[Batch],
+        step: int,
+        stop: bool = False,
+        saving: bool = False,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> StepResult:
         """Train on this replica's micro-batches of the 1-based optimizer step.
 
         `stop` is this process's wish to stop, `saving` whether it is at work on a checkpoint; the result says
-        whether any process is.
+        whether any process is. `meanwhile` is called when the device has all its work.
         """
         with self._stream():
-            return self._step(batches, step, stop, saving)
+            return self._step(batches, step, stop, saving, meanwhile or _nothing)
 
     def _stream(self) -> contextlib.AbstractContextManager[None]:
         return self.graphs.stream() if self.graphs else contextlib.nullcontext()
 
-    def _step(self, batches: Sequence[Batch], step: int, stop: bool, saving: bool) -> StepResult:
+    def _step(
+        self, batches: Sequence[Batch], step: int, stop: bool, saving: bool, meanwhile: Callable[[], None]
+    ) -> StepResult:
         rate = learning_rate(self.config.optimizer, step, self.config.train.steps)
         for group in self.zero.optimizer.param_groups:
             group["lr"] = rate
-        report, norm = self._passes_and_update(batches, step, stop, saving, whole=False)
+        report = self._passes_and_update(batches, step, stop, saving, whole=False)
+        norm = self._wait(report, meanwhile)
         repeated = bool(report.void())
         if repeated:
             log.info("Step %d is done again: a layer left out what it had no room for.", step)
             void = report
-            report, norm = self._passes_and_update(batches, step, stop, saving, whole=True)
+            report = self._passes_and_update(batches, step, stop, saving, whole=True)
+            norm = self._wait(report, meanwhile)
             report.take_left_out(void)
         loss, micro_batches = float(report.loss), len(batches) * groups.data_parallel()[1]
         skipped = self.guard.reason(loss, norm)
@@ -141,9 +152,9 @@ class Engine:
 
     def _passes_and_update(
         self, batches: Sequence[Batch], step: int, stop: bool, saving: bool, whole: bool
-    ) -> tuple[StepReport, float]:
-        """All that a step does on the device, and what it reports, on the host, with the gradient's norm. Where that is
-        `void`, nothing has changed; `whole` passes never are."""
+    ) -> StepReport:
+        """All that a step does on the device, and what it will report. Where that is `void`, nothing has changed;
+        `whole` passes never are."""
         divisor = self._divisor(batches)
         # On this thread: handing Python's lock to autograd's and back costs the host time for nothing.
         with torch.autograd.set_multithreading_enabled(False):
@@ -154,11 +165,12 @@ class Engine:
         report.tell(stop, saving, max(max(batch.sequences.lengths) for batch in batches))
         if (micro_batches := len(batches) * groups.data_parallel()[1]) > 1:
             report.loss /= micro_batches
-        return report, self._update(report)
+        self._update(report)
+        return report
 
-    def _update(self, report: StepReport) -> float:
+    def _update(self, report: StepReport) -> None:
         """From the gradients to the new weights or, where the guard says so or the step is void, to the old ones, all
-        on the device: the host waits once, for the report. The gradient's norm."""
+        on the device."""
         report.sum_over_all()
         norm = report.squares.sqrt_()
         if (holders := groups.weight_holders()[1]) > 1:
@@ -167,6 +179,10 @@ class Engine:
         refused = self.guard.refuses(report.judged)
         update(self.zero.optimizer, shards, norm, refused, self.config.optimizer.clip_grad_norm)
         self.zero.round_masters()
+
+    def _wait(self, report: StepReport, meanwhile: Callable[[], None]) -> float:
+        """Have the report on the host, the only wait of a step, and `meanwhile` done before. The gradient's norm."""
+        meanwhile()
         report.to_host()
         norm = float(report.squares)
         return norm if math.isfinite(norm) else math.inf
@@ -294,6 +310,10 @@ def _claim(regulator: type[Regulator], letter: str, config: Config, taken: set[s
         if name in taken or name.startswith(names.PREFIX):
             raise UserError(f"The mixer '{letter}' regulates '{name}', which metrics.jsonl has of others; rename it.")
         taken.add(name)
+
+
+def _nothing() -> None:
+    """Where there is nothing to do meanwhile."""
 
 
 def _weighted(out: StackOutput, weights: Tensor | None) -> Tensor:

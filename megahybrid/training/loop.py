@@ -264,9 +264,10 @@ class Trainer:
     def _step(self, step: int) -> tuple[StepResult, dict[str, Any]]:
         started = time.perf_counter()
         batches = self.data.next_step()
-        loaded = time.perf_counter()
+        data_seconds = self.data.seconds
         stop = self.stop_request.signal is not None
-        result = self.engine.step(batches, step, stop, saving=self.saver.working)
+        meanwhile = self.data.prepare if step < self.config.train.steps else None
+        result = self.engine.step(batches, step, stop, self.saver.working, meanwhile)
         seconds = time.perf_counter() - started
         self.position = replace(
             self.position,
@@ -282,7 +283,7 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
             "tokens_per_second": speed,
-            "data_seconds": loaded - started,
+            "data_seconds": data_seconds,
             "skipped": self.engine.guard.skipped,
             "repeated": int(result.repeated),
             **model_flops_utilization(self.flops_per_token, speed),

@@ -238,6 +238,33 @@ def test_a_shard_that_vanishes_or_shrinks_later_is_named(copy):
         assert "is missing" in _refused(data.next_step)
 
 
+def test_a_step_that_is_prepared_is_the_next_one(corpus):
+    config, _ = corpus
+    expected = steps(config, 0, 1, 3)
+    with TrainingData(config, 0, 1) as data:
+        for step in expected:
+            data.prepare()
+            data.prepare()
+            consumed = data.consumed
+            assert rows(data.next_step()) == step
+            assert data.consumed == consumed + 8 and data.seconds > 0
+        data.prepare()
+        data.seek(8)
+        assert rows(data.next_step()) == expected[1]
+
+
+def test_what_is_wrong_with_a_prepared_step_is_told_when_it_is_asked_for(copy):
+    with TrainingData(copy, 0, 1) as data:
+        before = rows(data.next_step())
+        for shard in (Path(copy.data.path) / "small" / "train").glob("*.mds"):
+            shard.write_bytes(b"")
+        data.prepare()
+        assert data.consumed == len(before) == 8
+        for _ in range(2):
+            assert "cannot be read" in _refused(data.next_step)
+        assert data.consumed == 8
+
+
 def test_what_does_not_fit_the_prepared_data_is_refused(copy):
     def recipe(section, **changes):
         return replace(copy, **{section: replace(getattr(copy, section), **changes)})

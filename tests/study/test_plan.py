@@ -59,7 +59,9 @@ def test_a_plan_is_a_row_a_run_and_what_they_cost(planned):
         assert float(row["difference"]) == pytest.approx(cell.flops / cell.budget - 1, abs=1e-9)
         assert float(row["memory_gib"]) == pytest.approx(peak_bytes(cell.config, 1)[0] / 2**30)
         own = train.steps - (cell.branch_step or 0)
-        assert float(row["gpu_hours"]) == pytest.approx(own * tabled(cell.config).step_seconds / 3600)
+        step = tabled(cell.config).step_seconds
+        assert float(row["gpu_hours"]) == pytest.approx((own * step + 4) / 3600)
+        assert float(row["gpu_hours_from_scratch"]) == pytest.approx((train.steps * step + 4) / 3600)
         assert int(row["batch_tokens"]) * int(row["steps"]) == int(row["tokens"]) == cell.tokens
         rate = 1.79 * cell.parameters_without_embedding**-0.713 * cell.tokens**0.307
         assert float(row["learning_rate_by_optimum"]) == pytest.approx(cell.config.optimizer.learning_rate / rate)
@@ -192,7 +194,8 @@ def test_every_model_is_timed_once_for_each_batch(planned):
     plan = make_plan(load_study("study.yaml"), estimate)
     assert len(set(asked)) == len(asked) == 6
     for row in plan.rows:
-        assert row.estimate.hours == pytest.approx(0.01 * (row.cell.config.train.steps - (row.cell.branch_step or 0)))
+        own = row.cell.config.train.steps - (row.cell.branch_step or 0)
+        assert row.estimate.hours == pytest.approx(0.01 * own + 4 / 3600)
     assert "GPU hours on one H100: a test" in describe(plan)
 
 

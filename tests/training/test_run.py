@@ -7,7 +7,10 @@ import sys
 import pytest
 
 from megahybrid.cli import main
+from megahybrid.data import TrainingData
+from megahybrid.training import engine
 from megahybrid.training.engine import Engine
+from megahybrid.training.step_report import StepReport
 from tests.training.conftest import assert_same_run, metrics
 from tools.workers import environment
 
@@ -56,6 +59,20 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(reference, recipe, tmp_
 
 
 @pytest.mark.slow
+def test_a_step_is_prepared_while_the_device_is_at_the_one_before(brief_recipe, tmp_path, monkeypatch):
+    told = []
+
+    def note(owner, name):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (told.append(name), real(*args))[1])
+
+    for each in ((TrainingData, "next_step"), (TrainingData, "prepare"), (engine, "update"), (StepReport, "to_host")):
+        note(*each)
+    assert main(["train", str(brief_recipe), "train.steps=3", f"run.dir={tmp_path / 'prepared'}"]) == 0
+    begun = ["next_step", "prepare", "update"]
+    assert told == [*begun, "prepare", "to_host"] * 2 + [*begun, "to_host"]
+
+
 def test_torchrun_gives_the_same_losses(brief_reference, brief_recipe, tmp_path):
     """The way users start several processes, each from nothing; test_rank_death.py starts torchrun in every run."""
     command = [

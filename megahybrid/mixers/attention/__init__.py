@@ -158,7 +158,7 @@ class FullAttentionKind(AttentionKind):
     letter = "F"
     title = "full attention"
     utilisation = 0.376, 0.455
-    host_seconds = 1.95e-3
+    launches = 37
 
     def keys(self, model: ModelConfig, length: int) -> float:
         """The query at position i sees i + 1 keys."""
@@ -186,7 +186,7 @@ class SlidingWindowKind(AttentionKind):
 
     letter = "S"
     title = "sliding window"
-    host_seconds = 1.95e-3
+    launches = 37
 
     def keys(self, model: ModelConfig, length: int) -> float:
         """The query at position i sees min(i + 1, n) keys in a window of n."""

@@ -38,7 +38,7 @@ class GDNKind(Kind):
     letter = "G"
     title = "Gated DeltaNet"
     utilisation = 0.386, 0.494
-    host_seconds = 3.23e-3
+    launches = 61
     sections: ClassVar = {"gdn": GDNConfig}
 
     def split(self, model: ModelConfig) -> dict[str, int]:

@@ -81,7 +81,7 @@ class LTEKind(AttentionKind):
     letter = "L"
     title = "LTE"
     utilisation = 0.370, 0.485
-    host_seconds = 3.65e-3
+    launches = 69
     sections: ClassVar = {**AttentionKind.sections, "lte": LTEConfig}
     parts = ("router",)
     policies = ("recency", "random", "key_norm", "attention_mass", "oracle")
