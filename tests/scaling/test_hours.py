@@ -62,9 +62,7 @@ def test_launches_give_the_steps_that_were_measured():
         assert planned.step_seconds * 1e3 == pytest.approx(median(found), rel=0.25)
     recall = tabled(load_config(RECIPES / "recall.yaml", ["train.cuda_graph=false"]))
     assert 16.2e-3 < recall.step_seconds < 1.05 * 24.9e-3
-    many = tabled(
-        load_config(RECIPES / "lalte-0.4b.yaml", ["train.micro_batch_size=1", "train.global_batch_size=4"])
-    )
+    many = tabled(load_config(RECIPES / "lalte-0.4b.yaml", ["train.micro_batch_size=1", "train.global_batch_size=4"]))
     a_launch = recall.step_seconds / (2 * (61 + 69) + 62)
     assert many.step_seconds == pytest.approx((4 * 12 * (61 + 69) + 62) * a_launch) and "launches" in many.source
 
