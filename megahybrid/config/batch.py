@@ -8,9 +8,3 @@ from megahybrid.config.schema import Config
 def micro_batches(config: Config, replicas: int) -> int:
     """Micro-batches of a step that pass through every pipeline; at least one, whether or not the division is even."""
     return max(1, config.train.global_batch_size // (config.train.micro_batch_size * replicas))
-
-
-def replayed(config: Config, processes: int) -> bool:
-    """Whether passes become a CUDA graph where documents' lengths repeat: if asked for, on one process alone, without
-    ZeRO-3, which gathers weights."""
-    return config.train.cuda_graph and processes == 1 and config.parallel.zero_stage < 3

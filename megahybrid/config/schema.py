@@ -142,7 +142,8 @@ class TrainConfig:
     cuda_graph: bool = key(False, may_change=True)
     """Whether the passes of a step are recorded once documents of the same lengths have come twice in a row, and
     replayed as one launch (a CUDA graph): for small models, whose launches take longer than their kernels. On one GPU
-    alone; without recompute and ZeRO-3. Their activations' memory is kept between steps."""
+    alone; without recompute and ZeRO-3, nor for text with document_masking, whose lengths do not repeat. Their
+    activations' memory is kept between steps."""
     z_loss: float = key(0.0, may_change=True, at_least=0)
     """Weight of the squared log of the softmax's normaliser (PaLM, arXiv 2204.02311, section 5)."""
     init_from: str | None = key(None, may_change=True)

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from megahybrid.config.batch import replayed
 from megahybrid.config.branching import branch_point
 from megahybrid.config.pattern import parse_pattern
+from megahybrid.config.recording import replayed
 from megahybrid.config.schema import Config
 from megahybrid.devices import PEAKS
 from megahybrid.key import derived

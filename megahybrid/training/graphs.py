@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megahybrid.config.batch import replayed
+from megahybrid.config.recording import replayed
 from megahybrid.config.schema import Config
 from megahybrid.errors import UserError
 from megahybrid.parallel import groups
@@ -65,14 +65,9 @@ class Graphs:
 
     @classmethod
     def of(cls, config: Config, device: torch.device) -> Graphs | None:
-        """None where they are not asked for or cannot be: without a GPU, and where passes wait for other processes or
-        gather weights."""
-        if not config.train.cuda_graph or device.type != "cuda":
-            return None
-        if not replayed(config, groups.world()[1]):
-            log.info("Passes are no CUDA graph: train.cuda_graph is for one process, without ZeRO-3.")
-            return None
-        return cls(device)
+        """None where they are not asked for or cannot be: without a GPU, where passes wait for other processes or
+        gather weights, and where lengths do not repeat."""
+        return cls(device) if device.type == "cuda" and replayed(config, groups.world()[1]) else None
 
     @property
     def shapes(self) -> Iterable[tuple]:

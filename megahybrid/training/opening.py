@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megahybrid.config.recording import unrecorded
 from megahybrid.config.schema import Config
 from megahybrid.parallel import groups
 from megahybrid.readable import short
@@ -27,6 +28,8 @@ def opening(config: Config) -> list[str]:
             f"optimizer.warmup_steps ({optimizer.warmup_steps}) leaves nothing of train.steps ({train.steps}): "
             "the learning rate will not get where it is meant to."
         )
+    if train.cuda_graph and (why := unrecorded(config, world)):
+        lines.append(why)
     return lines
 
 

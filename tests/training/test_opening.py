@@ -11,11 +11,11 @@ from megahybrid.training.opening import opening
 from tests.model import tiny
 
 
-def opening_of(parallel, warmup_steps):
+def opening_of(parallel, warmup_steps, cuda_graph=False):
     groups.initialize(parallel)
     config = tiny.config("GLS")
-    optimizer = replace(config.optimizer, warmup_steps=warmup_steps)
-    config = replace(config, parallel=parallel, optimizer=optimizer)
+    optimizer, train = replace(config.optimizer, warmup_steps=warmup_steps), replace(config.train, cuda_graph=cuda_graph)
+    config = replace(config, parallel=parallel, optimizer=optimizer, train=train)
     return config, opening(config)
 
 
@@ -34,6 +34,14 @@ def test_one_process(process_group):
 def test_a_warm_up_as_long_as_the_run_is_said(process_group):
     _, lines = opening_of(ParallelConfig(), 1)
     assert lines[2].startswith("optimizer.warmup_steps (1) leaves nothing of train.steps (1)")
+
+
+def test_that_nothing_will_be_recorded_is_said(process_group):
+    _, lines = opening_of(ParallelConfig(zero_stage=3), 0, cuda_graph=True)
+    assert lines[2].startswith("train.cuda_graph records nothing here: it is for one process")
+    groups.shut_down()
+    _, lines = opening_of(ParallelConfig(), 0, cuda_graph=True)
+    assert len(lines) == 2
 
 
 @pytest.mark.parametrize("parallel, layout", [
