@@ -14,7 +14,8 @@ from tests.model import tiny
 def opening_of(parallel, warmup_steps, cuda_graph=False):
     groups.initialize(parallel)
     config = tiny.config("GLS")
-    optimizer, train = replace(config.optimizer, warmup_steps=warmup_steps), replace(config.train, cuda_graph=cuda_graph)
+    optimizer = replace(config.optimizer, warmup_steps=warmup_steps)
+    train = replace(config.train, cuda_graph=cuda_graph)
     config = replace(config, parallel=parallel, optimizer=optimizer, train=train)
     return config, opening(config)
 
