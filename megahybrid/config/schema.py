@@ -121,6 +121,17 @@ class WatchConfig:
 
 
 @dataclass
+class TraceConfig:
+    """Traces of single steps (torch.profiler): what ran when, on the host and the GPU."""
+
+    steps: list[int] = key([], may_change=True)
+    """Steps of which each process of `ranks` writes a trace to RUN/traces, for chrome://tracing or ui.perfetto.dev. A
+    traced step is slower, the first one most."""
+    ranks: list[int] = key([0], may_change=True, at_least=0)
+    """Processes, 0 first."""
+
+
+@dataclass
 class TrainConfig:
     """The training loop."""
 
@@ -156,6 +167,7 @@ class TrainConfig:
     """The step of a checkpoint of this run to go back to, once a submission; later checkpoints are abandoned."""
     skip: SkipConfig = field(default_factory=SkipConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
     validate_every: int = key(0, may_change=True, at_least=0)
     """Steps between two validations; 0 validates at the end only."""
     validation_samples: int = key(64, may_change=True)

@@ -154,11 +154,10 @@ def _training(config: Config) -> None:
             f"train.global_batch_size ({train.global_batch_size}) must be a multiple of "
             f"train.micro_batch_size ({train.micro_batch_size})."
         )
-    last = max(config.checkpoint.milestones, default=0)
-    if last > train.steps:
-        raise UserError(
-            f"checkpoint.milestones has {last}, which a run of train.steps = {train.steps} does not reach; remove it."
-        )
+    listed = {"checkpoint.milestones": config.checkpoint.milestones, "train.trace.steps": train.trace.steps}
+    for name, steps in listed.items():
+        if (last := max(steps, default=0)) > train.steps:
+            raise UserError(f"{name} has {last}, which a run of train.steps = {train.steps} does not reach; remove it.")
     _branch(config)
 
 

@@ -39,6 +39,7 @@ from megahybrid.training.run_directory import RunDirectory, duration
 from megahybrid.training.saver import Saver
 from megahybrid.training.signals import NAMES, StopRequest
 from megahybrid.training.speed import memory, model_flops_utilization
+from megahybrid.training.tracing import Tracing
 from megahybrid.training.tracking import Tracker
 from megahybrid.training.watchdog import Watchdog
 
@@ -123,6 +124,7 @@ class Trainer:
         self.validation = resources.enter_context(validation_batches(config, replica, replicas))
         self.probes = Probes(config, self.data.opened.vocabulary) if config.evaluate.every else None
         self.position = self._check_data(start)
+        self.tracing = Tracing(config.train.trace, run.traces, *groups.world(), self._tell)
         resources.enter_context(rank_log(run.logs))
         self.watchdog = resources.enter_context(Watchdog(run, config.train.watch, groups.world()[0]))
         for line in opening(config):
@@ -262,13 +264,14 @@ class Trainer:
         self.say(text)
 
     def _step(self, step: int) -> tuple[StepResult, dict[str, Any]]:
-        started = time.perf_counter()
-        batches = self.data.next_step()
-        data_seconds = self.data.seconds
         stop = self.stop_request.signal is not None
         meanwhile = self.data.prepare if step < self.config.train.steps else None
-        result = self.engine.step(batches, step, stop, self.saver.working, meanwhile)
-        seconds = time.perf_counter() - started
+        with self.tracing.step(step):
+            started = time.perf_counter()
+            batches = self.data.next_step()
+            data_seconds = self.data.seconds
+            result = self.engine.step(batches, step, stop, self.saver.working, meanwhile)
+            seconds = time.perf_counter() - started
         self.position = replace(
             self.position,
             step=step,

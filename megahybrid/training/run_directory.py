@@ -36,6 +36,7 @@ class RunDirectory:
         self.heartbeats = self.path / "heartbeat"
         self.attempts = self.path / "attempts.jsonl"
         self.owner = self.path / "owner.json"
+        self.traces = self.path / "traces"
         self.by_hand = f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}-{os.getpid()}"
 
     @property
