@@ -21,6 +21,7 @@ train.micro_batch_size train.steps train.dtype train.recompute train.cuda_graph 
 train.init_from train.branch_from train.resume_from
 train.skip.spikes train.skip.sigma train.skip.window train.skip.most_in_a_row
 train.watch.start_seconds train.watch.step_seconds train.watch.join_seconds train.watch.restarts
+train.trace.steps train.trace.ranks
 train.validate_every train.validation_samples train.log_every
 optimizer.learning_rate optimizer.warmup_steps optimizer.schedule optimizer.decay_fraction optimizer.min_ratio
 optimizer.betas optimizer.eps optimizer.weight_decay optimizer.clip_grad_norm

@@ -23,7 +23,7 @@ def test_overrides_win_and_the_saved_config_loads_as_the_same(tmp_path):
         ("train.step=3", "did you mean train.steps?"),
         ("trian.steps=3", "did you mean train?"),
         ("train.learning_rate=1", "did you mean optimizer.learning_rate?"),
-        ("steps=3", "did you mean train.steps?"),
+        ("steps=3", "did you mean train.steps or train.trace.steps?"),
         ("optimizer.lr=1e-3", "optimizer has learning_rate, warmup_steps, schedule,"),
         ("data.sources.python.include=[*.py]", "The value of 'data.sources.python.include=[*.py]' is not valid YAML"),
         ("run.dir=${", "run.dir: no viable alternative"),
