@@ -264,12 +264,12 @@ class Trainer:
         self.say(text)
 
     def _step(self, step: int) -> tuple[StepResult, dict[str, Any]]:
-        stop = self.stop_request.signal is not None
         meanwhile = self.data.prepare if step < self.config.train.steps else None
         with self.tracing.step(step):
             started = time.perf_counter()
             batches = self.data.next_step()
             data_seconds = self.data.seconds
+            stop = self.stop_request.signal is not None
             result = self.engine.step(batches, step, stop, self.saver.working, meanwhile)
             seconds = time.perf_counter() - started
         self.position = replace(
