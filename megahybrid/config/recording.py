@@ -18,7 +18,7 @@ def unrecorded(config: Config, processes: int) -> str | None:
     text = [name for name, source in text_sources(config).items() if source.weight != 0]
     if text and config.data.document_masking:
         return (
-            f"train.cuda_graph records nothing here: documents of data.sources.{text[0]} have other lengths in every "
-            "step; data.document_masking=false makes each sample one."
+            f"train.cuda_graph records nothing here: documents of data.sources.{text[0]} are taken to have other "
+            "lengths in every step; data.document_masking=false makes each sample one."
         )
     return None

@@ -79,7 +79,8 @@ class Block(nn.Module):
         self, x: Tensor, addend: Tensor | None, context: Context, state: Any = None
     ) -> tuple[Tensor, Tensor, Aux | None, Any]:
         """`[tokens, 1, hidden]` and what is still to be added to it → (both, by-products, next state of the mixer)."""
-        normalised, x = self.mixer_norm.before_product(x, addend)
+        norm = self.mixer_norm.before_product if self.mixer.only_projects else self.mixer_norm
+        normalised, x = norm(x, addend)
         y, aux, state = self.mixer(normalised, context, state)
         if aux is not None and aux.loss is not None:
             y = attach_loss(y, aux.loss, context.aux_scale)

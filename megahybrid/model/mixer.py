@@ -36,7 +36,13 @@ class Mixer(nn.Module):
     """A token mixer over packed documents, whose forward pass changes nothing of it: recomputing would do so twice.
 
     Parameters are those of megahybrid.parallel's `parameter` and layers; a tensor parallel rank works on its own heads.
+
+    Attributes:
+        only_projects: whether `forward` hands x to `parallel.layers.project` and to nothing else. Then x of a single
+            decoded token may be a `NormOfARow`, which is made along with the projections.
     """
+
+    only_projects = False
 
     def __init__(self, settings: Settings, layer: int):
         super().__init__()

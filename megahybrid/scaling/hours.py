@@ -1,6 +1,6 @@
 """GPU hours of a recipe on one GPU: of its start and its steps, without validations, probes and saves.
 
-Several GPUs take as many hours together, and what their layout costs (docs/performance/layouts.md).
+Several GPUs take as many hours together but for the start, and what their layout costs (docs/performance/layouts.md).
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from megahybrid.scaling.flops import flops_per_token, layer
 # samples of 4,096 tokens. A launch: what steps that were bound by the host took by all their launches, 50 to 108 µs on
 # five hosts at different times, 80 in the middle (small-runs.md). A step's launches beside its layers are what
 # tests/training/test_launches.py counts. Exchanges of context ranks: lalte-0.4b with 65,536 tokens on four, 399 ms a
-# step (context.md), less what its launches take. Replayed: a step of recall as a CUDA graph takes 4.6 ms, of which
-# kernels take 3.1. A start: runs of a minute took 2.3 to 8.2 s beside their steps, the most where kernels are compiled.
+# step (context.md), less what its launches take. Replayed: the engine's step of recall as a CUDA graph takes 4.6 ms, of
+# which kernels take 3.1; its data are made meanwhile. A start: runs of a minute took 2.3 to 8.2 s beside their steps,
+# the most where kernels are compiled.
 _WIDTHS = 1024, 2048
 _LEAST_MFU = 0.05
 _LAUNCH_SECONDS = 80e-6
@@ -85,7 +86,7 @@ def tabled(config: Config, gpu: str = "H100", lengths: Mapping[int, float] | Non
     if replayed(config, config.parallel.replica):
         source = f"a CUDA graph's kernels, guessed, and {1e3 * _REPLAYED_SECONDS:g} ms; --probe measures"
     elif seconds > found.step_seconds:
-        source = "launches, by a table; hosts differ by 40 %; --probe measures"
+        source = "launches, by a table that hosts differ from; --probe measures"
     else:
         return found
     return replace(found, step_seconds=seconds, source=source)

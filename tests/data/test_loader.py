@@ -263,6 +263,9 @@ def test_what_is_wrong_with_a_prepared_step_is_told_when_it_is_asked_for(copy):
         for _ in range(2):
             assert "cannot be read" in _refused(data.next_step)
         assert data.consumed == 8
+        data.prepare()
+        data.seek(16)
+        assert data._prepared is None
 
 
 def test_what_does_not_fit_the_prepared_data_is_refused(copy):

@@ -48,27 +48,38 @@ def test_what_is_computed_twice_is_counted_at_the_lengths_of_the_data():
 
 
 def test_launches_give_the_steps_that_were_measured():
-    """Milliseconds of steps that hosts bound, medians at different times and on different hosts; docs/performance/
-    small-runs.md."""
+    """ms a step of runs that hosts bound, on five hosts and at different times (docs/performance/small-runs.md): each
+    within 60 %, in the middle within a tenth."""
     measured = {
-        (6, "F"): (23.6, 24.4, 22.3, 29.1),
-        (6, "G"): (29.6, 45.8, 37.1, 24.8),
-        (3, "GL"): (38.8, 48.8),
+        (2, "GL"): (16.2, 18.2, 18.6, 24.9),  # recall, which has as many layers as its pattern says
+        (6, "F"): (23.6, 24.4),
+        (6, "G"): (29.6, 45.8),
+        (3, "GL"): (38.8,),
     }
+    ratios = []
     for (count, letters), found in measured.items():
         keys = [f"model.pattern=({letters})*{count}", "model.hidden_size=96", "model.intermediate_size=256"]
         planned = tabled(load_config(RECIPES / "base/study-tiny.yaml", keys))
         assert "launches" in planned.source
-        assert planned.step_seconds * 1e3 == pytest.approx(median(found), rel=0.25)
-    recall = tabled(load_config(RECIPES / "recall.yaml", ["train.cuda_graph=false"]))
-    assert 16.2e-3 < recall.step_seconds < 1.05 * 24.9e-3
-    many = tabled(load_config(RECIPES / "lalte-0.4b.yaml", ["train.micro_batch_size=1", "train.global_batch_size=4"]))
-    a_launch = recall.step_seconds / (2 * (61 + 69) + 62)
-    assert many.step_seconds == pytest.approx((4 * 12 * (61 + 69) + 62) * a_launch) and "launches" in many.source
+        ratios += [planned.step_seconds * 1e3 / each for each in found]
+    assert 0.6 < min(ratios) < max(ratios) < 1.6
+    assert median(ratios) == pytest.approx(1, abs=0.1)
+
+
+def test_launches_of_micro_batches_follow_one_another():
+    one, four = (
+        tabled(
+            load_config(RECIPES / "lalte-0.4b.yaml", [f"train.micro_batch_size={size}", "train.global_batch_size=4"])
+        )
+        for size in (4, 1)
+    )
+    assert "launches" in four.source
+    assert four.step_seconds == pytest.approx(80e-6 * (4 * 12 * (61 + 69) + 62))
+    assert one.step_seconds < four.step_seconds / 2
 
 
 def test_a_step_that_is_replayed_is_not_bound_by_its_launches():
-    """4.6 ms of recall; docs/performance/small-runs.md. Its MFU at this width is a guess."""
+    """4.6 ms of recall, without its data; docs/performance/small-runs.md. Its MFU at this width is a guess."""
     found = tabled(load_config(RECIPES / "recall.yaml"))
     assert found.step_seconds == pytest.approx(0.0046, rel=0.2) and "launches" not in found.source
     for elsewhere in ("parallel.pipeline=2", "parallel.zero_stage=3"):

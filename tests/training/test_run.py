@@ -58,7 +58,6 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(reference, recipe, tmp_
     assert metrics(tmp_path / "run") == metrics(reference)
 
 
-@pytest.mark.slow
 def test_a_step_is_prepared_while_the_device_is_at_the_one_before(brief_recipe, tmp_path, monkeypatch):
     told = []
 
@@ -73,6 +72,7 @@ def test_a_step_is_prepared_while_the_device_is_at_the_one_before(brief_recipe, 
     assert told == [*begun, "prepare", "to_host"] * 2 + [*begun, "to_host"]
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_same_losses(brief_reference, brief_recipe, tmp_path):
     """The way users start several processes, each from nothing; test_rank_death.py starts torchrun in every run."""
     command = [

@@ -43,7 +43,7 @@ def add_rms_norm_gemv(
         norm: `[in]`, the norm's weight.
         eps: added to the mean square.
         weight: `[out, in]`.
-        ahead: weight may be read before launches before this one have ended.
+        ahead: weight may be read before launches before this one have ended, so none of these may write it.
 
     Returns `[1, out]` in x's dtype. The norm is of the sum as rounded to that dtype, as `add_rms_norm`'s; itself it is
     not rounded. Arithmetic is in at least float32.
@@ -69,7 +69,7 @@ def gated_rms_norm_gemv(
         norm: `[head_dim]`, the norm's weight.
         eps: added to the mean square.
         weight: `[out, heads * head_dim]`.
-        ahead: weight may be read before launches before this one have ended.
+        ahead: as `add_rms_norm_gemv`'s.
 
     Returns `[1, out]` in x's dtype. Arithmetic is in at least float32.
 
@@ -90,7 +90,7 @@ def swiglu_gemv(gate: Tensor, up: Tensor, weight: Tensor, *, ahead: bool = False
     Args:
         gate, up: `[1, in]`.
         weight: `[out, in]`.
-        ahead: weight may be read before launches before this one have ended.
+        ahead: as `add_rms_norm_gemv`'s.
 
     Returns `[1, out]` in up's dtype. Arithmetic is in at least float32.
 

@@ -31,6 +31,7 @@ class AttentionProjections(Mixer):
     """
 
     section = AttentionKind.section
+    only_projects = True
 
     def __init__(self, settings: Settings, layer: int):
         super().__init__(settings, layer)

@@ -44,6 +44,7 @@ class GatedDeltaNet(Mixer):
     """
 
     beside = "q_conv", "k_conv", "v_conv"  # see `parallel.joined`
+    only_projects = True
 
     def __init__(self, settings: Settings, layer: int):
         super().__init__(settings, layer)
