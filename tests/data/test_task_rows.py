@@ -167,7 +167,7 @@ def test_the_next_steps_rows_are_made_by_a_process(tmp_path):
     with TrainingData(bare(tmp_path), 0, 1) as data:
         data.next_step()
         made = data._rows._process.fetch()
-        assert sorted(made) == sorted(data._indices())
+        assert sorted(made) == sorted(data._indices(data.consumed))
         for index, row in made.items():
             for name, column in data._rows._make.row(index).items():
                 assert column.dtype == row[name].dtype and np.array_equal(column, row[name])

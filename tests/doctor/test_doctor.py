@@ -56,6 +56,7 @@ def test_a_recipe_asks_for_what_its_model_uses():
     config = load_config("recipes/quickstart.yaml", ["model.pattern=GS", "parallel.tensor=2"])
     used = size_of(config, torch.device("cuda")).shapes
     names = "GatedDeltaRule CausalConv1d GatedRMSNorm Attention Rotary DropoutKeys RMSNorm SwiGLU LinearCrossEntropy"
+    names += " RowProducts GatedRowProduct"
     assert {type(shape).__name__ for shape in used} == set(names.split())
     (attention,) = [shape for shape in used if isinstance(shape, shapes.Attention)]
     assert attention == shapes.Attention(
@@ -68,7 +69,7 @@ def test_every_op_has_a_case():
     import megahybrid_kernels as package
 
     folders = {path.parent.name for path in map(Path, package.__path__) for path in path.glob("*/reference.py")}
-    assert folders == {each.module for each in SIZES["check"].cases()}
+    assert folders == {each.module for each in SIZES["check"].every_case()}
 
 
 @pytest.mark.parametrize(
