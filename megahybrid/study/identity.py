@@ -18,7 +18,7 @@ _NO_RESULT = (
     *("parallel.tensor", "parallel.pipeline", "parallel.virtual_pipeline", "parallel.sequence", "parallel.context"),
     "parallel.zero_stage",
     *("train.micro_batch_size", "train.recompute", "train.cuda_graph"),
-    *("train.watch.", "train.log_every", "train.validate_every"),
+    *("train.watch.", "train.trace.", "train.log_every", "train.validate_every"),
     *("train.resume_from", "train.branch_from"),
     # Of the data their own identity says all.
     "data.",

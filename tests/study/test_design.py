@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megahybrid.config.branching import branch_point
+from megahybrid.config.schema import TraceConfig
 from megahybrid.errors import UserError
 from megahybrid.scaling.flops import flops_per_token
 from megahybrid.scaling.hours import tabled
@@ -255,6 +256,7 @@ def test_identities_are_of_what_decides_the_result(cells_of):
     assert (
         same == changed("parallel", zero_stage=2) == changed("train", micro_batch_size=1, log_every=3, cuda_graph=True)
     )
+    assert same == changed("train", trace=TraceConfig(steps=[3], ranks=[1]))
     assert same == changed("model", pattern="GL") == changed("data", path="elsewhere", workers=3)
     assert same == changed("checkpoint", every=7, milestones=[3]) == changed("evaluate", every=5)
     others = [
