@@ -52,6 +52,7 @@ def norm_kernel(
     DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, ADDED: tl.constexpr,
     AHEAD: tl.constexpr,
 ):  # fmt: skip
+    """y = weight · norm of x, or ADDED of x + residual, which goes to total; BLOCK of DIM columns at a time."""
     row, own = _own_rows(rows, ROWS, AHEAD)
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
     squares = tl.zeros([BLOCK], tl.float32)
@@ -107,6 +108,7 @@ def swiglu_kernel(
     gate, up, weight, y, stride, rows,
     DIM: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
+    """y = weight · (silu(gate) * up), BLOCK of DIM columns at a time."""
     row, own = _own_rows(rows, ROWS, AHEAD)
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in tl.static_range(0, DIM, BLOCK):
