@@ -96,9 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--gpus", type=int, metavar="COUNT", help="also which layout to have on so many H100s, by estimates"
     )
-    verb = _verb(verbs, "generate", "text from a checkpoint, split over all processes")
+    verb = _verb(verbs, "generate", "text from a checkpoint or an exported model, split over all processes")
     add_generate_arguments(verb)
-    verb.set_defaults(run=generate)
+    verb.set_defaults(run=_generate)
     text = "what a model recalls: tasks by length and depth, with intervals and pictures"
     verb = _verb(verbs, "eval", text)
     add_eval_arguments(verb)
@@ -231,6 +231,16 @@ def _plan(parsed: argparse.Namespace) -> None:
     print(describe(config, estimate))
     if parsed.gpus:
         print(f"\n{recommend(config, parsed.gpus)}")
+
+
+def _generate(parsed: argparse.Namespace) -> None:
+    from megahybrid.training import checkpoint_folder
+
+    if checkpoint_folder.find(parsed.path) is not None or not (parsed.path / "config.json").is_file():
+        return generate(parsed)
+    from megahybrid.hf.import_ import as_checkpoint
+
+    generate(parsed, as_checkpoint)
 
 
 def _keys(parsed: argparse.Namespace) -> None:

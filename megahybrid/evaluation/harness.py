@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from megahybrid.errors import UserError
 from megahybrid.evaluation.scorer import Scorer, options
-from megahybrid.evaluation.subject import DTYPES, load
+from megahybrid.evaluation.subject import load
+from megahybrid.inference.loading import DTYPES
 from megahybrid.parallel import groups
 
 try:

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megahybrid.config import Config, load_config
 from megahybrid.config.evaluation import evaluation_window
-from megahybrid.config.schema import ParallelConfig
-from megahybrid.data.tokenizer import Tokenizer, tokenizer_file
+from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import UserError
-from megahybrid.hf.import_ import config_of, import_model
-from megahybrid.inference.loading import load_generator
+from megahybrid.hf.import_ import as_checkpoint, config_of
+from megahybrid.inference.loading import DTYPES, load_generator
 from megahybrid.model.stack import Stack
-from megahybrid.parallel import groups
 from megahybrid.tasks import Task, Vocabulary
 from megahybrid.training import checkpoint, checkpoint_folder
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -91,18 +82,9 @@ def load(path: Path, dtype: str = "fp32") -> Subject:
     if folder is not None:
         run = _run(folder)
         return _load(folder, run or folder.resolve().parent, dtype, of_run=run is not None)
-    recipe(path), tokenizer_file(path)  # or they refuse
-    groups.initialize(ParallelConfig(tensor=int(os.environ.get("WORLD_SIZE", "1"))))
-    part = groups.on_main(lambda: tempfile.mkdtemp(prefix="megahybrid-eval-"))
-    try:
-        converted = Path(part) / "checkpoint"
-        groups.on_main(lambda: import_model(path, converted, check=False, report=lambda _: None))
-        subject = _load(converted, path, dtype, of_run=False)
-        groups.gather(None)  # all have read it
-        return subject
-    finally:
-        if groups.is_main():
-            shutil.rmtree(part, ignore_errors=True)
+    recipe(path)  # or it refuses
+    with as_checkpoint(path) as converted:
+        return _load(converted, path, dtype, of_run=False)
 
 
 def _load(folder: Path, home: Path, dtype: str, of_run: bool) -> Subject:

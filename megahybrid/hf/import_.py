@@ -1,13 +1,16 @@
 """A Hugging Face folder as a checkpoint of weights: what `export` wrote, or the published format of laLTE and laNSA.
 
-A run starts from it by `train.init_from`, in any layout; `generate` and `export` take it as any other checkpoint.
+A run starts from it by `train.init_from`, in any layout; all that reads checkpoints takes it as any other.
 Only safetensors are read: a pickle may run any code when it is opened.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +32,7 @@ from megahybrid.hf import reference_format, verify
 from megahybrid.hf.naming import MODEL_TYPE, exported_name, imported_config
 from megahybrid.hf.staging import staged, told
 from megahybrid.model.settings import Settings
+from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import ParameterSpec
 from megahybrid.scaling.parameters import parameter_specs
 from megahybrid.training import checkpoint
@@ -80,6 +84,26 @@ def import_model(source: Path, target: Path, check: bool | None = None, report: 
     report(f"Imported {source} to {target}; train.init_from={target} starts a run from it.")
     if tokenizer is None:
         report(f"It has no tokenizer, since {source} has none: for text put one into {target} as tokenizer.json.")
+
+
+@contextlib.contextmanager
+def as_checkpoint(source: Path) -> Iterator[Path]:
+    """The model in folder `source` as a checkpoint in a temporary folder, for as long as it is read; called by every
+    process, whose number is the tensor parallel size.
+
+    Raises UserError for what `import_model` refuses, and where there is no tokenizer.
+    """
+    config_of(source), tokenizer_file(source)  # or they refuse
+    groups.initialize(ParallelConfig(tensor=int(os.environ.get("WORLD_SIZE", "1"))))
+    part = groups.on_main(lambda: tempfile.mkdtemp(prefix="megahybrid-"))
+    try:
+        converted = Path(part) / "checkpoint"
+        groups.on_main(lambda: import_model(source, converted, check=False, report=lambda _: None))
+        yield converted
+        groups.gather(None)  # all have read it
+    finally:
+        if groups.is_main():
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def config_of(source: Path) -> Config:

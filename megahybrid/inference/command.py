@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,12 @@ from megahybrid.errors import UserError
 if TYPE_CHECKING:
     from megahybrid.inference.generate import Options, Piece
 
+Opened = Callable[[Path], contextlib.AbstractContextManager[Path]]
+
 
 def add_arguments(verb: argparse.ArgumentParser) -> None:
     """The flags; their defaults are those of `Options` and `Sampling`."""
-    verb.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run directory or a checkpoint in it")
+    verb.add_argument("path", type=Path, metavar="PATH", help="a run directory, a checkpoint, or an exported model")
     verb.add_argument("--prompt", action="append", default=[], help="the text to continue; may be repeated")
     verb.add_argument("--prompts-file", type=Path, metavar="FILE", help="more prompts, one a line")
     verb.add_argument("--tokens", type=int, default=128, help="the most tokens to write (default 128)")
@@ -26,19 +29,26 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: fewer repeats (default 1)")
     verb.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
     verb.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
+    verb.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
     verb.add_argument("--batch-size", type=int, default=16, help="prompts in work at once (default 16)")
     verb.add_argument(
         "--prefill-chunk", type=int, help="prompt tokens read in one step (default 65536 on a GPU, else 2048)"
     )
 
 
-def run(parsed: argparse.Namespace) -> None:
-    """Generate and print; on rank 0 only, all ranks compute. Raises UserError."""
+def run(parsed: argparse.Namespace, opened: Opened = contextlib.nullcontext) -> None:
+    """Generate and print; on rank 0 only, all ranks compute.
+
+    opened: from the path to the checkpoint that it means, for as long as that is read.
+    Raises UserError.
+    """
     prompts, options = _prompts(parsed), _options(parsed)
-    from megahybrid.inference.loading import load_generator
+    from megahybrid.inference.loading import DTYPES, load_generator
     from megahybrid.parallel import groups
 
-    pieces = load_generator(parsed.path).generate(prompts, options)
+    with opened(parsed.path) as checkpoint:
+        generator = load_generator(checkpoint, DTYPES[parsed.dtype])
+    pieces = generator.generate(prompts, options)
     if not groups.is_main():
         for _ in pieces:
             pass

@@ -22,6 +22,9 @@ from megahybrid.training import checkpoint, checkpoint_folder
 
 log = logging.getLogger("megahybrid")
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What `--dtype` says."""
+
 
 def load_generator(path: Path, dtype: torch.dtype = torch.float32) -> Generator:
     """Load a run directory's newest checkpoint, or a checkpoint folder inside one, whatever layout wrote it.
@@ -31,10 +34,9 @@ def load_generator(path: Path, dtype: torch.dtype = torch.float32) -> Generator:
     """
     folder = checkpoint_folder.find(path)
     if folder is None:
-        exported = (path / "config.json").is_file()
-        remedy = "make one of it by `megahybrid import`, or " if exported else ""
         raise UserError(
-            f"There is no checkpoint in '{path}'; {remedy}give a run directory that `megahybrid train` has saved in."
+            f"There is no checkpoint in '{path}'; give a run directory that `megahybrid train` has saved in, or an "
+            "exported model."
         )
     config = load_config(folder / "config.yaml")
     split_over_processes(config, int(os.environ.get("WORLD_SIZE", "1")))

@@ -23,6 +23,7 @@ from megahybrid.training.step_report import StepReport
 from megahybrid_kernels import Sequences
 
 _MOST = 8  # graphs that are kept
+_PATIENCE = 100  # steps after which it is said that there is none
 
 Passes = Callable[[Sequence["Inputs"], "float | Tensor"], StepReport]
 
@@ -62,6 +63,7 @@ class Graphs:
         self._record = record or self._capture
         self._recorded: dict[tuple, _Recorded] = {}
         self._last: tuple | None = None
+        self._launched = 0
 
     @classmethod
     def of(cls, config: Config, device: torch.device) -> Graphs | None:
@@ -99,6 +101,12 @@ class Graphs:
             self._recorded[shape] = found  # the last that is given up
             return found.again(inputs, divisor)
         known, self._last = shape == self._last, shape
+        self._launched += 1
+        if self._launched == _PATIENCE and not self._recorded and not known:
+            log.warning(
+                "train.cuda_graph has recorded nothing in %d steps: no two in a row had documents of the same lengths.",
+                _PATIENCE,
+            )
         report = passes(inputs, divisor)
         if known:
             # Kernels are compiled, and plans that the host makes for these lengths are with `inputs`, whose memory the

@@ -2,6 +2,7 @@
 
 import dataclasses
 import subprocess
+import tempfile
 
 import pytest
 import torch
@@ -145,10 +146,35 @@ def test_wrong_flags_are_refused(reference, capsys, arguments, said):  # noqa: F
     assert said in capsys.readouterr().err
 
 
-def test_an_exported_model_is_told_how_to_become_a_checkpoint(tmp_path, capsys):
-    (tmp_path / "config.json").write_text("{}")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_exported_model_writes_what_its_checkpoint_does(reference, tmp_path, capsys, monkeypatch, dtype):  # noqa: F811
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    assert main(["export", str(reference), str(tmp_path / "exported"), "--no-verify", "--dtype", dtype]) == 0
+    said = []
+    for path in (reference, tmp_path / "exported"):
+        capsys.readouterr()
+        command = ["generate", str(path), "--prompt", "def main(", "--tokens", "20", "--dtype", dtype]
+        assert main(command) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and len(said[0]) > len("def main(")
+    assert not any((tmp_path / "temporary").iterdir())
+
+
+def test_weights_are_of_the_dtype_that_is_asked_for(reference, capsys, monkeypatch):  # noqa: F811
+    asked = []
+    monkeypatch.setattr(loading, "kernel_notes", lambda *args, **options: asked.append(args[2]) or [])
+    for flags in ([], ["--dtype", "bf16"]):
+        assert main(["generate", str(reference), "--prompt", "x", "--tokens", "1", *flags]) == 0
+    assert asked == [torch.float32, torch.bfloat16]
+
+
+def test_what_holds_no_model_is_refused(tmp_path, capsys):
     assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
-    assert "make one of it by `megahybrid import`, or give a run directory" in capsys.readouterr().err
+    assert "or an exported model." in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert main(["generate", str(tmp_path), "--prompt", "x"]) == 2
+    assert "llama" in capsys.readouterr().err
 
 
 def test_tensor_parallel_processes_write_the_same_text(reference):  # noqa: F811

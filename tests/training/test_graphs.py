@@ -8,7 +8,7 @@ from megahybrid.data.packing import Batch
 from megahybrid.errors import UserError
 from megahybrid.parallel import groups
 from megahybrid.training.engine import Engine
-from megahybrid.training.graphs import Graphs
+from megahybrid.training.graphs import Graphs, Inputs
 from megahybrid_kernels import Sequences
 
 RECIPE = """
@@ -122,6 +122,21 @@ def test_old_shapes_are_given_up(trained, monkeypatch):
     monkeypatch.setattr("megahybrid.training.graphs._MOST", 2)
     *_, recorded = trained(ByHand().graphs, False, "train.dtype=fp32")
     assert list(recorded.shapes) == [(UNEQUAL,) * 2, (LONG,) * 2]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [([[4], [5], [4], [5]], 1), ([[4], [5], [5], [4]], 0), ([[4], [5], [5]], 0), ([[4], [5]], 0)],
+    ids=["never two alike", "recorded before", "recorded now", "too few steps"],
+)
+def test_it_is_said_once_where_lengths_never_repeat(monkeypatch, caplog, lengths, said):
+    monkeypatch.setattr("megahybrid.training.graphs._PATIENCE", 3)
+    graphs = ByHand().graphs
+    for row in lengths:
+        sequences = Sequences.of(row)
+        tokens = torch.zeros(sum(row), dtype=torch.long)
+        graphs.run([Inputs(tokens, tokens, sequences, tokens, None)], 1.0, lambda *_: None)
+    assert sum("has recorded nothing in 3 steps" in message for message in caplog.messages) == said
 
 
 def test_passes_that_cannot_be_recorded_are_a_sentence(trained):
