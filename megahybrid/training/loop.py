@@ -264,13 +264,12 @@ class Trainer:
         self.say(text)
 
     def _step(self, step: int) -> tuple[StepResult, dict[str, Any]]:
-        meanwhile = self.data.prepare if step < self.config.train.steps else None
         with self.tracing.step(step):
             started = time.perf_counter()
             batches = self.data.next_step()
             data_seconds = self.data.seconds
             stop = self.stop_request.signal is not None
-            result = self.engine.step(batches, step, stop, self.saver.working, meanwhile)
+            result = self.engine.step(batches, step, stop, self.saver.working, self._meanwhile)
             seconds = time.perf_counter() - started
         self.position = replace(
             self.position,
@@ -298,6 +297,12 @@ class Trainer:
                 metrics |= {key: _short(values) for key, values in regulator.metrics().items()}
         return result, metrics
 
+    def _meanwhile(self) -> None:
+        """What the host has to do beside steps, while the device computes one."""
+        self.tracker.send()
+        if self.position.step + 1 < self.config.train.steps:
+            self.data.prepare()
+
     def _regulated(self) -> list[str]:
         """What the terminal says of the regulated quantities."""
         return [
@@ -310,7 +315,7 @@ class Trainer:
     def _record(self, metrics: dict[str, Any]) -> None:
         if groups.is_main():
             self.metrics.add(metrics)
-            self.tracker.log(metrics)
+            self.tracker.keep(metrics)
         if time.monotonic() - self._status_written > _SECONDS_BETWEEN_STATUS:
             self.write_status("running")
 

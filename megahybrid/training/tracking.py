@@ -39,7 +39,7 @@ class Tracker:
         logged steps after its last checkpoint, which are now done again, and may have lost some before it: W&B gets
         what it lacks from metrics.jsonl (of very many steps an even part), and what it has is not logged again.
         """
-        self.run, self._logged = None, 0
+        self.run, self._logged, self._kept = None, 0, None
         if config is not None and config.tracking.wandb != "disabled":
             self._regulated = regulated(config)
             folder = Path(config.run.dir)
@@ -54,6 +54,17 @@ class Tracker:
                 self._logged = self.run.starting_step - 1 if self.run.resumed else 0
             _note_id(folder, self.id)
             self._catch_up(folder, step, config.train.log_every)
+
+    def keep(self, metrics: dict[str, Any]) -> None:
+        """Have one step's metrics sent with the next call of `send`, or at the end: W&B takes a millisecond or two."""
+        self.send()
+        self._kept = metrics
+
+    def send(self) -> None:
+        """Log what was kept."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            self.log(kept)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Log one step's metrics, unless W&B has that step; regulated values as mean and histogram a layer."""
@@ -76,7 +87,8 @@ class Tracker:
             log.warning("W&B does not get the steps before this start (%s).", error)
 
     def finish(self) -> None:
-        """Close the run, waiting at most half a minute."""
+        """Send what was kept and close the run, waiting at most half a minute."""
+        self.send()
         if self.run is None:
             return
         try:

@@ -118,6 +118,22 @@ def test_a_log_call_takes_less_than_5_ms(recipe, tmp_path):
     assert statistics.median(seconds) < 5e-3
 
 
+def test_a_step_is_sent_while_the_next_one_is_computed(recipe, tmp_path, monkeypatch):
+    happened, step, log = [], Engine.step, Tracker.log
+
+    def stepping(self, batches, number, *others):
+        happened.append(f"step {number}")
+        result = step(self, batches, number, *others)
+        happened.append(f"stepped {number}")
+        return result
+
+    monkeypatch.setattr(Engine, "step", stepping)
+    monkeypatch.setattr(Tracker, "log", lambda self, line: happened.append(f"log {line['step']}") or log(self, line))
+    assert main(["train", str(recipe), "tracking.wandb=offline", "train.steps=3"]) == 0
+    assert happened == ["step 1", "stepped 1", "step 2", "log 1", "stepped 2", "step 3", "log 2", "stepped 3", "log 3"]
+    assert steps_in_files(tmp_path / "run") == [1, 2, 3]
+
+
 @pytest.fixture
 def server(monkeypatch):
     import wandb
