@@ -1,8 +1,9 @@
-"""Whole numbers that follow from others: heads from a width, layers from a depth."""
+"""Whole numbers that follow from others: heads from a width, layers from a depth, steps from tokens."""
 
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import re
 from fractions import Fraction
@@ -10,6 +11,8 @@ from fractions import Fraction
 from megahybrid.errors import UserError
 
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+_SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def whole(text: str, **names: int) -> int:
@@ -33,6 +36,18 @@ def whole(text: str, **names: int) -> int:
             "of them."
         )
     return int(value)
+
+
+def steps_of(tokens: str, tokens_per_step: int) -> int:
+    """The least number of steps that read so many tokens, written as 10.7B, 300M, 1.0e9 or 65536.
+
+    Raises UserError for what is no such number, and for 0.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\+?\d{1,2})?)([KMBT]?)", tokens.strip().replace("_", ""))
+    number = Fraction(found[1]) * _SUFFIXES[found[2]] if found else Fraction(0)
+    if not number:
+        raise UserError(f"'{tokens:.100}' is no number of tokens; write one such as 10.7B, 300M or 1.0e9.")
+    return math.ceil(number / tokens_per_step)
 
 
 def fill(template: str, **names: int) -> str:

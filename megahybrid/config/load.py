@@ -21,7 +21,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from megahybrid.config.arithmetic import whole
+from megahybrid.config.arithmetic import steps_of, whole
 from megahybrid.config.schema import Config
 from megahybrid.config.validate import validate
 from megahybrid.errors import UserError
@@ -34,6 +34,10 @@ OmegaConf.register_resolver("python_stdlib", lambda: str(Path(os.__file__).paren
 OmegaConf.register_resolver("python_packages", lambda: sysconfig.get_paths()["purelib"], replace=True)
 # Heads that follow the width: ${whole:${model.hidden_size}/64}.
 OmegaConf.register_resolver("whole", lambda expression: whole(str(expression)), replace=True)
+# Steps of a run that reads so many tokens: ${steps:10.7B}.
+OmegaConf.register_resolver(
+    "steps", lambda tokens, _root_: steps_of(str(tokens), _tokens_per_step(_root_)), replace=True
+)
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -80,6 +84,10 @@ def _with_includes(path: Path, above: tuple[Path, ...], read: set[Path]) -> list
             raise UserError(f"'{path}' includes '{name}', but there is no file '{included}'; correct its include.")
         trees += _with_includes(included, (*above, path), read)
     return [*trees, tree]
+
+
+def _tokens_per_step(tree: DictConfig) -> int:
+    return tree.train.global_batch_size * tree.train.seq_length
 
 
 def read_tree(path: Path) -> DictConfig:

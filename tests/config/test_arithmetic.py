@@ -3,7 +3,7 @@
 import pytest
 
 from megahybrid.config import load_config
-from megahybrid.config.arithmetic import fill, whole
+from megahybrid.config.arithmetic import fill, steps_of, whole
 from megahybrid.errors import UserError
 from tests.config.test_load import QUICKSTART
 
@@ -13,6 +13,28 @@ from tests.config.test_load import QUICKSTART
 )
 def test_expressions_have_their_value(text, value):
     assert whole(text, width=512, layers=12) == value
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps"),
+    [
+        ("2048", 1),
+        ("2049", 2),
+        ("300M", 146485),
+        ("10.7B", 5224610),
+        ("1.0e9", 488282),
+        ("1_000_000", 489),
+        ("1T", 488281250),
+    ],
+)
+def test_steps_read_at_least_so_many_tokens(tokens, steps):
+    assert steps_of(tokens, 2048) == steps
+
+
+@pytest.mark.parametrize("tokens", ["", "0", "-5", "ten", "5 apples", "1e999", "3m", "0.0B", "nan"])
+def test_what_is_no_number_of_tokens_is_refused(tokens):
+    with pytest.raises(UserError, match="no number of tokens; write one such as"):
+        steps_of(tokens, 2048)
 
 
 def test_templates_are_filled():
@@ -50,3 +72,12 @@ def test_recipes_compute_too():
     assert config.model.attention.num_heads == 2
     with pytest.raises(UserError, match=r"model.attention.num_heads: .*is 1.28, no whole number"):
         load_config(QUICKSTART, ["model.attention.num_heads=${whole:${model.hidden_size}/100}"])
+
+
+def test_recipes_count_tokens_by_the_batch_that_they_end_up_with():
+    overrides = ["train.steps=${steps:1M}", "optimizer.warmup_steps=${steps:100_000}"]  # of 4 samples of 512 tokens
+    config = load_config(QUICKSTART, overrides)
+    assert (config.train.steps, config.optimizer.warmup_steps) == (489, 49)
+    assert load_config(QUICKSTART, [*overrides, "train.global_batch_size=8"]).train.steps == 245
+    with pytest.raises(UserError, match=r"train.steps: .*'lots' is no number of tokens"):
+        load_config(QUICKSTART, ["train.steps=${steps:lots}"])
