@@ -29,7 +29,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: fewer repeats (default 1)")
     verb.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
     verb.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
-    verb.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
+    verb.add_argument(
+        "--dtype", choices=("fp32", "bf16"), help="of the weights (default: training's on a GPU, else fp32)"
+    )
     verb.add_argument("--batch-size", type=int, default=16, help="prompts in work at once (default 16)")
     verb.add_argument(
         "--prefill-chunk", type=int, help="prompt tokens read in one step (default 65536 on a GPU, else 2048)"
@@ -47,7 +49,7 @@ def run(parsed: argparse.Namespace, opened: Opened = contextlib.nullcontext) -> 
     from megahybrid.parallel import groups
 
     with opened(parsed.path) as checkpoint:
-        generator = load_generator(checkpoint, DTYPES[parsed.dtype])
+        generator = load_generator(checkpoint, DTYPES.get(parsed.dtype))
     pieces = generator.generate(prompts, options)
     if not groups.is_main():
         for _ in pieces:

@@ -26,11 +26,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """What `--dtype` says."""
 
 
-def load_generator(path: Path, dtype: torch.dtype = torch.float32) -> Generator:
+def load_generator(path: Path, dtype: torch.dtype | None = None) -> Generator:
     """Load a run directory's newest checkpoint, or a checkpoint folder inside one, whatever layout wrote it.
 
-    Its weights are rounded to `dtype`. The tensor parallel size is the number of processes. Raises UserError if there
-    is no checkpoint, it is damaged, or its model does not split into so many parts.
+    Its weights are rounded to `dtype`: when left out, that of training's passes on a GPU, else fp32. The tensor
+    parallel size is the number of processes. Raises UserError if there is no checkpoint, it is damaged, or its model
+    does not split into so many parts.
     """
     folder = checkpoint_folder.find(path)
     if folder is None:
@@ -45,6 +46,8 @@ def load_generator(path: Path, dtype: torch.dtype = torch.float32) -> Generator:
         groups.initialize(config.parallel)
     model = Stack(config)
     checkpoint.load_weights(folder, model)
+    if dtype is None:
+        dtype = DTYPES[config.train.dtype] if groups.device().type == "cuda" else torch.float32
     if groups.is_main():
         for note in kernel_notes(config, groups.device(), dtype, training=False):
             log.warning(note)

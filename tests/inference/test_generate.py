@@ -161,12 +161,37 @@ def test_an_exported_model_writes_what_its_checkpoint_does(reference, tmp_path, 
     assert not any((tmp_path / "temporary").iterdir())
 
 
-def test_weights_are_of_the_dtype_that_is_asked_for(reference, capsys, monkeypatch):  # noqa: F811
-    asked = []
-    monkeypatch.setattr(loading, "kernel_notes", lambda *args, **options: asked.append(args[2]) or [])
-    for flags in ([], ["--dtype", "bf16"]):
-        assert main(["generate", str(reference), "--prompt", "x", "--tokens", "1", *flags]) == 0
-    assert asked == [torch.float32, torch.bfloat16]
+@pytest.mark.parametrize(
+    ("device", "trained", "flags", "expected"),
+    [
+        ("cpu", "bf16", [], torch.float32),
+        ("cpu", "fp32", ["--dtype", "bf16"], torch.bfloat16),
+        ("cuda", "bf16", [], torch.bfloat16),
+        ("cuda", "fp32", [], torch.float32),
+        ("cuda", "bf16", ["--dtype", "fp32"], torch.float32),
+    ],
+)
+def test_weights_are_of_the_dtype_that_is_asked_for(
+    reference,  # noqa: F811
+    monkeypatch,
+    device,
+    trained,
+    flags,
+    expected,
+):
+    class Loaded(Exception):
+        """Far enough: there may be no GPU."""
+
+    def notes(config, where, dtype, **_):
+        raise Loaded(dtype)
+
+    monkeypatch.setattr(loading, "kernel_notes", notes)
+    real = loading.load_config
+    monkeypatch.setattr(loading, "load_config", lambda path: real(path, [f"train.dtype={trained}"]))
+    monkeypatch.setattr(groups, "device", lambda: torch.device(device))
+    with pytest.raises(Loaded) as caught:
+        main(["generate", str(reference), "--prompt", "x", *flags])
+    assert caught.value.args == (expected,)
 
 
 def test_what_holds_no_model_is_refused(tmp_path, capsys):
