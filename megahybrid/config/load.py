@@ -34,10 +34,17 @@ OmegaConf.register_resolver("python_stdlib", lambda: str(Path(os.__file__).paren
 OmegaConf.register_resolver("python_packages", lambda: sysconfig.get_paths()["purelib"], replace=True)
 # Heads that follow the width: ${whole:${model.hidden_size}/64}.
 OmegaConf.register_resolver("whole", lambda expression: whole(str(expression)), replace=True)
+
+
+def _steps(*tokens: object, _root_: DictConfig) -> int:
+    if len(tokens) != 1:
+        raise UserError("${steps:…} takes one number of tokens; write one such as ${steps:10.7B}.")
+    batch, length = _root_.train.global_batch_size, _root_.train.seq_length
+    return steps_of(str(tokens[0]), max(1, batch * length))  # what they must be is said when the recipe is checked
+
+
 # Steps of a run that reads so many tokens: ${steps:10.7B}.
-OmegaConf.register_resolver(
-    "steps", lambda tokens, _root_: steps_of(str(tokens), _tokens_per_step(_root_)), replace=True
-)
+OmegaConf.register_resolver("steps", _steps, replace=True)
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -84,10 +91,6 @@ def _with_includes(path: Path, above: tuple[Path, ...], read: set[Path]) -> list
             raise UserError(f"'{path}' includes '{name}', but there is no file '{included}'; correct its include.")
         trees += _with_includes(included, (*above, path), read)
     return [*trees, tree]
-
-
-def _tokens_per_step(tree: DictConfig) -> int:
-    return tree.train.global_batch_size * tree.train.seq_length
 
 
 def read_tree(path: Path) -> DictConfig:

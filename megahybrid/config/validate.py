@@ -83,6 +83,12 @@ def tensor_parallel_fault(config: Config, tensor: int) -> str | None:
     return _heads_fault(config, parse_pattern(model.pattern).letters, tensor)
 
 
+def require_split(config: Config, processes: int) -> None:
+    """Raises UserError where the model cannot be split over all processes, each of which has a part of every layer."""
+    if fault := tensor_parallel_fault(config, processes):
+        raise UserError(f"All processes share a model evenly; their number, {processes}, {fault}.")
+
+
 def _heads_fault(config: Config, letters: Iterable[str], ranks: int) -> str | None:
     """The same of these mixers' heads."""
     model = derived(config.model)

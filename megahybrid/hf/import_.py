@@ -23,7 +23,7 @@ from torch import Tensor
 from megahybrid import code_version
 from megahybrid.config import Config, save_config
 from megahybrid.config.schema import ParallelConfig
-from megahybrid.config.validate import validate
+from megahybrid.config.validate import require_split, validate
 from megahybrid.data.chat import Chat
 from megahybrid.data.tokenizer import Tokenizer, has_tokenizer, tokenizer_file
 from megahybrid.errors import UserError
@@ -88,13 +88,15 @@ def import_model(source: Path, target: Path, check: bool | None = None, report: 
 
 @contextlib.contextmanager
 def as_checkpoint(source: Path) -> Iterator[Path]:
-    """The model in folder `source` as a checkpoint in a temporary folder, for as long as it is read; called by every
-    process, whose number is the tensor parallel size.
+    """The model in folder `source` as a checkpoint in a temporary folder of one host, for as long as it is read; called
+    by every process, whose number is the tensor parallel size.
 
-    Raises UserError for what `import_model` refuses, and where there is no tokenizer.
+    Raises UserError for what `import_model` refuses, where there is no tokenizer, and where the model does not split.
     """
-    config_of(source), tokenizer_file(source)  # or they refuse
-    groups.initialize(ParallelConfig(tensor=int(os.environ.get("WORLD_SIZE", "1"))))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    require_split(config_of(source), processes)
+    tokenizer_file(source)  # or it refuses
+    groups.initialize(ParallelConfig(tensor=processes))
     part = groups.on_main(lambda: tempfile.mkdtemp(prefix="megahybrid-"))
     try:
         converted = Path(part) / "checkpoint"

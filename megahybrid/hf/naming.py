@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.schema import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from megahybrid.errors import UserError
@@ -60,9 +63,9 @@ def recipe(model: ModelConfig, seq_length: int) -> Config:
 
 
 def imported_config(found: dict[str, Any]) -> Config:
-    """The recipe of an exported config.json. Raises UserError for a missing key and an unknown letter."""
+    """The recipe of an exported config.json. Raises UserError for a missing key, an unknown letter or another type."""
     try:
-        letters = parse_pattern(found["layers"]).letters
+        letters = parse_pattern(str(found["layers"])).letters
         model = ModelConfig(
             pattern=found["layers"],
             hidden_size=found["hidden_size"],
@@ -73,7 +76,9 @@ def imported_config(found: dict[str, Any]) -> Config:
             init_std=found["initializer_range"],
             **{name: section(**found[name]) for name, section in _sections(letters).items()},
         )
-        return recipe(model, found["max_position_embeddings"])
+        return OmegaConf.to_object(OmegaConf.structured(recipe(model, found["max_position_embeddings"])))
+    except OmegaConfBaseException as error:  # a value of another type
+        raise UserError(f"config.json: {error.full_key}: {str(error).splitlines()[0]}; correct it.") from error
     except KeyError as error:
         raise UserError(f"config.json lacks {error}; export the checkpoint again.") from error
     except TypeError as error:

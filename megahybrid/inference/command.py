@@ -30,7 +30,9 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
     verb.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     verb.add_argument(
-        "--dtype", choices=("fp32", "bf16"), help="of the weights (default: training's on a GPU, else fp32)"
+        "--dtype",
+        choices=("fp32", "bf16"),
+        help="of the weights (default: on a GPU training's, bf16 of an exported model; else fp32)",
     )
     verb.add_argument("--batch-size", type=int, default=16, help="prompts in work at once (default 16)")
     verb.add_argument(

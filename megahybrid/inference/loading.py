@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from megahybrid.config import load_config
-from megahybrid.config.schema import Config, ParallelConfig
-from megahybrid.config.validate import tensor_parallel_fault
+from megahybrid.config.schema import ParallelConfig
+from megahybrid.config.validate import require_split
 from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import UserError
 from megahybrid.inference.generate import Generator
@@ -40,7 +40,9 @@ def load_generator(path: Path, dtype: torch.dtype | None = None) -> Generator:
             "exported model."
         )
     config = load_config(folder / "config.yaml")
-    split_over_processes(config, int(os.environ.get("WORLD_SIZE", "1")))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    require_split(config, processes)
+    config.parallel = ParallelConfig(tensor=processes)
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if not groups.joined():
         groups.initialize(config.parallel)
@@ -54,10 +56,3 @@ def load_generator(path: Path, dtype: torch.dtype | None = None) -> Generator:
     model.to(groups.device(), dtype).requires_grad_(False)
     join_weights(model)
     return Generator(model, tokenizer)
-
-
-def split_over_processes(config: Config, processes: int) -> None:
-    """Make tensor parallelism over all processes the layout. Raises UserError where the model does not split so."""
-    if fault := tensor_parallel_fault(config, processes):
-        raise UserError(f"All processes share a model evenly; their number, {processes}, {fault}.")
-    config.parallel = ParallelConfig(tensor=processes)

@@ -25,8 +25,8 @@ from megahybrid.scaling.flops import flops_per_token, layer
 # five hosts at different times, 80 in the middle (small-runs.md). A step's launches beside its layers are what
 # tests/training/test_launches.py counts. Exchanges of context ranks: lalte-0.4b with 65,536 tokens on four, 399 ms a
 # step (context.md), less what its launches take. Replayed: the engine's step of recall as a CUDA graph takes 4.6 ms, of
-# which kernels take 3.1; its data are made meanwhile. A start: runs of a minute took 2.3 to 8.2 s beside their steps,
-# the most where kernels are compiled.
+# which kernels take 3.1; its data are made meanwhile. A start: runs of a minute took 2.3 to 10.6 s beside their
+# steps, the most where kernels are compiled.
 _WIDTHS = 1024, 2048
 _LEAST_MFU = 0.05
 _LAUNCH_SECONDS = 80e-6

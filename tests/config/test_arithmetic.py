@@ -79,5 +79,19 @@ def test_recipes_count_tokens_by_the_batch_that_they_end_up_with():
     config = load_config(QUICKSTART, overrides)
     assert (config.train.steps, config.optimizer.warmup_steps) == (489, 49)
     assert load_config(QUICKSTART, [*overrides, "train.global_batch_size=8"]).train.steps == 245
-    with pytest.raises(UserError, match=r"train.steps: .*'lots' is no number of tokens"):
-        load_config(QUICKSTART, ["train.steps=${steps:lots}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.steps=${steps:lots}", r"train.steps: .*'lots' is no number of tokens"),
+        ("train.steps=${steps:}", r"train.steps: .*takes one number of tokens"),
+        ("train.steps=${steps:1B,2}", r"train.steps: .*takes one number of tokens"),
+        ("train.global_batch_size=0", r"train.global_batch_size"),
+        ("train.seq_length=${steps:1M}", r"train.s"),
+    ],
+)
+def test_what_gives_no_steps_is_a_sentence_that_names_the_key(override, said):
+    with pytest.raises(UserError, match=said) as caught:
+        load_config(QUICKSTART, ["train.steps=${steps:1M}", override])
+    assert "lambda" not in str(caught.value) and "\n" not in str(caught.value)

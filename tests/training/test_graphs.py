@@ -126,7 +126,7 @@ def test_old_shapes_are_given_up(trained, monkeypatch):
 
 @pytest.mark.parametrize(
     ("lengths", "said"),
-    [([[4], [5], [4], [5]], 1), ([[4], [5], [5], [4]], 0), ([[4], [5], [5]], 0), ([[4], [5]], 0)],
+    [([[4], [5], [4], [5]], 1), ([[5], [5], [4], [6]], 0), ([[4], [5], [5]], 0), ([[4], [5]], 0)],
     ids=["never two alike", "recorded before", "recorded now", "too few steps"],
 )
 def test_it_is_said_once_where_lengths_never_repeat(monkeypatch, caplog, lengths, said):
