@@ -46,7 +46,8 @@ def begin(code):
     return process, int(process.stdout.readline())
 
 
-WAIT = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+# In short sleeps: a signal just before one would wait for its end.
+WAIT = "import os, time; print(os.getpid(), flush=True); [time.sleep(0.1) for _ in range(600)]"
 
 
 def test_signals_go_on_and_what_is_killed_is_gone():
