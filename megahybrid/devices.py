@@ -1,4 +1,5 @@
-"""What devices can do at most, as their vendors say, and what memory they have left and how torch takes it."""
+"""What devices can do at most, as their vendors say, what memory they have left and how torch takes it, and in which
+types they compute."""
 
 from __future__ import annotations
 
@@ -12,6 +13,9 @@ import torch
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 """Dense bf16 tensor core rate by part of the device's name, FLOP/s (data sheets)."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""By the names that `train.dtype`, `parallel.gradient_reduction` and `--dtype` have for them."""
 
 _ALLOCATOR = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megahybrid.devices import DTYPES
 from megahybrid.errors import UserError
 from megahybrid.evaluation.scorer import Scorer, options
 from megahybrid.evaluation.subject import load
-from megahybrid.inference.loading import DTYPES
 from megahybrid.parallel import groups
 
 try:

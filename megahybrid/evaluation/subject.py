@@ -9,9 +9,10 @@ from typing import Any
 from megahybrid.config import Config, load_config
 from megahybrid.config.evaluation import evaluation_window
 from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.devices import DTYPES
 from megahybrid.errors import UserError
 from megahybrid.hf.import_ import as_checkpoint, config_of
-from megahybrid.inference.loading import DTYPES, load_generator
+from megahybrid.inference.loading import load_generator
 from megahybrid.model.stack import Stack
 from megahybrid.tasks import Task, Vocabulary
 from megahybrid.training import checkpoint, checkpoint_folder

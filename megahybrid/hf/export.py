@@ -21,6 +21,7 @@ from torch import Tensor
 from megahybrid.config import Config, load_config
 from megahybrid.data.chat import Chat
 from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.devices import DTYPES
 from megahybrid.errors import UserError
 from megahybrid.files import read_json, write_json, write_text
 from megahybrid.hf import hub, verify
@@ -36,7 +37,6 @@ from megahybrid.training.tensor_files import facts_of, write_stream
 
 Report = Callable[[str], None]
 
-_TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _LABELS = {torch.bfloat16: "BF16", torch.float32: "F32"}
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
@@ -72,11 +72,11 @@ def export(
     most = _bytes(shard_size)
     _require_whole(folder, facts, config)
     with staged(target) as part:
-        _write_small_files(part, folder, config, tokenizer, _TYPES[dtype])
+        _write_small_files(part, folder, config, tokenizer, DTYPES[dtype])
         results = evaluated(folder, facts, report)
         card = model_card(repository or target.name, config, facts, folder, license_, results)
         write_text(part / "README.md", card)
-        types = stored_types(config, _TYPES[dtype])
+        types = stored_types(config, DTYPES[dtype])
         _write_weights(part, folder, facts, types, most, report)
         if verify.wanted(config, check, report):
             trained = verify.trained_model(folder, config, types)
@@ -92,7 +92,7 @@ def export(
 def is_exported(target: Path, dtype: str = "bf16", license_: str | None = None) -> bool:
     """Whether the folder is an exported model with weights of this type, and under this licence where one is given."""
     config = read_json(target / "config.json") or {}
-    return config.get("dtype") == _NAMES[_TYPES[dtype]] and license_ in (None, hub.license_of(target))
+    return config.get("dtype") == _NAMES[DTYPES[dtype]] and license_ in (None, hub.license_of(target))
 
 
 def stored_types(config: Config, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -47,7 +47,8 @@ def run(parsed: argparse.Namespace, opened: Opened = contextlib.nullcontext) -> 
     Raises UserError.
     """
     prompts, options = _prompts(parsed), _options(parsed)
-    from megahybrid.inference.loading import DTYPES, load_generator
+    from megahybrid.devices import DTYPES
+    from megahybrid.inference.loading import load_generator
     from megahybrid.parallel import groups
 
     with opened(parsed.path) as checkpoint:

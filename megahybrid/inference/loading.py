@@ -12,6 +12,7 @@ from megahybrid.config import load_config
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.config.validate import require_split
 from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.devices import DTYPES
 from megahybrid.errors import UserError
 from megahybrid.inference.generate import Generator
 from megahybrid.model.fallbacks import kernel_notes
@@ -21,9 +22,6 @@ from megahybrid.parallel.joined import join_weights
 from megahybrid.training import checkpoint, checkpoint_folder
 
 log = logging.getLogger("megahybrid")
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""What `--dtype` says."""
 
 
 def load_generator(path: Path, dtype: torch.dtype | None = None) -> Generator:

@@ -54,10 +54,10 @@ def _kernels(config: Config) -> None:
     """Raises UserError for head dims on which training on a GPU does not begin."""
     import torch
 
+    from megahybrid.devices import DTYPES
     from megahybrid.model.fallbacks import kernel_notes
 
-    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    kernel_notes(config, torch.device("cuda"), dtype, training=True)
+    kernel_notes(config, torch.device("cuda"), DTYPES[config.train.dtype], training=True)
 
 
 def _data(config: Config, replicas: int) -> str:

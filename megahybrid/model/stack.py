@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megahybrid.config.schema import Config
+from megahybrid.devices import DTYPES
 from megahybrid.model.block import Block, RMSNorm
 from megahybrid.model.context import Aux, Context, Decision
 from megahybrid.model.mixer import check_whole
@@ -189,7 +190,7 @@ def build_stages(
 
 def megatron_config(config: Config) -> TransformerConfig:
     """Megatron-core's configuration: what its layers and schedules read."""
-    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    dtype = DTYPES[config.train.dtype]
     parallel = config.parallel
     interleaved = parallel.virtual_pipeline > 1
     return TransformerConfig(

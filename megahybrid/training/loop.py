@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megahybrid.config import Config, save_config
 from megahybrid.data.loader import TrainingData, validation_batches
-from megahybrid.devices import prepare_allocator
+from megahybrid.devices import DTYPES, prepare_allocator
 from megahybrid.errors import UserError
 from megahybrid.model.fallbacks import kernel_notes
 from megahybrid.model.regulation import filled
@@ -170,7 +169,7 @@ class Trainer:
         if start is None:
             read = f"Reading {self.config.train.init_from}"
             weights = groups.on_main(lambda: retry(lambda: initial_weights(self.config), read))
-        dtype = torch.bfloat16 if self.config.train.dtype == "bf16" else torch.float32
+        dtype = DTYPES[self.config.train.dtype]
         for note in kernel_notes(self.config, groups.device(), dtype, training=True):
             self._tell(note)
         engine = Engine(self.config)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megahybrid.config.schema import ParallelConfig
+from megahybrid.devices import DTYPES
 from megahybrid.parallel import groups
 from megahybrid_kernels.products import add_product
 
@@ -65,7 +66,7 @@ def in_buckets(parameters: Iterable[nn.Parameter], most: int) -> list[list[nn.Pa
 
 def travelling(config: ParallelConfig) -> torch.dtype:
     """In which type gradients travel between replicas."""
-    return torch.bfloat16 if config.gradient_reduction == "bf16" else torch.float32
+    return DTYPES[config.gradient_reduction]
 
 
 def has_sums(parameters: Sequence[nn.Parameter], zero_stage: int) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from megahybrid.config.schema import Config
+from megahybrid.devices import DTYPES
 from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import materialize
 
@@ -38,7 +38,7 @@ def own(config: Config, model: nn.Module) -> ShardedOptimizer | SplitOptimizer:
 def _make_parameters(config: Config, model: nn.Module, split: bool) -> None:
     """Make the working copies, without values; to be split, a layer at a time and without their memory, so that no rank
     ever has them all."""
-    dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+    dtype = DTYPES[config.train.dtype]
     for module in [*model.layers.values(), *(each for name, each in model.named_children() if name != "layers")]:
         materialize(module, groups.device(), dtype)
         for parameter in module.parameters() if split else ():
