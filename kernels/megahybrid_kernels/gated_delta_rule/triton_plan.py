@@ -64,7 +64,7 @@ _HALF = {
     ),
     CDNA3: (
         Tuning(
-            Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(16, 4, 1)
+            Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1), Launch(16, 4, 1), Launch(32, 4, 1), Launch(16, 4, 1)
         ),
         Tuning(
             Launch(32, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1)
