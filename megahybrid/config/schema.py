@@ -163,6 +163,9 @@ class TrainConfig:
     branch_from: str | None = key(None, may_change=True)
     """RUN@STEP, a run directory and the step of a checkpoint of it, with all of whose state a new run begins: it goes
     on as that run would, with its own checkpoints, metrics and W&B run."""
+    branch_data: str = key("trunk", may_change=True, choices=("trunk", "own"))
+    """What a branch reads. trunk: what its trunk would have read next. own: what its own data.* says, from the first
+    sample on; other sources or weights to anneal on, say. The tokenizer is the trunk's."""
     resume_from: int | None = key(None, may_change=True)
     """The step of a checkpoint of this run to go back to, once a submission; later checkpoints are abandoned."""
     skip: SkipConfig = field(default_factory=SkipConfig)

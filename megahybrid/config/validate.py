@@ -170,6 +170,10 @@ def _training(config: Config) -> None:
 def _branch(config: Config) -> None:
     train, point = config.train, branch_point(config.train)
     if point is None:
+        if train.branch_data == "own":
+            raise UserError(
+                "train.branch_data is own, but the run is no branch; give train.branch_from, or leave it out."
+            )
         return
     trunk, step = point
     if train.init_from is not None:

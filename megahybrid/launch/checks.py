@@ -7,9 +7,10 @@ from pathlib import Path
 from megahybrid.config import Config
 from megahybrid.config.validate import check_replicas
 from megahybrid.data.loader import TrainingData, ValidationData
+from megahybrid.data.opened import OpenedData
 from megahybrid.errors import UserError
 from megahybrid.training.checkpoint_folder import NoCheckpoint
-from megahybrid.training.resume import Start, check_data, initial_weights
+from megahybrid.training.resume import Start, initial_weights
 
 
 def check_start(config: Config, nodes: int, gpus_per_node: int) -> None:
@@ -60,13 +61,13 @@ def _kernels(config: Config) -> None:
     kernel_notes(config, torch.device("cuda"), DTYPES[config.train.dtype], training=True)
 
 
-def _data(config: Config, replicas: int) -> str:
-    """The identity of the data, whose files are all there, have their sizes and fit the configuration."""
+def _data(config: Config, replicas: int) -> OpenedData:
+    """The data, whose files are all there, have their sizes and fit the configuration."""
     with TrainingData(config, 0, replicas) as training, ValidationData(config, 0, replicas):
-        return training.opened.identity
+        return training.opened
 
 
-def _going_on(config: Config, start: Start, data: str | None) -> None:
+def _going_on(config: Config, start: Start, data: OpenedData | None) -> None:
     from megahybrid.training import checkpoint  # seconds of imports, which a new run does not need
 
     start.check(config)
@@ -79,7 +80,7 @@ def _going_on(config: Config, start: Start, data: str | None) -> None:
             "do; give a larger train.steps, or another run.dir."
         )
     if data is not None:
-        check_data(position["data"], data, str(found), config.data.path)
+        start.check_data(config, position["data"], data)
     if fault := checkpoint.lost_file(found, facts):
         raise UserError(fault)
 

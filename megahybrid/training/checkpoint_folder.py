@@ -21,6 +21,7 @@ from megahybrid.errors import UserError
 from megahybrid.files import sync_folder, write_text
 
 ABANDONED = "abandoned"
+TOKENIZER = "tokenizer.json"
 
 
 class NoCheckpoint(UserError):

@@ -33,7 +33,7 @@ from megahybrid.training.opening import opening
 from megahybrid.training.ownership import Owner
 from megahybrid.training.probes import names
 from megahybrid.training.probes.suite import Probes
-from megahybrid.training.resume import Start, check_data, initial_weights
+from megahybrid.training.resume import Start, initial_weights
 from megahybrid.training.run_directory import RunDirectory, duration
 from megahybrid.training.saver import Saver
 from megahybrid.training.signals import NAMES, StopRequest
@@ -146,12 +146,14 @@ class Trainer:
         self._status_written = 0.0
 
     def _check_data(self, start: Start) -> Position:
-        """The position at which the run begins, or that of its checkpoint, which was trained on the same data."""
+        """The position at which the run begins, or that of its checkpoint; with the data that it goes on with."""
         data = self.data.opened.identity
         if start.checkpoint is None:
             return Position(0, 0, data)
         position = checkpoint.position(start.checkpoint)
-        check_data(position.data, data, str(start.checkpoint), self.config.data.path)
+        start.check_data(self.config, position.data, self.data.opened)
+        if start.reads_anew(self.config):
+            position = replace(position, consumed=0, data=data)
         return replace(position, tracking_id=None) if start.branches else position
 
     def _load(self, start: Start) -> None:

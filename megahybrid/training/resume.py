@@ -11,6 +11,7 @@ from megahybrid.config import Config, load_config
 from megahybrid.config.branching import branch_point
 from megahybrid.config.pattern import parse_pattern
 from megahybrid.config.task_sources import find_task, task_parameters, task_sources, task_stages
+from megahybrid.data.opened import OpenedData
 from megahybrid.errors import UserError
 from megahybrid.key import derived, keys, unusual
 from megahybrid.training import checkpoint_folder
@@ -52,17 +53,43 @@ class Start:
     def check(self, config: Config) -> None:
         """Raises UserError where a key differs from the checkpoint's that may not."""
         if self.checkpoint is not None:
-            instead = "start with train.init_from" if self.branches else "train in another run.dir"
-            check_resume(load_config(self.checkpoint / "config.yaml"), config, str(self.checkpoint), instead)
+            instead = "train in another run.dir"
+            if self.branches:
+                instead = "start with train.init_from; other data takes train.branch_data=own"
+            free = "data." if self.reads_anew(config) else None
+            check_resume(load_config(self.checkpoint / "config.yaml"), config, str(self.checkpoint), instead, free)
+
+    def reads_anew(self, config: Config) -> bool:
+        """Whether it begins with the first sample of its data, whatever the checkpoint was trained on."""
+        return self.branches and config.train.branch_data == "own"
+
+    def check_data(self, config: Config, trained_on: str, data: OpenedData) -> None:
+        """Raises UserError unless the data, in data.path or of the recipe's tasks, is what the checkpoint was trained
+        on, whose identity that was, or, where the run reads anew, of the same tokenizer."""
+        path = config.data.path
+        holder = "the recipe's tasks make" if path is None else f"'{path}' holds"
+        if self.reads_anew(config):
+            file = self.checkpoint / checkpoint_folder.TOKENIZER
+            if file.read_text(encoding="utf-8") != data.tokenizer_json:
+                raise UserError(
+                    f"'{self.checkpoint}' was trained with another tokenizer than {holder}; prepare with "
+                    f"data.tokenizer='{file}'."
+                )
+        elif data.identity != trained_on:
+            instead = ", or set train.branch_data=own" if self.branches else ""
+            raise UserError(f"'{self.checkpoint}' was trained on other data than {holder}; set it back{instead}.")
 
 
-def check_resume(saved: Config, now: Config, checkpoint: str, instead: str = "train in another run.dir") -> None:
+def check_resume(
+    saved: Config, now: Config, checkpoint: str, instead: str = "train in another run.dir", free: str | None = None
+) -> None:
     """Raises UserError for the first key that means something else and may not: those without `may_change=True`
-    where they are defined, in config/schema.py or by a mixer or task. `instead` is what else can be done."""
+    where they are defined, in config/schema.py or by a mixer or task. `instead` is what else can be done; names that
+    begin with `free` may change, too."""
     before, after = (meaning(config) for config in (saved, now))
     written = [{name: value for name, value, _ in keys(derived(config))} for config in (saved, now)]
     for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
+        if before.get(name) != after.get(name) and not (free and name.startswith(free)):
             raise UserError(
                 f"'{checkpoint}' was trained with {name} = {written[0].get(name)}, not {written[1].get(name)}; "
                 f"set it back, or {instead}."
@@ -90,14 +117,6 @@ def meaning(config: Config) -> dict[str, Any]:
 def _fixed(section: Any) -> dict[str, Any]:
     """Its keys that may not change, by name, without those whose value is the one that holds without them."""
     return {name: value for name, value, rules in unusual(section) if not rules.may_change}
-
-
-def check_data(trained_on: str, found: str, checkpoint: str, path: str | None) -> None:
-    """Raises UserError unless the data in `path`, or of the recipe's tasks, has the identity of what a checkpoint was
-    trained on."""
-    if found != trained_on:
-        holder = "the recipe's tasks make" if path is None else f"'{path}' holds"
-        raise UserError(f"'{checkpoint}' was trained on other data than {holder}; set it back.")
 
 
 def initial_weights(config: Config) -> Path | None:

@@ -271,7 +271,7 @@ class Saver:
         self._owner.check_here()
         if self._part.exists():
             save_config(self._engine.config, self._part / "config.yaml")
-            (self._part / "tokenizer.json").write_text(self._tokenizer, encoding="utf-8")
+            (self._part / checkpoint_folder.TOKENIZER).write_text(self._tokenizer, encoding="utf-8")
             write_json(self._part / "checkpoint.json", facts)
             sync_folder(self._part)
             shutil.rmtree(self._folder / name, ignore_errors=True)

@@ -18,7 +18,7 @@ model.lte.loss.increase model.lte.loss.decrease model.lte.loss.tolerance
 parallel.tensor parallel.pipeline parallel.virtual_pipeline parallel.sequence
 parallel.context parallel.zero_stage parallel.gradient_reduction
 train.micro_batch_size train.steps train.dtype train.recompute train.cuda_graph train.z_loss
-train.init_from train.branch_from train.resume_from
+train.init_from train.branch_from train.branch_data train.resume_from
 train.skip.spikes train.skip.sigma train.skip.window train.skip.most_in_a_row
 train.watch.start_seconds train.watch.step_seconds train.watch.join_seconds train.watch.restarts
 train.trace.steps train.trace.ranks

@@ -145,7 +145,16 @@ def test_a_branch_goes_on_by_itself(recipe, trunk, tmp_path, monkeypatch):
         (["train.branch_from={run}@10"], "names run.dir '{run}' itself; give a new one, or go back with"),
         (["train.branch_from={trunk}@10", "train.seed=7"], "train.seed = 42, not 7; set it back, or start with train."),
         (["train.branch_from={trunk}@10", "model.pattern=GLSF"], "with model.pattern = GLSFL, not GLSF; set it back"),
-        (["train.branch_from={trunk}@10", "data.path={data}"], "was trained on other data than '{data}' holds"),
+        (
+            ["train.branch_from={trunk}@10", "data.path={data}"],
+            "than '{data}' holds; set it back, or set train.branch_",
+        ),
+        (
+            ["train.branch_from={trunk}@10", "data.path={data}", "train.branch_data=own"],
+            "was trained with another tokenizer than '{data}' holds; prepare with data.tokenizer='{trunk}/checkpoints/",
+        ),
+        (["train.branch_from={trunk}@10", "train.branch_data=own", "train.seed=7"], "train.seed = 42, not 7; set it"),
+        (["train.branch_data=own"], "train.branch_data is own, but the run is no branch; give train.branch_from,"),
         (["checkpoint.milestones=[6,21]"], "checkpoint.milestones has 21, which a run of train.steps = 20 does not"),
         (["checkpoint.milestones=[0]"], "checkpoint.milestones is [0]; it must be greater than 0."),
     ],
@@ -161,6 +170,41 @@ def test_what_no_branch_begins_with(overrides, said, recipe, trunk, text, tmp_pa
     error = capsys.readouterr().err
     assert said.format(**places) in error and error.count("\n") == 1
     assert not places["run"].exists()
+
+
+def test_a_branch_with_data_of_its_own_reads_it_from_the_first_sample(recipe, trunk, text, tmp_path, monkeypatch):
+    """Weights, moments and step go on; the data is that of a run from scratch, with the trunk's tokenizer; stopped, it
+    goes on as if it had not been."""
+    own, seen = tmp_path / "own", {}
+    tokenizer = trunk / "checkpoints" / "step_00000010" / "tokenizer.json"
+    data = [
+        *(f"data.path={own}", f"data.tokenizer={tokenizer}", "data.validation_fraction=0.3"),
+        *(f"data.sources.other={{path: {text}, include: [c*.py], weight: 3}}", "data.sources.python.weight=1"),
+    ]
+    assert main(["prepare", str(recipe), *data]) == 0
+    real = TrainingData.next_step
+
+    def next_step(self):
+        batches = real(self)
+        seen.setdefault(run.name, []).append([batch.tokens.tolist() for batch in batches])
+        return batches
+
+    monkeypatch.setattr(TrainingData, "next_step", next_step)
+    command = ["train.branch_data=own", f"train.branch_from={trunk}@10", f"train.steps={LONG + 2}"]
+    for name, keys in (("branch", command), ("scratch", ["train.steps=4"]), ("whole", command)):
+        run = tmp_path / name
+        if name == "branch":
+            assert train(recipe, run, *data, *command, "checkpoint.milestones=[12]") == 0
+            shutil.rmtree(run / "checkpoints" / "step_00000014")
+            (run / "checkpoints" / "latest").write_text("step_00000012\n")
+            del seen[name][2:]
+        assert train(recipe, run, *data, *keys) == 0
+    assert seen["branch"] == seen["scratch"] == seen["whole"] and len(seen["whole"]) == 4
+    assert metrics(tmp_path / "branch") == metrics(tmp_path / "whole")
+    assert [line["step"] for line in metrics(tmp_path / "whole")] == [11, 12, 13, 14]
+    assert tensors(tmp_path / "whole", 14)[3] == 4 * 8
+    first, trunks = metrics(tmp_path / "whole")[0], metrics(trunk)
+    assert first["loss"] < trunks[0]["loss"] - 0.5 and first["learning_rate"] == trunks[10 - 1]["learning_rate"]
 
 
 def test_wsd_does_not_know_its_length_before_its_decay():
