@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -195,6 +196,8 @@ class ValidationData:
         sizes = [int(samples.sum()) for samples in self._reader.shard_samples.values()]
         self.samples = min(self._config.train.validation_samples, sum(sizes))
         """Over all ranks."""
+        self.ends = dict(zip(sources, accumulate(sizes), strict=True))
+        """Of each source, by name, the index after its last sample in the split."""
         first, self._set = 0, []
         for size, count in zip(sizes, apportion(self.samples, sizes) if sizes else [], strict=True):
             self._set += range(first, first + count)

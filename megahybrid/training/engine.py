@@ -246,23 +246,28 @@ class Engine:
         return loss
 
     @torch.no_grad()
-    def validate(self, batches: Collection[Batch]) -> float | None:
-        """Mean negative log-likelihood a token over all replicas' batches, by the rules of inference.
+    def validate(self, batches: Collection[Batch], ends: Sequence[int] = ()) -> list[float | None]:
+        """Mean negative log-likelihoods a token over all replicas' batches, by the rules of inference: of all their
+        samples, and of each source's, the indices of whose samples end before one of `ends`, which rise.
 
-        Replicas may hold unequally many batches, or none; with no batch at all there is nothing to say: None.
+        Replicas may hold unequally many batches, or none; of what has no sample there is nothing to say: None.
         """
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        total = torch.zeros(1 + len(ends), 2, dtype=torch.float64, device=self.device)
+        begins = [0, *ends]
 
         def forward(stage: Stack, batch: Batch) -> StackOutput:
-            batch = batch.part(*groups.context_parallel()).to(self.device)
+            rank, ranks = groups.context_parallel()
+            batch = batch.part(rank, ranks).to(self.device)
             out = stage(batch.tokens, Context(batch.sequences), labels=batch.labels)
             if out.losses is not None and groups.tensor_parallel()[0] == 0:
-                total.add_(torch.stack([out.losses.double().sum(), total.new_tensor(float(len(out.losses)))]))
+                samples, losses = batch.samples.chunk(ranks)[rank], out.losses.double()
+                own = [(samples >= begin) & (samples < end) for begin, end in itertools.pairwise(begins)]
+                of = torch.stack([torch.ones_like(samples, dtype=torch.bool), *own])
+                total.add_(torch.stack([losses.where(of, 0).sum(1), of.sum(1).double()], 1))
             return out
 
         self.look(batches, forward)
-        nats, tokens = groups.sum_over_all(total).tolist()
-        return nats / tokens if tokens else None
+        return [nats / tokens if tokens else None for nats, tokens in groups.sum_over_all(total).tolist()]
 
     @torch.no_grad()
     def look(self, batches: Collection[MicroBatch], forward: Callable[[Stack, MicroBatch], StackOutput]) -> None:

@@ -212,7 +212,7 @@ class Trainer:
             last = step == train.steps
             self.watchdog.beat(step, "validating, probing or saving", long=True)
             if last or (train.validate_every and step % train.validate_every == 0):
-                metrics["validation_loss"] = self.engine.validate(self.validation)
+                metrics |= self._validated()
             if self.probes is not None and (last or step % probe_every == 0):
                 metrics |= self.probes.run(self.engine)
             if self.saver.pending and not result.saving:
@@ -239,6 +239,13 @@ class Trainer:
         self.saver.insist(self.position)
         self.write_status("done")
         log.info("Done after step %d.", train.steps)
+
+    def _validated(self) -> dict[str, float | None]:
+        """The loss of held-out samples, and where they are of several sources, that of each one's."""
+        ends = self.validation.ends if len(self.validation.ends) > 1 else {}
+        loss, *each = self.engine.validate(self.validation, list(ends.values()))
+        by_source = {f"validation_loss_{name}": nats for name, nats in zip(ends, each, strict=True)}
+        return {"validation_loss": loss} | {key: nats for key, nats in by_source.items() if nats is not None}
 
     def _command_that_goes_on(self) -> str:
         back_to = self.config.train.resume_from

@@ -86,6 +86,8 @@ def _loss_rows(run_dir: Path, metrics: Metrics) -> list[tuple[str, str]]:
         return [("training loss", f"{metrics[-1]['loss']:.4f} nats a token"), ("held-out loss", "not measured yet")]
     loss = validated[-1]["validation_loss"]
     rows = [("held-out loss", f"{loss:.4f} nats a token, at step {validated[-1]['step']:,}")]
+    each = {key: nats for key, nats in validated[-1].items() if key.startswith("validation_loss_")}
+    rows += [(f"  of {key.removeprefix('validation_loss_')}", f"{nats:.4f} nats a token") for key, nats in each.items()]
     try:
         tokens = held_out_tokens(run_dir)
     except (UserError, OSError) as error:  # a run directory that was copied away from its data

@@ -78,7 +78,7 @@ def trained(tmp_path):
                 batches[1].weights[7] = torch.nan
             results.append(engine.step(batches, step))
             if step == 7:
-                results.append(engine.validate([batch(UNEQUAL, 0, False)]))
+                results += engine.validate([batch(UNEQUAL, 0, False)])
         weights = {name: parameter.detach().cpu().clone() for name, parameter in engine.model.named_parameters()}
         regulated = [regulator.metrics() for regulator in engine.regulators.values()]
         return results, weights, regulated, engine.graphs
