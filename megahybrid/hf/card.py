@@ -129,13 +129,25 @@ def _training_facts(config: Config, facts: dict[str, Any], folder: Path) -> dict
         "tokens a step": f"{config.train.global_batch_size * config.train.seq_length:,}",
         "peak learning rate": f"{config.optimizer.learning_rate:g} ({config.optimizer.schedule})",
         "precision": config.train.dtype,
+        "data": f"{_sources(config)}; identity {facts['position']['data']}",
     }
     for line in _until(step, RunDirectory(folder.parent.parent).metrics):
         rows.setdefault("training loss", f"{line['loss']:.4f} nats a token")
         if line.get("validation_loss") is not None:
-            rows["validation loss"] = f"{line['validation_loss']:.4f} nats a token"
+            found = {key: nats for key, nats in line.items() if key.startswith("validation_loss")}
+            of = {key: key.removeprefix("validation_loss").replace("_", " of ", 1) for key in found}
+            rows |= {f"validation loss{of[key]}": f"{nats:.4f} nats a token" for key, nats in found.items()}
             break
     return rows
+
+
+def _sources(config: Config) -> str:
+    """Their names and parts of the samples; a branch's are those of its own steps."""
+    weights = {name: source.weight for name, source in config.data.sources.items()}
+    if None in weights.values():
+        return f"{', '.join(weights)}, by size"
+    used = {name: weight for name, weight in weights.items() if weight}
+    return ", ".join(f"{name} {weight / sum(used.values()):.1%}" for name, weight in used.items())
 
 
 def _until(step: int, metrics: Path) -> Iterator[dict[str, Any]]:

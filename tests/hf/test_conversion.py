@@ -50,7 +50,7 @@ def test_what_an_exported_folder_holds(exported, reference):
     metrics = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
     for fact in ("`GLSFL`", "| steps | 20 of 20 |", f"| tokens | {20 * 8 * 64:,} |", f"{metrics[-1]['loss']:.4f} nats"):
         assert fact in card
-    assert "trust_remote_code" in card
+    assert "trust_remote_code" in card and "| data | python, by size; identity " in card
 
 
 def test_transformers_loads_it(exported):
