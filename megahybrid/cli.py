@@ -21,6 +21,8 @@ from megahybrid.errors import MachineFault, UserError
 from megahybrid.evaluation.command import add_arguments as add_eval_arguments
 from megahybrid.evaluation.command import planned
 from megahybrid.evaluation.command import run as evaluate
+from megahybrid.evaluation.loss import add_arguments as add_loss_arguments
+from megahybrid.evaluation.loss import run as loss
 from megahybrid.inference.command import add_arguments as add_generate_arguments
 from megahybrid.inference.command import run as generate
 from megahybrid.launch.task import GO_ON
@@ -103,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "eval", text)
     add_eval_arguments(verb)
     verb.set_defaults(run=evaluate)
+    verb = _verb(verbs, "loss", "how well a model predicts texts: nats a token, perplexity, bits a byte")
+    add_loss_arguments(verb)
+    verb.set_defaults(run=loss)
     text = "other people's benchmarks, by lm-evaluation-harness, on a run, a checkpoint or an exported model"
     verb = _verb(verbs, "harness", text)
     verb.add_argument("path", type=Path, metavar="PATH", help="a run directory, a checkpoint, or an exported model")

@@ -62,6 +62,18 @@ class Scorer:
         """Of each whole text."""
         yield from self._read(list(self._encode(texts)), [0] * len(texts))
 
+    def losses(self, texts: Sequence[str], length: int) -> Iterator[tuple[int, float, int]]:
+        """Of pieces of at most `length` tokens, into which texts are cut, each read as a document: the text's number,
+        nats, and tokens."""
+        pieces = [
+            (number, ids[first : first + length])
+            for number, ids in enumerate(self._encode(texts))
+            for first in range(0, len(ids), length)
+        ]
+        for place, found in self._read([ids for _, ids in pieces], [0] * len(pieces)):
+            number, ids = pieces[place]
+            yield number, -found.logarithm, len(ids)
+
     def _encode(self, texts: Sequence[str]) -> Iterator[NDArray[np.int64]]:
         """Benchmarks ask for tens of thousands of texts at once, and a list takes five times an array's memory."""
         for first in range(0, len(texts), _ENCODED):
