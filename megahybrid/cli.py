@@ -182,7 +182,9 @@ def _add_submit(verbs) -> None:
     verb.add_argument("--gpus-per-node", type=int, help="default: the profile's")
     verb.add_argument("--time", help="time limit of a job, as sbatch takes it (default: the profile's)")
     verb.add_argument("--chain", type=int, default=1, metavar="JOBS", help="each goes on where one before ended")
-    verb.add_argument("--array", metavar="KEY=V,V,…", help="a run for each value of a key, in run.dir/KEY=V")
+    verb.add_argument(
+        "--array", metavar="KEY=V,V,…", help="a run for each value of a key, in run.dir/NAME=V by its last part"
+    )
     verb.add_argument(
         "--requeue",
         action=argparse.BooleanOptionalAction,

@@ -97,7 +97,8 @@ def submit(request: Request, dry_run: bool = False) -> Submission:
 
 
 def array(recipe: str, overrides: Sequence[str], text: str) -> list[Config]:
-    """The recipe with each value of "key=value,value,…", in run.dir/KEY=VALUE. Raises UserError."""
+    """The recipe with each value of "key=value,value,…", in run.dir/NAME=VALUE, NAME the key's last part. Raises
+    UserError."""
     key, _, values = text.partition("=")
     if not values or "" in values.split(","):
         raise UserError(f"--array is '{text}'; give it as key=value,value,…")
