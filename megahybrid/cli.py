@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from megahybrid import code_version
 from megahybrid.errors import MachineFault, UserError
 from megahybrid.evaluation.command import add_arguments as add_eval_arguments
-from megahybrid.evaluation.command import planned
+from megahybrid.evaluation.command import check as check_evaluation
 from megahybrid.evaluation.command import run as evaluate
 from megahybrid.evaluation.loss import add_arguments as add_loss_arguments
 from megahybrid.evaluation.loss import run as loss
@@ -30,6 +30,7 @@ from megahybrid.study.command import add_arguments as add_study_arguments
 
 if TYPE_CHECKING:
     from megahybrid.config import Config
+    from megahybrid.launch.profile import Profile
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -186,7 +187,9 @@ def _add_submit(verbs) -> None:
     verb.add_argument("--gpus-per-node", type=int, help="default: the profile's")
     verb.add_argument("--time", help="time limit of a job, as sbatch takes it (default: the profile's)")
     verb.add_argument("--chain", type=int, default=1, metavar="JOBS", help="each goes on where one before ended")
-    verb.add_argument("--array", metavar="KEY=V,V,…", help="a run for each value of a key, in run.dir/KEY=V")
+    verb.add_argument(
+        "--array", metavar="KEY=V,V,…", help="a run for each value of a key, in run.dir/NAME=V by its last part"
+    )
     verb.add_argument(
         "--requeue",
         action=argparse.BooleanOptionalAction,
@@ -200,7 +203,7 @@ def _add_submit(verbs) -> None:
         metavar="STEP,…",
         help='once the run is done, in a job of one GPU: eval, harness, export; one with flags as "eval --lengths 1k"',
     )
-    verb.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
+    verb.add_argument("--dry-run", action="store_true", help="print the script, and that of --then; submit nothing")
     verb.set_defaults(run=_submit)
 
 
@@ -285,7 +288,7 @@ def _submit(parsed: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from megahybrid.launch.profile import load_profile
-    from megahybrid.launch.submit import Request, array, describe, submit
+    from megahybrid.launch.submit import Request, array, describe, show, submit
 
     if parsed.nodes < 1 or parsed.chain < 1 or (parsed.gpus_per_node or 1) < 1:
         raise UserError("--nodes, --gpus-per-node and --chain must be at least 1.")
@@ -293,16 +296,16 @@ def _submit(parsed: argparse.Namespace) -> None:
     changes = {"gpus_per_node": parsed.gpus_per_node, "time": parsed.time}
     profile = replace(profile, **{name: value for name, value in changes.items() if value is not None})
     configs = [_config(parsed)] if parsed.array is None else array(parsed.recipe, parsed.overrides, parsed.array)
-    then = _steps(parsed.then, configs)
+    then = _steps(parsed.then, configs, profile)
     request = Request(
         configs, profile, parsed.recipe, parsed.overrides, parsed.nodes, parsed.chain, parsed.requeue, then=then
     )
     submission = submit(request, parsed.dry_run)
-    print(submission.script if parsed.dry_run else describe(submission))
+    print(show(submission) if parsed.dry_run else describe(submission))
 
 
-def _steps(texts: Sequence[str], configs: Sequence[Config]) -> list[str]:
-    """The steps of --then, each of which the run's configuration allows. Raises UserError."""
+def _steps(texts: Sequence[str], configs: Sequence[Config], profile: Profile) -> list[str]:
+    """The steps of --then, each of which the run's configuration and the job's packages allow. Raises UserError."""
     from megahybrid.hf.hub import check_wishes
     from megahybrid.launch.then import STEPS
 
@@ -317,7 +320,9 @@ def _steps(texts: Sequence[str], configs: Sequence[Config]) -> list[str]:
             check_wishes(parsed.push_ready, parsed.license)
         elif verb == "eval":
             for config in configs:
-                planned(parsed, config)
+                check_evaluation(parsed, config)
+        elif verb == "harness" and not profile.python:  # a Python of the cluster's own has packages of its own
+            from megahybrid.evaluation import harness  # noqa: F401  # or it says what to install
     return steps
 
 

@@ -27,8 +27,10 @@ def draw(*key: str) -> float:
 
 @dataclass
 class Skipped:
-    """What matched but holds no document."""
+    """What a source has and no document is made of."""
 
+    other_names: int = 0
+    """Files of a source's folder that its include leaves out."""
     empty: int = 0
     """Files or texts without a character."""
     not_utf8: int = 0
@@ -145,7 +147,9 @@ def list_files(name: str, root: Path, include: list[str], exclude: list[str], sk
         raise UserError(f"data.sources.{name}.path '{root}' is not a folder; give the folder of its files.")
     files = {}
     for path in _walk(root, set(exclude)):
-        if any(fnmatchcase(path.name, pattern) for pattern in include) and path.is_file():
+        if not any(fnmatchcase(path.name, pattern) for pattern in include):
+            skipped.other_names += 1
+        elif path.is_file():
             size = path.stat().st_size
             skipped.empty += size == 0
             if size:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer as Backend
+
 from megahybrid.config.schema import Config
 from megahybrid.config.task_sources import bare_tokens, find_task, task_sources, text_sources
 from megahybrid.data.documents import TRAIN
@@ -27,6 +29,11 @@ class OpenedData:
     """The tokenizer's file, as checkpoints keep it."""
     vocabulary: Vocabulary
     """In which tasks write."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What the file holds; reading a large one takes most of a second."""
+        return Tokenizer(Backend.from_str(self.tokenizer_json))
 
 
 def open_data(config: Config) -> OpenedData:

@@ -247,6 +247,7 @@ def _unit_folder(place: Path, source: str, number: int) -> Path:
 
 def _report_skipped(skipped: Skipped, report: Report) -> None:
     named = {
+        "of names that include leaves out": skipped.other_names,
         "empty": skipped.empty,
         "not UTF-8": skipped.not_utf8,
         "not JSON objects": skipped.not_json,

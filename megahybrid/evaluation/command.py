@@ -52,6 +52,17 @@ def run(parsed: argparse.Namespace) -> None:
     runner.evaluate(subject.load(parsed.path, parsed.dtype), plan, parsed.out)
 
 
+def check(parsed: argparse.Namespace, config: Config) -> None:
+    """Raise UserError for what `run` would refuse to ask of the model that this recipe trains, as far as is known
+    before. Of data.remote nothing is read, and no sample is tried with its tokenizer."""
+    plan = planned(parsed, config)
+    if config.data.remote is None:
+        from megahybrid.data.opened import open_data
+        from megahybrid.evaluation import subject
+
+        plan.check(subject.vocabulary(config, open_data(config).tokenizer))
+
+
 def planned(parsed: argparse.Namespace, config: Config) -> Plan:
     """What the flags ask of a model with this configuration. Raises UserError for what cannot be asked of it."""
     lengths = _lengths(parsed.lengths)

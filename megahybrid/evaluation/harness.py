@@ -22,7 +22,8 @@ try:
     from tqdm import tqdm
 except ModuleNotFoundError as missing:
     raise UserError(
-        f"lm-evaluation-harness is not installed ({missing}); install it with: pip install 'lm_eval>=0.4.13'."
+        f"lm-evaluation-harness is not installed ({missing}); install it with `pip install 'lm_eval>=0.4.13' "
+        "transformers`."
     ) from missing
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from megahybrid.evaluation.tasks import Chosen
 from megahybrid.inference.batch import suitable_chunk
 from megahybrid.model.mixer import swapped
 from megahybrid.parallel import groups
-from megahybrid.tasks import Answer, Sample
+from megahybrid.tasks import Answer, Sample, Vocabulary
 from megahybrid.training import checkpoint_folder
 
 _MOST_TOKENS = 2**20  # in work at once, where nothing else is asked for
@@ -51,6 +51,12 @@ class Plan:
     batch_size: int | None = None
     prefill_chunk: int | None = None
 
+    def check(self, vocabulary: Vocabulary) -> None:
+        """Raise UserError for a sample that cannot be made of these tokens."""
+        for chosen in self.tasks:
+            for length in self.lengths:
+                chosen.task.check(chosen.parameters, length, vocabulary)
+
 
 class _Cell(NamedTuple):
     """Samples that share all but their number; `missing` are those without a line."""
@@ -69,9 +75,7 @@ def evaluate(subject: Subject, plan: Plan, path: Path | None = None) -> None:
     be asked, or where the folder holds lines of other settings; and for a length that memory does not allow. What is
     done is reported after each length, and whatever ends it.
     """
-    for chosen in plan.tasks:
-        for length in plan.lengths:
-            chosen.task.check(chosen.parameters, length, subject.vocabulary)
+    plan.check(subject.vocabulary)
     modes.check(subject.config, plan.policies)
     folder = Folder(path or subject.home / "evaluations" / checkpoint_folder.name(subject.step))
     groups.on_main(lambda: folder.open(subject.settings, {each.name: each.settings for each in plan.tasks}))

@@ -74,6 +74,11 @@ def recipe(path: Path) -> Config:
     return config_of(path)
 
 
+def vocabulary(config: Config, tokenizer: Tokenizer) -> Vocabulary:
+    """The tokens in which a model of this recipe, trained with this tokenizer, is asked."""
+    return Vocabulary(config.model.vocab_size, tokenizer.document_id, tokenizer if _writes(tokenizer) else None)
+
+
 def load(path: Path, dtype: str = "fp32") -> Subject:
     """Load what a path means; called by every process, whose number is the tensor parallel size.
 
@@ -95,7 +100,7 @@ def _load(folder: Path, home: Path, dtype: str, of_run: bool) -> Subject:
         generator.model,
         config,
         tokenizer,
-        Vocabulary(config.model.vocab_size, tokenizer.document_id, tokenizer if _writes(tokenizer) else None),
+        vocabulary(config, tokenizer),
         evaluation_window(config),
         facts["position"]["step"],
         checkpoint.weights_name(facts),

@@ -53,10 +53,10 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Submission:
-    """What was submitted: the script's text, where its output goes, the jobs' numbers, and of what follows its number
-    and where its output goes."""
+    """What was submitted: the scripts' texts by their files' names, where the first one's output goes, the jobs'
+    numbers, and of what follows its number and where its output goes."""
 
-    script: str
+    scripts: Mapping[str, str]
     output: Path
     numbers: Sequence[str] = ()
     then: str | None = None
@@ -88,16 +88,17 @@ def submit(request: Request, dry_run: bool = False) -> Submission:
     if request.then:
         scripts["then.sbatch"] = render_following(job, request.profile, request.then)
     if dry_run:
-        return Submission(scripts["job.sbatch"], job.output)
+        return Submission(scripts, job.output)
     _refuse_a_second_job(run_dirs, bool(request.then))
     for script in scripts.values():
         slurm.sbatch_accepts(script)
     numbers, then = _send(job, configs, scripts, request)
-    return Submission(scripts["job.sbatch"], job.output, numbers, then, following(job).output)
+    return Submission(scripts, job.output, numbers, then, following(job).output)
 
 
 def array(recipe: str, overrides: Sequence[str], text: str) -> list[Config]:
-    """The recipe with each value of "key=value,value,…", in run.dir/KEY=VALUE. Raises UserError."""
+    """The recipe with each value of "key=value,value,…", in run.dir/NAME=VALUE, NAME the key's last part. Raises
+    UserError."""
     key, _, values = text.partition("=")
     if not values or "" in values.split(","):
         raise UserError(f"--array is '{text}'; give it as key=value,value,…")
@@ -219,6 +220,13 @@ def _take_back(folders: Sequence[Path], numbers: Sequence[str]) -> None:
         raise UserError(f"The chain could not be submitted whole, nor taken back: run scancel {' '.join(left)}.")
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def show(submission: Submission) -> str:
+    """The scripts; each one's text below its name, where there are several."""
+    if len(submission.scripts) == 1:
+        return submission.scripts["job.sbatch"]
+    return "\n".join(f"# --- {name} ---\n{text}" for name, text in submission.scripts.items())
 
 
 def describe(submission: Submission) -> str:

@@ -16,6 +16,7 @@ from megahybrid.scaling.layouts import CLUSTER
 from megahybrid.scaling.plan import table
 from megahybrid.study.cells import batch_tokens
 from megahybrid.study.identity import find_data
+from megahybrid.study.law.law import BARELY, CONDITION_LIMIT
 from megahybrid.study.models import side_by_side
 from megahybrid.study.plan import Plan, Row
 from megahybrid.study.rules import BATCHES, LEARNING_RATES
@@ -155,7 +156,19 @@ def _precision(plan: Plan) -> str:
         rows.append(_widths(f"{second} - {first}", "", np.hypot(one.a_opt, other.a_opt), losses))
     title = f"95 % intervals at {study.noise:.2%} noise: ±"
     head = (title, "condition", "a_opt", *names)
-    return table(head, [(*row, *[""] * (len(head) - len(row))) for row in rows])
+    return "\n".join([table(head, [(*row, *[""] * (len(head) - len(row))) for row in rows]), *_conditions(plan)])
+
+
+def _conditions(plan: Plan) -> Iterator[str]:
+    """What the condition numbers are of, and the kinds whose runs barely tell the law's terms apart."""
+    yield (
+        f"condition: with Chinchilla's law. `fit` has the law that the losses give, whose number may be far larger: it "
+        f"warns\n  from {BARELY:.0e} on and refuses above {CONDITION_LIMIT:.0e}"
+    )
+    for kind, each in plan.precision.items():
+        if each.condition > BARELY:
+            number = f"{each.condition:.0e}"
+            yield f"  the runs of {kind} barely tell the law's terms apart ({number}): spread sizes and budgets"
 
 
 def _widths(name: str, condition: str, a_opt: float, losses: Iterable[float]) -> tuple[str, ...]:

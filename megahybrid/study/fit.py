@@ -61,10 +61,9 @@ def fit_runs(
         replicates: of the bootstrap; 0 for no intervals.
         noise: standard deviation that a run's loss is expected to have, relative.
 
-    Raises UserError where no law can be fitted.
+    Raises UserError, which names every kind to which no law can be fitted.
     """
-    kinds = list(dict.fromkeys(run.kind for run in runs))
-    fitted = with_replicates([fit_kind(runs, kind) for kind in kinds], replicates)
+    fitted = with_replicates(_fit_kinds(runs), replicates)
     compute = _compute(runs)
     found = {}
     for kind in fitted:
@@ -86,6 +85,22 @@ def fit_runs(
             "warnings": list(warnings(runs, fitted, noise)),
         }
     )
+
+
+def _fit_kinds(runs: Sequence[Run]) -> list[KindFit]:
+    """Each kind by itself. Raises UserError for all that cannot be fitted at once: kinds are compared, and what a part
+    of them says would read as the study's answer."""
+    fitted, faults = [], []
+    for kind in dict.fromkeys(run.kind for run in runs):
+        try:
+            fitted.append(fit_kind(runs, kind))
+        except UserError as error:
+            faults.append(str(error))
+    if faults and fitted:
+        faults.append(f"({', '.join(kind.name for kind in fitted)} can be fitted.)")
+    if faults:
+        raise UserError(" ".join(faults))
+    return fitted
 
 
 def _compute(runs: Sequence[Run]) -> Array:

@@ -10,10 +10,8 @@ import numpy as np
 from megahybrid.study.kind_fit import KindFit
 from megahybrid.study.law.fit import EXPONENTS
 from megahybrid.study.law.form import Misfit, influence, misfits
+from megahybrid.study.law.law import BARELY
 from megahybrid.study.table import Run
-
-BARELY = 1e7
-"""A condition number from which on a fit is warned of."""
 
 _NAMED = 5  # runs, of more only the number
 

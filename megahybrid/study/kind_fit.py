@@ -81,7 +81,8 @@ def fit_kind(runs: Sequence[Run], name: str, count: str = "parameters") -> KindF
     if not fitted.condition <= CONDITION_LIMIT:
         raise UserError(
             f"The runs of {name} cannot tell the law's terms apart (condition number {fitted.condition:.1e}, above "
-            f"{CONDITION_LIMIT:.0e}); add sizes, and runs with fewer and with more tokens a parameter."
+            f"{CONDITION_LIMIT:.0e}; the fit has alpha {fitted.law.alpha:.2g} and beta {fitted.law.beta:.2g}); add "
+            "sizes, and budgets with fewer and with more tokens a parameter."
         )
     trunks = np.unique([run.trunk for run in chosen], return_inverse=True)[1]
     cost = TokenCost.of(column(own, count), column(own, "flops") / column(own, "tokens"))

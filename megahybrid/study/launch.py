@@ -35,8 +35,9 @@ _SECONDS_BETWEEN_LOOKS_AT_THE_QUEUE = 30.0
 
 
 def launch(study: Study, file: str, jobs: int | None, wait: bool, say: Callable[[str], None]) -> int:
-    """Begin what is missing and can begin; returns 1 where a run has failed, else 0. Raises UserError, also for a
-    design that cannot tell the law's terms apart.
+    """Begin what is missing and can begin; returns 1 where a run has failed, or where what is held out can never begin,
+    since no law fits what it waits for, else 0. Raises UserError, also for a design that cannot tell the law's terms
+    apart.
 
     Args:
         study, file: limits.profile says through which cluster; the study's file, which is noted.
@@ -165,7 +166,7 @@ class Launching:
                 self._say_once(str(error))
 
     def conclude(self) -> int:
-        """Say what has come of it; 1 where a run has failed, else 0."""
+        """Say what has come of it; 1 where a run has failed or no launch gets further, else 0."""
         self._look()
         failed = [each for each in self.outcomes if each.state == "failed" and not each.given_up]
         for each in failed:
@@ -180,10 +181,15 @@ class Launching:
                 "What is held out waits: nothing is predicted from a part of the runs. Name those under give_up in "
                 "the study's file that have failed for good."
             )
+        elif self._unpredictable:
+            self._line.say(
+                f"The same command changes nothing: mend '{self.file}' (more sizes or budgets), and give `megahybrid "
+                f"study plan {self.file}` and this command again; what is done stays done."
+            )
         elif not all(each.ended for each in self.outcomes):
             self._line.say("The same command goes on with what waits for these.")
         self._line.say(str(self._overall()))
-        return 1 if failed else 0
+        return 1 if failed or self._unpredictable else 0
 
     def _look(self) -> None:
         self.outcomes = self._survey.look(self._queue())

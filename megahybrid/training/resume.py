@@ -125,5 +125,10 @@ def initial_weights(config: Config) -> Path | None:
         return None
     found = checkpoint_folder.find(Path(config.train.init_from))
     if found is None:
-        raise UserError(f"train.init_from: there is no checkpoint in '{config.train.init_from}'.")
+        path = config.train.init_from
+        exported = (Path(path) / "config.json").is_file()
+        hint = (
+            f"; make one of the model there with `megahybrid import {path} TARGET`, and give TARGET" if exported else ""
+        )
+        raise UserError(f"train.init_from: there is no checkpoint in '{path}'{hint}.")
     return found

@@ -112,11 +112,13 @@ def test_jsonl_is_prepared_whole_from_many_parts(tmp_path, monkeypatch):
     (tmp_path / "text" / "x.jsonl").write_bytes(data)
     more, data = lines_of(40, seed=1)
     (tmp_path / "text" / "y.jsonl.gz").write_bytes(gzip.compress(data))
+    (tmp_path / "text" / "z.txt").write_text("of another format")
     config = make_config(tmp_path, {"s": SourceConfig(str(tmp_path / "text"), format="jsonl")})
     assert len(plan(config, Skipped())["s"]) > 10
     said = []
     prepared = prepare(config, said.append)
-    assert any("2 empty, 4 not UTF-8, 6 not JSON objects, 6 without the field (the first: " in line for line in said)
+    passed_over = "2 empty, 4 not UTF-8, 6 not JSON objects, 6 without the field (the first: "
+    assert any(f"1 of names that include leaves out, {passed_over}" in line for line in said)
     counts = prepared.sources["s"]
     assert sum(count.documents for count in counts.values()) == 340
     assert sum(count.bytes for count in counts.values()) == sum(len(text.encode()) for text in [*texts, *more])

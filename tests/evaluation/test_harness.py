@@ -162,7 +162,9 @@ def test_without_the_harness_a_sentence_says_what_to_install(tmp_path, capsys, m
     (wanted,) = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]["evaluation"]
-    assert error.endswith(f"install it with: pip install '{wanted}'.") and len(error.splitlines()) == 1
+    command = f"pip install '{wanted}' transformers"  # what pip resolves without it breaks transformers 4.57
+    assert error.endswith(f"install it with `{command}`.") and len(error.splitlines()) == 1
+    assert f"\n{command} " in (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
 
 
 @needs_lm_eval

@@ -31,7 +31,11 @@ metric_list: [{{metric: exact_match}}]
 
 
 def sample(number):
-    hay = ["The grass is green. The sky is blue. "] * 6
+    # No two lines alike: NSA's blocks of equal text tie, and rounding would choose among them.
+    hay = [
+        f"The grass of {word} is green. "
+        for word in ("Quito", "Bern", "Oslo", "Lima", "Cairo", "Hanoi", "Minsk", "Accra")
+    ]
     hay.insert(number, NEEDLE.format(f"queue-{number}", 1_000 + number))
     return {"text": "".join(hay) + f"The special magic number for queue-{number} is:", "answer": str(1_000 + number)}
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,9 +58,13 @@ def submit(recipe, *arguments) -> int:
         (["--then", "export --push-ready me/tiny"], "--push-ready wants a licence"),
         (["--then", "export,eval"], "The recipe has no tasks in data.sources; name some with --task"),
         (["--then", "eval --task niah_single_1 --lengths 4x"], "--lengths has '4x'"),
+        (["--then", "eval --task niah_single_1 --lengths 64"], "tokens or more with this tokenizer, not 64"),
+        (["--then", "harness --tasks arc_easy"], "lm-evaluation-harness is not installed"),
     ],
 )
-def test_what_cannot_work_is_refused(recipe, tmp_path, capsys, arguments, said):
+def test_what_cannot_work_is_refused(recipe, tmp_path, capsys, monkeypatch, arguments, said):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "megahybrid.evaluation.harness", raising=False)
     assert submit(recipe, "--dry-run", *arguments) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -327,8 +332,9 @@ def test_runs_of_different_recipes_are_one_array_after_another_job(recipe, tmp_p
     ]
     profile = dataclasses.replace(load_profile("generic"), gpus_per_node=1)
     submission = submit_runs(Request(configs, profile, "a study", folder=tmp_path / "study", after="7_2"))
-    assert submission.numbers == ["101"] and "#SBATCH --array=0-1" in submission.script
-    assert f"CODE={tmp_path}/study/submit/" in submission.script and "--job-name=study" in submission.script
+    assert submission.numbers == ["101"] and "#SBATCH --array=0-1" in submission.scripts["job.sbatch"]
+    script = submission.scripts["job.sbatch"]
+    assert f"CODE={tmp_path}/study/submit/" in script and "--job-name=study" in script
     (call,) = (tmp_path / "calls.txt").read_text().splitlines()
     assert call.endswith("--dependency=afterok:7_2 --kill-on-invalid-dep=yes")
     for number, run in enumerate(runs):

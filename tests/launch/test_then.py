@@ -32,6 +32,18 @@ esac
 """
 
 
+def test_without_submitting_the_script_of_what_follows_is_shown_too(recipe, tmp_path, capsys):
+    (tmp_path / "cluster.yaml").write_text("python: [apptainer, exec, image.sif, python]\n")  # which may have lm_eval
+    then = "--then", "export", "--then", "harness --tasks arc_easy"
+    command = "submit", str(recipe), "--gpus-per-node", "2", "--profile", str(tmp_path / "cluster.yaml"), *then
+    assert cli.main([*command, "--dry-run"]) == 0
+    training, follows = capsys.readouterr().out.split("# --- then.sbatch ---\n")
+    assert training.startswith("# --- job.sbatch ---\n#!") and "THEN=" not in training
+    assert "THEN=(export 'harness --tasks arc_easy')" in follows.splitlines() and "-m megahybrid.launch.then" in follows
+    for script in (training, follows):
+        assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
 @pytest.fixture
 def done(recipe, tmp_path, monkeypatch):
     """Goes through steps after a run that has come to a step of 20; returns the exit code and the commands given."""

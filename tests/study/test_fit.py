@@ -245,6 +245,15 @@ def test_what_cannot_be_fitted_is_refused_in_a_sentence_and_nothing_written(tmp_
     assert [each.name for each in study.folder.iterdir()] == ["runs.csv"]
 
 
+def test_every_kind_that_cannot_be_fitted_is_named_and_those_that_can(tmp_path):
+    rows = [row | {"loss": 3.0} if row["kind"] == "base" else row for row in two_kinds()]
+    rows += [row | {"kind": "third", "cell": f"third-{place}"} for place, row in enumerate(rows[:3])]
+    with pytest.raises(UserError) as refusal:
+        fit_runs(read_runs(tables.write(tmp_path / "runs.csv", rows)), replicates=0)
+    for said in ("runs of base cannot tell the law's terms apart", "third has 3 runs to fit", "(other can be fitted.)"):
+        assert said in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--runs", "none.csv"], ["s.yaml", "--drop-largest-losses", "2"], ["--runs", "none.csv", "--bootstrap", "7"]],

@@ -118,6 +118,18 @@ def test_a_run_that_fails_stops_no_other_and_is_tried_by_the_next_launch(make_st
     assert again[2:] == ["one-32x2-8e9-s0"] and set(again[:2]) == {"one-32x1-2e9-s0", "one-32x1-4e9-s0"}
 
 
+def test_a_study_that_no_launch_can_bring_further_ends_with_1_and_says_what_to_change(make_study, trainer, capsys):
+    """No law fits so few runs, for which what is held out waits."""
+    make_study("kinds: {one: '(G)*{layers}'}")
+    trainer(0.01)
+    for _ in range(2):
+        assert launch("--jobs", "4") == 1
+        said = capsys.readouterr().out
+        assert "What is held out waits: one has 5 runs to fit" in said
+        assert "mend 'study.yaml' (more sizes or budgets)" in said and "The same command goes on" not in said
+    assert sum(each["what"] == "begins" for each in calls()) == 5
+
+
 def test_what_has_failed_for_good_is_given_up_and_named(make_study, trainer, fit, capsys):
     one = "kinds: {one: '(G)*{layers}'}"
     for cell in design(make_study(one)):

@@ -218,6 +218,15 @@ def test_the_recipes_realise_their_budgets(path, monkeypatch):
             assert held[0].flops >= 0.99 * max(cell.flops for cell in fitted)
 
 
+@pytest.mark.parametrize(
+    ("budgets", "barely"), [("[2.0e12, 2.1e12, 2.2e12]", True), ("[2.0e12, 4.0e12, 8.0e12]", False)]
+)
+def test_runs_that_barely_tell_the_laws_terms_apart_are_remarked(planned, budgets, barely):
+    code, printed, _ = planned(f"budgets: {{flops: {budgets}}}")
+    assert code == 0 and "refuses above 1e+10" in printed.out
+    assert ("the runs of gdn barely tell the law's terms apart" in printed.out) == barely
+
+
 @pytest.mark.parametrize("block, said", [(30, True), (1_000_000, False), (20, False)])
 def test_a_run_that_is_shorter_than_some_shuffled_blocks_is_remarked(make_study, block, said):
     """Its data are those of half a shard, not all; not where a block holds all data."""

@@ -118,6 +118,17 @@ def test_init_from_takes_weights_and_lambdas_and_nothing_else(recipe, reference,
     assert line["validation_loss"] == pytest.approx(metrics(reference)[-1]["validation_loss"], rel=1e-5)
 
 
+def test_init_from_an_exported_model_is_refused_with_what_makes_a_checkpoint_of_it(recipe, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert main(["train", str(recipe), f"train.init_from={tmp_path / 'model'}"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"no checkpoint in '{tmp_path}/model'; make one" in said
+        and f"`megahybrid import {tmp_path}/model TARGET`" in said
+    )
+
+
 def test_init_from_of_another_pattern_begins_with_lambdas_of_its_own(recipe, reference, tmp_path, capsys):
     command = ["train", str(recipe), "train.steps=1", f"train.init_from={reference}", "model.pattern=GLSFF"]
     assert main(command) == 0

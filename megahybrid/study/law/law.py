@@ -11,7 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 
 CONDITION_LIMIT = 1e10
-"""Beyond it the runs do not tell the law's terms apart."""
+"""Beyond it the runs do not tell the law's terms apart,"""
+
+BARELY = 1e7
+"""and from this on they barely do, which is warned of."""
 
 
 class Centre(NamedTuple):
