@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import logging
 import os
+import select
 import shlex
 import signal
 import sys
@@ -39,10 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quieten_libraries()
     try:
         with contextlib.nullcontext() if parsed.run is _train else _terminated_as_interrupted():
-            return parsed.run(parsed) or 0
+            code = parsed.run(parsed) or 0
+            sys.stdout.flush()
+            return code
     except UserError as error:
         _say(error)
         return GO_ON if isinstance(error, MachineFault) else 2
+    except BrokenPipeError:
+        if not _unheard():
+            raise
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         where = " from the last checkpoint, if there is one" if parsed.run is _train else ""
         print(f"megahybrid: interrupted; the same command goes on{where}.", file=sys.stderr)
@@ -346,6 +353,16 @@ def _plot(parsed: argparse.Namespace) -> None:
     for picture in plot_run(parsed.path):
         print(picture)
     print(summarise(parsed.path))
+
+
+def _unheard() -> bool:
+    """Whether nobody reads standard output any more, as behind `| head`; then nothing is written there at the end."""
+    out = select.poll()
+    out.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in out.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _say(error: UserError) -> None:

@@ -1,6 +1,9 @@
 """What the command line itself refuses."""
 
 import argparse
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +41,15 @@ def test_version(capsys):
         main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"megahybrid {code_version()}\n"
+
+
+@pytest.mark.parametrize("verb", [["keys"], ["keys", "train.steps"]])
+def test_a_reader_that_goes_away_is_no_fault(verb):
+    """`| head`: nothing is said, also where all that is printed fits into a buffer."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "megahybrid", *verb], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert done.returncode == 141 and "Broken" not in done.stderr and "Error" not in done.stderr

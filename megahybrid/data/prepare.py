@@ -296,8 +296,13 @@ def _summary(prepared: Prepared, report: Report) -> None:
             f"The sources hold {tokens:,} tokens to train on, less than one sample (train.seq_length + 1 = "
             f"{prepared.seq_length + 1:,}); add text or lower train.seq_length."
         )
-    if prepared.settings["data.validation_fraction"] and not prepared.samples(VALIDATION):
-        report("The validation documents are shorter than one sample: nothing to validate on.")
+    without = {name: each[VALIDATION] for name, each in prepared.sources.items() if not each[VALIDATION].samples}
+    if prepared.settings["data.validation_fraction"] and without:
+        drawn = sum(each.documents for each in without.values())
+        why = "its documents that are held out are shorter than one sample" if drawn else "no document of it was drawn"
+        report(
+            f"Nothing of {', '.join(without)} to validate on, since {why}; data.validation_fraction says what part is."
+        )
 
 
 @contextlib.contextmanager
@@ -316,6 +321,8 @@ def _workplace(target: Path) -> Iterator[Path]:
                     shutil.rmtree(place, ignore_errors=True)
                 raise
             shutil.rmtree(place, ignore_errors=True)
+    except BrokenPipeError:  # of who reads what is said
+        raise
     except OSError as error:
         raise UserError(
             f"data.path '{target}' cannot be written: {error.strerror or error}; make room or choose another data.path."

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megahybrid.config import Config, save_config
+from megahybrid.config import Config, load_config, save_config
 from megahybrid.data.loader import TrainingData, validation_batches
 from megahybrid.devices import DTYPES, prepare_allocator
 from megahybrid.errors import UserError
@@ -29,7 +29,7 @@ from megahybrid.training.checkpoint import Position
 from megahybrid.training.engine import Engine, StepResult
 from megahybrid.training.logs import log, rank_log
 from megahybrid.training.metrics_file import MetricsFile
-from megahybrid.training.opening import opening
+from megahybrid.training.opening import opening, rate_jump, unvalidated
 from megahybrid.training.ownership import Owner
 from megahybrid.training.probes import names
 from megahybrid.training.probes.suite import Probes
@@ -126,8 +126,9 @@ class Trainer:
         self.tracing = Tracing(config.train.trace, run.traces, *groups.world(), self._tell)
         resources.enter_context(rank_log(run.logs))
         self.watchdog = resources.enter_context(Watchdog(run, config.train.watch, groups.world()[0]))
-        for line in opening(config):
-            self._tell(line)
+        for line in [*opening(config), unvalidated(self.data.opened, self.validation, config)]:
+            if line is not None:
+                self._tell(line)
         self_check(max(peak_bytes(config, replicas)))
         self.engine = self._build(start.checkpoint)
         if start.checkpoint is not None:
@@ -163,6 +164,9 @@ class Trainer:
         self.data.seek(self.position.consumed)
         how = "Branching off from" if start.branches else "Going on from"
         self._tell(f"{how} {start.checkpoint} (loaded in {time.perf_counter() - began:.1f} s).")
+        trunk = load_config(start.checkpoint / "config.yaml") if start.branches else self.config
+        if jump := rate_jump(trunk, self.config, self.position.step):
+            self._tell(jump)
         if groups.is_main() and (other := checkpoint.other_code(start.checkpoint)):
             self._tell(other)
 

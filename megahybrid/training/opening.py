@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from megahybrid.config.branching import decay_start
 from megahybrid.config.recording import unrecorded
 from megahybrid.config.schema import Config
+from megahybrid.data.loader import ValidationData
+from megahybrid.data.opened import OpenedData, text_weights
 from megahybrid.parallel import groups
 from megahybrid.readable import short
 from megahybrid.scaling.parameters import parameter_specs
+from megahybrid.training.optimizer import learning_rate
 
 
 def opening(config: Config) -> list[str]:
@@ -31,6 +37,30 @@ def opening(config: Config) -> list[str]:
     if train.cuda_graph and (why := unrecorded(config, world)):
         lines.append(why)
     return lines
+
+
+def rate_jump(trunk: Config, config: Config, step: int) -> str | None:
+    """What is to be known of a branch whose schedule is not at the learning rate that its trunk had at this step."""
+    before, here = (learning_rate(each.optimizer, step, each.train.steps) for each in (trunk, config))
+    if math.isclose(before, here):
+        return None
+    line = f"At step {step} the trunk's learning rate was {before:.3g}, this run's is {here:.3g} there: it jumps."
+    if trunk.optimizer.schedule == config.optimizer.schedule == "wsd":
+        own, its = (decay_start(each.optimizer, each.train.steps) for each in (config, trunk))
+        line += (
+            f" The trunk decays from step {its} on, this run from step {own}; a branch from before both does not jump."
+        )
+    return line
+
+
+def unvalidated(opened: OpenedData, validation: ValidationData, config: Config) -> str | None:
+    """What is to be known of text of which nothing is held out; tasks have nothing to hold out."""
+    if opened.prepared is None:
+        return None
+    without = [name for name in text_weights(config, opened.prepared) if name not in validation.ends]
+    if not validation.samples:
+        return "Nothing is held out of the prepared text: there is no validation."
+    return f"Validation is without {', '.join(without)}, of which nothing is held out." if without else None
 
 
 def _layout(config: Config) -> str:

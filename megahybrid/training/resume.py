@@ -88,7 +88,10 @@ def check_resume(
     begin with `free` may change, too."""
     before, after = (meaning(config) for config in (saved, now))
     written = [{name: value for name, value, _ in keys(derived(config))} for config in (saved, now)]
-    for name in sorted(before.keys() | after.keys()):
+    for values, meant in zip(written, (before, after), strict=True):  # a weight is its part of all
+        values |= {name: f"{float(part):.4g} of all" for name, part in meant.items() if isinstance(part, Fraction)}
+    # What one has alone first: a source that came or went changes the others' parts.
+    for name in sorted(before.keys() | after.keys(), key=lambda name: (name in before and name in after, name)):
         if before.get(name) != after.get(name) and not (free and name.startswith(free)):
             raise UserError(
                 f"'{checkpoint}' was trained with {name} = {written[0].get(name)}, not {written[1].get(name)}; "

@@ -97,8 +97,12 @@ def test_weights_are_compared_as_parts_of_all():
     weights = [*two, "data.sources.python.weight=1", "data.sources.more.weight=3"]
     same = [*two, "data.sources.python.weight=0.5", "data.sources.more.weight=1.5"]
     check_resume(load_config(QUICKSTART, weights), load_config(QUICKSTART, same), "ckpt")
-    for other in ([*weights, "data.sources.more.weight=2"], two):
-        assert "data.sources.more.weight = 3.0, not " in fault(weights, other)
+    assert "data.sources.more.weight = 0.75 of all, not 0.6667 of all; " in fault(
+        weights, [*weights, "data.sources.more.weight=2"]
+    )
+    assert "data.sources.more.weight = 0.75 of all, not None; " in fault(weights, two)
+    third = [*weights, "data.sources.third.path=x", "data.sources.third.weight=1"]
+    assert "data.sources.third.weight = None, not 0.2 of all; " in fault(weights, third)
 
 
 def test_what_is_derived_stands_in_the_place_of_what_is_left_out():

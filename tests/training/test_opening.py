@@ -1,13 +1,14 @@
 """What a run says before its first step."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.parallel import groups
 from megahybrid.scaling.plan import parameters_by_part
-from megahybrid.training.opening import opening
+from megahybrid.training.opening import opening, rate_jump, unvalidated
 from tests.model import tiny
 
 
@@ -52,3 +53,33 @@ def test_that_nothing_will_be_recorded_is_said(process_group):
 def test_layouts(parallel, layout, workers):
     for _, (model, *_) in workers.run(4, "tests.training.test_opening:opening_of", ParallelConfig(**parallel), 0):
         assert f"; 4 processes, {layout}: " in model
+
+
+def test_a_branch_whose_rate_jumps_says_so():
+    def of(steps, schedule="wsd"):
+        config = tiny.config("GLS")
+        optimizer = replace(config.optimizer, schedule=schedule, warmup_steps=2, learning_rate=1e-3)
+        return replace(config, optimizer=optimizer, train=replace(config.train, steps=steps))
+
+    trunk = of(60)  # it decays from step 48 on
+    assert rate_jump(trunk, of(50), 40) is None and rate_jump(trunk, of(70), 48) is None
+    for steps, step, before, here in ((45, 40, "0.001", "0.0006"), (65, 60, "0.0001", "0.000446")):
+        said = rate_jump(trunk, of(steps), step)
+        assert said.startswith(f"At step {step} the trunk's learning rate was {before}, this run's is {here} there")
+        assert f"decays from step 48 on, this run from step {round(0.8 * steps)}; a branch from before both" in said
+    assert rate_jump(trunk, of(60, "cosine"), 40).endswith("it jumps.")
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ({}, "Nothing is held out of the prepared text: there is no validation."),
+        ({"code": 7}, "Validation is without doc, of which nothing is held out."),
+        ({"code": 7, "doc": 9}, None),
+    ],
+)
+def test_text_of_which_nothing_is_held_out_is_said(held, said, monkeypatch):
+    monkeypatch.setattr("megahybrid.training.opening.text_weights", lambda config, prepared: {"code": 1.0, "doc": 1.0})
+    validation = SimpleNamespace(ends=held, samples=max(held.values(), default=0))
+    assert unvalidated(SimpleNamespace(prepared=object()), validation, None) == said
+    assert unvalidated(SimpleNamespace(prepared=None), validation, None) is None
