@@ -73,7 +73,8 @@ def tuning(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tuning:
     launch = Launch(32, 4, 2)
     if table_of(device) is HOPPER:
         return Tuning(64, 32, 32, launch, launch, launch, launch)
-    return Tuning(64, 32, 32, launch, dq=Launch(32, 4, 1), near=Launch(32, 8, 2), far=launch)
+    keys = Launch(32, 8, 2)
+    return Tuning(64, 32, 32, launch, dq=Launch(32, 4, 1), near=keys, far=keys)
 
 
 def _pack(groups: int, rows: int) -> int:
