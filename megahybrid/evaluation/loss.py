@@ -45,7 +45,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 def _text(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_bytes().decode()  # its line ends as they are, as `prepare` reads
     except (OSError, UnicodeDecodeError) as error:
         what = "is no UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
         raise UserError(f"'{file}' {what}; give files of text.") from error

@@ -164,9 +164,10 @@ class Trainer:
         self.data.seek(self.position.consumed)
         how = "Branching off from" if start.branches else "Going on from"
         self._tell(f"{how} {start.checkpoint} (loaded in {time.perf_counter() - began:.1f} s).")
-        trunk = load_config(start.checkpoint / "config.yaml") if start.branches else self.config
-        if jump := rate_jump(trunk, self.config, self.position.step):
-            self._tell(jump)
+        if start.branches:
+            trunk = load_config(start.checkpoint / "config.yaml")
+            if jump := rate_jump(trunk, self.config, self.position.step):
+                self._tell(jump)
         if groups.is_main() and (other := checkpoint.other_code(start.checkpoint)):
             self._tell(other)
 

@@ -45,8 +45,9 @@ def rate_jump(trunk: Config, config: Config, step: int) -> str | None:
     if math.isclose(before, here):
         return None
     line = f"At step {step} the trunk's learning rate was {before:.3g}, this run's is {here:.3g} there: it jumps."
-    if trunk.optimizer.schedule == config.optimizer.schedule == "wsd":
-        own, its = (decay_start(each.optimizer, each.train.steps) for each in (config, trunk))
+    own, its = (decay_start(each.optimizer, each.train.steps) for each in (config, trunk))
+    levels = {learning_rate(each.optimizer, min(own, its), each.train.steps) for each in (config, trunk)}
+    if trunk.optimizer.schedule == config.optimizer.schedule == "wsd" and len(levels) == 1:
         line += (
             f" The trunk decays from step {its} on, this run from step {own}; a branch from before both does not jump."
         )

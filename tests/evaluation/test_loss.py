@@ -38,7 +38,7 @@ def test_each_piece_is_read_by_itself(length):
 def test_a_run_and_its_export_say_the_same(reference, tmp_path, capsys):  # noqa: F811
     one, other = tmp_path / "one.txt", tmp_path / "other.txt"
     one.write_text("def push(self, item):\n    return item  # é\n" * 9)
-    other.write_text("import copy\n")
+    other.write_bytes(b"import copy\r\n" * 3)
     assert main(["loss", str(reference), str(one), str(other)]) == 0
     said = capsys.readouterr().out.splitlines()
     groups.shut_down()

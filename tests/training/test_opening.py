@@ -68,6 +68,9 @@ def test_a_branch_whose_rate_jumps_says_so():
         assert said.startswith(f"At step {step} the trunk's learning rate was {before}, this run's is {here} there")
         assert f"decays from step 48 on, this run from step {round(0.8 * steps)}; a branch from before both" in said
     assert rate_jump(trunk, of(60, "cosine"), 40).endswith("it jumps.")
+    half = of(60)
+    half.optimizer.learning_rate /= 2
+    assert rate_jump(trunk, half, 40).endswith("this run's is 0.0005 there: it jumps.")  # wherever it begins
 
 
 @pytest.mark.parametrize(
