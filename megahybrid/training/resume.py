@@ -14,6 +14,7 @@ from megahybrid.config.task_sources import find_task, task_parameters, task_sour
 from megahybrid.data.opened import OpenedData
 from megahybrid.errors import UserError
 from megahybrid.key import derived, keys, unusual
+from megahybrid.retry import retry
 from megahybrid.training import checkpoint_folder
 from megahybrid.training.checkpoint_folder import NoCheckpoint
 from megahybrid.training.run_directory import RunDirectory
@@ -69,15 +70,23 @@ class Start:
         path = config.data.path
         holder = "the recipe's tasks make" if path is None else f"'{path}' holds"
         if self.reads_anew(config):
-            file = self.checkpoint / checkpoint_folder.TOKENIZER
-            if file.read_text(encoding="utf-8") != data.tokenizer_json:
+            if _tokenizer(self.checkpoint) != data.tokenizer_json:
                 raise UserError(
                     f"'{self.checkpoint}' was trained with another tokenizer than {holder}; prepare with "
-                    f"data.tokenizer='{file}'."
+                    f"data.tokenizer='{self.checkpoint / checkpoint_folder.TOKENIZER}'."
                 )
         elif data.identity != trained_on:
             instead = ", or set train.branch_data=own" if self.branches else ""
             raise UserError(f"'{self.checkpoint}' was trained on other data than {holder}; set it back{instead}.")
+
+
+def _tokenizer(checkpoint: Path) -> str:
+    """The text of its tokenizer.json, to the byte. Raises UserError where there is none that can be read."""
+    file = checkpoint / checkpoint_folder.TOKENIZER
+    try:
+        return retry(file.read_bytes, f"Reading '{file}'").decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{file}' is missing or not readable; put it back, or branch from another step.") from error
 
 
 def check_resume(
