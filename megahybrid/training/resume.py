@@ -54,11 +54,8 @@ class Start:
     def check(self, config: Config) -> None:
         """Raises UserError where a key differs from the checkpoint's that may not."""
         if self.checkpoint is not None:
-            instead = "train in another run.dir"
-            if self.branches:
-                instead = "start with train.init_from; other data takes train.branch_data=own"
-            free = "data." if self.reads_anew(config) else None
-            check_resume(load_config(self.checkpoint / "config.yaml"), config, str(self.checkpoint), instead, free)
+            branch_data = config.train.branch_data if self.branches else None
+            check_resume(load_config(self.checkpoint / "config.yaml"), config, str(self.checkpoint), branch_data)
 
     def reads_anew(self, config: Config) -> bool:
         """Whether it begins with the first sample of its data, whatever the checkpoint was trained on."""
@@ -67,17 +64,20 @@ class Start:
     def check_data(self, config: Config, trained_on: str, data: OpenedData) -> None:
         """Raises UserError unless the data, in data.path or of the recipe's tasks, is what the checkpoint was trained
         on, whose identity that was, or, where the run reads anew, of the same tokenizer."""
-        path = config.data.path
+        anew, path = self.reads_anew(config), config.data.path
+        if data.identity == trained_on and not anew:
+            return
         holder = "the recipe's tasks make" if path is None else f"'{path}' holds"
-        if self.reads_anew(config):
-            if _tokenizer(self.checkpoint) != data.tokenizer_json:
-                raise UserError(
-                    f"'{self.checkpoint}' was trained with another tokenizer than {holder}; prepare with "
-                    f"data.tokenizer='{self.checkpoint / checkpoint_folder.TOKENIZER}'."
-                )
-        elif data.identity != trained_on:
-            instead = ", or set train.branch_data=own" if self.branches else ""
+        same_tokenizer = ""
+        if self.branches and _tokenizer(self.checkpoint) != data.tokenizer_json:
+            how = "set" if path is None else "prepare with"
+            same_tokenizer = f"{how} data.tokenizer='{self.checkpoint / checkpoint_folder.TOKENIZER}'"
+        if not anew:
+            own = " and ".join(filter(None, [same_tokenizer, "set train.branch_data=own"]))
+            instead = f", or {own}" if self.branches else ""
             raise UserError(f"'{self.checkpoint}' was trained on other data than {holder}; set it back{instead}.")
+        if same_tokenizer:
+            raise UserError(f"'{self.checkpoint}' was trained with another tokenizer than {holder}; {same_tokenizer}.")
 
 
 def _tokenizer(checkpoint: Path) -> str:
@@ -89,22 +89,23 @@ def _tokenizer(checkpoint: Path) -> str:
         raise UserError(f"'{file}' is missing or not readable; put it back, or branch from another step.") from error
 
 
-def check_resume(
-    saved: Config, now: Config, checkpoint: str, instead: str = "train in another run.dir", free: str | None = None
-) -> None:
+def check_resume(saved: Config, now: Config, checkpoint: str, branch_data: str | None = None) -> None:
     """Raises UserError for the first key that means something else and may not: those without `may_change=True`
-    where they are defined, in config/schema.py or by a mixer or task. `instead` is what else can be done; names that
-    begin with `free` may change, too."""
+    where they are defined, in config/schema.py or by a mixer or task; of a branch, whose train.branch_data that is,
+    not those of data of its own."""
+    instead = "train in another run.dir" if branch_data is None else "start with train.init_from"
     before, after = (meaning(config) for config in (saved, now))
     written = [{name: value for name, value, _ in keys(derived(config))} for config in (saved, now)]
     for values, meant in zip(written, (before, after), strict=True):  # a weight is its part of all
         values |= {name: f"{float(part):.4g} of all" for name, part in meant.items() if isinstance(part, Fraction)}
     # What one has alone first: a source that came or went changes the others' parts.
     for name in sorted(before.keys() | after.keys(), key=lambda name: (name in before and name in after, name)):
-        if before.get(name) != after.get(name) and not (free and name.startswith(free)):
+        of_data = name.startswith("data.")
+        if before.get(name) != after.get(name) and not (of_data and branch_data == "own"):
+            hint = "; other data takes train.branch_data=own" if of_data and branch_data else ""
             raise UserError(
                 f"'{checkpoint}' was trained with {name} = {written[0].get(name)}, not {written[1].get(name)}; "
-                f"set it back, or {instead}."
+                f"set it back, or {instead}{hint}."
             )
 
 
