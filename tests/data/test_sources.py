@@ -121,7 +121,12 @@ def test_validation_takes_of_every_source_its_share(three):
         sizes = [int(shards.sum()) for shards in data._reader.shard_samples.values()]
         indices = [i for batch in data for i in batch.samples[::SEQ_LENGTH].tolist()]
     assert len(sizes) == 2 and min(sizes) > 0 and len(indices) == min(8, sum(sizes))
-    assert 0 in indices and sizes[0] in indices
+    assert 0 in indices and sizes[0] in indices and data.unread == []
+    config.train.validation_samples = 1
+    with validation_batches(config, 0, 1) as data:
+        assert data.samples == 1 and data.unread == ["medium"]
+    with validation_batches(weighted(config, large=1, medium=0, tiny=0), 0, 1) as data:
+        assert data.unread == []
 
 
 def test_impossible_weights_and_sources_are_refused(three):

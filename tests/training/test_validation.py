@@ -60,3 +60,12 @@ def test_it_is_the_same_in_other_layouts(layout, two, workers, tmp_path):
     (found,) = metrics(tmp_path / "run")
     for key in ("validation_loss", "validation_loss_python", "validation_loss_other"):
         assert found[key] == pytest.approx(line[key], rel=2e-6)
+
+
+def test_a_source_of_which_no_sample_is_read_is_named(two, tmp_path, capsys):
+    recipe, line = two
+    sources = {key.removeprefix("validation_loss_") for key in line if key.startswith("validation_loss_")}
+    assert main(["train", str(recipe), *KEYS, "train.validation_samples=1", f"run.dir={tmp_path / 'run'}"]) == 0
+    (found,) = metrics(tmp_path / "run")
+    (unread,) = (name for name in sources if f"validation_loss_{name}" not in found)
+    assert capsys.readouterr().out.count(f"Validation is without {unread}: train.validation_samples (1) is") == 1
