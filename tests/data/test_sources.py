@@ -129,6 +129,29 @@ def test_validation_takes_of_every_source_its_share(three):
         assert data.unread == []
 
 
+def test_why_there_is_nothing_of_a_source_to_validate_on(tmp_path):
+    """Each source's own reason."""
+    write_texts(tmp_path / "large", 60)
+    for name, files in (("one", 1), ("single", 1), ("short", 6)):
+        (tmp_path / name).mkdir()
+        for number in range(files):
+            (tmp_path / name / f"{number}.txt").write_text("x")
+    sources = {name: SourceConfig(str(tmp_path / name)) for name in ("large", "one", "short", "single")}
+    said: list[str] = []
+    prepare(make_config(tmp_path, sources, validation_fraction=0.4), said.append)
+    assert [line for line in said if line.startswith("Nothing of")] == [
+        f"Nothing of {names} to validate on, since {why}; data.validation_fraction says what part is."
+        for names, why in (
+            ("one, single", "no document was drawn"),
+            ("short", "what is held out is less than one sample"),
+        )
+    ]
+    said.clear()
+    large = {"large": SourceConfig(str(tmp_path / "large"))}
+    prepare(make_config(tmp_path / "all", large, validation_fraction=0), said.append)
+    assert said and not [line for line in said if line.startswith("Nothing of")]
+
+
 def test_impossible_weights_and_sources_are_refused(three):
     cases = {
         "Every source in data.sources has weight 0": weighted(three, large=0, medium=0, tiny=0),
