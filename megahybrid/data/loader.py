@@ -198,8 +198,11 @@ class ValidationData:
         """Over all ranks."""
         self.ends = dict(zip(sources, accumulate(sizes), strict=True))
         """Of each source, by name, the index after its last sample in the split."""
+        shares = apportion(self.samples, sizes) if sizes else []
+        self.unread = [name for name, count in zip(sources, shares, strict=True) if not count]
+        """Sources whose share of the set is less than a sample."""
         first, self._set = 0, []
-        for size, count in zip(sizes, apportion(self.samples, sizes) if sizes else [], strict=True):
+        for size, count in zip(sizes, shares, strict=True):
             self._set += range(first, first + count)
             first += size
         return opened.identity

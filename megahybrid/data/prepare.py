@@ -296,13 +296,20 @@ def _summary(prepared: Prepared, report: Report) -> None:
             f"The sources hold {tokens:,} tokens to train on, less than one sample (train.seq_length + 1 = "
             f"{prepared.seq_length + 1:,}); add text or lower train.seq_length."
         )
-    without = {name: each[VALIDATION] for name, each in prepared.sources.items() if not each[VALIDATION].samples}
-    if prepared.settings["data.validation_fraction"] and without:
-        drawn = sum(each.documents for each in without.values())
-        why = "its documents that are held out are shorter than one sample" if drawn else "no document of it was drawn"
-        report(
-            f"Nothing of {', '.join(without)} to validate on, since {why}; data.validation_fraction says what part is."
-        )
+    if prepared.settings["data.validation_fraction"]:
+        _report_unvalidated(prepared, report)
+
+
+def _report_unvalidated(prepared: Prepared, report: Report) -> None:
+    """Say of which sources no sample is held out, and why not, those of one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for name, splits in prepared.sources.items():
+        if not (held := splits[VALIDATION]).samples:
+            why = "what is held out is less than one sample" if held.documents else "no document was drawn"
+            reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        of = ", ".join(names)
+        report(f"Nothing of {of} to validate on, since {why}; data.validation_fraction says what part is.")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -16,15 +17,23 @@ from megahybrid.evaluation.scorer import Scorer, options
 from megahybrid.evaluation.subject import load
 from megahybrid.parallel import groups
 
-try:
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Raises UserError where the harness, or what it needs, is missing, too old or broken."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"lm-evaluation-harness cannot be imported ({' '.join(str(error).split())}); install it with `pip install "
+            "'lm_eval>=0.4.13' transformers`."
+        ) from error
+
+
+with _importing():
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
     from tqdm import tqdm
-except ModuleNotFoundError as missing:
-    raise UserError(
-        f"lm-evaluation-harness is not installed ({missing}); install it with `pip install 'lm_eval>=0.4.13' "
-        "transformers`."
-    ) from missing
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -117,7 +126,8 @@ def run(path: Path, arguments: Sequence[str]) -> None:
 
     Raises UserError for a model or a task that there is not, and as HarnessModel does.
     """
-    from lm_eval.__main__ import cli_evaluate
+    with _importing():
+        from lm_eval.__main__ import cli_evaluate
 
     if os.environ.get("RANK", "0") != "0":
         os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")

@@ -35,6 +35,8 @@ def run(parsed: argparse.Namespace) -> None:
     length = parsed.length or found.config.train.seq_length
     sums = [[0.0, 0] for _ in texts]
     for number, nats, tokens in Scorer(found.model, found.tokenizer, parsed.batch_size).losses(texts, length):
+        if not tokens:
+            raise UserError(f"The model's tokenizer finds no token in '{parsed.files[number]}'; leave it out.")
         sums[number][0] += nats
         sums[number][1] += tokens
     if groups.is_main():

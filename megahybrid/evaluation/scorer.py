@@ -64,11 +64,11 @@ class Scorer:
 
     def losses(self, texts: Sequence[str], length: int) -> Iterator[tuple[int, float, int]]:
         """Of pieces of at most `length` tokens, into which texts are cut, each read as a document: the text's number,
-        nats, and tokens."""
+        nats, and tokens. Those without tokens come first, before anything is read."""
         pieces = [
             (number, ids[first : first + length])
             for number, ids in enumerate(self._encode(texts))
-            for first in range(0, len(ids), length)
+            for first in range(0, max(1, len(ids)), length)
         ]
         for place, found in self._read([ids for _, ids in pieces], [0] * len(pieces)):
             number, ids = pieces[place]

@@ -68,7 +68,7 @@ def export(
     if folder is None:
         raise UserError(f"There is no checkpoint in '{path}'; give a run directory or a checkpoint inside one.")
     facts, config = checkpoint.read_facts(folder), load_config(folder / "config.yaml")
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    tokenizer = Tokenizer.load(folder / checkpoint_folder.TOKENIZER)
     most = _bytes(shard_size)
     _require_whole(folder, facts, config)
     with staged(target) as part:
@@ -139,7 +139,7 @@ def _write_small_files(part: Path, folder: Path, config: Config, tokenizer: Toke
     write_json(part / "config.json", {**head, "dtype": _NAMES[dtype], **architecture, **ids})
     ends = sorted({ids["eos_token_id"], tokenizer.document_id})  # of an answer, and of a document
     write_json(part / "generation_config.json", ids | {"eos_token_id": ends if len(ends) > 1 else ends[0]})
-    write_text(part / "tokenizer.json", _beginning_documents(folder / "tokenizer.json", tokenizer))
+    write_text(part / "tokenizer.json", _beginning_documents(folder / checkpoint_folder.TOKENIZER, tokenizer))
     write_json(
         part / "tokenizer_config.json",
         {

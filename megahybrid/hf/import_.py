@@ -35,7 +35,7 @@ from megahybrid.model.settings import Settings
 from megahybrid.parallel import groups
 from megahybrid.parallel.parameters import ParameterSpec
 from megahybrid.scaling.parameters import parameter_specs
-from megahybrid.training import checkpoint
+from megahybrid.training import checkpoint, checkpoint_folder
 from megahybrid.training.checkpoint import Position
 from megahybrid.training.tensor_files import write_stream
 
@@ -71,7 +71,7 @@ def import_model(source: Path, target: Path, check: bool | None = None, report: 
     with staged(target) as part:
         _write(part, config, specs, sources, places, found["model_type"], report)
         if tokenizer is not None:
-            shutil.copyfile(tokenizer_file(source), part / "tokenizer.json")
+            shutil.copyfile(tokenizer_file(source), part / checkpoint_folder.TOKENIZER)
             chat.write(part)
         save_config(config, part / "config.yaml")
         if verify.wanted(config, check, report):
@@ -83,7 +83,8 @@ def import_model(source: Path, target: Path, check: bool | None = None, report: 
             verify.verify(trained, exported, config, tokenizer, report)
     report(f"Imported {source} to {target}; train.init_from={target} starts a run from it.")
     if tokenizer is None:
-        report(f"It has no tokenizer, since {source} has none: for text put one into {target} as tokenizer.json.")
+        name = checkpoint_folder.TOKENIZER
+        report(f"It has no tokenizer, since {source} has none: for text put one into {target} as {name}.")
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def load_generator(path: Path, dtype: torch.dtype | None = None) -> Generator:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     require_split(config, processes)
     config.parallel = ParallelConfig(tensor=processes)
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    tokenizer = Tokenizer.load(folder / checkpoint_folder.TOKENIZER)
     if not groups.joined():
         groups.initialize(config.parallel)
     model = Stack(config)

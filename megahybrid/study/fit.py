@@ -16,7 +16,7 @@ from megahybrid.study.fit_warnings import rule, warnings
 from megahybrid.study.kind_fit import KindFit, column, fit_kind, with_replicates
 from megahybrid.study.law import approach2
 from megahybrid.study.law.bootstrap import REPLICATES, interval
-from megahybrid.study.law.fit import Points
+from megahybrid.study.law.fit import NoLaw, Points
 from megahybrid.study.law.fit import fit as fit_law
 from megahybrid.study.law.form import NOISE
 from megahybrid.study.law.frontier import Frontier, TokenCost, multiplier
@@ -40,7 +40,7 @@ ROLLOUT_REPLICATES = 200
 def fit(study: Study, replicates: int = REPLICATES) -> dict[str, Any]:
     """Fit the law to a study's runs.csv and write its fit.json, which is returned.
 
-    Raises UserError, and writes nothing, where there is no table or no law can be fitted to it.
+    Raises UserError, and writes nothing, where there is no table, and NoLaw where none can be fitted to it.
     """
     table = study.folder / "runs.csv"
     if not table.is_file():
@@ -61,7 +61,7 @@ def fit_runs(
         replicates: of the bootstrap; 0 for no intervals.
         noise: standard deviation that a run's loss is expected to have, relative.
 
-    Raises UserError, which names every kind to which no law can be fitted.
+    Raises NoLaw, which names every kind to which no law can be fitted.
     """
     fitted = with_replicates(_fit_kinds(runs), replicates)
     compute = _compute(runs)
@@ -88,18 +88,18 @@ def fit_runs(
 
 
 def _fit_kinds(runs: Sequence[Run]) -> list[KindFit]:
-    """Each kind by itself. Raises UserError for all that cannot be fitted at once: kinds are compared, and what a part
+    """Each kind by itself. Raises NoLaw for all that cannot be fitted at once: kinds are compared, and what a part
     of them says would read as the study's answer."""
     fitted, faults = [], []
     for kind in dict.fromkeys(run.kind for run in runs):
         try:
             fitted.append(fit_kind(runs, kind))
-        except UserError as error:
+        except NoLaw as error:
             faults.append(str(error))
     if faults and fitted:
         faults.append(f"({', '.join(kind.name for kind in fitted)} can be fitted.)")
     if faults:
-        raise UserError(" ".join(faults))
+        raise NoLaw(" ".join(faults))
     return fitted
 
 
@@ -134,7 +134,7 @@ def _numbers(law: Law, cost: TokenCost) -> dict[str, Any]:
 def _with_delta(kind: KindFit, delta: float) -> dict[str, Any] | None:
     try:
         fitted = fit_law(kind.fit.points, delta)
-    except UserError:
+    except NoLaw:
         return None
     return _numbers(fitted.law, kind.cost) | {"objective": fitted.objective}
 
@@ -190,7 +190,7 @@ def _without_embedding(runs: Sequence[Run], like: KindFit, replicates: int, comp
         return None
     try:
         fitted = fit_kind(runs, like.name, "parameters_without_embedding")
-    except UserError:
+    except NoLaw:
         return None
     (kind,) = with_replicates([fitted], replicates, like.shared)
     return _described(kind, compute) | {"predictions": list(_held_out(kind, runs))}
@@ -216,7 +216,7 @@ def _shared_exponents(kinds: Sequence[KindFit]) -> dict[str, Any] | None:
     )
     try:
         fitted = fit_law(points)
-    except UserError:
+    except NoLaw:
         return None
     laws = fitted.laws
     return {

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megahybrid.errors import UserError
 from megahybrid.study.law.bootstrap import ENOUGH_TRUNKS, Noise, Replicates, bootstrap, interval, posterior
-from megahybrid.study.law.fit import LEAST_RATIO, LEAST_RUNS, Fit, Points, fit
+from megahybrid.study.law.fit import LEAST_RATIO, LEAST_RUNS, Fit, NoLaw, Points, fit
 from megahybrid.study.law.frontier import Frontier, TokenCost
 from megahybrid.study.law.law import CONDITION_LIMIT, Array
 from megahybrid.study.table import Run
@@ -54,7 +53,7 @@ class KindFit:
 
 
 def fit_kind(runs: Sequence[Run], name: str, count: str = "parameters") -> KindFit:
-    """Fit the law to the runs of a kind that are fitted. Raises UserError where they cannot tell its terms apart.
+    """Fit the law to the runs of a kind that are fitted. Raises NoLaw where they cannot tell its terms apart.
 
     Args:
         runs: of all kinds.
@@ -64,22 +63,22 @@ def fit_kind(runs: Sequence[Run], name: str, count: str = "parameters") -> KindF
     own = [run for run in runs if run.kind == name]
     chosen = [run for run in own if run.fitted]
     if len(chosen) < LEAST_RUNS:
-        raise UserError(
+        raise NoLaw(
             f"{name} has {len(chosen)} runs to fit, and the law needs {LEAST_RUNS} at least; finish or add some."
         )
     points = Points(*(column(chosen, each) for each in (count, "tokens", "loss")))
     ratios = points.tokens / points.parameters
     if ratios.max() < LEAST_RATIO * ratios.min():
-        raise UserError(
+        raise NoLaw(
             f"All runs of {name} have about {ratios.mean():.3g} tokens a parameter, which cannot tell the law's terms "
             "apart; add runs with fewer and with more."
         )
     try:
         fitted = fit(points)
-    except UserError as error:
-        raise UserError(f"{name} cannot be fitted: {error}") from None
+    except NoLaw as error:
+        raise NoLaw(f"{name} cannot be fitted: {error}") from None
     if not fitted.condition <= CONDITION_LIMIT:
-        raise UserError(
+        raise NoLaw(
             f"The runs of {name} cannot tell the law's terms apart (condition number {fitted.condition:.1e}, above "
             f"{CONDITION_LIMIT:.0e}; the fit has alpha {fitted.law.alpha:.2g} and beta {fitted.law.beta:.2g}); add "
             "sizes, and budgets with fewer and with more tokens a parameter."

@@ -23,6 +23,7 @@ from megahybrid.study.cells import Cell
 from megahybrid.study.expected import expect
 from megahybrid.study.file import Study
 from megahybrid.study.identity import find_data
+from megahybrid.study.law.fit import NoLaw
 from megahybrid.study.local import Processes
 from megahybrid.study.models import side_by_side, tabled_estimate
 from megahybrid.study.outcomes import Survey, has_branch_point, trunk_of
@@ -35,8 +36,8 @@ _SECONDS_BETWEEN_LOOKS_AT_THE_QUEUE = 30.0
 
 
 def launch(study: Study, file: str, jobs: int | None, wait: bool, say: Callable[[str], None]) -> int:
-    """Begin what is missing and can begin; returns 1 where a run has failed, or where what is held out can never begin,
-    since no law fits what it waits for, else 0. Raises UserError, also for a design that cannot tell the law's terms
+    """Begin what is missing and can begin; returns 1 where a run has failed, or where what is held out does not begin,
+    since nothing can be predicted of it, else 0. Raises UserError, also for a design that cannot tell the law's terms
     apart.
 
     Args:
@@ -96,7 +97,7 @@ class Launching:
         self._hours: dict[tuple[str, int | None], float] = {}
         self._begun: set[str] = set()
         self._said: set[str] = set()
-        self._unpredictable = False
+        self._unpredictable: UserError | None = None
         self._look()
         plan = self.folder / "plan.csv"
         if plan.is_file() and read_plan(plan)[1] != (find_data(self.outcomes[0].cell.config) or ""):
@@ -181,11 +182,13 @@ class Launching:
                 "What is held out waits: nothing is predicted from a part of the runs. Name those under give_up in "
                 "the study's file that have failed for good."
             )
-        elif self._unpredictable:
+        elif isinstance(self._unpredictable, NoLaw):
             self._line.say(
                 f"The same command changes nothing: mend '{self.file}' (more sizes or budgets), and give `megahybrid "
                 f"study plan {self.file}` and this command again; what is done stays done."
             )
+        elif self._unpredictable:
+            self._line.say("Once that is mended, the same command goes on.")
         elif not all(each.ended for each in self.outcomes):
             self._line.say("The same command goes on with what waits for these.")
         self._line.say(str(self._overall()))
@@ -238,7 +241,7 @@ class Launching:
         try:
             prediction.freeze(self.study, self.outcomes)
         except UserError as error:
-            self._unpredictable = True
+            self._unpredictable = error
             self._line.say(f"What is held out waits: {error}")
             return False
         self._line.say(f"What is predicted of the runs that are held out stands in {self.folder / 'prediction.json'}.")

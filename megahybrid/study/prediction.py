@@ -39,7 +39,8 @@ def freeze(study: Study, outcomes: Sequence[Outcome]) -> None:
     held-out ones that have not begun and of which nothing stands yet, by identity. The table that it is fitted to is
     kept beside it, and the runs are named that it lacks.
 
-    Raises UserError where it cannot be fitted, or predicts nothing for one of those that are held out.
+    Raises NoLaw where it cannot be fitted, and UserError where a file cannot be read, or it predicts nothing for one of
+    those that are held out.
     """
     folder = study.folder
     before = _frozen(folder)

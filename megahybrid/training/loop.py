@@ -126,9 +126,8 @@ class Trainer:
         self.tracing = Tracing(config.train.trace, run.traces, *groups.world(), self._tell)
         resources.enter_context(rank_log(run.logs))
         self.watchdog = resources.enter_context(Watchdog(run, config.train.watch, groups.world()[0]))
-        for line in [*opening(config), unvalidated(self.data.opened, self.validation, config)]:
-            if line is not None:
-                self._tell(line)
+        for line in [*opening(config), *unvalidated(self.data.opened, self.validation, config)]:
+            self._tell(line)
         self_check(max(peak_bytes(config, replicas)))
         self.engine = self._build(start.checkpoint)
         if start.checkpoint is not None:

@@ -54,14 +54,21 @@ def rate_jump(trunk: Config, config: Config, step: int) -> str | None:
     return line
 
 
-def unvalidated(opened: OpenedData, validation: ValidationData, config: Config) -> str | None:
-    """What is to be known of text of which nothing is held out; tasks have nothing to hold out."""
+def unvalidated(opened: OpenedData, validation: ValidationData, config: Config) -> list[str]:
+    """Lines: what is to be known of text that no validation reads; tasks have nothing to hold out."""
     if opened.prepared is None:
-        return None
-    without = [name for name in text_weights(config, opened.prepared) if name not in validation.ends]
+        return []
     if not validation.samples:
-        return "Nothing is held out of the prepared text: there is no validation."
-    return f"Validation is without {', '.join(without)}, of which nothing is held out." if without else None
+        return ["Nothing is held out of the prepared text: there is no validation."]
+    lines = []
+    if without := [name for name in text_weights(config, opened.prepared) if name not in validation.ends]:
+        lines.append(f"Validation is without {', '.join(without)}, of which nothing is held out.")
+    if validation.unread:
+        lines.append(
+            f"Validation is without {', '.join(validation.unread)}: train.validation_samples "
+            f"({config.train.validation_samples}) is too small for a sample of so small a part of what is held out."
+        )
+    return lines
 
 
 def _layout(config: Config) -> str:

@@ -14,6 +14,7 @@ from megahybrid.config.task_sources import find_task, task_parameters, task_sour
 from megahybrid.data.opened import OpenedData
 from megahybrid.errors import UserError
 from megahybrid.key import derived, keys, unusual
+from megahybrid.retry import retry
 from megahybrid.training import checkpoint_folder
 from megahybrid.training.checkpoint_folder import NoCheckpoint
 from megahybrid.training.run_directory import RunDirectory
@@ -53,11 +54,8 @@ class Start:
     def check(self, config: Config) -> None:
         """Raises UserError where a key differs from the checkpoint's that may not."""
         if self.checkpoint is not None:
-            instead = "train in another run.dir"
-            if self.branches:
-                instead = "start with train.init_from; other data takes train.branch_data=own"
-            free = "data." if self.reads_anew(config) else None
-            check_resume(load_config(self.checkpoint / "config.yaml"), config, str(self.checkpoint), instead, free)
+            branch_data = config.train.branch_data if self.branches else None
+            check_resume(load_config(self.checkpoint / "config.yaml"), config, str(self.checkpoint), branch_data)
 
     def reads_anew(self, config: Config) -> bool:
         """Whether it begins with the first sample of its data, whatever the checkpoint was trained on."""
@@ -66,36 +64,48 @@ class Start:
     def check_data(self, config: Config, trained_on: str, data: OpenedData) -> None:
         """Raises UserError unless the data, in data.path or of the recipe's tasks, is what the checkpoint was trained
         on, whose identity that was, or, where the run reads anew, of the same tokenizer."""
-        path = config.data.path
+        anew, path = self.reads_anew(config), config.data.path
+        if data.identity == trained_on and not anew:
+            return
         holder = "the recipe's tasks make" if path is None else f"'{path}' holds"
-        if self.reads_anew(config):
-            file = self.checkpoint / checkpoint_folder.TOKENIZER
-            if file.read_text(encoding="utf-8") != data.tokenizer_json:
-                raise UserError(
-                    f"'{self.checkpoint}' was trained with another tokenizer than {holder}; prepare with "
-                    f"data.tokenizer='{file}'."
-                )
-        elif data.identity != trained_on:
-            instead = ", or set train.branch_data=own" if self.branches else ""
+        same_tokenizer = ""
+        if self.branches and _tokenizer(self.checkpoint) != data.tokenizer_json:
+            how = "set" if path is None else "prepare with"
+            same_tokenizer = f"{how} data.tokenizer='{self.checkpoint / checkpoint_folder.TOKENIZER}'"
+        if not anew:
+            own = " and ".join(filter(None, [same_tokenizer, "set train.branch_data=own"]))
+            instead = f", or {own}" if self.branches else ""
             raise UserError(f"'{self.checkpoint}' was trained on other data than {holder}; set it back{instead}.")
+        if same_tokenizer:
+            raise UserError(f"'{self.checkpoint}' was trained with another tokenizer than {holder}; {same_tokenizer}.")
 
 
-def check_resume(
-    saved: Config, now: Config, checkpoint: str, instead: str = "train in another run.dir", free: str | None = None
-) -> None:
+def _tokenizer(checkpoint: Path) -> str:
+    """The text of its tokenizer.json, to the byte. Raises UserError where there is none that can be read."""
+    file = checkpoint / checkpoint_folder.TOKENIZER
+    try:
+        return retry(file.read_bytes, f"Reading '{file}'").decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{file}' is missing or not readable; put it back, or branch from another step.") from error
+
+
+def check_resume(saved: Config, now: Config, checkpoint: str, branch_data: str | None = None) -> None:
     """Raises UserError for the first key that means something else and may not: those without `may_change=True`
-    where they are defined, in config/schema.py or by a mixer or task. `instead` is what else can be done; names that
-    begin with `free` may change, too."""
+    where they are defined, in config/schema.py or by a mixer or task; of a branch, whose train.branch_data that is,
+    not those of data of its own."""
+    instead = "train in another run.dir" if branch_data is None else "start with train.init_from"
     before, after = (meaning(config) for config in (saved, now))
     written = [{name: value for name, value, _ in keys(derived(config))} for config in (saved, now)]
     for values, meant in zip(written, (before, after), strict=True):  # a weight is its part of all
         values |= {name: f"{float(part):.4g} of all" for name, part in meant.items() if isinstance(part, Fraction)}
     # What one has alone first: a source that came or went changes the others' parts.
     for name in sorted(before.keys() | after.keys(), key=lambda name: (name in before and name in after, name)):
-        if before.get(name) != after.get(name) and not (free and name.startswith(free)):
+        of_data = name.startswith("data.")
+        if before.get(name) != after.get(name) and not (of_data and branch_data == "own"):
+            hint = "; other data takes train.branch_data=own" if of_data and branch_data else ""
             raise UserError(
                 f"'{checkpoint}' was trained with {name} = {written[0].get(name)}, not {written[1].get(name)}; "
-                f"set it back, or {instead}."
+                f"set it back, or {instead}{hint}."
             )
 
 

@@ -121,7 +121,35 @@ def test_validation_takes_of_every_source_its_share(three):
         sizes = [int(shards.sum()) for shards in data._reader.shard_samples.values()]
         indices = [i for batch in data for i in batch.samples[::SEQ_LENGTH].tolist()]
     assert len(sizes) == 2 and min(sizes) > 0 and len(indices) == min(8, sum(sizes))
-    assert 0 in indices and sizes[0] in indices
+    assert 0 in indices and sizes[0] in indices and data.unread == []
+    config.train.validation_samples = 1
+    with validation_batches(config, 0, 1) as data:
+        assert data.samples == 1 and data.unread == ["medium"]
+    with validation_batches(weighted(config, large=1, medium=0, tiny=0), 0, 1) as data:
+        assert data.unread == []
+
+
+def test_why_there_is_nothing_of_a_source_to_validate_on(tmp_path):
+    """Each source's own reason."""
+    write_texts(tmp_path / "large", 60)
+    for name, files in (("one", 1), ("single", 1), ("short", 6)):
+        (tmp_path / name).mkdir()
+        for number in range(files):
+            (tmp_path / name / f"{number}.txt").write_text("x")
+    sources = {name: SourceConfig(str(tmp_path / name)) for name in ("large", "one", "short", "single")}
+    said: list[str] = []
+    prepare(make_config(tmp_path, sources, validation_fraction=0.4), said.append)
+    assert [line for line in said if line.startswith("Nothing of")] == [
+        f"Nothing of {names} to validate on, since {why}; data.validation_fraction says what part is."
+        for names, why in (
+            ("one, single", "no document was drawn"),
+            ("short", "what is held out is less than one sample"),
+        )
+    ]
+    said.clear()
+    large = {"large": SourceConfig(str(tmp_path / "large"))}
+    prepare(make_config(tmp_path / "all", large, validation_fraction=0), said.append)
+    assert said and not [line for line in said if line.startswith("Nothing of")]
 
 
 def test_impossible_weights_and_sources_are_refused(three):

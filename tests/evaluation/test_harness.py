@@ -154,8 +154,10 @@ def test_an_unknown_task_is_refused_in_a_sentence(reference, capsys):  # noqa: F
     assert error.startswith("megahybrid: Tasks not found: nosuch; ")
 
 
-def test_without_the_harness_a_sentence_says_what_to_install(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+@pytest.mark.parametrize("module", ["lm_eval.api.model", "lm_eval.__main__"])
+@pytest.mark.parametrize("found", [None, ModuleType("of another version")])
+def test_without_the_harness_a_sentence_says_what_to_install(module, found, stand_in, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, found)
     monkeypatch.delitem(sys.modules, "megahybrid.evaluation.harness", raising=False)
     assert main(["harness", str(tmp_path), "--tasks", "arc_easy"]) == 2
     error = capsys.readouterr().err.strip()

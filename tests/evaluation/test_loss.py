@@ -1,6 +1,8 @@
 """The verb on a run and an exported model; its numbers against a pass over each piece in float64; what it refuses."""
 
+import json
 import math
+import shutil
 
 import pytest
 
@@ -57,6 +59,24 @@ def test_a_run_and_its_export_say_the_same(reference, tmp_path, capsys):  # noqa
         assert perplexity[n] == pytest.approx(math.exp(mean[n]), rel=1e-3)
         assert bits[n] == pytest.approx(mean[n] * tokens[n] / math.log(2) / size, rel=1e-3)
     assert 1 < mean[0] < math.log(384)
+
+
+def test_a_file_without_tokens_is_refused_before_any_is_read(reference, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """A tokenizer may drop all that a text consists of. A single token is predicted from the document token."""
+    copy, blank, one = tmp_path / "copy", tmp_path / "blank.txt", tmp_path / "one.txt"
+    shutil.copytree(next((reference / "checkpoints").glob("step_*")), copy)
+    blank.write_text("\n \n")
+    one.write_text("x")
+    assert main(["loss", str(copy), str(one), str(blank)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[1] == "1"
+    groups.shut_down()
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    monkeypatch.setattr("megahybrid.evaluation.scorer.read", None)
+    assert main(["loss", str(copy), str(one), str(blank)]) == 2
+    error = capsys.readouterr().err
+    assert f"finds no token in '{blank}'; leave it out." in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

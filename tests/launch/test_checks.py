@@ -126,3 +126,22 @@ def test_a_trunk_may_come_but_has_to_fit(checkpoint, recipe, tmp_path, capsys):
     checkpoint(4, "train.seed=1")
     assert "step_00000004' was trained with train.seed = 1, not 42" in refused(recipe, capsys, *branch)
     assert taken(recipe, *branch, "train.seed=1")
+
+
+def test_a_branch_with_data_of_its_own(checkpoint, data, recipe, tmp_path, capsys):
+    """Other keys of data.* and other data are taken, of the trunk's tokenizer only; the trunk may be still to come."""
+    own = [
+        *(f"train.branch_from={tmp_path / 'run'}@4", f"run.dir={tmp_path / 'branch'}", "data.document_masking=false"),
+        "train.branch_data=own",
+    ]
+    assert taken(recipe, *own)
+    checkpoint(4, data="other")
+    file = tmp_path / "run/checkpoints/step_00000004/tokenizer.json"
+    assert f"'{file}' is missing or not readable; put it back" in refused(recipe, capsys, *own)
+    shutil.copy(data / "tokenizer/tokenizer.json", file)
+    assert taken(recipe, *own)
+    assert "other data takes train.branch_data=own" in refused(recipe, capsys, *own[:-1])
+    assert "train.seed = 42, not 7; set it back" in refused(recipe, capsys, *own, "train.seed=7")
+    file.write_text(file.read_text().replace("<|endoftext|>", "<|start|>"))
+    said = refused(recipe, capsys, *own)
+    assert "was trained with another tokenizer than" in said and f"prepare with data.tokenizer='{file}'" in said

@@ -59,7 +59,7 @@ def submit(recipe, *arguments) -> int:
         (["--then", "export,eval"], "The recipe has no tasks in data.sources; name some with --task"),
         (["--then", "eval --task niah_single_1 --lengths 4x"], "--lengths has '4x'"),
         (["--then", "eval --task niah_single_1 --lengths 64"], "tokens or more with this tokenizer, not 64"),
-        (["--then", "harness --tasks arc_easy"], "lm-evaluation-harness is not installed"),
+        (["--then", "harness --tasks arc_easy"], "lm-evaluation-harness cannot be imported"),
     ],
 )
 def test_what_cannot_work_is_refused(recipe, tmp_path, capsys, monkeypatch, arguments, said):

@@ -15,6 +15,7 @@ import pytest
 from megahybrid.cli import main
 from megahybrid.config import load_config, save_config
 from megahybrid.devices import gpu_memory, visible_gpus
+from megahybrid.errors import UserError
 from megahybrid.files import read_json
 from megahybrid.scaling.memory import peak_bytes
 from megahybrid.study import launch as launching
@@ -128,6 +129,24 @@ def test_a_study_that_no_launch_can_bring_further_ends_with_1_and_says_what_to_c
         assert "What is held out waits: one has 5 runs to fit" in said
         assert "mend 'study.yaml' (more sizes or budgets)" in said and "The same command goes on" not in said
     assert sum(each["what"] == "begins" for each in calls()) == 5
+
+
+def test_what_is_no_fault_of_the_law_is_not_said_to_be(make_study, trainer, fit, monkeypatch, capsys):
+    """A loss that the table's reader refuses: more sizes would not help."""
+    make_study("kinds: {one: '(G)*{layers}'}")
+    trainer(0.01)
+    refusal = UserError("Run 3 of 'runs.csv' has loss = '-1'; it must be a finite number above 0: correct it.")
+
+    def refuse(study):
+        raise refusal
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prediction, "fit", refuse)
+        assert launch("--jobs", "4") == 1
+    said = capsys.readouterr().out
+    assert f"What is held out waits: {refusal}" in said and "Once that is mended, the same command goes on." in said
+    assert "more sizes" not in said and "goes on with what waits" not in said
+    assert launch("--jobs", "4") == 0 and calls()[-1]["name"] == "one-32x2-8e9-s0"
 
 
 def test_what_has_failed_for_good_is_given_up_and_named(make_study, trainer, fit, capsys):

@@ -147,7 +147,7 @@ def test_a_branch_goes_on_by_itself(recipe, trunk, tmp_path, monkeypatch):
         (["train.branch_from={trunk}@10", "model.pattern=GLSF"], "with model.pattern = GLSFL, not GLSF; set it back"),
         (
             ["train.branch_from={trunk}@10", "data.path={data}"],
-            "than '{data}' holds; set it back, or set train.branch_",
+            "than '{data}' holds; set it back, or prepare with data.",
         ),
         (
             ["train.branch_from={trunk}@10", "data.path={data}", "train.branch_data=own"],

@@ -73,16 +73,28 @@ def test_a_branch_whose_rate_jumps_says_so():
     assert rate_jump(trunk, half, 40).endswith("this run's is 0.0005 there: it jumps.")  # wherever it begins
 
 
+NONE = "Nothing is held out of the prepared text: there is no validation."
+NO_DOC = "Validation is without doc, of which nothing is held out."
+NO_CODE = (
+    "Validation is without code: train.validation_samples (4) is too small for a sample of so small a part of what is "
+    "held out."
+)
+
+
 @pytest.mark.parametrize(
-    ("held", "said"),
+    ("held", "unread", "said"),
     [
-        ({}, "Nothing is held out of the prepared text: there is no validation."),
-        ({"code": 7}, "Validation is without doc, of which nothing is held out."),
-        ({"code": 7, "doc": 9}, None),
+        ({}, [], [NONE]),
+        ({"code": 7}, [], [NO_DOC]),
+        ({"code": 7, "doc": 9}, [], []),
+        ({"code": 7, "doc": 99}, ["code"], [NO_CODE]),
+        ({"code": 7, "web": 99}, ["code"], [NO_DOC, NO_CODE]),
     ],
 )
-def test_text_of_which_nothing_is_held_out_is_said(held, said, monkeypatch):
-    monkeypatch.setattr("megahybrid.training.opening.text_weights", lambda config, prepared: {"code": 1.0, "doc": 1.0})
-    validation = SimpleNamespace(ends=held, samples=max(held.values(), default=0))
-    assert unvalidated(SimpleNamespace(prepared=object()), validation, None) == said
-    assert unvalidated(SimpleNamespace(prepared=None), validation, None) is None
+def test_text_that_no_validation_reads_is_said(held, unread, said, monkeypatch):
+    weights = {"code": 1.0, "doc": 1.0}
+    monkeypatch.setattr("megahybrid.training.opening.text_weights", lambda config, prepared: weights)
+    validation = SimpleNamespace(ends=held, unread=unread, samples=max(held.values(), default=0))
+    config = SimpleNamespace(train=SimpleNamespace(validation_samples=4))
+    assert unvalidated(SimpleNamespace(prepared=object()), validation, config) == said
+    assert unvalidated(SimpleNamespace(prepared=None), validation, config) == []

@@ -4,6 +4,7 @@ import pytest
 
 from megahybrid.cli import main
 from megahybrid.config import load_config
+from megahybrid.data import validation_batches
 from megahybrid.training import loop
 from megahybrid.training.report import summarise
 from tests.training.conftest import RECIPE, metrics
@@ -51,8 +52,27 @@ def test_of_each_source_it_is_that_of_a_run_of_it_alone(two, tmp_path):
     assert f"{line['validation_loss_python']:.4f} nats a token" in said
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_the_sources_border_is_inside_a_micro_batch(replicas, two):
+    """Or the other tests would not see whether the losses of a micro-batch are told apart: then choose other files."""
+    recipe, _ = two
+    split = []
+    for rank in range(replicas):
+        with validation_batches(load_config(recipe, KEYS), rank, replicas) as data:
+            border, _ = data.ends.values()
+            split += [batch.samples.min() < border <= batch.samples.max() for batch in data]
+    assert any(split)
+
+
 @pytest.mark.parametrize(
-    "layout", ["parallel.context=2", "parallel.tensor=2", "parallel.pipeline=2", "parallel.zero_stage=1"]
+    "layout",
+    [
+        "parallel.context=2",
+        "parallel.tensor=2",
+        "parallel.pipeline=2",
+        "parallel.zero_stage=1",
+        "parallel.zero_stage=3",
+    ],
 )
 def test_it_is_the_same_in_other_layouts(layout, two, workers, tmp_path):
     recipe, line = two
@@ -60,3 +80,12 @@ def test_it_is_the_same_in_other_layouts(layout, two, workers, tmp_path):
     (found,) = metrics(tmp_path / "run")
     for key in ("validation_loss", "validation_loss_python", "validation_loss_other"):
         assert found[key] == pytest.approx(line[key], rel=2e-6)
+
+
+def test_a_source_of_which_no_sample_is_read_is_named(two, tmp_path, capsys):
+    recipe, line = two
+    sources = {key.removeprefix("validation_loss_") for key in line if key.startswith("validation_loss_")}
+    assert main(["train", str(recipe), *KEYS, "train.validation_samples=1", f"run.dir={tmp_path / 'run'}"]) == 0
+    (found,) = metrics(tmp_path / "run")
+    (unread,) = (name for name in sources if f"validation_loss_{name}" not in found)
+    assert capsys.readouterr().out.count(f"Validation is without {unread}: train.validation_samples (1) is") == 1

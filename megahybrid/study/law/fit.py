@@ -28,6 +28,10 @@ LEAST_RATIO = 1.5
 """Between the most and the fewest tokens a parameter of a kind's runs."""
 
 
+class NoLaw(UserError):
+    """No law can be fitted to the runs that there are."""
+
+
 @dataclass(frozen=True)
 class Points:
     """Runs that a law is fitted to.
@@ -110,13 +114,13 @@ class Fit:
 def fit(points: Points, delta: float = DELTA) -> Fit:
     """Minimise the sum of Huber losses of log losses from the four best of a grid of starts.
 
-    Raises UserError where nothing of the law's form comes near the losses.
+    Raises NoLaw where nothing of the law's form comes near the losses.
     """
     starts = _starts(points)
     observed = np.log(points.losses)
     ones = np.ones(len(points))
     if not len(starts):
-        raise UserError(
+        raise NoLaw(
             "no law that falls with parameters and with tokens to a positive loss comes near the losses; check them, "
             "or give more runs."
         )

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megahybrid.errors import UserError
-from megahybrid.study.law.fit import LEAST_RUNS, Fit, fit
+from megahybrid.study.law.fit import LEAST_RUNS, Fit, NoLaw, fit
 
 FALSE_ALARMS = 0.02
 """Of studies whose losses have the form, all tests together."""
@@ -154,7 +153,7 @@ def influence(fitted: Fit) -> Influence | None:
         return None
     try:
         other = fit(fitted.points[kept])
-    except UserError:
+    except NoLaw:
         return None
     left, with_largest = _rests(other), _rests(fitted)
     if chance(with_largest.law - left.law, out, left.law, left.law_freedom) > UNLIKELY:

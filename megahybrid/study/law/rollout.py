@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megahybrid.errors import UserError
 from megahybrid.study.law.approach2 import budgets
 from megahybrid.study.law.bootstrap import bootstrap, interval
-from megahybrid.study.law.fit import LEAST_RUNS, Points, fit
+from megahybrid.study.law.fit import LEAST_RUNS, NoLaw, Points, fit
 from megahybrid.study.law.law import CONDITION_LIMIT, Array
 
 STEPS = 5
@@ -48,7 +47,7 @@ def _step(points, flops, trunks, below, chosen, replicates, rng) -> Step | None:
         return None
     try:
         fitted = fit(points[below])
-    except UserError:
+    except NoLaw:
         return None
     if fitted.condition > CONDITION_LIMIT:
         return None
