@@ -112,10 +112,8 @@ def _already(target: Path, settings: dict[str, Any]) -> Prepared | None:
     if changed := differences(prepared, settings):
         if "data.tokenizer" in changed and "model.vocab_size" in changed:  # counts only where prepare trains one
             changed.remove("model.vocab_size")
-        raise UserError(
-            f"data.path '{target}' was prepared with another {told(changed, prepared.settings, settings)}; remove it or "
-            "choose another data.path."
-        )
+        was = told(changed, prepared.settings, settings)
+        raise UserError(f"data.path '{target}' was prepared with another {was}; remove it or choose another data.path.")
     return prepared
 
 

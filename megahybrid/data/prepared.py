@@ -253,10 +253,8 @@ def _check_fit(prepared: Prepared, config: Config, where: str) -> None:
             "into another data.path, or leave a source out by weight 0."
         )
     if changed := _read_otherwise(prepared, config):
-        raise UserError(
-            f"{where} was prepared with another {told(changed, prepared.settings, _reading(config))}; set it back, or "
-            "prepare into another data.path."
-        )
+        was = told(changed, prepared.settings, _reading(config))
+        raise UserError(f"{where} was prepared with another {was}; set it back, or prepare into another data.path.")
 
 
 def _read_otherwise(prepared: Prepared, config: Config) -> list[str]:
