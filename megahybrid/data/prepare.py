@@ -22,7 +22,15 @@ from megahybrid.data.blocks import blocks_of
 from megahybrid.data.documents import TRAIN, VALIDATION, Skipped, Unit
 from megahybrid.data.mds import token_dtype
 from megahybrid.data.planning import fingerprint, plan
-from megahybrid.data.prepared import Prepared, SplitCounts, data_identity, differences, find_prepared, prepare_settings
+from megahybrid.data.prepared import (
+    Prepared,
+    SplitCounts,
+    data_identity,
+    differences,
+    find_prepared,
+    prepare_settings,
+    told,
+)
 from megahybrid.data.progress import progress
 from megahybrid.data.reading import read_unit
 from megahybrid.data.tokenizer import Tokenizer, tokenizer_file, tokenizer_hash
@@ -104,16 +112,9 @@ def _already(target: Path, settings: dict[str, Any]) -> Prepared | None:
     if changed := differences(prepared, settings):
         if "data.tokenizer" in changed and "model.vocab_size" in changed:  # counts only where prepare trains one
             changed.remove("model.vocab_size")
-        was = ", ".join(f"{key} ({_told(prepared.settings, key)}, now {_told(settings, key)})" for key in changed)
+        was = told(changed, prepared.settings, settings)
         raise UserError(f"data.path '{target}' was prepared with another {was}; remove it or choose another data.path.")
     return prepared
-
-
-def _told(settings: dict[str, Any], key: str) -> str:
-    """A setting as a user reads it."""
-    if key == "data.tokenizer":
-        return settings.get(key, "one that prepare trains")[:23]  # of a hash enough to tell two apart
-    return "not set" if settings.get(key) is None else str(settings[key])
 
 
 def _begin(place: Path, facts: dict[str, Any], report: Report) -> None:

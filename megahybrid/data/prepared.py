@@ -19,7 +19,7 @@ from megahybrid.data.tokenizer import tokenizer_file, tokenizer_hash
 from megahybrid.data.tokens import TOKENISED
 from megahybrid.errors import MachineFault, UserError
 from megahybrid.files import write_json
-from megahybrid.key import derived
+from megahybrid.key import derived, unusual
 
 TOKENIZER = "tokenizer/tokenizer.json"
 """The tokenizer's file in data.path."""
@@ -99,16 +99,20 @@ class Prepared:
 def prepare_settings(config: Config) -> dict[str, Any]:
     """The configuration keys that determine what `prepare` writes, dotted, with their values."""
     data = config.data
-    settings: dict[str, Any] = {
-        "train.seq_length": config.train.seq_length,
-        "data.validation_fraction": data.validation_fraction,
-    }
+    settings: dict[str, Any] = {"train.seq_length": config.train.seq_length} | _reading(config)
     if data.tokenizer is None:
         settings["model.vocab_size"] = config.model.vocab_size
     else:
         settings["data.tokenizer"] = f"sha256:{tokenizer_hash(tokenizer_file(data.tokenizer))}"
     for name, source in text_sources(config).items():
         settings[f"data.sources.{name}.path"] = str(Path(str(source.path)).expanduser().absolute())
+    return settings
+
+
+def _reading(config: Config) -> dict[str, Any]:
+    """Of `prepare_settings` those that say how the sources are read and split, wherever they lie."""
+    settings: dict[str, Any] = {"data.validation_fraction": config.data.validation_fraction}
+    for name, source in text_sources(config).items():
         settings[f"data.sources.{name}.format"] = source.format
         settings[f"data.sources.{name}.include"] = include_patterns(source)
         settings[f"data.sources.{name}.exclude"] = list(source.exclude)
@@ -165,6 +169,7 @@ def _check(prepared: Prepared) -> None:
         require(type(value) is int and least <= value < 1 << 32, key, value)
     require(prepared.token_dtype == token_dtype(prepared.vocab_size), "token_dtype", prepared.token_dtype)
     require(_is_sha256(prepared.tokenizer_sha256), "tokenizer_sha256", prepared.tokenizer_sha256)
+    require(isinstance(prepared.settings, dict), "settings", prepared.settings)
     for name, splits in prepared.sources.items():
         require(is_source_name(name), "source's name", name)
         require(splits.keys() == {TRAIN, VALIDATION}, f"splits of {name}", sorted(splits))
@@ -198,7 +203,7 @@ def open_prepared(config: Config) -> Prepared:
 
     Raises UserError if there is nothing, if it is not what data.identity names, if its samples are shorter than
     train.seq_length or no multiple of it, if it has more tokens than the model, another tokenizer or other sources than
-    the recipe, and if its tokenizer is not the one that it was prepared with.
+    the recipe, if these were read in another way, and if its tokenizer is not the one that it was prepared with.
     """
     store = open_store(config)
     where = f"data.path '{config.data.path}'" if config.data.remote is None else f"data.remote '{config.data.remote}'"
@@ -247,6 +252,18 @@ def _check_fit(prepared: Prepared, config: Config, where: str) -> None:
             f"{where} was prepared from {_listed(prepared.sources)}, but data.sources names {_listed(named)}; prepare "
             "into another data.path, or leave a source out by weight 0."
         )
+    if changed := _read_otherwise(prepared, config):
+        was = told(changed, prepared.settings, _reading(config))
+        raise UserError(f"{where} was prepared with another {was}; set it back, or prepare into another data.path.")
+
+
+def _read_otherwise(prepared: Prepared, config: Config) -> list[str]:
+    """The dotted keys of how sources are read that have another value in the recipe. One without sources says nothing
+    by a default."""
+    meant = _reading(config)
+    if not text_sources(config):
+        meant = {name: value for name, value, _ in unusual(config.data, "data.") if name in meant}
+    return [key for key, value in meant.items() if prepared.settings.get(key, value) != value]
 
 
 def _other_tokenizer(prepared: Prepared, path: str | None) -> bool:
@@ -290,3 +307,14 @@ def differences(prepared: Prepared, settings: dict[str, Any]) -> list[str]:
     """The dotted keys whose values differ."""
     keys = sorted(prepared.settings.keys() | settings.keys())
     return [key for key in keys if prepared.settings.get(key) != settings.get(key)]
+
+
+def told(keys: Iterable[str], was: dict[str, Any], now: dict[str, Any]) -> str:
+    """Settings that differ, as a user reads them."""
+    return ", ".join(f"{key} ({_value(was, key)}, now {_value(now, key)})" for key in keys)
+
+
+def _value(settings: dict[str, Any], key: str) -> str:
+    if key == "data.tokenizer":
+        return str(settings.get(key, "one that prepare trains"))[:23]  # of a hash enough to tell two apart
+    return "not set" if settings.get(key) is None else " ".join(str(settings[key]).split())[:200]

@@ -174,6 +174,7 @@ def rename(name):
         (lambda values: values["sources"]["small"].pop("validation"), "splits of small"),
         (lambda values: values["sources"]["small"].update(test=values["sources"]["small"]["train"]), "splits of small"),
         (lambda values: values.update(sources=[]), "not readable"),
+        (lambda values: values.update(settings=[]), "settings"),
     ],
 )
 def test_a_dataset_that_prepare_does_not_write_is_refused(foreign, change, named):

@@ -184,6 +184,12 @@ def test_data_that_is_missing_or_damaged_is_wrong(recipe, prepared, tmp_path, ca
     assert findings[0].right and re.fullmatch('data.identity is "[0-9a-f]{16}"', findings[0].text)
 
 
+def test_a_recipe_that_was_changed_after_prepare_is_wrong(recipe):
+    (finding,) = machine.data(load_config(recipe, ["data.sources.python.exclude=[old]"]))
+    said = "was prepared with another data.sources.python.exclude ([], now ['old']); set it back"
+    assert not finding.right and said in finding.text
+
+
 def test_a_check_that_breaks_is_a_finding(monkeypatch):
     def breaks(device):
         raise OSError("odd")

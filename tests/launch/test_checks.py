@@ -44,6 +44,14 @@ def test_data_that_is_not_whole(lost, said, data, recipe, capsys):
     assert said in refused(recipe, capsys, f"data.path={data}")
 
 
+def test_a_recipe_that_was_changed_after_prepare(recipe, prepared, capsys):
+    assert f"'{prepared}' was prepared with another data.sources.python.include (['*.py'], now ['*.txt']); set it " in (
+        refused(recipe, capsys, "data.sources.python.include=['*.txt']")
+    )
+    assert "validation_fraction (0.2, now 0.1); set it back" in refused(recipe, capsys, "data.validation_fraction=0.1")
+    assert taken(recipe, "data.validation_fraction=0.2", "data.sources.python.path=elsewhere")
+
+
 def test_head_dims_that_no_kernel_takes(recipe, capsys):
     said = refused(recipe, capsys, "model.attention.head_dim=264")
     assert "model.attention.head_dim: lte_attention's kernels" in said

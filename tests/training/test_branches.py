@@ -146,14 +146,25 @@ def test_a_branch_goes_on_by_itself(recipe, trunk, tmp_path, monkeypatch):
         (["train.branch_from={trunk}@10", "train.seed=7"], "train.seed = 42, not 7; set it back, or start with train."),
         (["train.branch_from={trunk}@10", "model.pattern=GLSF"], "with model.pattern = GLSFL, not GLSF; set it back"),
         (
-            ["train.branch_from={trunk}@10", "data.path={data}"],
+            ["train.branch_from={trunk}@10", "data.path={data}", "data.validation_fraction=0.4"],
             "than '{data}' holds; set it back, or prepare with data.",
         ),
         (
-            ["train.branch_from={trunk}@10", "data.path={data}", "train.branch_data=own"],
+            [
+                *("train.branch_from={trunk}@10", "data.path={data}", "data.validation_fraction=0.4"),
+                "train.branch_data=own",
+            ],
             "was trained with another tokenizer than '{data}' holds; prepare with data.tokenizer='{trunk}/checkpoints/",
         ),
         (["train.branch_from={trunk}@10", "train.branch_data=own", "train.seed=7"], "train.seed = 42, not 7; set it"),
+        (
+            ["train.branch_from={trunk}@10", "data.path={data}", "train.branch_data=own"],
+            "was prepared with another data.validation_fraction (0.4, now 0.2); set it back, or prepare into another",
+        ),
+        (
+            ["train.branch_from={trunk}@10", "data.validation_fraction=0.4"],
+            "was prepared with another data.validation_fraction (0.2, now 0.4); set it back, or prepare into another",
+        ),
         (["train.branch_data=own"], "train.branch_data is own, but the run is no branch; give train.branch_from,"),
         (["checkpoint.milestones=[6,21]"], "checkpoint.milestones has 21, which a run of train.steps = 20 does not"),
         (["checkpoint.milestones=[0]"], "checkpoint.milestones is [0]; it must be greater than 0."),

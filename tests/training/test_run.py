@@ -111,6 +111,7 @@ def test_plan_counts_what_is_trained(recipe, reference, capsys):
         ("train", "model.vocab_size=100", "vocabulary"),
         ("train", "model.patern=G", "did you mean model.pattern?"),
         ("train", "train.seq_length=128", "seq_length"),
+        ("train", "data.validation_fraction=0.1", "another data.validation_fraction (0.2, now 0.1); set it back"),
         ("train", "parallel.tensor=2", "1 process cannot be split"),
         ("prepare", "data.sources.python.path=/nowhere", "/nowhere"),
     ],
