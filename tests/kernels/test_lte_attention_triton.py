@@ -108,7 +108,7 @@ def test_what_queries_do_not_see(lengths, window_size, sink_size, buffer_size, g
 @pytest.mark.parametrize(
     "lengths, window_size, sink_size, buffer_size, groups",
     interpreted(
-        [(LENGTHS[1], 9, 4, 6, 1), (LENGTHS[2], 0, 1, 5, 3), (LENGTHS[2], 9, 4, None, 1)],
+        [(LENGTHS[1], 9, 4, 6, 1), (LENGTHS[2], 0, 1, 5, 3), (LENGTHS[2], 40, 2, 12, 1), (LENGTHS[2], 9, 4, None, 1)],
         [(x, *sizes, groups) for x in LENGTHS for sizes in SIZES for groups in (1, 3)],
     ),
 )
