@@ -171,7 +171,7 @@ def delta_rule_forward(case: Case) -> None:
 
 def attention(case: Case, buffer: int | None) -> None:
     q, k, v, score = case.rows(case.heads * case.groups), case.rows(), case.rows(), new(case.tokens, case.heads)
-    for gate in ("value", "counterfactual"):
+    for gate in ("value", "displacing"):
         backward(lte.lte_attention(q, k, v, score, case.sequences, 768, 4, buffer, gate))
 
 

@@ -90,16 +90,35 @@ def dense_lte_attention(
     buffer_size: int | None,
     gate: str = "value",
 ) -> Tensor:
-    one = 1 + score - score.detach()
+    kept = score.detach()
+    if gate == "displacing" and buffer_size is not None:
+        score = centred(score, lengths, window_size, sink_size, buffer_size)
+    one = 1 + score - kept
     gated = v * one[..., None] if gate == "value" else v
     outputs = []
     for rows in documents(lengths):
-        visible = eviction_mask(score[rows], window_size, sink_size, buffer_size)
+        visible = eviction_mask(kept[rows], window_size, sink_size, buffer_size)
         factor = None if gate == "value" else one[rows]
         outputs.append(dense_attention(q[rows], k[rows], gated[rows], visible, factor))
-        if gate == "counterfactual":
+        if gate in ("counterfactual", "displacing"):
             outputs[-1] = outputs[-1] + changed_by_the_unseen(q[rows], k[rows], v[rows], one[rows] - 1, visible)
     return torch.cat(outputs)
+
+
+def centred(score: Tensor, lengths: tuple[int, ...], window_size: int, sink_size: int, buffer_size: int) -> Tensor:
+    """score [T, H], the same numbers: as a product with a matrix a document and head that takes away of the mean over
+    what the last query no longer sees through the window, and could, but for sinks, the share that has no room."""
+    parts, room = [], buffer_size - sink_size
+    for rows in documents(lengths):
+        part, row = score[rows], torch.arange(rows.stop - rows.start, device=score.device)
+        left = (row >= sink_size) & (row < len(row) - 1 - window_size)
+        one = ((part.detach() > 0) & left[:, None]).to(score.dtype).T
+        rivals = one.sum(1)[:, None, None].clamp(min=1)
+        share = (1 - room / rivals).clamp(min=0) / rivals
+        centring = torch.eye(len(row), dtype=score.dtype, device=score.device) - share * one[:, :, None] * one[:, None]
+        moved = (centring @ part.T[..., None])[..., 0].T
+        parts.append(moved + (part - moved).detach())
+    return torch.cat(parts)
 
 
 def changed_by_the_unseen(q: Tensor, k: Tensor, v: Tensor, zero: Tensor, visible: Tensor) -> Tensor:

@@ -128,6 +128,30 @@ def test_what_a_token_would_change_for_queries_after_it_was_evicted():
     torch.testing.assert_close(gradients[1] - gradients[0], expected)
 
 
+@pytest.mark.parametrize("sizes", [(9, 4, 5), (4, 0, 3), (0, 1, 1), (9, 4, None), (9, 0, 500)])
+@pytest.mark.parametrize("lengths", [(40, 1, 90), (200,)])
+def test_what_a_full_buffers_scores_have_in_common(lengths, sizes):
+    check(inputs(lengths, 4, 2), lengths, *sizes, gate="displacing")
+
+
+def test_where_many_compete_for_few_places_nothing_in_common_is_left():
+    """With as many scores as there are, and one place, all but its share of their mean is gone; those that the window
+    still has, and sinks, keep theirs."""
+    lengths, (window, sinks, buffer) = (300,), (9, 2, 3)
+    score = torch.rand(300, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + 0.1
+    q, k, v = (pair[0].detach() for pair in list(inputs(lengths, 2, 2).values())[:3])
+    found = {}
+    for gate in ("counterfactual", "displacing"):
+        leaf = score.clone().requires_grad_()
+        o = lte_attention(q, k, v, leaf, Sequences.of(lengths), window, sinks, buffer, gate)
+        (found[gate],) = torch.autograd.grad(o.square().sum(), leaf)
+    rivals = slice(sinks, 300 - 1 - window)
+    before, after = (found[gate][rivals].mean(0) for gate in ("counterfactual", "displacing"))
+    torch.testing.assert_close(after, before / (300 - 1 - window - sinks))
+    assert torch.equal(found["counterfactual"][:sinks], found["displacing"][:sinks])
+    assert torch.equal(found["counterfactual"][rivals.stop :], found["displacing"][rivals.stop :])
+
+
 def test_what_queries_do_not_see_takes_memory_for_one_document_at_a_time():
     assert list(counterfactual._blocks((3000, 1096, 500, 500, 3596))) == [
         (slice(0, 3000), 3000),

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 from cases import interpreted
-from oracles_lte import FLOAT32_TOLERANCE, assert_same_gradients, dense_lte_attention, documents, leaf
+from oracles_lte import FLOAT32_TOLERANCE, assert_same_gradients, centred, dense_lte_attention, documents, leaf
 from test_exit_positions import tied_scores
 
 from megahybrid_kernels import Sequences
@@ -103,6 +103,17 @@ def test_a_gate_on_the_logit(lengths, window_size, sink_size, buffer_size, group
 )
 def test_what_queries_do_not_see(lengths, window_size, sink_size, buffer_size, groups):
     check(inputs(lengths, 2 * groups, 2, 16), lengths, window_size, sink_size, buffer_size, "counterfactual")
+
+
+@pytest.mark.parametrize(
+    "lengths, window_size, sink_size, buffer_size, groups",
+    interpreted(
+        [(LENGTHS[1], 9, 4, 6, 1), (LENGTHS[2], 0, 1, 5, 3), (LENGTHS[2], 40, 2, 12, 1), (LENGTHS[2], 9, 4, None, 1)],
+        [(x, *sizes, groups) for x in LENGTHS for sizes in SIZES for groups in (1, 3)],
+    ),
+)
+def test_what_a_full_buffers_scores_have_in_common(lengths, window_size, sink_size, buffer_size, groups):
+    check(inputs(lengths, 2 * groups, 2, 16), lengths, window_size, sink_size, buffer_size, "displacing")
 
 
 def test_rising_scores_displace_all_the_time():
@@ -204,7 +215,7 @@ FULL = [  # lengths, query heads, heads, head dim, window, sinks, buffer, share 
 
 @on_a_gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-4)])
-@pytest.mark.parametrize("gate", ["value", "counterfactual"])
+@pytest.mark.parametrize("gate", ["value", "counterfactual", "displacing"])
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_full_sizes_on_a_gpu(case, gate, dtype, tolerance):
     """Against float64 by relative norm, in the tiles that training uses, and twice the same bits."""
@@ -233,8 +244,10 @@ def masked_attention(q, k, v, score, sequences, window_size, sink_size, buffer_s
     rows = torch.arange(q.shape[0], device=q.device)
     earlier = (rows <= rows[:, None]) & (sequences.index == sequences.index[:, None])
     visible = earlier & (rows[:, None] < until)
-    groups = q.shape[1] // k.shape[1]
-    k, v, zero = (x.repeat_interleave(groups, 1) for x in (k, v, score - score.detach()))
+    groups, kept = q.shape[1] // k.shape[1], score.detach()
+    if gate == "displacing" and buffer_size is not None:
+        score = centred(score, sequences.lengths, window_size, sink_size, buffer_size)
+    k, v, zero = (x.repeat_interleave(groups, 1) for x in (k, v, score - kept))
     visible = visible.repeat_interleave(groups, 0)
     logits = torch.einsum("ihd,jhd->hij", q, k) / q.shape[2] ** 0.5
     if gate == "value":

@@ -71,7 +71,7 @@ def test_lte_gradients_against_the_surrogate(train_cap, gate, monkeypatch):
     assert_gradients_match(model, tokens, gradients)
 
 
-@pytest.mark.parametrize("gate", ["value", "counterfactual"])
+@pytest.mark.parametrize("gate", ["value", "counterfactual", "displacing"])
 def test_keys_and_values_hear_nothing_of_scores_without_routing_grad(gate, monkeypatch):
     """Routers do as ever; keys and values get what they get where scores have no gradient at all."""
     tokens, found = tiny.tokens(), {}

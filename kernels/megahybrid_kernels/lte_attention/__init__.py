@@ -36,6 +36,9 @@ def lte_attention(
     "counterfactual" adds to the second, over all queries that do not see j, what the loss would change to first order
     if the query saw j, too: `<do_i, v_j - o_i>` times the p_ij that j would have. It takes the FLOPs of full
     attention's forward pass, beside the rest; in PyTorch, memory quadratic in the longest document, too.
+    "displacing" is that, but for what only seems to be gained: where of a document n tokens with positive scores, but
+    for sinks, leave the window, and the buffer has room for r < n beside the sinks, one comes in in another's place,
+    and only their order matters. From the gradient of each of the n it takes `1 - r / n` of their mean.
 
     Args:
         q: `[tokens, query_heads, head_dim]`, rotated.
@@ -45,7 +48,7 @@ def lte_attention(
         window_size: w; a query sees itself and the w keys before it.
         sink_size: the first tokens of a document that all see.
         buffer_size: at most so many keys, sinks included, beyond the window; None for no cap.
-        gate: whose gradient the score gets, "value", "logit" or "counterfactual".
+        gate: whose gradient the score gets, "value", "logit", "counterfactual" or "displacing".
 
     Returns:
         `[tokens, query_heads, head_dim]` in q's dtype; logits are scaled by `head_dim ** -0.5`.

@@ -55,7 +55,7 @@ class LTEAttention(Shape):
         more += [streamed_case(long._streamed(), "prefill", SHORT, "short")]
         more += [streamed_case(steps._streamed(), "step", STEPS)]
         more += [streamed_case(self._streamed(), "step", many_steps(self.heads), "many")]
-        more += [self._near()._whole(lengths, self.near_buffer, "counterfactual gate", "counterfactual")]
+        more += [self._near()._whole(lengths, self.near_buffer, "displacing gate", "displacing")]
         if varied and self.groups == 1:
             near, long, steps = (replace(each, groups=2) for each in (self._near(), long, steps))
             more += [near._whole(lengths, near.buffer, "grouped")]

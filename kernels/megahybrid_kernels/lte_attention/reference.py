@@ -20,6 +20,7 @@ from megahybrid_kernels.attention.reference import (
 from megahybrid_kernels.exit_positions.reference import NEVER, exit_positions, exits_of_candidates
 from megahybrid_kernels.lte_attention.cache import LTECache
 from megahybrid_kernels.lte_attention.counterfactual import with_unseen
+from megahybrid_kernels.lte_attention.displaced import with_displaced
 from megahybrid_kernels.lte_attention.gate import Gate
 from megahybrid_kernels.precision import at_least_fp32
 from megahybrid_kernels.sequences import Sequences
@@ -103,6 +104,8 @@ def lte_attention(
     ]
     if gate == "value" or not score.requires_grad:
         return blocked_attention(q, k, _MaskingGradient.apply(v, score), blocks, until)
+    if gate == "displacing":
+        score = with_displaced(score, sequences, window_size, sink_size, buffer_size)
     # One more channel: 1 of every query times a key's gate.
     head_dim = q.shape[2]
     gated = torch.cat([k, _LogitGate.apply(score, head_dim, k.dtype)[..., None]], -1)

@@ -2,7 +2,7 @@
 
 Work per query head and token: `4 D` FLOPs forward and `14 D` backward for each visible key, since dq and dk, dv
 recompute the logits separately; tiles that are only partly visible add about a tenth at a window of 768. The gate
-"counterfactual" adds `4 D` backward for each pair that is not visible. See
+"counterfactual" adds `4 D` backward for each pair that is not visible, and so does "displacing". See
 `triton_columns` for how visibility is laid out, `triton_forward` and `triton_backward` for the kernels.
 """
 
@@ -17,8 +17,9 @@ from megahybrid_kernels.backend import dense_rows
 from megahybrid_kernels.exit_positions.triton import exit_positions
 from megahybrid_kernels.heads import Heads, row_strides
 from megahybrid_kernels.integers import cdiv
-from megahybrid_kernels.lte_attention.gate import Gate
+from megahybrid_kernels.lte_attention.gate import UNSEEN, Gate
 from megahybrid_kernels.lte_attention.triton_backward import (
+    displaced_gradient_kernel,
     far_gradient_kernel,
     key_gradient_kernel,
     query_gradient_kernel,
@@ -185,15 +186,35 @@ def _add_unseen(shape: _Shape, saved, do: Tensor, delta: Tensor, dscore: Tensor,
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Buffer:
+    """What competes for a head's buffer: scores of the tokens after each document's sinks that leave the window, and
+    the room that there is for them."""
+
+    score: Tensor
+    sequences: Sequences
+    window: int
+    sinks: int
+    room: int
+
+    def displace(self, dscore: Tensor) -> None:
+        """Take from dscore (fp32 `[tokens, heads]`) what the gate "displacing" leaves out."""
+        heads = dscore.shape[1]
+        displaced_gradient_kernel[self.sequences.count * heads](
+            dscore, self.score, self.sequences.cu_seqlens, self.window, self.sinks, self.room, heads, BLOCK=1024
+        )
+
+
 class _LTEAttention(torch.autograd.Function):
     """Saves q, k, v, o, the log-denominators and the index lists; the backward makes nothing quadratic either."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, score: Tensor, columns: Columns, part: Partition, shape: _Shape,
-                gate: Gate):  # fmt: skip
+                gate: Gate, buffer: _Buffer | None):  # fmt: skip
         o, log_total = _forward(shape, q, k, v, columns, part)
         ctx.save_for_backward(q, k, v, o, log_total)
-        ctx.columns, ctx.part, ctx.shape, ctx.gate, ctx.score_dtype = columns, part, shape, gate, score.dtype
+        ctx.columns, ctx.part, ctx.shape, ctx.score_dtype = columns, part, shape, score.dtype
+        ctx.gate, ctx.buffer = gate, buffer
         return o
 
     @staticmethod
@@ -201,9 +222,11 @@ class _LTEAttention(torch.autograd.Function):
         saved, rest, do = ctx.saved_tensors, (ctx.columns, ctx.part), do.contiguous()
         dq, delta = _query_gradient(ctx.shape, saved, do, *rest)
         dk, dv, dscore = _key_gradient(ctx.shape, saved, do, delta, *rest, ctx.gate != "value")
-        if ctx.gate == "counterfactual" and ctx.needs_input_grad[3]:
+        if ctx.gate in UNSEEN and ctx.needs_input_grad[3]:
             _add_unseen(ctx.shape, saved, do, delta, dscore, *rest)
-        return dq, dk, dv, dscore.to(ctx.score_dtype), None, None, None, None
+        if ctx.buffer is not None:
+            ctx.buffer.displace(dscore)
+        return dq, dk, dv, dscore.to(ctx.score_dtype), None, None, None, None, None
 
 
 def lte_attention(
@@ -231,4 +254,7 @@ def lte_attention(
         exits = exit_positions(keys, sequences, window_size, sink_size, buffer_size)
     part = partition(sequences, window_size, shape.queries, shape.tune.keys, exits is not None)
     columns = far_columns(keys, exits, sequences, part, sink_size, buffer_size)
-    return applied(_LTEAttention, q, k, v, score, columns, part, shape, gate)
+    buffer = None
+    if gate == "displacing" and exits is not None:
+        buffer = _Buffer(keys, sequences, window_size, sink_size, buffer_size - sink_size)
+    return applied(_LTEAttention, q, k, v, score, columns, part, shape, gate, buffer)

@@ -6,6 +6,8 @@
     dr_j = sum_i ds_ij    with LOGIT: that of a gate added to the logit
     dr_j += sum_i ds_ij   over the i that do not see j, where p_ij = e_ij / (Z_i + e_ij): `unseen_gradient_kernel`
 
+and with the gate "displacing" less a part of their mean over what competes for the buffer: `displaced_gradient_kernel`.
+
 p is computed again from the logits and the forward's log-denominators. dq goes by query tile, dk and dv by key tile,
 and every output is written by one program in a fixed order: no atomics, the same bits every time. A key's far uses are
 summed first, one row of fp32 partial sums for each chunk; its near uses are added to them where dk, dv and dr are
@@ -345,3 +347,29 @@ def unseen_gradient_kernel(
             gate = unseen_step(gate, k_tile, v_tile, q_tile, do_tile, row_total, row_delta, unseen, scale, PRECISION)
     place = dscore + j.to(tl.int64) * heads + head
     tl.store(place, tl.load(place, mask=exists, other=0) + tl.sum(gate, 1), mask=exists)
+
+
+@kernel
+def displaced_gradient_kernel(dscore, score, cu_seqlens, window, sinks, room, heads, BLOCK: tl.constexpr):
+    """Takes `1 - room / n` of their mean from dscore (fp32 `[tokens, heads]`) of the n tokens of a document and head
+    that compete for fewer places, `room`: those that leave the window, have a positive score and are no sinks."""
+    document, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    begin = tl.load(cu_seqlens + document) + sinks
+    end = tl.load(cu_seqlens + document + 1) - 1 - window
+    total = tl.zeros([BLOCK], tl.float32)
+    rivals = tl.zeros([BLOCK], tl.int32)
+    for j0 in tl.range(begin, end, BLOCK):
+        j = j0 + tl.arange(0, BLOCK)
+        place = j.to(tl.int64) * heads + head
+        competes = tl.load(score + place, mask=j < end, other=0) > 0
+        total += tl.load(dscore + place, mask=competes, other=0)
+        rivals += competes.to(tl.int32)
+    count = tl.sum(rivals)
+    if count > room:
+        common = tl.sum(total) / count * (1 - room / count)
+        for j0 in tl.range(begin, end, BLOCK):
+            j = j0 + tl.arange(0, BLOCK)
+            place = j.to(tl.int64) * heads + head
+            competes = tl.load(score + place, mask=j < end, other=0) > 0
+            gradient = tl.load(dscore + place, mask=competes, other=0)
+            tl.store(dscore + place, gradient - common, mask=competes)

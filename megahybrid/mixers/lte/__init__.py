@@ -59,11 +59,12 @@ class LTEConfig:
     """Dropout before each of the router's convolutions, in training."""
     train_cap: bool = key(False, may_change=True)
     """Train with the buffer's capacity enforced, as in inference, instead of leaving it to the L1 term alone."""
-    gate: str = key("value", may_change=True, choices=("value", "logit", "counterfactual"))
+    gate: str = key("value", may_change=True, choices=("value", "logit", "counterfactual", "displacing"))
     """Whose gradient a retention score gets, since the mask has none. value: that of a gate on the token's value, as in
     the paper (equation 6); logit: that of a gate on its logits, which adds up to 0 over what a query sees;
     counterfactual: as logit, and what it would change for every query that does not see the token to see it, too, for
-    the FLOPs of full attention's forward pass; heads live that die with the others (docs/evidence.md, E2d)."""
+    the FLOPs of full attention's forward pass; heads live that die with the others (docs/evidence.md, E2d); displacing:
+    as counterfactual, less what raises all scores of a full buffer in common (with train_cap)."""
     routing_grad: bool = key(True, may_change=True)
     """Whether what scores get goes on to the keys and values that the router reads, as in the paper."""
     loss: RetentionLossConfig = field(default_factory=RetentionLossConfig)
@@ -117,7 +118,7 @@ class LTEKind(AttentionKind):
         begins farther back, with two numbers of 4 bytes each. Where heads are too few to be exchanged, in some steps
         instead all keys and values of the ranks before. None where scores' gradients need all tokens."""
         lte, heads, head_dim = model.lte, model.attention.num_kv_heads, model.attention.head_dim
-        if lte.gate == "counterfactual":
+        if lte.gate in ("counterfactual", "displacing"):
             return None
         keys, given = 2 * width * head_dim, most_room(lte)
         around, retained = lte.window_size + given + 2 * lte.margin, (ranks - 1) * given
@@ -130,8 +131,8 @@ class LTEKind(AttentionKind):
     def keys(self, model: ModelConfig, length: int) -> float:
         """The query at position i sees min(i + 1, w + 1) keys in its window. Of the max(0, i - w) tokens that left it
         it sees at most buffer_size, as in inference: in training, too, this is what the controller of lambda steers to.
-        Before the controller has settled a model without train_cap sees more, up to all. What the gate counterfactual
-        takes, as much as attention to all in a forward pass, is not counted.
+        Before the controller has settled a model without train_cap sees more, up to all. What gates take that hear of
+        queries which do not see a token, as much as attention to all in a forward pass, is not counted.
         """
         window, buffer = model.lte.window_size, model.lte.buffer_size
         left = max(0, length - 1 - window)
@@ -161,7 +162,7 @@ class LTEKind(AttentionKind):
         and o, to a buffer, or without a cap to what all ranks have room for; where heads are too few to be exchanged,
         at first, in place of both, to all before.
         Backward: gradients of q and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K. (In PyTorch
-        the gate counterfactual takes more, with the square of the longest document.)
+        such gates take more, with the square of the longest document.)
         """
         queries, keys = widths(model.attention, batch)
         head_dim, width = model.attention.head_dim, batch.width
