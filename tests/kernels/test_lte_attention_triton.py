@@ -108,12 +108,21 @@ def test_what_queries_do_not_see(lengths, window_size, sink_size, buffer_size, g
 @pytest.mark.parametrize(
     "lengths, window_size, sink_size, buffer_size, groups",
     interpreted(
-        [(LENGTHS[1], 9, 4, 6, 1), (LENGTHS[2], 0, 1, 5, 3), (LENGTHS[2], 40, 2, 12, 1), (LENGTHS[2], 9, 4, None, 1)],
+        [(LENGTHS[1], 9, 4, 6, 1), (LENGTHS[2], 0, 1, 5, 3), (LENGTHS[2], 9, 4, None, 1)],
         [(x, *sizes, groups) for x in LENGTHS for sizes in SIZES for groups in (1, 3)],
     ),
 )
 def test_what_a_full_buffers_scores_have_in_common(lengths, window_size, sink_size, buffer_size, groups):
     check(inputs(lengths, 2 * groups, 2, 16), lengths, window_size, sink_size, buffer_size, "displacing")
+
+
+def test_where_the_buffer_has_room_to_spare_scores_keep_what_they_have_in_common():
+    lengths = (60, 70)
+    score = torch.rand(130, 1, generator=torch.Generator().manual_seed(5)) - 0.9
+    score[60:] += 0.6
+    rivals = [(score[rows.start + 2 : rows.stop - 10] > 0).sum().item() for rows in documents(lengths)]
+    assert 0 < rivals[0] < 10 < rivals[1]
+    check(inputs(lengths, 1, 1, 16, score), lengths, 9, 2, 12, "displacing")
 
 
 def test_rising_scores_displace_all_the_time():
