@@ -214,7 +214,8 @@ def _data(config: Config) -> None:
     if None in weights.values() and any(weights.values()):
         unset = ", ".join(name for name, weight in weights.items() if weight is None)
         raise UserError(
-            f"data.sources has weights, but not for {unset}; give every source one, or none, or remove one (NAME: null)."
+            f"data.sources has weights, but not for {unset}; give every source one, or none, or remove one with null "
+            "in its place."
         )
     if any(weight is None for name, weight in weights.items() if name in task_sources(config)):
         raise UserError("A task has no size to count by; give every source in data.sources a weight.")
