@@ -216,7 +216,7 @@ def _entries(layer: DictConfig, key: str) -> DictConfig | None:
     section, _, name = key.rpartition(".")
     above = OmegaConf.select(layer, section)
     node = None if above is None else above._get_node(name)
-    return node if OmegaConf.is_dict(node) and not node._is_interpolation() else None
+    return node if OmegaConf.is_dict(node) else None
 
 
 def _first_line(error: Exception) -> str:

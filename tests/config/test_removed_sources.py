@@ -71,6 +71,17 @@ def test_one_that_takes_another_after_its_example_can_go(recipe):
         load_config(path, ["data.sources.web=null"])
 
 
+def test_one_that_is_still_to_be_given_can_go(recipe):
+    path = recipe("{later: '???'}")
+    assert list(load_config(path, ["data.sources.later=null"]).data.sources) == ["web", "code"]
+
+
+def test_sources_that_are_named_elsewhere_as_a_whole_are_left_alone(recipe):
+    path = recipe("'${oc.create:{own: {path: own}}}'")
+    with pytest.raises(UserError, match=r"data\.sources had only web, code there"):
+        load_config(path, ["data.sources.own=null"])
+
+
 @pytest.mark.parametrize(
     ("sources", "changes", "reason"),
     [
