@@ -51,7 +51,8 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The recipe with `key=value` overrides applied, validated.
 
     `include: FILE` or `include: [FILE, …]` at its top level names other files, relative to its own folder, whose keys
-    hold where the recipe has none; of two that set the same key the later one holds.
+    hold where the recipe has none; of two that set the same key the later one holds. A source that is null removes what
+    came before under its name.
     Raises UserError for a missing or malformed file, an unknown key, a missing or impossible value.
     """
     path = Path(recipe)
@@ -119,24 +120,16 @@ def _pop_includes(tree: DictConfig, path: Path) -> list[str]:
 def merge(schema: type[T], trees: Sequence[DictConfig], overrides: Sequence[str], file: str) -> T:
     """An object of the dataclass `schema` from its defaults, trees and then key=value overrides, later ones on top.
 
+    Null in place of a named section (`_maps_of_sections`) removes it from what came before; the trees lose both.
     Raises UserError for an unknown key, a missing one or one of another type; `file` is what lacks a missing one.
     """
-    for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise UserError(f"'{override}' is not an override; write key=value, such as train.steps=100.")
-        try:
-            OmegaConf.from_dotlist([override])
-        except yaml.YAMLError as error:
-            raise UserError(
-                f"The value of '{override}' is not valid YAML ({_first_line(error)}); put texts with special "
-                """characters in quotes, and all of it in the shell's: 'key=["*.txt"]'."""
-            ) from error
-        except OmegaConfBaseException:
-            break  # said below
     try:
-        layers = [*trees, OmegaConf.from_dotlist(list(overrides))]
-        for layer in layers:
+        changes = [_read_override(override) for override in overrides]
+        for layer in (*trees, *changes):
             _require_sections(layer, schema, "")
+        for key in _maps_of_sections(schema):
+            _remove_nulls([*trees, *changes], key)
+        layers = [*trees, OmegaConf.merge({}, *changes)]  # one for all changes: each costs a check of its types
         return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(_defaults(schema), *layers)))
     except ConfigKeyError as error:
         raise UserError(_unknown_key(schema, str(error.full_key))) from error
@@ -147,6 +140,19 @@ def merge(schema: type[T], trees: Sequence[DictConfig], overrides: Sequence[str]
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise UserError(f"{where}{_first_line(error)}; give a value of that type.") from error
+
+
+def _read_override(override: str) -> DictConfig:
+    """The tree of one key=value. Raises UserError, or OmegaConf's own fault."""
+    if "=" not in override or override.startswith("="):
+        raise UserError(f"'{override}' is not an override; write key=value, such as train.steps=100.")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"The value of '{override}' is not valid YAML ({_first_line(error)}); put texts with special "
+            """characters in quotes, and all of it in the shell's: 'key=["*.txt"]'."""
+        ) from error
 
 
 @functools.cache
@@ -176,6 +182,41 @@ def _require_sections(tree: DictConfig, schema: type, prefix: str) -> None:
             raise UserError(f"{name} holds named entries; write {{NAME: …}}.")
         elif typing.get_origin(hint) in (list, tuple) and not OmegaConf.is_list(node):
             raise UserError(f"{name} is a list; write [ … ].")
+
+
+def _maps_of_sections(schema: type, prefix: str = "") -> typing.Iterator[str]:
+    """Keys that hold sections by names of the user's choice, such as data.sources."""
+    for name, hint in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _maps_of_sections(hint, f"{prefix}{name}.")
+        elif typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):
+            yield prefix + name
+
+
+def _remove_nulls(layers: Sequence[DictConfig], key: str) -> None:
+    """Of the map at `key`, take what a layer sets to null out of it and out of all layers before. Raises UserError
+    where none of these has it."""
+    before: list[DictConfig] = []
+    for entries in filter(None, (_entries(layer, key) for layer in layers)):
+        for name in [name for name in entries if entries._get_node(name)._is_none()]:
+            holders = [each for each in before if each._get_node(name) is not None]
+            if not holders:
+                names = ", ".join(dict.fromkeys(str(name) for each in before for name in each))
+                raise UserError(
+                    f"{key}.{name} is null, which removes what came before under that name, but {key} had "
+                    f"{f'only {names}' if names else 'nothing'} there; correct the name, or leave it out."
+                )
+            for each in [*holders, entries]:
+                del each[name]
+        before.append(entries)
+
+
+def _entries(layer: DictConfig, key: str) -> DictConfig | None:
+    """The map at `key`, None where the layer does not spell one out."""
+    section, _, name = key.rpartition(".")
+    above = OmegaConf.select(layer, section)
+    node = None if above is None else above._get_node(name)
+    return node if OmegaConf.is_dict(node) else None
 
 
 def _first_line(error: Exception) -> str:

@@ -245,7 +245,7 @@ class DataConfig:
     path: str | None = key(None, may_change=True)
     """Where `prepare` writes the tokenizer and the shards, and `train` reads them; tasks alone need none."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    """Named sources of text."""
+    """Named sources; null in place of one removes what an included file has under its name."""
     tokenizer: str | None = key(None, may_change=True)
     """A tokenizer.json (or a folder that holds one); when left out, `prepare` trains a byte-level BPE of
     model.vocab_size on the sources."""

@@ -213,7 +213,10 @@ def _data(config: Config) -> None:
         raise UserError("Every source in data.sources has weight 0; give at least one a weight above 0.")
     if None in weights.values() and any(weights.values()):
         unset = ", ".join(name for name, weight in weights.items() if weight is None)
-        raise UserError(f"data.sources has weights, but not for {unset}; give every source one, or none.")
+        raise UserError(
+            f"data.sources has weights, but not for {unset}; give every source one, or none, or remove one with null "
+            "in its place."
+        )
     if any(weight is None for name, weight in weights.items() if name in task_sources(config)):
         raise UserError("A task has no size to count by; give every source in data.sources a weight.")
     check_stages(config, Vocabulary(config.model.vocab_size, 0))

@@ -218,6 +218,24 @@ def test_a_branch_with_data_of_its_own_reads_it_from_the_first_sample(recipe, tr
     assert first["loss"] < trunks[0]["loss"] - 0.5 and first["learning_rate"] == trunks[10 - 1]["learning_rate"]
 
 
+def test_a_branch_anneals_without_its_trunks_source(trunk, text, tmp_path, capsys):
+    """A recipe that includes the trunk's own configuration and removes what that was trained on."""
+    recipe, run = tmp_path / "anneal.yaml", tmp_path / "run"
+    tokenizer = trunk / "checkpoints" / "step_00000010" / "tokenizer.json"
+    recipe.write_text(
+        f"include: {trunk / 'config.yaml'}\n"
+        f"data: {{path: {tmp_path / 'data'}, tokenizer: {tokenizer}, validation_fraction: 0.3, sources: "
+        f"{{python: null, other: {{path: {text}, include: [c*.py], weight: 1}}}}}}\n"
+    )
+    assert main(["prepare", str(recipe)]) == 0
+    command = [f"train.branch_from={trunk}@10", "train.steps=11"]
+    assert train(recipe, run, *command) == 2
+    assert "other data takes train.branch_data=own" in capsys.readouterr().err
+    assert train(recipe, run, *command, "train.branch_data=own") == 0
+    assert [line["step"] for line in metrics(run)] == [11]
+    assert list(load_config(run / "config.yaml").data.sources) == ["other"]
+
+
 def test_wsd_does_not_know_its_length_before_its_decay():
     """Rates are equal to the last bit up to the start of the decay, whatever the fraction and the length."""
     for fraction in (0.1, 0.15, 0.2, 0.3, 1 / 3, 0.35):

@@ -1,12 +1,14 @@
 """Whole runs through the command line, on real text."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from megahybrid.cli import main
+from megahybrid.config import load_config
 from megahybrid.data import TrainingData
 from megahybrid.training import engine
 from megahybrid.training.engine import Engine
@@ -35,6 +37,23 @@ def test_a_finished_run_says_so(reference, capsys):
     assert main(["train", str(reference.parent / "recipe.yaml")]) == 0
     assert "has done 20 steps, and train.steps is 20" in capsys.readouterr().out
     assert (reference / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_included_source_that_is_null_was_never_there(reference, recipe, prepared, tmp_path):
+    """It is not prepared, and a run of a recipe without it goes on with one that removes it, to the last bit."""
+    base, run = tmp_path / "base.yaml", tmp_path / "run"
+    base.write_text(
+        recipe.read_text().replace("{python:", "{web: {path: /absent, format: parquet, weight: 3}, python:")
+    )
+    recipe.write_text(f"include: base.yaml\ndata: {{path: {tmp_path / 'data'}, sources: {{web: null}}}}\n")
+    assert main(["prepare", str(recipe)]) == 0
+    assert (tmp_path / "data" / "dataset.json").read_bytes() == (prepared / "dataset.json").read_bytes()
+    shutil.copytree(reference, run)
+    shutil.rmtree(run / "checkpoints" / "step_00000020")
+    (run / "checkpoints" / "latest").write_text("step_00000015\n")
+    assert main(["train", str(recipe)]) == 0
+    assert metrics(run) == metrics(reference)
+    assert list(load_config(run / "config.yaml").data.sources) == ["python"]
 
 
 def test_an_interrupted_run_goes_on_with_the_same_losses(reference, recipe, tmp_path, monkeypatch):
