@@ -21,7 +21,7 @@ The file says all of it before anything runs:
 
 A quantity is `beyond@F` or `all@F`, the accuracy beyond the window or of all answers at F times training's length, with
 a policy as in `beyond@1:oracle`, the mean over tasks; or `metric:KEY`, `metric:KEY.INDEX` of the last line of
-metrics.jsonl that has it.
+metrics.jsonl that has it, or `metric:KEY.INDEX@N`, the least of the last N that have it.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def read(path: Path) -> Experiment:
 
 
 def _check(check: Check, experiment: Experiment, path: Path) -> None:
-    if not re.fullmatch(r"(beyond|all)@\d+(:\w+)?|metric:\w+(\.\d+)?", check.quantity):
+    if not re.fullmatch(r"(beyond|all)@\d+(:\w+)?|metric:\w+(\.\d+)?(@[1-9]\d*)?", check.quantity):
         raise UserError(
             f"'{path}': a check is of '{check.quantity}'; write beyond@1, all@4, beyond@1:oracle or metric:KEY."
         )
@@ -223,12 +223,13 @@ def measure(run: Path, quantity: str, length: int) -> float | None:
     return statistics.fmean(found) if found and None not in found else None
 
 
-def _metric(path: Path, key: str) -> float | None:
-    key, _, index = key.partition(".")
-    found = None
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        found = json.loads(line).get(key, found)
-    return found[int(index)] if index and found is not None else found
+def _metric(path: Path, quantity: str) -> float | None:
+    name, _, count = quantity.partition("@")
+    key, _, index = name.partition(".")
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    found = [line[key][int(index)] if index else line[key] for line in lines if key in line]
+    last = int(count or 1)
+    return min(found[-last:]) if len(found) >= last else None
 
 
 def verdict(experiment: Experiment, setting: str, rows: Iterable[Row]) -> tuple[str, list[str]]:

@@ -25,6 +25,10 @@ LALTE = Path(__file__).parents[2] / "recipes" / "lalte-1.4b.yaml"  # 24 layers, 
         ("parallel.context=16 parallel.tensor=4 model.pattern=GF", "is 64, which does not divide model.attention.num"),
         ("parallel.context=16 model.pattern=GN model.nsa.num_heads=8", "num_heads (8); choose a divisor of it."),
         ("parallel.context=16 model.lte.gate=counterfactual", "parallel.context is 16, which does not divide"),
+        (
+            "parallel.context=16 model.lte.train_cap=true model.lte.gate=displacing",
+            "parallel.context is 16, which does not divide",
+        ),
         ("parallel.context=8 train.seq_length=4100", "parallel.context (8) ranks, which does not come out even"),
         ("parallel.pipeline=2 parallel.zero_stage=2", "set parallel.zero_stage to 1"),
         ("parallel.pipeline=2 parallel.zero_stage=3", "set parallel.zero_stage to 1"),
@@ -81,6 +85,7 @@ def test_possible_layouts_are_taken(overrides):
         ("train.seq_length=65536", "GL"),
         ("train.seq_length=768 parallel.tensor=4", "GL"),  # heads are too few
         ("train.seq_length=65536 model.lte.train_cap=true model.lte.gate=counterfactual", "G"),  # all of it matters
+        ("train.seq_length=65536 model.lte.train_cap=true model.lte.gate=displacing", "G"),
         ("train.seq_length=65536 model.pattern=GSFN", "GS"),
         ("train.seq_length=65536 parallel.context=1", ""),
     ],

@@ -35,6 +35,7 @@ def test_overrides_win_and_the_saved_config_loads_as_the_same(tmp_path):
         ("model.pattern=(GX)*2", "unknown letter 'X'"),
         ("model.lte.window_size=6", "larger than the router's margin (6)"),
         ("model.lte.buffer_size=3", "must hold the sinks"),
+        ("model.lte.gate=displacing", "without model.lte.train_cap: set that to true, or the gate to counterfactual"),
         ("model.lte.conv_size=4", "odd"),
         ("model.lte.loss.update_interval=1", "at least 2"),
         ("model.attention.num_kv_heads=3", "must be a multiple"),

@@ -114,8 +114,9 @@ def test_quantities_of_a_run(tmp_path):
         '{"step": 1, "hits": [1, 2]}\n{"step": 2, "hits": [3, 4], "x": 0.5}\n{"step": 3}\n'
     )
     asked = ["beyond@1", "all@1", "beyond@1:oracle", "beyond@4", "beyond@16", "metric:hits.1", "metric:x", "metric:y"]
+    asked += ["metric:hits.1@2", "metric:hits.0@1", "metric:hits.1@3", "metric:x@2"]
     found = [measure(tmp_path, quantity, 512) for quantity in asked]
-    assert found == [pytest.approx(0.8), pytest.approx(0.2), 0.4, None, None, 4, 0.5, None]
+    assert found == [pytest.approx(0.8), pytest.approx(0.2), 0.4, None, None, 4, 0.5, None, 2, 3, None, None]
 
 
 def test_the_table_keeps_what_others_have_measured(experiment, tmp_path):

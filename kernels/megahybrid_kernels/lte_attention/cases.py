@@ -10,6 +10,7 @@ from torch import Tensor
 from megahybrid_kernels.judging.case import Case, Inputs, Lengths, Make, Op, Shape, normal, packed
 from megahybrid_kernels.judging.streamed import PIECES, SHORT, STEPS, Streamed, many_steps, streamed_case
 from megahybrid_kernels.lte_attention import Gate, LTECache
+from megahybrid_kernels.lte_attention.gate import UNSEEN
 from megahybrid_kernels.sequences import Sequences
 
 # More than a chunk of far columns.
@@ -55,7 +56,8 @@ class LTEAttention(Shape):
         more += [streamed_case(long._streamed(), "prefill", SHORT, "short")]
         more += [streamed_case(steps._streamed(), "step", STEPS)]
         more += [streamed_case(self._streamed(), "step", many_steps(self.heads), "many")]
-        more += [self._near()._whole(lengths, self.near_buffer, "displacing gate", "displacing")]
+        for gate in UNSEEN:
+            more += [self._near()._whole(lengths, self.near_buffer, f"{gate} gate", gate)]
         if varied and self.groups == 1:
             near, long, steps = (replace(each, groups=2) for each in (self._near(), long, steps))
             more += [near._whole(lengths, near.buffer, "grouped")]

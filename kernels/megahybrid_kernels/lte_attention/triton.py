@@ -224,8 +224,8 @@ class _LTEAttention(torch.autograd.Function):
         dk, dv, dscore = _key_gradient(ctx.shape, saved, do, delta, *rest, ctx.gate != "value")
         if ctx.gate in UNSEEN and ctx.needs_input_grad[3]:
             _add_unseen(ctx.shape, saved, do, delta, dscore, *rest)
-        if ctx.buffer is not None:
-            ctx.buffer.displace(dscore)
+            if ctx.buffer is not None:
+                ctx.buffer.displace(dscore)
         return dq, dk, dv, dscore.to(ctx.score_dtype), None, None, None, None, None
 
 

@@ -64,7 +64,8 @@ class LTEConfig:
     the paper (equation 6); logit: that of a gate on its logits, which adds up to 0 over what a query sees;
     counterfactual: as logit, and what it would change for every query that does not see the token to see it, too, for
     the FLOPs of full attention's forward pass; heads live that die with the others (docs/evidence.md, E2d); displacing:
-    as counterfactual, less what raises all scores of a full buffer in common (with train_cap)."""
+    as counterfactual, less what raises all scores of a full buffer in common; needs train_cap, and is being tried
+    (docs/evidence/E10.yaml)."""
     routing_grad: bool = key(True, may_change=True)
     """Whether what scores get goes on to the keys and values that the router reads, as in the paper."""
     loss: RetentionLossConfig = field(default_factory=RetentionLossConfig)
@@ -104,6 +105,11 @@ class LTEKind(AttentionKind):
                 f"model.lte.buffer_size ({lte.buffer_size}) must hold the sinks (model.lte.sink_size = "
                 f"{lte.sink_size})."
             )
+        if lte.gate == "displacing" and not lte.train_cap:
+            raise UserError(
+                "model.lte.gate is displacing, which is about a full buffer, but training has none without "
+                "model.lte.train_cap: set that to true, or the gate to counterfactual."
+            )
         if model.attention.head_dim % 4:
             raise UserError("model.attention.head_dim must be a multiple of 4, since the router halves its channels.")
 
@@ -131,8 +137,8 @@ class LTEKind(AttentionKind):
     def keys(self, model: ModelConfig, length: int) -> float:
         """The query at position i sees min(i + 1, w + 1) keys in its window. Of the max(0, i - w) tokens that left it
         it sees at most buffer_size, as in inference: in training, too, this is what the controller of lambda steers to.
-        Before the controller has settled a model without train_cap sees more, up to all. What gates take that hear of
-        queries which do not see a token, as much as attention to all in a forward pass, is not counted.
+        Before the controller has settled a model without train_cap sees more, up to all. What the gates
+        counterfactual and displacing take, as much as attention to all in a forward pass, is not counted.
         """
         window, buffer = model.lte.window_size, model.lte.buffer_size
         left = max(0, length - 1 - window)
@@ -162,7 +168,7 @@ class LTEKind(AttentionKind):
         and o, to a buffer, or without a cap to what all ranks have room for; where heads are too few to be exchanged,
         at first, in place of both, to all before.
         Backward: gradients of q and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K. (In PyTorch
-        such gates take more, with the square of the longest document.)
+        these gates take more, with the square of the longest document.)
         """
         queries, keys = widths(model.attention, batch)
         head_dim, width = model.attention.head_dim, batch.width
