@@ -84,7 +84,7 @@ class Unit:
     number: int
     """Its place in the source's order."""
     root: str
-    """The source's folder."""
+    """The source's folder, or that of its single file."""
     format: str
     """text, jsonl, parquet, npy or bin."""
     field: str
@@ -144,10 +144,10 @@ def list_files(name: str, root: Path, include: list[str], exclude: list[str], sk
     Raises UserError if the folder is missing or unreadable, or nothing matches.
     """
     if not root.is_dir():
-        raise UserError(f"data.sources.{name}.path '{root}' is not a folder; give the folder of its files.")
+        raise UserError(f"data.sources.{name}.path '{root}' is not a folder or a file; give what holds its documents.")
     files = {}
     for path in _walk(root, set(exclude)):
-        if not any(fnmatchcase(path.name, pattern) for pattern in include):
+        if matched(path.name, include) is None:
             skipped.other_names += 1
         elif path.is_file():
             size = path.stat().st_size
@@ -160,6 +160,11 @@ def list_files(name: str, root: Path, include: list[str], exclude: list[str], sk
             "change its path, include or exclude."
         )
     return files
+
+
+def matched(name: str, patterns: list[str]) -> str | None:
+    """The first pattern that a file's name matches."""
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
 
 
 def split_names(source: str, names: list[str], fraction: float) -> set[str]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from megahybrid.config.schema import Config
+from megahybrid.config.schema import FILE_NAMES, Config, SourceConfig
 from megahybrid.config.task_sources import text_sources
 from megahybrid.data.documents import (
     TRAIN,
@@ -17,6 +17,7 @@ from megahybrid.data.documents import (
     Unit,
     draw,
     list_files,
+    matched,
     split_names,
 )
 from megahybrid.data.lines import is_compressed
@@ -36,15 +37,16 @@ def plan(config: Config, skipped: Skipped) -> dict[str, list[Unit]]:
     Raises UserError for sources without text or with an unfit name, and for parquet without pyarrow.
     """
     if not config.data.sources:
-        raise UserError("data.sources is empty; name at least one folder of text, such as data.sources.books.path=DIR.")
+        raise UserError(
+            "data.sources is empty; name at least one folder or file of text, such as data.sources.books.path=DIR."
+        )
     units = {}
     for name, source in text_sources(config).items():
         if not is_source_name(name):
             raise UserError(f"data.sources.{name} needs another name, one that can name a folder beside tokenizer/.")
         if source.format == "parquet":
             pyarrow(name)
-        root = Path(str(source.path)).expanduser()
-        files = list_files(name, root, include_patterns(source), source.exclude, skipped)
+        root, files = _listed(name, source, skipped)
         size = min(max(sum(files.values()) // _UNITS, _SMALLEST_UNIT), _LARGEST_UNIT)
         if source.format == "text":
             pieces = _files(name, files, config.data.validation_fraction)
@@ -63,6 +65,36 @@ def fingerprint(units: dict[str, list[Unit]]) -> str:
         changed = [Path(unit.root, piece.name).stat().st_mtime_ns for piece in unit.pieces]
         digest.update(json.dumps([unit.to_json(), changed], sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _listed(name: str, source: SourceConfig, skipped: Skipped) -> tuple[Path, dict[str, int]]:
+    """A folder and its files, or a single file as if its folder held nothing else."""
+    path = Path(str(source.path)).expanduser()
+    if not path.is_file():
+        return path, list_files(name, path, include_patterns(source), source.exclude, skipped)
+    _require_meant(f"data.sources.{name}", source, path)
+    size = path.stat().st_size
+    if not size:
+        raise UserError(f"data.sources.{name}.path '{path}' is an empty file; give one that holds documents.")
+    return path.parent, {path.name: size}
+
+
+def _require_meant(key: str, source: SourceConfig, file: Path) -> None:
+    """Refuse a single file that the source's own include leaves out, and without one a file of another format's name
+    as text, which it may well be: one document."""
+    if source.include and matched(file.name, source.include) is None:
+        raise UserError(
+            f"{key}.path '{file}' is a file that {key}.include [{', '.join(source.include)}] leaves out; change one of "
+            "them."
+        )
+    if source.include or source.format != "text":
+        return
+    for other, patterns in FILE_NAMES.items():
+        if other != "text" and (pattern := matched(file.name, patterns)):
+            raise UserError(
+                f"{key}.path '{file}' has a name of format {other}, but {key}.format is text; set it to {other}, or "
+                f"include to ['{pattern}'] if the whole file is one document."
+            )
 
 
 def _files(source: str, files: dict[str, int], fraction: float) -> list[Piece]:

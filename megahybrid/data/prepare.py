@@ -305,12 +305,18 @@ def _report_unvalidated(prepared: Prepared, report: Report) -> None:
     """Say of which sources no sample is held out, and why not, those of one reason together."""
     reasons: dict[str, list[str]] = {}
     for name, splits in prepared.sources.items():
-        if not (held := splits[VALIDATION]).samples:
-            why = "what is held out is less than one sample" if held.documents else "no document was drawn"
-            reasons.setdefault(why, []).append(name)
+        if not splits[VALIDATION].samples:
+            reasons.setdefault(_why_unvalidated(splits), []).append(name)
     for why, names in reasons.items():
-        of = ", ".join(names)
-        report(f"Nothing of {of} to validate on, since {why}; data.validation_fraction says what part is.")
+        report(f"Nothing of {', '.join(names)} to validate on, since {why}.")
+
+
+def _why_unvalidated(splits: dict[str, SplitCounts]) -> str:
+    held = splits[VALIDATION].documents
+    if not held and splits[TRAIN].documents == 1:
+        return "a single document is trained on; cut it into several to hold some out"
+    why = "what is held out is less than one sample" if held else "no document was drawn"
+    return f"{why}; data.validation_fraction says what part is"
 
 
 @contextlib.contextmanager

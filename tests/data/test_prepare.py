@@ -347,7 +347,7 @@ def test_bad_inputs_are_refused_in_one_sentence(tmp_path):
 
     cases = {
         "data.sources is empty": config({}),
-        "is not a folder": config({"x": SourceConfig(str(tmp_path / "absent"))}),
+        "is not a folder or a file; give what": config({"x": SourceConfig(str(tmp_path / "absent"))}),
         "finds no text": config({"x": SourceConfig(str(tmp_path / "nothing"))}),
         r"matches \[\*\.py\]": config({"x": SourceConfig(text, include=["*.py"])}),
         "needs another name": config({"tokenizer": SourceConfig(text)}),

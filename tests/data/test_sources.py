@@ -137,13 +137,16 @@ def test_why_there_is_nothing_of_a_source_to_validate_on(tmp_path):
         for number in range(files):
             (tmp_path / name / f"{number}.txt").write_text("x")
     sources = {name: SourceConfig(str(tmp_path / name)) for name in ("large", "one", "short", "single")}
+    (tmp_path / "two.jsonl").write_text('{"text": "x"}\n' * 2)
+    sources["two"] = SourceConfig(str(tmp_path / "two.jsonl"), "jsonl")
     said: list[str] = []
     prepare(make_config(tmp_path, sources, validation_fraction=0.4), said.append)
     assert [line for line in said if line.startswith("Nothing of")] == [
-        f"Nothing of {names} to validate on, since {why}; data.validation_fraction says what part is."
+        f"Nothing of {names} to validate on, since {why}."
         for names, why in (
-            ("one, single", "no document was drawn"),
-            ("short", "what is held out is less than one sample"),
+            ("one, single", "a single document is trained on; cut it into several to hold some out"),
+            ("short", "what is held out is less than one sample; data.validation_fraction says what part is"),
+            ("two", "no document was drawn; data.validation_fraction says what part is"),
         )
     ]
     said.clear()
