@@ -210,7 +210,7 @@ class SourceConfig:
     prepared."""
 
     path: str | None = key(None, may_change=True)
-    """The folder; not of a task."""
+    """The folder, or a single file; not of a task."""
     format: str = key("text", may_change=True, choices=(*FILE_NAMES, "task"))
     """text: a file is a document; jsonl: a line of a file is one, also in .gz and .zst; parquet: a row is one; npy and
     bin: token ids of data.tokenizer, as numpy.save writes them or bare (or with llm.c's header); task: samples that
