@@ -309,8 +309,8 @@ def _report_unvalidated(prepared: Prepared, report: Report) -> None:
             why = "what is held out is less than one sample" if held.documents else "no document was drawn"
             reasons.setdefault(why, []).append(name)
     for why, names in reasons.items():
-        of = ", ".join(names)
-        report(f"Nothing of {of} to validate on, since {why}; data.validation_fraction says what part is.")
+        without = ", ".join(names)
+        report(f"Validation will be without {without}, since {why}; raise data.validation_fraction to hold out more.")
 
 
 @contextlib.contextmanager
