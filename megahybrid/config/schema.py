@@ -206,8 +206,8 @@ class OptimizerConfig:
 
 @dataclass
 class SourceConfig:
-    """A folder of documents, or a task. When a run goes on it has to read the same data, however they were
-    prepared."""
+    """A folder of documents, or a task. When a run goes on the data has to be the same; how a source is read is
+    compared with how that was prepared, not with the checkpoint."""
 
     path: str | None = key(None, may_change=True)
     """The folder, or a single file; not of a task."""

@@ -26,7 +26,7 @@ class OpenedData:
     identity: str
     """Short hash of everything that decides the samples of every source."""
     tokenizer_json: str
-    """The tokenizer's file, as checkpoints keep it."""
+    """The tokenizer's file to the byte, as checkpoints keep it."""
     vocabulary: Vocabulary
     """In which tasks write."""
 
@@ -50,7 +50,7 @@ def open_data(config: Config) -> OpenedData:
         file = tokenizer_file(str(config.data.tokenizer))
         tokenizer = Tokenizer.load(file)
         tokenizer.require_fit(size)
-        text, vocabulary = file.read_text(encoding="utf-8"), Vocabulary(size, tokenizer.document_id, tokenizer)
+        text, vocabulary = file.read_bytes().decode(), Vocabulary(size, tokenizer.document_id, tokenizer)
     identity = data_identity(config, prepared)
     check_identity(config, identity, "The recipe")
     return OpenedData(prepared, identity, text, vocabulary)

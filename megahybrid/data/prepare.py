@@ -308,7 +308,7 @@ def _report_unvalidated(prepared: Prepared, report: Report) -> None:
         if not splits[VALIDATION].samples:
             reasons.setdefault(_why_unvalidated(splits), []).append(name)
     for why, names in reasons.items():
-        report(f"Nothing of {', '.join(names)} to validate on, since {why}.")
+        report(f"Validation will be without {', '.join(names)}, since {why}.")
 
 
 def _why_unvalidated(splits: dict[str, SplitCounts]) -> str:
@@ -316,7 +316,7 @@ def _why_unvalidated(splits: dict[str, SplitCounts]) -> str:
     if not held and splits[TRAIN].documents == 1:
         return "a single document is trained on; cut it into several to hold some out"
     why = "what is held out is less than one sample" if held else "no document was drawn"
-    return f"{why}; data.validation_fraction says what part is"
+    return f"{why}; raise data.validation_fraction to hold out more"
 
 
 @contextlib.contextmanager

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megahybrid.config.schema import Config, SourceConfig
+from megahybrid.config.schema import Config, DataConfig, SourceConfig
 from megahybrid.config.task_sources import find_task, task_sources, task_stages, text_sources
 from megahybrid.data.documents import TRAIN, VALIDATION
 from megahybrid.data.mds import token_dtype
@@ -19,7 +19,7 @@ from megahybrid.data.tokenizer import tokenizer_file, tokenizer_hash
 from megahybrid.data.tokens import TOKENISED
 from megahybrid.errors import MachineFault, UserError
 from megahybrid.files import write_json
-from megahybrid.key import derived, unusual
+from megahybrid.key import derived
 
 TOKENIZER = "tokenizer/tokenizer.json"
 """The tokenizer's file in data.path."""
@@ -99,20 +99,21 @@ class Prepared:
 def prepare_settings(config: Config) -> dict[str, Any]:
     """The configuration keys that determine what `prepare` writes, dotted, with their values."""
     data = config.data
-    settings: dict[str, Any] = {"train.seq_length": config.train.seq_length} | _reading(config)
+    sources = text_sources(config)
+    settings: dict[str, Any] = {"train.seq_length": config.train.seq_length} | _reading(config, sources)
     if data.tokenizer is None:
         settings["model.vocab_size"] = config.model.vocab_size
     else:
         settings["data.tokenizer"] = f"sha256:{tokenizer_hash(tokenizer_file(data.tokenizer))}"
-    for name, source in text_sources(config).items():
+    for name, source in sources.items():
         settings[f"data.sources.{name}.path"] = str(Path(str(source.path)).expanduser().absolute())
     return settings
 
 
-def _reading(config: Config) -> dict[str, Any]:
-    """Of `prepare_settings` those that say how the sources are read and split, wherever they lie."""
+def _reading(config: Config, sources: Mapping[str, SourceConfig]) -> dict[str, Any]:
+    """Of `prepare_settings` those that say how these sources are read and split, wherever they lie."""
     settings: dict[str, Any] = {"data.validation_fraction": config.data.validation_fraction}
-    for name, source in text_sources(config).items():
+    for name, source in sources.items():
         settings[f"data.sources.{name}.format"] = source.format
         settings[f"data.sources.{name}.include"] = include_patterns(source)
         settings[f"data.sources.{name}.exclude"] = list(source.exclude)
@@ -203,7 +204,8 @@ def open_prepared(config: Config) -> Prepared:
 
     Raises UserError if there is nothing, if it is not what data.identity names, if its samples are shorter than
     train.seq_length or no multiple of it, if it has more tokens than the model, another tokenizer or other sources than
-    the recipe, if these were read in another way, and if its tokenizer is not the one that it was prepared with.
+    the recipe, if these were read in another way and data.identity does not name it, and if its tokenizer is not the
+    one that it was prepared with.
     """
     store = open_store(config)
     where = f"data.path '{config.data.path}'" if config.data.remote is None else f"data.remote '{config.data.remote}'"
@@ -252,18 +254,26 @@ def _check_fit(prepared: Prepared, config: Config, where: str) -> None:
             f"{where} was prepared from {_listed(prepared.sources)}, but data.sources names {_listed(named)}; prepare "
             "into another data.path, or leave a source out by weight 0."
         )
-    if changed := _read_otherwise(prepared, config):
-        was = told(changed, prepared.settings, _reading(config))
-        raise UserError(f"{where} was prepared with another {was}; set it back, or prepare into another data.path.")
+    if config.data.identity is None and (another := _read_otherwise(prepared, config)):
+        raise UserError(f"{where} was prepared with another {another}; set it back, or prepare into another data.path.")
 
 
-def _read_otherwise(prepared: Prepared, config: Config) -> list[str]:
-    """The dotted keys of how sources are read that have another value in the recipe. One without sources says nothing
-    by a default."""
-    meant = _reading(config)
-    if not text_sources(config):
-        meant = {name: value for name, value, _ in unusual(config.data, "data.") if name in meant}
-    return [key for key, value in meant.items() if prepared.settings.get(key, value) != value]
+def _read_otherwise(prepared: Prepared, config: Config) -> str:
+    """What the recipe says of reading the sources in use that is not what they were prepared with, empty where there
+    is nothing. A recipe without sources says nothing by a default."""
+    sources = text_sources(config)
+    if not sources and config.data.validation_fraction == DataConfig.validation_fraction:
+        return ""
+    meant = _reading(config, {name: source for name, source in sources.items() if source.weight != 0})
+    changed = [key for key, value in meant.items() if not _same(prepared.settings.get(key, value), value)]
+    return told(changed, prepared.settings, meant)
+
+
+def _same(was: Any, now: Any) -> bool:
+    """Whether two values of a setting mean the same: in a list of names or patterns no order counts."""
+    if isinstance(was, list) and isinstance(now, list):
+        return set(map(str, was)) == set(map(str, now))
+    return was == now
 
 
 def _other_tokenizer(prepared: Prepared, path: str | None) -> bool:
@@ -306,7 +316,7 @@ def _listed(names: Iterable[str]) -> str:
 def differences(prepared: Prepared, settings: dict[str, Any]) -> list[str]:
     """The dotted keys whose values differ."""
     keys = sorted(prepared.settings.keys() | settings.keys())
-    return [key for key in keys if prepared.settings.get(key) != settings.get(key)]
+    return [key for key in keys if not _same(prepared.settings.get(key), settings.get(key))]
 
 
 def told(keys: Iterable[str], was: dict[str, Any], now: dict[str, Any]) -> str:

@@ -233,7 +233,8 @@ class Launching:
         return [cell for cell in waiting if not has_branch_point(cell) and job_of(trunk_of(cell).path)]
 
     def _frozen(self) -> bool:
-        """Whether what is held out may begin; writes prediction.json when all the other runs have ended."""
+        """Whether what is held out may begin; writes prediction.json when all the other runs have ended. Raises
+        UserError where that cannot be read."""
         if prediction.is_frozen(self.folder, self.outcomes):
             return True
         if self._unpredictable or not all(each.ended for each in self.outcomes if not each.cell.held_out):

@@ -39,11 +39,12 @@ def freeze(study: Study, outcomes: Sequence[Outcome]) -> None:
     held-out ones that have not begun and of which nothing stands yet, by identity. The table that it is fitted to is
     kept beside it, and the runs are named that it lacks.
 
-    Raises NoLaw where it cannot be fitted, and UserError where a file cannot be read, or it predicts nothing for one of
-    those that are held out.
+    Raises NoLaw where it cannot be fitted, and UserError where a file cannot be read, a run has a loss that no law
+    gives, or nothing is predicted of one of those that are held out.
     """
     folder = study.folder
     before = _frozen(folder)
+    _check_losses(outcomes)
     held_out = _to_predict(before, outcomes)
     runs = write_runs(folder, outcomes)
     fitted = fit(study)
@@ -67,6 +68,16 @@ def freeze(study: Study, outcomes: Sequence[Outcome]) -> None:
     }
     made = {each.cell.identity: {"cell": each.cell.name} | predictions[each.cell.name] | facts for each in held_out}
     write_json(folder / "prediction.json", before | made)
+
+
+def _check_losses(outcomes: Sequence[Outcome]) -> None:
+    """Raises UserError where it is the run that is to be mended: the table, which is refused too, is made from it."""
+    for each in outcomes:
+        if each.state == "done" and each.loss <= 0:
+            raise UserError(
+                f"{each.cell.name} has ended with loss {each.loss}, and a law is fitted to losses above 0: correct "
+                f"it in '{each.run.path / 'metrics.jsonl'}', or remove the run's directory to train it again."
+            )
 
 
 def _to_predict(frozen: Mapping[str, Any], outcomes: Sequence[Outcome]) -> list[Outcome]:

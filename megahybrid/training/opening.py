@@ -66,7 +66,7 @@ def unvalidated(opened: OpenedData, validation: ValidationData, config: Config) 
     if validation.unread:
         lines.append(
             f"Validation is without {', '.join(validation.unread)}: train.validation_samples "
-            f"({config.train.validation_samples}) is too small for a sample of so small a part of what is held out."
+            f"({config.train.validation_samples}) is too small to have a sample of each source; raise it."
         )
     return lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -64,20 +65,30 @@ class Start:
     def check_data(self, config: Config, trained_on: str, data: OpenedData) -> None:
         """Raises UserError unless the data, in data.path or of the recipe's tasks, is what the checkpoint was trained
         on, whose identity that was, or, where the run reads anew, of the same tokenizer."""
-        anew, path = self.reads_anew(config), config.data.path
+        anew = self.reads_anew(config)
         if data.identity == trained_on and not anew:
             return
-        holder = "the recipe's tasks make" if path is None else f"'{path}' holds"
-        same_tokenizer = ""
-        if self.branches and _tokenizer(self.checkpoint) != data.tokenizer_json:
-            how = "set" if path is None else "prepare with"
-            same_tokenizer = f"{how} data.tokenizer='{self.checkpoint / checkpoint_folder.TOKENIZER}'"
+        holder = "the recipe's tasks make" if data.prepared is None else f"'{config.data.path}' holds"
         if not anew:
-            own = " and ".join(filter(None, [same_tokenizer, "set train.branch_data=own"]))
-            instead = f", or {own}" if self.branches else ""
+            instead = self._instead(data) if self.branches else ""
             raise UserError(f"'{self.checkpoint}' was trained on other data than {holder}; set it back{instead}.")
-        if same_tokenizer:
-            raise UserError(f"'{self.checkpoint}' was trained with another tokenizer than {holder}; {same_tokenizer}.")
+        if _tokenizer(self.checkpoint) != data.tokenizer_json:
+            how = self._with_tokenizer(data)
+            raise UserError(f"'{self.checkpoint}' was trained with another tokenizer than {holder}; {how}.")
+
+    def _instead(self, data: OpenedData) -> str:
+        """What else than its trunk's data a branch can have. A trunk's tokenizer that cannot be read is a fault only
+        of a branch that reads anew."""
+        own = ["set train.branch_data=own"]
+        with contextlib.suppress(UserError):
+            if _tokenizer(self.checkpoint) != data.tokenizer_json:
+                own.insert(0, self._with_tokenizer(data))
+        return f", or {' and '.join(own)}"
+
+    def _with_tokenizer(self, data: OpenedData) -> str:
+        """How the data gets the checkpoint's tokenizer."""
+        how = "set" if data.prepared is None else "prepare with"
+        return f"{how} data.tokenizer='{self.checkpoint / checkpoint_folder.TOKENIZER}'"
 
 
 def _tokenizer(checkpoint: Path) -> str:

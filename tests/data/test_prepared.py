@@ -46,6 +46,10 @@ def changed(config: Config, source: str | None = None, **values) -> Config:
     return replace(config, data=replace(config.data, **values))
 
 
+def weighed(config: Config) -> dict[str, SourceConfig]:
+    return {name: replace(source, weight=1) for name, source in config.data.sources.items()}
+
+
 @pytest.fixture
 def copy(mixed, tmp_path) -> Config:
     """On data that may be changed."""
@@ -104,6 +108,32 @@ def test_what_is_spelled_out_and_where_the_text_lies_are_no_change(mixed, copy):
     assert open_prepared(copy).identity == identity
 
 
+def test_patterns_and_names_are_taken_in_any_order(mixed, copy):
+    names = {"include": ["*.txt", "*.md"], "exclude": ["old", "new"]}
+    record(copy, lambda settings: settings.update({f"data.sources.files.{key}": names[key] for key in names}))
+    turned = changed(copy, "files", **{key: each[::-1] for key, each in names.items()})
+    assert open_prepared(turned).identity == prepare(turned, silent).identity
+    with pytest.raises(UserError, match=r"files\.exclude \(\['old', 'new'\], now \['old'\]\)"):
+        open_prepared(changed(copy, "files", **names | {"exclude": ["old"]}))
+
+
+@pytest.mark.parametrize(("source", "values", "said"), CHANGES)
+def test_how_a_source_that_is_left_out_is_read_does_not_count(source, values, said, mixed):
+    used = changed(mixed, sources=weighed(mixed))
+    if source is None:
+        with pytest.raises(UserError, match="was prepared with another"):
+            open_prepared(changed(used, **values))
+    else:
+        open_prepared(changed(used, source, weight=0, **values))
+
+
+@pytest.mark.parametrize(("source", "values", "said"), CHANGES)
+def test_data_of_the_identity_that_the_recipe_names_is_taken_however_it_was_prepared(source, values, said, mixed):
+    """Lines and rows of the same documents have the same one."""
+    pinned = changed(mixed, identity=open_prepared(mixed).identity)
+    assert open_prepared(changed(pinned, source, **values)).identity == pinned.data.identity
+
+
 def test_a_recipe_without_sources_says_nothing_by_a_default(mixed):
     default = Config().data.validation_fraction
     bare = changed(mixed, sources={}, validation_fraction=default)
@@ -117,7 +147,7 @@ def test_a_recipe_without_sources_says_nothing_by_a_default(mixed):
 
 def test_tasks_beside_text_have_nothing_that_was_prepared(mixed):
     task = SourceConfig(format="task", task="copy", weight=1)
-    sources = {name: replace(source, weight=1) for name, source in mixed.data.sources.items()} | {"made": task}
+    sources = weighed(mixed) | {"made": task}
     assert TrainingData(changed(mixed, sources=sources), 0, 1).opened.prepared.root == Path(mixed.data.path)
 
 

@@ -82,7 +82,7 @@ def test_a_text_is_one_document_and_trained_on(tmp_path, small_parts):
     said: list[str] = []
     prepare(replace(single, data=replace(single.data, path=str(tmp_path / "said"))), said.append)
     assert (
-        "Nothing of s to validate on, since a single document is trained on; cut it into several to hold some out."
+        "Validation will be without s, since a single document is trained on; cut it into several to hold some out."
         in said
     )
     assert not any("Passed over" in line for line in said)

@@ -92,7 +92,7 @@ for step in config["checkpoint"]["milestones"]:
 while fault == "waits" and open("calls.jsonl").read().count("begins") < 2:
     time.sleep(0.05)
 time.sleep({seconds})
-loss = float("nan") if fault == "diverges" else 3.0
+loss = dict(diverges=float("nan"), vanishes=0.0).get(fault, 3.0)
 lines = [dict(step=first + 1, loss=6.0), dict(step=train["steps"], loss=loss, validation_loss=loss)]
 lines = [line | dict(tokens=128 * line["step"], tokens_per_second=1e3, skipped=0) for line in lines]
 write(run + "/metrics.jsonl", "".join(json.dumps(line) + "\\n" for line in lines))

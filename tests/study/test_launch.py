@@ -15,7 +15,6 @@ import pytest
 from megahybrid.cli import main
 from megahybrid.config import load_config, save_config
 from megahybrid.devices import gpu_memory, visible_gpus
-from megahybrid.errors import UserError
 from megahybrid.files import read_json
 from megahybrid.scaling.memory import peak_bytes
 from megahybrid.study import launch as launching
@@ -131,22 +130,22 @@ def test_a_study_that_no_launch_can_bring_further_ends_with_1_and_says_what_to_c
     assert sum(each["what"] == "begins" for each in calls()) == 5
 
 
-def test_what_is_no_fault_of_the_law_is_not_said_to_be(make_study, trainer, fit, monkeypatch, capsys):
-    """A loss that the table's reader refuses: more sizes would not help."""
-    make_study("kinds: {one: '(G)*{layers}'}")
-    trainer(0.01)
-    refusal = UserError("Run 3 of 'runs.csv' has loss = '-1'; it must be a finite number above 0: correct it.")
-
-    def refuse(study):
-        raise refusal
-
-    with monkeypatch.context() as patched:
-        patched.setattr(prediction, "fit", refuse)
+def test_a_run_whose_loss_no_law_gives_is_what_has_to_be_mended(make_study, trainer, fit, capsys):
+    """Not the law, and not the table, which is made from the runs."""
+    cells = {cell.name: cell for cell in design(make_study("kinds: {one: '(G)*{layers}'}"))}
+    run = Path(cells["one-32x1-4e9-s0"].config.run.dir)
+    trainer(0.01, one_32x1_4e9_s0="vanishes")
+    for _ in range(2):
         assert launch("--jobs", "4") == 1
-    said = capsys.readouterr().out
-    assert f"What is held out waits: {refusal}" in said and "Once that is mended, the same command goes on." in said
-    assert "more sizes" not in said and "goes on with what waits" not in said
-    assert launch("--jobs", "4") == 0 and calls()[-1]["name"] == "one-32x2-8e9-s0"
+        said = capsys.readouterr().out
+        assert "What is held out waits: one-32x1-4e9-s0 has ended with loss 0.0" in said
+        assert f"correct it in '{run / 'metrics.jsonl'}', or remove the run's directory" in said
+        assert "Once that is mended, the same command goes on." in said
+        assert "more sizes" not in said and "goes on with what waits" not in said
+    shutil.rmtree(run)
+    trainer(0.01)
+    assert launch("--jobs", "4") == 0
+    assert [each["name"] for each in calls() if each["what"] == "begins"][5:] == ["one-32x1-4e9-s0", "one-32x2-8e9-s0"]
 
 
 def test_what_has_failed_for_good_is_given_up_and_named(make_study, trainer, fit, capsys):

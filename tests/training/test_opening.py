@@ -76,8 +76,7 @@ def test_a_branch_whose_rate_jumps_says_so():
 NONE = "Nothing is held out of the prepared text: there is no validation."
 NO_DOC = "Validation is without doc, of which nothing is held out."
 NO_CODE = (
-    "Validation is without code: train.validation_samples (4) is too small for a sample of so small a part of what is "
-    "held out."
+    "Validation is without code: train.validation_samples (4) is too small to have a sample of each source; raise it."
 )
 
 

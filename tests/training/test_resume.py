@@ -11,6 +11,8 @@ import pytest
 
 from megahybrid import retry
 from megahybrid.config import load_config, save_config
+from megahybrid.data.opened import open_data
+from megahybrid.data.tokenizer import Tokenizer
 from megahybrid.errors import UserError
 from megahybrid.training.resume import Start
 from tests.config.test_task_sources import KEY, RECIPE
@@ -18,8 +20,8 @@ from tests.config.test_task_sources import KEY, RECIPE
 JSON = '{"model":\r\n "é"}'
 
 
-def data(identity="new", tokenizer=JSON):
-    return SimpleNamespace(identity=identity, tokenizer_json=tokenizer)
+def data(identity="new", tokenizer=JSON, prepared=True):
+    return SimpleNamespace(identity=identity, tokenizer_json=tokenizer, prepared=object() if prepared else None)
 
 
 @pytest.fixture
@@ -31,8 +33,8 @@ def branch(tmp_path):
     return Start(file.parent, branches=True), file
 
 
-def recipe(branch_data, path="data/new"):
-    return SimpleNamespace(data=SimpleNamespace(path=path), train=SimpleNamespace(branch_data=branch_data))
+def recipe(branch_data):
+    return SimpleNamespace(data=SimpleNamespace(path="data/new"), train=SimpleNamespace(branch_data=branch_data))
 
 
 def test_the_trunks_tokenizer_is_read_again_where_a_disk_refuses(branch, monkeypatch):
@@ -58,6 +60,19 @@ def test_a_tokenizer_that_cannot_be_read_is_said(damage, branch):
     damage(file)
     with pytest.raises(UserError, match=f"'{re.escape(str(file))}' is missing or not readable; put it back, or branch"):
         start.check_data(recipe("own"), "old", data())
+    with pytest.raises(
+        UserError, match=r"on other data than 'data/new' holds; set it back, or set train\.branch_data=own"
+    ):
+        start.check_data(recipe("trunk"), "old", data())
+
+
+def test_the_trunks_own_tokenizer_fits_tasks_alone_to_the_byte(branch, tmp_path):
+    start, file = branch
+    file.write_bytes(Tokenizer.train(["a text"], 257).to_json().replace("\n", "\r\n").encode())
+    (tmp_path / "recall.yaml").write_text(RECIPE)
+    opened = open_data(load_config(tmp_path / "recall.yaml", [f"data.tokenizer={file}"]))
+    assert opened.prepared is None and "\r\n" in opened.tokenizer_json
+    start.check_data(recipe("own"), "old", opened)
 
 
 INSTEAD = "set it back, or start with train.init_from."
@@ -86,15 +101,17 @@ def test_data_of_its_own_is_named_where_the_data_differs(now, said, said_of_own,
 
 def test_other_data_is_told_what_makes_it_the_branchs_own(branch):
     start, file = branch
-    for path, tokenizer, said in (
-        ("data/new", JSON, "than 'data/new' holds; set it back, or set train.branch_data=own."),
-        (None, JSON, "than the recipe's tasks make; set it back, or set train.branch_data=own."),
-        ("data/new", "{}", f"; set it back, or prepare with data.tokenizer='{file}' and set train.branch_data=own."),
-        (None, "{}", f"; set it back, or set data.tokenizer='{file}' and set train.branch_data=own."),
+    for prepared, tokenizer, said in (
+        (True, JSON, "than 'data/new' holds; set it back, or set train.branch_data=own."),
+        (False, JSON, "than the recipe's tasks make; set it back, or set train.branch_data=own."),
+        (True, "{}", f"; set it back, or prepare with data.tokenizer='{file}' and set train.branch_data=own."),
+        (False, "{}", f"; set it back, or set data.tokenizer='{file}' and set train.branch_data=own."),
     ):
         with pytest.raises(UserError) as refused:
-            start.check_data(recipe("trunk", path), "old", data(tokenizer=tokenizer))
+            start.check_data(recipe("trunk"), "old", data("new", tokenizer, prepared))
         assert str(refused.value).endswith(said)
+    with pytest.raises(UserError, match=r"another tokenizer than the recipe's tasks make; set data\.tokenizer='"):
+        start.check_data(recipe("own"), "old", data("new", "{}", prepared=False))
     start.check_data(recipe("trunk"), "old", data("old", "{}"))
     with pytest.raises(UserError, match=r"than 'data/new' holds; set it back\.$"):
         Start(file.parent).check_data(recipe("trunk"), "old", data())
