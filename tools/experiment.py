@@ -227,9 +227,11 @@ def _metric(path: Path, quantity: str) -> float | None:
     name, _, count = quantity.partition("@")
     key, _, index = name.partition(".")
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    found = [line[key][int(index)] if index else line[key] for line in lines if key in line]
+    found = [line[key] for line in lines if key in line]
+    if index:
+        found = [None if value is None else value[int(index)] for value in found]
     last = int(count or 1)
-    return min(found[-last:]) if len(found) >= last else None
+    return min(found[-last:]) if len(found) >= last and None not in found[-last:] else None
 
 
 def verdict(experiment: Experiment, setting: str, rows: Iterable[Row]) -> tuple[str, list[str]]:

@@ -111,12 +111,27 @@ def test_quantities_of_a_run(tmp_path):
         (folder / f"step_{step}").mkdir(parents=True)
         (folder / f"step_{step}" / "results.json").write_text(json.dumps({"results": entries}))
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "hits": [1, 2]}\n{"step": 2, "hits": [3, 4], "x": 0.5}\n{"step": 3}\n'
+        '{"step": 1, "hits": [1, 2]}\n{"step": 2, "hits": [3, 4], "x": 0.5}\n{"step": 3, "z": null}\n'
     )
     asked = ["beyond@1", "all@1", "beyond@1:oracle", "beyond@4", "beyond@16", "metric:hits.1", "metric:x", "metric:y"]
-    asked += ["metric:hits.1@2", "metric:hits.0@1", "metric:hits.1@3", "metric:x@2"]
+    asked += ["metric:hits.1@2", "metric:hits.0@1", "metric:hits.1@3", "metric:x@2", "metric:z", "metric:z.0"]
     found = [measure(tmp_path, quantity, 512) for quantity in asked]
-    assert found == [pytest.approx(0.8), pytest.approx(0.2), 0.4, None, None, 4, 0.5, None, 2, 3, None, None]
+    assert found == [
+        pytest.approx(0.8),
+        pytest.approx(0.2),
+        0.4,
+        None,
+        None,
+        4,
+        0.5,
+        None,
+        2,
+        3,
+        None,
+        None,
+        None,
+        None,
+    ]
 
 
 def test_the_table_keeps_what_others_have_measured(experiment, tmp_path):

@@ -168,7 +168,7 @@ class LTEKind(AttentionKind):
         and o, to a buffer, or without a cap to what all ranks have room for; where heads are too few to be exchanged,
         at first, in place of both, to all before.
         Backward: gradients of q and o, 2 w Q, of k and v, 2 w K, and those of far columns in fp32, 8 K. (In PyTorch
-        these gates take more, with the square of the longest document.)
+        the gates counterfactual and displacing take more, with the square of the longest document.)
         """
         queries, keys = widths(model.attention, batch)
         head_dim, width = model.attention.head_dim, batch.width
