@@ -33,15 +33,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megahybrid.errors import UserError
-
-Row = dict[str, Any]
-"""What a run came to: setting, arm, seed, rate, and each quantity by its name; None for one that is not known."""
+from tools.experiment_checks import Check, Row
 
 
 @dataclass(frozen=True)
@@ -58,48 +55,6 @@ class Run:
         """Its run directory in the experiment's folder."""
         rate = "" if self.rate is None else f",rate={self.rate:g}"
         return Path(self.setting) / self.arm / f"seed={self.seed}{rate}"
-
-
-@dataclass
-class Check:
-    """What must hold of a quantity of an arm, for every seed of it (and of the other arm)."""
-
-    quantity: str
-    arm: str
-    at_least: float | None = None
-    at_most: float | None = None
-    above: str | None = None
-    """Another arm, every seed of which is exceeded by every one of this."""
-    below: str | None = None
-    not_below: str | None = None
-    """Another arm, whose mean over seeds this one's does not fall below, by more than `by`."""
-    by: float = 0.0
-    settings: list[str] = field(default_factory=list)
-    """The settings in which it must hold; all when left out."""
-
-    def __str__(self) -> str:
-        said = {"≥": self.at_least, "≤": self.at_most, ">": self.above, "<": self.below, "not below": self.not_below}
-        sign, bound = next((sign, bound) for sign, bound in said.items() if bound is not None)
-        return f"{self.quantity} of {self.arm} {sign} {bound}" + (f" by {self.by:g}" if self.by else "")
-
-    def asked_in(self, setting: str) -> bool:
-        """In all, where it names none."""
-        return not self.settings or setting in self.settings
-
-    def holds(self, rows: Sequence[Row]) -> bool | None:
-        """Of a setting's runs; None where one of them is missing."""
-        own = [row[self.quantity] for row in rows if row["arm"] == self.arm]
-        other = self.above or self.below or self.not_below
-        others = [row[self.quantity] for row in rows if row["arm"] == other] if other else []
-        if not own or (other and not others) or None in own or None in others:
-            return None
-        if self.at_least is not None:
-            return min(own) >= self.at_least
-        if self.at_most is not None:
-            return max(own) <= self.at_most
-        if self.not_below:
-            return statistics.fmean(own) >= statistics.fmean(others) - self.by
-        return min(own) - max(others) >= self.by if self.above else min(others) - max(own) >= self.by
 
 
 @dataclass
@@ -132,6 +87,17 @@ class Experiment:
         checked = [check.quantity for check in (*self.given, *self.passes)]
         return list(dict.fromkeys([*asked, *checked, *filter(None, [self.choose])]))
 
+    def seeds_of(self, arm: str) -> list[int]:
+        """Those that count."""
+        return [*self.seeds, *self.more_seeds.get(arm, [])]
+
+    def asked_of(self, arm: str) -> list[str]:
+        """What a run of this arm has to be measured by for all that is evaluated and checked."""
+        policies = [f"beyond@1:{policy}" for policy in self.policies.get(arm, [])]
+        checked = [check.quantity for check in (*self.given, *self.passes) if arm in check.arms]
+        chosen = [self.choose] if self.choose and len(self.rates) > 1 else []
+        return [*(f"beyond@{factor}" for factor in self.lengths), *policies, *checked, *chosen]
+
     def cells(self, only: Sequence[str]) -> list[tuple[str, str]]:
         """Setting and arm, of all or of those that are named. Raises UserError for other names."""
         if unknown := set(only) - self.arms.keys() - self.settings.keys():
@@ -151,7 +117,7 @@ class Experiment:
         return [
             Run(setting, arm, seed, rate)
             for (setting, arm), (known, rate) in rates.items()
-            for seed in (*self.seeds, *self.more_seeds.get(arm, []))
+            for seed in self.seeds_of(arm)
             if known
         ]
 
@@ -200,7 +166,7 @@ def _check(check: Check, experiment: Experiment, path: Path) -> None:
         raise UserError(
             f"'{path}': a check of '{check.arm}' needs one of at_least, at_most, above, below and not_below."
         )
-    for arm in filter(None, (check.arm, *others)):
+    for arm in check.arms:
         if arm not in experiment.arms:
             raise UserError(f"'{path}': a check names '{arm}', which is none of the arms.")
     for setting in check.settings:
@@ -235,17 +201,16 @@ def _metric(path: Path, quantity: str) -> float | None:
 
 
 def verdict(experiment: Experiment, setting: str, rows: Iterable[Row]) -> tuple[str, list[str]]:
-    """Of a setting: PASS, FAIL, INCONCLUSIVE where what is `given` is not, or MISSING where runs are; and why."""
-    rows = [row for row in rows if row["setting"] == setting and row["seed"] != experiment.choose_seed]
-    told, outcome = [], "PASS"
-    for checks, otherwise in ((experiment.given, "INCONCLUSIVE"), (experiment.passes, "FAIL")):
-        for check in checks:
-            if not check.asked_in(setting):
-                continue
-            holds = check.holds(rows)
-            told.append(f"{ {True: 'yes', False: 'no', None: 'missing'}[holds] }: {check}")
-            if holds is None:
-                outcome = "MISSING"
-            elif not holds and outcome == "PASS":
-                outcome = otherwise
-    return outcome, told
+    """Of a setting: PASS, FAIL, INCONCLUSIVE where what is `given` does not hold, or MISSING where what is known leaves it
+    open; and why, a line a check, none where nothing is asked of it."""
+    here = [row for row in rows if row["setting"] == setting]
+    given, passes = ([x for x in checks if x.asked_in(setting)] for checks in (experiment.given, experiment.passes))
+    if not here and (given or passes):
+        return "MISSING", ["none of its runs"]
+    seeds = {arm: experiment.seeds_of(arm) for arm in experiment.arms}
+    outcome = "PASS"
+    for checks, otherwise in ((passes, "FAIL"), (given, "INCONCLUSIVE")):  # what is given has the last word
+        held = {check.holds(here, seeds) for check in checks}
+        if held - {True}:
+            outcome = otherwise if False in held else "MISSING"
+    return outcome, [check.told(here, seeds) for check in (*given, *passes)]

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megahybrid.training.drawing import ACCENT, INK, tidy
-from tools.experiment import Check, Experiment, Row
+from tools.experiment import Experiment
+from tools.experiment_checks import Check, Row
 
 
 def draw(experiment: Experiment, rows: Sequence[Row], path: Path) -> None:

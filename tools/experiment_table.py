@@ -7,7 +7,8 @@ import io
 from pathlib import Path
 
 from megahybrid.files import write_text
-from tools.experiment import Experiment, Row
+from tools.experiment import Experiment
+from tools.experiment_checks import Row
 
 _KEY = ("setting", "arm", "seed", "rate")
 

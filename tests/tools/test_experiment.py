@@ -15,7 +15,8 @@ import pytest
 from megahybrid.config import load_config
 from megahybrid.errors import UserError
 from tests.tools.scripts import loaded
-from tools.experiment import Check, Run, measure, read, verdict
+from tools.experiment import Run, measure, read, verdict
+from tools.experiment_checks import Check
 from tools.experiment_table import load, merge
 
 ROOT = Path(__file__).parents[2]
@@ -55,19 +56,35 @@ def rows(**values):
         ([0.9, 0.9], [0.6, 0.1], "INCONCLUSIVE"),
         ([0.1, 0.1], [0.6, 0.1], "INCONCLUSIVE"),
         ([0.9, None], [0.5, 0.1], "MISSING"),
+        ([0.9], [0.5, 0.1], "MISSING"),
         ([0.9, 0.9], [], "MISSING"),
+        ([0.6], [0.5], "MISSING"),  # what is given is open
+        ([0.6], [0.5, 0.1], "FAIL"),  # whatever the other seed comes to
+        ([], [0.6], "INCONCLUSIVE"),
+        ([0.9, 0.9, 0.1], [0.5, 0.1, 0.9], "PASS"),  # a third seed is none of the experiment's
     ],
 )
 def test_verdicts(experiment, a, b, outcome):
     assert verdict(experiment(FILE), "all", rows(a=a, b=b))[0] == outcome
 
 
-def test_of_a_setting_without_checks_nothing_is_told(experiment, tmp_path, capsys):
+def test_a_setting_without_runs_is_one_line(experiment):
+    assert verdict(experiment(FILE), "all", []) == ("MISSING", ["none of its runs"])
+
+
+def test_more_seeds_of_an_arm_are_asked_for(experiment):
+    file = experiment(FILE + "more_seeds: {a: [7]}\n")
+    outcome, told = verdict(file, "all", rows(a=[0.9, 0.9], b=[0.5, 0.1]))
+    assert outcome == "MISSING"
+    assert told[1].endswith("at least 0.2 above b: least 0.900, most of b 0.500, 2 of 3 seeds and 2 of 2 seeds")
+
+
+def test_of_a_setting_without_checks_nothing_is_told(experiment, capsys):
     text = FILE.replace("0.5}", "0.5, settings: [s]}").replace("0.2}", "0.2, settings: [s]}")
     file = experiment(text + "settings: {s: [], t: []}\n")
     known = [{**row, "setting": setting} for setting in "st" for row in rows(a=[0.9, 0.9], b=[0.5, 0.5])]
     for program in loaded("evidence"):
-        assert program._tell(file, known, tmp_path / "E.png") == 0
+        assert program._tell(file, known) == 0
     told = capsys.readouterr().out
     assert "\ns: PASS\n" in told and "\nt:" not in told
 
@@ -85,19 +102,36 @@ def test_runs_that_choose_a_rate_do_not_count(experiment):
 
 
 @pytest.mark.parametrize(
-    "bounds, own, others, holds",
+    "bounds, own, others, holds, told",
     [
-        ({"at_least": 0.5}, [0.5, 0.6], [], True),
-        ({"at_least": 0.5}, [0.4, 0.9], [], False),
-        ({"at_most": 0.5}, [0.4, 0.6], [], False),
-        ({"below": "b", "by": 0.03}, [1.00, 1.02], [1.05, 1.06], True),
-        ({"below": "b", "by": 0.03}, [1.00, 1.03], [1.05, 1.06], False),
-        ({"not_below": "b", "by": 0.05}, [0.2, 0.8], [0.5, 0.54], True),
-        ({"not_below": "b", "by": 0.01}, [0.2, 0.8], [0.5, 0.54], False),
+        ({"at_least": 0.5}, [0.5, 0.6], [], True, "at least 0.5: least 0.500, 2 of 2 seeds"),
+        ({"at_least": 0.5}, [0.4, 0.9], [], False, "at least 0.5: least 0.400, 2 of 2 seeds"),
+        ({"at_least": 0.5}, [0.6], [], None, "at least 0.5: least 0.600, 1 of 2 seeds"),
+        ({"at_least": 0.5}, [0.4], [], False, "at least 0.5: least 0.400, 1 of 2 seeds"),
+        ({"at_most": 0.5}, [0.4, 0.6], [], False, "at most 0.5: most 0.600, 2 of 2 seeds"),
+        ({"at_most": 0.5}, [], [], None, "at most 0.5: 0 of 2 seeds"),
+        ({"above": "b"}, [0.7, 0.6], [0.5, 0.6], True, "not below b: least 0.600, most of b 0.600"),
+        ({"below": "b", "by": 0.03}, [1.00, 1.02], [1.05, 1.06], True, "at least 0.03 below b: most 1.020, least of b"),
+        ({"below": "b", "by": 0.03}, [1.00, 1.03], [1.05, 1.06], False, "at least 0.03 below b: most 1.030"),
+        ({"below": "b", "by": -0.03}, [1.07], [1.05, 1.06], None, "at most 0.03 above b: most 1.070"),
+        ({"below": "b"}, [1.07], [1.05], False, "not above b: most 1.070, least of b 1.050, 1 of 2 seeds and 1 of 2"),
+        (
+            {"not_below": "b", "by": 0.05},
+            [0.2, 0.8],
+            [0.5, 0.54],
+            True,
+            "at most 0.05 below b in the mean: means 0.500",
+        ),
+        ({"not_below": "b", "by": 0.01}, [0.2, 0.8], [0.5, 0.54], False, "at most 0.01 below b in the mean: means"),
+        ({"not_below": "b", "by": -0.1}, [0.2, 0.8], [0.3, 0.5], True, "at least 0.1 above b in the mean: means 0.500"),
+        ({"not_below": "b"}, [0.2], [0.5, 0.54], None, "not below b in the mean: means 0.200 and 0.520, 1 of 2 seeds"),
     ],
 )
-def test_checks(bounds, own, others, holds):
-    assert Check("beyond@1", "a", **bounds).holds(rows(a=own, b=others)) is holds
+def test_checks(bounds, own, others, holds, told):
+    check, known, seeds = Check("beyond@1", "a", **bounds), rows(a=own, b=others), {"a": [1, 2], "b": [1, 2]}
+    assert check.holds(known, seeds) is holds
+    answer = {True: "yes", False: "no", None: "missing"}[holds]
+    assert check.told(known, seeds).startswith(f"{answer}: beyond@1 of a {told}")
 
 
 def test_quantities_of_a_run(tmp_path):
@@ -176,9 +210,39 @@ def test_text_is_prepared_before_anything_trains(experiment, monkeypatch):
         )
         file = experiment(FILE.replace("recall.yaml", "recall/text.yaml") + "settings: {s: [data.path=nowhere]}\n")
         with pytest.raises(UserError, match="could not be prepared"):
-            program.Work(file, Path("runs"), Path("E.csv")).do(file.cells([]), None, 1, None)
+            program.Work(file, Path("runs"), Path("E.csv")).do(file.cells([]), None, 1, None, False)
         program.Work(experiment(FILE), Path("runs"), Path("E.csv"))._prepare([])
     assert began == [["prepare", str(ROOT / "recipes/recall/text.yaml"), "data.path=nowhere"]]
+
+
+def test_what_the_table_has_is_not_run_again(experiment, tmp_path, monkeypatch, capsys):
+    """A row without all that is asked of its arm is run again; so are all, `again`."""
+    file = experiment(FILE + "policies: {a: [oracle]}\n")
+    known = {"setting": "all", "rate": None, "steps": 7, "tokens": 70, "code_version": "1", "beyond@1": 0.5}
+    oracles = {("a", 1): 0.5, ("a", 2): None, ("b", 1): None}
+    merge(
+        tmp_path / "E.csv",
+        file,
+        [{**known, "arm": arm, "seed": seed, "beyond@1:oracle": value} for (arm, seed), value in oracles.items()],
+    )
+    begun = []
+    for program in loaded("evidence"):
+        work = program.Work(file, tmp_path / "runs", tmp_path / "E.csv")
+        monkeypatch.setattr(work, "_one", lambda run, _: begun.append((run.arm, run.seed)) or "failed")
+        work.do(file.cells([]), None, 1, None, again=False)
+        assert begun == [("a", 2), ("b", 2)]
+        assert f"2 of 4 runs are in {tmp_path / 'E.csv'}." in capsys.readouterr().out
+        work.do(file.cells([]), None, 1, None, again=True)
+        assert len(begun) == 6
+
+
+def test_a_run_whose_keys_are_gone_does_not_stop_the_others(experiment, tmp_path, monkeypatch, capsys):
+    file = experiment(FILE.replace("model.lte.buffer_size=32", "model.lte.nothing=32"))
+    for program in loaded("evidence"):
+        monkeypatch.setattr(program, "_ended", lambda *_: "failed")
+        program.Work(file, tmp_path / "runs", tmp_path / "E.csv").do(file.cells([]), [1], 1, None, again=False)
+    told = capsys.readouterr().out
+    assert "all/a/seed=1: " in told and "nothing" in told and "all/b/seed=1: train failed" in told
 
 
 def test_runs_spread_over_the_gpus(experiment, monkeypatch):
@@ -221,10 +285,14 @@ def test_from_training_to_the_verdict(experiment, tmp_path):
     )
     file = experiment(FILE.replace("at_most: 0.5", "at_least: 0.5") + brief + "policies: {a: [oracle]}\n")
     command = [sys.executable, ROOT / "tools/evidence", "E", "--folder", tmp_path, "--runs", tmp_path / "runs"]
-    for more, seconds in ((["--jobs", "2"], 600), (["--report"], 60)):
+    for more, seconds in ((["--jobs", "2"], 600), ([], 60), (["--report"], 60)):
         done = subprocess.run([*command, *more], capture_output=True, text=True, check=False, timeout=seconds)
         assert done.returncode == 1 and "all: INCONCLUSIVE" in done.stdout, done.stdout + done.stderr
-    assert (tmp_path / "E.png").stat().st_size > 5000
+        if "--report" in more:
+            assert not (tmp_path / "E.png").exists()
+        else:
+            assert (tmp_path / "E.png").stat().st_size > 5000
+            (tmp_path / "E.png").unlink()
     table = load(tmp_path / "E.csv", file)
     assert [(row["arm"], row["seed"]) for row in table] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
     assert all((row["beyond@1:oracle"] is not None) == (row["arm"] == "a") for row in table)
