@@ -201,8 +201,8 @@ def _metric(path: Path, quantity: str) -> float | None:
 
 
 def verdict(experiment: Experiment, setting: str, rows: Iterable[Row]) -> tuple[str, list[str]]:
-    """Of a setting: PASS, FAIL, INCONCLUSIVE where what is `given` does not hold, or MISSING where what is known leaves it
-    open; and why, a line a check, none where nothing is asked of it."""
+    """Of a setting: PASS, FAIL, INCONCLUSIVE where what is `given` does not hold, or MISSING where what is known leaves
+    it open; and why, a line a check, none where nothing is asked of it."""
     here = [row for row in rows if row["setting"] == setting]
     given, passes = ([x for x in checks if x.asked_in(setting)] for checks in (experiment.given, experiment.passes))
     if not here and (given or passes):
