@@ -39,7 +39,7 @@ class Check:
     @property
     def arms(self) -> list[str]:
         """Those that it speaks of."""
-        return [self.arm, *filter(None, (self.above, self.below, self.not_below))]
+        return [self.arm, *filter(None, [self.other])]
 
     def asked_in(self, setting: str) -> bool:
         """In all, where it names none."""
