@@ -64,8 +64,8 @@ class LTEConfig:
     the paper (equation 6); logit: that of a gate on its logits, which adds up to 0 over what a query sees;
     counterfactual: as logit, and what it would change for every query that does not see the token to see it, too, for
     the FLOPs of full attention's forward pass; heads live that die with the others (docs/evidence.md, E2d); displacing:
-    as counterfactual, less what raises all scores of a full buffer in common; needs train_cap, and is being tried
-    (docs/evidence/E10.yaml)."""
+    as counterfactual, less what raises all scores of a full buffer in common, so that none comes to keep everything
+    (docs/evidence.md, E10); needs train_cap."""
     routing_grad: bool = key(True, may_change=True)
     """Whether what scores get goes on to the keys and values that the router reads, as in the paper."""
     loss: RetentionLossConfig = field(default_factory=RetentionLossConfig)
