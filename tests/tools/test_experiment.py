@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +20,8 @@ from tools.experiment_checks import Check
 from tools.experiment_table import load, merge
 
 ROOT = Path(__file__).parents[2]
+GONE = {"E2d": ("warm", "every8", "every2", "warm-every8", "warm-counter")}
+"""Arms whose recipe keys are gone, which can only be reported."""
 FILE = """
 statement: a beats b.
 recipe: recipes/recall.yaml
@@ -202,7 +204,9 @@ def test_what_is_no_experiment_is_refused(experiment, change, fault):
 def test_every_experiment_can_begin(path):
     file = read(path)
     for setting, arm in file.cells([]):
-        load_config(ROOT / file.recipe, file.overrides(Run(setting, arm, file.seeds[0], None)))
+        gone = pytest.raises(UserError, match="keep_all") if arm in GONE.get(path.stem, ()) else nullcontext()
+        with gone:
+            load_config(ROOT / file.recipe, file.overrides(Run(setting, arm, file.seeds[0], None)))
 
 
 def test_text_is_prepared_before_anything_trains(experiment, monkeypatch):
