@@ -40,6 +40,9 @@ from omegaconf.errors import OmegaConfBaseException
 from megahybrid.errors import UserError
 from tools.experiment_checks import Check, Row
 
+NO_RUNS = "none of its runs"
+"""All that is told of a setting of which the table has no run."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -206,7 +209,7 @@ def verdict(experiment: Experiment, setting: str, rows: Iterable[Row]) -> tuple[
     here = [row for row in rows if row["setting"] == setting]
     given, passes = ([x for x in checks if x.asked_in(setting)] for checks in (experiment.given, experiment.passes))
     if not here and (given or passes):
-        return "MISSING", ["none of its runs"]
+        return "MISSING", [NO_RUNS]
     seeds = {arm: experiment.seeds_of(arm) for arm in experiment.arms}
     outcome = "PASS"
     for checks, otherwise in ((passes, "FAIL"), (given, "INCONCLUSIVE")):  # what is given has the last word

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,12 +48,13 @@ class Check:
 
     def holds(self, rows: Sequence[Row], seeds: Seeds) -> bool | None:
         """Of a setting's runs; None where it is open, since a seed's value is not known and those that are do not
-        settle it. A mean is open until all are known."""
+        settle it. A mean is open until all are known. NaN keeps no bound."""
         known = [self._known(arm, rows, seeds) for arm in self.arms]
         whole = all(len(values) == len(seeds[arm]) for values, arm in zip(known, self.arms, strict=True))
         if not all(known) or (self.not_below and not whole):
             return None
-        if self._margin(*map(dict.values, known)) < 0:
+        broken = any(math.isnan(value) for values in known for value in values.values())
+        if broken or self._margin(*map(dict.values, known)) < 0:
             return False
         return True if whole else None
 
