@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megahybrid.errors import UserError
+from megahybrid.inference.command import add_dtype
 
 if TYPE_CHECKING:
     from megahybrid.config import Config
@@ -38,7 +39,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="what tokens are kept by (default learned)",
     )
-    verb.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
+    add_dtype(verb)
     verb.add_argument("--batch-size", type=int, help="samples in work at once (default 16, fewer where they are long)")
     verb.add_argument("--prefill-chunk", type=int, help="tokens read in one step (default 65536 on a GPU, else 2048)")
     verb.add_argument("--out", type=Path, metavar="DIR", help="default: evaluations/step_N beside the model")

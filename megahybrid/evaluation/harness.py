@@ -50,7 +50,7 @@ class HarnessModel(LM):
     def __init__(
         self,
         path: str,
-        dtype: str = "fp32",
+        dtype: str | None = None,
         batch_size: int | str = "auto",
         prefill_chunk: int | None = None,
         max_batch_size: int | None = None,
@@ -61,7 +61,7 @@ class HarnessModel(LM):
         Raises UserError as `subject.load` does, and for a model of bare tokens.
         """
         super().__init__()
-        if dtype not in DTYPES:
+        if dtype is not None and dtype not in DTYPES:
             raise UserError(f"--model_args has dtype={dtype}; choose among {', '.join(DTYPES)}.")
         sizes = {"batch_size": None if batch_size == "auto" else batch_size, "prefill_chunk": prefill_chunk}
         for name, size in sizes.items():

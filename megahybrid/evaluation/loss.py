@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megahybrid.errors import UserError
+from megahybrid.inference.command import add_dtype
 
 _ROW = "{:<24} {:>12} {:>13} {:>12} {:>12}"
 
@@ -17,7 +18,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("path", type=Path, metavar="PATH", help="a run directory, a checkpoint, or an exported model")
     verb.add_argument("files", type=Path, nargs="+", metavar="FILE", help="UTF-8 text, a document each")
     verb.add_argument("--length", type=int, help="tokens of a piece that is read by itself (default: training's)")
-    verb.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default fp32)")
+    add_dtype(verb)
     verb.add_argument("--batch-size", type=int, help="pieces in work at once (default: up to 64, 2^20 tokens)")
 
 

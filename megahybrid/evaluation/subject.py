@@ -79,8 +79,9 @@ def vocabulary(config: Config, tokenizer: Tokenizer) -> Vocabulary:
     return Vocabulary(config.model.vocab_size, tokenizer.document_id, tokenizer if _writes(tokenizer) else None)
 
 
-def load(path: Path, dtype: str = "fp32") -> Subject:
-    """Load what a path means; called by every process, whose number is the tensor parallel size.
+def load(path: Path, dtype: str | None = None) -> Subject:
+    """Load what a path means, its weights rounded to one of `DTYPES`, or left out to what `load_generator` says; called
+    by every process, whose number is the tensor parallel size.
 
     Raises UserError where there is no model in it, it is damaged, or does not split into so many parts.
     """
@@ -93,8 +94,8 @@ def load(path: Path, dtype: str = "fp32") -> Subject:
         return _load(converted, path, dtype, of_run=False)
 
 
-def _load(folder: Path, home: Path, dtype: str, of_run: bool) -> Subject:
-    generator, facts = load_generator(folder, DTYPES[dtype]), checkpoint.read_facts(folder)
+def _load(folder: Path, home: Path, dtype: str | None, of_run: bool) -> Subject:
+    generator, facts = load_generator(folder, dtype and DTYPES[dtype]), checkpoint.read_facts(folder)
     config, tokenizer = load_config(folder / "config.yaml"), generator.tokenizer
     return Subject(
         generator.model,

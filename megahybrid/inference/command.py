@@ -29,15 +29,17 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: fewer repeats (default 1)")
     verb.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may be repeated")
     verb.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
-    verb.add_argument(
-        "--dtype",
-        choices=("fp32", "bf16"),
-        help="of the weights (default: on a GPU training's, bf16 of an exported model; else fp32)",
-    )
+    add_dtype(verb)
     verb.add_argument("--batch-size", type=int, default=16, help="prompts in work at once (default 16)")
     verb.add_argument(
         "--prefill-chunk", type=int, help="prompt tokens read in one step (default 65536 on a GPU, else 2048)"
     )
+
+
+def add_dtype(verb: argparse.ArgumentParser) -> None:
+    """The flag of what `load_generator` rounds weights to; None where it is left out."""
+    default = "on a GPU training's, bf16 of an exported model; else fp32"
+    verb.add_argument("--dtype", choices=("fp32", "bf16"), help=f"of the weights (default: {default})")
 
 
 def run(parsed: argparse.Namespace, opened: Opened = contextlib.nullcontext) -> None:

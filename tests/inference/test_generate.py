@@ -161,6 +161,7 @@ def test_an_exported_model_writes_what_its_checkpoint_does(reference, tmp_path, 
     assert not any((tmp_path / "temporary").iterdir())
 
 
+@pytest.mark.parametrize("verb", [["generate", "--prompt", "x"], ["eval", "--task", "copy"], ["loss", __file__]])
 @pytest.mark.parametrize(
     ("device", "trained", "flags", "expected"),
     [
@@ -174,6 +175,7 @@ def test_an_exported_model_writes_what_its_checkpoint_does(reference, tmp_path, 
 def test_weights_are_of_the_dtype_that_is_asked_for(
     reference,  # noqa: F811
     monkeypatch,
+    verb,
     device,
     trained,
     flags,
@@ -190,7 +192,7 @@ def test_weights_are_of_the_dtype_that_is_asked_for(
     monkeypatch.setattr(loading, "load_config", lambda path: real(path, [f"train.dtype={trained}"]))
     monkeypatch.setattr(groups, "device", lambda: torch.device(device))
     with pytest.raises(Loaded) as caught:
-        main(["generate", str(reference), "--prompt", "x", *flags])
+        main([verb[0], str(reference), *verb[1:], *flags])
     assert caught.value.args == (expected,)
 
 
