@@ -58,6 +58,7 @@ class HarnessModel(LM):
     ):
         """`max_batch_size` and `device` are what the harness always says; the device is this process's GPU, or the CPU.
 
+        dtype: as of `subject.load`.
         Raises UserError as `subject.load` does, and for a model of bare tokens.
         """
         super().__init__()

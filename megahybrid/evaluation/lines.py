@@ -43,7 +43,7 @@ class Folder:
         found = read_json(file) or {"model": model, "tasks": {}}
         for path in sorted(self.path.glob("*.jsonl")):
             self._refuse(path.name, "" if path.stem in found["tasks"] else "settings.json does not say of what")
-        self._refuse("another model or precision", _change(found["model"], model))
+        self._refuse("what another model or --dtype gave", _change(found["model"], model))
         for name in tasks.keys() & found["tasks"].keys():
             self._refuse(f"{name} with other settings", _change(found["tasks"][name], tasks[name]))
         above = next(each for each in (self.path, *self.path.absolute().parents) if each.exists())

@@ -80,8 +80,9 @@ def vocabulary(config: Config, tokenizer: Tokenizer) -> Vocabulary:
 
 
 def load(path: Path, dtype: str | None = None) -> Subject:
-    """Load what a path means, its weights rounded to one of `DTYPES`, or left out to what `load_generator` says; called
-    by every process, whose number is the tensor parallel size.
+    """Load what a path means; called by every process, whose number is the tensor parallel size.
+
+    Its weights are rounded to `dtype`, one of `DTYPES`; when left out, to what `load_generator` chooses.
 
     Raises UserError where there is no model in it, it is damaged, or does not split into so many parts.
     """

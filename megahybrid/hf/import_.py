@@ -135,11 +135,15 @@ def _understand(found: dict[str, Any]) -> tuple[Config, Callable[[str], str]]:
     """The recipe, and the source's name of a parameter of the training model."""
     kind = found.get("model_type")
     if kind == MODEL_TYPE:
-        return imported_config(found), exported_name
-    if kind in reference_format.MODEL_TYPES:
-        return reference_format.reference_config(found), reference_format.reference_name
-    known = ", ".join((MODEL_TYPE, *reference_format.MODEL_TYPES))
-    raise UserError(f"config.json has model_type '{kind}'; only {known} can be imported.")
+        config, name_of = imported_config(found), exported_name
+    elif kind in reference_format.MODEL_TYPES:
+        config, name_of = reference_format.reference_config(found), reference_format.reference_name
+    else:
+        known = ", ".join((MODEL_TYPE, *reference_format.MODEL_TYPES))
+        raise UserError(f"config.json has model_type '{kind}'; only {known} can be imported.")
+    stored = found.get("dtype", found.get("torch_dtype"))  # transformers before 4.56 wrote the latter
+    config.train.dtype = "fp32" if stored == "float32" else "bf16"
+    return config, name_of
 
 
 def _places(source: Path) -> dict[str, tuple[Path, list[int]]]:

@@ -38,7 +38,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 def add_dtype(verb: argparse.ArgumentParser) -> None:
     """The flag of what `load_generator` rounds weights to; None where it is left out."""
-    default = "on a GPU training's, bf16 of an exported model; else fp32"
+    default = "on a GPU training's, or an exported model's own; else fp32"
     verb.add_argument("--dtype", choices=("fp32", "bf16"), help=f"of the weights (default: {default})")
 
 

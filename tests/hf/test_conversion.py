@@ -20,6 +20,7 @@ import megahybrid.hf.import_ as import_module
 from megahybrid.cli import main
 from megahybrid.config import load_config, save_config
 from megahybrid.data.tokenizer import Tokenizer
+from megahybrid.hf.import_ import config_of
 from megahybrid.hf.naming import exported_name
 
 TEXT = "def f(x):\n    return x + 1\n"
@@ -75,6 +76,7 @@ def test_transformers_loads_it(exported):
 def test_bf16(reference, tmp_path):
     assert main(["export", str(reference), str(tmp_path / "model")]) == 0
     assert "model.safetensors" in names(tmp_path / "model")
+    assert config_of(tmp_path / "model").train.dtype == "bf16"
     stored = load_file(tmp_path / "model" / "model.safetensors")
     for name, weight in load_file(last_checkpoint(reference) / "weights-00000.safetensors").items():
         expected = weight if name.endswith(("A_log", "dt_bias")) else weight.bfloat16()
@@ -94,6 +96,7 @@ def test_round_trip_and_a_training_step(exported, reference, recipe, tmp_path, c
     imported = load_file(tmp_path / "imported" / "weights-00000.safetensors")
     assert saved.keys() == imported.keys()
     assert all(torch.equal(imported[name], weight) for name, weight in saved.items())
+    assert load_config(tmp_path / "imported" / "config.yaml").train.dtype == "fp32"  # as it is stored
     weights = shutil.copytree(last_checkpoint(reference), tmp_path / "weights")
     facts = json.loads((weights / "checkpoint.json").read_text())
     del facts["regulators"]  # lambda, which an exported folder does not have

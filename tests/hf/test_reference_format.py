@@ -13,6 +13,7 @@ from megahybrid.cli import main
 from megahybrid.config import load_config
 from megahybrid.config.schema import ParallelConfig
 from megahybrid.config.validate import validate
+from megahybrid.hf.import_ import config_of
 from megahybrid.hf.reference_format import reference_config, reference_name
 from megahybrid.mixers.nsa import NSAConfig
 from megahybrid.model.stack import Stack
@@ -268,6 +269,21 @@ def test_a_run_starts_from_it(prepared, text, tmp_path):
     recipe.write_text(RECIPE.format(run=tmp_path / "run", data=prepared, text=text).replace("GLSFL", "GLGL"))
     sizes = ["model.gdn.num_heads=2", "model.attention.num_kv_heads=2", "train.steps=1"]
     assert main(["train", str(recipe), *sizes, f"train.init_from={tmp_path / 'imported'}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        ({}, "bf16"),
+        ({"dtype": "float32"}, "fp32"),
+        ({"torch_dtype": "float32"}, "fp32"),
+        ({"dtype": "bfloat16"}, "bf16"),
+    ],
+)
+def test_it_computes_in_the_type_that_it_is_stored_in(stored, expected, tmp_path):
+    config, _ = published("G", True)
+    (tmp_path / "config.json").write_text(json.dumps(config | stored))
+    assert config_of(tmp_path).train.dtype == expected
 
 
 def test_what_cannot_be_imported(prepared, tmp_path, capsys):
