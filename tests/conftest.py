@@ -80,7 +80,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" not in item.keywords:
             continue
-        if item.path.name == "test_slurm_lab.py":
+        if "lab" in item.fixturenames:
             item.add_marker("alone")
         if not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="runs only with --slow"))

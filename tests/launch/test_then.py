@@ -188,7 +188,7 @@ def test_evaluated_and_exported_whatever_is_killed_on_the_way(submit, lab, tmp_p
     assert restarts(job) == 1 and not (run / "exports").exists()
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)  # as before the time limit
     wait(job, "PENDING")
-    assert wait(job, *ENDED, seconds=900) == "COMPLETED"
+    assert wait(job, *ENDED, seconds=400) == "COMPLETED"
     said = (run / "logs" / f"then_{job}.out").read_text()
     assert restarts(job) == 2, said
     keys = [(each["length"], each["index"]) for each in map(json.loads, lines.read_text().splitlines())]

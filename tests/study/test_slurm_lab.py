@@ -86,6 +86,7 @@ def reference(make_study, faulty, tmp_path):
     return found
 
 
+@pytest.mark.alone
 def test_side_by_side_with_kills(reference, monkeypatch):
     chance = random.Random(3)
     for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
